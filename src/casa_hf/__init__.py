@@ -1,0 +1,18 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""CASA vision-language models for Transformers: load, convert, generate, train.
+
+Importing the package registers its classes with Transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from .cache_casa import cache_nbytes
+from .configuration_casa import CasaConfig
+from .modeling_casa import CasaForConditionalGeneration, CasaModel
+
+AutoConfig.register("casa", CasaConfig, exist_ok=True)
+AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
+AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
+
+__version__ = "0.1.0"
+__all__ = ["CasaConfig", "CasaForConditionalGeneration", "CasaModel", "cache_nbytes"]

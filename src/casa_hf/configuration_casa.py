@@ -1,0 +1,484 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of CASA models: one source backbone and five design axes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .backbones import BACKBONES, SOURCE_BACKBONES, Backbone, supported_sources
+
+
+def _odd_layers(num_hidden_layers: int) -> list[int]:
+    return list(range(1, num_hidden_layers, 2))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named point of the design space.
+
+    Attributes:
+        overrides: configuration fields that differ from the defaults of `CasaConfig`.
+        layers: maps the number of decoder blocks to `casa_layers`; None for all blocks.
+        description: one line for tables and model cards.
+    """
+
+    overrides: dict[str, Any]
+    description: str
+    layers: Callable[[int], list[int]] | None = None
+
+
+_INSERTION = {
+    "casa_share_projections": True,
+    "casa_keys": "context",
+    "casa_image_updates": "full",
+    "casa_positions": "insertion",
+}
+
+VARIANTS: dict[str, Variant] = {
+    "casa": Variant({}, "cross-attention to the current image and the text of its window"),
+    "ca": Variant({"casa_keys": "image"}, "cross-attention to the current image only"),
+    "ca-shared": Variant(
+        {"casa_keys": "image", "casa_share_projections": True}, "`ca` with the projections of self-attention"
+    ),
+    "casa-shared": Variant({"casa_share_projections": True}, "`casa` with the projections of self-attention"),
+    "ca-replace": Variant(
+        {"casa_keys": "image", "casa_placement": "replace"},
+        "`ca` in place of every second self-attention",
+        _odd_layers,
+    ),
+    "casa-replace": Variant(
+        {"casa_placement": "replace", "casa_text_windows": True},
+        "`casa` in place of every second self-attention",
+        _odd_layers,
+    ),
+    "casa-before": Variant({"casa_placement": "before"}, "`casa` before self-attention"),
+    "ca-ffn": Variant({"casa_keys": "image", "casa_image_updates": "ffn"}, "`ca`, image tokens pass the MLPs"),
+    "casa-ffn": Variant({"casa_image_updates": "ffn"}, "`casa`, image tokens pass the MLPs"),
+    "exact": Variant(_INSERTION, "equal to the source for a single group of images, no training"),
+    "insertion": Variant(
+        {**_INSERTION, "casa_image_history": "all", "casa_video_history": "all"}, "token insertion, the baseline"
+    ),
+}
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "casa_keys": ("image", "window", "context"),
+    "casa_placement": ("parallel", "replace", "before", "after"),
+    "casa_image_updates": ("none", "ffn", "full"),
+    "casa_image_history": ("latest", "group", "all"),
+    "casa_video_history": ("latest", "group", "all"),
+    "casa_positions": ("contiguous", "insertion"),
+    "casa_image_positions": ("at", "before"),
+    "casa_gate": (None, "tanh"),
+}
+
+# Values that the modelling code computes today; everything else in CHOICES is validated and then refused by name.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "casa_keys": ("image", "window"),
+    "casa_placement": ("parallel",),
+    "casa_image_updates": ("none",),
+    "casa_image_history": ("latest", "group"),
+    "casa_video_history": ("latest", "group"),
+    "casa_positions": ("contiguous",),
+    "casa_image_positions": ("at",),
+    "casa_text_windows": (False,),
+    "casa_gate": (None,),
+    "num_gist_tokens": (0,),
+}
+
+DESIGN_FIELDS: tuple[str, ...] = ("casa_share_projections", "casa_layers", "casa_text_windows", *CHOICES)
+
+
+@strict
+class CasaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`CasaModel`] and [`CasaForConditionalGeneration`] (arXiv 2512.19535).
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the language model, of one of the supported families.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision tower.
+        image_token_id (`int`, *optional*):
+            Id of the text token immediately before which an image stands.
+        vision_start_token_id (`int`, *optional*):
+            Id of the token that opens an image's delimiters.
+        vision_end_token_id (`int`, *optional*):
+            Id of the token that closes an image's delimiters.
+        num_gist_tokens (`int`, *optional*):
+            Number of gist tokens after each image token; they see image tokens only.
+        gist_token_ids (`list[int]`, *optional*):
+            Ids of the gist tokens, in order; as many as `num_gist_tokens`.
+        casa_share_projections (`bool`, *optional*):
+            Whether fusion layers use the query, key, value and output projections of self-attention.
+        casa_keys (`str`, *optional*):
+            What a text token attends to in a fusion layer: "image" (visible image tokens, no positional embedding),
+            "window" (visible image tokens and the text of the window, one softmax) or "context" (visible image tokens
+            and all text, one softmax that is also the self-attention).
+        casa_layers (`list[int]`, *optional*):
+            Indices of the decoder blocks that have a fusion layer; None for all.
+        casa_placement (`str`, *optional*):
+            Where the fusion layer stands: "parallel" to self-attention, "replace", "before" or "after" it.
+        casa_image_updates (`str`, *optional*):
+            What happens to image states from block to block: "none", "ffn" or "full".
+        casa_image_history (`str`, *optional*):
+            Which still images a token sees: "latest", its "group" (images with only delimiters between them) or "all".
+        casa_video_history (`str`, *optional*):
+            The same for video frames.
+        casa_positions (`str`, *optional*):
+            Text positions: "contiguous" (images don't advance them) or "insertion" (as the source assigns them).
+        casa_image_positions (`str`, *optional*):
+            Image positions: "at" the token that the image precedes, or "before" it.
+        casa_text_windows (`bool`, *optional*):
+            Whether text before the first image forms a window of its own.
+        casa_gate (`str`, *optional*):
+            None, or "tanh" for a learned scalar gate per fusion layer.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the output head shares the embedding matrix.
+        source_config (`dict`, *optional*):
+            Top-level settings of the source checkpoint that CASA itself doesn't use, kept for converting back. Its
+            `image_token_id` and `video_token_id` are the ids of the source's expanded placeholders.
+
+    Raises:
+        ValueError: for an unknown value, or for a combination that has no meaning; the message names the field.
+    """
+
+    model_type = "casa"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    # Any: checked in `_build_sub_config`, which also builds them from dictionaries.
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: int = 151653
+    vision_start_token_id: int | None = 151652
+    vision_end_token_id: int | None = 151653
+    num_gist_tokens: int = 0
+    gist_token_ids: list[int] | None = None
+    casa_share_projections: bool = False
+    casa_keys: str = "window"
+    casa_layers: list[int] | None = None
+    casa_placement: str = "parallel"
+    casa_image_updates: str = "none"
+    casa_image_history: str = "group"
+    casa_video_history: str = "latest"
+    casa_positions: str = "contiguous"
+    casa_image_positions: str = "at"
+    casa_text_windows: bool = False
+    casa_gate: str | None = None
+    tie_word_embeddings: bool = False
+    source_config: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")
+        if self.vision_config is None:
+            self.vision_config = {"out_hidden_size": self.text_config.hidden_size}
+        self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision_model_type)
+        if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+        if isinstance(self.casa_layers, list):
+            self.casa_layers = sorted(self.casa_layers)
+        super().__post_init__(**kwargs)
+        self.validate_design()
+
+    # ---------------------------------------------------------------- what the fields amount to
+
+    @property
+    def backbone(self) -> Backbone:
+        """The family of the text configuration.
+
+        Raises:
+            ValueError: if the family isn't supported.
+        """
+        model_type = self.text_config.model_type
+        if model_type not in BACKBONES:
+            raise ValueError(
+                f"text_config.model_type is {model_type!r}, which CASA isn't built on. Use a text configuration of: "
+                f"{supported_sources()}."
+            )
+        return BACKBONES[model_type]
+
+    @property
+    def fusion_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder blocks with a fusion layer."""
+        if self.casa_layers is None:
+            return tuple(range(self.text_config.num_hidden_layers))
+        return tuple(self.casa_layers)
+
+    @property
+    def delimiter_token_ids(self) -> tuple[int, ...]:
+        """Ids that don't close a group of images when they stand between two of them."""
+        ids = [self.vision_start_token_id, self.vision_end_token_id, self.image_token_id, *(self.gist_token_ids or [])]
+        return tuple(sorted({i for i in ids if i is not None}))
+
+    @property
+    def placeholder_token_ids(self) -> tuple[int, ...]:
+        """Ids of the source's expanded image and video placeholders; they never belong in a CASA prompt."""
+        source = self.source_config or {}
+        ids = {source.get(field) for field in self.backbone.sentinel_id_fields}
+        return tuple(sorted(i for i in ids if isinstance(i, int) and i not in self.delimiter_token_ids))
+
+    @property
+    def variant(self) -> str | None:
+        """Name of the variant that these settings are, or None if they have no name."""
+        own = {field: getattr(self, field) for field in DESIGN_FIELDS} | {"num_gist_tokens": self.num_gist_tokens}
+        own["casa_layers"] = list(self.fusion_layers)
+        for name in VARIANTS:
+            if own == _variant_fields(name, self.text_config.num_hidden_layers):
+                return name
+        return None
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def from_variant(
+        cls,
+        name: str,
+        *,
+        text_config: dict | PreTrainedConfig | None = None,
+        vision_config: dict | PreTrainedConfig | None = None,
+        **overrides: Any,
+    ) -> "CasaConfig":
+        """Configuration of a named variant.
+
+        Args:
+            name: a key of `VARIANTS`, such as "casa" or "ca-shared".
+            text_config: configuration of the language model; None for the default backbone.
+            vision_config: configuration of the vision tower; None for the default of the text's family.
+            **overrides: further configuration fields; they win over the variant's.
+
+        Raises:
+            ValueError: for an unknown name or invalid overrides.
+        """
+        text: Any = _build_sub_config("text_config", text_config, "qwen2_5_vl_text")
+        return cls(
+            text_config=text,
+            vision_config=vision_config,
+            **{**variant_overrides(name, text.num_hidden_layers), **overrides},
+        )
+
+    @classmethod
+    def from_source(cls, source: Any, variant: str = "casa", **overrides: Any) -> "CasaConfig":
+        """Configuration for the CASA form of a token-insertion checkpoint.
+
+        Args:
+            source: `PreTrainedConfig` of the source checkpoint, or the content of its config.json as a dict.
+            variant: name of the variant.
+            **overrides: further configuration fields.
+
+        Raises:
+            ValueError: if the source's family isn't supported.
+        """
+        if isinstance(source, dict):
+            source_type = source.get("model_type")
+            if source_type in SOURCE_BACKBONES:
+                source = CONFIG_MAPPING[source_type](**{k: v for k, v in source.items() if k != "model_type"})
+        else:
+            source_type = source.model_type
+        if source_type not in SOURCE_BACKBONES:
+            raise ValueError(
+                f"Checkpoints with model_type {source_type!r} can't become CASA models. Supported: "
+                f"{supported_sources()}."
+            )
+        generic = PreTrainedConfig().to_dict().keys() | {"text_config", "vision_config", "torch_dtype"}
+        kept = {k: v for k, v in source.to_dict().items() if k not in generic}
+        kept |= {"model_type": source_type, "architectures": source.architectures}
+        fields: dict[str, Any] = {
+            "vision_config": source.vision_config,
+            "image_token_id": source.vision_end_token_id,
+            "vision_start_token_id": source.vision_start_token_id,
+            "vision_end_token_id": source.vision_end_token_id,
+            "tie_word_embeddings": source.tie_word_embeddings,
+            "source_config": kept,
+            "dtype": source.dtype,
+        }
+        return cls.from_variant(variant, text_config=source.text_config, **{**fields, **overrides})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; the dictionary of an unconverted source checkpoint becomes that of its CASA form.
+
+        `casa_variant` and the design fields among `kwargs` say which form; without them it is "casa".
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._adopt_source(config_dict, kwargs), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CasaConfig":
+        """As in Transformers, and from the dictionary of a source checkpoint too (see `get_config_dict`)."""
+        return super().from_dict(cls._adopt_source(config_dict, kwargs), **kwargs)
+
+    @classmethod
+    def _adopt_source(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if config_dict.get("model_type", cls.model_type) == cls.model_type:
+            return config_dict
+        overrides = {field: kwargs.pop(field) for field in DESIGN_FIELDS if field in kwargs}
+        return cls.from_source(config_dict, kwargs.pop("casa_variant", "casa"), **overrides).to_dict()
+
+    # ---------------------------------------------------------------- validation
+
+    def validate_design(self) -> None:
+        """Check every field and every combination of the design axes.
+
+        Raises:
+            ValueError: naming the field, its value and the way out.
+        """
+        for field, choices in CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"{field}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+        self._validate_tokens()
+        self._validate_layers()
+        self._validate_combinations()
+        self._validate_backbone()
+
+    def _validate_tokens(self) -> None:
+        if self.num_gist_tokens < 0:
+            raise ValueError(f"num_gist_tokens={self.num_gist_tokens} must not be negative; use 0 for none.")
+        given = len(self.gist_token_ids or [])
+        if given != self.num_gist_tokens or given != len(set(self.gist_token_ids or [])):
+            raise ValueError(
+                f"num_gist_tokens={self.num_gist_tokens} needs as many distinct gist_token_ids, got "
+                f"{self.gist_token_ids!r}."
+            )
+        vocab_size = self.text_config.vocab_size
+        for field in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < vocab_size:
+                raise ValueError(
+                    f"{field}={value} is outside the vocabulary of {vocab_size} tokens; set it to the id that the "
+                    "tokenizer gives this token."
+                )
+
+    def _validate_layers(self) -> None:
+        if self.casa_layers is None:
+            return
+        depth = self.text_config.num_hidden_layers
+        wrong = [i for i in self.casa_layers if not 0 <= i < depth]
+        if not self.casa_layers or wrong or len(set(self.casa_layers)) != len(self.casa_layers):
+            raise ValueError(
+                f"casa_layers={self.casa_layers} must list distinct block indices from 0 to {depth - 1}; None means "
+                "all blocks."
+            )
+
+    def _validate_combinations(self) -> None:
+        shared, keys, placement = self.casa_share_projections, self.casa_keys, self.casa_placement
+        every_block = len(self.fusion_layers) == self.text_config.num_hidden_layers
+        refusals = [
+            (
+                keys == "context" and not shared,
+                "casa_keys='context' is one attention and needs casa_share_projections=True",
+            ),
+            (keys == "context" and self.casa_gate, "casa_keys='context' can't be gated; set casa_gate=None"),
+            (
+                keys == "context" and placement != "parallel",
+                f"casa_keys='context' needs casa_placement='parallel', got {placement!r}",
+            ),
+            (
+                placement == "replace" and shared,
+                "casa_placement='replace' has no self-attention to share with; set casa_share_projections=False",
+            ),
+            (
+                placement == "replace" and self.casa_image_updates == "full",
+                "casa_placement='replace' has no self-attention for casa_image_updates='full'; use 'none' or 'ffn'",
+            ),
+            (
+                placement == "replace" and self.casa_gate,
+                "casa_placement='replace' can't be gated, nothing else would mix tokens; set casa_gate=None",
+            ),
+            (
+                placement == "replace" and keys == "image" and every_block,
+                "casa_placement='replace' with casa_keys='image' in all blocks leaves no attention between text "
+                "tokens; give casa_layers a part of the blocks, or use casa_keys='window'",
+            ),
+            (
+                placement == "replace" and keys == "window" and not self.casa_text_windows,
+                "casa_placement='replace' with casa_keys='window' would leave text before the first image without "
+                "attention; set casa_text_windows=True",
+            ),
+            (
+                self.casa_text_windows and keys != "window",
+                f"casa_text_windows=True is for casa_keys='window', got casa_keys={keys!r}",
+            ),
+        ]
+        for refused, message in refusals:
+            if refused:
+                raise ValueError(f"{message}.")
+
+    def _validate_backbone(self) -> None:
+        text, vision = self.text_config, self.vision_config
+        if vision.model_type != self.backbone.vision_model_type:
+            raise ValueError(
+                f"vision_config.model_type is {vision.model_type!r}; a {self.backbone.display_name} text model needs "
+                f"{self.backbone.vision_model_type!r}."
+            )
+        layer_types = getattr(text, "layer_types", None) or []
+        if getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
+            raise ValueError(
+                "text_config has sliding-window attention switched on, which CASA doesn't support; set "
+                "use_sliding_window=False and layer_types=None."
+            )
+        if vision.out_hidden_size != text.hidden_size:
+            raise ValueError(
+                f"vision_config.out_hidden_size={vision.out_hidden_size} must equal "
+                f"text_config.hidden_size={text.hidden_size}."
+            )
+
+    def check_implemented(self) -> None:
+        """Refuse valid settings that the modelling code can't compute yet.
+
+        Raises:
+            NotImplementedError: naming the field and the values that work.
+        """
+        for field, values in _IMPLEMENTED.items():
+            value = getattr(self, field)
+            if value not in values:
+                raise NotImplementedError(
+                    f"{field}={value!r} is not implemented yet; use {' or '.join(map(repr, values))}."
+                )
+
+
+def variant_overrides(name: str, num_hidden_layers: int) -> dict[str, Any]:
+    """The configuration fields that make the named variant of a model with this many blocks."""
+    if name not in VARIANTS:
+        raise ValueError(f"variant {name!r} is unknown; choose one of {', '.join(map(repr, VARIANTS))}.")
+    variant = VARIANTS[name]
+    layers = {} if variant.layers is None else {"casa_layers": variant.layers(num_hidden_layers)}
+    return {**variant.overrides, **layers}
+
+
+def _variant_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
+    defaults = {field: getattr(CasaConfig, field) for field in (*DESIGN_FIELDS, "num_gist_tokens")}
+    fields = {**defaults, **variant_overrides(name, num_hidden_layers)}
+    if fields["casa_layers"] is None:
+        fields["casa_layers"] = list(range(num_hidden_layers))
+    return fields
+
+
+def _build_sub_config(field: str, value: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    # Before towers had a type of their own, checkpoints gave them the type of the whole model.
+    legacy = field == "vision_config" and getattr(value, "model_type", None) in SOURCE_BACKBONES
+    if isinstance(value, PreTrainedConfig):
+        if not legacy:
+            return value
+        value = value.to_dict()
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} must be a dict or a PreTrainedConfig, got {type(value).__name__}.")
+    model_type = value.get("model_type", default_type)
+    if field == "vision_config" and model_type in SOURCE_BACKBONES:
+        model_type = default_type
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{field}.model_type is {model_type!r}, which this version of Transformers doesn't know. Use one of: "
+            f"{supported_sources()}."
+        )
+    return CONFIG_MAPPING[model_type](**{k: v for k, v in value.items() if k != "model_type"})
+
+
+__all__ = ["VARIANTS", "CasaConfig", "Variant"]

@@ -1,0 +1,235 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Images in Transformers' `generate`.
+
+`generate` itself is untouched. These hooks resolve, once and from the prompt alone, before which slot each image
+stands, hand every forward the images that belong to the tokens it is fed, and forget them after the prefill. What is
+generated later, or proposed by an assistant, is text even where it looks like an image mark.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+
+IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions")
+
+
+class CasaGenerationMixin(GenerationMixin):
+    """Generation hooks of [`CasaForConditionalGeneration`]."""
+
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
+        # The batch size of embedded prompts is read off the first tensor found, which must not be an image.
+        first = {k: model_kwargs[k] for k in ("inputs_embeds",) if k in model_kwargs}
+        return super()._prepare_model_inputs(inputs, bos_token_id, {**first, **model_kwargs})
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Positions come from the mask and the cache in every forward, so none are prepared."""
+        return None
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Expand text as usual; find the images' places, counted from the end of the prompt, and keep the images
+        themselves for `_prepare_cache_for_generation`, which knows what is cached."""
+        images = {name: value for name in IMAGE_INPUTS if (value := model_kwargs.pop(name, None)) is not None}
+        embeds = model_kwargs.get("inputs_embeds")
+        prompt_length = (input_ids if embeds is None else embeds).shape[1]
+        places = images.pop("image_positions", None)
+        if places is None and embeds is None:
+            marks = input_ids == self.config.image_token_id
+            if (mask := model_kwargs.get("attention_mask")) is not None:
+                marks = marks & mask[:, -prompt_length:].bool().to(marks.device)
+            places = marks.nonzero()
+            if not images and len(places) and not _cached_length(model_kwargs.get("past_key_values")):
+                raise ValueError(
+                    f"The prompt has {len(places)} image marks (token {self.config.image_token_id}) but 0 images were "
+                    "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the marks."
+                )
+        elif places is None and images:
+            raise ValueError(
+                "Images beside inputs_embeds need image_positions (num_images, 2): row and index of the token that "
+                "each image precedes."
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if images:
+            images["image_positions"] = places - torch.tensor([0, prompt_length], device=places.device)
+        return input_ids, {**model_kwargs, **images}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Prepare the cache, then bring images and their slots into the form that every forward selects from."""
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if model_kwargs.get("image_positions") is None:
+            return result
+        past = _cached_length(model_kwargs.get("past_key_values"))
+        mask = model_kwargs.get("attention_mask")
+        # `generate` drops a mask of ones and remembers its length.
+        total = generation_config._mask_length if mask is None else mask.shape[1]
+        places = model_kwargs["image_positions"] + torch.tensor(
+            [0, total], device=model_kwargs["image_positions"].device
+        )
+        grids = model_kwargs.get("image_grid_thw")
+        num_images = 0 if grids is None else len(grids)
+        new = places[:, 1] >= past
+        if num_images != len(places):
+            if num_images != int(new.sum()):
+                raise ValueError(
+                    f"The prompt has {len(places)} image marks, {int(new.sum())} of them after the {past} cached "
+                    f"tokens, but {num_images} images were given. Pass the new images, or those of the whole prompt."
+                )
+            places = places[new]
+        model_kwargs["image_positions"] = places
+
+        if (types := model_kwargs.get("mm_token_type_ids")) is not None and types.shape[1] < total:
+            model_kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (total - types.shape[1], 0))
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if copies > 1 or generation_config.prefill_chunk_size is not None:
+            self._encode_images(model_kwargs)
+        if copies > 1:
+            self._repeat_images(model_kwargs, copies)
+        return result
+
+    def _encode_images(self, model_kwargs: dict[str, Any]) -> None:
+        """Replace pixels by features, one tensor per image."""
+        grids = model_kwargs["image_grid_thw"]
+        if (pixels := model_kwargs.pop("pixel_values", None)) is not None:
+            features = self.get_image_features(pixels.to(self.device), grids.to(self.device), return_dict=True)
+            model_kwargs["image_embeds"] = features.pooler_output
+        elif isinstance(model_kwargs["image_embeds"], torch.Tensor):
+            model_kwargs["image_embeds"] = model_kwargs["image_embeds"].split(self._tokens_per_image(grids))
+
+    def _repeat_images(self, model_kwargs: dict[str, Any], copies: int) -> None:
+        """Give each of the `copies` rows that a prompt was expanded to its images, in reading order."""
+        places = model_kwargs["image_positions"]
+        rows = (places[:, :1] * copies + torch.arange(copies, device=places.device)).flatten()
+        source = torch.arange(len(places), device=places.device).repeat_interleave(copies)
+        order = torch.argsort(rows, stable=True)
+        rows, source = rows[order], source[order]
+        model_kwargs["image_positions"] = torch.stack([rows, places[source, 1]], dim=1)
+        self._select_images(model_kwargs, source)
+
+    def _select_images(self, model_kwargs: dict[str, Any], indices: torch.Tensor) -> None:
+        """Keep the images with these indices, which may repeat."""
+        grids, wanted = model_kwargs["image_grid_thw"], indices.tolist()
+        if (pixels := model_kwargs.get("pixel_values")) is not None:
+            parts = pixels.split(grids.prod(-1).tolist())
+            model_kwargs["pixel_values"] = torch.cat([parts[i] for i in wanted])
+        if (features := model_kwargs.get("image_embeds")) is not None:
+            if isinstance(features, torch.Tensor):
+                features = features.split(self._tokens_per_image(grids))
+            model_kwargs["image_embeds"] = tuple(features[i] for i in wanted)
+        model_kwargs["image_grid_thw"] = grids[indices.to(grids.device)]
+
+    def _tokens_per_image(self, grids: torch.Tensor) -> list[int]:
+        return (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one forward: the images whose slots are among the tokens fed, and the tokens' own validity."""
+        images = {name: value for name in IMAGE_INPUTS if (value := kwargs.pop(name, None)) is not None}
+        types = kwargs.pop("mm_token_type_ids", None)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        fed = model_inputs.get("inputs_embeds")
+        fed = model_inputs["input_ids"] if fed is None else fed
+        num_tokens = fed.shape[1]
+        prepared = model_inputs.get("attention_mask")
+        if attention_mask is not None and not (isinstance(prepared, torch.Tensor) and prepared.ndim == 2):
+            # A static cache turns the mask into a 4-D one, from which padding can't be read any more.
+            model_inputs["token_mask"] = attention_mask[:, -num_tokens:].bool().to(fed.device)
+        if images:
+            start = _cached_length(past_key_values)
+            model_inputs |= self._images_between(images, types, start, start + num_tokens, fed)
+        return model_inputs
+
+    def _images_between(
+        self, images: dict[str, Any], types: torch.Tensor | None, start: int, end: int, fed: torch.Tensor
+    ) -> dict[str, Any]:
+        """The images whose slots are in [start, end), with positions relative to `start`."""
+        slots = images["image_positions"][:, 1]
+        inside = ((slots >= start) & (slots < end)).nonzero()[:, 0]
+        if not len(inside):
+            return {}
+        if len(inside) < len(slots):
+            self._select_images(images, inside)
+        positions = images["image_positions"][inside] - torch.tensor([0, start], device=slots.device)
+        selected = {**images, "image_positions": positions}
+        if types is not None:
+            selected["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))[
+                :, start:end
+            ]
+        return {
+            name: value.to(fed.device) if isinstance(value, torch.Tensor) else value
+            for name, value in selected.items()
+        }
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache", True):
+            for name in (*IMAGE_INPUTS, "mm_token_type_ids"):
+                model_kwargs.pop(name, None)
+        return model_kwargs
+
+    # ---------------------------------------------------------------- what is refused, by name
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        if generation_config.compile_config is not None:
+            raise NotImplementedError("compile_config: compiled decoding isn't implemented for CASA; leave it out.")
+        return False
+
+    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        custom = kwargs.get("custom_generate", args[1] if len(args) > 1 else None)
+        from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+        if custom is None and "/" in GENERATION_MODES_MAPPING[generation_mode]:
+            raise NotImplementedError(
+                f"generation mode {generation_mode.value!r} needs code from the Hub that doesn't know CASA's windows. "
+                "Use greedy search, sampling, beam search or assisted decoding."
+            )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "continuous batching (generate_batch, cache_implementation='paged') has no place for CASA's image "
+            "windows. Use generate with a padded batch."
+        )
+
+    generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
+
+
+def _cached_length(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())

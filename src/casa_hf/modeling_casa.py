@@ -1,0 +1,704 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""CASA models (arXiv 2512.19535): a language model whose text attends to images outside its sequence.
+
+Read from top to bottom: a decoder block (`CasaDecoderLayer`), the language model with its windows (`CasaTextModel`),
+vision tower and language model together (`CasaModel`), and the model that generates
+(`CasaForConditionalGeneration`). Vision tower, norms, MLPs, rotary embedding and self-attention are the backbone's own
+Transformers modules; the table in `backbones.py` names them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import CasaAttention, CasaSharedAttention, FusionInputs, back_end_mask
+from .backbones import BACKBONES
+from .cache_casa import prepare_cache, window_state
+from .configuration_casa import CasaConfig
+from .generation_casa import CasaGenerationMixin
+from .windows import ImagePlacement, WindowPlan, plan_windows
+
+
+class CasaDecoderLayer(GradientCheckpointingLayer):
+    """One block: the backbone's own modules, and a fusion layer where `config.fusion_layers` has this index.
+
+    Computes x' = x + SA(norm x) + F(norm x, y), then x' + MLP(post x').
+    """
+
+    def __init__(self, config: CasaConfig, layer_idx: int):
+        super().__init__()
+        stock = config.backbone.load("decoder_layer")(config.text_config, layer_idx)
+        self.layer_idx = layer_idx
+        self.self_attn = stock.self_attn
+        self.mlp = stock.mlp
+        self.input_layernorm = stock.input_layernorm
+        self.post_attention_layernorm = stock.post_attention_layernorm
+        self.casa_attn: CasaAttention | CasaSharedAttention | None = None
+        if layer_idx in config.fusion_layers:
+            if config.casa_share_projections:
+                self.casa_attn = CasaSharedAttention(config, layer_idx, stock.self_attn)
+            else:
+                self.casa_attn = CasaAttention(config, layer_idx, stock.self_attn, stock.input_layernorm)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        fusion: FusionInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text states and image states in, text states and image states out.
+
+        Args:
+            hidden_states: (batch, tokens, hidden) text states.
+            image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
+            attention_mask: causal mask of self-attention in the form its back end takes.
+            position_ids: (batch, tokens) text index, for back ends that want it.
+            past_key_values: cache prepared by `prepare_cache`, or None.
+            use_cache: whether the cache is in use.
+            position_embeddings: cos and sin of the text positions.
+            fusion: windows of the call; None if no token can see an image.
+        """
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        attended = self._attend(
+            hidden_states,
+            image_states,
+            fusion,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, image_states
+
+    def _attend(
+        self,
+        normed: torch.Tensor,
+        image_states: torch.Tensor | None,
+        fusion: FusionInputs | None,
+        *,
+        past_key_values: Cache | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """SA(norm x) + F(norm x, y)."""
+        context = (position_embeddings, past_key_values)
+        if fusion is not None and isinstance(self.casa_attn, CasaSharedAttention):
+            normed_images = None if image_states is None else self.input_layernorm(image_states)
+            kwargs.pop("use_cache")
+            return self.casa_attn(normed, normed_images, *context, fusion, self_attn=self.self_attn, **kwargs)[0]
+        attended = self.self_attn(
+            normed, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs
+        )[0]
+        if fusion is not None and self.casa_attn is not None:
+            attended = attended + self.casa_attn(normed, image_states, *context, fusion)[0]
+        return attended
+
+
+class CasaPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation that all CASA models share."""
+
+    config: CasaConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CasaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint provided; fusion layers start as copies of their block's self-attention."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, CasaDecoderLayer) and isinstance(module.casa_attn, CasaAttention):
+                sources = dict(module.self_attn.named_parameters())
+                sources |= {f"image_norm.{k}": v for k, v in module.input_layernorm.named_parameters()}
+                for name, parameter in module.casa_attn.named_parameters():
+                    init.copy_(parameter, sources[name])
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, but tensors keep the names that they have in memory (the source's older layouts are
+        read, never written)."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class CasaTextModel(CasaPreTrainedModel):
+    """The backbone's language model with fusion layers; `config` is the text configuration."""
+
+    config: PreTrainedConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CasaDecoderLayer, index=0),
+        "attentions": [
+            OutputRecorder(None, index=1, class_name="self_attn"),
+            OutputRecorder(CasaSharedAttention, index=1),
+        ],
+        "cross_attentions": [
+            OutputRecorder(CasaAttention, index=1),
+            OutputRecorder(CasaSharedAttention, index=2),
+        ],
+    }
+    _tp_plan = {
+        "layers.*.casa_attn.q_proj": "colwise",
+        "layers.*.casa_attn.k_proj": "colwise",
+        "layers.*.casa_attn.v_proj": "colwise",
+        "layers.*.casa_attn.o_proj": "rowwise",
+    }
+
+    def __init__(self, config: CasaConfig):
+        super().__init__(config.text_config)
+        text_config = config.text_config
+        self.image_history = config.casa_image_history
+        self.video_history = config.casa_video_history
+        self.with_text_keys = config.casa_keys == "window"
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
+        self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
+        self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        closes_group: torch.Tensor,
+        token_mask: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        image_states: torch.Tensor | None = None,
+        images: ImagePlacement | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run the blocks over one call's text and new images.
+
+        Args:
+            inputs_embeds: (batch, tokens, hidden) embedded text.
+            closes_group: (batch, tokens) True for tokens that aren't delimiters.
+            token_mask: (batch, tokens) False for padding.
+            attention_mask: None, (batch, all slots), or a prepared mask.
+            position_ids: None, (batch, tokens), (3, batch, tokens) or (4, batch, tokens); see `CasaModel.forward`.
+            past_key_values: cache with the earlier text, windows and positions.
+            image_states: (num_image_tokens, hidden) embedded images; None without new images.
+            images: where they stand.
+            use_cache: whether to make a cache if none is given.
+        """
+        samples = self._packed_samples(position_ids, attention_mask, past_key_values)
+        if use_cache and past_key_values is None and samples is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            prepare_cache(past_key_values, len(self.layers))
+        state = window_state(past_key_values, inputs_embeds.shape[0], inputs_embeds.device)
+        text_index, rotary_positions = self._positions(position_ids, token_mask, state.next_position)
+
+        plan = plan_windows(
+            state,
+            token_mask,
+            closes_group & token_mask,
+            rotary_positions.amax(0),
+            images,
+            image_history=self.image_history,
+            video_history=self.video_history,
+            samples=samples,
+        )
+        if attention_mask is None and state.padded:
+            attention_mask = plan.next_state.valid
+        causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index)
+        position_embeddings = self.rotary_emb(inputs_embeds, rotary_positions)
+        fusion = self._fusion_inputs(plan, images, rotary_positions, inputs_embeds)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states, image_states = layer(
+                hidden_states,
+                image_states,
+                attention_mask=causal_mask,
+                position_ids=text_index,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                fusion=fusion,
+                **kwargs,
+            )
+        if past_key_values is not None:
+            padded = state.padded or attention_mask is not None
+            past_key_values.layers[0].window_state = replace(plan.next_state, padded=padded)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _packed_samples(
+        self,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """Index of each token's sample if the rows hold several packed ones, by the rule that masks use too."""
+        if position_ids is None or attention_mask is not None or position_ids.shape[0] == 3 == position_ids.ndim:
+            return None
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return None
+        samples = find_packed_sequence_indices(position_ids if position_ids.ndim == 2 else position_ids[0])
+        if samples is not None and past_key_values is not None:
+            raise ValueError(
+                "position_ids restart within a row, so the row holds several packed samples, which a cache can't "
+                "continue. Drop past_key_values, or pass one sample per row."
+            )
+        return samples
+
+    def _positions(
+        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, next_position: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The text index for masks, (batch, tokens) or None, and the rotary positions, (3, batch, tokens)."""
+        batch_size, num_tokens = token_mask.shape
+        if position_ids is None:
+            positions = next_position[:, None] + token_mask.long().cumsum(-1) - 1
+            return None, positions.masked_fill(~token_mask, 0).expand(3, -1, -1)
+        expected = (batch_size, num_tokens)
+        if position_ids.ndim == 2 and position_ids.shape[1] == num_tokens and position_ids.shape[0] in (1, batch_size):
+            index = position_ids.expand(expected)
+            return index, index.expand(3, -1, -1)
+        if position_ids.ndim == 3 and position_ids.shape[0] in (3, 4) and position_ids.shape[1:] == expected:
+            return (None, position_ids) if position_ids.shape[0] == 3 else (position_ids[0], position_ids[1:])
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; expected {expected}, (3, *{expected}) or "
+            f"(4, *{expected}) with the text index of each sample in row 0."
+        )
+
+    def _causal_mask(
+        self,
+        attention_mask: torch.Tensor | dict | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        text_index: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
+            return attention_mask["full_attention"]
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=text_index,
+        )
+
+    def _fusion_inputs(
+        self,
+        plan: WindowPlan,
+        images: ImagePlacement | None,
+        rotary_positions: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+    ) -> FusionInputs | None:
+        if not plan.active:
+            return None
+        mask = back_end_mask(plan.mask(self.with_text_keys), self.config._attn_implementation, inputs_embeds.dtype)
+        image_rotary = None
+        if self.with_text_keys and images is not None:
+            # "at": (P, P + row, P + col) with P the position of the token that the image precedes.
+            at = rotary_positions[:, images.rows, images.indices][:, images.token_images()]
+            at = torch.cat([at[:1], at[1:] + images.token_grid()])
+            image_rotary = self.rotary_emb(inputs_embeds, at[:, None])
+        return FusionInputs(plan=plan, mask=mask, image_rotary=image_rotary)
+
+
+class CasaModel(CasaPreTrainedModel):
+    """Vision tower and language model, without the output head."""
+
+    def __init__(self, config: CasaConfig):
+        super().__init__(config)
+        config.validate_design()
+        config.check_implemented()
+        self.visual = config.backbone.load("vision_tower")._from_config(config.vision_config)
+        self.language_model = CasaTextModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run the vision tower.
+
+        Args:
+            pixel_values: (patches, patch dim) as the image processor makes them.
+            image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
+
+        Returns:
+            An output whose `pooler_output` is a tuple with one tensor (tokens, hidden) per image: what
+            `image_embeds` of `forward` and `generate` takes in place of pixels.
+
+        Raises:
+            ValueError: if the number of patches doesn't fit the grids.
+        """
+        image_grid_thw = self._check_grids(image_grid_thw)
+        patches = int(image_grid_thw.prod(-1).sum())
+        if pixel_values.shape[0] != patches:
+            raise ValueError(
+                f"pixel_values has {pixel_values.shape[0]} patches, but image_grid_thw {image_grid_thw.tolist()} "
+                f"needs {patches}. Pass both as the image processor returned them."
+            )
+        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **kwargs)
+        sizes = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        outputs.pooler_output = torch.split(outputs.pooler_output, sizes)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """One call on new text and, optionally, new images.
+
+        Args:
+            input_ids: (batch, tokens) new text; exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: (batch, all slots so far) or (batch, tokens), 0 for padding; or a prepared 4-D mask.
+            position_ids: (batch, tokens), (3, batch, tokens) or (4, batch, tokens) with the contiguous text index of
+                each sample in row 0. Without mask and cache, a text index that doesn't continue starts a new packed
+                sample. None: positions continue those in the cache.
+            past_key_values: a cache, which holds all state between calls.
+            inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`.
+            use_cache: whether to return a cache.
+            pixel_values: (patches, patch dim) of the new images, in reading order over the batch.
+            image_grid_thw: (num_images, 3) patches in time (1), height and width.
+            image_positions: (num_images, 2) row and index, in that row's new tokens, of the token that each image
+                precedes; None: the tokens `config.image_token_id`.
+            image_embeds: features in place of pixels: (num_image_tokens, hidden), or one tensor per image.
+            mm_token_type_ids: (batch, tokens) 2 where the image is a video frame.
+            token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
+
+        Returns:
+            `attentions` are those of self-attention, `cross_attentions` those of the fusion layers.
+
+        Raises:
+            ValueError: if images, their marks and their positions don't fit each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        text_shape = inputs_embeds.shape[:2]
+        attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, past_key_values)
+        if input_ids is not None:
+            self._refuse_placeholders(input_ids, past_key_values)
+
+        images = image_states = None
+        if pixel_values is not None or image_embeds is not None:
+            grids = self._check_grids(image_grid_thw)
+            rows, indices = self._image_marks(input_ids, image_positions, grids, token_mask)
+            images = self._place_images(rows, indices, grids, mm_token_type_ids, text_shape)
+            image_states = self._embed_images(pixel_values, image_embeds, grids)
+            images = images.to(inputs_embeds.device)
+            image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
+        elif image_grid_thw is not None or image_positions is not None:
+            given = "image_grid_thw" if image_grid_thw is not None else "image_positions"
+            raise ValueError(f"{given} was given without images; pass pixel_values or image_embeds too, or neither.")
+
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            closes_group=~self._is_delimiter(input_ids, inputs_embeds),
+            token_mask=token_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            image_states=image_states,
+            images=images,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    # ---------------------------------------------------------------- text
+
+    def _masks(
+        self,
+        attention_mask: torch.Tensor | dict | None,
+        token_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor | dict | None, torch.Tensor]:
+        """The mask of self-attention over all slots, and the validity of the new tokens."""
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+        if token_mask is not None:
+            return attention_mask, token_mask.bool()
+        everything = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return attention_mask, everything
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (num_tokens, past + num_tokens):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch_size}, "
+                f"{past + num_tokens}) for all tokens including {past} cached ones, or ({batch_size}, {num_tokens}) "
+                "for the new ones."
+            )
+        attention_mask = attention_mask.to(inputs_embeds.device)
+        token_mask = attention_mask[:, -num_tokens:].bool()
+        if attention_mask.shape[1] == num_tokens and past:
+            earlier = window_state(past_key_values, batch_size, inputs_embeds.device).valid
+            attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
+        return attention_mask, token_mask
+
+    def _refuse_placeholders(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+        decoding = past_key_values is not None and input_ids.shape[1] == 1
+        if decoding or torch.compiler.is_compiling():
+            return
+        placeholders = self.config.placeholder_token_ids
+        ids = torch.tensor(placeholders, device=input_ids.device, dtype=input_ids.dtype)
+        if len(ids) and torch.isin(input_ids, ids).any():
+            raise ValueError(
+                f"input_ids contain placeholders of the source model (one of the ids {list(placeholders)}). In CASA "
+                f"an image takes no place in the text: it stands before the token {self.config.image_token_id}. Use "
+                "CasaProcessor, or remove the placeholders."
+            )
+
+    def _is_delimiter(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) whether a token delimits images; embedded text is compared with the delimiters' rows."""
+        ids = torch.tensor(self.config.delimiter_token_ids, device=inputs_embeds.device)
+        if input_ids is not None:
+            return torch.isin(input_ids.to(ids.device), ids)
+        embedding = self.language_model.embed_tokens
+        delimiters = embedding(ids.to(embedding.weight.device)).to(inputs_embeds.device)
+        return (inputs_embeds[:, :, None] == delimiters).all(-1).any(-1)
+
+    # ---------------------------------------------------------------- images
+
+    def _check_grids(self, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        if image_grid_thw is None:
+            raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
+        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
+            raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
+        merge = self.config.vision_config.spatial_merge_size
+        grids = image_grid_thw.tolist()
+        for index, (time, height, width) in enumerate(grids):
+            if time != 1:
+                raise ValueError(
+                    f"image_grid_thw[{index}] = {grids[index]} has {time} temporal patches; expected 1. Pass each "
+                    "video frame as an image of its own, as CasaProcessor does."
+                )
+            if height <= 0 or width <= 0 or height % merge or width % merge:
+                raise ValueError(
+                    f"image_grid_thw[{index}] = {grids[index]} must have a height and width that are positive "
+                    f"multiples of spatial_merge_size={merge}."
+                )
+        return image_grid_thw
+
+    def _image_marks(
+        self,
+        input_ids: torch.Tensor | None,
+        image_positions: torch.Tensor | None,
+        grids: torch.Tensor,
+        token_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and index of the token that each image precedes."""
+        if image_positions is None:
+            if input_ids is None:
+                raise ValueError(
+                    "Images beside inputs_embeds need image_positions (num_images, 2): row and index of the token "
+                    "that each image precedes."
+                )
+            marks = (input_ids == self.config.image_token_id) & token_mask.to(input_ids.device)
+            image_positions = marks.nonzero()
+            if len(image_positions) != len(grids):
+                raise ValueError(
+                    f"The text has {len(image_positions)} image marks (token {self.config.image_token_id}) but "
+                    f"{len(grids)} images were given. Write one mark per new image, or pass image_positions."
+                )
+        batch_size, num_tokens = token_mask.shape
+        if image_positions.shape != (len(grids), 2):
+            raise ValueError(
+                f"image_positions has shape {tuple(image_positions.shape)}; expected ({len(grids)}, 2) for "
+                f"{len(grids)} images."
+            )
+        places = image_positions.tolist()
+        if places != sorted(places):
+            raise ValueError(f"image_positions {places} must be in reading order: by row, then by index.")
+        valid = token_mask.tolist()
+        for row, index in places:
+            if not (0 <= row < batch_size and 0 <= index < num_tokens and valid[row][index]):
+                raise ValueError(
+                    f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
+                    f"{num_tokens} tokens (padding excluded)."
+                )
+        return image_positions[:, 0], image_positions[:, 1]
+
+    def _place_images(
+        self,
+        rows: torch.Tensor,
+        indices: torch.Tensor,
+        image_grid_thw: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        text_shape: torch.Size,
+    ) -> ImagePlacement:
+        grids = image_grid_thw[:, 1:].to(rows.device) // self.config.vision_config.spatial_merge_size
+        is_frame = torch.zeros_like(rows, dtype=torch.bool)
+        if mm_token_type_ids is not None:
+            if mm_token_type_ids.shape != text_shape:
+                raise ValueError(
+                    f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text_shape)}, one "
+                    "entry per new token."
+                )
+            is_frame = mm_token_type_ids.to(rows.device)[rows, indices] == 2
+        per_row = torch.zeros(text_shape[0], dtype=torch.long, device=rows.device)
+        per_row = per_row.index_put((rows,), grids.prod(-1), accumulate=True)
+        return ImagePlacement(rows, indices, grids, is_frame, max_row_tokens=int(per_row.max()))
+
+    def _embed_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None,
+        image_grid_thw: torch.Tensor,
+    ) -> torch.Tensor:
+        """(num_image_tokens, hidden) features of all images."""
+        if pixel_values is not None and image_embeds is not None:
+            raise ValueError("Pass pixel_values or image_embeds, not both.")
+        if pixel_values is not None:
+            return torch.cat(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+        features = image_embeds if isinstance(image_embeds, torch.Tensor) else torch.cat(list(image_embeds or ()))
+        expected = int(image_grid_thw.prod(-1).sum()) // self.config.vision_config.spatial_merge_size**2
+        if features.shape != (expected, self.config.text_config.hidden_size):
+            raise ValueError(
+                f"image_embeds has shape {tuple(features.shape)}; image_grid_thw {image_grid_thw.tolist()} needs "
+                f"({expected}, {self.config.text_config.hidden_size}). Pass get_image_features(...).pooler_output."
+            )
+        return features
+
+
+class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
+    """CASA model with the output head; `generate` is Transformers' own."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: CasaConfig):
+        super().__init__(config)
+        self.model = CasaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """See [`CasaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits and, with `labels`, the loss. Arguments as in [`CasaModel.forward`], and:
+
+        Args:
+            labels: (batch, tokens) target ids, -100 where no loss is wanted; shifted inside.
+            logits_to_keep: number of last tokens, or indices of the tokens, to compute logits for; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_positions=image_positions,
+            image_embeds=image_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            token_mask=token_mask,
+            **{**kwargs, "return_dict": True},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def _register_source_layouts() -> None:
+    """Let `from_pretrained` read the older tensor names of source checkpoints, converted or not."""
+    renamings = {pair for backbone in BACKBONES.values() for pair in backbone.load_renamings}
+    mapping = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in sorted(renamings)]
+    for name in ("CasaForConditionalGeneration", "CasaModel"):
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+_register_source_layouts()
+
+__all__ = ["CasaForConditionalGeneration", "CasaModel", "CasaPreTrainedModel", "CasaTextModel"]
