@@ -357,20 +357,22 @@ def _visible_ranges(
     samples: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For each image: the column range that tokens after it see, and the slot where their window starts."""
-    rows, indices, is_frame = images.rows, images.indices, images.is_frame
+    rows, indices = images.rows, images.indices
     order = torch.arange(len(rows), device=rows.device)
     previous = (order - 1).clamp(min=0)
     same_row = (rows == rows[previous]) & (order > 0)
     # Text of this call before each image; equal counts mean that nothing closed the group in between.
     text_before = (closes_group.long().cumsum(1) - closes_group.long())[rows, indices]
-    grouped = torch.where(is_frame, video_history == "group", image_history == "group")
+    # Images that follow each other share a window if both have the history "group" and nothing closed it in between.
+    by_kind = torch.tensor([image_history == "group", video_history == "group"], device=rows.device)
+    grouped = by_kind[images.is_frame.long()]
 
-    joins = grouped & same_row & (text_before == text_before[previous]) & (is_frame == is_frame[previous])
+    joins = grouped & grouped[previous] & same_row & (text_before == text_before[previous])
     if samples is not None:
         of_image = samples[rows, indices]
         joins = joins & (of_image == of_image[previous])
     joins_stored = grouped & ~same_row & (text_before == 0) & (state.image_tokens > 0)[rows]
-    joins_stored = joins_stored & (state.closed_at == OPEN)[rows] & (is_frame == state.is_frame[rows])
+    joins_stored = joins_stored & (state.closed_at == OPEN)[rows] & by_kind[state.is_frame.long()][rows]
     leader = torch.where(joins, 0, order).cummax(0).values
     from_stored = joins_stored[leader]
 

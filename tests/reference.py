@@ -1,0 +1,415 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What CASA computes, written down once more, slowly, as the truth that the model is compared with.
+
+A reading of its own of the project's mathematics (arXiv 2512.19535; docs/architecture.md): it imports nothing from
+the package, takes parameters by their checkpoint names and covers the whole design space, implemented or not. One
+sample at a time and without a cache; batches, padding, packing and chunks of the model are compared with the runs of
+their samples alone. Every mask is a list, for each query, of the keys it may see, made by looping over all pairs and
+asking the rules.
+
+Everything is float64, except where the backbones themselves say float32: rotary angles, cosines and sines, and the
+inside of RMSNorm (the stock classes round their input to float32 whatever the model's type; without the same rounding
+a float64 comparison would stop at 1e-6 for a reason that isn't CASA's). Softmax is float64, as in SDPA; the stock
+eager attention takes it in float32.
+
+Notation: T text tokens, N image tokens of all images together, H query heads, G key/value heads, D width of a head,
+A position axes (3 with M-RoPE, else 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image, or a frame of a video.
+
+    Attributes:
+        position: index of the text token that it stands immediately before.
+        grid: height and width in merged-grid units.
+        features: (height * width, hidden), the vision tower's merged output, row by row.
+        is_frame: whether it belongs to a video.
+        deepstack: one tensor like `features` for each of the first decoder blocks.
+    """
+
+    position: int
+    grid: tuple[int, int]
+    features: Tensor
+    is_frame: bool = False
+    deepstack: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text and the images in it, in reading order.
+
+    Attributes:
+        input_ids: T token ids.
+        images: by position; images at the same position in the order in which they are read.
+        positions: (A, T) positions that replace those of the configuration, or None.
+    """
+
+    input_ids: Sequence[int]
+    images: Sequence[Image] = field(default=())
+    positions: Tensor | None = None
+
+
+def reference_logits(config: Any, state_dict: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[Tensor]:
+    """The logits of each sample, (T, vocabulary), float64.
+
+    Args:
+        config: a `CasaConfig`, or an object with the same design fields and a `text_config`.
+        state_dict: parameters of the language model by checkpoint name, and those of other parts, which are ignored.
+        samples: what to run, each by itself.
+    """
+    parameters = {
+        name: tensor.double() for name, tensor in state_dict.items() if name.startswith(("model.language", "lm_head"))
+    }
+    return [_logits(config, parameters, sample) for sample in samples]
+
+
+def _logits(config: Any, parameters: Mapping[str, Tensor], sample: Sample) -> Tensor:
+    assert list(sample.images) == sorted(sample.images, key=lambda image: image.position)
+    assert all(0 <= image.position < len(sample.input_ids) for image in sample.images)
+    assert all(len(image.features) == image.grid[0] * image.grid[1] for image in sample.images)
+    embedding = parameters["model.language_model.embed_tokens.weight"]
+    masks = _Masks(config, sample)
+    rotary = _Rotary(config, sample)
+    text = embedding[torch.tensor(list(sample.input_ids))]
+    images = torch.cat([embedding.new_zeros(0, embedding.shape[1]), *(i.features.double() for i in sample.images)])
+    for index in range(config.text_config.num_hidden_layers):
+        text, images = _Block(config, parameters, index, masks, rotary)(text, images)
+        images = images + _deepstack(sample, index, images)
+    text = _rms_norm(text, parameters["model.language_model.norm.weight"], config.text_config.rms_norm_eps)
+    return text @ parameters.get("lm_head.weight", embedding).T
+
+
+def _deepstack(sample: Sample, index: int, images: Tensor) -> Tensor:
+    added = [i.deepstack[index].double() for i in sample.images if index < len(i.deepstack)]
+    return torch.cat(added) if added else torch.zeros_like(images)
+
+
+# --------------------------------------------------------------------------------------- who sees whom
+
+
+class _Masks:
+    """For every query of a sample, the keys that it may see.
+
+    Keys are numbered [all image tokens ; all text tokens], images in reading order and row by row.
+
+    The table of histories leaves open what happens where stills and frames with different histories meet. Read here:
+    an image joins the window of the image before it if both have the history "group" and only delimiters stand between
+    the two; else it opens a window. A token sees the images of the newest window, and whatever has the history "all".
+    So what has been hidden stays hidden, which a cache that frees it needs.
+
+    Attributes:
+        self_attention: text token t sees text up to t.
+        fusion: what text token t sees in a fusion layer; empty for a token that the layer leaves alone.
+        image_updates: what an image token sees in self-attention under "full" updates, by its number.
+    """
+
+    def __init__(self, config: Any, sample: Sample) -> None:
+        self.config = config
+        self.ids = list(sample.input_ids)
+        self.images = list(sample.images)
+        self.windows = self._windows()
+        image_tokens = [(j, n) for j, image in enumerate(self.images) for n in range(len(image.features))]
+        tokens = range(len(self.ids))
+        count = len(image_tokens)
+
+        self.self_attention = [[s for s in tokens if s <= t] for t in tokens]
+        self.fusion = [
+            [key for key, (j, _) in enumerate(image_tokens) if self._text_sees_image(t, j)]
+            + [count + s for s in tokens if self._text_sees_text(t, s)]
+            for t in tokens
+        ]
+        self.image_updates = [
+            [key for key, other in enumerate(image_tokens) if self._image_token_sees(token, other)]
+            + [count + s for s in tokens if s < self.images[token[0]].position]
+            for token in image_tokens
+        ]
+
+    def _history(self, j: int) -> str:
+        return self.config.casa_video_history if self.images[j].is_frame else self.config.casa_image_history
+
+    def _windows(self) -> list[int]:
+        """For each image, the first image of its window."""
+        delimiters = {
+            self.config.vision_start_token_id,
+            self.config.vision_end_token_id,
+            self.config.image_token_id,
+            *(self.config.gist_token_ids or ()),
+        }
+        windows: list[int] = []
+        for j, image in enumerate(self.images):
+            joins = False
+            if j > 0 and self._history(j - 1) == self._history(j) == "group":
+                between = self.ids[self.images[j - 1].position : image.position]
+                joins = all(token in delimiters for token in between)
+            windows.append(windows[-1] if joins else j)
+        return windows
+
+    def _newest(self, t: int) -> int | None:
+        """The last image that stands before text token t."""
+        seen = [j for j, image in enumerate(self.images) if image.position <= t]
+        return seen[-1] if seen else None
+
+    def _text_sees_image(self, t: int, j: int) -> bool:
+        newest = self._newest(t)
+        if newest is None or j > newest:
+            return False
+        return self._history(j) == "all" or self.windows[j] == self.windows[newest]
+
+    def _text_sees_text(self, t: int, s: int) -> bool:
+        """Whether text token t sees text token s in a fusion layer.
+
+        Under "context" the fusion layer is the self-attention too, so there a gist token sees text like any other.
+        Under the history "all" the window's text begins at the newest image.
+        """
+        if s > t or self.config.casa_keys == "image":
+            return False
+        if self.config.casa_keys == "context":
+            return True
+        if self.ids[t] in (self.config.gist_token_ids or ()):
+            return False
+        newest = self._newest(t)
+        if newest is None:
+            return self.config.casa_text_windows
+        return s >= self.images[self.windows[newest]].position
+
+    def _image_token_sees(self, token: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether image token (image, index) sees another: its own image causally, earlier ones as text there does."""
+        (j, n), (i, m) = token, other
+        if i == j:
+            return m <= n
+        return i < j and (self._history(i) == "all" or self.windows[i] == self.windows[j])
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+class _Rotary:
+    """Cosines and sines of all positions of a sample, float32 tables cast to float64.
+
+    `text` and `images` turn queries or keys (tokens, heads, D) of all text tokens, or of all image tokens.
+    """
+
+    def __init__(self, config: Any, sample: Sample) -> None:
+        rope = config.text_config.rope_parameters
+        assert rope["rope_type"] == "default"
+        axes = 3 if "mrope_section" in rope else 1
+        text, images = _positions(config, sample, axes)
+        head_dim = getattr(config.text_config, "head_dim", None) or (
+            config.text_config.hidden_size // config.text_config.num_attention_heads
+        )
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.frequencies = 1.0 / rope["rope_theta"] ** exponents
+        self.axis_of_pair = _axis_of_pair(rope, head_dim // 2)
+        self.text_angles = self._angles(text)
+        self.image_angles = self._angles(images)
+
+    def text(self, x: Tensor) -> Tensor:
+        return self._turn(x, self.text_angles)
+
+    def images(self, x: Tensor) -> Tensor:
+        return self._turn(x, self.image_angles)
+
+    def _angles(self, positions: list[tuple[int, ...]]) -> Tensor:
+        """(tokens, D / 2), float32: each pair of dimensions turns by its axis' position times its frequency."""
+        by_pair = [[position[axis] for axis in self.axis_of_pair] for position in positions]
+        return torch.tensor(by_pair, dtype=torch.float32).view(-1, len(self.frequencies)) * self.frequencies
+
+    @staticmethod
+    def _turn(x: Tensor, angles: Tensor) -> Tensor:
+        cos, sin = angles.cos().double()[:, None], angles.sin().double()[:, None]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _axis_of_pair(rope: Mapping[str, Any], pairs: int) -> list[int]:
+    """Which position axis (time, height, width) turns each pair of a head's dimensions."""
+    if "mrope_section" not in rope:
+        return [0] * pairs
+    sections = rope["mrope_section"]
+    if rope.get("mrope_interleaved"):  # t h w t h w ..., each axis until its section is used up, the rest is time
+        return [pair % 3 if pair < 3 * sections[pair % 3] else 0 for pair in range(pairs)]
+    return [axis for axis in range(3) for _ in range(sections[axis])]
+
+
+def _positions(config: Any, sample: Sample, axes: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Positions of the text tokens and of the image tokens, each a tuple of `axes` numbers."""
+    ids, grids = sample.input_ids, [image.grid for image in sample.images]
+    advance = [max(grid) if axes == 3 else grid[0] * grid[1] for grid in grids]
+    starts: list[tuple[int, ...]] = []
+    if config.casa_positions == "insertion":
+        assert sample.positions is None
+        text, cursor = [], 0
+        for t in range(len(ids)):
+            for j, image in enumerate(sample.images):
+                if image.position == t:
+                    starts.append((cursor,) * axes)
+                    cursor += advance[j]
+            text.append((cursor,) * axes)
+            cursor += 1
+    else:
+        text = [(t,) * axes for t in range(len(ids))]
+        if sample.positions is not None:
+            text = [tuple(column) for column in sample.positions.T.tolist()]
+        for j, image in enumerate(sample.images):
+            back = advance[j] if config.casa_image_positions == "before" else 0
+            starts.append(tuple(p - back for p in text[image.position]))
+
+    spread = config.casa_positions == "insertion" or config.casa_image_positions == "before"
+    images: list[tuple[int, ...]] = []
+    for start, (height, width) in zip(starts, grids, strict=True):
+        for row in range(height):
+            for column in range(width):
+                if axes == 3:
+                    images.append((start[0], start[1] + row, start[2] + column))
+                else:
+                    images.append((start[0] + (row * width + column if spread else 0),))
+    return text, images
+
+
+# --------------------------------------------------------------------------------------- one decoder block
+
+
+class _Block:
+    """One decoder block: text and image states in, text and image states out."""
+
+    def __init__(
+        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, rotary: _Rotary
+    ) -> None:
+        self.config, self.parameters, self.masks, self.rotary = config, parameters, masks, rotary
+        self.prefix = f"model.language_model.layers.{index}."
+        self.fused = config.casa_layers is None or index in config.casa_layers
+        self.fusion_module = "self_attn" if config.casa_share_projections else "casa_attn"
+
+    def __call__(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        placement = self.config.casa_placement if self.fused else None
+        x = text
+        if placement == "before":
+            x = x + self.fusion_output(self.fusion(self.norm("casa_layernorm", x), images))
+
+        # What self-attention reads; in `full` updates the image tokens read the same text.
+        normed = self.norm("input_layernorm", x)
+        if placement is None or placement in ("before", "after"):
+            x = x + self.out("self_attn", self.self_attention(normed))
+        elif placement == "replace":
+            x = x + self.fusion_output(self.fusion(normed, images))
+        elif self.config.casa_keys == "context":
+            x = x + self.out("self_attn", self.fusion(normed, images))
+        elif self.config.casa_share_projections:
+            both = self.self_attention(normed) + self.gate() * self.fusion(normed, images)
+            x = x + self.out("self_attn", both)
+        else:
+            fusion = self.fusion_output(self.fusion(normed, images))
+            x = x + self.out("self_attn", self.self_attention(normed)) + fusion
+
+        if placement == "after":
+            x = x + self.fusion_output(self.fusion(self.norm("casa_layernorm", x), images))
+        x = x + self.mlp(self.norm("post_attention_layernorm", x))
+        return x, self.update_images(images, normed)
+
+    def update_images(self, images: Tensor, normed_text: Tensor) -> Tensor:
+        if self.config.casa_image_updates == "none":
+            return images
+        if self.config.casa_image_updates == "full":
+            normed = self.norm("input_layernorm", images)
+            q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
+            text_k, text_v = (self.heads("self_attn", p, normed_text) for p in "kv")
+            attended = _attend(
+                self.rotary.images(q),
+                torch.cat([self.rotary.images(k), self.rotary.text(text_k)]),
+                torch.cat([v, text_v]),
+                self.masks.image_updates,
+            )
+            images = images + self.out("self_attn", attended)
+        return images + self.mlp(self.norm("post_attention_layernorm", images))
+
+    def self_attention(self, normed: Tensor) -> Tensor:
+        """Causal attention over the text, (T, H * D), before the output projection."""
+        q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
+        return _attend(self.rotary.text(q), self.rotary.text(k), v, self.masks.self_attention)
+
+    def fusion(self, normed: Tensor, images: Tensor) -> Tensor:
+        """Attention to image tokens and, as the masks say, text; (T, H * D), before the output projection."""
+        image_norm = "input_layernorm" if self.config.casa_share_projections else "casa_attn.image_norm"
+        normed_images = self.norm(image_norm, images)
+        q, text_k, text_v = (self.heads(self.fusion_module, p, normed) for p in "qkv")
+        image_k, image_v = (self.heads(self.fusion_module, p, normed_images) for p in "kv")
+        if self.config.casa_keys != "image":
+            q, text_k, image_k = self.rotary.text(q), self.rotary.text(text_k), self.rotary.images(image_k)
+        return _attend(q, torch.cat([image_k, text_k]), torch.cat([image_v, text_v]), self.masks.fusion)
+
+    def fusion_output(self, attended: Tensor) -> Tensor:
+        """What a fusion layer adds to the text: exactly 0, without even a bias, where a token sees nothing."""
+        output = self.gate() * self.out(self.fusion_module, attended)
+        sees_something = torch.tensor([bool(keys) for keys in self.masks.fusion])
+        return torch.where(sees_something[:, None], output, 0.0)
+
+    def gate(self) -> Tensor:
+        if self.config.casa_gate is None:
+            return torch.tensor(1.0, dtype=torch.float64)
+        return self.parameters[self.prefix + "casa_attn.gate"].tanh()
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return _rms_norm(x, self.parameters[f"{self.prefix}{name}.weight"], self.config.text_config.rms_norm_eps)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        output = x @ self.parameters[f"{self.prefix}{name}.weight"].T
+        bias = self.parameters.get(f"{self.prefix}{name}.bias")
+        return output if bias is None else output + bias
+
+    def heads(self, module: str, projection: str, x: Tensor) -> Tensor:
+        """Queries "q", keys "k" or values "v": (tokens, heads, D), normalised where the backbone does that."""
+        text = self.config.text_config
+        count = text.num_attention_heads if projection == "q" else text.num_key_value_heads
+        output = self.linear(f"{module}.{projection}_proj", x)
+        output = output.view(len(x), count, output.shape[-1] // count)
+        norm = f"{module}.{projection}_norm"
+        return self.norm(norm, output) if f"{self.prefix}{norm}.weight" in self.parameters else output
+
+    def out(self, module: str, x: Tensor) -> Tensor:
+        return self.linear(f"{module}.o_proj", x)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        assert self.config.text_config.hidden_act == "silu"
+        gate = self.linear("mlp.gate_proj", x)
+        return self.linear("mlp.down_proj", gate * gate.sigmoid() * self.linear("mlp.up_proj", x))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
+    """Softmax attention of each query over exactly the keys it sees; 0 where it sees none.
+
+    Args:
+        q: (queries, H, D).
+        k: (keys, G, D).
+        v: (keys, G, D).
+        seen: for each query the numbers of its keys.
+
+    Returns:
+        (queries, H * D).
+    """
+    output = torch.zeros_like(q)
+    queries_per_key_head = q.shape[1] // k.shape[1]
+    for query, keys in enumerate(seen):
+        if not keys:
+            continue
+        for head in range(q.shape[1]):
+            shared = head // queries_per_key_head
+            scores = k[keys, shared] @ q[query, head] / q.shape[-1] ** 0.5
+            output[query, head] = scores.softmax(dim=0) @ v[keys, shared]
+    return output.flatten(1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    rounded = x.float()
+    scale = torch.rsqrt(rounded.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (rounded * scale).double()
