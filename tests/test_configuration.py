@@ -31,7 +31,6 @@ VISION = {
     "fullatt_block_indexes": [1],
 }
 TOKENS = {"image_token_id": 11, "vision_start_token_id": 10, "vision_end_token_id": 11}
-IMPLEMENTED = ("casa", "ca", "casa-shared", "ca-shared")
 
 
 def config(**fields):
@@ -249,28 +248,6 @@ def test_unsupported_sources_are_refused(tmp_path):
     Qwen3Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'qwen3' can't become CASA models"):
         CasaForConditionalGeneration.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in IMPLEMENTED])
-def test_what_is_not_implemented_says_so(name):
-    made = CasaConfig.from_variant(name, text_config=TEXT, vision_config=VISION, **TOKENS)
-    with pytest.raises(NotImplementedError, match=r"casa_\w+='?\w+'? is not implemented yet; use"):
-        CasaForConditionalGeneration(made)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("casa_gate", "tanh"),
-        ("casa_text_windows", True),
-        ("casa_image_positions", "before"),
-        ("casa_video_history", "all"),
-        ("casa_positions", "insertion"),
-    ],
-)
-def test_each_missing_value_is_named(field, value):
-    with pytest.raises(NotImplementedError, match=f"{field}={value!r} is not implemented yet"):
-        CasaForConditionalGeneration(config(**{field: value}))
 
 
 def test_settings_changed_after_loading_are_checked_when_a_model_is_built():

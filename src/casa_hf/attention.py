@@ -1,9 +1,14 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The fusion layers: text attends to the image tokens of its window, and to the window's text.
 
-Two forms with one interface. `CasaAttention` has projections of its own, copied from self-attention at conversion;
-`CasaSharedAttention` has no parameters and computes both attentions from the projections of self-attention. Both go
-through Transformers' attention interface, so the back end is `config._attn_implementation`.
+| class | projections | what it computes |
+|---|---|---|
+| `CasaAttention` | its own | fusion alone, beside, before, after or in place of self-attention |
+| `CasaBorrowedAttention` | self-attention's | the same, before or after self-attention |
+| `CasaSharedAttention` | self-attention's, computed once | self-attention and fusion, summed before one o_proj |
+| `CasaContextAttention` | self-attention's, computed once | one softmax over images and all text: both in one |
+
+All go through Transformers' attention interface, so the back end is `config._attn_implementation`.
 """
 
 from __future__ import annotations
@@ -11,32 +16,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_casa import KeysValues
 from .configuration_casa import CasaConfig
 from .windows import WindowPlan
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """What every fusion layer of one forward needs besides the states.
+    """What every layer of one forward needs besides the states.
 
     Attributes:
         plan: the windows of the call.
-        mask: (batch, 1, tokens, keys) boolean, or additive for the eager back end.
-        image_rotary: cos and sin for the new image tokens, each (1, num_image_tokens, head_dim); None for keys
-            without positions or when the call has no new image.
+        mask: (batch, 1, tokens, keys) mask of fusion layers, boolean, or additive for the eager back end.
+        update_mask: (batch, 1, new image columns, keys) mask for updates of image states; None if they aren't updated
+            by attention or the call has no new image.
+        image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
     """
 
     plan: WindowPlan
     mask: torch.Tensor
-    image_rotary: tuple[torch.Tensor, torch.Tensor] | None
+    update_mask: torch.Tensor | None = None
+    image_rotary: Rotary | None = None
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> FusionInputs:
         """The inputs on another device; Accelerate calls this when decoder blocks live on several devices."""
@@ -45,43 +56,143 @@ class FusionInputs:
             self,
             plan=self.plan.to(device),
             mask=self.mask.to(device),
+            update_mask=None if self.update_mask is None else self.update_mask.to(device),
             image_rotary=None if rotary is None else (rotary[0].to(device), rotary[1].to(device)),
         )
 
 
 @dataclass(frozen=True)
-class Projected:
-    """Queries, keys and values of text, each (batch, heads, tokens, head_dim), before rotation."""
+class TextInputs:
+    """Arguments of self-attention that a block passes on.
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-def project(projections: Any, hidden_states: torch.Tensor, head_dim: int) -> Projected:
-    """Queries, keys and values of `hidden_states` (batch, tokens, hidden), with the backbone's norms where it has any.
-
-    `projections` is a module with the children q_proj, k_proj, v_proj and optionally q_norm, k_norm.
+    Attributes:
+        position_embeddings: cos and sin of the text positions.
+        past_key_values: cache prepared by `prepare_cache`, or None.
+        attention_mask: causal mask in the form that the back end takes.
+        kwargs: further arguments of the attention interface.
     """
-    shape = (*hidden_states.shape[:-1], -1, head_dim)
-    query = projections.q_proj(hidden_states).view(shape)
-    key, value = _project_keys(projections, hidden_states, head_dim)
-    if hasattr(projections, "q_norm"):
-        query = projections.q_norm(query)
-    return Projected(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+
+    position_embeddings: Rotary
+    past_key_values: Cache | None
+    attention_mask: torch.Tensor | None
+    kwargs: dict[str, Any]
 
 
-def _project_keys(projections: Any, states: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of `states` (..., hidden), each (..., kv_heads, head_dim)."""
-    shape = (*states.shape[:-1], -1, head_dim)
-    key, value = projections.k_proj(states).view(shape), projections.v_proj(states).view(shape)
-    if hasattr(projections, "k_norm"):
-        key = projections.k_norm(key)
-    return key, value
+class Attended(NamedTuple):
+    """What an attention gives to its block.
+
+    Attributes:
+        output: (batch, tokens, hidden).
+        self_weights, fusion_weights: (batch, heads, tokens, keys) attention weights, where there are any.
+        text: keys/values of all text of self-attention, where they were computed here.
+        images: rotated keys/values of all image columns by self-attention's projections, where computed here.
+    """
+
+    output: torch.Tensor
+    self_weights: torch.Tensor | None = None
+    fusion_weights: torch.Tensor | None = None
+    text: KeysValues | None = None
+    images: KeysValues | None = None
 
 
-class _Fusion(nn.Module):
-    """What both forms share: image keys/values, the joint softmax and the zeros outside windows."""
+class AttentionMath:
+    """Projections, rotation and attention of one block, for the backbone at hand."""
+
+    def __init__(self, config: CasaConfig, layer_idx: int, self_attn: Any):
+        self.layer_idx = layer_idx
+        self.head_dim: int = self_attn.head_dim
+        self._rotary: Callable = config.backbone.load("apply_rotary")
+        self._eager: Callable = config.backbone.load("eager_attention")
+
+    def query(self, projections: Any, states: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, tokens, head_dim) queries of (batch, tokens, hidden) states, not rotated."""
+        query = projections.q_proj(states).unflatten(-1, (-1, self.head_dim))
+        return (projections.q_norm(query) if hasattr(projections, "q_norm") else query).transpose(1, 2)
+
+    def keys(self, projections: Any, states: torch.Tensor) -> KeysValues:
+        """Keys, not rotated, and values of (batch, tokens, hidden) states."""
+        key = projections.k_proj(states).unflatten(-1, (-1, self.head_dim))
+        value = projections.v_proj(states).unflatten(-1, (-1, self.head_dim))
+        if hasattr(projections, "k_norm"):
+            key = projections.k_norm(key)
+        return KeysValues(key.transpose(1, 2), value.transpose(1, 2))
+
+    def rotate(self, states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Queries or keys (batch, heads, tokens, head_dim) at their positions."""
+        return self._rotary(states, states, *rotary)[0]
+
+    def attend(
+        self, module: Any, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, heads * head_dim) and the weights or None, by the back end that `module.config` names."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self._eager)
+        output, weights = interface(
+            module,
+            query,
+            *keys,
+            mask,
+            dropout=module.attention_dropout if module.training else 0.0,
+            scaling=module.scaling,
+            **kwargs,
+        )
+        return output.flatten(2).contiguous(), weights
+
+    def self_attention(
+        self, self_attn: Any, states: torch.Tensor, text: TextInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, KeysValues]:
+        """What the stock module computes, up to the output projection, with its parts.
+
+        Returns:
+            Attention output (batch, tokens, heads * head_dim), queries (not rotated), weights or None, and the
+            keys/values of all text including the cache's.
+        """
+        query, keys = self.query(self_attn, states), self.text_keys(self_attn, states, text)
+        rotated = self.rotate(query, text.position_embeddings)
+        output, weights = self.attend(self_attn, rotated, keys, text.attention_mask, **text.kwargs)
+        return output, query, weights, keys
+
+    def text_keys(self, self_attn: Any, states: torch.Tensor, text: TextInputs) -> KeysValues:
+        """Self-attention's keys/values of all text; the new ones are added to the cache."""
+        key, value = self.keys(self_attn, states)
+        keys = KeysValues(self.rotate(key, text.position_embeddings), value)
+        if text.past_key_values is not None:
+            keys = KeysValues(*text.past_key_values.update(*keys, self.layer_idx))
+        return keys
+
+    def image_keys(
+        self,
+        projections: Any,
+        normed: torch.Tensor | None,
+        fusion: FusionInputs,
+        text: TextInputs,
+        *,
+        rotate: bool,
+        store: str = "image",
+    ) -> KeysValues | None:
+        """Keys/values of all image columns of the call, each (batch, kv_heads, columns, head_dim).
+
+        Args:
+            projections: module with k_proj and v_proj.
+            normed: (num_image_tokens, hidden) normalised states of new images; None without any.
+            fusion: windows and rotary tables.
+            text: says which cache.
+            rotate: whether keys have positions.
+            store: the name under which the cache keeps them.
+        """
+        new = None
+        if normed is not None:
+            key, value = self.keys(projections, normed[None])
+            if rotate:
+                assert fusion.image_rotary is not None
+                key = self.rotate(key, fusion.image_rotary)
+            new = KeysValues(*(fusion.plan.place(x[0].transpose(0, 1)).transpose(1, 2) for x in (key, value)))
+        if text.past_key_values is not None:
+            return text.past_key_values.layers[self.layer_idx].update_images(store, new, fusion.plan)
+        return new
+
+
+class FusionBase(nn.Module):
+    """What all forms share: the joint softmax, the gate and the zeros outside windows."""
 
     is_causal = False
 
@@ -89,57 +200,86 @@ class _Fusion(nn.Module):
         super().__init__()
         self.config: PreTrainedConfig = config.text_config
         self.layer_idx = layer_idx
-        self.with_text = config.casa_keys == "window"
-        self.head_dim: int = self_attn.head_dim
+        self.with_text = config.casa_keys != "image"
         self.num_key_value_groups: int = self_attn.num_key_value_groups
         self.scaling: float = self_attn.scaling
         self.attention_dropout: float = self_attn.attention_dropout
-        self._apply_rotary: Callable = config.backbone.load("apply_rotary")
-        self._eager_attention: Callable = config.backbone.load("eager_attention")
+        self.math = AttentionMath(config, layer_idx, self_attn)
+        if config.casa_gate is not None:
+            self.gate = nn.Parameter(torch.zeros(1))
 
-    def _rotate(
-        self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._apply_rotary(query, key, *rotary)
-
-    def _image_keys(
-        self, projections: Any, image_states: torch.Tensor | None, fusion: FusionInputs, cache_layer: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All image keys/values of the call, each (batch, kv_heads, image columns, head_dim)."""
-        key = value = None
-        if image_states is not None:
-            key, value = _project_keys(projections, image_states, self.head_dim)
-            if fusion.image_rotary is not None:
-                heads_first = key.transpose(0, 1)[None]  # (1, kv_heads, num_image_tokens, head_dim)
-                key = self._rotate(heads_first, heads_first, fusion.image_rotary)[1][0].transpose(0, 1)
-            key, value = fusion.plan.place(key), fusion.plan.place(value)
-        if cache_layer is not None:
-            return cache_layer.update_images(key, value, fusion.plan)
-        assert key is not None and value is not None
-        return key, value
+    def reset_gate(self) -> None:
+        """Close the gate, if there is one."""
+        if hasattr(self, "gate"):
+            init.zeros_(self.gate)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        image: tuple[torch.Tensor, torch.Tensor],
-        text: tuple[torch.Tensor, torch.Tensor] | None,
-        fusion: FusionInputs,
+        self, query: torch.Tensor, images: KeysValues | None, text: KeysValues | None, fusion: FusionInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One softmax over [image tokens ; window text]; (batch, tokens, heads * head_dim) and the weights."""
-        key, value = image
-        if text is not None:
-            key, value = torch.cat([key, text[0]], dim=2), torch.cat([value, text[1]], dim=2)
-        output, weights = attention(self, query, key, value, fusion.mask, self._eager_attention, is_causal=False)
+        """One softmax over [image tokens ; text]: (batch, tokens, heads * head_dim) and the weights or None."""
+        parts = [part for part in (images, text) if part is not None]
+        keys = (
+            parts[0] if len(parts) == 1 else KeysValues(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
+        )
+        output, weights = self.math.attend(self, query, keys, fusion.mask, is_causal=False)
         if weights is not None:
             weights = weights.masked_fill(~fusion.plan.sees[:, None, :, None], 0)
         return output, weights
 
+    def _finish(self, output: torch.Tensor, fusion: FusionInputs) -> torch.Tensor:
+        """Exactly 0 where a token sees nothing, and through the gate elsewhere."""
+        if hasattr(self, "gate"):
+            output = output * self.gate.tanh()
+        return output.masked_fill(~fusion.plan.sees[..., None], 0)
 
-class CasaAttention(_Fusion):
+
+class CasaBorrowedAttention(FusionBase):
+    """Fusion with self-attention's projections on states of its own (axis D3 "before" or "after", D1 shared)."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None,
+        fusion: FusionInputs,
+        text: TextInputs,
+        self_attn: Any,
+        input_layernorm: nn.Module,
+    ) -> Attended:
+        """Attend to images, and to the window's text if `casa_keys="window"`.
+
+        Args:
+            hidden_states: (batch, tokens, hidden) normalised text states.
+            image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
+            fusion: windows, masks and image rotary tables of the call.
+            text: positions and cache.
+            self_attn: the block's self-attention, None in a block without.
+            input_layernorm: the block's input norm.
+
+        Returns:
+            The output, exactly 0 where a token sees nothing, and `fusion_weights`.
+        """
+        projections, image_norm = self._borrow(self_attn, input_layernorm)
+        query, window = self.math.query(projections, hidden_states), None
+        if self.with_text:
+            query = self.math.rotate(query, text.position_embeddings)
+            key, value = self.math.keys(projections, hidden_states)
+            window = KeysValues(self.math.rotate(key, text.position_embeddings), value)
+            if text.past_key_values is not None:
+                window = text.past_key_values.layers[self.layer_idx].update_window(window, fusion.plan)
+        normed = None if image_states is None else image_norm(image_states)
+        images = self.math.image_keys(projections, normed, fusion, text, rotate=self.with_text)
+        output, weights = self._attend(query, images, window, fusion)
+        return Attended(self._finish(projections.o_proj(output), fusion), fusion_weights=weights)
+
+    def _borrow(self, self_attn: Any, input_layernorm: nn.Module) -> tuple[Any, nn.Module]:
+        return self_attn, input_layernorm
+
+
+class CasaAttention(CasaBorrowedAttention):
     """Fusion layer with projections of its own (axis D1, `casa_share_projections=False`).
 
-    Tensors: {q,k,v,o}_proj, {q,k}_norm where the backbone has them, and image_norm, which normalises image states
-    before their keys and values are made.
+    Tensors: {q,k,v,o}_proj, {q,k}_norm where the backbone has them, image_norm, which normalises image states before
+    their keys and values are made, and gate where the configuration has one.
     """
 
     def __init__(self, config: CasaConfig, layer_idx: int, self_attn: Any, norm: nn.Module):
@@ -152,43 +292,12 @@ class CasaAttention(_Fusion):
             self.q_norm, self.k_norm = copy.deepcopy(self_attn.q_norm), copy.deepcopy(self_attn.k_norm)
         self.image_norm = copy.deepcopy(norm)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        image_states: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None,
-        fusion: FusionInputs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend to images, and to the window's text if `casa_keys="window"`.
-
-        Args:
-            hidden_states: (batch, tokens, hidden) normalised text states.
-            image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
-            position_embeddings: cos and sin of the text positions.
-            past_key_values: cache prepared by `prepare_cache`, or None.
-            fusion: windows, mask and image rotary tables of the call.
-
-        Returns:
-            (batch, tokens, hidden), exactly 0 where a token sees no image, and the attention weights or None.
-        """
-        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        text = project(self, hidden_states, self.head_dim)
-        query, text_keys = text.query, None
-        if self.with_text:
-            query, key = self._rotate(text.query, text.key, position_embeddings)
-            text_keys = (key, text.value)
-            if cache_layer is not None:
-                text_keys = cache_layer.update_window(*text_keys, fusion.plan)
-        if image_states is not None:
-            image_states = self.image_norm(image_states)
-        image = self._image_keys(self, image_states, fusion, cache_layer)
-        output, weights = self._attend(query, image, text_keys, fusion)
-        return self.o_proj(output).masked_fill(~fusion.plan.sees[..., None], 0), weights
+    def _borrow(self, self_attn: Any, input_layernorm: nn.Module) -> tuple[Any, nn.Module]:
+        return self, self.image_norm
 
 
-class CasaSharedAttention(_Fusion):
-    """Self-attention and fusion from the same projections (axis D1, `casa_share_projections=True`); no parameters.
+class CasaSharedAttention(FusionBase):
+    """Self-attention and fusion in parallel from the same projections (axis D1, `casa_share_projections=True`).
 
     Projections are computed once; one o_proj (with its bias) is applied to the sum of both attentions.
     """
@@ -197,68 +306,43 @@ class CasaSharedAttention(_Fusion):
         self,
         hidden_states: torch.Tensor,
         image_states: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None,
         fusion: FusionInputs,
+        text: TextInputs,
         self_attn: Any,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Both attentions of a block.
-
-        Args:
-            hidden_states: (batch, tokens, hidden) normalised text states.
-            image_states: (num_image_tokens, hidden) normalised states of new images; None without any.
-            position_embeddings, past_key_values, fusion: as in `CasaAttention.forward`.
-            self_attn: the block's self-attention, whose projections are used.
-            attention_mask: causal mask of self-attention in the form its back end takes.
-            **kwargs: further arguments of the attention interface.
-
-        Returns:
-            (batch, tokens, hidden) sum of both attentions, and the weights of self-attention and fusion or None.
-        """
-        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        text = project(self_attn, hidden_states, self.head_dim)
-        query, key = self._rotate(text.query, text.key, position_embeddings)
-        keys, values = key, text.value
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
-        self_output, self_weights = attention(
-            self_attn, query, keys, values, attention_mask, self._eager_attention, **kwargs
-        )
-
-        image = self._image_keys(self_attn, image_states, fusion, cache_layer)
+        input_layernorm: nn.Module,
+    ) -> Attended:
+        """Both attentions of a block; arguments as in `CasaBorrowedAttention.forward`."""
+        self_output, query, self_weights, keys = self.math.self_attention(self_attn, hidden_states, text)
         window = None
         if self.with_text:
-            slots = slice(fusion.plan.state.text_start, fusion.plan.next_state.length)
-            window = (keys[:, :, slots], values[:, :, slots])
-        fused, weights = self._attend(query if self.with_text else text.query, image, window, fusion)
-        fused = fused.masked_fill(~fusion.plan.sees[..., None], 0)
-        return self_attn.o_proj(self_output + fused), self_weights, weights
+            query = self.math.rotate(query, text.position_embeddings)
+            window = keys.slots(fusion.plan.state.text_start, fusion.plan.next_state.length)
+        normed = None if image_states is None else input_layernorm(image_states)
+        images = self.math.image_keys(self_attn, normed, fusion, text, rotate=self.with_text)
+        fused, weights = self._attend(query, images, window, fusion)
+        output = self_attn.o_proj(self_output + self._finish(fused, fusion))
+        return Attended(output, self_weights, weights, text=keys, images=images if self.with_text else None)
 
 
-def attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    eager_attention: Callable,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention through the back end that `module.config` names; heads are merged in the output."""
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
-    output, weights = interface(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        dropout=module.attention_dropout if module.training else 0.0,
-        scaling=module.scaling,
-        **kwargs,
-    )
-    return output.flatten(2).contiguous(), weights
+class CasaContextAttention(FusionBase):
+    """One softmax over the visible images and all text (axis D2 "context"); self-attention and fusion are one."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None,
+        fusion: FusionInputs,
+        text: TextInputs,
+        self_attn: Any,
+        input_layernorm: nn.Module,
+    ) -> Attended:
+        """The attention of a block; arguments as in `CasaBorrowedAttention.forward`."""
+        query = self.math.rotate(self.math.query(self_attn, hidden_states), text.position_embeddings)
+        keys = self.math.text_keys(self_attn, hidden_states, text)
+        normed = None if image_states is None else input_layernorm(image_states)
+        images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
+        output, weights = self._attend(query, images, keys.slots(0, fusion.plan.next_state.length), fusion)
+        return Attended(self_attn.o_proj(output), fusion_weights=weights, text=keys, images=images)
 
 
 def back_end_mask(mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:

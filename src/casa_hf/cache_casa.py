@@ -8,8 +8,9 @@ reaches the layers one by one and so reaches this state too. Layer 0 also owns t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache as memoize
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
@@ -17,65 +18,74 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 from .windows import WindowPlan, WindowState
 
 
+class KeysValues(NamedTuple):
+    """Keys and values, each (batch, kv_heads, length, head_dim)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def append(self, other: KeysValues) -> KeysValues:
+        """Both, one after the other."""
+        return KeysValues(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
+
+    def slots(self, start: int, end: int) -> KeysValues:
+        """Views of a range of slots."""
+        return KeysValues(self.keys[:, :, start:end], self.values[:, :, start:end])
+
+
 class CasaLayerMixin:
     """A cache layer that also holds one decoder block's image keys/values and window text.
 
     Attributes:
-        image_keys, image_values: (batch, kv_heads, image columns, head_dim) of the visible images, right-aligned.
-        window_keys, window_values: (batch, kv_heads, slots, head_dim) of the text from `WindowState.text_start` on;
-            None where the fusion layer has no text keys or shares those of self-attention.
+        fusion: keys/values by name.
+            "image": image columns of the fusion layer, right-aligned.
+            "update": image columns by self-attention's projections, where image states are updated by attention and
+            the fusion layer's own don't serve.
+            "window": text from `WindowState.text_start` on, where the fusion layer has text keys that aren't those of
+            self-attention.
         window_state: in layer 0 only, the state of the windows.
     """
 
-    image_keys: torch.Tensor | None = None
-    image_values: torch.Tensor | None = None
-    window_keys: torch.Tensor | None = None
-    window_values: torch.Tensor | None = None
-    window_state: WindowState | None = None
+    keys: torch.Tensor | None
+    fusion: dict[str, KeysValues]
+    window_state: WindowState | None
 
-    _FUSION_TENSORS = ("image_keys", "image_values", "window_keys", "window_values")
-
-    def update_images(
-        self, keys: torch.Tensor | None, values: torch.Tensor | None, plan: WindowPlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
         """Add new image keys/values and return all that this call can see; only what stays visible is stored."""
-        if keys is None or values is None:
-            assert self.image_keys is not None and self.image_values is not None
-            return self.image_keys, self.image_values
-        if self.image_keys is not None and self.image_values is not None:
-            keys = torch.cat([self.image_keys, keys], dim=2)
-            values = torch.cat([self.image_values, values], dim=2)
-        self.image_keys, self.image_values = plan.keep(keys), plan.keep(values)
-        return keys, values
+        stored = self.fusion.get(name)
+        if new is None:
+            return stored
+        everything = new if stored is None else stored.append(new)
+        self.fusion[name] = KeysValues(*(plan.keep(tensor) for tensor in everything))
+        return everything
 
-    def update_window(
-        self, keys: torch.Tensor, values: torch.Tensor, plan: WindowPlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
         """Add new text keys/values and return those of all current windows; closed windows are dropped."""
-        if self.window_keys is not None and self.window_values is not None:
-            keys = torch.cat([self.window_keys, keys], dim=2)
-            values = torch.cat([self.window_values, values], dim=2)
+        stored = self.fusion.get("window")
+        everything = new if stored is None else stored.append(new)
         dropped = plan.num_dropped_slots
         # A copy of the rest, so that the dropped part's memory is freed.
-        self.window_keys = keys[:, :, dropped:].clone() if dropped else keys
-        self.window_values = values[:, :, dropped:].clone() if dropped else values
-        return keys, values
+        self.fusion["window"] = KeysValues(*(t[:, :, dropped:].clone() for t in everything)) if dropped else everything
+        return everything
+
+    def get_seq_length(self) -> int:
+        if self._without_text and self.window_state is not None:
+            return self.window_state.length
+        return super().get_seq_length()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        length = self.get_seq_length()  # type: ignore[attr-defined]
-        removed = abs(tokens_to_remove) if tokens_to_remove < 0 else max(0, int(length) - tokens_to_remove)
-        if tokens_to_remove == 0:
-            removed = 0
+        length = int(self.get_seq_length())
+        removed = abs(tokens_to_remove) if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
         if self.window_state is not None:
             self.window_state = self.window_state.crop(removed)
-        if removed and self.window_keys is not None and self.window_values is not None:
-            self.window_keys = self.window_keys[:, :, :-removed]
-            self.window_values = self.window_values[:, :, :-removed]
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if removed and "window" in self.fusion:
+            window = self.fusion["window"]
+            self.fusion["window"] = window.slots(0, window.keys.shape[2] - removed)
+        if not self._without_text:
+            super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
-        for name in self._FUSION_TENSORS:
-            setattr(self, name, None)
+        self.fusion = {}
         self.window_state = None
         if isinstance(self, DynamicLayer):
             # Transformers 5.17 zeroes a dynamic layer without shortening it.
@@ -84,27 +94,33 @@ class CasaLayerMixin:
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._select_fusion_rows(beam_idx)
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map_fusion(lambda tensor: tensor[beam_idx.to(tensor.device)])
+        if self.window_state is not None:
+            self.window_state = self.window_state.select(beam_idx)
+        if not self._without_text:
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select_fusion_rows(indices)
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map_fusion(lambda tensor: tensor[indices.to(tensor.device)])
+        if self.window_state is not None:
+            self.window_state = self.window_state.select(indices)
+        if not self._without_text:
+            super().batch_select_indices(indices)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for name in self._FUSION_TENSORS:
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+        self._map_fusion(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.window_state is not None:
             self.window_state = self.window_state.repeat_interleave(repeats)
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if not self._without_text:
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
-    def _select_fusion_rows(self, rows: torch.Tensor) -> None:
-        for name in self._FUSION_TENSORS:
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor[rows.to(tensor.device)])
-        if self.window_state is not None:
-            self.window_state = self.window_state.select(rows)
+    @property
+    def _without_text(self) -> bool:
+        """Whether the layer holds no text, as in blocks whose self-attention is replaced."""
+        return self.keys is None
+
+    def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.fusion = {name: KeysValues(*map(change, stored)) for name, stored in self.fusion.items()}
 
 
 class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
@@ -152,7 +168,7 @@ def _with_fusion_state(layer: Any) -> Any:
         )
     casa_class = _casa_class(type(layer))  # type: ignore[arg-type]
     adopted = casa_class.__new__(casa_class)
-    adopted.__dict__.update(layer.__dict__)
+    adopted.__dict__.update(layer.__dict__, fusion={}, window_state=None)
     return adopted
 
 
@@ -182,14 +198,9 @@ def cache_nbytes(cache: Cache) -> dict[str, int]:
         "text": keys/values of self-attention and of the current windows' text in fusion layers.
         "image": keys/values of the visible images.
     """
-    text = image = 0
+    held = {"text": 0, "image": 0}
     for layer in cache.layers:
-        text += _nbytes(layer.keys, layer.values)
-        if isinstance(layer, CasaLayerMixin):
-            text += _nbytes(layer.window_keys, layer.window_values)
-            image += _nbytes(layer.image_keys, layer.image_values)
-    return {"text": text, "image": image}
-
-
-def _nbytes(*tensors: torch.Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        held["text"] += sum(tensor.nbytes for tensor in (layer.keys, layer.values) if tensor is not None)
+        for name, stored in getattr(layer, "fusion", {}).items():
+            held["text" if name == "window" else "image"] += sum(tensor.nbytes for tensor in stored)
+    return held

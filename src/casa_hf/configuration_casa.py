@@ -74,20 +74,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "casa_gate": (None, "tanh"),
 }
 
-# Values that the modelling code computes today; everything else in CHOICES is validated and then refused by name.
-_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "casa_keys": ("image", "window"),
-    "casa_placement": ("parallel",),
-    "casa_image_updates": ("none",),
-    "casa_image_history": ("latest", "group"),
-    "casa_video_history": ("latest", "group"),
-    "casa_positions": ("contiguous",),
-    "casa_image_positions": ("at",),
-    "casa_text_windows": (False,),
-    "casa_gate": (None,),
-    "num_gist_tokens": (0,),
-}
-
 DESIGN_FIELDS: tuple[str, ...] = ("casa_share_projections", "casa_layers", "casa_text_windows", *CHOICES)
 
 
@@ -427,19 +413,6 @@ class CasaConfig(PreTrainedConfig):
                 f"vision_config.out_hidden_size={vision.out_hidden_size} must equal "
                 f"text_config.hidden_size={text.hidden_size}."
             )
-
-    def check_implemented(self) -> None:
-        """Refuse valid settings that the modelling code can't compute yet.
-
-        Raises:
-            NotImplementedError: naming the field and the values that work.
-        """
-        for field, values in _IMPLEMENTED.items():
-            value = getattr(self, field)
-            if value not in values:
-                raise NotImplementedError(
-                    f"{field}={value!r} is not implemented yet; use {' or '.join(map(repr, values))}."
-                )
 
 
 def variant_overrides(name: str, num_hidden_layers: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ vision tower and language model together (`CasaModel`), and the model that gener
 Transformers modules; the table in `backbones.py` names them.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,98 +30,164 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import CasaAttention, CasaSharedAttention, FusionInputs, back_end_mask
+from .attention import (
+    Attended,
+    AttentionMath,
+    CasaAttention,
+    CasaBorrowedAttention,
+    CasaContextAttention,
+    CasaSharedAttention,
+    FusionBase,
+    FusionInputs,
+    TextInputs,
+    back_end_mask,
+)
 from .backbones import BACKBONES
 from .cache_casa import prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin
-from .windows import ImagePlacement, WindowPlan, plan_windows
+from .positions import PositionRules
+from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 
 class CasaDecoderLayer(GradientCheckpointingLayer):
     """One block: the backbone's own modules, and a fusion layer where `config.fusion_layers` has this index.
 
-    Computes x' = x + SA(norm x) + F(norm x, y), then x' + MLP(post x').
+    With SA self-attention, F the fusion layer, y the image states and m a norm of its own (axis D3):
+
+        parallel: x' = x + SA(norm x) + F(norm x, y)        before: x' = x + F(m x, y),    x' = x' + SA(norm x')
+        replace:  x' = x + F(norm x, y)                     after:  x' = x + SA(norm x),   x' = x' + F(m x', y)
+
+    then x' + MLP(post x'). Image states are updated as `config.casa_image_updates` says (axis D4).
     """
 
     def __init__(self, config: CasaConfig, layer_idx: int):
         super().__init__()
         stock = config.backbone.load("decoder_layer")(config.text_config, layer_idx)
+        fused = layer_idx in config.fusion_layers
         self.layer_idx = layer_idx
-        self.self_attn = stock.self_attn
+        self.placement = config.casa_placement if fused else None
+        self.image_updates = config.casa_image_updates
+        self.math = AttentionMath(config, layer_idx, stock.self_attn)
+        self.self_attn: Any = None if self.placement == "replace" else stock.self_attn
         self.mlp = stock.mlp
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
-        self.casa_attn: CasaAttention | CasaSharedAttention | None = None
-        if layer_idx in config.fusion_layers:
-            if config.casa_share_projections:
-                self.casa_attn = CasaSharedAttention(config, layer_idx, stock.self_attn)
-            else:
-                self.casa_attn = CasaAttention(config, layer_idx, stock.self_attn, stock.input_layernorm)
+        self.casa_attn: Any = _fusion_layer(config, layer_idx, stock) if fused else None
+        if self.placement in ("before", "after"):
+            self.casa_layernorm = copy.deepcopy(stock.input_layernorm)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         image_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         fusion: FusionInputs | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Text states and image states in, text states and image states out.
 
         Args:
             hidden_states: (batch, tokens, hidden) text states.
             image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
             attention_mask: causal mask of self-attention in the form its back end takes.
-            position_ids: (batch, tokens) text index, for back ends that want it.
             past_key_values: cache prepared by `prepare_cache`, or None.
             use_cache: whether the cache is in use.
             position_embeddings: cos and sin of the text positions.
-            fusion: windows of the call; None if no token can see an image.
+            fusion: windows of the call; None if no token has anything to see.
+            **kwargs: arguments of the attention interface, such as the text index `position_ids`.
+
+        Returns:
+            Text states, image states, and the weights of self-attention and fusion, where the back end gives any.
         """
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        attended = self._attend(
-            hidden_states,
-            image_states,
-            fusion,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        hidden_states = residual + attended
+        assert position_embeddings is not None
+        text = TextInputs(position_embeddings, past_key_values, attention_mask, kwargs)
+        self_weights = fusion_weights = None
+        if self.placement == "before" and fusion is not None:
+            attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
+            hidden_states, fusion_weights = hidden_states + attended.output, attended.fusion_weights
+
+        normed = self.input_layernorm(hidden_states)
+        main = self._attend(normed, image_states, fusion, text)
+        hidden_states = hidden_states + main.output
+        self_weights = main.self_weights
+        fusion_weights = fusion_weights if main.fusion_weights is None else main.fusion_weights
+
+        if self.placement == "after" and fusion is not None:
+            attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
+            hidden_states, fusion_weights = hidden_states + attended.output, attended.fusion_weights
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, image_states
+        if image_states is not None and self.image_updates != "none":
+            image_states = self._update_images(image_states, fusion, text, main)
+        return hidden_states, image_states, self_weights, fusion_weights
 
     def _attend(
-        self,
-        normed: torch.Tensor,
-        image_states: torch.Tensor | None,
-        fusion: FusionInputs | None,
-        *,
-        past_key_values: Cache | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        **kwargs: Any,
+        self, normed: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
+    ) -> Attended:
+        """What stands between the input norm and the first residual."""
+        if self.placement == "replace":
+            if fusion is None:
+                return Attended(torch.zeros_like(normed))
+            return self._fuse(normed, image_states, fusion, text)
+        fuses = fusion is not None and self.placement == "parallel"
+        if fuses and isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention):
+            return self._fuse(normed, image_states, fusion, text)
+
+        if self.image_updates == "full" and image_states is not None:
+            output, _, weights, keys = self.math.self_attention(self.self_attn, normed, text)
+            attended = Attended(self.self_attn.o_proj(output), self_weights=weights, text=keys)
+        else:
+            output, weights = self.self_attn(
+                hidden_states=normed,
+                attention_mask=text.attention_mask,
+                past_key_values=text.past_key_values,
+                position_embeddings=text.position_embeddings,
+                **text.kwargs,
+            )
+            attended = Attended(output, self_weights=weights)
+        if not fuses:
+            return attended
+        fused = self._fuse(normed, image_states, fusion, text)
+        return attended._replace(output=attended.output + fused.output, fusion_weights=fused.fusion_weights)
+
+    def _fuse(
+        self, states: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
+    ) -> Attended:
+        return self.casa_attn(states, image_states, fusion, text, self.self_attn, self.input_layernorm)
+
+    def _update_images(
+        self, image_states: torch.Tensor, fusion: FusionInputs | None, text: TextInputs, main: Attended
     ) -> torch.Tensor:
-        """SA(norm x) + F(norm x, y)."""
-        context = (position_embeddings, past_key_values)
-        if fusion is not None and isinstance(self.casa_attn, CasaSharedAttention):
-            normed_images = None if image_states is None else self.input_layernorm(image_states)
-            kwargs.pop("use_cache")
-            return self.casa_attn(normed, normed_images, *context, fusion, self_attn=self.self_attn, **kwargs)[0]
-        attended = self.self_attn(
-            normed, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs
-        )[0]
-        if fusion is not None and self.casa_attn is not None:
-            attended = attended + self.casa_attn(normed, image_states, *context, fusion)[0]
-        return attended
+        """Image states for the next block: through self-attention ("full") and the MLP."""
+        if self.image_updates == "full":
+            assert fusion is not None and fusion.image_rotary is not None and main.text is not None
+            plan, normed = fusion.plan, self.input_layernorm(image_states)
+            query = self.math.rotate(self.math.query(self.self_attn, normed[None]), fusion.image_rotary)
+            query = plan.place(query[0].transpose(0, 1)).transpose(1, 2)
+            images = main.images
+            if images is None:
+                images = self.math.image_keys(self.self_attn, normed, fusion, text, rotate=True, store="update")
+            assert images is not None
+            keys = images.append(main.text.slots(0, plan.next_state.length))
+            kwargs = {k: v for k, v in text.kwargs.items() if k != "position_ids"}
+            output, _ = self.math.attend(
+                self.self_attn, query, keys, fusion.update_mask, **{**kwargs, "is_causal": False}
+            )
+            image_states = image_states + self.self_attn.o_proj(plan.collect(output))
+        return image_states + self.mlp(self.post_attention_layernorm(image_states))
+
+
+def _fusion_layer(config: CasaConfig, layer_idx: int, stock: Any) -> nn.Module:
+    if not config.casa_share_projections:
+        return CasaAttention(config, layer_idx, stock.self_attn, stock.input_layernorm)
+    if config.casa_keys == "context":
+        return CasaContextAttention(config, layer_idx, stock.self_attn)
+    if config.casa_placement == "parallel":
+        return CasaSharedAttention(config, layer_idx, stock.self_attn)
+    return CasaBorrowedAttention(config, layer_idx, stock.self_attn)
 
 
 class CasaPreTrainedModel(PreTrainedModel):
@@ -140,11 +208,13 @@ class CasaPreTrainedModel(PreTrainedModel):
         """Initialise what no checkpoint provided; fusion layers start as copies of their block's self-attention."""
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, CasaDecoderLayer) and isinstance(module.casa_attn, CasaAttention):
-                sources = dict(module.self_attn.named_parameters())
-                sources |= {f"image_norm.{k}": v for k, v in module.input_layernorm.named_parameters()}
-                for name, parameter in module.casa_attn.named_parameters():
-                    init.copy_(parameter, sources[name])
+            if isinstance(module, CasaDecoderLayer):
+                _initialize_fusion(module)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FusionBase):
+            module.reset_gate()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, but tensors keep the names that they have in memory (the source's older layouts are
@@ -153,22 +223,24 @@ class CasaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _initialize_fusion(block: CasaDecoderLayer) -> None:
+    """Copy self-attention and the input norm into the fusion layer, where no checkpoint provided it."""
+    norm = dict(block.input_layernorm.named_parameters())
+    sources = {f"casa_attn.image_norm.{name}": parameter for name, parameter in norm.items()}
+    sources |= {f"casa_layernorm.{name}": parameter for name, parameter in norm.items()}
+    if block.self_attn is not None:
+        sources |= {f"casa_attn.{name}": parameter for name, parameter in block.self_attn.named_parameters()}
+    for name, parameter in block.named_parameters():
+        if name in sources:
+            init.copy_(parameter, sources[name])
+
+
 class CasaTextModel(CasaPreTrainedModel):
     """The backbone's language model with fusion layers; `config` is the text configuration."""
 
     config: PreTrainedConfig
     input_modalities = ("text",)
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(CasaDecoderLayer, index=0),
-        "attentions": [
-            OutputRecorder(None, index=1, class_name="self_attn"),
-            OutputRecorder(CasaSharedAttention, index=1),
-        ],
-        "cross_attentions": [
-            OutputRecorder(CasaAttention, index=1),
-            OutputRecorder(CasaSharedAttention, index=2),
-        ],
-    }
+    _can_record_outputs = {"hidden_states": OutputRecorder(CasaDecoderLayer, index=0)}
     _tp_plan = {
         "layers.*.casa_attn.q_proj": "colwise",
         "layers.*.casa_attn.k_proj": "colwise",
@@ -179,9 +251,15 @@ class CasaTextModel(CasaPreTrainedModel):
     def __init__(self, config: CasaConfig):
         super().__init__(config.text_config)
         text_config = config.text_config
-        self.image_history = config.casa_image_history
-        self.video_history = config.casa_video_history
-        self.with_text_keys = config.casa_keys == "window"
+        self.window_rules = WindowRules(
+            config.casa_keys, config.casa_image_history, config.casa_video_history, config.casa_text_windows
+        )
+        self.position_rules = PositionRules(
+            axes=3 if config.backbone.multimodal_rope else 1,
+            insertion=config.casa_positions == "insertion",
+            before=config.casa_image_positions == "before",
+        )
+        self.attends_to_update = config.casa_image_updates == "full"
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
@@ -194,28 +272,35 @@ class CasaTextModel(CasaPreTrainedModel):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        closes_group: torch.Tensor,
+        closes_window: torch.Tensor,
         token_mask: torch.Tensor,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        image_states: torch.Tensor | None = None,
         images: ImagePlacement | None = None,
+        image_states: torch.Tensor | None = None,
+        deepstack: tuple[torch.Tensor, ...] = (),
+        gist: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the blocks over one call's text and new images.
 
         Args:
             inputs_embeds: (batch, tokens, hidden) embedded text.
-            closes_group: (batch, tokens) True for tokens that aren't delimiters.
+            closes_window: (batch, tokens) True for tokens that aren't delimiters.
             token_mask: (batch, tokens) False for padding.
             attention_mask: None, (batch, all slots), or a prepared mask.
-            position_ids: None, (batch, tokens), (3, batch, tokens) or (4, batch, tokens); see `CasaModel.forward`.
+            position_ids: None, (batch, tokens), (axes, batch, tokens) or (1 + axes, batch, tokens); see
+                `CasaModel.forward`.
             past_key_values: cache with the earlier text, windows and positions.
-            image_states: (num_image_tokens, hidden) embedded images; None without new images.
-            images: where they stand.
+            images: where the new images stand; None without any.
+            image_states: (num_image_tokens, hidden) embedded images.
+            deepstack: features like `image_states` that are added to them after the first blocks.
+            gist: (batch, tokens) True for gist tokens; None without any.
             use_cache: whether to make a cache if none is given.
+            output_attentions: whether to return attention weights.
         """
         samples = self._packed_samples(position_ids, attention_mask, past_key_values)
         if use_cache and past_key_values is None and samples is None:
@@ -223,27 +308,30 @@ class CasaTextModel(CasaPreTrainedModel):
         if past_key_values is not None:
             prepare_cache(past_key_values, len(self.layers))
         state = window_state(past_key_values, inputs_embeds.shape[0], inputs_embeds.device)
-        text_index, rotary_positions = self._positions(position_ids, token_mask, state.next_position)
-
+        text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,
+            self.window_rules,
             token_mask,
-            closes_group & token_mask,
-            rotary_positions.amax(0),
+            closes_window & token_mask,
+            positions.amax(0),
             images,
-            image_history=self.image_history,
-            video_history=self.video_history,
             samples=samples,
+            gist=gist,
         )
         if attention_mask is None and state.padded:
             attention_mask = plan.next_state.valid
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index)
-        position_embeddings = self.rotary_emb(inputs_embeds, rotary_positions)
-        fusion = self._fusion_inputs(plan, images, rotary_positions, inputs_embeds)
+        position_embeddings = self._rotary(inputs_embeds, positions)
+        fusion = self._fusion_inputs(plan, images, positions, inputs_embeds)
 
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        self_attentions: list[torch.Tensor | None] = []
+        cross_attentions: list[torch.Tensor | None] = []
         hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states, image_states = layer(
+        for index, layer in enumerate(self.layers):
+            hidden_states, image_states, self_weights, fusion_weights = layer(
                 hidden_states,
                 image_states,
                 attention_mask=causal_mask,
@@ -254,11 +342,22 @@ class CasaTextModel(CasaPreTrainedModel):
                 fusion=fusion,
                 **kwargs,
             )
+            if image_states is not None and index < len(deepstack):
+                image_states = image_states + deepstack[index].to(image_states.device)
+            self_attentions.append(self_weights)
+            cross_attentions.append(fusion_weights)
         if past_key_values is not None:
             padded = state.padded or attention_mask is not None
             past_key_values.layers[0].window_state = replace(plan.next_state, padded=padded)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            attentions=tuple(self_attentions)
+            if output_attentions and any(w is not None for w in self_attentions)
+            else None,
+            cross_attentions=tuple(cross_attentions)
+            if output_attentions and any(w is not None for w in cross_attentions)
+            else None,
         )
 
     def _packed_samples(
@@ -268,9 +367,11 @@ class CasaTextModel(CasaPreTrainedModel):
         past_key_values: Cache | None,
     ) -> torch.Tensor | None:
         """Index of each token's sample if the rows hold several packed ones, by the rule that masks use too."""
-        if position_ids is None or attention_mask is not None or position_ids.shape[0] == 3 == position_ids.ndim:
+        if position_ids is None or attention_mask is not None:
             return None
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return None
+        if position_ids.ndim == 3 and position_ids.shape[0] == self.position_rules.axes:
             return None
         samples = find_packed_sequence_indices(position_ids if position_ids.ndim == 2 else position_ids[0])
         if samples is not None and past_key_values is not None:
@@ -280,24 +381,9 @@ class CasaTextModel(CasaPreTrainedModel):
             )
         return samples
 
-    def _positions(
-        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, next_position: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The text index for masks, (batch, tokens) or None, and the rotary positions, (3, batch, tokens)."""
-        batch_size, num_tokens = token_mask.shape
-        if position_ids is None:
-            positions = next_position[:, None] + token_mask.long().cumsum(-1) - 1
-            return None, positions.masked_fill(~token_mask, 0).expand(3, -1, -1)
-        expected = (batch_size, num_tokens)
-        if position_ids.ndim == 2 and position_ids.shape[1] == num_tokens and position_ids.shape[0] in (1, batch_size):
-            index = position_ids.expand(expected)
-            return index, index.expand(3, -1, -1)
-        if position_ids.ndim == 3 and position_ids.shape[0] in (3, 4) and position_ids.shape[1:] == expected:
-            return (None, position_ids) if position_ids.shape[0] == 3 else (position_ids[0], position_ids[1:])
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected {expected}, (3, *{expected}) or "
-            f"(4, *{expected}) with the text index of each sample in row 0."
-        )
+    def _rotary(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of (axes, batch, tokens) positions."""
+        return self.rotary_emb(states, positions if self.position_rules.axes == 3 else positions[0])
 
     def _causal_mask(
         self,
@@ -320,19 +406,21 @@ class CasaTextModel(CasaPreTrainedModel):
         self,
         plan: WindowPlan,
         images: ImagePlacement | None,
-        rotary_positions: torch.Tensor,
+        positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
     ) -> FusionInputs | None:
         if not plan.active:
             return None
-        mask = back_end_mask(plan.mask(self.with_text_keys), self.config._attn_implementation, inputs_embeds.dtype)
-        image_rotary = None
-        if self.with_text_keys and images is not None:
-            # "at": (P, P + row, P + col) with P the position of the token that the image precedes.
-            at = rotary_positions[:, images.rows, images.indices][:, images.token_images()]
-            at = torch.cat([at[:1], at[1:] + images.token_grid()])
-            image_rotary = self.rotary_emb(inputs_embeds, at[:, None])
-        return FusionInputs(plan=plan, mask=mask, image_rotary=image_rotary)
+        form = (self.config._attn_implementation, inputs_embeds.dtype)
+        fusion = FusionInputs(plan, back_end_mask(plan.mask(), *form))
+        if images is None:
+            return fusion
+        image_positions = self.position_rules.images(positions, images)
+        return replace(
+            fusion,
+            image_rotary=self._rotary(inputs_embeds, image_positions[:, None]),
+            update_mask=back_end_mask(plan.update_mask(), *form) if self.attends_to_update else None,
+        )
 
 
 class CasaModel(CasaPreTrainedModel):
@@ -341,7 +429,6 @@ class CasaModel(CasaPreTrainedModel):
     def __init__(self, config: CasaConfig):
         super().__init__(config)
         config.validate_design()
-        config.check_implemented()
         self.visual = config.backbone.load("vision_tower")._from_config(config.vision_config)
         self.language_model = CasaTextModel(config)
         self.post_init()
@@ -433,26 +520,32 @@ class CasaModel(CasaPreTrainedModel):
             self._refuse_placeholders(input_ids, past_key_values)
 
         images = image_states = None
+        deepstack: tuple[torch.Tensor, ...] = ()
+        gist_ids = self.config.gist_token_ids
         if pixel_values is not None or image_embeds is not None:
             grids = self._check_grids(image_grid_thw)
             rows, indices = self._image_marks(input_ids, image_positions, grids, token_mask)
             images = self._place_images(rows, indices, grids, mm_token_type_ids, text_shape)
             image_states = self._embed_images(pixel_values, image_embeds, grids)
             images = images.to(inputs_embeds.device)
-            image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
+                self.config.text_config.hidden_size, dim=-1
+            )
         elif image_grid_thw is not None or image_positions is not None:
             given = "image_grid_thw" if image_grid_thw is not None else "image_positions"
             raise ValueError(f"{given} was given without images; pass pixel_values or image_embeds too, or neither.")
 
         return self.language_model(
             inputs_embeds=inputs_embeds,
-            closes_group=~self._is_delimiter(input_ids, inputs_embeds),
+            closes_window=~self._are(self.config.delimiter_token_ids, input_ids, inputs_embeds),
             token_mask=token_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            image_states=image_states,
             images=images,
+            image_states=image_states,
+            deepstack=deepstack,
+            gist=self._are(gist_ids, input_ids, inputs_embeds) if gist_ids else None,
             use_cache=use_cache,
             **kwargs,
         )
@@ -500,14 +593,16 @@ class CasaModel(CasaPreTrainedModel):
                 "CasaProcessor, or remove the placeholders."
             )
 
-    def _is_delimiter(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens) whether a token delimits images; embedded text is compared with the delimiters' rows."""
-        ids = torch.tensor(self.config.delimiter_token_ids, device=inputs_embeds.device)
+    def _are(
+        self, token_ids: Sequence[int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, tokens) whether a token is one of these; embedded text is compared with their embeddings."""
+        ids = torch.tensor(token_ids, device=inputs_embeds.device)
         if input_ids is not None:
             return torch.isin(input_ids.to(ids.device), ids)
         embedding = self.language_model.embed_tokens
-        delimiters = embedding(ids.to(embedding.weight.device)).to(inputs_embeds.device)
-        return (inputs_embeds[:, :, None] == delimiters).all(-1).any(-1)
+        embedded = embedding(ids.to(embedding.weight.device)).to(inputs_embeds.device)
+        return (inputs_embeds[:, :, None] == embedded).all(-1).any(-1)
 
     # ---------------------------------------------------------------- images
 

@@ -2,9 +2,10 @@
 """Which image tokens and which text a token may attend to in a fusion layer.
 
 Every rule of the design space comes down to two ranges per text token: a range of columns of its row's image tokens,
-and a range of text slots that starts where its window starts and ends at the token itself. `plan_windows` computes
-both once per forward, for all layers, from where the images stand (`ImagePlacement`) and from what earlier calls left
-behind (`WindowState`). A *slot* is the index of a text token in its row counted over all calls, padding included.
+and a range of text slots that starts where its window starts and ends at the token itself. Images that stay visible
+for ever (the history "all") are *pinned* columns beside the first range. `plan_windows` computes all this once per
+forward, for all layers, from where the images stand (`ImagePlacement`) and from what earlier calls left behind
+(`WindowState`). A *slot* is the index of a text token in its row counted over all calls, padding included.
 """
 
 from __future__ import annotations
@@ -14,8 +15,34 @@ from typing import Any
 
 import torch
 
-# Slot of the first text after an image while there is none: the image's group is still open.
+# Slot of the first text after an image while there is none: the image's window is still open.
 OPEN = torch.iinfo(torch.long).max
+
+
+@dataclass(frozen=True)
+class WindowRules:
+    """The part of a configuration that decides who sees whom.
+
+    Attributes:
+        keys: "image", "window" or "context".
+        image_history, video_history: "latest", "group" or "all".
+        text_windows: whether text before the first image forms a window of its own.
+    """
+
+    keys: str
+    image_history: str
+    video_history: str
+    text_windows: bool
+
+    @property
+    def with_text(self) -> bool:
+        """Whether fusion layers have text keys."""
+        return self.keys != "image"
+
+    def history_is(self, history: str, is_frame: torch.Tensor) -> torch.Tensor:
+        """Whether images of these kinds have the given history."""
+        by_kind = [self.image_history == history, self.video_history == history]
+        return torch.tensor(by_kind, device=is_frame.device)[is_frame.long()]
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,8 @@ class WindowState:
         padded: whether any call came with a padding mask.
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
-        image_tokens: (batch,) image tokens that stay visible, 0 before the first image.
+        image_tokens: (batch,) image tokens of the current window, 0 before the first image.
+        pinned: (batch, image_columns) columns that stay visible for ever; None while no history is "all".
         last_image: (batch,) slot of the token that the last image precedes.
         window_start: (batch,) first slot of the current window.
         closed_at: (batch,) slot of the first text after the last image, `OPEN` while there is none.
@@ -91,6 +119,7 @@ class WindowState:
     next_position: torch.Tensor
     image_columns: int
     image_tokens: torch.Tensor
+    pinned: torch.Tensor | None
     last_image: torch.Tensor
     window_start: torch.Tensor
     closed_at: torch.Tensor
@@ -108,8 +137,9 @@ class WindowState:
             next_position=zeros + length,
             image_columns=0,
             image_tokens=zeros,
+            pinned=None,
             last_image=zeros - 1,
-            window_start=zeros,
+            window_start=zeros + length,
             closed_at=zeros + OPEN,
             is_frame=zeros.bool(),
             text_start=length,
@@ -154,7 +184,7 @@ class WindowState:
             valid=self.valid[:, :length],
             next_position=self.next_position - self.valid[:, length:].sum(-1),
             closed_at=torch.where(self.closed_at < length, self.closed_at, OPEN),
-            text_start=self.text_start if self.image_columns else length,
+            text_start=min(self.text_start, length),
         )
 
     def _tensors(self) -> dict[str, Any]:
@@ -163,36 +193,51 @@ class WindowState:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The windows of one call, shared by all fusion layers.
+    """The windows of one call, shared by all layers.
 
     Image columns are the stored ones, followed by those of the call's new images (left-aligned per row).
 
     Attributes:
         state: what was remembered before the call.
         next_state: what to remember after it.
-        image_start, image_end: (batch, tokens) range of image columns that a token sees, end excluded.
-        text_start: (batch, tokens) first slot of a token's window.
-        sees: (batch, tokens) whether a token sees any image; False for padding.
+        rules: who sees whom.
+        image_start, image_end: (batch, tokens) image columns of a token's window, end excluded.
+        pinned: (batch, image columns) columns that every later token of their sample sees; None without any.
+        pinned_start: (batch, tokens) first column of a token's sample; None without packing.
+        text_start: (batch, tokens) first slot of a token's text keys.
+        text_end: (batch, tokens) slot after the last of them; at most the token's own plus one.
+        sees: (batch, tokens) whether a token attends to anything; False for padding.
         new_columns: number of columns for new images.
         token_rows, token_columns: (num_image_tokens,) where each new image token goes; None without new images.
         kept_columns: (batch, next_state.image_columns) columns that stay stored; None if nothing changes.
+        update: what new image tokens attend to when their own states are updated; None without new images.
     """
 
     state: WindowState
     next_state: WindowState
+    rules: WindowRules
     image_start: torch.Tensor
     image_end: torch.Tensor
     text_start: torch.Tensor
+    text_end: torch.Tensor
     sees: torch.Tensor
+    pinned: torch.Tensor | None = None
+    pinned_start: torch.Tensor | None = None
     new_columns: int = 0
     token_rows: torch.Tensor | None = None
     token_columns: torch.Tensor | None = None
     kept_columns: torch.Tensor | None = None
+    update: ImageUpdatePlan | None = None
+
+    @property
+    def num_columns(self) -> int:
+        """Number of image columns of the call."""
+        return self.state.image_columns + self.new_columns
 
     @property
     def active(self) -> bool:
-        """Whether any token of the call can see an image."""
-        return self.state.image_columns + self.new_columns > 0
+        """Whether fusion layers have anything to do: an image to see, or a window of text alone."""
+        return self.num_columns > 0 or self.rules.text_windows
 
     @property
     def num_dropped_slots(self) -> int:
@@ -207,39 +252,61 @@ class WindowPlan:
         moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor | WindowState)
+            if isinstance(value := getattr(self, f.name), torch.Tensor | WindowState | ImageUpdatePlan)
         }
         return replace(self, **moved)
 
-    def mask(self, with_text: bool) -> torch.Tensor:
-        """Boolean attention mask (batch, 1, tokens, image columns [+ stored and new text slots]).
+    def mask(self) -> torch.Tensor:
+        """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ text slots from `state.text_start` on]).
 
-        Tokens that see no image get all-True rows, so that no back end meets an empty softmax; their output is
+        Tokens that see nothing get all-True rows, so that no back end meets an empty softmax; their output is
         discarded through `sees`.
         """
-        columns = torch.arange(self.state.image_columns + self.new_columns, device=self.sees.device)
+        columns = torch.arange(self.num_columns, device=self.sees.device)
         mask = (columns >= self.image_start[..., None]) & (columns < self.image_end[..., None])
-        if with_text:
-            key_slots = torch.arange(self.state.text_start, self.next_state.length, device=self.sees.device)
-            query_slots = torch.arange(self.state.length, self.next_state.length, device=self.sees.device)
-            text = (key_slots >= self.text_start[..., None]) & (key_slots <= query_slots[:, None])
-            text = text & self.next_state.valid[:, None, self.state.text_start :]
-            mask = torch.cat([mask, text], dim=-1)
+        if self.pinned is not None:
+            mask = mask | _pinned_before(self.pinned, self.pinned_start, columns, self.image_end)
+        if self.rules.with_text:
+            slots = torch.arange(self.state.text_start, self.next_state.length, device=self.sees.device)
+            text = (slots >= self.text_start[..., None]) & (slots < self.text_end[..., None])
+            mask = torch.cat([mask, text & self.next_state.valid[:, None, self.state.text_start :]], dim=-1)
         return (mask | ~self.sees[..., None])[:, None]
+
+    def update_mask(self) -> torch.Tensor:
+        """Boolean mask (batch, 1, new_columns, image columns + all text slots) for updates of image states.
+
+        An image token sees its own image up to itself, the earlier images that text at its place sees, and the text
+        before its image (contract: axis D4, "full").
+        """
+        update = self.update
+        assert update is not None
+        columns = torch.arange(self.num_columns, device=self.sees.device)
+        own = columns[self.state.image_columns :, None]
+        mask = (columns >= update.image_start[..., None]) & (columns <= own)
+        if self.pinned is not None:
+            mask = mask | _pinned_before(self.pinned, update.pinned_start, columns, own[:, 0] + 1)
+        slots = torch.arange(self.next_state.length, device=self.sees.device)
+        text = (slots >= update.text_start[..., None]) & (slots < update.text_end[..., None])
+        mask = torch.cat([mask, text & self.next_state.valid[:, None]], dim=-1)
+        return (mask | ~update.valid[..., None])[:, None]
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Distribute new image tokens over their rows.
 
         Args:
-            tokens: (num_image_tokens, heads, head_dim).
+            tokens: (num_image_tokens, ...).
 
         Returns:
-            (batch, heads, new_columns, head_dim), zero where a row has fewer tokens.
+            (batch, new_columns, ...), zero where a row has fewer tokens.
         """
         if self.sees.shape[0] == 1:
-            return tokens.transpose(0, 1)[None]
+            return tokens[None]
         padded = tokens.new_zeros(self.sees.shape[0], self.new_columns, *tokens.shape[1:])
-        return padded.index_put((self.token_rows, self.token_columns), tokens).transpose(1, 2)
+        return padded.index_put((self.token_rows, self.token_columns), tokens)
+
+    def collect(self, columns: torch.Tensor) -> torch.Tensor:
+        """Inverse of `place`: (batch, new_columns, ...) to (num_image_tokens, ...)."""
+        return columns[self.token_rows, self.token_columns]
 
     def keep(self, columns: torch.Tensor) -> torch.Tensor:
         """The part of (batch, heads, image columns, head_dim) that stays stored, as a tensor of its own."""
@@ -249,143 +316,253 @@ class WindowPlan:
         return columns.gather(2, index)
 
 
+@dataclass(frozen=True)
+class ImageUpdatePlan:
+    """What each new image column attends to besides its own image; all (batch, new_columns).
+
+    Attributes:
+        valid: whether the column holds an image token.
+        image_start: first image column of its window.
+        text_start, text_end: range of text slots before its image, in its sample.
+        pinned_start: first column of its sample; None without packing.
+    """
+
+    valid: torch.Tensor
+    image_start: torch.Tensor
+    text_start: torch.Tensor
+    text_end: torch.Tensor
+    pinned_start: torch.Tensor | None
+
+    def to(self, device: torch.device) -> ImageUpdatePlan:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """For each image of a call, what tokens after it see."""
+
+    image_start: torch.Tensor  # first column of the image's window
+    image_end: torch.Tensor  # column after the image's last token
+    text_start: torch.Tensor  # slot where its window starts
+    sample_start: torch.Tensor  # first column of its sample
+    first_slot: torch.Tensor  # first slot of its sample
+
+
 def plan_windows(
     state: WindowState,
+    rules: WindowRules,
     token_valid: torch.Tensor,
-    closes_group: torch.Tensor,
+    closes_window: torch.Tensor,
     positions: torch.Tensor,
     images: ImagePlacement | None,
     *,
-    image_history: str,
-    video_history: str,
     samples: torch.Tensor | None = None,
+    gist: torch.Tensor | None = None,
 ) -> WindowPlan:
     """Compute the windows of one call.
 
     Args:
         state: what earlier calls left behind.
+        rules: who sees whom.
         token_valid: (batch, tokens) False for padding.
-        closes_group: (batch, tokens) True for text that ends a run of images (valid and no delimiter).
+        closes_window: (batch, tokens) True for text that ends a run of images (valid and no delimiter).
         positions: (batch, tokens) position of each text token.
         images: where the call's new images stand; None without images.
-        image_history, video_history: "latest" or "group", which images of its kind a token sees.
         samples: (batch, tokens) index of the packed sample that a token belongs to; None without packing.
+        gist: (batch, tokens) True for gist tokens; None without any.
 
     Returns:
         The plan; `plan.next_state` is to be stored once the call has succeeded.
     """
+    device = positions.device
     length = state.length + token_valid.shape[1]
-    advanced = replace(
-        state,
-        length=length,
-        valid=torch.cat([state.valid, token_valid], dim=1),
-        next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
-        text_start=state.text_start if state.image_columns else length,
+    slots = torch.arange(state.length, length, device=device).expand_as(positions)
+    first_slots = _first_slots(slots, samples)
+    no_image = torch.full_like(positions, state.image_columns)
+    plan = WindowPlan(
+        state=state,
+        next_state=replace(
+            state,
+            length=length,
+            valid=torch.cat([state.valid, token_valid], dim=1),
+            next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
+            closed_at=_close(state, closes_window, state.closed_at),
+        ),
+        rules=rules,
+        image_start=no_image - state.image_tokens[:, None],
+        image_end=no_image,
+        text_start=state.window_start[:, None].maximum(first_slots),
+        text_end=slots + 1,
+        sees=token_valid,
+        pinned=state.pinned,
     )
-    image_end = torch.full_like(positions, state.image_columns)
-    image_start = image_end - state.image_tokens[:, None]
-    text_start = state.window_start[:, None].expand_as(positions)
-    if images is None:
-        return WindowPlan(
-            state=state,
-            next_state=replace(advanced, closed_at=_close(state, closes_group, state.closed_at)),
-            image_start=image_start,
-            image_end=image_end,
-            text_start=text_start,
-            sees=token_valid & (image_end > image_start),
-        )
+    if images is not None:
+        plan = _with_images(plan, closes_window, images, samples, first_slots)
 
-    starts, ends, window_starts = _visible_ranges(state, closes_group, images, image_history, video_history, samples)
+    has_image = plan.image_end > plan.image_start
+    if plan.pinned is not None:
+        columns = torch.arange(plan.num_columns, device=device)
+        has_image = has_image | _pinned_before(plan.pinned, plan.pinned_start, columns, plan.image_end).any(-1)
+    if rules.keys == "context":
+        # One attention: all text of the sample, by every token.
+        return replace(plan, text_start=first_slots, next_state=replace(plan.next_state, text_start=0))
+    text_start = plan.next_state.text_start if plan.next_state.image_columns or rules.text_windows else length
+    plan = replace(plan, next_state=replace(plan.next_state, text_start=text_start))
+    if gist is not None:
+        plan = replace(plan, text_end=torch.where(gist, 0, plan.text_end))
+        # A gist token reads images only; without one there is nothing to read.
+        return replace(plan, sees=token_valid & (has_image | (~gist & rules.text_windows)))
+    return replace(plan, sees=token_valid & (has_image | rules.text_windows))
+
+
+def _with_images(
+    plan: WindowPlan,
+    closes_window: torch.Tensor,
+    images: ImagePlacement,
+    samples: torch.Tensor | None,
+    first_slots: torch.Tensor,
+) -> WindowPlan:
+    """The plan with the call's new images."""
+    state, rules = plan.state, plan.rules
     rows, indices = images.rows, images.indices
+    device, length = rows.device, plan.next_state.length
+    ranges = _ranges(state, rules, closes_window, images, samples, first_slots)
 
     # The last image at or before each token, as an index into `images`.
-    seen = torch.zeros_like(positions).index_put((rows, indices), torch.ones_like(rows), accumulate=True).cumsum(1)
+    seen = (
+        torch.zeros_like(plan.image_end).index_put((rows, indices), torch.ones_like(rows), accumulate=True).cumsum(1)
+    )
     per_row = torch.zeros_like(state.image_tokens).index_put((rows,), torch.ones_like(rows), accumulate=True)
     first_of_row = per_row.cumsum(0) - per_row
     last = (first_of_row[:, None] + seen - 1).clamp(0, len(rows) - 1)
     has_new = seen > 0
     if samples is not None:
         has_new = has_new & (samples == samples[rows, indices][last])
-    image_start = torch.where(has_new, starts[last], image_start)
-    image_end = torch.where(has_new, ends[last], image_end)
-    text_start = torch.where(has_new, window_starts[last], text_start)
 
-    # What stays stored: the range of each row's last image.
-    received = per_row > 0
-    final = (first_of_row + per_row - 1).clamp(0, len(rows) - 1)
-    kept_end = torch.where(received, ends[final], state.image_columns)
-    kept_tokens = torch.where(received, ends[final] - starts[final], state.image_tokens)
-    window_start = torch.where(received, window_starts[final], state.window_start)
-    needed_from = torch.where(kept_tokens > 0, window_start, length)
-    image_columns, first_slot = torch.stack([kept_tokens.max(), needed_from.min()]).tolist()
-    kept_columns = torch.arange(image_columns, device=rows.device) + (kept_end - image_columns)[:, None]
-
-    since_last = (
-        torch.arange(token_valid.shape[1], device=rows.device) >= torch.where(received, indices[final], 0)[:, None]
-    )
     token_images = images.token_images()
-    first_columns = ends - images.num_tokens - state.image_columns
-    return WindowPlan(
-        state=state,
-        next_state=replace(
-            advanced,
-            image_columns=image_columns,
-            image_tokens=kept_tokens,
-            last_image=torch.where(received, state.length + indices[final], state.last_image),
-            window_start=window_start,
-            closed_at=_close(state, closes_group & since_last, torch.where(received, OPEN, state.closed_at)),
-            is_frame=torch.where(received, images.is_frame[final], state.is_frame),
-            text_start=first_slot,
-        ),
-        image_start=image_start,
-        image_end=image_end,
-        text_start=text_start,
-        sees=token_valid & (image_end > image_start),
+    first_columns = ranges.image_end - images.num_tokens - state.image_columns
+    plan = replace(
+        plan,
+        image_start=torch.where(has_new, ranges.image_start[last], plan.image_start),
+        image_end=torch.where(has_new, ranges.image_end[last], plan.image_end),
+        text_start=torch.where(has_new, ranges.text_start[last], plan.text_start),
         new_columns=images.max_row_tokens,
         token_rows=rows[token_images],
         token_columns=first_columns[token_images] + images.token_offsets(),
-        kept_columns=kept_columns.clamp(min=0),
+    )
+    plan = replace(plan, update=_image_updates(plan, images, ranges, packed=samples is not None))
+    if "all" in (rules.image_history, rules.video_history):
+        stored = state.pinned
+        if stored is None:
+            stored = plan.sees.new_zeros(state.batch_size, state.image_columns)
+        new = plan.place(rules.history_is("all", images.is_frame)[token_images])
+        start = None if samples is None else torch.where(has_new, ranges.sample_start[last], plan.num_columns)
+        plan = replace(plan, pinned=torch.cat([stored, new], dim=1), pinned_start=start)
+
+    # What stays stored: the window of each row's last image, and pinned columns.
+    received = per_row > 0
+    final = (first_of_row + per_row - 1).clamp(0, len(rows) - 1)
+    columns = torch.arange(plan.num_columns, device=device)
+    kept_end = torch.where(received, ranges.image_end[final], state.image_columns)
+    window_tokens = torch.where(received, ranges.image_end[final] - ranges.image_start[final], state.image_tokens)
+    kept = (columns >= (kept_end - window_tokens)[:, None]) & (columns < kept_end[:, None])
+    if plan.pinned is not None:
+        kept = kept | plan.pinned
+    window_start = torch.where(received, ranges.text_start[final], state.window_start)
+    needed_from = torch.where((window_tokens > 0) | rules.text_windows, window_start, length)
+    image_columns, first_slot = torch.stack([kept.sum(-1).max(), needed_from.min()]).tolist()
+    # Stable sorting by "kept" moves the kept columns to the end of each row, in their order.
+    kept_columns = kept.long().argsort(dim=-1, stable=True)[:, plan.num_columns - image_columns :]
+    since_last = (
+        torch.arange(closes_window.shape[1], device=device) >= torch.where(received, indices[final], 0)[:, None]
+    )
+    return replace(
+        plan,
+        kept_columns=kept_columns,
+        next_state=replace(
+            plan.next_state,
+            image_columns=image_columns,
+            image_tokens=window_tokens,
+            pinned=None if plan.pinned is None else plan.pinned.gather(1, kept_columns),
+            last_image=torch.where(received, state.length + indices[final], state.last_image),
+            window_start=window_start,
+            closed_at=_close(state, closes_window & since_last, torch.where(received, OPEN, state.closed_at)),
+            is_frame=torch.where(received, images.is_frame[final], state.is_frame),
+            text_start=first_slot,
+        ),
     )
 
 
-def _visible_ranges(
+def _ranges(
     state: WindowState,
-    closes_group: torch.Tensor,
+    rules: WindowRules,
+    closes_window: torch.Tensor,
     images: ImagePlacement,
-    image_history: str,
-    video_history: str,
     samples: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each image: the column range that tokens after it see, and the slot where their window starts."""
+    first_slots: torch.Tensor,
+) -> _Ranges:
     rows, indices = images.rows, images.indices
     order = torch.arange(len(rows), device=rows.device)
     previous = (order - 1).clamp(min=0)
-    same_row = (rows == rows[previous]) & (order > 0)
-    # Text of this call before each image; equal counts mean that nothing closed the group in between.
-    text_before = (closes_group.long().cumsum(1) - closes_group.long())[rows, indices]
-    # Images that follow each other share a window if both have the history "group" and nothing closed it in between.
-    by_kind = torch.tensor([image_history == "group", video_history == "group"], device=rows.device)
-    grouped = by_kind[images.is_frame.long()]
-
-    joins = grouped & grouped[previous] & same_row & (text_before == text_before[previous])
+    same_sample = (rows == rows[previous]) & (order > 0)
+    first_in_row = torch.where(same_sample, 0, order).cummax(0).values
+    continues_stored = ~same_sample
     if samples is not None:
         of_image = samples[rows, indices]
-        joins = joins & (of_image == of_image[previous])
-    joins_stored = grouped & ~same_row & (text_before == 0) & (state.image_tokens > 0)[rows]
-    joins_stored = joins_stored & (state.closed_at == OPEN)[rows] & by_kind[state.is_frame.long()][rows]
+        same_sample = same_sample & (of_image == of_image[previous])
+    # Text of this call before each image; equal counts mean that nothing closed the window in between.
+    text_before = (closes_window.long().cumsum(1) - closes_window.long())[rows, indices]
+    # Images that follow each other share a window if both have the history "group" and nothing closed it in between.
+    grouped = rules.history_is("group", images.is_frame)
+    joins = grouped & grouped[previous] & same_sample & (text_before == text_before[previous])
+    joins_stored = grouped & continues_stored & (text_before == 0) & (state.image_tokens > 0)[rows]
+    joins_stored = joins_stored & (state.closed_at == OPEN)[rows] & rules.history_is("group", state.is_frame)[rows]
     leader = torch.where(joins, 0, order).cummax(0).values
     from_stored = joins_stored[leader]
 
     num_tokens = images.num_tokens
     tokens_before = num_tokens.cumsum(0) - num_tokens
-    first_in_row = torch.where(same_row, 0, order).cummax(0).values
     columns = state.image_columns + tokens_before - tokens_before[first_in_row]
-    starts = torch.where(from_stored, state.image_columns - state.image_tokens[rows], columns[leader])
-    window_starts = torch.where(from_stored, state.window_start[rows], state.length + indices[leader])
-    return starts, columns + num_tokens, window_starts
+    first_in_sample = torch.where(same_sample, 0, order).cummax(0).values
+    return _Ranges(
+        image_start=torch.where(from_stored, state.image_columns - state.image_tokens[rows], columns[leader]),
+        image_end=columns + num_tokens,
+        text_start=torch.where(from_stored, state.window_start[rows], state.length + indices[leader]),
+        sample_start=columns[first_in_sample],
+        first_slot=first_slots[rows, indices],
+    )
 
 
-def _close(state: WindowState, closes_group: torch.Tensor, closed_at: torch.Tensor) -> torch.Tensor:
+def _image_updates(plan: WindowPlan, images: ImagePlacement, ranges: _Ranges, packed: bool) -> ImageUpdatePlan:
+    token_images = images.token_images()
+    slots = plan.state.length + images.indices
+    return ImageUpdatePlan(
+        valid=plan.place(torch.ones_like(token_images, dtype=torch.bool)),
+        image_start=plan.place(ranges.image_start[token_images]),
+        text_start=plan.place(ranges.first_slot[token_images]),
+        text_end=plan.place(slots[token_images]),
+        pinned_start=plan.place(ranges.sample_start[token_images]) if packed else None,
+    )
+
+
+def _first_slots(slots: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    """(batch, tokens) first slot of each token's sample."""
+    if samples is None:
+        return torch.zeros_like(slots)
+    starts = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+    return torch.where(starts, slots, 0).cummax(dim=1).values
+
+
+def _pinned_before(
+    pinned: torch.Tensor, start: torch.Tensor | None, columns: torch.Tensor, end: torch.Tensor
+) -> torch.Tensor:
+    """(batch, queries, image columns) pinned columns before `end` and, with packing, from `start` on."""
+    mask = pinned[:, None] & (columns < end[..., None])
+    return mask if start is None else mask & (columns >= start[..., None])
+
+
+def _close(state: WindowState, closes_window: torch.Tensor, closed_at: torch.Tensor) -> torch.Tensor:
     """`closed_at` after text of this call."""
-    slots = torch.arange(closes_group.shape[1], device=closes_group.device) + state.length
-    return torch.where(closes_group, slots, OPEN).amin(-1).minimum(closed_at)
+    slots = torch.arange(closes_window.shape[1], device=closes_window.device) + state.length
+    return torch.where(closes_window, slots, OPEN).amin(-1).minimum(closed_at)

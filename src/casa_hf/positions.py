@@ -1,0 +1,118 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Rotary positions of text and image tokens.
+
+Positions have one axis (1-D RoPE) or three (M-RoPE: time, height, width) in their first dimension. Under "contiguous"
+positions images don't advance the text; under "insertion" they do as in the source model, where they stand in the
+sequence: by max(height, width) of the merged grid under M-RoPE, by their number of tokens under 1-D RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .windows import ImagePlacement
+
+
+@dataclass(frozen=True)
+class PositionRules:
+    """How positions are counted.
+
+    Attributes:
+        axes: 3 with M-RoPE, else 1.
+        insertion: whether images advance the text's positions.
+        before: whether an image stands at the positions before the token that it precedes, as in the source model;
+            else at that token's position.
+    """
+
+    axes: int
+    insertion: bool
+    before: bool
+
+    def text(
+        self,
+        position_ids: torch.Tensor | None,
+        token_mask: torch.Tensor,
+        next_position: torch.Tensor,
+        images: ImagePlacement | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Positions of new text tokens.
+
+        Args:
+            position_ids: None, (batch, tokens) text index, (axes, batch, tokens) positions, or (1 + axes, batch,
+                tokens) with the text index in row 0 and positions in the others.
+            token_mask: (batch, tokens) False for padding.
+            next_position: (batch,) position that follows the cached text.
+            images: new images, which advance the text under "insertion".
+
+        Returns:
+            The text index (batch, tokens) for masks, None if it wasn't given, and positions (axes, batch, tokens).
+
+        Raises:
+            ValueError: if `position_ids` has another shape.
+        """
+        batch_size, num_tokens = token_mask.shape
+        if position_ids is None:
+            index = next_position[:, None] + token_mask.long().cumsum(-1) - 1
+            positions = self._advance(index, token_mask, images).masked_fill(~token_mask, 0)
+            return None, positions.expand(self.axes, -1, -1)
+        expected = (batch_size, num_tokens)
+        if position_ids.ndim == 2 and position_ids.shape[1] == num_tokens and position_ids.shape[0] in (1, batch_size):
+            index = position_ids.expand(expected)
+            return index, self._advance(index, token_mask, images).expand(self.axes, -1, -1)
+        if position_ids.ndim == 3 and position_ids.shape[1:] == expected:
+            if position_ids.shape[0] == self.axes:
+                return None, position_ids
+            if position_ids.shape[0] == 1 + self.axes:
+                return position_ids[0], position_ids[1:]
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; expected {expected}, ({self.axes}, *{expected}) or "
+            f"({1 + self.axes}, *{expected}) with the text index of each sample in row 0."
+        )
+
+    def images(self, text_positions: torch.Tensor, images: ImagePlacement) -> torch.Tensor:
+        """(axes, num_image_tokens) positions of new image tokens.
+
+        Args:
+            text_positions: (axes, batch, tokens) positions of the new text.
+            images: where the images stand.
+        """
+        start = text_positions[:, images.rows, images.indices]
+        spread = self.insertion or self.before
+        if self.insertion:
+            start = start - self._advance_to_token(images)
+        elif self.before:
+            start = start - self._advances(images)
+        start = start[:, images.token_images()]
+        if self.axes == 1:
+            return start + images.token_offsets() if spread else start
+        return torch.cat([start[:1], start[1:] + images.token_grid()])
+
+    def _advances(self, images: ImagePlacement) -> torch.Tensor:
+        """(num_images,) by how much each image advances positions."""
+        return images.grids.amax(-1) if self.axes == 3 else images.num_tokens
+
+    def _advance(self, index: torch.Tensor, token_mask: torch.Tensor, images: ImagePlacement | None) -> torch.Tensor:
+        """`index` advanced by the new images that stand before each token, in its sample."""
+        if images is None or not self.insertion:
+            return index
+        steps = torch.zeros_like(index).index_put(
+            (images.rows, images.indices), self._advances(images), accumulate=True
+        )
+        total = steps.cumsum(-1)
+        # A text index that doesn't go on starts a sample, which counts anew.
+        restarts = token_mask & (torch.diff(index, dim=-1, prepend=index[:, :1] - 1) != 1)
+        before_sample = torch.where(restarts, total - steps, 0).cummax(-1).values
+        return index + total - before_sample
+
+    def _advance_to_token(self, images: ImagePlacement) -> torch.Tensor:
+        """(num_images,) from the start of each image to its token: its own advance and those of images between."""
+        advances = self._advances(images)
+        after = advances.flip(0).cumsum(0).flip(0)
+        # Images before one and the same token follow each other; the last of each run ends at the token.
+        order = torch.arange(len(advances), device=advances.device)
+        same = (images.rows[1:] == images.rows[:-1]) & (images.indices[1:] == images.indices[:-1])
+        is_last = torch.cat([~same, same.new_ones(1)])
+        last = torch.where(is_last, order, len(advances)).flip(0).cummin(0).values.flip(0)
+        return after - (after - advances)[last]
