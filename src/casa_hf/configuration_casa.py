@@ -30,6 +30,9 @@ class Variant:
     layers: Callable[[int], list[int]] | None = None
 
 
+# Before towers had a type of their own, checkpoints gave them the type of the whole model.
+_VISION_SOURCES = tuple(name for name, backbone in SOURCE_BACKBONES.items() if not backbone.text_only)
+
 _INSERTION = {
     "casa_share_projections": True,
     "casa_keys": "context",
@@ -160,7 +163,7 @@ class CasaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")
         if self.vision_config is None:
-            self.vision_config = {"out_hidden_size": self.text_config.hidden_size}
+            self.vision_config = {self.backbone.vision.hidden_size_field: self.text_config.hidden_size}
         self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision_model_type)
         if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
@@ -187,6 +190,16 @@ class CasaConfig(PreTrainedConfig):
         return BACKBONES[model_type]
 
     @property
+    def needs_projector(self) -> bool:
+        """Whether features of the vision tower have another width than the language model."""
+        return self.backbone.vision.hidden_size(self.vision_config) != self.text_config.hidden_size
+
+    @property
+    def image_features_size(self) -> int:
+        """Width of `image_embeds`: an image state and the features that are added to it after the first blocks."""
+        return self.text_config.hidden_size * (1 + self.backbone.vision.num_deepstack(self.vision_config))
+
+    @property
     def fusion_layers(self) -> tuple[int, ...]:
         """Indices of the decoder blocks with a fusion layer."""
         if self.casa_layers is None:
@@ -203,7 +216,7 @@ class CasaConfig(PreTrainedConfig):
     def placeholder_token_ids(self) -> tuple[int, ...]:
         """Ids of the source's expanded image and video placeholders; they never belong in a CASA prompt."""
         source = self.source_config or {}
-        ids = {source.get(field) for field in self.backbone.sentinel_id_fields}
+        ids = {source.get(field) for field in self.backbone.placeholder_id_fields}
         return tuple(sorted(i for i in ids if isinstance(i, int) and i not in self.delimiter_token_ids))
 
     @property
@@ -252,10 +265,10 @@ class CasaConfig(PreTrainedConfig):
         Args:
             source: `PreTrainedConfig` of the source checkpoint, or the content of its config.json as a dict.
             variant: name of the variant.
-            **overrides: further configuration fields.
+            **overrides: further configuration fields. A text-only source needs `vision_config` and `image_token_id`.
 
         Raises:
-            ValueError: if the source's family isn't supported.
+            ValueError: if the source's family isn't supported, or a text-only source is given no vision tower.
         """
         if isinstance(source, dict):
             source_type = source.get("model_type")
@@ -272,13 +285,24 @@ class CasaConfig(PreTrainedConfig):
         kept = {k: v for k, v in source.to_dict().items() if k not in generic}
         kept |= {"model_type": source_type, "architectures": source.architectures}
         fields: dict[str, Any] = {
+            "tie_word_embeddings": source.tie_word_embeddings,
+            "source_config": kept,
+            "dtype": source.dtype,
+        }
+        if SOURCE_BACKBONES[source_type].text_only:
+            missing = [field for field in ("vision_config", "image_token_id") if overrides.get(field) is None]
+            if missing:
+                raise ValueError(
+                    f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower: {' and '.join(missing)} must be "
+                    "given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes the tower of a checkpoint."
+                )
+            fields |= {"vision_start_token_id": None, "vision_end_token_id": None}
+            return cls.from_variant(variant, text_config=source, **{**fields, **overrides})
+        fields |= {
             "vision_config": source.vision_config,
             "image_token_id": source.vision_end_token_id,
             "vision_start_token_id": source.vision_start_token_id,
             "vision_end_token_id": source.vision_end_token_id,
-            "tie_word_embeddings": source.tie_word_embeddings,
-            "source_config": kept,
-            "dtype": source.dtype,
         }
         return cls.from_variant(variant, text_config=source.text_config, **{**fields, **overrides})
 
@@ -408,9 +432,10 @@ class CasaConfig(PreTrainedConfig):
                 "text_config has sliding-window attention switched on, which CASA doesn't support; set "
                 "use_sliding_window=False and layer_types=None."
             )
-        if vision.out_hidden_size != text.hidden_size:
+        tower = self.backbone.vision
+        if self.needs_projector and not self.backbone.text_only:
             raise ValueError(
-                f"vision_config.out_hidden_size={vision.out_hidden_size} must equal "
+                f"vision_config.{tower.hidden_size_field}={tower.hidden_size(vision)} must equal "
                 f"text_config.hidden_size={text.hidden_size}."
             )
 
@@ -433,8 +458,7 @@ def _variant_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
 
 
 def _build_sub_config(field: str, value: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
-    # Before towers had a type of their own, checkpoints gave them the type of the whole model.
-    legacy = field == "vision_config" and getattr(value, "model_type", None) in SOURCE_BACKBONES
+    legacy = field == "vision_config" and getattr(value, "model_type", None) in _VISION_SOURCES
     if isinstance(value, PreTrainedConfig):
         if not legacy:
             return value
@@ -444,7 +468,7 @@ def _build_sub_config(field: str, value: dict | PreTrainedConfig | None, default
     if not isinstance(value, dict):
         raise ValueError(f"{field} must be a dict or a PreTrainedConfig, got {type(value).__name__}.")
     model_type = value.get("model_type", default_type)
-    if field == "vision_config" and model_type in SOURCE_BACKBONES:
+    if field == "vision_config" and model_type in _VISION_SOURCES:
         model_type = default_type
     if model_type not in CONFIG_MAPPING:
         raise ValueError(

@@ -429,8 +429,14 @@ class CasaModel(CasaPreTrainedModel):
     def __init__(self, config: CasaConfig):
         super().__init__(config)
         config.validate_design()
-        self.visual = config.backbone.load("vision_tower")._from_config(config.vision_config)
+        tower = config.backbone.vision
+        self.visual = tower.load()._from_config(config.vision_config)
         self.language_model = CasaTextModel(config)
+        self.multi_modal_projector: nn.Linear | None = None
+        if config.needs_projector:
+            self.multi_modal_projector = nn.Linear(
+                tower.hidden_size(config.vision_config), config.text_config.hidden_size
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -450,8 +456,9 @@ class CasaModel(CasaPreTrainedModel):
             image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
 
         Returns:
-            An output whose `pooler_output` is a tuple with one tensor (tokens, hidden) per image: what
-            `image_embeds` of `forward` and `generate` takes in place of pixels.
+            An output whose `pooler_output` is a tuple with one tensor (tokens, `config.image_features_size`) per
+            image: what `image_embeds` of `forward` and `generate` takes in place of pixels. Features for deepstack
+            follow those that fusion layers start with.
 
         Raises:
             ValueError: if the number of patches doesn't fit the grids.
@@ -465,7 +472,11 @@ class CasaModel(CasaPreTrainedModel):
             )
         outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **kwargs)
         sizes = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
-        outputs.pooler_output = torch.split(outputs.pooler_output, sizes)
+        features = outputs.pooler_output
+        if self.multi_modal_projector is not None:
+            features = self.multi_modal_projector(features)
+        features = torch.cat([features, *(getattr(outputs, "deepstack_features", None) or ())], dim=-1)
+        outputs.pooler_output = torch.split(features, sizes)
         return outputs
 
     @can_return_tuple
@@ -500,7 +511,8 @@ class CasaModel(CasaPreTrainedModel):
             image_grid_thw: (num_images, 3) patches in time (1), height and width.
             image_positions: (num_images, 2) row and index, in that row's new tokens, of the token that each image
                 precedes; None: the tokens `config.image_token_id`.
-            image_embeds: features in place of pixels: (num_image_tokens, hidden), or one tensor per image.
+            image_embeds: features in place of pixels: (num_image_tokens, `config.image_features_size`), or one tensor
+                per image.
             mm_token_type_ids: (batch, tokens) 2 where the image is a video frame.
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
 
@@ -692,17 +704,17 @@ class CasaModel(CasaPreTrainedModel):
         image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None,
         image_grid_thw: torch.Tensor,
     ) -> torch.Tensor:
-        """(num_image_tokens, hidden) features of all images."""
+        """(num_image_tokens, `config.image_features_size`) features of all images."""
         if pixel_values is not None and image_embeds is not None:
             raise ValueError("Pass pixel_values or image_embeds, not both.")
         if pixel_values is not None:
             return torch.cat(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
         features = image_embeds if isinstance(image_embeds, torch.Tensor) else torch.cat(list(image_embeds or ()))
         expected = int(image_grid_thw.prod(-1).sum()) // self.config.vision_config.spatial_merge_size**2
-        if features.shape != (expected, self.config.text_config.hidden_size):
+        if features.shape != (expected, self.config.image_features_size):
             raise ValueError(
                 f"image_embeds has shape {tuple(features.shape)}; image_grid_thw {image_grid_thw.tolist()} needs "
-                f"({expected}, {self.config.text_config.hidden_size}). Pass get_image_features(...).pooler_output."
+                f"({expected}, {self.config.image_features_size}). Pass get_image_features(...).pooler_output."
             )
         return features
 
