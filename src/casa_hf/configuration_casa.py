@@ -293,8 +293,8 @@ class CasaConfig(PreTrainedConfig):
             missing = [field for field in ("vision_config", "image_token_id") if overrides.get(field) is None]
             if missing:
                 raise ValueError(
-                    f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower: {' and '.join(missing)} must be "
-                    "given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes the tower of a checkpoint."
+                    f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower: {' and '.join(missing)} "
+                    "must be given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes the tower of a checkpoint."
                 )
             fields |= {"vision_start_token_id": None, "vision_end_token_id": None}
             return cls.from_variant(variant, text_config=source, **{**fields, **overrides})

@@ -14,6 +14,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 
+from .configuration_casa import CasaConfig
+
 IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions")
 
 
@@ -43,6 +45,8 @@ class CasaGenerationMixin(GenerationMixin):
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
         places = images.pop("image_positions", None)
         if places is None and embeds is None:
+            if images:
+                refuse_placeholders(self.config, input_ids)
             marks = input_ids == self.config.image_token_id
             if (mask := model_kwargs.get("attention_mask")) is not None:
                 marks = marks & mask[:, -prompt_length:].bool().to(marks.device)
@@ -229,6 +233,22 @@ class CasaGenerationMixin(GenerationMixin):
 
     generate_batch = init_continuous_batching
     continuous_batching_context_manager = init_continuous_batching
+
+
+def refuse_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:
+    """Refuse a prompt with images that was made by the source's processor.
+
+    Raises:
+        ValueError: if `input_ids` contain the source's expanded placeholders.
+    """
+    placeholders = config.placeholder_token_ids
+    ids = torch.tensor(placeholders, device=input_ids.device, dtype=input_ids.dtype)
+    if torch.isin(input_ids, ids).any():
+        raise ValueError(
+            f"input_ids contain placeholders of the source model (one of the ids {list(placeholders)}). In CASA an image "
+            f"takes no place in the text: it stands before the token {config.image_token_id}. Use CasaProcessor, or "
+            "remove the placeholders."
+        )
 
 
 def _cached_length(cache: Cache | None) -> int:

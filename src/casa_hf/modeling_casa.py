@@ -45,7 +45,7 @@ from .attention import (
 from .backbones import BACKBONES
 from .cache_casa import prepare_cache, window_state
 from .configuration_casa import CasaConfig
-from .generation_casa import CasaGenerationMixin
+from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
@@ -528,8 +528,6 @@ class CasaModel(CasaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         text_shape = inputs_embeds.shape[:2]
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, past_key_values)
-        if input_ids is not None:
-            self._refuse_placeholders(input_ids, past_key_values)
 
         images = image_states = None
         deepstack: tuple[torch.Tensor, ...] = ()
@@ -592,19 +590,6 @@ class CasaModel(CasaPreTrainedModel):
             attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
         return attention_mask, token_mask
 
-    def _refuse_placeholders(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> None:
-        decoding = past_key_values is not None and input_ids.shape[1] == 1
-        if decoding or torch.compiler.is_compiling():
-            return
-        placeholders = self.config.placeholder_token_ids
-        ids = torch.tensor(placeholders, device=input_ids.device, dtype=input_ids.dtype)
-        if len(ids) and torch.isin(input_ids, ids).any():
-            raise ValueError(
-                f"input_ids contain placeholders of the source model (one of the ids {list(placeholders)}). In CASA "
-                f"an image takes no place in the text: it stands before the token {self.config.image_token_id}. Use "
-                "CasaProcessor, or remove the placeholders."
-            )
-
     def _are(
         self, token_ids: Sequence[int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
@@ -652,6 +637,7 @@ class CasaModel(CasaPreTrainedModel):
                     "Images beside inputs_embeds need image_positions (num_images, 2): row and index of the token "
                     "that each image precedes."
                 )
+            refuse_placeholders(self.config, input_ids)
             marks = (input_ids == self.config.image_token_id) & token_mask.to(input_ids.device)
             image_positions = marks.nonzero()
             if len(image_positions) != len(grids):
