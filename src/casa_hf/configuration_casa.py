@@ -294,7 +294,7 @@ class CasaConfig(PreTrainedConfig):
             if missing:
                 raise ValueError(
                     f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower: {' and '.join(missing)} "
-                    "must be given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes the tower of a checkpoint."
+                    "must be given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes a checkpoint's."
                 )
             fields |= {"vision_start_token_id": None, "vision_end_token_id": None}
             return cls.from_variant(variant, text_config=source, **{**fields, **overrides})
