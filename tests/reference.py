@@ -95,9 +95,6 @@ def _deepstack(sample: Sample, index: int, images: Tensor) -> Tensor:
     return torch.cat(added) if added else torch.zeros_like(images)
 
 
-# --------------------------------------------------------------------------------------- who sees whom
-
-
 class _Masks:
     """For every query of a sample, the keys that it may see.
 
@@ -119,6 +116,7 @@ class _Masks:
         self.ids = list(sample.input_ids)
         self.images = list(sample.images)
         self.windows = self._windows()
+        self.newest = [self._newest(t) for t in range(len(self.ids))]
         image_tokens = [(j, n) for j, image in enumerate(self.images) for n in range(len(image.features))]
         tokens = range(len(self.ids))
         count = len(image_tokens)
@@ -161,7 +159,7 @@ class _Masks:
         return seen[-1] if seen else None
 
     def _text_sees_image(self, t: int, j: int) -> bool:
-        newest = self._newest(t)
+        newest = self.newest[t]
         if newest is None or j > newest:
             return False
         return self._history(j) == "all" or self.windows[j] == self.windows[newest]
@@ -178,7 +176,7 @@ class _Masks:
             return True
         if self.ids[t] in (self.config.gist_token_ids or ()):
             return False
-        newest = self._newest(t)
+        newest = self.newest[t]
         if newest is None:
             return self.config.casa_text_windows
         return s >= self.images[self.windows[newest]].position
@@ -189,9 +187,6 @@ class _Masks:
         if i == j:
             return m <= n
         return i < j and (self._history(i) == "all" or self.windows[i] == self.windows[j])
-
-
-# --------------------------------------------------------------------------------------- positions
 
 
 class _Rotary:
@@ -244,40 +239,35 @@ def _axis_of_pair(rope: Mapping[str, Any], pairs: int) -> list[int]:
 
 def _positions(config: Any, sample: Sample, axes: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Positions of the text tokens and of the image tokens, each a tuple of `axes` numbers."""
-    ids, grids = sample.input_ids, [image.grid for image in sample.images]
+    grids = [image.grid for image in sample.images]
     advance = [max(grid) if axes == 3 else grid[0] * grid[1] for grid in grids]
-    starts: list[tuple[int, ...]] = []
-    if config.casa_positions == "insertion":
-        assert sample.positions is None
+    insertion, before = config.casa_positions == "insertion", config.casa_image_positions == "before"
+    if sample.positions is not None:
+        text = [tuple(column) for column in sample.positions.T.tolist()]
+    else:
         text, cursor = [], 0
-        for t in range(len(ids)):
-            for j, image in enumerate(sample.images):
-                if image.position == t:
-                    starts.append((cursor,) * axes)
-                    cursor += advance[j]
+        for t in range(len(sample.input_ids)):
+            if insertion:
+                cursor += sum(advance[j] for j, image in enumerate(sample.images) if image.position == t)
             text.append((cursor,) * axes)
             cursor += 1
-    else:
-        text = [(t,) * axes for t in range(len(ids))]
-        if sample.positions is not None:
-            text = [tuple(column) for column in sample.positions.T.tolist()]
-        for j, image in enumerate(sample.images):
-            back = advance[j] if config.casa_image_positions == "before" else 0
-            starts.append(tuple(p - back for p in text[image.position]))
 
-    spread = config.casa_positions == "insertion" or config.casa_image_positions == "before"
     images: list[tuple[int, ...]] = []
-    for start, (height, width) in zip(starts, grids, strict=True):
+    for j, image in enumerate(sample.images):
+        back = 0  # from the image's start to the token that it precedes
+        if insertion:
+            back = sum(advance[i] for i in range(j, len(grids)) if sample.images[i].position == image.position)
+        elif before:
+            back = advance[j]
+        start = [p - back for p in text[image.position]]
+        height, width = image.grid
         for row in range(height):
             for column in range(width):
                 if axes == 3:
                     images.append((start[0], start[1] + row, start[2] + column))
                 else:
-                    images.append((start[0] + (row * width + column if spread else 0),))
+                    images.append((start[0] + (row * width + column if insertion or before else 0),))
     return text, images
-
-
-# --------------------------------------------------------------------------------------- one decoder block
 
 
 class _Block:
@@ -398,14 +388,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
         (queries, H * D).
     """
     output = torch.zeros_like(q)
-    queries_per_key_head = q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     for query, keys in enumerate(seen):
-        if not keys:
-            continue
-        for head in range(q.shape[1]):
-            shared = head // queries_per_key_head
-            scores = k[keys, shared] @ q[query, head] / q.shape[-1] ** 0.5
-            output[query, head] = scores.softmax(dim=0) @ v[keys, shared]
+        if keys:
+            scores = (k[keys] * q[query]).sum(-1) / q.shape[-1] ** 0.5
+            weights = scores.softmax(dim=0)
+            output[query] = (weights[..., None] * v[keys]).sum(0)
     return output.flatten(1)
 
 

@@ -138,9 +138,10 @@ def features(height: int, width: int, seed: int) -> Tensor:
 def sample(script: str, seed: int = 0) -> Sample:
     """A sample from a script: words separated by blanks.
 
-    `5` is five random text tokens, `2x3` is an image of 2 x 3 merged tokens between its delimiters, `f2x3` is a frame
-    of a video, `g2x3` an image followed by the gist tokens, `^2x3` an image that stands directly before the next word,
-    without delimiters. `#` before the size (`#2x3`) repeats the features of the first image of that size.
+    `5` is five random text tokens, `2x3` an image of 2 x 3 merged tokens between its delimiters, `f2x3` a frame of a
+    video. More letters before the size: `g` gist tokens follow the image; `e` only the closing delimiter is written;
+    `b` no delimiter at all, the image stands before whatever comes next; `s` the same features as the last image of
+    that size.
     """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -149,15 +150,13 @@ def sample(script: str, seed: int = 0) -> Sample:
         if word.isdigit():
             ids += torch.randint(3, 50, (int(word),), generator=generator).tolist()
             continue
-        marks = word.rstrip("0123456789x")
-        height, width = map(int, word[len(marks) :].split("x"))
-        bare = "^" in marks
-        if not bare:
-            ids.append(START)
+        letters = word.rstrip("0123456789x")
+        height, width = map(int, word[len(letters) :].split("x"))
+        ids += [START] if not set(letters) & set("eb") else []
         content = features(height, width, 1_000 * seed + len(images))
-        if "#" in marks:
-            content = next(image.features for image in images if image.grid == (height, width))
-        images.append(Image(len(ids), (height, width), content, is_frame="f" in marks))
-        if not bare:
-            ids += [END, *(GISTS if "g" in marks else [])]
+        if "s" in letters:
+            content = next(image.features for image in reversed(images) if image.grid == (height, width))
+        images.append(Image(len(ids), (height, width), content, is_frame="f" in letters))
+        ids += [END] if "b" not in letters else []
+        ids += GISTS if "g" in letters else []
     return Sample(ids, tuple(images))

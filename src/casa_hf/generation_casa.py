@@ -246,7 +246,7 @@ def refuse_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:
     if torch.isin(input_ids, ids).any():
         raise ValueError(
             f"input_ids contain placeholders of the source model (one of the ids {list(placeholders)}). In CASA an "
-            f"image takes no place in the text: it stands before the token {config.image_token_id}. Use CasaProcessor, "
+            f"image takes no place in the text: it stands before the token {config.image_token_id}. Use CasaProcessor "
             "or remove the placeholders."
         )
 
