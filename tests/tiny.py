@@ -141,7 +141,7 @@ def sample(script: str, seed: int = 0) -> Sample:
     `5` is five random text tokens, `2x3` an image of 2 x 3 merged tokens between its delimiters, `f2x3` a frame of a
     video. More letters before the size: `g` gist tokens follow the image; `e` only the closing delimiter is written;
     `b` no delimiter at all, the image stands before whatever comes next; `s` the same features as the last image of
-    that size.
+    that size. The word `gists` is the gist tokens alone.
     """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -149,6 +149,9 @@ def sample(script: str, seed: int = 0) -> Sample:
     for word in script.split():
         if word.isdigit():
             ids += torch.randint(3, 50, (int(word),), generator=generator).tolist()
+            continue
+        if word == "gists":
+            ids += GISTS
             continue
         letters = word.rstrip("0123456789x")
         height, width = map(int, word[len(letters) :].split("x"))

@@ -78,6 +78,19 @@ class TextInputs:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class BlockParts:
+    """Modules of a block that its fusion layer uses: not data, so hooks that move arguments between devices pass by.
+
+    Attributes:
+        self_attn: the block's self-attention; None in a block without.
+        input_layernorm: the block's input norm.
+    """
+
+    self_attn: Any
+    input_layernorm: nn.Module
+
+
 class Attended(NamedTuple):
     """What an attention gives to its block.
 
@@ -242,8 +255,7 @@ class CasaBorrowedAttention(FusionBase):
         image_states: torch.Tensor | None,
         fusion: FusionInputs,
         text: TextInputs,
-        self_attn: Any,
-        input_layernorm: nn.Module,
+        block: BlockParts,
     ) -> Attended:
         """Attend to images, and to the window's text if `casa_keys="window"`.
 
@@ -252,13 +264,12 @@ class CasaBorrowedAttention(FusionBase):
             image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
             fusion: windows, masks and image rotary tables of the call.
             text: positions and cache.
-            self_attn: the block's self-attention, None in a block without.
-            input_layernorm: the block's input norm.
+            block: self-attention and input norm of the block.
 
         Returns:
             The output, exactly 0 where a token sees nothing, and `fusion_weights`.
         """
-        projections, image_norm = self._borrow(self_attn, input_layernorm)
+        projections, image_norm = self._borrow(block)
         query, window = self.math.query(projections, hidden_states), None
         if self.with_text:
             query = self.math.rotate(query, text.position_embeddings)
@@ -271,8 +282,8 @@ class CasaBorrowedAttention(FusionBase):
         output, weights = self._attend(query, images, window, fusion)
         return Attended(self._finish(projections.o_proj(output), fusion), fusion_weights=weights)
 
-    def _borrow(self, self_attn: Any, input_layernorm: nn.Module) -> tuple[Any, nn.Module]:
-        return self_attn, input_layernorm
+    def _borrow(self, block: BlockParts) -> tuple[Any, nn.Module]:
+        return block.self_attn, block.input_layernorm
 
 
 class CasaAttention(CasaBorrowedAttention):
@@ -292,7 +303,7 @@ class CasaAttention(CasaBorrowedAttention):
             self.q_norm, self.k_norm = copy.deepcopy(self_attn.q_norm), copy.deepcopy(self_attn.k_norm)
         self.image_norm = copy.deepcopy(norm)
 
-    def _borrow(self, self_attn: Any, input_layernorm: nn.Module) -> tuple[Any, nn.Module]:
+    def _borrow(self, block: BlockParts) -> tuple[Any, nn.Module]:
         return self, self.image_norm
 
 
@@ -308,16 +319,16 @@ class CasaSharedAttention(FusionBase):
         image_states: torch.Tensor | None,
         fusion: FusionInputs,
         text: TextInputs,
-        self_attn: Any,
-        input_layernorm: nn.Module,
+        block: BlockParts,
     ) -> Attended:
         """Both attentions of a block; arguments as in `CasaBorrowedAttention.forward`."""
+        self_attn = block.self_attn
         self_output, query, self_weights, keys = self.math.self_attention(self_attn, hidden_states, text)
         window = None
         if self.with_text:
             query = self.math.rotate(query, text.position_embeddings)
             window = keys.slots(fusion.plan.state.text_start, fusion.plan.next_state.length)
-        normed = None if image_states is None else input_layernorm(image_states)
+        normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=self.with_text)
         fused, weights = self._attend(query, images, window, fusion)
         output = self_attn.o_proj(self_output + self._finish(fused, fusion))
@@ -333,13 +344,13 @@ class CasaContextAttention(FusionBase):
         image_states: torch.Tensor | None,
         fusion: FusionInputs,
         text: TextInputs,
-        self_attn: Any,
-        input_layernorm: nn.Module,
+        block: BlockParts,
     ) -> Attended:
         """The attention of a block; arguments as in `CasaBorrowedAttention.forward`."""
+        self_attn = block.self_attn
         query = self.math.rotate(self.math.query(self_attn, hidden_states), text.position_embeddings)
         keys = self.math.text_keys(self_attn, hidden_states, text)
-        normed = None if image_states is None else input_layernorm(image_states)
+        normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
         output, weights = self._attend(query, images, keys.slots(0, fusion.plan.next_state.length), fusion)
         return Attended(self_attn.o_proj(output), fusion_weights=weights, text=keys, images=images)

@@ -9,6 +9,7 @@ reaches the layers one by one and so reaches this state too. Layer 0 also owns t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache as memoize
 from typing import Any, NamedTuple
 
@@ -74,15 +75,19 @@ class CasaLayerMixin:
         return super().get_seq_length()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        length = int(self.get_seq_length())
-        removed = abs(tokens_to_remove) if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        if self.window_state is not None:
-            self.window_state = self.window_state.crop(removed)
+        self._require_dynamic("crop")
+        removed = int(tokens_to_remove)  # a tensor, from some versions of `generate`
+        if removed > 0:
+            removed = max(0, int(self.get_seq_length()) - removed)
+        removed = abs(removed)
+        # What may refuse comes first: a refused crop leaves the cache as it was.
+        state = None if self.window_state is None else self.window_state.crop(removed)
+        if not self._without_text:
+            super().crop(tokens_to_remove)  # type: ignore[misc]
+        self.window_state = state
         if removed and "window" in self.fusion:
             window = self.fusion["window"]
             self.fusion["window"] = window.slots(0, window.keys.shape[2] - removed)
-        if not self._without_text:
-            super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         self.fusion = {}
@@ -101,6 +106,7 @@ class CasaLayerMixin:
             super().reorder_cache(beam_idx)  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._require_dynamic("batch_select_indices")
         self._map_fusion(lambda tensor: tensor[indices.to(tensor.device)])
         if self.window_state is not None:
             self.window_state = self.window_state.select(indices)
@@ -108,11 +114,20 @@ class CasaLayerMixin:
             super().batch_select_indices(indices)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._require_dynamic("batch_repeat_interleave")
         self._map_fusion(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.window_state is not None:
             self.window_state = self.window_state.repeat_interleave(repeats)
         if not self._without_text:
             super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def _require_dynamic(self, operation: str) -> None:
+        """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
+        if not isinstance(self, DynamicLayer) or hasattr(self, "_quantized_keys"):
+            raise NotImplementedError(
+                f"{operation} isn't possible on a {type(self).__name__}, a static or quantized cache layer; use a "
+                "DynamicCache."
+            )
 
     @property
     def _without_text(self) -> bool:
@@ -148,6 +163,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
 
     Raises:
         TypeError: if `cache` isn't a `Cache`, or a layer isn't a full-attention layer.
+        ValueError: if it has too few layers.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(
@@ -157,6 +173,11 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         return
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) < num_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, the model has {num_layers}. Make the cache with this "
+            "model's config."
+        )
     cache.layers = [_with_fusion_state(layer) for layer in cache.layers]
 
 
@@ -172,21 +193,40 @@ def _with_fusion_state(layer: Any) -> Any:
     return adopted
 
 
-def window_state(cache: Cache | None, batch_size: int, device: torch.device) -> WindowState:
-    """The window state that `cache` holds, or an empty one.
+def window_state(
+    cache: Cache | None, batch_size: int, device: torch.device, attention_mask: Any = None
+) -> WindowState:
+    """The window state that `cache` holds, or the one before the first image.
+
+    Args:
+        cache: prepared by `prepare_cache`, or None.
+        batch_size: rows of the call.
+        device: where the state's tensors are wanted.
+        attention_mask: of the call; if it covers the cached text of another model, (batch, all slots), it says which
+            of that is padding.
 
     Raises:
-        ValueError: if the cache was filled with another batch size.
+        ValueError: if the cache was filled with another batch size, or by another model in between.
     """
     if cache is None:
         return WindowState.empty(batch_size, device)
-    state = cache.layers[0].window_state
+    state, length = cache.layers[0].window_state, cache.get_seq_length()
     if state is None:
-        return WindowState.empty(batch_size, device, length=int(cache.get_seq_length()))
+        state = WindowState.empty(batch_size, device, length=int(length))
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and state.length:
+            valid = attention_mask[:, : state.length].bool().to(device)
+            state = replace(state, valid=valid, next_position=valid.sum(-1), padded=True)
+        return state
     if state.batch_size != batch_size:
         raise ValueError(
             f"The input has {batch_size} rows but past_key_values holds {state.batch_size}. Pass the same rows, or "
             "use past_key_values.batch_repeat_interleave / batch_select_indices first."
+        )
+    # A static cache counts on its device; it isn't asked, so as not to wait for it.
+    if isinstance(length, int) and length != state.length:
+        raise ValueError(
+            f"past_key_values holds {length} tokens, but CASA has seen {state.length} of them: another model has "
+            "extended the cache. Give each model a cache of its own."
         )
     return state.to(device)
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedCache
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .configuration_casa import CasaConfig
 
@@ -41,17 +45,19 @@ class CasaGenerationMixin(GenerationMixin):
         """Expand text as usual; find the images' places, counted from the end of the prompt, and keep the images
         themselves for `_prepare_cache_for_generation`, which knows what is cached."""
         images = {name: value for name in IMAGE_INPUTS if (value := model_kwargs.pop(name, None)) is not None}
+        _check_image_inputs(images)
         embeds = model_kwargs.get("inputs_embeds")
+        past = _cached_length(model_kwargs.get("past_key_values"))
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
         places = images.pop("image_positions", None)
         if places is None and embeds is None:
             if images:
-                refuse_placeholders(self.config, input_ids)
+                refuse_placeholders(self.config, input_ids[:, past if past < prompt_length else 0 :])
             marks = input_ids == self.config.image_token_id
             if (mask := model_kwargs.get("attention_mask")) is not None:
                 marks = marks & mask[:, -prompt_length:].bool().to(marks.device)
             places = marks.nonzero()
-            if not images and len(places) and not _cached_length(model_kwargs.get("past_key_values")):
+            if not images and len(places) and not past:
                 raise ValueError(
                     f"The prompt has {len(places)} image marks (token {self.config.image_token_id}) but 0 images were "
                     "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the marks."
@@ -80,12 +86,24 @@ class CasaGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if model_kwargs.get("image_positions") is None:
-            return result
         past = _cached_length(model_kwargs.get("past_key_values"))
         mask = model_kwargs.get("attention_mask")
         # `generate` drops a mask of ones and remembers its length.
         total = generation_config._mask_length if mask is None else mask.shape[1]
+        if total <= past:
+            raise ValueError(
+                f"attention_mask covers {total} tokens, but the cache holds {past} already. Pass an attention_mask "
+                "for all tokens, the cached ones and the new ones."
+            )
+        _check_generation(generation_config, model_kwargs, generation_mode, past)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and past:
+            model_kwargs["num_cached_ids"] = past
+        if model_kwargs.get("image_positions") is None:
+            return result
+        if generation_config.is_assistant:
+            self._hide_last_image(model_kwargs)
+            if model_kwargs.get("image_positions") is None:
+                return result
         places = model_kwargs["image_positions"] + torch.tensor(
             [0, total], device=model_kwargs["image_positions"].device
         )
@@ -96,7 +114,8 @@ class CasaGenerationMixin(GenerationMixin):
             if num_images != int(new.sum()):
                 raise ValueError(
                     f"The prompt has {len(places)} image marks, {int(new.sum())} of them after the {past} cached "
-                    f"tokens, but {num_images} images were given. Pass the new images, or those of the whole prompt."
+                    f"tokens, but {num_images} images were given. Pass the new images, or those of the whole prompt; "
+                    "image_positions says where they stand if the model itself has written marks."
                 )
             places = places[new]
         model_kwargs["image_positions"] = places
@@ -109,6 +128,17 @@ class CasaGenerationMixin(GenerationMixin):
         if copies > 1:
             self._repeat_images(model_kwargs, copies)
         return result
+
+    def _hide_last_image(self, model_kwargs: dict[str, Any]) -> None:
+        """Leave out an image before the prompt's last token: an assistant takes that token back after its first
+        proposals, and an image can't be taken back. What it proposes without the image is checked all the same."""
+        kept = (model_kwargs["image_positions"][:, 1] < -1).nonzero()[:, 0]
+        if len(kept) == 0:
+            for name in IMAGE_INPUTS:
+                model_kwargs.pop(name, None)
+        elif len(kept) < len(model_kwargs["image_positions"]):
+            model_kwargs["image_positions"] = model_kwargs["image_positions"][kept]
+            self._select_images(model_kwargs, kept)
 
     def _encode_images(self, model_kwargs: dict[str, Any]) -> None:
         """Replace pixels by features, one tensor per image."""
@@ -157,6 +187,10 @@ class CasaGenerationMixin(GenerationMixin):
         """Inputs of one forward: the images whose slots are among the tokens fed, and the tokens' own validity."""
         images = {name: value for name in IMAGE_INPUTS if (value := kwargs.pop(name, None)) is not None}
         types = kwargs.pop("mm_token_type_ids", None)
+        num_cached_ids = kwargs.pop("num_cached_ids", 0)
+        if num_cached_ids and is_first_iteration and next_sequence_length is None:
+            # Assisted decoding starts with the whole prompt even where a part of it is cached.
+            next_sequence_length = input_ids.shape[1] - num_cached_ids
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -204,9 +238,17 @@ class CasaGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("use_cache", True):
-            for name in (*IMAGE_INPUTS, "mm_token_type_ids"):
+            for name in (*IMAGE_INPUTS, "mm_token_type_ids", "num_cached_ids"):
                 model_kwargs.pop(name, None)
         return model_kwargs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant that isn't a CASA model reads the text alone: a CASA prompt has no placeholders in it."""
+        hidden = {"num_cached_ids"}
+        if not isinstance(kwargs.get("assistant_model"), CasaGenerationMixin):
+            hidden |= {*IMAGE_INPUTS, "mm_token_type_ids"}
+        model_kwargs = {name: value for name, value in kwargs["model_kwargs"].items() if name not in hidden}
+        return super()._get_candidate_generator(*args, **{**kwargs, "model_kwargs": model_kwargs})
 
     # ---------------------------------------------------------------- what is refused, by name
 
@@ -217,8 +259,6 @@ class CasaGenerationMixin(GenerationMixin):
 
     def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
         custom = kwargs.get("custom_generate", args[1] if len(args) > 1 else None)
-        from transformers.generation.utils import GENERATION_MODES_MAPPING
-
         if custom is None and "/" in GENERATION_MODES_MAPPING[generation_mode]:
             raise NotImplementedError(
                 f"generation mode {generation_mode.value!r} needs code from the Hub that doesn't know CASA's windows. "
@@ -233,6 +273,39 @@ class CasaGenerationMixin(GenerationMixin):
 
     generate_batch = init_continuous_batching
     continuous_batching_context_manager = init_continuous_batching
+
+
+def _check_image_inputs(images: dict[str, Any]) -> None:
+    """Refuse a part of what describes images, before anything is expanded or encoded."""
+    content = [name for name in ("pixel_values", "image_embeds") if name in images]
+    if content and "image_grid_thw" not in images:
+        raise ValueError(f"{content[0]} need image_grid_thw (num_images, 3); pass it as the processor returned it.")
+    if images and not content:
+        raise ValueError(
+            f"{' and '.join(images)} was given without images; pass pixel_values or image_embeds too, or neither."
+        )
+
+
+def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, past: int) -> None:
+    """Refuse by name what Transformers can't do with this cache or prompt."""
+    if config.assistant_early_exit is not None:
+        raise NotImplementedError(
+            "assistant_early_exit isn't possible with CASA; use assistant_model or prompt lookup."
+        )
+    if config.prefill_chunk_size is not None:
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise NotImplementedError("prefill_chunk_size splits input_ids, not inputs_embeds; leave it out.")
+        if past and Version(transformers.__version__) < Version("5.20"):
+            raise NotImplementedError(
+                f"prefill_chunk_size with a filled cache needs a newer Transformers than {transformers.__version__}; "
+                "leave it out, or feed the chunks to the model."
+            )
+    if generation_mode == GenerationMode.ASSISTED_GENERATION and isinstance(
+        model_kwargs.get("past_key_values"), QuantizedCache
+    ):
+        raise NotImplementedError(
+            "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
+        )
 
 
 def refuse_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:

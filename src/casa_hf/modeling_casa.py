@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import (
     Attended,
     AttentionMath,
+    BlockParts,
     CasaAttention,
     CasaBorrowedAttention,
     CasaContextAttention,
@@ -46,7 +47,7 @@ from .backbones import BACKBONES
 from .cache_casa import prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
-from .positions import PositionRules
+from .positions import PositionRules, packed_samples
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 
@@ -156,7 +157,8 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
     def _fuse(
         self, states: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
     ) -> Attended:
-        return self.casa_attn(states, image_states, fusion, text, self.self_attn, self.input_layernorm)
+        parts = BlockParts(self.self_attn, self.input_layernorm)
+        return self.casa_attn(states, image_states, fusion, text, parts)
 
     def _update_images(
         self, image_states: torch.Tensor, fusion: FusionInputs | None, text: TextInputs, main: Attended
@@ -215,6 +217,19 @@ class CasaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FusionBase):
             module.reset_gate()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        """Load, and let a replaced block's fusion layer take the self-attention that a source checkpoint has there."""
+        if model.config.casa_placement == "replace":
+            renamings = [
+                WeightRenaming(f"layers.{index}.self_attn.", f"layers.{index}.casa_attn.")
+                for index in model.config.fusion_layers
+            ]
+            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), *renamings])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, but tensors keep the names that they have in memory (the source's older layouts are
@@ -302,12 +317,12 @@ class CasaTextModel(CasaPreTrainedModel):
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
         """
-        samples = self._packed_samples(position_ids, attention_mask, past_key_values)
+        samples = self._packed_samples(position_ids, token_mask, past_key_values)
         if use_cache and past_key_values is None and samples is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             prepare_cache(past_key_values, len(self.layers))
-        state = window_state(past_key_values, inputs_embeds.shape[0], inputs_embeds.device)
+        state = window_state(past_key_values, inputs_embeds.shape[0], inputs_embeds.device, attention_mask)
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,
@@ -321,7 +336,7 @@ class CasaTextModel(CasaPreTrainedModel):
         )
         if attention_mask is None and state.padded:
             attention_mask = plan.next_state.valid
-        causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index)
+        causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
         fusion = self._fusion_inputs(plan, images, positions, inputs_embeds)
 
@@ -361,19 +376,15 @@ class CasaTextModel(CasaPreTrainedModel):
         )
 
     def _packed_samples(
-        self,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | dict | None,
-        past_key_values: Cache | None,
+        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, past_key_values: Cache | None
     ) -> torch.Tensor | None:
-        """Index of each token's sample if the rows hold several packed ones, by the rule that masks use too."""
-        if position_ids is None or attention_mask is not None:
+        """(batch, tokens) index of each token's sample; None if every row holds one."""
+        if position_ids is None or (position_ids.ndim == 3 and position_ids.shape[0] == self.position_rules.axes):
             return None
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return None
-        if position_ids.ndim == 3 and position_ids.shape[0] == self.position_rules.axes:
-            return None
-        samples = find_packed_sequence_indices(position_ids if position_ids.ndim == 2 else position_ids[0])
+        index = position_ids if position_ids.ndim == 2 else position_ids[0]
+        samples = packed_samples(index.expand_as(token_mask), token_mask)
         if samples is not None and past_key_values is not None:
             raise ValueError(
                 "position_ids restart within a row, so the row holds several packed samples, which a cache can't "
@@ -391,15 +402,19 @@ class CasaTextModel(CasaPreTrainedModel):
         inputs_embeds: torch.Tensor,
         past_key_values: Cache | None,
         text_index: torch.Tensor | None,
+        samples: torch.Tensor | None,
     ) -> torch.Tensor | None:
         if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
             return attention_mask["full_attention"]
+        # Transformers itself keeps packed samples apart only where there is no padding mask.
+        beside_mask = samples is not None and attention_mask is not None
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=text_index,
+            and_mask_function=packed_sequence_mask_function(samples) if beside_mask else None,
         )
 
     def _fusion_inputs(
@@ -502,7 +517,7 @@ class CasaModel(CasaPreTrainedModel):
             input_ids: (batch, tokens) new text; exactly one of `input_ids` and `inputs_embeds`.
             attention_mask: (batch, all slots so far) or (batch, tokens), 0 for padding; or a prepared 4-D mask.
             position_ids: (batch, tokens), (3, batch, tokens) or (4, batch, tokens) with the contiguous text index of
-                each sample in row 0. Without mask and cache, a text index that doesn't continue starts a new packed
+                each sample in row 0. Without a filled cache, a text index that doesn't continue starts a new packed
                 sample. None: positions continue those in the cache.
             past_key_values: a cache, which holds all state between calls.
             inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`.
@@ -526,6 +541,10 @@ class CasaModel(CasaPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("The input has 0 tokens; pass at least one new token per row.")
+        if past_key_values is not None:
+            prepare_cache(past_key_values, len(self.language_model.layers))
         text_shape = inputs_embeds.shape[:2]
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, past_key_values)
 
@@ -535,12 +554,13 @@ class CasaModel(CasaPreTrainedModel):
         if pixel_values is not None or image_embeds is not None:
             grids = self._check_grids(image_grid_thw)
             rows, indices = self._image_marks(input_ids, image_positions, grids, token_mask)
-            images = self._place_images(rows, indices, grids, mm_token_type_ids, text_shape)
-            image_states = self._embed_images(pixel_values, image_embeds, grids)
-            images = images.to(inputs_embeds.device)
-            image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
-                self.config.text_config.hidden_size, dim=-1
-            )
+            if len(grids):  # a batch without images may carry empty tensors
+                images = self._place_images(rows, indices, grids, mm_token_type_ids, text_shape)
+                images = images.to(inputs_embeds.device)
+                image_states = self._embed_images(pixel_values, image_embeds, grids)
+                image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
+                    self.config.text_config.hidden_size, dim=-1
+                )
         elif image_grid_thw is not None or image_positions is not None:
             given = "image_grid_thw" if image_grid_thw is not None else "image_positions"
             raise ValueError(f"{given} was given without images; pass pixel_values or image_embeds too, or neither.")
@@ -621,7 +641,7 @@ class CasaModel(CasaPreTrainedModel):
                     f"image_grid_thw[{index}] = {grids[index]} must have a height and width that are positive "
                     f"multiples of spatial_merge_size={merge}."
                 )
-        return image_grid_thw
+        return image_grid_thw.long()
 
     def _image_marks(
         self,
@@ -643,7 +663,8 @@ class CasaModel(CasaPreTrainedModel):
             if len(image_positions) != len(grids):
                 raise ValueError(
                     f"The text has {len(image_positions)} image marks (token {self.config.image_token_id}) but "
-                    f"{len(grids)} images were given. Write one mark per new image, or pass image_positions."
+                    f"{len(grids)} images were given. Write one mark per new image, or pass image_positions (a mark "
+                    "that the model itself has written is text)."
                 )
         batch_size, num_tokens = token_mask.shape
         if image_positions.shape != (len(grids), 2):
@@ -661,6 +682,7 @@ class CasaModel(CasaPreTrainedModel):
                     f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
                     f"{num_tokens} tokens (padding excluded)."
                 )
+        image_positions = image_positions.long()
         return image_positions[:, 0], image_positions[:, 1]
 
     def _place_images(

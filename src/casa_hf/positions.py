@@ -116,3 +116,22 @@ class PositionRules:
         is_last = torch.cat([~same, same.new_ones(1)])
         last = torch.where(is_last, order, len(advances)).flip(0).cummin(0).values.flip(0)
         return after - (after - advances)[last]
+
+
+def packed_samples(text_index: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor | None:
+    """Find the samples that are packed into one row each.
+
+    Args:
+        text_index: (batch, tokens) index of each token in its sample.
+        token_mask: (batch, tokens) False for padding.
+
+    Returns:
+        (batch, tokens) number of each token's sample, counted up where the index doesn't follow that of the text token
+        before; None if that happens nowhere.
+    """
+    places = torch.arange(text_index.shape[1], device=text_index.device)
+    last_text = torch.where(token_mask, places, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last_text[:, :-1], (1, 0), value=-1)
+    follows = text_index == text_index.gather(1, before.clamp(min=0)) + 1
+    samples = (token_mask & (before >= 0) & ~follows).cumsum(dim=1)
+    return samples if samples[:, -1].any() else None

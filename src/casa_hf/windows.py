@@ -172,12 +172,14 @@ class WindowState:
         """
         length = self.length - num_tokens
         last_image = int(self.last_image.max()) if self.image_columns else -1
-        if length < 0 or last_image >= length:
+        if self.image_columns and last_image >= length:
             raise ValueError(
                 f"Can't crop {num_tokens} of {self.length} tokens: the current image stands before token "
                 f"{last_image}, so at most {self.length - last_image - 1} can be taken back. "
                 "Earlier windows are no longer stored; start again from a copy of the cache taken before the image."
             )
+        if length < 0:
+            raise ValueError(f"Can't crop {num_tokens} of {self.length} tokens.")
         return replace(
             self,
             length=length,

@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all that is needed on a new machine: virtual environment, installation, run.
+# Choose another interpreter with `make PYTHON=python3.12 test`; one from 3.11 to 3.13 will do.
+
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+OLDEST_TORCH := .venv-oldest-torch
+
+# Two test processes with one thread each: more threads would only fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST_ARGS := -n 2
+INPUTS := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: help demo test test-all test-oldest test-oldest-torch lint quality style clean
+
+help:
+	@echo "make demo               convert a small checkpoint and generate on a photograph"
+	@echo "make test               the quick tests, below 8 minutes on two cores"
+	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
+	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
+	@echo "make test-all           all tests, slow ones included, and both of the above"
+	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
+	@echo "make style              format the code and apply ruff's fixes"
+	@echo "make clean              remove the virtual environments and build outputs"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m examples.demo
+
+test: $(VENV)/installed
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/installed
+	$(PYTEST) $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest-torch: $(OLDEST_TORCH)/installed
+	$(PYTEST) $(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
+
+lint quality: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+style: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) build dist demo-output
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(VENV)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Pinned like the others, except for what is installed in its oldest version.
+$(OLDEST)/installed: EXACT := transformers==5.17.0
+$(OLDEST_TORCH)/installed: EXACT := transformers==5.17.0 torch==2.9.0
+$(OLDEST)/installed $(OLDEST_TORCH)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(@D)
+	grep -v $(foreach package,$(EXACT) huggingface_hub==,-e '^$(firstword $(subst ==, ,$(package)))==') constraints.txt \
+		> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt $(EXACT) --editable ".[dev]"
+	touch $@

@@ -1,0 +1,62 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Processor and model together: `pipeline("image-text-to-text")` answers what `generate` answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor, pipeline
+
+from casa_hf import CasaForConditionalGeneration
+from casa_hf.processing_casa import CasaProcessor
+
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("casa")
+    CasaForConditionalGeneration.from_pretrained(source).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Any:
+    return pipeline("image-text-to-text", model=str(folder))
+
+
+def generated(folder: Path, inputs: Any) -> list[str]:
+    model = CasaForConditionalGeneration.from_pretrained(folder)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return AutoProcessor.from_pretrained(folder).batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+def test_a_conversation(folder, pipe, processor, photos):
+    answers = []
+    for name in ("cat", "coffee"):
+        content = [{"type": "image", "image": photos[name]}, {"type": "text", "text": "What is in this picture?"}]
+        messages = [{"role": "user", "content": content}]
+        (record,) = pipe(text=messages, max_new_tokens=8, return_full_text=False)
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        assert [record["generated_text"]] == generated(folder, inputs)
+        answers.append(record["generated_text"])
+    assert answers[0] != answers[1]
+
+
+def test_a_batch_of_prompts(folder, pipe, processor, photos):
+    texts, images = [f"{MARK}What?", f"Describe {MARK} in one sentence."], [photos["cat"], photos["coffee"]]
+    records = pipe(images=images, text=texts, max_new_tokens=8, return_full_text=False)
+    inputs = processor(images=images, text=texts, return_tensors="pt")
+    assert [record["generated_text"] for record in records] == generated(folder, inputs)
+
+
+def test_text_alone(folder, pipe, processor):
+    (record,) = pipe(text="What is the answer?", max_new_tokens=8, return_full_text=False)
+    assert [record["generated_text"]] == generated(folder, processor(text="What is the answer?", return_tensors="pt"))

@@ -1,0 +1,228 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`CasaProcessor.from_text_source`: a text-only tokenizer with `<|image|>`, another's image processor."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf.conversation import Conversation
+from casa_hf.processing_casa import CasaProcessor
+from examples.tiny_source import build_tiny_helium
+
+SIDE = 140
+ALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+
+
+@pytest.fixture(scope="module")
+def helium(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_helium(tmp_path_factory.mktemp("helium"))
+
+
+@pytest.fixture(scope="module")
+def processor(helium: Path, source: Path) -> CasaProcessor:
+    return CasaProcessor.from_text_source(helium, source, max_pixels=SIDE**2, frame_max_pixels=SIDE**2 // 4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(helium: Path) -> Any:
+    return AutoTokenizer.from_pretrained(helium)
+
+
+def conversation(photos: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": photos["cat"]}, {"type": "text", "text": "Hm?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "And "}, {"type": "video", "video": [photos["coffee"]]}],
+        },
+    ]
+
+
+def test_the_image_token_follows_the_vocabulary_and_changes_no_other_token(processor, tokenizer):
+    assert (processor.image_token, processor.image_token_id) == ("<|image|>", len(tokenizer))
+    assert len(processor.tokenizer) == len(tokenizer) + 1
+    text = "What is in this picture? Größe 42 µm\n\n <s>"
+    assert processor(text=text)["input_ids"] == [tokenizer(text)["input_ids"]]
+    assert processor.decode([processor.image_token_id], skip_special_tokens=True) == ""
+
+
+def test_an_image_precedes_its_token_and_a_video_becomes_one_token_per_frame(processor, helium, photos):
+    inputs = processor(
+        text="See <|image|>, then <|video|>.",
+        images=photos["cat"],
+        videos=[[photos["rocket"], photos["coffee"]]],
+        return_tensors="pt",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(helium)
+    tokenizer.add_tokens("<|image|>", special_tokens=True)
+    expected = tokenizer("See <|image|>, then <|image|><|image|>.")["input_ids"]
+    assert inputs["input_ids"].tolist() == [expected]
+    types = iter([1, 2, 2])
+    assert inputs["mm_token_type_ids"].tolist() == [
+        [next(types) if token == tokenizer.convert_tokens_to_ids("<|image|>") else 0 for token in expected]
+    ]
+
+
+def test_pixels_are_those_of_the_vision_checkpoint(processor, stock_pixels, photos):
+    inputs = processor(
+        text="<|video|><|image|>", images=photos["cat"], videos=[[photos["rocket"]]], return_tensors="pt"
+    )
+    expected = [stock_pixels([photos["rocket"]], SIDE**2 // 4), stock_pixels([photos["cat"]])]
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(inputs[name], torch.cat([part[name] for part in expected]))
+
+
+def test_a_conversation(processor, photos):
+    messages = conversation(photos)
+    prompt = "<s>System: Be brief.\nUser: <|image|>Hm?\nAssistant: A cat.</s>\nUser: And <|video|>\n"
+    assert processor.apply_chat_template(messages) == prompt
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == f"{prompt}Assistant:"
+    inputs = processor.apply_chat_template(messages, **ALL)
+    assert processor.decode(inputs["input_ids"][0]) == f"{prompt}Assistant:".replace("<|video|>", "<|image|>")
+    assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
+    assert [kind for kind in inputs["mm_token_type_ids"][0].tolist() if kind] == [1, 2]
+
+
+def test_a_batch_is_padded_on_the_left_and_equals_its_prompts_one_by_one(processor, photos):
+    conversations = [conversation(photos), [{"role": "user", "content": "No image."}]]
+    batch = processor.apply_chat_template(conversations, **ALL)
+    for row, messages in enumerate(conversations):
+        single = processor.apply_chat_template(messages, **ALL)
+        padding = batch["input_ids"].shape[1] - single["input_ids"].shape[1]
+        for key, value in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0)):
+            assert batch[key][row].tolist() == [value] * padding + single[key][0].tolist()
+    assert padding > 0
+
+
+def test_offsets_refer_to_the_text_as_it_was_given(processor, photos):
+    text = "See <|image|>, then <|video|>."
+    video = (text.index("<|video|>"), text.index("<|video|>") + len("<|video|>"))
+    inputs = processor(text=text, images=photos["cat"], videos=[[photos["rocket"]] * 3], return_offsets_mapping=True)
+    tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    spans = inputs["offset_mapping"][0]
+    assert tokens[-4:] == ["<|image|>"] * 3 + ["."]
+    assert text[slice(*spans[-1])] == "."
+    assert text[slice(*spans[tokens.index("<|image|>")])] == "<|image|>"
+    assert spans[-4:-1] == [video] * 3
+
+
+def test_what_the_tokenizer_adds_is_nowhere_in_the_text(processor, photos):
+    inputs = processor(
+        text=["<|video|>", "A much longer prompt."], videos=[[[photos["cat"]]], []], return_offsets_mapping=True
+    )
+    padding = inputs["attention_mask"][0].count(0)
+    assert padding > 0
+    assert inputs["offset_mapping"][0] == [(0, 0)] * padding + [(0, 0), (0, 9)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "<|image|>"}, r"1 marks for images \(<\|image\|>\) but 0 images were given"),
+        ({"text": "none", "images": 1}, r"0 marks for images \(<\|image\|>\) but 1 images were given"),
+        ({"text": "<|video|>"}, r"1 marks for videos \(<\|video\|>\) but 0 videos were given"),
+        ({"text": ["<|image|>" * 2, ""], "images": [1, 1]}, r"Prompt 0 has 2 marks for images .* but 1 images"),
+        ({"text": "<|image_pad|>", "images": 1}, r"Write an image as <\|image\|> and a video as <\|video\|>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_is_said(processor, photos, arguments, message):
+    def fill(images: Any) -> Any:
+        return [fill(row) for row in images] if isinstance(images, list) else [photos["cat"]] * images
+
+    given = {name: fill(value) if name == "images" else value for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        processor(**given)
+
+
+@pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    reason="this version of Transformers doesn't have the option",
+)
+def test_marks_that_a_user_typed_can_be_kept_as_text(processor, photos):
+    messages = conversation(photos)
+    messages[-1]["content"].append({"type": "text", "text": "Is <|image|> an image?"})
+    inputs = processor.apply_chat_template(messages, **ALL, sanitize_control_tokens=True)
+    assert inputs["mm_token_type_ids"][0].count_nonzero() == len(inputs["image_grid_thw"]) == 2
+    assert "Is <|image|> an image?" in processor.decode(inputs["input_ids"][0])
+    with pytest.raises(ValueError, match=r"2 marks for images .* but 1 images"):
+        processor.apply_chat_template(messages, **ALL)
+
+
+@pytest.mark.parametrize("load", [AutoProcessor.from_pretrained, CasaProcessor.from_pretrained])
+def test_saving_and_loading(processor, source, photos, tmp_path, load):
+    processor.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is CasaProcessor
+    assert loaded.to_dict() == processor.to_dict()
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    assert loaded.source_config == {"preprocessor_config.json": settings}
+    inputs, expected = (each.apply_chat_template(conversation(photos), **ALL) for each in (loaded, processor))
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[key], expected[key]) for key in expected)
+
+
+def test_a_template_without_images_and_a_missing_padding_token_are_made_up_for(helium, source, processor, tmp_path):
+    copy = Path(shutil.copytree(helium, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(copy).pad_token is None
+    made = CasaProcessor.from_text_source(copy, source)
+    assert made.chat_template == made.tokenizer.chat_template == processor.chat_template
+    batch = made(text=["Short.", "A longer prompt."], return_tensors="pt")
+    assert batch["input_ids"][0, 0] == made.tokenizer.eos_token_id and batch["attention_mask"][0, 0] == 0
+
+
+def test_a_tokenizer_without_the_image_token(processor, tokenizer):
+    with pytest.raises(ValueError, match=r"no <\|image\|>.*from_text_source"):
+        CasaProcessor(processor.image_processor, tokenizer, image_token="<|image|>")
+    with pytest.raises(ValueError, match=r"no <\|vision_start\|>, .*Qwen vision-language"):
+        CasaProcessor(processor.image_processor, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(helium: Path, source: Path, processor: CasaProcessor) -> CasaForConditionalGeneration:
+    text = AutoConfig.from_pretrained(helium)
+    text.vocab_size = len(processor.tokenizer)
+    config = CasaConfig.from_source(
+        text, vision_config=AutoConfig.from_pretrained(source).vision_config, image_token_id=processor.image_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CasaForConditionalGeneration(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
+    return model
+
+
+@torch.no_grad()
+def test_the_model_takes_what_the_processor_makes(model, processor, photos):
+    logits = []
+    for name in ("cat", "coffee"):
+        messages = conversation({**photos, "cat": photos[name]})
+        logits.append(model(**processor.apply_chat_template(messages, **ALL)).logits[0, -1])
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def test_a_conversation_on_one_cache_repeats_no_token(model, processor, photos):
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    talk = Conversation(model, processor)
+    talk.ask("What?", [photos["cat"]], max_new_tokens=4, do_sample=False)
+    talk.ask("And this?", [photos["coffee"]], max_new_tokens=1, do_sample=False)
+    said = processor.decode(talk._ids[0])
+    assert said.startswith("<s>User: <|image|>What?\nAssistant:")
+    assert said.count("</s>\nUser: <|image|>And this?\nAssistant:") == 1

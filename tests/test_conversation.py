@@ -1,0 +1,160 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A conversation on one cache answers as if all of it were read anew for every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.conversation import Conversation
+
+PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "assets"
+
+OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+MARK = "<|vision_start|><|vision_end|>"
+NEW_TOKENS = 7
+
+# (message, its images): none at first, one, several, none, one that was there before.
+TURNS = [
+    ("Hello!", []),
+    ("What is this?", ["cat"]),
+    ("And these?", ["coffee", "rocket"]),
+    ("Say it again.", []),
+    ("This one?", ["cat"]),
+]
+
+
+@pytest.fixture(scope="module")
+def model(casa_folder: Path) -> CasaForConditionalGeneration:
+    return CasaForConditionalGeneration.from_pretrained(casa_folder, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(casa_folder: Path) -> CasaProcessor:
+    return CasaProcessor.from_pretrained(casa_folder, max_pixels=112 * 112)
+
+
+@pytest.fixture(scope="module")
+def photographs() -> dict[str, Image.Image]:
+    return {name: Image.open(PHOTOGRAPHS / f"{name}.jpg") for name in ("cat", "coffee", "rocket")}
+
+
+class Rereader:
+    """Answers by reading everything anew, without a cache; the chat format is written out by hand."""
+
+    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor):
+        self.model, self.processor = model, processor
+        self.ids: list[int] = processor.tokenizer(OPENING)["input_ids"]
+        self.images: list[Image.Image] = []
+        self.positions: list[tuple[int, int]] = []
+
+    def ask(self, text: str, images: list[Image.Image], last_token: int | None) -> str:
+        tokenizer = self.processor.tokenizer
+        for token in tokenizer(USER.format(MARK * len(images) + text))["input_ids"]:
+            if token == self.model.config.image_token_id:
+                self.positions.append((0, len(self.ids)))
+            self.ids.append(token)
+        self.images += images
+        pixels = {}
+        if self.images:
+            pixels = self.processor.image_processor(self.images, return_tensors="pt")
+            pixels["image_positions"] = torch.tensor(self.positions)
+        output = self.model.generate(
+            torch.tensor([self.ids]),
+            max_new_tokens=NEW_TOKENS,
+            forced_eos_token_id=last_token,
+            use_cache=False,
+            **pixels,
+        )
+        answer = output[0, len(self.ids) :].tolist()
+        self.ids += answer[:-1] if answer[-1] in self.model.generation_config.eos_token_id else answer
+        self.ids += tokenizer("<|im_end|>\n")["input_ids"]
+        return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+@contextmanager
+def images_seen(model: CasaForConditionalGeneration) -> Iterator[list[int]]:
+    """Number of images in every call of the vision tower."""
+    seen: list[int] = []
+    handle = model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# An answer may stop at its greatest length, at either end token, or at a token that means an image in a prompt.
+@pytest.mark.parametrize("last_token", [None, "<|im_end|>", "<|endoftext|>", "<|vision_end|>", "<|image_pad|>"])
+def test_every_turn_answers_as_if_all_were_read_anew(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    photographs: dict[str, Image.Image],
+    last_token: str | None,
+) -> None:
+    last_id = None if last_token is None else processor.tokenizer.convert_tokens_to_ids(last_token)
+    conversation, rereader = Conversation(model, processor), Rereader(model, processor)
+    answers = []
+    for text, names in TURNS:
+        images = [photographs[name] for name in names]
+        with images_seen(model) as seen:
+            answer = conversation.ask(text, images, max_new_tokens=NEW_TOKENS, forced_eos_token_id=last_id)
+        assert seen == ([len(images)] if images else []), "only the new images are encoded"
+        assert answer == rereader.ask(text, images, last_id)
+        answers.append(answer)
+    assert len(set(answers)) == len(answers), "a model that always says the same would prove nothing"
+
+
+def test_a_new_image_changes_the_answer(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    answers = set()
+    for name in photographs:
+        conversation = Conversation(model, processor)
+        conversation.ask("Hello!", max_new_tokens=NEW_TOKENS)
+        answers.add(conversation.ask("What is this?", [photographs[name]], max_new_tokens=NEW_TOKENS))
+    assert len(answers) == len(photographs)
+
+
+def test_reset_forgets(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    conversation = Conversation(model, processor)
+    first = conversation.ask("What is this?", [photographs["cat"]], max_new_tokens=NEW_TOKENS)
+    conversation.ask("And this?", [photographs["coffee"]], max_new_tokens=NEW_TOKENS)
+    conversation.reset()
+    assert conversation.ask("What is this?", [photographs["cat"]], max_new_tokens=NEW_TOKENS) == first
+
+
+def test_a_refused_message_leaves_the_conversation_as_it_was(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    undisturbed, disturbed = Conversation(model, processor), Conversation(model, processor)
+    for conversation in (undisturbed, disturbed):
+        conversation.ask("What is this?", [photographs["cat"]], max_new_tokens=NEW_TOKENS)
+    with pytest.raises(ValueError, match="image"):
+        disturbed.ask(f"A mark without an image: {MARK}", max_new_tokens=NEW_TOKENS)
+    expected = undisturbed.ask("And now?", max_new_tokens=NEW_TOKENS)
+    assert disturbed.ask("And now?", max_new_tokens=NEW_TOKENS) == expected
+
+
+def test_a_failure_while_generating_resets(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+    class Failing:
+        def put(self, value: torch.Tensor) -> None:
+            raise OSError("the reader has gone")
+
+        def end(self) -> None: ...
+
+    conversation = Conversation(model, processor)
+    first = conversation.ask("Hello!", max_new_tokens=NEW_TOKENS)
+    with pytest.raises(OSError, match="the reader has gone"):
+        conversation.ask("Go on.", max_new_tokens=NEW_TOKENS, streamer=Failing())
+    assert conversation.ask("Hello!", max_new_tokens=NEW_TOKENS) == first

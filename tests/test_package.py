@@ -1,0 +1,167 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The package as it is shipped: metadata, dependencies, the wheel, and an import without side effects."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import casa_hf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "casa_hf"
+
+
+@pytest.fixture(scope="module")
+def metadata() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    assert parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree")
+    shutil.copytree(PACKAGE, tree / "src" / "casa_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
+    subprocess.run(build, check=True, capture_output=True)
+    (built,) = (tree / "dist").glob("*.whl")
+    return built
+
+
+def requirements(lines: str) -> list[Requirement]:
+    return [Requirement(line) for line in lines.splitlines() if line and not line.startswith("#")]
+
+
+def test_version_is_stated_once(metadata: configparser.ConfigParser) -> None:
+    version = metadata["metadata"]["version"]
+    assert casa_hf.__version__ == version
+    assert re.search(rf"^## \[({re.escape(version)}|Unreleased)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+
+
+def test_constraints_pin_a_set_that_setup_cfg_allows(metadata: configparser.ConfigParser) -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8")
+    pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in requirements(lines)}
+    wanted = requirements(metadata["options"]["install_requires"])
+    wanted += requirements(metadata["options.extras_require"]["dev"])
+    for requirement in wanted:
+        pinned = pins.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(pinned), f"{requirement} doesn't allow the pinned {pinned}"
+
+
+def test_every_import_is_a_declared_dependency_or_comes_with_transformers(
+    metadata: configparser.ConfigParser,
+) -> None:
+    declared = requirements(metadata["options"]["install_requires"])
+    for lines in metadata["options.extras_require"].values():
+        declared += requirements(lines)
+    with_transformers = [Requirement(line) for line in importlib.metadata.requires("transformers") or ()]
+    declared += [requirement for requirement in with_transformers if requirement.marker is None]
+    allowed = {canonicalize_name(requirement.name) for requirement in declared}
+    distributions = importlib.metadata.packages_distributions()
+
+    undeclared = {}
+    for file in PACKAGE.rglob("*.py"):
+        for name in top_level_imports(file) - sys.stdlib_module_names - {"casa_hf"}:
+            owners = {canonicalize_name(owner) for owner in distributions.get(name, [name])}
+            if not owners & allowed:
+                undeclared[name] = file.name
+    assert not undeclared
+
+
+def top_level_imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+# Reports what an import does besides importing. The watch begins when the stock model is there: torch sets an
+# environment variable and makes a folder while Transformers loads it.
+WATCHED_IMPORT = """
+import json, os, random, sys
+import numpy, torch
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+seen = []
+def watch(event, args):
+    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.putenv", "os.chdir", "shutil.copyfile")
+    if writes or changes or event.startswith(("socket.connect", "socket.getaddrinfo", "subprocess.", "os.system")):
+        seen.append(f"{event} {args[0]!r}")
+def states():
+    return [torch.get_rng_state().tolist(), repr(random.getstate()), repr(numpy.random.get_state()),
+            torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), dict(os.environ)]
+before = states()
+sys.addaudithook(watch)
+import casa_hf
+report = {"seen": seen, "cuda": torch.cuda.is_initialized(), "changed": states() != before}
+print(json.dumps(report))
+"""
+
+
+def test_import_has_no_side_effects() -> None:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED_IMPORT], check=True, capture_output=True, text=True, env=environment
+    )
+    assert json.loads(done.stdout) == {"seen": [], "cuda": False, "changed": False}
+    assert done.stderr == ""
+
+
+def test_import_registers_with_the_auto_classes() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    assert isinstance(AutoConfig.for_model("casa"), casa_hf.CasaConfig)
+    assert AutoModel._model_mapping[casa_hf.CasaConfig] is casa_hf.CasaModel
+    mapping = AutoModelForImageTextToText._model_mapping
+    assert mapping[casa_hf.CasaConfig] is casa_hf.CasaForConditionalGeneration
+    assert PROCESSOR_MAPPING[casa_hf.CasaConfig] is casa_hf.CasaProcessor
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None:
+    files = {file.relative_to(PACKAGE.parent).as_posix() for file in PACKAGE.rglob("*") if file.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+        information = {name.split("/", 1)[1]: archive.read(name).decode() for name in archive.namelist()}
+    assert shipped == {file for file in files if "__pycache__" not in file}
+    assert "casa_hf/py.typed" in shipped
+    assert "casa-hf = casa_hf.cli:main" in information["entry_points.txt"]
+    assert "Requires-Python: <3.14,>=3.11" in information["METADATA"]
+    assert "Apache License" in information["licenses/LICENSE"]
+
+
+@pytest.mark.slow
+def test_wheel_installs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "clean")], check=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    pins = ROOT / "constraints.txt"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pins), str(wheel)]
+    subprocess.run(install, check=True)
+    environment = {**os.environ, "PYTHONPATH": ""}
+    code = "import casa_hf, casa_hf.cli, casa_hf.conversion; print(casa_hf.__file__)"
+    found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path / "clean")
+    command = [python.with_name("casa-hf"), "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert "convert" in done.stdout
