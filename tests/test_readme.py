@@ -1,0 +1,54 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The README's code runs as it stands, from top to bottom, on a tiny checkpoint in place of the large one."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from casa_hf import CasaForConditionalGeneration
+from examples.tiny_source import build_tiny_source
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^casa-hf (.*)$", README, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the README's paths name; the checkpoint's name is that of the real one."""
+    build_tiny_source(tmp_path / "Qwen2.5-VL-3B-Instruct")
+    (tmp_path / "Qwen").mkdir()
+    shutil.copytree(tmp_path / "Qwen2.5-VL-3B-Instruct", tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct")
+    shutil.copytree(ROOT / "examples" / "assets", tmp_path / "examples" / "assets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks(workplace, capsys):
+    assert len(BLOCKS) == 5
+    names: dict = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["output"].sequences.shape[1] == names["input_ids"].shape[1] + 20
+    nbytes = names["casa_hf"].cache_nbytes(names["output"].past_key_values)
+    assert nbytes["image"] > 0
+    assert str(nbytes) in capsys.readouterr().out
+    # The first answer came from pixels, this one from features of the same picture.
+    new = names["inputs"]["input_ids"].shape[1]
+    assert names["answer"][0, new:].tolist() == names["input_ids"][0, new : new + 20].tolist()
+    assert CasaForConditionalGeneration.from_pretrained("my-finetuned-model").config.variant == "casa"
+
+
+def test_commands(workplace, monkeypatch):
+    from typer.testing import CliRunner
+
+    from casa_hf.cli import app
+
+    assert [command.split()[0] for command in COMMANDS] == ["convert", "inspect", "generate", "chat"]
+    for command in COMMANDS:
+        arguments = re.findall(r'"([^"]*)"|(\S+)', command)
+        result = CliRunner().invoke(app, [quoted or plain for quoted, plain in arguments], input="Hello\n/quit\n")
+        assert result.exit_code == 0, result.output
