@@ -206,6 +206,8 @@ class _Rotary:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self.frequencies = 1.0 / rope["rope_theta"] ** exponents
         self.axis_of_pair = _axis_of_pair(rope, head_dim // 2)
+        # Which two dimensions of a head turn together: i and i + D / 2, or neighbours as in Helium.
+        self.neighbours = config.text_config.model_type == "helium"
         self.text_angles = self._angles(text)
         self.image_angles = self._angles(images)
 
@@ -220,11 +222,11 @@ class _Rotary:
         by_pair = [[position[axis] for axis in self.axis_of_pair] for position in positions]
         return torch.tensor(by_pair, dtype=torch.float32).view(-1, len(self.frequencies)) * self.frequencies
 
-    @staticmethod
-    def _turn(x: Tensor, angles: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
         cos, sin = angles.cos().double()[:, None], angles.sin().double()[:, None]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        first, second = (x[..., ::2], x[..., 1::2]) if self.neighbours else x.chunk(2, dim=-1)
+        turned = first * cos - second * sin, second * cos + first * sin
+        return torch.stack(turned, dim=-1).flatten(-2) if self.neighbours else torch.cat(turned, dim=-1)
 
 
 def _axis_of_pair(rope: Mapping[str, Any], pairs: int) -> list[int]:

@@ -95,7 +95,7 @@ def run(model, samples, bounds):
         for image in one.images:
             places.append((row, start + image.position))
             types[places[-1]] = 2 if image.is_frame else 1
-            features.append(image.features)
+            features.append(torch.cat([image.features, *image.deepstack], dim=-1))
             grids.append([1, 2 * image.grid[0], 2 * image.grid[1]])
     outputs, past = [], None
     for begin, end in itertools.pairwise((0, *bounds, length)):
