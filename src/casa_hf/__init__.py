@@ -4,15 +4,27 @@
 Importing the package registers its classes with Transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .cache_casa import cache_nbytes
 from .configuration_casa import CasaConfig
+from .conversion import ConversionError, convert_checkpoint, inspect_checkpoint
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
+from .processing_casa import CasaProcessor
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
 AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
-__all__ = ["CasaConfig", "CasaForConditionalGeneration", "CasaModel", "cache_nbytes"]
+__all__ = [
+    "CasaConfig",
+    "CasaForConditionalGeneration",
+    "CasaModel",
+    "CasaProcessor",
+    "ConversionError",
+    "cache_nbytes",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+]

@@ -1,0 +1,360 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf`: convert a checkpoint, look at one, ask it about images.
+
+Thin wrappers of library functions, which are imported when a command runs. Answers and results go to standard output,
+everything else to standard error. What goes wrong ends in one line and exit code 1; wrong usage in exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from .conversation import Conversation
+    from .conversion import ConversionPlan
+
+app = typer.Typer(
+    help="Vision-language models that keep image tokens out of the sequence and the KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+CHAT_HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit ends."
+
+# Their messages say what to do; any other exception is a mistake of the program.
+_EXPLAINED = (ValueError, OSError, ImportError, NotImplementedError)
+
+
+class Dtype(StrEnum):
+    """Number formats of weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a CASA checkpoint.", show_default=False)]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer at most, in tokens.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to run, such as cpu or cuda:0. Default: a GPU if there is one.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format to run in. Default: the checkpoint's.")]
+AttnOption = Annotated[
+    str | None, typer.Option(help="Attention back end, such as sdpa or eager. Default: chosen by Transformers.")
+]
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id, such as of a Qwen2.5-VL checkpoint.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    variant: Annotated[
+        str | None, typer.Option(help="Such as ca, casa-shared or exact. Default: casa, or a CASA checkpoint's own.")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(help="image, window or context.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Fused blocks: every:2, 4,8,12, last:8 or all.")] = None,
+    placement: Annotated[str | None, typer.Option(help="parallel, replace, before or after.")] = None,
+    image_updates: Annotated[str | None, typer.Option(help="none, ffn or full.")] = None,
+    image_history: Annotated[str | None, typer.Option(help="latest, group or all.")] = None,
+    video_history: Annotated[str | None, typer.Option(help="The same for video frames.")] = None,
+    positions: Annotated[str | None, typer.Option(help="contiguous or insertion.")] = None,
+    image_positions: Annotated[str | None, typer.Option(help="at or before.")] = None,
+    text_windows: Annotated[
+        bool | None, typer.Option(help="Whether text before the first image is a window.", show_default=False)
+    ] = None,
+    share_projections: Annotated[
+        bool | None, typer.Option(help="Whether to fuse with self-attention's projections.", show_default=False)
+    ] = None,
+    gate: Annotated[str | None, typer.Option(help="tanh or none.")] = None,
+    gist_tokens: Annotated[int | None, typer.Option(min=0, help="Gist tokens after each image.")] = None,
+    vision_from: Annotated[
+        str | None, typer.Option(help="Folder or Hub id that gives a text-only source its vision tower.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image at most.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: keep the source's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most.")] = "5GB",
+    to_source: Annotated[
+        bool, typer.Option("--to-source", help="Take a CASA checkpoint back to the form of its source.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+) -> None:
+    """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
+    _quiet_unless_terminal()
+    from .conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
+
+    weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
+    design: dict[str, Any] = {
+        "casa_keys": keys,
+        "casa_layers": layers,
+        "casa_placement": placement,
+        "casa_image_updates": image_updates,
+        "casa_image_history": image_history,
+        "casa_video_history": video_history,
+        "casa_positions": positions,
+        "casa_image_positions": image_positions,
+        "casa_text_windows": text_windows,
+        "casa_share_projections": share_projections,
+        "casa_gate": gate,
+        "num_gist_tokens": gist_tokens,
+    }
+    design = {name: value for name, value in design.items() if value is not None}
+    if gate == "none":
+        design["casa_gate"] = None
+    form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
+    if to_source and (design or any(value is not None for value in (variant, vision_from, max_pixels))):
+        raise ValueError("--to-source takes no design: leave out --variant and what describes a CASA model.")
+    if dry_run:
+        _print_plan(
+            plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
+        )
+        return
+    with _progress_bar("Writing weights") as progress:
+        weights |= {"overwrite": overwrite, "progress": progress}
+        if to_source:
+            report = convert_to_source(source, output, **weights)
+        else:
+            report = convert_checkpoint(source, output, variant, **form, **weights)
+    if to_source:
+        typer.echo(
+            f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without "
+            f"{len(report.dropped)} tensors that the source has no place for."
+        )
+        for name, reason in report.dropped.items():
+            typer.echo(f"left out: {name} ({reason})")
+        return
+    typer.echo(
+        f"Wrote {report.output}: {report.config.variant or 'a design of its own'}, "
+        f"{report.source_parameters:,} parameters of the source and {report.added_parameters:,} new ones."
+    )
+    for name, start in report.initialised.items():
+        typer.echo(f"new: {name} ({start})")
+    typer.echo(report.note)
+
+
+def _print_plan(plan: ConversionPlan) -> None:
+    for file, tensors in plan.files.items():
+        typer.echo(f"{file}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes")
+        for tensor in tensors:
+            size = f"{tensor.dtype} {list(tensor.shape)} {tensor.nbytes:,} bytes"
+            typer.echo(f"  {tensor.name} {size} <- {tensor.origin}")
+    for name, reason in plan.dropped.items():
+        typer.echo(f"left out: {name} ({reason})")
+    typer.echo(
+        f"{plan.num_bytes:,} bytes in {len(plan.files)} files: {plan.source_parameters:,} parameters taken over, "
+        f"{plan.added_parameters:,} new. Nothing was written."
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+) -> None:
+    """Show what a CASA checkpoint is made of and what it costs to run, without loading its weights."""
+    from rich.filesize import decimal
+
+    from .conversion import inspect_checkpoint
+
+    summary = inspect_checkpoint(path)
+    blocks = f"{len(summary.fusion_layers)} of {summary.num_layers} blocks"
+    if len(summary.fusion_layers) < summary.num_layers:
+        blocks += f": {', '.join(map(str, summary.fusion_layers))}"
+    text_token = decimal(summary.text_token_bytes)
+    if summary.window_text_bytes:
+        text_token += f", and {decimal(summary.window_text_bytes)} more while its window is open"
+    rows = {
+        "variant": summary.variant or "none of the named ones",
+        "backbone": summary.backbone,
+        "fusion layers": blocks,
+        "parameters": f"{summary.source_parameters:,} of the source, {summary.added_parameters:,} added",
+        "weights": f"{decimal(summary.num_bytes)}, {summary.dtype}",
+        "window": f"{decimal(summary.image_bytes)} for an image of {summary.image_tokens:,} tokens, the largest",
+        "text token": text_token,
+    }
+    for label, value in rows.items():
+        typer.echo(f"{label:<15}{value}")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="The question or instruction.", show_default=False)],
+    image: Annotated[
+        list[str] | None, typer.Option(help="File or URL of an image; repeat for several.", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    attn: AttnOption = None,
+) -> None:
+    """Answer one prompt, with or without images."""
+    images = [_open_image(name) for name in image or []]
+    conversation = _load(model, device, dtype, attn)
+    if stream:
+        conversation.ask(prompt, images, max_new_tokens=max_new_tokens, streamer=_streamer(conversation))
+    else:
+        typer.echo(conversation.ask(prompt, images, max_new_tokens=max_new_tokens))
+
+
+@app.command(epilog=CHAT_HELP)
+def chat(
+    model: ModelArgument,
+    max_new_tokens: MaxNewTokensOption = 256,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    attn: AttnOption = None,
+) -> None:
+    """Talk in several turns, one line each; an image may come with any of them."""
+    conversation = _load(model, device, dtype, attn)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        typer.echo(CHAT_HELP, err=True)
+    pending: list[Image] = []
+    for line in _lines("> " if interactive else ""):
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+                pending = []
+            elif command == "/image":
+                pending.append(_open_image(argument.strip()))
+            elif command.startswith("/"):
+                raise ValueError(f"{command} is not a command. {CHAT_HELP}")
+            else:
+                images, pending = pending, []
+                conversation.ask(line, images, max_new_tokens=max_new_tokens, streamer=_streamer(conversation))
+        except _EXPLAINED as error:
+            # A person can try again; a script must not go on with half of its input.
+            if not interactive:
+                raise
+            _complain(error)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+    """
+    try:
+        app(arguments)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        _complain(error)
+        sys.exit(1)
+
+
+def _complain(error: Exception) -> None:
+    message = " ".join(str(error).split())
+    if not isinstance(error, _EXPLAINED):
+        message = f"{type(error).__name__}: {message} (`python -X dev -m casa_hf ...` shows where)"
+    typer.echo(f"error: {message}", err=True)
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """The non-empty lines of standard input."""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _open_image(name: str) -> Image:
+    from transformers.image_utils import load_image
+
+    if not name.startswith(("http://", "https://")):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise ValueError(f"There is no image file {name!r}; give the path or URL of one.")
+        name = str(file)
+    try:
+        return load_image(name)
+    except OSError as error:
+        raise ValueError(f"{name!r} can't be read as an image ({error}); give a JPEG, PNG or WebP file.") from error
+
+
+def _load(name: str, device: str | None, dtype: Dtype | None, attn: str | None) -> Conversation:
+    _quiet_unless_terminal()
+    from safetensors import SafetensorError
+
+    from . import CasaForConditionalGeneration, CasaProcessor
+    from .conversation import Conversation
+    from .conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
+
+    where = _device(device)
+    repository = hub_id(name, revision=None)
+    folder = Path(name) if repository is None else download(repository, None, (*SMALL_FILES, *WEIGHT_FILES))
+    processor = CasaProcessor.from_pretrained(folder)
+    try:
+        model = CasaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", attn_implementation=attn)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {name} are damaged ({error}); convert or download them again.") from error
+    return Conversation(model.to(where).eval(), processor)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = [torch.device("cpu")]
+    if accelerator is not None:
+        here = [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())] + here
+    if name is None:
+        return here[0]
+    for device in here:
+        if name in (str(device), device.type):
+            return device
+    raise ValueError(f"--device {name!r} is not available here; choose one of {', '.join(map(str, here))}.")
+
+
+def _streamer(conversation: Conversation) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _quiet_unless_terminal() -> None:
+    """Switch off the progress bars of the libraries where nobody watches."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bars()
+        disable_progress_bar()
+
+
+@contextmanager
+def _progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on the terminal, advanced by (bytes done, bytes in all); None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,65 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The point of the design space that a conversion aims at: a named variant, and axes chosen one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..configuration_casa import DESIGN_FIELDS, CasaConfig, variant_overrides
+from .errors import ConversionError
+
+OPTIONS = (*DESIGN_FIELDS, "num_gist_tokens")
+
+
+def resolve_design(
+    variant: str | None, design: Mapping[str, Any], num_layers: int, own: CasaConfig | None = None
+) -> dict[str, Any]:
+    """Every design field of a variant of which some axes are chosen otherwise.
+
+    Args:
+        variant: a key of `VARIANTS`; None for the design of `own`, or "casa" without it.
+        design: values of design fields, which win over the variant's. `casa_layers` may also be written as in
+            `layer_indices`.
+        num_layers: number of decoder blocks.
+        own: configuration of the checkpoint if it is a CASA checkpoint.
+
+    Raises:
+        ConversionError: for an unknown field, or blocks that can't be read.
+        ValueError: for an unknown variant.
+    """
+    unknown = [name for name in design if name not in OPTIONS]
+    if unknown:
+        raise ConversionError(f"{unknown[0]!r} is not a design option; choose from {', '.join(OPTIONS)}.")
+    if own is not None and variant is None:
+        fields = {name: getattr(own, name) for name in OPTIONS}
+    else:
+        fields = {name: getattr(CasaConfig, name) for name in OPTIONS}
+        fields |= variant_overrides(variant or "casa", num_layers)
+    fields |= dict(design)
+    if isinstance(fields["casa_layers"], str):
+        fields["casa_layers"] = layer_indices(fields["casa_layers"], num_layers)
+    return fields
+
+
+def layer_indices(text: str, num_layers: int) -> list[int] | None:
+    """Indices of decoder blocks, None for all.
+
+    Args:
+        text: "all"; "every:2" for blocks 1, 3, 5, ...; "last:8"; or indices such as "4,8,12".
+        num_layers: number of decoder blocks.
+
+    Raises:
+        ConversionError: if it is none of these, or more blocks than there are.
+    """
+    if text == "all":
+        return None
+    if match := re.fullmatch(r"(every|last):(\d+)", text):
+        number = int(match[2])
+        if not 0 < number <= num_layers:
+            raise ConversionError(f"layers {text!r} must have a number from 1 to {num_layers}, as there are blocks.")
+        return list(range(number - 1, num_layers, number) if match[1] == "every" else range(num_layers)[-number:])
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        return [int(index) for index in text.split(",")]
+    raise ConversionError(f"layers {text!r} can't be read; write 'every:2', '4,8,12', 'last:8' or 'all'.")

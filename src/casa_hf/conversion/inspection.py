@@ -1,0 +1,121 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a CASA checkpoint is made of, and what it will cost at run time, from its configuration and file headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..configuration_casa import CasaConfig
+from .errors import ConversionError
+from .mapping import ADDED, TOKEN_ROWS
+from .shards import DTYPES, read_checkpoint, read_json
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """Facts about a CASA checkpoint.
+
+    With L decoder blocks, F of them with a fusion layer, R of these in place of self-attention, K key/value heads of d
+    channels and e bytes per number, one token's keys and values in one attention take b = 2 K d e bytes.
+
+    Attributes:
+        variant: name of the variant; None if the settings have no name.
+        backbone: family of the source, such as "Qwen2.5-VL".
+        dtype: that most weights have, such as "bfloat16"; e is its size.
+        num_layers: L.
+        fusion_layers: indices of the F blocks.
+        source_parameters: number of parameters taken over from the source, tied ones counted once.
+        added_parameters: number of parameters of fusion layers, projector and embeddings of new tokens.
+        num_bytes: size of all weights.
+        image_tokens: N, tokens of the largest image that the processor makes.
+        image_bytes: image keys/values of a window with one such image: F N b. Where self-attention updates image
+            states it keeps theirs too: L N b if fusion layers use the same keys, (F + L) N b if not.
+        text_token_bytes: (L - R) b, what one more text token adds to the KV cache for good.
+        window_text_bytes: F b, what it adds besides while its window is the current one; 0 where fusion layers have no
+            text keys or those of self-attention.
+    """
+
+    variant: str | None
+    backbone: str
+    dtype: str
+    num_layers: int
+    fusion_layers: tuple[int, ...]
+    source_parameters: int
+    added_parameters: int
+    num_bytes: int
+    image_tokens: int
+    image_bytes: int
+    text_token_bytes: int
+    window_text_bytes: int
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
+    """Summarise a CASA checkpoint without loading its weights.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Raises:
+        ConversionError: if there is no CASA checkpoint, or its files are broken.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    tensors = read_checkpoint(folder)
+    parameters: Counter[str] = Counter()
+    added = 0
+    num_new_tokens = config.num_gist_tokens + config.backbone.text_only
+    for name, tensor in tensors.items():
+        parameters[tensor.dtype] += tensor.numel
+        added += tensor.numel if ADDED.search(name) else 0
+        added += num_new_tokens * tensor.shape[-1] if name in TOKEN_ROWS else 0
+    dtype = DTYPES[parameters.most_common(1)[0][0]]
+
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_key_value_heads * head_dim * dtype.itemsize
+    num_layers, num_fused = text.num_hidden_layers, len(config.fusion_layers)
+    one_computation = config.casa_share_projections and config.casa_placement == "parallel"
+    image_layers = num_fused
+    if config.casa_image_updates == "full":
+        image_layers = num_layers if one_computation and config.casa_keys != "image" else num_fused + num_layers
+    text_layers = num_layers - num_fused if config.casa_placement == "replace" else num_layers
+    window_layers = num_fused if config.casa_keys == "window" and not one_computation else 0
+    image_tokens = _largest_image(folder, config)
+    return CheckpointSummary(
+        variant=config.variant,
+        backbone=config.backbone.display_name,
+        dtype=str(dtype).removeprefix("torch."),
+        num_layers=num_layers,
+        fusion_layers=config.fusion_layers,
+        source_parameters=parameters.total() - added,
+        added_parameters=added,
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        image_tokens=image_tokens,
+        image_bytes=image_layers * image_tokens * token_bytes,
+        text_token_bytes=text_layers * token_bytes,
+        window_text_bytes=window_layers * token_bytes,
+    )
+
+
+def _read_config(folder: Path) -> CasaConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConversionError(f"{folder} has no config.json. Give the folder of a CASA checkpoint.")
+    content = read_json(file)
+    if content.get("model_type") != CasaConfig.model_type:
+        raise ConversionError(
+            f"{folder} has model_type {content.get('model_type')!r}, it is not a CASA checkpoint. Convert it first "
+            "(`casa-hf convert`)."
+        )
+    return CasaConfig.from_dict(content)
+
+
+def _largest_image(folder: Path, config: CasaConfig) -> int:
+    """Tokens of the largest image that the checkpoint's processor makes."""
+    file = folder / "processor_config.json"
+    if not file.is_file():
+        raise ConversionError(f"{folder} has no processor_config.json. Add the one that belongs to the checkpoint.")
+    token_side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    return read_json(file)["image_processor"]["size"]["longest_edge"] // token_side**2

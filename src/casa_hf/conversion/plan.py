@@ -1,0 +1,178 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a conversion will write, and where every value comes from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..configuration_casa import CasaConfig
+from .errors import ConversionError
+from .mapping import PROJECTOR, TIED, TOKEN_ROWS, TensorMap
+from .shards import DTYPES, ComputedTensor, PlannedTensor, StoredTensor, mean_row, same_values, split_files
+
+PROJECTOR_SEED = 0
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will write.
+
+    Attributes:
+        config: of the new checkpoint.
+        files: the tensors of each weight file, by file name.
+        source_parameters: number of parameters taken over.
+        added_parameters: number of new ones.
+        added: name of each new tensor -> name of the tensor that it starts as a copy of.
+        initialised: name of each tensor that is new, or has new rows, and copies nothing -> how these start.
+        dropped: name of each source tensor that is left out -> why.
+        note: what the new model does before any training, in sentences.
+    """
+
+    config: PreTrainedConfig
+    files: dict[str, list[PlannedTensor]]
+    source_parameters: int
+    added_parameters: int
+    added: dict[str, str]
+    initialised: dict[str, str]
+    dropped: dict[str, str]
+    note: str
+
+    @property
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """All tensors of all files."""
+        return (tensor for group in self.files.values() for tensor in group)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all weights."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def make_plan(
+    config: CasaConfig,
+    tensor_map: TensorMap,
+    stored: dict[str, StoredTensor],
+    new_token_ids: Sequence[int],
+    *,
+    dtype: str | None,
+    max_shard_size: int | str,
+    note: str,
+) -> ConversionPlan:
+    """The plan of a conversion to a CASA checkpoint; its configuration gets the dtype of the weights.
+
+    Args:
+        config: of the new checkpoint.
+        tensor_map: what becomes of each source tensor.
+        stored: the source's tensors by name.
+        new_token_ids: ids of the tokens that the source didn't have.
+        dtype: a key of `DTYPES` to cast to; None to keep each as it is.
+        max_shard_size: bytes of weights per file, as a number or such as "5GB".
+        note: what the new model does before any training.
+
+    Raises:
+        ConversionError: if a tied head has values of its own.
+    """
+    _check_tied_head(stored, tensor_map)
+    planned, initialised = _plan_tensors(config, tensor_map, stored, new_token_ids, dtype)
+    set_dtype(config, planned, dtype)
+    new = tensor_map.added.keys() | tensor_map.computed.keys()
+    added_parameters = sum(tensor.numel for tensor in planned if tensor.name in new)
+    grown = sum(name in TOKEN_ROWS for name in initialised)
+    added_parameters += grown * len(new_token_ids) * config.text_config.hidden_size
+    return ConversionPlan(
+        config=config,
+        files=split_files(planned, max_shard_size),
+        source_parameters=sum(tensor.numel for tensor in planned) - added_parameters,
+        added_parameters=added_parameters,
+        added=tensor_map.added,
+        initialised=initialised,
+        dropped=tensor_map.dropped,
+        note=note,
+    )
+
+
+def _plan_tensors(
+    config: CasaConfig,
+    tensor_map: TensorMap,
+    stored: dict[str, StoredTensor],
+    new_token_ids: Sequence[int],
+    dtype: str | None,
+) -> tuple[list[PlannedTensor], dict[str, str]]:
+    """The tensors, and how those start that are new, or have new rows, and copy nothing."""
+    planned = []
+    initialised = {}
+    for name, source in tensor_map.written():
+        parts: tuple[StoredTensor | ComputedTensor, ...] = (stored[source],)
+        origin = f"new, copy of {source}" if name in tensor_map.added else source
+        if name in TOKEN_ROWS and new_token_ids:
+            parts = _with_mean_rows(stored[source], new_token_ids, config.text_config.vocab_size)
+            initialised[name] = f"new rows {', '.join(map(str, new_token_ids))}: the mean of all"
+            origin += f"; {initialised[name]}"
+        planned.append(PlannedTensor(name, parts, dtype or stored[source].dtype, origin))
+    usual = dtype or _usual_dtype(planned)
+    for name, shape in tensor_map.computed.items():
+        compute, initialised[name] = _initial_values(name, shape, config)
+        planned.append(PlannedTensor(name, (ComputedTensor(shape, compute),), usual, f"new, {initialised[name]}"))
+    return planned, initialised
+
+
+def _usual_dtype(tensors: Iterable[PlannedTensor]) -> str:
+    """The dtype that most parameters have."""
+    parameters: Counter[str] = Counter()
+    for tensor in tensors:
+        parameters[tensor.dtype] += tensor.numel
+    return parameters.most_common(1)[0][0]
+
+
+def set_dtype(config: PreTrainedConfig, planned: Sequence[PlannedTensor], dtype: str | None) -> None:
+    """Make a configuration state the dtype in which the weights are to be loaded."""
+    if dtype is None and config.dtype is not None:
+        return
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = DTYPES[_usual_dtype(planned)]
+
+
+def _initial_values(name: str, shape: tuple[int, ...], config: CasaConfig) -> tuple[partial[torch.Tensor], str]:
+    """How a tensor that copies nothing is made, and how it starts in words."""
+    if name == f"{PROJECTOR}weight":
+        std = config.text_config.initializer_range
+        return partial(_normal, shape, std), f"random, of standard deviation {std:g}"
+    return partial(torch.zeros, shape), "0"
+
+
+def _normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(PROJECTOR_SEED)
+    return std * torch.randn(shape, generator=generator)
+
+
+def _with_mean_rows(
+    stored: StoredTensor, ids: Sequence[int], num_rows: int
+) -> tuple[StoredTensor | ComputedTensor, ...]:
+    """A matrix of `num_rows` rows: the stored ones, but the mean of them at `ids` and beyond the last."""
+    mean = cache(partial(mean_row, stored))
+
+    def means(count: int) -> ComputedTensor:
+        return ComputedTensor((count, *stored.shape[1:]), lambda: mean().expand(count, -1))
+
+    parts: list[StoredTensor | ComputedTensor] = []
+    start, old_rows = 0, stored.shape[0]
+    for index in sorted(index for index in ids if index < old_rows):
+        parts += [stored.rows(start, index), means(1)]
+        start = index + 1
+    parts += [stored.rows(start, old_rows), means(num_rows - old_rows)]
+    return tuple(part for part in parts if part.shape[0])
+
+
+def _check_tied_head(stored: dict[str, StoredTensor], tensor_map: TensorMap) -> None:
+    head, embedding = TIED
+    if head in tensor_map.dropped and not same_values(stored[head], stored[tensor_map.found[embedding]]):
+        raise ConversionError(
+            f"config.json says that {head} equals the embeddings (tie_word_embeddings), but the source stores other "
+            "values. Set tie_word_embeddings to false in its config.json to keep both."
+        )

@@ -1,0 +1,348 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tensors as byte ranges of safetensors files, and new files made from such ranges.
+
+A safetensors file is 8 bytes of header length, a JSON header that gives each tensor's dtype, shape and byte range, and
+the bytes. Renaming or duplicating a tensor therefore needs no tensor at all: `read_checkpoint` finds the ranges,
+`write_checkpoint` copies them, a few megabytes at a time, behind headers of its own. Only a change of dtype looks at
+the values, and it too works on a few megabytes at a time. What no file holds, such as a gate or the embedding of a new
+token, is computed when it is written; a tensor may be put together from ranges and computed rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+
+from .errors import ConversionError, listed, one_line
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# The dtypes of unquantised weights, by their safetensors code.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+_CHUNK_BYTES = 16 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: a key of `DTYPES`.
+        shape: of the tensor.
+        start: offset of its first byte in the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """The rows `start` to `stop` (exclusive) of a tensor with at least one dimension."""
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return StoredTensor(self.file, self.dtype, (stop - start, *self.shape[1:]), self.start + start * row_bytes)
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A small tensor that no file holds.
+
+    Attributes:
+        shape: of the tensor.
+        compute: makes its values, in any dtype; called when they are written.
+    """
+
+    shape: tuple[int, ...]
+    compute: Callable[[], torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written.
+
+    Attributes:
+        name: its new name.
+        parts: what it is put together from, along the first dimension.
+        dtype: a key of `DTYPES`; values of another dtype are cast.
+        origin: in words, where its values come from.
+    """
+
+    name: str
+    parts: tuple[StoredTensor | ComputedTensor, ...]
+    dtype: str
+    origin: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return first if len(self.parts) == 1 else (sum(part.shape[0] for part in self.parts), *first[1:])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint folder, from headers alone.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`. As in Transformers the single
+            file wins if both are there.
+
+    Returns:
+        The place of every tensor by name.
+
+    Raises:
+        ConversionError: if there are no safetensors weights, if a file is missing or broken, if shards and index
+            disagree, or if a tensor is quantised.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return _read_header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
+        found = f"only pickled ones ({listed(pickles)}), which are never loaded" if pickles else "none"
+        raise ConversionError(
+            f"{folder} should hold weights as {SINGLE_FILE} or as shards with {INDEX_FILE}, but there are {found}. "
+            "Get the safetensors files, or load the model in Transformers and write them with save_pretrained."
+        )
+    return _read_shards(folder)
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConversionError(f"{index} has no weight_map. Download the file again.")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ConversionError(f"{index} names files that are not there: {listed(missing)}. Download them.")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        stored = _read_header(folder / shard)
+        promised = {name for name, file in weight_map.items() if file == shard}
+        if stored.keys() != promised:
+            raise ConversionError(
+                f"{folder / shard} doesn't hold the tensors that {INDEX_FILE} puts there; they differ in "
+                f"{listed(sorted(stored.keys() ^ promised))}. Download shards and index of one version."
+            )
+        tensors.update(stored)
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        # Checks that the tensors' ranges fill the file, without gaps, to its last byte. Unlike "pt", "np" maps files
+        # read-only, so that one may be larger than the memory.
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(
+            f"{file} is not a complete safetensors file ({one_line(error)}). Download it again."
+        ) from error
+    with open(file, "rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    header.pop("__metadata__", None)
+    quantised = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
+    if quantised:
+        raise ConversionError(
+            f"{file} holds quantised or non-float weights: {listed(quantised)}. Convert the original checkpoint, with "
+            f"weights in {', '.join(DTYPES)}."
+        )
+    return {
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    a, b = (_mapped(tensor.file)[tensor.start : tensor.start + tensor.nbytes] for tensor in (first, second))
+    chunks = (slice(offset, offset + _CHUNK_BYTES) for offset in range(0, len(a), _CHUNK_BYTES))
+    return all(bytes(a[chunk]) == bytes(b[chunk]) for chunk in chunks)
+
+
+def mean_row(tensor: StoredTensor) -> torch.Tensor:
+    """The mean of the rows of a stored matrix, float64."""
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    rows = max(_CHUNK_BYTES // row_bytes, 1)
+    total = torch.zeros(tensor.shape[1], dtype=torch.float64)
+    data = _mapped(tensor.file)[tensor.start : tensor.start + tensor.nbytes]
+    for offset in range(0, len(data), rows * row_bytes):
+        chunk = _values(data[offset : offset + rows * row_bytes], tensor.dtype)
+        total += chunk.view(-1, tensor.shape[1]).sum(0, dtype=torch.float64)
+    return total / tensor.shape[0]
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: if the file isn't JSON, or isn't an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} is not valid JSON ({one_line(error)}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} should hold a JSON object, got a {type(content).__name__}. Download it again.")
+    return content
+
+
+# ---------------------------------------------------------------- writing
+
+
+def split_files(tensors: Sequence[PlannedTensor], max_shard_size: int | str) -> dict[str, list[PlannedTensor]]:
+    """Distribute tensors over files, in order: `model.safetensors`, or shards if they exceed `max_shard_size`.
+
+    Args:
+        tensors: what is to be written.
+        max_shard_size: bytes of tensors per file, as a number or such as "5GB"; a larger tensor gets its own file.
+
+    Returns:
+        The tensors of each file, by file name.
+
+    Raises:
+        ConversionError: if `max_shard_size` isn't positive.
+        ValueError: if `max_shard_size` has an unknown unit.
+    """
+    planned = {tensor.name: tensor for tensor in tensors}
+    if not isinstance(max_shard_size, str) and max_shard_size <= 0:
+        raise ConversionError(f"max_shard_size={max_shard_size} must be positive, or such as '5GB'.")
+    split = split_state_dict_into_shards_factory(
+        planned,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()}
+
+
+def write_checkpoint(folder: Path, files: dict[str, list[PlannedTensor]], progress: Progress | None = None) -> None:
+    """Write safetensors files, and an index if there are several.
+
+    Nothing is flushed to the disk; that is left to the caller, once, while the kernel is already at it.
+
+    Args:
+        folder: an existing folder.
+        files: see `split_files`.
+        progress: called with (bytes written so far, bytes in all).
+
+    Raises:
+        ConversionError: if a value is too large for the dtype that it is cast to.
+    """
+    tensors = [tensor for group in files.values() for tensor in group]
+    total = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+
+    def report(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    for file_name, group in files.items():
+        _write_file(folder / file_name, group, report)
+    if len(files) > 1:
+        parameters = sum(tensor.numel for tensor in tensors)
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": total},
+            "weight_map": {tensor.name: file_name for file_name, group in files.items() for tensor in group},
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Sequence[PlannedTensor], report: Callable[[int], None]) -> None:
+    # Widest dtype first, so that every tensor starts at a multiple of its item size.
+    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    stored = {part.file for tensor in tensors for part in tensor.parts if isinstance(part, StoredTensor)}
+    sources = {file: _mapped(file) for file in stored}
+    with open(path, "wb") as output:
+        output.write(_header(tensors))
+        for tensor in tensors:
+            for part in tensor.parts:
+                if isinstance(part, ComputedTensor):
+                    report(output.write(_cast(part.compute(), tensor)))
+                    continue
+                data = sources[part.file][part.start : part.start + part.nbytes]
+                for offset in range(0, len(data), _CHUNK_BYTES):
+                    chunk = data[offset : offset + _CHUNK_BYTES]
+                    same = tensor.dtype == part.dtype
+                    report(output.write(chunk if same else _cast(_values(chunk, part.dtype), tensor)))
+
+
+def _mapped(file: Path) -> memoryview:
+    """A file's bytes, which the kernel copies without a detour through this process."""
+    with open(file, "rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _values(chunk: memoryview, dtype: str) -> torch.Tensor:
+    # A copy, because torch warns about buffers that it couldn't write to.
+    return torch.frombuffer(bytearray(chunk), dtype=DTYPES[dtype])
+
+
+def _cast(values: torch.Tensor, tensor: PlannedTensor) -> memoryview:
+    cast = values.to(DTYPES[tensor.dtype]).contiguous()
+    if bool((cast.isinf() & values.isfinite()).any()):
+        raise ConversionError(
+            f"{tensor.name} holds {values.abs().max().item():g}, which is beyond the range of {cast.dtype}. Use "
+            "dtype='bfloat16' or keep the source's dtype."
+        )
+    return cast.view(-1).view(torch.uint8).numpy().data

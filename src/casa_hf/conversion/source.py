@@ -1,0 +1,203 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The source of a conversion: found or downloaded, and refused early, in one line, if it can't be converted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
+from ..configuration_casa import CasaConfig
+from ..hub import LICENSE_FILES
+from ..processing_casa import CasaProcessor
+from .errors import ConversionError, one_line
+from .shards import read_json
+
+# What is downloaded: first everything that decides whether the source can be converted, then the weights.
+SMALL_FILES = ("*.json", "*.jinja", "*merges.txt", "README.md", *LICENSE_FILES)
+WEIGHT_FILES = ("*.safetensors",)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def hub_id(source: str | Path, revision: str | None) -> str | None:
+    """The Hub id that `source` is, or None for a local folder.
+
+    Raises:
+        ConversionError: if it can be neither, or if a local folder comes with a revision.
+    """
+    if os.path.isdir(source):
+        if revision is not None:
+            raise ConversionError(
+                f"revision={revision!r} is for Hub ids, but {source} is a local folder. Leave out revision."
+            )
+        return None
+    if os.path.exists(source) or not _HUB_ID.fullmatch(str(source)):
+        raise ConversionError(
+            f"{source} is not a folder. Give the folder of a checkpoint, or a Hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct."
+        )
+    return str(source)
+
+
+def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """Get the files at the top of a Hub repository whose names match a pattern.
+
+    Returns:
+        The folder in the Hub's cache; its name is the commit.
+
+    Raises:
+        ConversionError: if they can't be had.
+    """
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        )
+    except Exception as error:  # the Hub's client lets many kinds through, from bad names to broken connections
+        reason = shorten(str(error), 160, placeholder=" ...")
+        raise ConversionError(
+            f"{repository!r} is not a folder here, and getting it from the Hub failed ({reason}). Check the name, the "
+            "connection and your login (`hf auth login`), or give a local folder."
+        ) from error
+
+
+def read_source_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint that can be converted: the stock one, or a `CasaConfig`.
+
+    Raises:
+        ConversionError: if there is none, if it is invalid, or if it says that the checkpoint can't be converted.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConversionError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
+    content = read_json(file)
+    model_type = content.get("model_type")
+    is_casa = model_type == CasaConfig.model_type
+    if (
+        not is_casa
+        and "casa" in json.dumps([model_type, content.get("architectures"), content.get("auto_map")]).lower()
+    ):
+        raise ConversionError(
+            f"{folder} (model_type {model_type!r}) is a CASA checkpoint by the method's authors, whose tensor names "
+            "aren't documented. Run it with their code, or convert the model that it was made from."
+        )
+    parts = [content, *(value for value in content.values() if isinstance(value, dict))]
+    if any(part.get("quantization_config") for part in parts):
+        raise ConversionError(f"{folder} is quantised (quantization_config). Convert the unquantised original.")
+    if not is_casa and model_type not in SOURCE_BACKBONES:
+        raise ConversionError(
+            f"{folder} has model_type {model_type!r}, which can't become a CASA model. Give a checkpoint of: "
+            f"{supported_sources()}."
+        )
+    try:
+        return (CasaConfig if is_casa else CONFIG_MAPPING[model_type]).from_dict(content)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConversionError(f"{file} is not a valid {model_type} configuration: {one_line(error)}") from error
+
+
+def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision configuration of the checkpoint that is to give a text-only source its vision tower.
+
+    Args:
+        folder: of that checkpoint.
+        config: of the text-only source.
+
+    Raises:
+        ConversionError: if there is no such configuration, or if it is of another family than the source can be given.
+    """
+    backbone = SOURCE_BACKBONES[config.model_type]
+    content = read_source_config(folder)
+    vision = getattr(content, "vision_config", None)
+    if isinstance(content, CasaConfig) or vision is None or vision.model_type != backbone.vision_model_type:
+        raise ConversionError(
+            f"{folder} has model_type {content.model_type!r}; {backbone.display_name} takes the vision tower "
+            f"{VISION_TOWERS[backbone.vision_model_type].model_type!r} of a source checkpoint. Give such a one."
+        )
+    return vision
+
+
+def stock_config(config: CasaConfig, *, keep_tokens: bool = False) -> PreTrainedConfig:
+    """The configuration of the source, with the language model and the vision tower of a CASA checkpoint.
+
+    Args:
+        config: of the CASA checkpoint.
+        keep_tokens: whether the vocabulary keeps the tokens that the source hasn't.
+
+    Raises:
+        ConversionError: if the checkpoint doesn't tell what its source was.
+    """
+    if not config.source_config:
+        raise ConversionError("config.json has no source_config, so the source's form isn't known; convert it anew.")
+    kept = dict(config.source_config)
+    model_type = kept.pop("model_type", config.backbone.source_model_type)
+    text = {name: value for name, value in config.text_config.to_dict().items() if name != "model_type"}
+    vocab_size = kept.pop("vocab_size", text["vocab_size"])
+    if not keep_tokens:
+        text["vocab_size"] = vocab_size
+    fields: dict[str, Any] = {"text_config": text, "vision_config": config.vision_config.to_dict()}
+    if config.backbone.text_only:
+        fields = text
+    fields |= {"tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
+    fields["architectures"] = kept.get("architectures") or [config.backbone.source_class]
+    return CONFIG_MAPPING[model_type](**kept | fields)
+
+
+def load_processor(
+    folder: Path,
+    config: CasaConfig,
+    *,
+    vision_folder: Path | None = None,
+    max_pixels: int | None = None,
+    num_gist_tokens: int = 0,
+    is_casa: bool = False,
+) -> CasaProcessor:
+    """The processor of the CASA form of the checkpoint in `folder`.
+
+    Args:
+        folder: of the checkpoint.
+        config: of its CASA form.
+        vision_folder: for a text-only source, the checkpoint whose image processor it gets.
+        max_pixels: largest number of pixels of an image; None for the design's default.
+        num_gist_tokens: gist tokens to add to the tokenizer.
+        is_casa: whether `folder` is a CASA checkpoint, whose processor is taken over.
+
+    Raises:
+        ConversionError: if the files of tokenizer or image processor are missing or unusable.
+    """
+    has_vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not has_vocabulary and not (folder / "tokenizer.json").is_file():
+        raise ConversionError(
+            f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt). Add the files that belong to "
+            "the checkpoint."
+        )
+    pixels_folder = vision_folder or folder
+    if not any((pixels_folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ConversionError(
+            f"{pixels_folder} has no image processor (preprocessor_config.json). Add the file that belongs to the "
+            "checkpoint."
+        )
+    given = {} if max_pixels is None else {"max_pixels": max_pixels}
+    try:
+        if is_casa:
+            return CasaProcessor.from_pretrained(folder, **given)
+        options: dict[str, Any] = {**processor_limits(config), **given, "num_gist_tokens": num_gist_tokens}
+        if vision_folder is not None:
+            return CasaProcessor.from_text_source(folder, vision_folder, **options)
+        return CasaProcessor.from_source(folder, **options)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise ConversionError(
+            f"The tokenizer or image processor in {folder} is unusable: {one_line(error)}"
+        ) from error
+
+
+def processor_limits(config: CasaConfig) -> dict[str, None]:
+    """Options of `CasaProcessor.from_source`: a variant that is to equal its source keeps the source's image sizes."""
+    return {"max_pixels": None, "frame_max_pixels": None} if config.casa_positions == "insertion" else {}

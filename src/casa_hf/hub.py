@@ -1,0 +1,330 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The model card of a converted checkpoint: where it comes from, what is untrained, how to use it, whose licence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+
+from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
+
+LICENSE_FILES = ("LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a source checkpoint comes from.
+
+    Attributes:
+        name: Hub id, or the name of a local folder.
+        on_hub: whether `name` is a Hub id.
+        commit: the Hub's commit hash, where known.
+    """
+
+    name: str
+    on_hub: bool
+    commit: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> Origin:
+        """The origin of a folder; one in the Hub's download cache tells repository and commit by its path."""
+        repository, snapshots = folder.parent.parent.name, folder.parent.name
+        if repository.startswith("models--") and snapshots == "snapshots":
+            return cls(repository.removeprefix("models--").replace("--", "/"), on_hub=True, commit=folder.name)
+        return cls(folder.name, on_hub=False)
+
+
+def read_license(folder: Path) -> dict[str, Any]:
+    """The licence that a checkpoint states, as model card metadata.
+
+    Args:
+        folder: of the checkpoint; the front matter of its README.md is read, and whether it holds a licence file.
+
+    Returns:
+        Those of "license", "license_name" and "license_link" that are stated; empty if none is.
+    """
+    try:
+        stated = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        stated = {}
+    if stated.get("license"):
+        return {key: stated[key] for key in ("license", "license_name", "license_link") if stated.get(key)}
+    files = license_files(folder)
+    return {"license": "other", "license_link": files[0].name} if files else {}
+
+
+def license_files(folder: Path) -> list[Path]:
+    """The licence texts and notices in a folder."""
+    return sorted(file for pattern in LICENSE_FILES for file in folder.glob(pattern) if file.is_file())
+
+
+def model_card(
+    config: CasaConfig,
+    *,
+    variant: str,
+    origin: Origin,
+    folder: Path,
+    vision_origin: Origin | None = None,
+    vision_folder: Path | None = None,
+    from_casa: bool = False,
+    note: str,
+    command: str,
+    model: str,
+    source_parameters: int,
+    added_parameters: int,
+    initialised: Mapping[str, str],
+    new_tokens: Sequence[str] = (),
+    cast_to: str | None,
+) -> str:
+    """The README.md of a converted checkpoint.
+
+    Args:
+        config: of the converted model.
+        variant: name of the variant that was asked for.
+        origin: of the source.
+        folder: of the source; what it states about its licence is taken over.
+        vision_origin, vision_folder: the same of the checkpoint that gave the vision tower, if it was another.
+        from_casa: whether the source was a CASA checkpoint.
+        note: see `untrained_effect`.
+        command: that makes this checkpoint.
+        model: folder or Hub id under which the checkpoint can be loaded.
+        source_parameters: number of parameters taken over.
+        added_parameters: number of new parameters.
+        initialised: names of new tensors, or with new rows, that copy nothing -> how these start.
+        new_tokens: tokens that the source's tokenizer hasn't.
+        cast_to: dtype that the weights were cast to, if they were.
+
+    Returns:
+        Markdown with front matter.
+    """
+    licenses = [(origin, read_license(folder))]
+    if vision_origin is not None and vision_folder is not None:
+        licenses.append((vision_origin, read_license(vision_folder)))
+    metadata = _metadata(licenses, "image-text-to-text", ["casa"])
+    path = json.dumps(model)
+    text_only = "" if vision_origin is None else f", with the vision tower of {_named(vision_origin)},"
+    return f"""\
+---
+{metadata.to_yaml()}
+---
+
+# {Path(model).name}
+
+{_origin_text(origin)} ({config.backbone.display_name}){text_only} as a CASA model: images stay out of the
+token sequence and out of the KV cache; fusion layers let text attend to the current image.
+{_design_text(config, variant)}
+
+## What is untrained
+
+{_training_text(config, source_parameters, added_parameters, initialised, new_tokens, cast_to, note, from_casa)}
+
+## How it was made
+
+```bash
+{command}
+```
+
+## Usage
+
+```python
+from PIL import Image
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+
+model = CasaForConditionalGeneration.from_pretrained({path})
+processor = CasaProcessor.from_pretrained({path})
+
+image = Image.new("RGB", (448, 448), "red")
+question = {{"type": "text", "text": "Which colour is this?"}}
+messages = [{{"role": "user", "content": [{{"type": "image", "image": image}}, question]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+
+## Licence
+
+{_license_text(licenses)}
+"""
+
+
+def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], name: str) -> str:
+    """The README.md of a checkpoint in the source's form that was made from a CASA checkpoint.
+
+    Args:
+        config: of the CASA checkpoint.
+        origin: of it.
+        folder: of it; what it states about its licence is taken over.
+        dropped: names of its tensors that were left out.
+        name: of the new checkpoint.
+
+    Returns:
+        Markdown with front matter.
+    """
+    licenses = [(origin, read_license(folder))]
+    task = "text-generation" if config.backbone.text_only else "image-text-to-text"
+    return f"""\
+---
+{_metadata(licenses, task, []).to_yaml()}
+---
+
+# {name}
+
+{_origin_text(origin)}, a CASA model, taken back to the form of its source ({config.backbone.display_name}): language
+model and vision weights as they are there, without {len(dropped)} tensors of fusion layers and new tokens.
+
+## Licence
+
+{_license_text(licenses)}
+"""
+
+
+def training_free(config: CasaConfig) -> str | None:
+    """For which prompts an unchanged conversion computes what its source does, in words; None if it doesn't."""
+    as_inserted = (
+        config.casa_keys == "context"
+        and config.casa_image_updates == "full"
+        and config.casa_positions == "insertion"
+        and len(config.fusion_layers) == config.text_config.num_hidden_layers
+        and not config.num_gist_tokens
+        and not config.backbone.text_only
+    )
+    if not as_inserted:
+        return None
+    return {
+        "all": "every prompt",
+        "group": "prompts whose images form one group",
+        "latest": "prompts with one image",
+    }[config.casa_image_history]
+
+
+def untrained_effect(config: CasaConfig, made_from: CasaConfig | None = None) -> str:
+    """What a conversion does before any further training, in sentences.
+
+    Args:
+        config: of the new model.
+        made_from: configuration of the source if that is a CASA model too.
+    """
+    if made_from is not None:
+        if all(getattr(config, name) == getattr(made_from, name) for name in DESIGN_FIELDS):
+            return "It computes what the CASA model does that it was made from."
+        return (
+            "It was made from a CASA model of another design, and what that has learned was learned in that design: "
+            "answers may be poor until the model is trained in this one."
+        )
+    prompts = training_free(config)
+    if prompts is not None:
+        return f"It needs no training: for {prompts} it computes what the source does."
+    if config.casa_gate:
+        return (
+            "Its gates are closed: text-only prompts are answered as by the source, and what images show has no "
+            "effect until the model is trained."
+        )
+    if config.casa_placement == "replace":
+        return "Fusion layers replace self-attention, so answers to any prompt are poor until the model is trained."
+    if config.casa_text_windows:
+        return "Its fusion layers are untrained, so answers to any prompt are poor until the model is trained."
+    return (
+        "Its fusion layers are untrained: text-only prompts are answered as by the source, answers about images are "
+        "poor until the model is trained."
+    )
+
+
+def _metadata(licenses: Sequence[tuple[Origin, dict[str, Any]]], task: str, tags: list[str]) -> ModelCardData:
+    on_hub = [origin.name for origin, _ in licenses if origin.on_hub]
+    first = licenses[0][1]
+    # One field can't state two licences; the section below does.
+    license = first if all(stated == first for _, stated in licenses) else {"license": "other"}
+    return ModelCardData(
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
+        base_model_relation="finetune" if len(on_hub) == 1 else "merge" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=tags or None,
+        **license,
+    )
+
+
+def _design_text(config: CasaConfig, variant: str) -> str:
+    if config.variant:
+        return f"Variant `{config.variant}`:\n{VARIANTS[config.variant].description}."
+    named = {name: getattr(CasaConfig, name) for name in DESIGN_FIELDS}
+    named |= variant_overrides(variant, config.text_config.num_hidden_layers)
+    named |= {"num_gist_tokens": 0}
+    changed = [name for name, value in named.items() if getattr(config, name) != value]
+    return f"Variant `{variant}` with\n{', '.join(f'`{name}={getattr(config, name)!r}`' for name in changed)}."
+
+
+def _origin_text(origin: Origin) -> str:
+    if not origin.on_hub:
+        return f"The checkpoint in the local folder `{origin.name}`"
+    commit = f" at commit `{origin.commit}`" if origin.commit else ""
+    return f"[{origin.name}](https://huggingface.co/{origin.name}){commit}"
+
+
+def _named(origin: Origin) -> str:
+    return f"`{origin.name}`"
+
+
+def _training_text(
+    config: CasaConfig,
+    source_parameters: int,
+    added_parameters: int,
+    initialised: Mapping[str, str],
+    new_tokens: Sequence[str],
+    cast_to: str | None,
+    note: str,
+    from_casa: bool,
+) -> str:
+    change = "unchanged" if cast_to is None else f"and cast to {cast_to}"
+    kept = f"{source_parameters:,} parameters of the source are taken over {change}"
+    if from_casa:
+        new = f"{added_parameters:,} are new and untrained" if added_parameters else "there are no new ones"
+        return f"{kept}; {new}. {note}"
+    prompts = training_free(config)
+    if prompts is not None:
+        return f"Nothing: {kept}, there are no new ones, and for {prompts} the model computes what the source does."
+    blocks = f"The fusion layers of {len(config.fusion_layers)} blocks"
+    if not config.casa_share_projections:
+        new = (
+            f"{blocks} have projections and norms of their own, copies of the blocks' self-attention and input norms, "
+            "which have never been trained."
+        )
+    else:
+        new = f"{blocks} use the projections of self-attention, which have never been trained for this use."
+    count = f"{added_parameters:,} are new" if added_parameters else "there are no new ones"
+    sentences = [f"{kept}; {count}.", new]
+    if new_tokens:
+        tokens = ", ".join(f"`{token}`" for token in new_tokens)
+        sentences.append(
+            f"New tokens: {tokens}; their rows start as the mean of all rows, also where the matrix had spare ones."
+        )
+    others = [name for name in initialised if "multi_modal_projector" in name]
+    if others:
+        sentences.append(
+            f"The projector between vision tower and language model ({', '.join(others)}) starts at random."
+        )
+    if config.backbone.text_only:
+        sentences.append("The vision tower has never been used with this language model.")
+    return " ".join(sentences) + f"\n\n{note}"
+
+
+def _license_text(licenses: Sequence[tuple[Origin, dict[str, Any]]]) -> str:
+    return "\n\n".join(_one_license(origin, stated) for origin, stated in licenses)
+
+
+def _one_license(origin: Origin, license: dict[str, Any]) -> str:
+    if not license:
+        return (
+            f"The files of `{origin.name}` state no licence. Its terms apply to this checkpoint too: look them up "
+            "before use."
+        )
+    name, link = license.get("license_name", license["license"]), license.get("license_link")
+    return f"Inherited from `{origin.name}`: {name}" + (f", see [{link}]({link})." if link else ".")

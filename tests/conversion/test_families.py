@@ -1,0 +1,158 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Every family, in every layout that its checkpoints have, there and back; the text-only one with a vision tower."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import metadata_load
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
+from examples.tiny_source import FAMILIES, build_tiny_helium, build_tiny_source
+from tests.conversion.helpers import (
+    altered,
+    assert_refused,
+    assert_same,
+    converted,
+    in_memory_layout,
+    load_weights,
+    older_layout,
+)
+
+LAYERS = [0, 1, 2]
+MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+PROJECTOR = "model.multi_modal_projector."
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(tmp_path, family, tied):
+    source = build_tiny_source(tmp_path / "source", family=family, tie_word_embeddings=tied)
+    tensors = load_weights(source)
+    older = altered(source, tmp_path / "older", weights=older_layout)
+    memory = altered(source, tmp_path / "memory", weights=in_memory_layout)
+    assert load_weights(older).keys() != load_weights(memory).keys()
+    for folder in (source, older, memory):
+        output = convert_checkpoint(folder, tmp_path / "casa", overwrite=True).output
+        assert_same(load_weights(output), converted(tensors, LAYERS))
+    model, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa", output_loading_info=True)
+    assert not any(info.values()), info
+    assert inspect_checkpoint(tmp_path / "casa").source_parameters == sum(t.numel() for t in tensors.values())
+
+    report = convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert_same(load_weights(tmp_path / "back"), tensors)
+    assert report.dropped.keys() == converted(tensors, LAYERS).keys() - in_memory_layout(tensors).keys()
+    stock, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    original = AutoModelForImageTextToText.from_pretrained(source)
+    assert type(stock) is type(original)
+    assert stock.config.to_dict() == original.config.to_dict() | {"_name_or_path": stock.config._name_or_path}
+    assert {file.name for file in (tmp_path / "back").iterdir()} == {
+        "README.md",
+        *(file.name for file in source.iterdir()),
+    }
+    for file in source.glob("*.json"):
+        if file.name != "config.json":
+            assert json.loads((tmp_path / "back" / file.name).read_text()) == json.loads(file.read_text()), file.name
+    ids = torch.arange(20)[None]
+    assert torch.equal(stock(ids).logits, original(ids).logits)
+    # With nothing trained in between, text goes through the CASA form as well.
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
+
+
+# -------------------------------------------------------------------- Helium
+
+
+@pytest.fixture(scope="module")
+def helium(tmp_path_factory):
+    return build_tiny_helium(tmp_path_factory.mktemp("helium") / "text")
+
+
+def expected_helium(text, vision, image_token_id):
+    """Tensors of Helium and a tower with a row for one more token."""
+    expected = converted(load_weights(text), LAYERS)
+    for name in MATRICES:
+        assert expected[name].shape[0] == image_token_id
+        expected[name] = torch.cat([expected[name], expected[name].mean(0, dtype=torch.float64)[None].float()])
+    tower = in_memory_layout(load_weights(vision))
+    return expected | {name: tensor for name, tensor in tower.items() if name.startswith("model.visual.")}
+
+
+@pytest.mark.parametrize("layout", [older_layout, in_memory_layout])
+def test_helium_with_a_tower_of_its_width(helium, source_folder, tmp_path, layout):
+    vision = altered(source_folder, tmp_path / "vision", weights=layout)
+    report = convert_checkpoint(helium, tmp_path / "casa", vision_from=vision)
+    config = report.config
+    assert config.image_token_id == len(AutoTokenizer.from_pretrained(helium))
+    assert_same(load_weights(tmp_path / "casa"), expected_helium(helium, vision, config.image_token_id))
+    assert report.initialised.keys() == set(MATRICES)
+    assert (
+        report.added_parameters == sum(load_weights(tmp_path / "casa")[name].numel() for name in report.added) + 2 * 64
+    )
+
+
+def test_helium_with_a_tower_of_another_width(helium, tmp_path):
+    vision = build_tiny_source(tmp_path / "vision", hidden_size=32)
+    for name in ("first", "second"):
+        report = convert_checkpoint(helium, tmp_path / name, "ca-shared", vision_from=vision)
+    tensors = load_weights(tmp_path / "first")
+    assert_same(load_weights(tmp_path / "second"), tensors)
+    weight, bias = tensors.pop(f"{PROJECTOR}weight"), tensors.pop(f"{PROJECTOR}bias")
+    assert weight.shape == (64, 32) and not bias.any() and bias.shape == (64,)
+    assert abs(weight.std() / 0.02 - 1) < 0.1 and abs(weight.mean()) < 0.002
+    expected = expected_helium(helium, vision, report.config.image_token_id)
+    assert_same(tensors, {name: tensor for name, tensor in expected.items() if ".casa_attn." not in name})
+    assert report.initialised.keys() == {*MATRICES, f"{PROJECTOR}weight", f"{PROJECTOR}bias"}
+    assert report.added_parameters == 2 * 64 + 64 * 32 + 64
+    summary = inspect_checkpoint(tmp_path / "first")
+    assert (summary.backbone, summary.added_parameters) == ("Helium", report.added_parameters)
+
+    model, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(info.values()), info
+    stock = AutoModelForCausalLM.from_pretrained(helium)
+    ids = torch.arange(5, 40)[None]
+    assert torch.equal(model(ids).logits[..., :-1], stock(ids).logits)
+    processor = CasaProcessor.from_pretrained(tmp_path / "first")
+    inputs = processor(text="A <|image|> B", images=Image.new("RGB", (56, 56)), return_tensors="pt")
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_helium_goes_back_without_its_tower(helium, source_folder, tmp_path):
+    convert_checkpoint(helium, tmp_path / "casa", vision_from=source_folder, casa_gate="tanh", num_gist_tokens=3)
+    report = convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert_same(load_weights(tmp_path / "back"), load_weights(helium))
+    assert any("visual" in name for name in report.dropped) and any("rows" in name for name in report.dropped)
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    for file in helium.iterdir():
+        if file.suffix == ".json" and file.name != "config.json":
+            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+    assert stock.config.to_dict() == AutoModelForCausalLM.from_pretrained(helium).config.to_dict() | {
+        "_name_or_path": stock.config._name_or_path
+    }
+
+
+def test_card_names_both_sources(helium, source_folder, tmp_path):
+    text, vision = altered(helium, tmp_path / "words"), altered(source_folder, tmp_path / "eyes")
+    (text / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    (vision / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (vision / "LICENSE").write_text("Look here.\n")
+    output = convert_checkpoint(text, tmp_path / "casa", vision_from=vision).output
+    card = (output / "README.md").read_text()
+    assert metadata_load(output / "README.md")["license"] == "other"
+    assert "`words`: cc-by-4.0" in card and "`eyes`: apache-2.0" in card
+    assert "vision tower of `eyes`" in card and "`<|image|>`" in card
+    assert (output / "LICENSE-vision").read_text() == "Look here.\n"
+
+
+def test_towers_that_dont_fit(helium, source_folder, casa_folder, tmp_path):
+    assert_refused(helium, tmp_path / "casa", "text-only", "--vision-from")
+    assert_refused(source_folder, tmp_path / "casa", "isn't text-only", vision_from=source_folder)
+    for vision in (helium, casa_folder, build_tiny_source(tmp_path / "qwen3", family="qwen3_vl")):
+        assert_refused(helium, tmp_path / "casa", "'qwen2_5_vl_vision'", vision_from=vision)
+    assert_refused(helium, tmp_path / "casa", "is not a folder", vision_from=tmp_path / "nowhere")

@@ -1,0 +1,143 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""From one CASA checkpoint to another: what it holds is kept, what it lacks starts as in a source."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.conversion import convert_checkpoint, convert_to_source
+from tests.conversion.helpers import assert_refused, assert_same, converted, in_memory_layout, load_weights
+
+BLOCK = "model.language_model.layers"
+
+
+@pytest.fixture
+def trained(source_folder, tmp_path):
+    """Makes a CASA checkpoint of which every tensor differs from the source's."""
+
+    def make(variant, **design):
+        folder = convert_checkpoint(source_folder, tmp_path / "trained", variant, **design).output
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in sorted(load_weights(folder).items())
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder, tensors
+
+    return make
+
+
+def logits(folder):
+    model = CasaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = CasaProcessor.from_pretrained(folder)
+    image = Image.linear_gradient("L").resize((84, 56)).convert("RGB")
+    inputs = processor(text="What is <|vision_start|><|vision_end|> here?", images=image, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_shared_projections_become_own_ones(trained, tmp_path):
+    """The same function, now with fusion layers that can be trained apart."""
+    folder, tensors = trained("casa-shared")
+    report = convert_checkpoint(folder, tmp_path / "casa", "casa")
+    assert_same(load_weights(tmp_path / "casa"), converted(tensors, [0, 1, 2]))
+    assert report.config.variant == "casa" and report.added_parameters == 37_440
+    torch.testing.assert_close(logits(tmp_path / "casa"), logits(folder), rtol=0, atol=1e-4)
+
+
+def test_the_same_tensors_under_other_settings(trained, tmp_path):
+    folder, tensors = trained("casa")
+    report = convert_checkpoint(folder, tmp_path / "ca", "ca", casa_image_history="latest")
+    assert_same(load_weights(tmp_path / "ca"), tensors)
+    assert (report.config.casa_keys, report.config.casa_image_history) == ("image", "latest")
+    assert report.added == {} and report.added_parameters == 0
+    assert "another design" in report.note
+    _, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "ca", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_the_design_stays_by_default(trained, tmp_path):
+    folder, tensors = trained("ca", casa_layers=[1], casa_gate="tanh", num_gist_tokens=2)
+    report = convert_checkpoint(folder, tmp_path / "half", dtype="bfloat16")
+    assert_same(load_weights(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    config = report.config
+    assert (config.casa_keys, config.casa_layers, config.casa_gate) == ("image", [1], "tanh")
+    assert "what the CASA model does" in report.note
+    assert CasaProcessor.from_pretrained(tmp_path / "half").gist_token_ids == config.gist_token_ids
+    # The way back is still open.
+    back = convert_to_source(tmp_path / "half", tmp_path / "back").output
+    assert not (back / "source_tokenizer.json").exists()
+
+
+def test_a_norm_and_gates_are_added(trained, tmp_path):
+    folder, tensors = trained("casa", casa_layers=[0, 2])
+    report = convert_checkpoint(folder, tmp_path / "before", casa_placement="before", casa_gate="tanh")
+    norms = {f"{BLOCK}.{i}.casa_layernorm.weight": tensors[f"{BLOCK}.{i}.input_layernorm.weight"] for i in (0, 2)}
+    gates = {f"{BLOCK}.{i}.casa_attn.gate": torch.zeros(1) for i in (0, 2)}
+    assert_same(load_weights(tmp_path / "before"), tensors | norms | gates)
+    assert report.config.casa_layers == [0, 2]
+
+
+def test_shared_projections_can_be_replaced(trained, tmp_path):
+    """Self-attention goes on as the fusion layer, so nothing is lost."""
+    folder, tensors = trained("ca-shared")
+    convert_checkpoint(folder, tmp_path / "replace", "ca-replace")
+    expected = {k: t for k, t in converted(tensors, [1]).items() if not k.startswith(f"{BLOCK}.1.self_attn")}
+    assert_same(load_weights(tmp_path / "replace"), expected)
+
+
+@pytest.mark.parametrize(
+    ("variant", "design", "target", "words"),
+    [
+        ("casa", {}, {"variant": "casa-shared"}, ["casa_attn", "24 tensors", "lost"]),
+        ("casa", {}, {"casa_layers": [0, 1]}, [f"{BLOCK}.2.casa_attn", "lost"]),
+        ("casa", {}, {"variant": "casa-replace"}, ["self_attn", "lost"]),
+        ("casa-before", {}, {"variant": "casa"}, ["casa_layernorm", "3 tensors", "lost"]),
+        ("casa", {"casa_gate": "tanh"}, {"variant": "casa"}, ["gate", "lost"]),
+        ("casa-replace", {}, {"variant": "casa"}, [f"{BLOCK}.1.self_attn", "no longer"]),
+        ("casa", {"num_gist_tokens": 2}, {"num_gist_tokens": 0}, ["num_gist_tokens=0", "has 2"]),
+    ],
+)
+def test_what_would_be_lost_is_refused(trained, tmp_path, variant, design, target, words):
+    folder, _ = trained(variant, **design)
+    assert_refused(folder, tmp_path / "casa", *words, **target)
+
+
+def test_what_was_trained_goes_back(trained, source_folder, tmp_path):
+    folder, tensors = trained("casa", casa_gate="tanh", num_gist_tokens=60)
+    report = convert_to_source(folder, tmp_path / "back")
+    names = in_memory_layout(load_weights(source_folder)).keys()
+    expected = {name: tensors[name] for name in names}
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        expected[name] = expected[name][:768]
+    assert_same(in_memory_layout(load_weights(tmp_path / "back")), expected)
+    assert load_weights(tmp_path / "back").keys() == load_weights(source_folder).keys()
+    assert report.config.text_config.vocab_size == 768
+    assert f"{BLOCK}.0.casa_attn.gate" in report.dropped
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source_folder / "tokenizer.json").read_bytes()
+
+
+def test_what_has_no_way_back(trained, source_folder, tmp_path):
+    folder, _ = trained("casa-replace")
+    with pytest.raises(ValueError, match="casa_placement='replace'") as error:
+        convert_to_source(folder, tmp_path / "back")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="Give a CASA checkpoint"):
+        convert_to_source(source_folder, tmp_path / "back")
+    with pytest.raises(ValueError, match="would replace the source"):
+        convert_to_source(folder, folder, overwrite=True)
+    assert not (tmp_path / "back").exists()
+
+
+def test_no_way_back_without_the_sources_tokenizer(trained, tmp_path):
+    """As where a trainer has saved model and processor into a folder of its own."""
+    folder, _ = trained("casa", num_gist_tokens=2)
+    for file in folder.glob("source_*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"not the source's tokenizer \(source_\*\)"):
+        convert_to_source(folder, tmp_path / "back")

@@ -1,0 +1,456 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf`: every command on a real checkpoint, and every way in which one can fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import DynamicCache
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
+from casa_hf.cli import main
+from casa_hf.conversation import Conversation
+from examples.tiny_source import build_tiny_helium
+
+PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "assets"
+CAT, COFFEE = str(PHOTOGRAPHS / "cat.jpg"), str(PHOTOGRAPHS / "coffee.jpg")
+SHORT = ("--max-new-tokens", "6", "--device", "cpu")
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def failed_with_one_line(self, *parts: str) -> bool:
+        """Whether the command ended in exit code 1 and one line on standard error that has all parts."""
+        one_line = self.err.startswith("error: ") and self.err.count("\n") == 1
+        return self.code == 1 and self.out == "" and one_line and all(part in self.err for part in parts)
+
+
+class Terminal(io.StringIO):
+    """A stream at whose other end somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Cli:
+    """Runs `casa-hf` in this process; its streams are no terminals unless said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path, stdin: str = "", terminal: bool = False) -> Outcome:
+        stream = Terminal if terminal else io.StringIO
+        self.capsys.readouterr()
+        with self.monkeypatch.context() as patched:
+            patched.setattr(sys, "stdin", stream(stdin))
+            patched.setattr(sys, "stderr", errors := stream())
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
+        return Outcome(int(ended.value.code or 0), self.capsys.readouterr().out, errors.getvalue())
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------- usage
+
+
+def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["casa-hf", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("casa_hf", run_name="__main__")
+    assert not ended.value.code
+    shown = capsys.readouterr()
+    assert all(f"\n  {command} " in shown.out for command in ("convert", "inspect", "generate", "chat"))
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate", "somewhere"], "--prompt"),
+        (["generate", "somewhere", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "somewhere", "--prompt", "x", "--dtype", "int8"], "bfloat16"),
+        (["convert", "somewhere"], "OUTPUT"),
+        (["fly"], "fly"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(cli: Cli, arguments: list[str], complaint: str) -> None:
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert complaint.lower() in outcome.err.lower()
+    assert outcome.out == ""
+
+
+# ---------------------------------------------------------------- convert
+
+
+def test_convert_does_what_the_function_does(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    options = ["--variant", "ca", "--dtype", "bfloat16", "--max-shard-size", "300KB"]
+    outcome = cli("convert", source_folder, tmp_path / "cli", *options)
+    assert outcome.code == 0
+    assert outcome.err == "", "no progress bar without a terminal"
+    expected = convert_checkpoint(source_folder, tmp_path / "function", "ca", dtype="bfloat16", max_shard_size="300KB")
+    assert f"{expected.added_parameters:,}" in outcome.out and f"{expected.source_parameters:,}" in outcome.out
+    assert "untrained" in outcome.out
+
+    names = {file.name for file in (tmp_path / "cli").iterdir()}
+    assert names == {file.name for file in (tmp_path / "function").iterdir()}
+    shards = sorted(name for name in names if name.endswith(".safetensors"))
+    assert len(shards) > 1
+    for name in (*shards, "config.json"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
+    assert {tensor.dtype for name in shards for tensor in load_file(tmp_path / "cli" / name).values()} == {
+        torch.bfloat16
+    }
+
+
+def test_convert_calls_nothing_untrained_that_needs_no_training(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    outcome = cli("convert", source_folder, tmp_path / "casa", "--variant", "exact")
+    assert outcome.code == 0
+    assert "exact" in outcome.out and "untrained" not in outcome.out
+
+
+def test_convert_replaces_only_when_told_to(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    assert cli("convert", source_folder, tmp_path / "casa").code == 0
+    outcome = cli("convert", source_folder, tmp_path / "casa", "--variant", "ca")
+    assert outcome.failed_with_one_line(str(tmp_path / "casa"), "overwrite")
+    assert variant_of(tmp_path / "casa") == "window"
+    assert cli("convert", source_folder, tmp_path / "casa", "--variant", "ca", "--overwrite").code == 0
+    assert variant_of(tmp_path / "casa") == "image"
+
+
+def variant_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text("utf-8"))["casa_keys"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--variant", "nonsense"], ["'nonsense'", "'ca-shared'"]),
+        (["--max-shard-size", "big"], ["'big'"]),
+        (["--revision", "main"], ["'main'", "local folder"]),
+    ],
+)
+def test_convert_fails_in_one_line(
+    cli: Cli, source_folder: Path, tmp_path: Path, options: list[str], parts: list[str]
+) -> None:
+    assert cli("convert", source_folder, tmp_path / "casa", *options).failed_with_one_line(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+AXES = [
+    *("--keys", "image", "--layers", "every:2", "--placement", "after", "--image-updates", "ffn"),
+    *(
+        "--image-history",
+        "latest",
+        "--video-history",
+        "all",
+        "--positions",
+        "insertion",
+        "--image-positions",
+        "before",
+    ),
+    *("--share-projections", "--gate", "tanh", "--gist-tokens", "2", "--max-pixels", "12544"),
+]
+
+
+def test_convert_takes_every_axis(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    outcome = cli("convert", source_folder, tmp_path / "cli", *AXES)
+    assert outcome.code == 0 and "gates are closed" in outcome.out
+    assert "new: model.language_model.layers.1.casa_attn.gate (0)" in outcome.out
+    convert_checkpoint(
+        source_folder,
+        tmp_path / "function",
+        casa_keys="image",
+        casa_layers=[1],
+        casa_placement="after",
+        casa_image_updates="ffn",
+        casa_image_history="latest",
+        casa_video_history="all",
+        casa_positions="insertion",
+        casa_image_positions="before",
+        casa_share_projections=True,
+        casa_gate="tanh",
+        num_gist_tokens=2,
+        max_pixels=12544,
+    )
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
+
+
+def test_switches_of_convert_go_both_ways(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    assert cli("convert", source_folder, tmp_path / "casa", "--text-windows").code == 0
+    casa = json.loads((tmp_path / "casa" / "config.json").read_text("utf-8"))
+    assert casa["casa_text_windows"] is True and casa["casa_share_projections"] is False
+    options = ["--variant", "casa-shared", "--no-share-projections", "--no-text-windows", "--gate", "none"]
+    assert cli("convert", source_folder, tmp_path / "plain", *options).code == 0
+    plain = json.loads((tmp_path / "plain" / "config.json").read_text("utf-8"))
+    assert (plain["casa_text_windows"], plain["casa_share_projections"], plain["casa_gate"]) == (False, False, None)
+
+
+def test_a_dry_run_tells_what_conversion_does(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    options = ["--layers", "last:1", "--gate", "tanh", "--max-shard-size", "300KB"]
+    outcome = cli("convert", source_folder, tmp_path / "casa", *options, "--dry-run")
+    assert outcome.code == 0 and list(tmp_path.iterdir()) == []
+    plan = outcome.out
+    assert cli("convert", source_folder, tmp_path / "casa", *options).code == 0
+    rows = dict(line.split(maxsplit=1) for line in plan.splitlines() if " <- " in line)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted((tmp_path / "casa").glob("*.safetensors")):
+        stored = load_file(file)
+        assert f"{file.name}: {len(stored)} tensors, {sum(t.nbytes for t in stored.values()):,} bytes" in plan
+        tensors |= stored
+    assert rows.keys() == tensors.keys()
+    source = load_file(source_folder / "model.safetensors")
+    for name, row in rows.items():
+        facts, origin = row.split(" <- ")
+        assert facts == f"F32 {list(tensors[name].shape)} {tensors[name].nbytes:,} bytes"
+        assert origin.startswith("new, ") is (".casa_attn." in name)
+        origin = origin.removeprefix("new, ").removeprefix("copy of ")
+        expected = torch.zeros(1) if origin == "0" else source[origin]
+        assert torch.equal(tensors[name], expected), name
+    assert f"{sum(t.nbytes for t in tensors.values()):,} bytes in" in plan
+
+
+def test_convert_goes_back_to_the_source(cli: Cli, casa_folder: Path, source_folder: Path, tmp_path: Path) -> None:
+    plan = cli("convert", casa_folder, tmp_path / "back", "--to-source", "--dry-run")
+    assert plan.code == 0 and list(tmp_path.iterdir()) == []
+    assert (
+        "visual.merger.mlp.0.weight F32" in plan.out
+        and "left out: model.language_model.layers.0.casa_attn" in plan.out
+    )
+    outcome = cli("convert", casa_folder, tmp_path / "back", "--to-source")
+    assert outcome.code == 0 and "24 tensors" in outcome.out
+    original, back = (load_file(folder / "model.safetensors") for folder in (source_folder, tmp_path / "back"))
+    assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
+    outcome = cli("convert", casa_folder, tmp_path / "other", "--to-source", "--variant", "ca")
+    assert outcome.failed_with_one_line("--to-source", "--variant")
+
+
+def test_convert_gives_a_text_only_source_a_tower(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    helium = build_tiny_helium(tmp_path / "helium")
+    outcome = cli("convert", helium, tmp_path / "casa", "--vision-from", source_folder)
+    assert outcome.code == 0 and "new rows 838: the mean of all" in outcome.out
+    assert cli("inspect", tmp_path / "casa").out.count("Helium") == 1
+    assert cli("convert", helium, tmp_path / "blind").failed_with_one_line("--vision-from")
+
+
+def test_convert_without_a_source_fails_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("convert", tmp_path / "nowhere", tmp_path / "casa")
+    assert outcome.failed_with_one_line(str(tmp_path / "nowhere"), "Hub id")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_shows_its_progress_on_a_terminal(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    outcome = cli("convert", source_folder, tmp_path / "casa", terminal=True)
+    assert outcome.code == 0
+    assert "Writing weights" in outcome.err
+    # Its last state, in megabytes.
+    assert "1.3/1.3 MB" in outcome.err
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def test_inspect_agrees_with_the_loaded_model(cli: Cli, casa_folder: Path) -> None:
+    outcome = cli("inspect", casa_folder)
+    assert outcome.code == 0 and outcome.err == ""
+    facts = {line[:15].strip(): line[15:] for line in outcome.out.splitlines()}
+
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    added = sum(size for name, size in sizes.items() if ".casa_" in name)
+    cache = model(torch.tensor([[5, 6, 7]]), past_key_values=DynamicCache()).past_key_values
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 3
+    assert facts["variant"] == "casa"
+    assert facts["backbone"] == "Qwen2.5-VL"
+    assert facts["fusion layers"] == "3 of 3 blocks"
+    assert facts["parameters"] == f"{sum(sizes.values()) - added:,} of the source, {added:,} added"
+    assert facts["weights"].endswith("float32")
+    assert facts["text token"].startswith(f"{token_bytes} bytes, and {token_bytes} bytes more")
+    # 952 x 952 pixels, 28 x 28 per token.
+    assert "1,156 tokens" in facts["window"]
+
+
+def test_inspect_lists_the_blocks_where_not_all_have_fusion_layers(
+    cli: Cli, source_folder: Path, tmp_path: Path
+) -> None:
+    model = CasaForConditionalGeneration.from_pretrained(source_folder, casa_layers=[0, 2])
+    model.save_pretrained(tmp_path)
+    CasaProcessor.from_source(source_folder).save_pretrained(tmp_path)
+    outcome = cli("inspect", tmp_path)
+    assert "2 of 3 blocks: 0, 2" in outcome.out
+    assert "none of the named ones" in outcome.out
+
+
+def test_inspect_fails_in_one_line(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    assert cli("inspect", tmp_path / "nowhere").failed_with_one_line(str(tmp_path / "nowhere"))
+    assert cli("inspect", source_folder).failed_with_one_line("qwen2_5_vl", "casa-hf convert")
+
+
+# ---------------------------------------------------------------- generate
+
+
+@pytest.fixture(scope="module")
+def answers(casa_folder: Path) -> dict[str, str]:
+    """What the Python interface answers to one question with different images."""
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+
+    def answer(*images: str) -> str:
+        content = [{"type": "image", "image": Image.open(file)} for file in images]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=6)
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+    found = {"nothing": answer(), "cat": answer(CAT), "both": answer(CAT, COFFEE)}
+    assert len(set(found.values())) == 3
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [
+        ([], []),
+        ([CAT], ["--attn", "eager", "--dtype", "float32"]),
+        ([CAT, COFFEE], ["--attn", "sdpa"]),
+    ],
+)
+def test_generate_answers_as_in_python(
+    cli: Cli, casa_folder: Path, answers: dict[str, str], images: list[str], options: list[str], stream: bool
+) -> None:
+    given = [argument for image in images for argument in ("--image", image)]
+    flags = ["--stream"] if stream else []
+    outcome = cli("generate", casa_folder, "--prompt", "What is this?", *given, *options, *flags, *SHORT)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert outcome.out == answers[["nothing", "cat", "both"][len(images)]] + "\n"
+
+
+def test_generate_runs_in_the_number_format_asked_for(cli: Cli, casa_folder: Path, answers: dict[str, str]) -> None:
+    arguments = ["generate", casa_folder, "--prompt", "What is this?", "--image", CAT, *SHORT]
+    outcome = cli(*arguments, "--dtype", "bfloat16")
+    assert outcome.code == 0
+    assert outcome.out.strip()
+    # Three decimal digits are too few to follow the same path for long.
+    longer = cli(*arguments[:-4], "--max-new-tokens", "40", "--device", "cpu")
+    assert cli(*arguments[:-4], "--max-new-tokens", "40", "--device", "cpu", "--dtype", "bfloat16").out != longer.out
+
+
+def test_generate_as_a_process_prints_the_answer_and_nothing_else(casa_folder: Path, answers: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "casa_hf", "generate", casa_folder, "--prompt", "What is this?"]
+    done = subprocess.run([*command, "--image", CAT, *SHORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, answers["cat"] + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--image", "nowhere.jpg"], ["nowhere.jpg", "path or URL"]),
+        (["--image", __file__], ["test_cli.py", "JPEG"]),
+        (["--device", "nonsense"], ["'nonsense'", "cpu"]),
+        (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
+        (["--attn", "nonsense"], ["nonsense", "eager"]),
+        (["--prompt", "<|vision_start|><|vision_end|>"], ["1", "0", "image"]),
+    ],
+)
+def test_generate_fails_in_one_line(cli: Cli, casa_folder: Path, options: list[str], parts: list[str]) -> None:
+    assert cli("generate", casa_folder, "--prompt", "x", *options).failed_with_one_line(*parts)
+
+
+def test_a_model_that_cannot_be_had_fails_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    for command in (["generate", "--prompt", "x"], ["chat"]):
+        outcome = cli(*command, tmp_path / "nowhere")
+        assert outcome.failed_with_one_line(str(tmp_path / "nowhere"), "not a folder")
+
+
+def test_damaged_weights_fail_in_one_line(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(casa_folder, tmp_path / "casa")
+    weights = tmp_path / "casa" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    outcome = cli("generate", tmp_path / "casa", "--prompt", "x")
+    assert outcome.failed_with_one_line(str(tmp_path / "casa"), "damaged")
+
+
+def test_a_mistake_of_the_program_says_how_to_find_it(
+    cli: Cli, casa_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> str:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(Conversation, "ask", broken)
+    outcome = cli("generate", casa_folder, "--prompt", "x")
+    assert outcome.failed_with_one_line("ZeroDivisionError: division by zero", "python -X dev")
+
+
+# ---------------------------------------------------------------- chat
+
+
+@pytest.fixture(scope="module")
+def chat_answers(casa_folder: Path) -> list[str]:
+    conversation = Conversation(
+        CasaForConditionalGeneration.from_pretrained(casa_folder).eval(), CasaProcessor.from_pretrained(casa_folder)
+    )
+    turns = [("Hello!", []), ("What is this?", [CAT]), ("And these?", [COFFEE, CAT]), ("Go on.", [])]
+    return [conversation.ask(text, [Image.open(i) for i in images], max_new_tokens=6) for text, images in turns]
+
+
+def test_chat_is_one_conversation(cli: Cli, casa_folder: Path, chat_answers: list[str]) -> None:
+    script = f"Hello!\n\n/image {CAT}\nWhat is this?\n  /image {COFFEE}\n/image {CAT}\nAnd these?\nGo on.\n"
+    outcome = cli("chat", casa_folder, *SHORT, stdin=script)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == "".join(answer + "\n" for answer in chat_answers)
+
+
+def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str]) -> None:
+    script = f"Hello!\n/image {CAT}\n/reset\nHello!\n/quit\nHello!\n"
+    outcome = cli("chat", casa_folder, *SHORT, stdin=script)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == f"{chat_answers[0]}\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("/image nowhere.jpg", ["nowhere.jpg"]),
+        ("/image", ["''", "path or URL"]),
+        ("/fly", ["/fly", "/quit"]),
+    ],
+)
+def test_a_scripted_chat_stops_at_its_first_error(cli: Cli, casa_folder: Path, line: str, parts: list[str]) -> None:
+    outcome = cli("chat", casa_folder, *SHORT, stdin=f"{line}\nHello!\n")
+    assert outcome.failed_with_one_line(*parts)
+
+
+def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_answers: list[str]) -> None:
+    typed = "/fly\n/image nowhere.jpg\nHello!\n/quit\n"
+    outcome = cli("chat", casa_folder, *SHORT, stdin=typed, terminal=True)
+    assert outcome.code == 0
+    assert "error: /fly" in outcome.err and "error: There is no image file 'nowhere.jpg'" in outcome.err
+    assert outcome.out == f"> > > {chat_answers[0]}\n> "
