@@ -422,17 +422,17 @@ def test_cropping_past_the_start_of_the_window_raises_and_changes_nothing(varian
     cache.crop(-4)
 
 
-def test_a_length_to_crop_to_is_taken_or_refused_as_a_whole():
-    """Older Transformers take the length to keep, newer ones refuse it; neither leaves half a crop behind."""
-    model, row = shared_model("casa"), [*words(3, 1), A, *words(4, 2)]
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_a_length_to_crop_to_is_refused_as_a_whole(layers):
+    """Only a number of tokens to take back means the same in blocks with and without self-attention."""
+    model, row = new_model("casa-replace", casa_layers=layers), [*words(3, 1), A, *words(4, 2)]
     cache = feed(model, row).past_key_values
-    untouched, kept = snapshot(cache), row[:-2]
-    try:
-        cache.crop(7)
-    except ValueError:
-        assert same(snapshot(cache), untouched)
-        kept = row
-    assert relative_error(feed(model, [5, 6], cache).logits[0], one_shot(model, [*kept, 5, 6])[-2:]) < TOLERANCE
+    untouched = snapshot(cache)
+    with pytest.raises(ValueError, match=r"crop\(6\): give the number of tokens to take back as a negative number"):
+        cache.crop(6)
+    assert same(snapshot(cache), untouched)
+    cache.crop(-2)
+    assert relative_error(feed(model, [5, 6], cache).logits[0], one_shot(model, [*row[:-2], 5, 6])[-2:]) < TOLERANCE
 
 
 @pytest.mark.parametrize("change", ["crop", "batch_repeat_interleave", "batch_select_indices"])

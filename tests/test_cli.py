@@ -212,6 +212,7 @@ def test_a_dry_run_tells_what_conversion_does(cli: Cli, source_folder: Path, tmp
     outcome = cli("convert", source_folder, tmp_path / "casa", *options, "--dry-run")
     assert outcome.code == 0 and list(tmp_path.iterdir()) == []
     plan = outcome.out
+    assert cli("convert", source_folder, *options, "--dry-run").out == plan
     assert cli("convert", source_folder, tmp_path / "casa", *options).code == 0
     rows = dict(line.split(maxsplit=1) for line in plan.splitlines() if " <- " in line)
     tensors: dict[str, torch.Tensor] = {}
@@ -300,6 +301,27 @@ def test_inspect_lists_the_blocks_where_not_all_have_fusion_layers(
     outcome = cli("inspect", tmp_path)
     assert "2 of 3 blocks: 0, 2" in outcome.out
     assert "none of the named ones" in outcome.out
+
+
+def test_inspect_tells_which_images_are_never_freed(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
+    kept = {}
+    for name, options in {
+        "images": ["--image-history", "all"],
+        "frames": ["--video-history", "all"],
+        "both": ["--variant", "insertion"],
+    }.items():
+        assert cli("convert", source_folder, tmp_path / name, *options).code == 0
+        rows = {line[:15].strip(): line for line in cli("inspect", tmp_path / name).out.splitlines()}
+        kept[name] = {
+            label: "never freed" in row
+            for label, row in rows.items()
+            if label in ("window", "per image", "video frame")
+        }
+    assert kept == {
+        "images": {"per image": True, "video frame": False},
+        "frames": {"window": False, "video frame": True},
+        "both": {"per image": True},
+    }
 
 
 def test_inspect_fails_in_one_line(cli: Cli, source_folder: Path, tmp_path: Path) -> None:

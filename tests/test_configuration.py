@@ -156,6 +156,8 @@ def test_unknown_values_are_named(field):
         ({"num_gist_tokens": -1}, "num_gist_tokens=-1 must not be negative"),
         ({"num_gist_tokens": 2}, "num_gist_tokens=2 needs as many distinct gist_token_ids, got None"),
         ({"num_gist_tokens": 2, "gist_token_ids": [20, 20]}, "distinct gist_token_ids"),
+        ({"num_gist_tokens": 1, "gist_token_ids": [999]}, "gist_token_ids has 999, which is outside the vocabulary"),
+        ({"num_gist_tokens": 1, "gist_token_ids": [11]}, "or an image's delimiter"),
         ({"image_token_id": 300}, "image_token_id=300 is outside the vocabulary of 300 tokens"),
         ({"vision_start_token_id": -5}, "vision_start_token_id=-5 is outside the vocabulary"),
     ],
@@ -228,6 +230,20 @@ def test_from_source_maps_tokens_and_keeps_the_rest(tmp_path):
         assert made.dtype == torch.bfloat16
         assert made.text_config.to_dict() == source.text_config.to_dict()
         assert made.vision_config.to_dict() == source.vision_config.to_dict()
+
+
+def test_a_converted_checkpoint_keeps_its_tensors(tmp_path):
+    config().save_pretrained(tmp_path)
+    assert CasaConfig.from_pretrained(tmp_path, casa_keys="image").variant == "ca"
+    assert CasaConfig.from_pretrained(tmp_path, casa_share_projections=False).variant == "casa"
+    for asked in ({"casa_share_projections": True}, {"casa_variant": "ca"}, {"casa_layers": [1]}):
+        with pytest.raises(ValueError, match=f"{next(iter(asked))}=.* would change which tensors.*casa-hf convert"):
+            CasaConfig.from_pretrained(tmp_path, **asked)
+
+
+def test_layers_may_be_any_collection():
+    assert config(casa_layers=(2, 0)).casa_layers == [0, 2]
+    assert config(casa_layers=range(2)).casa_layers == [0, 1]
 
 
 def test_old_flat_source_configurations_are_read():

@@ -11,7 +11,7 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration
 from tests.reference import Sample, reference_logits
 from tests.test_design_space import ROWS, TOLERANCE, product, run
 from tests.test_equalities import FAMILIES, TEXT_ONLY_TOKENS, helium, randomised
-from tests.tiny import VISION, random_tensor, sample
+from tests.tiny import END, START, VISION, random_tensor, sample
 
 SETTINGS = 8
 
@@ -47,6 +47,30 @@ def test_settings_from_the_whole_space(family):
                 for actual, reference in zip(run(model, samples, bounds), expected, strict=True):
                     error = (actual - reference).abs().max() / reference.abs().max()
                     assert error < TOLERANCE, (error, bounds, fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_generation_equals_generation_without_a_cache(family, attn):
+    """Greedy and beams, on growing and preallocated caches, for a padded batch with 0, 1 and 2 images in a row."""
+    rows = ([5, START, END, 6, START, END, 7, 8], [9, 10, START, END, 11], [12, 13, 14])
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "do_sample": False, "eos_token_id": -1}
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4], [1, 6, 2]])
+    inputs |= {
+        "pixel_values": random_tensor("pixels", (int(grids.prod(-1).sum()), 3 * 2 * 4 * 4)).float(),
+        "image_grid_thw": grids,
+        "max_new_tokens": 6,
+    }
+    for fields in random.Random(FAMILIES.index(family) + 10).sample(product(), 2):
+        config = family_config(family, fields)
+        model = randomised(CasaForConditionalGeneration._from_config(config, attn_implementation=attn)).float()
+        for beams in (1, 3):
+            expected = model.generate(**inputs, num_beams=beams, use_cache=False)
+            for cache in ("dynamic", "static"):
+                actual = model.generate(**inputs, num_beams=beams, cache_implementation=cache)
+                assert torch.equal(actual, expected), (fields, beams, cache)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

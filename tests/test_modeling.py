@@ -179,6 +179,15 @@ def test_smaller_number_formats_run_and_stay_close(variant, dtype):
     assert error < {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
 
 
+def test_an_index_that_jumps_forward_is_refused():
+    """It would be read as packing, and cut attention; positions with jumps have rows of their own."""
+    model, ids = casa(), text(1, 6)
+    with pytest.raises(ValueError, match=r"jump forward.*axes, batch, tokens"):
+        model(ids, position_ids=torch.tensor([[0, 1, 5, 6, 7, 8]]))
+    jumping = torch.tensor([0, 1, 5, 6, 7, 8]).expand(3, 1, -1)
+    assert model(ids, position_ids=jumping).logits.shape == (1, 6, 64)
+
+
 def test_parallel_plans_are_declared():
     model = casa()
     plan = model.tp_plan

@@ -8,7 +8,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .cache_casa import cache_nbytes
 from .configuration_casa import CasaConfig
-from .conversion import ConversionError, convert_checkpoint, inspect_checkpoint
+from .conversation import Conversation
+from .conversion import (
+    ConversionError,
+    convert_checkpoint,
+    convert_to_source,
+    inspect_checkpoint,
+    plan_conversion,
+    plan_to_source,
+)
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
 from .processing_casa import CasaProcessor
 
@@ -23,8 +31,12 @@ __all__ = [
     "CasaForConditionalGeneration",
     "CasaModel",
     "CasaProcessor",
+    "Conversation",
     "ConversionError",
     "cache_nbytes",
     "convert_checkpoint",
+    "convert_to_source",
     "inspect_checkpoint",
+    "plan_conversion",
+    "plan_to_source",
 ]

@@ -66,6 +66,8 @@ class Backbone:
         text_only: whether the source has no vision tower.
         placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
+        save_renamings: the same for the way back, from memory to the names in the source's published files; empty
+            where these are the names in memory.
     """
 
     source_model_type: str
@@ -85,6 +87,10 @@ class Backbone:
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),
         (r"^model\.(?!language_model\.|visual\.|multi_modal_projector\.)", "model.language_model."),
+    )
+    save_renamings: tuple[tuple[str, str], ...] = (
+        (r"^model\.visual\.", "visual."),
+        (r"^model\.language_model\.", "model."),
     )
 
     @property
@@ -145,6 +151,7 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen3VLTextRotaryEmbedding",
             rms_norm="Qwen3VLTextRMSNorm",
             source_class="Qwen3VLForConditionalGeneration",
+            save_renamings=(),
         ),
         Backbone(
             source_model_type="helium",

@@ -76,10 +76,12 @@ class CasaLayerMixin:
 
     def crop(self, tokens_to_remove: int) -> None:
         self._require_dynamic("crop")
-        removed = int(tokens_to_remove)  # a tensor, from some versions of `generate`
-        if removed > 0:
-            removed = max(0, int(self.get_seq_length()) - removed)
-        removed = abs(removed)
+        removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
+        if removed < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number. A length to "
+                "keep isn't taken, because blocks without self-attention don't know theirs."
+            )
         # What may refuse comes first: a refused crop leaves the cache as it was.
         state = None if self.window_state is None else self.window_state.crop(removed)
         if not self._without_text:
@@ -232,7 +234,7 @@ def window_state(
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache holds, by part.
+    """Bytes that a cache holds, by part; quantised text counts only as far as it isn't quantised yet.
 
     Returns:
         "text": keys/values of self-attention and of the current windows' text in fusion layers.

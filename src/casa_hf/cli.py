@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .conversation import Conversation
-    from .conversion import ConversionPlan
+    from .conversion import CheckpointSummary, ConversionPlan
 
 app = typer.Typer(
     help="Vision-language models that keep image tokens out of the sequence and the KV cache.",
@@ -61,7 +61,9 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="Folder or Hub id, such as of a Qwen2.5-VL checkpoint.", show_default=False)
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Argument(help="Folder to make; not needed with --dry-run.", show_default=False)
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="Such as ca, casa-shared or exact. Default: casa, or a CASA checkpoint's own.")
     ] = None,
@@ -92,9 +94,16 @@ def convert(
     to_source: Annotated[
         bool, typer.Option("--to-source", help="Take a CASA checkpoint back to the form of its source.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be written; write nothing. The weights of a Hub id are downloaded."
+        ),
+    ] = False,
 ) -> None:
     """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
+    if output is None and not dry_run:
+        raise typer.BadParameter("name the folder to make, or look first with --dry-run.", param_hint="OUTPUT")
     _quiet_unless_terminal()
     from .conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
 
@@ -119,7 +128,7 @@ def convert(
     form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
     if to_source and (design or any(value is not None for value in (variant, vision_from, max_pixels))):
         raise ValueError("--to-source takes no design: leave out --variant and what describes a CASA model.")
-    if dry_run:
+    if output is None or dry_run:
         _print_plan(
             plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
         )
@@ -183,11 +192,25 @@ def inspect(
         "fusion layers": blocks,
         "parameters": f"{summary.source_parameters:,} of the source, {summary.added_parameters:,} added",
         "weights": f"{decimal(summary.num_bytes)}, {summary.dtype}",
-        "window": f"{decimal(summary.image_bytes)} for an image of {summary.image_tokens:,} tokens, the largest",
+        **_image_rows(summary),
         "text token": text_token,
     }
     for label, value in rows.items():
         typer.echo(f"{label:<15}{value}")
+
+
+def _image_rows(summary: CheckpointSummary) -> dict[str, str]:
+    """What the keys and values of images take: until the next window, or for good."""
+    from rich.filesize import decimal
+
+    size = f"{decimal(summary.image_bytes)} for an image of {summary.image_tokens:,} tokens, the largest"
+    images_stay, frames_stay = summary.image_history == "all", summary.video_history == "all"
+    rows = {"per image": f"{size}; never freed"} if images_stay else {"window": size}
+    if frames_stay != images_stay:
+        rows["video frame"] = (
+            f"in proportion to its tokens; {'never freed' if frames_stay else 'freed with its window'}"
+        )
+    return rows
 
 
 @app.command()

@@ -77,6 +77,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "casa_gate": (None, "tanh"),
 }
 
+# Settings that decide which tensors a checkpoint has.
+_TENSOR_FIELDS = ("casa_share_projections", "casa_layers", "casa_placement", "casa_gate", "num_gist_tokens")
+
 DESIGN_FIELDS: tuple[str, ...] = ("casa_share_projections", "casa_layers", "casa_text_windows", *CHOICES)
 
 
@@ -148,7 +151,7 @@ class CasaConfig(PreTrainedConfig):
     gist_token_ids: list[int] | None = None
     casa_share_projections: bool = False
     casa_keys: str = "window"
-    casa_layers: list[int] | None = None
+    casa_layers: list[int] | tuple[int, ...] | range | set[int] | None = None
     casa_placement: str = "parallel"
     casa_image_updates: str = "none"
     casa_image_history: str = "group"
@@ -167,7 +170,7 @@ class CasaConfig(PreTrainedConfig):
         self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision_model_type)
         if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
-        if isinstance(self.casa_layers, list):
+        if isinstance(self.casa_layers, list | tuple | range | set):
             self.casa_layers = sorted(self.casa_layers)
         super().__post_init__(**kwargs)
         self.validate_design()
@@ -325,6 +328,16 @@ class CasaConfig(PreTrainedConfig):
     @classmethod
     def _adopt_source(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         if config_dict.get("model_type", cls.model_type) == cls.model_type:
+            changed = {field: kwargs[field] for field in _TENSOR_FIELDS if field in kwargs}
+            changed = {field: value for field, value in changed.items() if config_dict.get(field) != value}
+            if "casa_variant" in kwargs or changed:
+                asked = ", ".join(
+                    f"{field}={kwargs[field]!r}" for field in ("casa_variant", *changed) if field in kwargs
+                )
+                raise ValueError(
+                    f"{asked} would change which tensors this CASA checkpoint has, and lose or invent some. "
+                    "Convert it: `casa-hf convert CHECKPOINT OUTPUT` with the options wanted."
+                )
             return config_dict
         overrides = {field: kwargs.pop(field) for field in DESIGN_FIELDS if field in kwargs}
         return cls.from_source(config_dict, kwargs.pop("casa_variant", "casa"), **overrides).to_dict()
@@ -353,8 +366,15 @@ class CasaConfig(PreTrainedConfig):
         if given != self.num_gist_tokens or given != len(set(self.gist_token_ids or [])):
             raise ValueError(
                 f"num_gist_tokens={self.num_gist_tokens} needs as many distinct gist_token_ids, got "
-                f"{self.gist_token_ids!r}."
+                f"{self.gist_token_ids!r}. `casa-hf convert --gist-tokens N` adds the tokens and sets both."
             )
+        named = {self.image_token_id, self.vision_start_token_id, self.vision_end_token_id}
+        for gist in self.gist_token_ids or ():
+            if gist in named or not 0 <= gist < self.text_config.vocab_size:
+                raise ValueError(
+                    f"gist_token_ids has {gist}, which is outside the vocabulary of {self.text_config.vocab_size} "
+                    "tokens or an image's delimiter; give each gist token an id of its own."
+                )
         vocab_size = self.text_config.vocab_size
         for field in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
             value = getattr(self, field)

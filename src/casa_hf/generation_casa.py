@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, QuantizedCache
 from transformers.generation.configuration_utils import GenerationMode
@@ -93,7 +92,7 @@ class CasaGenerationMixin(GenerationMixin):
         if total <= past:
             raise ValueError(
                 f"attention_mask covers {total} tokens, but the cache holds {past} already. Pass an attention_mask "
-                "for all tokens, the cached ones and the new ones."
+                "for all tokens, the cached ones and the new ones, or start with a new cache."
             )
         _check_generation(generation_config, model_kwargs, generation_mode, past)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and past:
@@ -288,6 +287,11 @@ def _check_image_inputs(images: dict[str, Any]) -> None:
 
 def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, past: int) -> None:
     """Refuse by name what Transformers can't do with this cache or prompt."""
+    if getattr(model_kwargs.get("past_key_values"), "offloading", False):
+        raise NotImplementedError(
+            "Offloaded caches would leave the images' keys and values on the device, which hasn't been tried; use a "
+            "DynamicCache or StaticCache without offloading."
+        )
     if config.assistant_early_exit is not None:
         raise NotImplementedError(
             "assistant_early_exit isn't possible with CASA; use assistant_model or prompt lookup."
@@ -295,10 +299,10 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
     if config.prefill_chunk_size is not None:
         if model_kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError("prefill_chunk_size splits input_ids, not inputs_embeds; leave it out.")
-        if past and Version(transformers.__version__) < Version("5.20"):
+        if past and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
             raise NotImplementedError(
-                f"prefill_chunk_size with a filled cache needs a newer Transformers than {transformers.__version__}; "
-                "leave it out, or feed the chunks to the model."
+                "prefill_chunk_size with a filled cache needs Transformers 5.20 or newer; leave it out, or feed the "
+                "chunks to the model."
             )
     if generation_mode == GenerationMode.ASSISTED_GENERATION and isinstance(
         model_kwargs.get("past_key_values"), QuantizedCache

@@ -187,7 +187,11 @@ model and vision weights as they are there, without {len(dropped)} tensors of fu
 
 
 def training_free(config: CasaConfig) -> str | None:
-    """For which prompts an unchanged conversion computes what its source does, in words; None if it doesn't."""
+    """For which prompts an unchanged conversion computes what its source does, in words; None if it doesn't.
+
+    Videos are none of them: here each frame is an image, whereas sources take frames in pairs. A text-only source
+    computes nothing from images that its conversion could equal.
+    """
     as_inserted = (
         config.casa_keys == "context"
         and config.casa_image_updates == "full"
@@ -199,9 +203,9 @@ def training_free(config: CasaConfig) -> str | None:
     if not as_inserted:
         return None
     return {
-        "all": "every prompt",
-        "group": "prompts whose images form one group",
-        "latest": "prompts with one image",
+        "all": "prompts of text and still images",
+        "group": "prompts of text and one group of still images",
+        "latest": "prompts of text and one still image",
     }[config.casa_image_history]
 
 
@@ -254,7 +258,10 @@ def _metadata(licenses: Sequence[tuple[Origin, dict[str, Any]]], task: str, tags
 
 def _design_text(config: CasaConfig, variant: str) -> str:
     if config.variant:
-        return f"Variant `{config.variant}`:\n{VARIANTS[config.variant].description}."
+        # That one is said to equal its source, which a text-only source has no images for.
+        fits = config.variant != "exact" or not config.backbone.text_only
+        description = f":\n{VARIANTS[config.variant].description}" if fits else ""
+        return f"Variant `{config.variant}`{description}."
     named = {name: getattr(CasaConfig, name) for name in DESIGN_FIELDS}
     named |= variant_overrides(variant, config.text_config.num_hidden_layers)
     named |= {"num_gist_tokens": 0}
@@ -304,7 +311,8 @@ def _training_text(
     if new_tokens:
         tokens = ", ".join(f"`{token}`" for token in new_tokens)
         sentences.append(
-            f"New tokens: {tokens}; their rows start as the mean of all rows, also where the matrix had spare ones."
+            f"New tokens: {tokens}; their rows start as the mean of all rows, also where the matrix had spare ones "
+            "(which `source_rows.safetensors` then keeps)."
         )
     others = [name for name in initialised if "multi_modal_projector" in name]
     if others:

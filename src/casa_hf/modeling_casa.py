@@ -246,7 +246,12 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
     if block.self_attn is not None:
         sources |= {f"casa_attn.{name}": parameter for name, parameter in block.self_attn.named_parameters()}
     for name, parameter in block.named_parameters():
-        if name in sources:
+        if name in sources and not getattr(parameter, "_is_hf_initialized", False):
+            if sources[name].is_meta and not parameter.is_meta:
+                raise NotImplementedError(
+                    "The fusion layers of an unconverted checkpoint are copies of its self-attention, which "
+                    "device_map has offloaded to disk. Convert the checkpoint first: `casa-hf convert SOURCE OUTPUT`."
+                )
             init.copy_(parameter, sources[name])
 
 
@@ -281,6 +286,8 @@ class CasaTextModel(CasaPreTrainedModel):
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
         self.gradient_checkpointing = False
         self.post_init()
+        if not text_config.base_model_tp_plan:
+            self._tp_plan = {}  # a family without a plan for its own layers has none for fusion layers either
 
     @merge_with_config_defaults
     @capture_outputs
@@ -520,7 +527,8 @@ class CasaModel(CasaPreTrainedModel):
                 each sample in row 0. Without a filled cache, a text index that doesn't continue starts a new packed
                 sample. None: positions continue those in the cache.
             past_key_values: a cache, which holds all state between calls.
-            inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`.
+            inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`. Delimiters are
+                recognised where a row equals their embedding exactly: noise on them closes a group of images.
             use_cache: whether to return a cache.
             pixel_values: (patches, patch dim) of the new images, in reading order over the batch.
             image_grid_thw: (num_images, 3) patches in time (1), height and width.
@@ -539,10 +547,15 @@ class CasaModel(CasaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens).")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError("The input has 0 tokens; pass at least one new token per row.")
+        if 0 in inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"The input has {inputs_embeds.shape[0]} rows of {inputs_embeds.shape[1]} tokens; pass at least one "
+                "row and one new token."
+            )
         if past_key_values is not None:
             prepare_cache(past_key_values, len(self.language_model.layers))
         text_shape = inputs_embeds.shape[:2]
@@ -626,6 +639,7 @@ class CasaModel(CasaPreTrainedModel):
     def _check_grids(self, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         if image_grid_thw is None:
             raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
+        image_grid_thw = torch.as_tensor(image_grid_thw)
         if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
             raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
         merge = self.config.vision_config.spatial_merge_size
@@ -816,4 +830,4 @@ def _register_source_layouts() -> None:
 
 _register_source_layouts()
 
-__all__ = ["CasaForConditionalGeneration", "CasaModel", "CasaPreTrainedModel", "CasaTextModel"]
+__all__ = ["CasaForConditionalGeneration", "CasaModel", "CasaPreTrainedModel"]

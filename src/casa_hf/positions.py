@@ -128,10 +128,20 @@ def packed_samples(text_index: torch.Tensor, token_mask: torch.Tensor) -> torch.
     Returns:
         (batch, tokens) number of each token's sample, counted up where the index doesn't follow that of the text token
         before; None if that happens nowhere.
+
+    Raises:
+        ValueError: if the index jumps forward, which is no index: positions with jumps belong in further rows.
     """
     places = torch.arange(text_index.shape[1], device=text_index.device)
     last_text = torch.where(token_mask, places, -1).cummax(dim=1).values
     before = torch.nn.functional.pad(last_text[:, :-1], (1, 0), value=-1)
-    follows = text_index == text_index.gather(1, before.clamp(min=0)) + 1
-    samples = (token_mask & (before >= 0) & ~follows).cumsum(dim=1)
-    return samples if samples[:, -1].any() else None
+    previous = text_index.gather(1, before.clamp(min=0))
+    breaks = token_mask & (before >= 0) & (text_index != previous + 1)
+    if not breaks.any():
+        return None
+    if (breaks & (text_index > previous)).any():
+        raise ValueError(
+            "position_ids of shape (batch, tokens) are the index of each token in its sample, but they jump forward. "
+            "Pass positions with jumps as (axes, batch, tokens), or below the index as (1 + axes, batch, tokens)."
+        )
+    return breaks.cumsum(dim=1)
