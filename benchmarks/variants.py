@@ -634,11 +634,11 @@ parameters, vision tower included, in bfloat16 on a GPU, and frames with a long 
 language models run alone, in float32 on one CPU core, with few frames behind them: without the tower, ratios are
 further apart, and what grows with history is small. What else can change an order:
 
-- **Image tokens in MLPs.** A frame's tokens pass the MLPs of `ca-ffn` and `casa-ffn` side by side. In the
-  paper, on a GPU with one frame to work on, that hardly shows; a CPU core pays for every product.
+- **Image tokens in MLPs.** A frame's tokens pass the MLPs of `ca-ffn` and `casa-ffn` side by side. In the paper,
+  on a GPU with one frame to work on, that hardly shows; a CPU core pays for every product.
 - **Masked pairs.** A fusion layer with `sdpa` computes the scores of all keys of a call and masks those outside the
   window. The source's mask in a single call is plainly causal, and the scores above the diagonal are skipped. That is
-  why `insertion` and `exact` take more time and memory than the source in prefill and training, for the same numbers.
+  why `insertion` and `exact` take more time and memory than the source in prefill, for the same numbers.
 - **Memory in training.** The paper's figure is that of training on a device. Here it is what one forward and backward
   pass allocates, gradients included; weights and an optimiser's states aren't in it.
 - **Memory in streaming.** The paper's figure includes the weights; here it is the cache alone.

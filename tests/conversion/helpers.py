@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 def load_weights(folder: Path) -> Tensors:
     """All tensors of a checkpoint by their stored names."""
     tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(file)
     return tensors
 

@@ -313,7 +313,7 @@ def test_output_has_ordinary_permissions_and_new_parents(source_folder, tmp_path
 def test_existing_output_needs_overwrite(source_folder, casa_folder, tmp_path):
     output = tmp_path / "casa"
     shutil.copytree(casa_folder, output)
-    assert_refused(source_folder, output, str(output), "overwrite", variant="ca-shared")
+    assert_refused(source_folder, output, str(output), "(overwrite=True, --overwrite)", variant="ca-shared")
     assert CasaConfig.from_pretrained(output).variant == "casa"
 
     def old_is_there(done, total):
@@ -413,6 +413,32 @@ def test_an_interrupted_run_leaves_the_old_checkpoint(source_folder, casa_folder
     assert filecmp.cmp(tmp_path / "casa" / "model.safetensors", casa_folder / "model.safetensors", shallow=False)
 
 
+@pytest.mark.parametrize(
+    ("move", "when", "variant"), [(1, "after", "casa"), (2, "before", "casa"), (2, "after", "ca")]
+)
+def test_an_interrupted_move_leaves_one_complete_checkpoint(
+    source_folder, casa_folder, tmp_path, monkeypatch, move, when, variant
+):
+    """The old folder moves away, then the new one comes; Ctrl-C may come around either."""
+    shutil.copytree(casa_folder, tmp_path / "casa")
+    rename, moves = os.rename, []
+
+    def interrupted(old, new):
+        moves.append(new)
+        if len(moves) == move and when == "before":
+            raise KeyboardInterrupt
+        rename(old, new)
+        if len(moves) == move:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source_folder, tmp_path / "casa", "ca", overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["casa"]
+    assert CasaConfig.from_pretrained(tmp_path / "casa").variant == variant
+    assert (tmp_path / "casa" / "model.safetensors").is_file()
+
+
 def test_a_failed_write_leaves_nothing(source_folder, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
@@ -451,6 +477,6 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(source_folder, 
 def test_bad_options_stop_before_anything_is_written(source_folder, tmp_path):
     with pytest.raises(ValueError, match="'casino' is unknown"):
         convert_checkpoint(source_folder, tmp_path / "casa", "casino")
-    with pytest.raises(ValueError, match="Unit"):
-        convert_checkpoint(source_folder, tmp_path / "casa", max_shard_size="5 apples")
+    for size in ("5 apples", "5XB", "GB"):
+        assert_refused(source_folder, tmp_path / "casa", f"max_shard_size={size!r}", "'5GB'", max_shard_size=size)
     assert listing(tmp_path) == []

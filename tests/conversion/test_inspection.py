@@ -131,6 +131,9 @@ def test_refusals(source_folder, casa_folder, tmp_path):
     refused(source_folder, "'qwen2_5_vl'", "not a CASA checkpoint", "casa-hf convert")
     folder = tmp_path / "casa"
     shutil.copytree(casa_folder, folder)
+    for content in ("{}", '{"image_processor": {"size": {"height": 9}}}', '{"image_processor": null}'):
+        (folder / "processor_config.json").write_text(content)
+        refused(folder, "processor_config.json", "image_processor.size.longest_edge")
     (folder / "processor_config.json").unlink()
     refused(folder, "no processor_config.json")
     (folder / "model.safetensors").write_bytes(b"")

@@ -41,6 +41,8 @@ def test_both_layouts_have_the_same_names_in_memory():
         assert in_memory_name(new, backbone) == new
         assert source_name(new, backbone) == old
         assert source_name(new, SOURCE_BACKBONES["qwen3_vl"]) == new
+        for other in SOURCE_BACKBONES.values():
+            assert in_memory_name(source_name(new, other), other) == new
 
 
 def test_fusion_layers_copy_their_own_block():

@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load
 
 from casa_hf import cli
 from casa_hf.conversion import convert_checkpoint
+from examples.tiny_source import build_tiny_helium
 from tests.conversion.helpers import altered
 
 QWEN_LICENSE = {
@@ -86,8 +87,8 @@ def test_inherited_license(source_folder, tmp_path, stated, expected, text):
         ),
         ("ca-shared", ["no new ones", "never been trained for this use", "text-only prompts"], ["of their own"]),
         ("casa-replace", ["of 1 blocks", "replace self-attention", "any prompt"], ["text-only"]),
-        ("exact", ["Nothing:", "one group"], ["poor", "every prompt"]),
-        ("insertion", ["Nothing:", "every prompt"], ["poor"]),
+        ("exact", ["Nothing:", "text and one group of still images"], ["poor", "every"]),
+        ("insertion", ["Nothing:", "text and still images"], ["poor", "every", "group"]),
     ],
 )
 def test_says_what_is_untrained(source_folder, tmp_path, variant, words, others):
@@ -98,6 +99,19 @@ def test_says_what_is_untrained(source_folder, tmp_path, variant, words, others)
         assert word in section
     for word in others:
         assert word not in section
+
+
+def test_promises_nothing_of_videos_or_untrained_towers(source_folder, tmp_path):
+    for number, history in enumerate(("latest", "group", "all")):
+        report = convert_checkpoint(source_folder, tmp_path / str(number), "insertion", casa_video_history=history)
+        assert "for prompts of text and still images it computes what the source does" in report.note
+    report = convert_checkpoint(source_folder, tmp_path / "latest", "insertion", casa_image_history="latest")
+    assert "for prompts of text and one still image it" in report.note
+    helium = build_tiny_helium(tmp_path / "helium")
+    for variant in ("exact", "insertion"):
+        card = convert(helium, tmp_path / variant, variant, vision_from=source_folder)
+        assert "text-only prompts are answered as by the source, answers about images are poor" in card
+        assert "equal to the source" not in card and "Nothing:" not in card and "no training" not in card
 
 
 def test_command_makes_the_same_checkpoint(source_folder, tmp_path, monkeypatch):

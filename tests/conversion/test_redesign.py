@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.conversion import convert_checkpoint, convert_to_source
+from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.conversion.helpers import assert_refused, assert_same, converted, in_memory_layout, load_weights
 
 BLOCK = "model.language_model.layers"
@@ -74,6 +77,21 @@ def test_the_design_stays_by_default(trained, tmp_path):
     assert not (back / "source_tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("max_pixels", [None, 112 * 112])
+def test_image_sizes_are_those_of_a_direct_conversion(source_folder, tmp_path, max_pixels):
+    """The source's, wherever a design keeps them; those that were chosen before stay with a design that has them."""
+    convert_checkpoint(source_folder, tmp_path / "shared", "casa-shared")
+    for folder, name in ((source_folder, "direct"), (tmp_path / "shared", "by way")):
+        convert_checkpoint(folder, tmp_path / name, "exact", max_pixels=max_pixels)
+    direct, by_way = (CasaProcessor.from_pretrained(tmp_path / name) for name in ("direct", "by way"))
+    assert dict(by_way.image_processor.size) == dict(direct.image_processor.size)
+    assert by_way.frame_max_pixels is direct.frame_max_pixels is None
+    assert by_way.image_processor.size["longest_edge"] != 952 * 952
+    convert_checkpoint(tmp_path / "by way", tmp_path / "insertion", "insertion")
+    again = CasaProcessor.from_pretrained(tmp_path / "insertion")
+    assert dict(again.image_processor.size) == dict(direct.image_processor.size)
+
+
 def test_a_norm_and_gates_are_added(trained, tmp_path):
     folder, tensors = trained("casa", casa_layers=[0, 2])
     report = convert_checkpoint(folder, tmp_path / "before", casa_placement="before", casa_gate="tanh")
@@ -111,15 +129,52 @@ def test_what_would_be_lost_is_refused(trained, tmp_path, variant, design, targe
 def test_what_was_trained_goes_back(trained, source_folder, tmp_path):
     folder, tensors = trained("casa", casa_gate="tanh", num_gist_tokens=60)
     report = convert_to_source(folder, tmp_path / "back")
-    names = in_memory_layout(load_weights(source_folder)).keys()
-    expected = {name: tensors[name] for name in names}
+    source = in_memory_layout(load_weights(source_folder))
+    expected = {name: tensors[name] for name in source}
+    spare = CasaProcessor.from_pretrained(folder).gist_token_ids[0]
     for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
-        expected[name] = expected[name][:768]
+        expected[name] = torch.cat([tensors[name][:spare], source[name][spare:]])
     assert_same(in_memory_layout(load_weights(tmp_path / "back")), expected)
     assert load_weights(tmp_path / "back").keys() == load_weights(source_folder).keys()
     assert report.config.text_config.vocab_size == 768
     assert f"{BLOCK}.0.casa_attn.gate" in report.dropped
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source_folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_spare_rows_that_gist_tokens_took_come_back(tmp_path, tied):
+    """By way of another design too, with rows that a trainer has changed."""
+    source = build_tiny_source(tmp_path / "source", tie_word_embeddings=tied)
+    original = load_weights(source)
+    report = convert_checkpoint(source, tmp_path / "gists", num_gist_tokens=2)
+    first, second = report.config.gist_token_ids
+    assert second < report.config.text_config.vocab_size - 1 == 767
+    convert_checkpoint(tmp_path / "gists", tmp_path / "casa", "ca")
+    tensors = load_weights(tmp_path / "casa")
+    matrices = ["model.language_model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    for name in matrices:
+        assert not torch.equal(tensors[name][first], in_memory_layout(original)[name][first])
+        tensors[name][[first, second]] += 1
+    save_file(tensors, tmp_path / "casa" / "model.safetensors", metadata={"format": "pt"})
+    assert load_file(tmp_path / "casa" / "source_rows.safetensors").keys() == set(matrices)
+
+    report = convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert_same(load_weights(tmp_path / "back"), original)
+    assert f"{matrices[-1]}, rows {first}, {second}" in report.dropped
+    assert not list((tmp_path / "back").glob("source_*"))
+    convert_to_source(tmp_path / "casa", tmp_path / "half", dtype="bfloat16")
+    assert_same(load_weights(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in original.items()})
+
+    (tmp_path / "casa" / "source_rows.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"not what was there \(source_rows.safetensors\)"):
+        convert_to_source(tmp_path / "casa", tmp_path / "other")
+
+
+def test_no_rows_are_kept_where_none_are_taken(casa_folder, tmp_path):
+    assert not (casa_folder / "source_rows.safetensors").exists()
+    helium = build_tiny_helium(tmp_path / "helium")
+    convert_checkpoint(helium, tmp_path / "casa", vision_from=build_tiny_source(tmp_path / "vision"))
+    assert not (tmp_path / "casa" / "source_rows.safetensors").exists()
 
 
 def test_what_has_no_way_back(trained, source_folder, tmp_path):
@@ -132,6 +187,17 @@ def test_what_has_no_way_back(trained, source_folder, tmp_path):
     with pytest.raises(ValueError, match="would replace the source"):
         convert_to_source(folder, folder, overwrite=True)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_checkpoint_cant_name_files_elsewhere(source_folder, tmp_path):
+    convert_checkpoint(source_folder, tmp_path / "casa")
+    file = tmp_path / "casa" / "processor_config.json"
+    content = json.loads(file.read_text())
+    content["source_config"]["../../elsewhere.json"] = {}
+    file.write_text(json.dumps(content))
+    convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert (tmp_path / "back" / "preprocessor_config.json").is_file()
+    assert not list(tmp_path.rglob("elsewhere.json"))
 
 
 def test_no_way_back_without_the_sources_tokenizer(trained, tmp_path):

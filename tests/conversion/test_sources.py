@@ -90,6 +90,13 @@ def test_broken_processor(source, tmp_path, name):
     assert_refused(source, tmp_path / "casa", "tokenizer or image processor", str(source))
 
 
+def test_too_few_pixels(source_folder, casa_folder, tmp_path):
+    """The option is to blame, not the files; from a source and from a CASA checkpoint."""
+    for folder in (source_folder, casa_folder):
+        message = assert_refused(folder, tmp_path / "casa", "max_pixels=10 (--max-pixels)", "3136", max_pixels=10)
+        assert "unusable" not in message
+
+
 def test_tokenizer_without_vision_tokens(source, tmp_path):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if "vision_end" not in t["content"]]

@@ -27,7 +27,7 @@ from .design import OPTIONS, resolve_design
 from .destination import check_distinct, check_target, new_folder
 from .errors import ConversionError
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
-from .plan import ConversionPlan, make_plan
+from .plan import SOURCE_ROWS_FILE, ConversionPlan, make_plan
 from .shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from .source import (
     SMALL_FILES,
@@ -53,7 +53,8 @@ TOKENIZER_FILES = (
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 OTHER_FILES = ("generation_config.json",)
 
-# Where the tokenizer has new tokens, the source's files go by this prefix, for the way back.
+# Where the tokenizer has new tokens, the source's files go by this prefix, as `SOURCE_ROWS_FILE`, for the way
+# back.
 KEPT = "source_"
 
 
@@ -158,10 +159,9 @@ def convert_checkpoint(
             `casa_layers` may be a list, or as in `layer_indices` "every:2", "4,8,12", "last:8" or "all".
 
     Raises:
-        ConversionError: for a source that can't be converted, an output that can't be written, or both the same. The
-            message is one line that says what to do.
-        ValueError: for an unknown variant or design, a source whose settings CASA has no form for, or an unknown shard
-            size.
+        ConversionError: for a source that can't be converted, an output that can't be written, both the same, or an
+            option that can't be used. The message is one line that says what to do.
+        ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
     target = Path(os.path.abspath(output))
     for given in (source, vision_from):
@@ -198,6 +198,8 @@ def convert_checkpoint(
             shutil.copyfile(file, new / name)
         (new / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(new, plan.files, progress)
+        if plan.source_rows:
+            write_checkpoint(new, {SOURCE_ROWS_FILE: list(plan.source_rows)})
     return ConversionReport.of(plan, target)
 
 
@@ -256,7 +258,7 @@ def _prepare(
         vision_folder=vision_folder,
         max_pixels=max_pixels,
         num_gist_tokens=num_gist_tokens,
-        is_casa=own is not None,
+        own=own,
     )
     new_token_ids = _set_tokens(config, processor) if own is None else []
 

@@ -23,7 +23,9 @@ def check_target(target: Path, overwrite: bool) -> Path:
     """Refuse a destination that can't be written, or mustn't be; the nearest existing folder above it."""
     if os.path.lexists(target):
         if not overwrite:
-            raise ConversionError(f"{target} exists. Choose another output folder, or overwrite it (overwrite=True).")
+            raise ConversionError(
+                f"{target} exists. Choose another output folder, or overwrite it (overwrite=True, --overwrite)."
+            )
         if not _is_empty_or_checkpoint(target):
             raise ConversionError(
                 f"{target} is not a checkpoint folder, so it isn't overwritten. Choose another output folder."
@@ -70,17 +72,19 @@ def _check_space(parent: Path, num_bytes: int) -> None:
 
 
 def _publish(new: Path, target: Path, old: Path) -> None:
-    """Move the complete folder `new` to `target`; what was there goes to `old`, and comes back if that fails."""
+    """Move the complete folder `new` to `target`; what was there goes to `old`, and comes back if that fails.
+
+    An interrupt may come before, between and after the two moves; only between them is there something to put back.
+    """
     for path in (*new.iterdir(), new):
         _sync(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaces = target.exists()
-    if replaces:
-        os.rename(target, old)
     try:
+        if target.exists():
+            os.rename(target, old)
         os.rename(new, target)
-    except OSError:
-        if replaces:
+    except BaseException:
+        if old.exists() and not target.exists():
             os.rename(old, target)
         raise
     _sync(target.parent)

@@ -35,6 +35,8 @@ class CheckpointSummary:
         text_token_bytes: (L - R) b, what one more text token adds to the KV cache for good.
         window_text_bytes: F b, what it adds besides while its window is the current one; 0 where fusion layers have no
             text keys or those of self-attention.
+        image_history: "latest" or "group" where a new window frees the images before it, "all" where none is freed.
+        video_history: the same for video frames.
     """
 
     variant: str | None
@@ -49,6 +51,8 @@ class CheckpointSummary:
     image_bytes: int
     text_token_bytes: int
     window_text_bytes: int
+    image_history: str
+    video_history: str
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
@@ -96,6 +100,8 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
         image_bytes=image_layers * image_tokens * token_bytes,
         text_token_bytes=text_layers * token_bytes,
         window_text_bytes=window_layers * token_bytes,
+        image_history=config.casa_image_history,
+        video_history=config.casa_video_history,
     )
 
 
@@ -118,4 +124,11 @@ def _largest_image(folder: Path, config: CasaConfig) -> int:
     if not file.is_file():
         raise ConversionError(f"{folder} has no processor_config.json. Add the one that belongs to the checkpoint.")
     token_side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    return read_json(file)["image_processor"]["size"]["longest_edge"] // token_side**2
+    try:
+        largest = read_json(file)["image_processor"]["size"]["longest_edge"]
+    except (KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{file} has no image_processor.size.longest_edge, the pixels of the largest image. Write it anew with "
+            "CasaProcessor.save_pretrained, or add the one that belongs to the checkpoint."
+        ) from error
+    return largest // token_side**2

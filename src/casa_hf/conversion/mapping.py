@@ -40,14 +40,6 @@ GATE = LAYER + "casa_attn.gate"
 PROJECTOR = "model.multi_modal_projector."
 VISION = "model.visual."
 
-# (prefix in memory, prefix in the source's files) by `source_model_type`; no entry where they are the same.
-_OLDER_LAYOUT = (("model.visual.", "visual."), ("model.language_model.", "model."))
-SOURCE_LAYOUT: dict[str, tuple[tuple[str, str], ...]] = {
-    "qwen2_vl": _OLDER_LAYOUT,
-    "qwen2_5_vl": _OLDER_LAYOUT,
-    "helium": _OLDER_LAYOUT,
-}
-
 # (pattern of in-memory names that older checkpoints hold, why they aren't needed).
 DROPPED = ((r"\brotary(_pos)?_emb\.inv_freq$", "rotary frequencies are computed from the configuration"),)
 
@@ -97,9 +89,8 @@ def in_memory_name(name: str, backbone: Backbone) -> str:
 
 def source_name(name: str, backbone: Backbone) -> str:
     """The name that a tensor has in the files of a source checkpoint; the inverse of `in_memory_name`."""
-    for in_memory, in_files in SOURCE_LAYOUT.get(backbone.source_model_type, ()):
-        if name.startswith(in_memory):
-            return in_files + name.removeprefix(in_memory)
+    for pattern, replacement in backbone.save_renamings:
+        name = re.sub(pattern, replacement, name)
     return name
 
 

@@ -18,6 +18,9 @@ from .shards import DTYPES, ComputedTensor, PlannedTensor, StoredTensor, mean_ro
 
 PROJECTOR_SEED = 0
 
+# Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
+SOURCE_ROWS_FILE = "source_rows.safetensors"
+
 
 @dataclass(frozen=True)
 class ConversionPlan:
@@ -32,6 +35,7 @@ class ConversionPlan:
         initialised: name of each tensor that is new, or has new rows, and copies nothing -> how these start.
         dropped: name of each source tensor that is left out -> why.
         note: what the new model does before any training, in sentences.
+        source_rows: the source's rows that new tokens take, in order of their ids, by the name of the matrix.
     """
 
     config: PreTrainedConfig
@@ -42,6 +46,7 @@ class ConversionPlan:
     initialised: dict[str, str]
     dropped: dict[str, str]
     note: str
+    source_rows: tuple[PlannedTensor, ...] = ()
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -94,6 +99,7 @@ def make_plan(
         initialised=initialised,
         dropped=tensor_map.dropped,
         note=note,
+        source_rows=_source_rows(tensor_map, stored, new_token_ids),
     )
 
 
@@ -120,6 +126,22 @@ def _plan_tensors(
         compute, initialised[name] = _initial_values(name, shape, config)
         planned.append(PlannedTensor(name, (ComputedTensor(shape, compute),), usual, f"new, {initialised[name]}"))
     return planned, initialised
+
+
+def overwritten_rows(new_token_ids: Iterable[int], num_rows: int) -> list[int]:
+    """Ids of those new tokens that take spare rows of a source's matrix with `num_rows` rows, in order."""
+    return sorted(index for index in new_token_ids if index < num_rows)
+
+
+def _source_rows(
+    tensor_map: TensorMap, stored: dict[str, StoredTensor], new_token_ids: Sequence[int]
+) -> tuple[PlannedTensor, ...]:
+    matrices = {name: stored[tensor_map.found[name]] for name in TOKEN_ROWS if name in tensor_map.found}
+    rows = {
+        name: tuple(matrix.rows(index, index + 1) for index in overwritten_rows(new_token_ids, matrix.shape[0]))
+        for name, matrix in matrices.items()
+    }
+    return tuple(PlannedTensor(name, parts, matrices[name].dtype) for name, parts in rows.items() if parts)
 
 
 def _usual_dtype(tensors: Iterable[PlannedTensor]) -> str:
@@ -162,7 +184,7 @@ def _with_mean_rows(
 
     parts: list[StoredTensor | ComputedTensor] = []
     start, old_rows = 0, stored.shape[0]
-    for index in sorted(index for index in ids if index < old_rows):
+    for index in overwritten_rows(ids, old_rows):
         parts += [stored.rows(start, index), means(1)]
         start = index + 1
     parts += [stored.rows(start, old_rows), means(num_rows - old_rows)]

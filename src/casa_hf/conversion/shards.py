@@ -135,7 +135,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             disagree, or if a tensor is quantised.
     """
     if (folder / SINGLE_FILE).is_file():
-        return _read_header(folder / SINGLE_FILE)
+        return read_tensors(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
         found = f"only pickled ones ({listed(pickles)}), which are never loaded" if pickles else "none"
@@ -157,7 +157,7 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{index} names files that are not there: {listed(missing)}. Download them.")
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        stored = _read_header(folder / shard)
+        stored = read_tensors(folder / shard)
         promised = {name for name, file in weight_map.items() if file == shard}
         if stored.keys() != promised:
             raise ConversionError(
@@ -168,7 +168,12 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The place of every tensor of a safetensors file by name, from its header.
+
+    Raises:
+        ConversionError: if the file is broken, or if a tensor is quantised.
+    """
     try:
         # Checks that the tensors' ranges fill the file, without gaps, to its last byte. Unlike "pt", "np" maps files
         # read-only, so that one may be larger than the memory.
@@ -244,18 +249,23 @@ def split_files(tensors: Sequence[PlannedTensor], max_shard_size: int | str) -> 
         The tensors of each file, by file name.
 
     Raises:
-        ConversionError: if `max_shard_size` isn't positive.
-        ValueError: if `max_shard_size` has an unknown unit.
+        ConversionError: if `max_shard_size` isn't positive, or can't be read.
     """
     planned = {tensor.name: tensor for tensor in tensors}
     if not isinstance(max_shard_size, str) and max_shard_size <= 0:
         raise ConversionError(f"max_shard_size={max_shard_size} must be positive, or such as '5GB'.")
-    split = split_state_dict_into_shards_factory(
-        planned,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            planned,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(
+            f"max_shard_size={max_shard_size!r} can't be read ({one_line(error)}); give a number of bytes, or one "
+            "with a unit such as '5GB'."
+        ) from error
     return {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
 

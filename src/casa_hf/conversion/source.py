@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from ..configuration_casa import CasaConfig
@@ -24,6 +26,9 @@ from .shards import read_json
 # What is downloaded: first everything that decides whether the source can be converted, then the weights.
 SMALL_FILES = ("*.json", "*.jinja", "*merges.txt", "README.md", *LICENSE_FILES)
 WEIGHT_FILES = ("*.safetensors",)
+
+# A source's processor may be described in these.
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -157,7 +162,7 @@ def load_processor(
     vision_folder: Path | None = None,
     max_pixels: int | None = None,
     num_gist_tokens: int = 0,
-    is_casa: bool = False,
+    own: CasaConfig | None = None,
 ) -> CasaProcessor:
     """The processor of the CASA form of the checkpoint in `folder`.
 
@@ -167,10 +172,11 @@ def load_processor(
         vision_folder: for a text-only source, the checkpoint whose image processor it gets.
         max_pixels: largest number of pixels of an image; None for the design's default.
         num_gist_tokens: gist tokens to add to the tokenizer.
-        is_casa: whether `folder` is a CASA checkpoint, whose processor is taken over.
+        own: configuration of the checkpoint if it is a CASA checkpoint, whose processor is taken over.
 
     Raises:
-        ConversionError: if the files of tokenizer or image processor are missing or unusable.
+        ConversionError: if the files of tokenizer or image processor are missing or unusable, or if `max_pixels` is
+            below the smallest image.
     """
     has_vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not has_vocabulary and not (folder / "tokenizer.json").is_file():
@@ -184,20 +190,65 @@ def load_processor(
             f"{pixels_folder} has no image processor (preprocessor_config.json). Add the file that belongs to the "
             "checkpoint."
         )
-    given = {} if max_pixels is None else {"max_pixels": max_pixels}
+    options: dict[str, Any] = {"num_gist_tokens": num_gist_tokens, **processor_limits(config)}
+    if max_pixels is not None:
+        options["max_pixels"] = None  # the design's default mustn't stand in the way
+    restored = {} if own is None else _restored_sizes(folder, config, own)
     try:
-        if is_casa:
-            return CasaProcessor.from_pretrained(folder, **given)
-        options: dict[str, Any] = {**processor_limits(config), **given, "num_gist_tokens": num_gist_tokens}
-        if vision_folder is not None:
-            return CasaProcessor.from_text_source(folder, vision_folder, **options)
-        return CasaProcessor.from_source(folder, **options)
+        if own is not None:
+            processor = CasaProcessor.from_pretrained(folder, **restored)
+        elif vision_folder is not None:
+            processor = CasaProcessor.from_text_source(folder, vision_folder, **options)
+        else:
+            processor = CasaProcessor.from_source(folder, **options)
     except Exception as error:  # tokenizers raises plain exceptions
         raise ConversionError(
             f"The tokenizer or image processor in {folder} is unusable: {one_line(error)}"
         ) from error
+    if max_pixels is not None:
+        _limit_pixels(processor, max_pixels)
+    return processor
+
+
+def source_processor_files(file: Path) -> dict[str, dict]:
+    """The contents of the source's processor files by file name, from `processor_config.json` of a CASA checkpoint.
+
+    Other names are passed over: these files are written, and a name from a download mustn't lead out of their folder.
+    """
+    kept = read_json(file).get("source_config") or {}
+    return {name: kept[name] for name in PROCESSOR_FILES if name in kept}
 
 
 def processor_limits(config: CasaConfig) -> dict[str, None]:
     """Options of `CasaProcessor.from_source`: a variant that is to equal its source keeps the source's image sizes."""
     return {"max_pixels": None, "frame_max_pixels": None} if config.casa_positions == "insertion" else {}
+
+
+def _limit_pixels(processor: CasaProcessor, max_pixels: int) -> None:
+    images = processor.image_processor
+    smallest = images.size["shortest_edge"]
+    if max_pixels < smallest:
+        raise ConversionError(
+            f"max_pixels={max_pixels} (--max-pixels) is below {smallest}, the pixels of the smallest image that the "
+            "source's image processor makes. Give at least that many."
+        )
+    size = {"shortest_edge": smallest, "longest_edge": max_pixels}
+    processor.image_processor = type(images).from_dict(images.to_dict(), size=size)
+
+
+def _restored_sizes(folder: Path, config: CasaConfig, own: CasaConfig) -> dict[str, Any]:
+    """Options of `CasaProcessor.from_pretrained`: the source's sizes where `config` keeps them and `own` doesn't."""
+    if not processor_limits(config) or processor_limits(own):
+        return {}
+    file = folder / "processor_config.json"
+    files = source_processor_files(file) if file.is_file() else {}
+    if not files:
+        raise ConversionError(
+            f"{file} has no source_config, so the image sizes of the source, which this design keeps, aren't known. "
+            "Convert the source that the checkpoint was made from."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            Path(temporary, name).write_text(json.dumps(content), encoding="utf-8")
+        size = AutoImageProcessor.from_pretrained(temporary).size
+    return {"size": {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}, "frame_max_pixels": None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,9 +31,17 @@ from .convert import (
 from .destination import check_distinct, check_target, new_folder
 from .errors import ConversionError
 from .mapping import ADDED, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
-from .plan import ConversionPlan, set_dtype
-from .shards import PlannedTensor, Progress, StoredTensor, read_checkpoint, read_json, split_files, write_checkpoint
-from .source import read_source_config, stock_config
+from .plan import SOURCE_ROWS_FILE, ConversionPlan, overwritten_rows, set_dtype
+from .shards import (
+    PlannedTensor,
+    Progress,
+    StoredTensor,
+    read_checkpoint,
+    read_tensors,
+    split_files,
+    write_checkpoint,
+)
+from .source import read_source_config, source_processor_files, stock_config
 
 
 def convert_to_source(
@@ -52,8 +61,8 @@ def convert_to_source(
         output, dtype, revision, overwrite, max_shard_size, progress: see `convert_checkpoint`.
 
     Raises:
-        ConversionError: for a checkpoint that has no such form, or an output that can't be written.
-        ValueError: for an unknown shard size.
+        ConversionError: for a checkpoint that has no such form, an output that can't be written, or an option that
+            can't be used.
     """
     target = Path(os.path.abspath(output))
     if os.path.isdir(casa):
@@ -85,7 +94,7 @@ def plan_to_source(
         casa, dtype, revision, max_shard_size: see `convert_to_source`.
 
     Raises:
-        ConversionError, ValueError: as `convert_to_source`.
+        ConversionError: as `convert_to_source`.
     """
     return _prepare(casa, dtype, revision, max_shard_size)[0]
 
@@ -117,6 +126,9 @@ def _prepare(
     stored = read_checkpoint(folder)
     source_rows = source_config.get_text_config().vocab_size
     rows = config.text_config.vocab_size
+    new_tokens = [*(config.gist_token_ids or ()), *([config.image_token_id] if config.backbone.text_only else ())]
+    taken = overwritten_rows(new_tokens, source_rows)
+    originals = _read_source_rows(folder) if taken else {}
     stock = stock_shapes(stock_config(config, keep_tokens=True), config)
     found, dropped = match_tensors(
         config, casa_shapes(config, stock), {name: tensor.shape for name, tensor in stored.items()}
@@ -126,13 +138,19 @@ def _prepare(
         if reason := _drop_reason(name, config):
             dropped[stored_name] = reason
             continue
-        part: StoredTensor = stored[stored_name]
+        part = stored[stored_name]
         origin = stored_name
         if name in TOKEN_ROWS and rows > source_rows:
             part = part.rows(0, source_rows)
             origin += f", rows 0 to {source_rows - 1}"
             dropped[f"{stored_name}, rows {source_rows} to {rows - 1}"] = "tokens that the source hasn't"
-        planned.append(PlannedTensor(source_name(name, config.backbone), (part,), code or part.dtype, origin))
+        parts: tuple[StoredTensor, ...] = (part,)
+        if name in TOKEN_ROWS and taken:
+            parts = _with_rows(part, taken, originals.get(name))
+            numbers = f"rows {', '.join(map(str, taken))}"
+            origin += f"; {numbers} of the source"
+            dropped[f"{stored_name}, {numbers}"] = "tokens that the source hasn't"
+        planned.append(PlannedTensor(source_name(name, config.backbone), parts, code or part.dtype, origin))
     set_dtype(source_config, planned, code)
     plan = ConversionPlan(
         config=source_config,
@@ -145,6 +163,33 @@ def _prepare(
         note="Its language model and vision tower are those of the CASA checkpoint.",
     )
     return plan, folder, config
+
+
+def _read_source_rows(folder: Path) -> dict[str, StoredTensor]:
+    file = folder / SOURCE_ROWS_FILE
+    if not file.is_file():
+        raise ConversionError(
+            f"{folder} has new tokens in rows of the source's embeddings, but not what was there ({file.name}). Copy "
+            "this file from the checkpoint that the conversion made."
+        )
+    return read_tensors(file)
+
+
+def _with_rows(matrix: StoredTensor, indices: Sequence[int], rows: StoredTensor | None) -> tuple[StoredTensor, ...]:
+    """The parts of a matrix whose rows at the ascending `indices` are `rows`."""
+    shape = (len(indices), *matrix.shape[1:])
+    if rows is None or rows.shape != shape:
+        found = "nothing" if rows is None else list(rows.shape)
+        raise ConversionError(
+            f"{SOURCE_ROWS_FILE} should hold {list(shape)} numbers for each matrix with a row per token, got {found}. "
+            "Copy the file from the checkpoint that the conversion made."
+        )
+    parts, start = [], 0
+    for number, index in enumerate(indices):
+        parts += [matrix.rows(start, index), rows.rows(number, number + 1)]
+        start = index + 1
+    parts.append(matrix.rows(start, matrix.shape[0]))
+    return tuple(part for part in parts if part.shape[0])
 
 
 def _drop_reason(name: str, config: CasaConfig) -> str | None:
@@ -174,4 +219,4 @@ def _processor_files(folder: Path, config: CasaConfig) -> dict[str, dict]:
     file = folder / "processor_config.json"
     if config.backbone.text_only or not file.is_file():
         return {}
-    return read_json(file).get("source_config") or {}
+    return source_processor_files(file)
