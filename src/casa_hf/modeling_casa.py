@@ -106,7 +106,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         """
         assert position_embeddings is not None
         text = TextInputs(position_embeddings, past_key_values, attention_mask, kwargs)
-        self_weights = fusion_weights = None
+        fusion_weights = None
         if self.placement == "before" and fusion is not None:
             attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
             hidden_states, fusion_weights = hidden_states + attended.output, attended.fusion_weights
@@ -114,7 +114,6 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         normed = self.input_layernorm(hidden_states)
         main = self._attend(normed, image_states, fusion, text)
         hidden_states = hidden_states + main.output
-        self_weights = main.self_weights
         fusion_weights = fusion_weights if main.fusion_weights is None else main.fusion_weights
 
         if self.placement == "after" and fusion is not None:
@@ -123,7 +122,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         if image_states is not None and self.image_updates != "none":
             image_states = self._update_images(image_states, fusion, text, main)
-        return hidden_states, image_states, self_weights, fusion_weights
+        return hidden_states, image_states, main.self_weights, fusion_weights
 
     def _attend(
         self, normed: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
