@@ -309,13 +309,17 @@ def test_memory_of_images_and_windows_stays_constant_over_many_turns(variant, ba
         model(**inputs, past_key_values=cache)
         dead.append([weakref.ref(state) for state in states(cache.layers)])
         sizes.append(cache_nbytes(cache))
-        assert storages(cache) == sum(sizes[-1].values()), "no part is a view of something larger"
+        # Text has room for more: 64 slots or a quarter of it, in self-attention and in the window. Nothing else does.
+        room = max(64, 5 * turn // 4) + (64 if variant == "casa" else 0)
+        assert storages(cache) <= sum(sizes[-1].values()) + room * per_token
     assert {size["image"] for size in sizes} == {6 * per_token}
     # Self-attention keeps all text; the fusion layers of `casa` keep the window's: the delimiter and three words.
     window = 4 * per_token if variant == "casa" else 0
     assert [size["text"] for size in sizes] == [5 * turn * per_token + window for turn in range(1, 51)]
     gc.collect()
-    assert all(reference() is None for references in dead[:-1] for reference in references)
+    held = {id(state) for state in states(cache.layers)}
+    left = [state for references in dead[:-1] for reference in references if (state := reference()) is not None]
+    assert all(id(state) in held for state in left), "only the memory of text lives on"
     assert all(reference() is not None for reference in dead[-1])
 
 
@@ -505,7 +509,7 @@ def test_a_reset_cache_is_a_new_one(variant, static):
         continued(model, cache, [0, 1, 2])
         cache.reset()
         assert int(cache.get_seq_length()) == 0
-        assert cache_nbytes(cache)["image"] == 0
+        assert bool(cache_nbytes(cache)["image"]) == static, "a static cache keeps its memory for the next use"
     if not static:
         feed(model, ROWS[0], cache)
         assert int(cache.get_seq_length()) == len(token_ids(ROWS[0])), "another batch size is fine after a reset"

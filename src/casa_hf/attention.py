@@ -8,7 +8,8 @@
 | `CasaSharedAttention` | self-attention's, computed once | self-attention and fusion, summed before one o_proj |
 | `CasaContextAttention` | self-attention's, computed once | one softmax over images and all text: both in one |
 
-All go through Transformers' attention interface, so the back end is `config._attn_implementation`.
+All go through Transformers' attention interface, so the back end is `config._attn_implementation`; `routes.py` says
+how each of them computes the attention of windows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_casa import KeysValues
 from .configuration_casa import CasaConfig
+from .routes import Route, StepRoute
 from .windows import WindowPlan
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -38,25 +40,24 @@ class FusionInputs:
 
     Attributes:
         plan: the windows of the call.
-        mask: (batch, 1, tokens, keys) mask of fusion layers, boolean, or additive for the eager back end.
-        update_mask: (batch, 1, new image columns, keys) mask for updates of image states; None if they aren't updated
-            by attention or the call has no new image.
+        route: how fusion layers attend; None if no token sees anything.
+        update_route: how image states attend; None if they aren't updated by attention or the call has no new image.
         image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
     """
 
     plan: WindowPlan
-    mask: torch.Tensor
-    update_mask: torch.Tensor | None = None
+    route: Route | None
+    update_route: Route | None = None
     image_rotary: Rotary | None = None
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> FusionInputs:
         """The inputs on another device; Accelerate calls this when decoder blocks live on several devices."""
-        rotary = self.image_rotary
+        rotary, device = self.image_rotary, torch.device(device)
         return replace(
             self,
             plan=self.plan.to(device),
-            mask=self.mask.to(device),
-            update_mask=None if self.update_mask is None else self.update_mask.to(device),
+            route=None if self.route is None else self.route.to(device),
+            update_route=None if self.update_route is None else self.update_route.to(device),
             image_rotary=None if rotary is None else (rotary[0].to(device), rotary[1].to(device)),
         )
 
@@ -230,11 +231,9 @@ class FusionBase(nn.Module):
         self, query: torch.Tensor, images: KeysValues | None, text: KeysValues | None, fusion: FusionInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One softmax over [image tokens ; text]: (batch, tokens, heads * head_dim) and the weights or None."""
-        parts = [part for part in (images, text) if part is not None]
-        keys = (
-            parts[0] if len(parts) == 1 else KeysValues(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
-        )
-        output, weights = self.math.attend(self, query, keys, fusion.mask, is_causal=False)
+        if fusion.route is None:
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * query.shape[3]), None
+        output, weights = fusion.route.attend(self.math.attend, self, query, images, text)
         if weights is not None:
             weights = weights.masked_fill(~fusion.plan.sees[:, None, :, None], 0)
         return output, weights
@@ -323,16 +322,37 @@ class CasaSharedAttention(FusionBase):
     ) -> Attended:
         """Both attentions of a block; arguments as in `CasaBorrowedAttention.forward`."""
         self_attn = block.self_attn
+        normed = None if image_states is None else block.input_layernorm(image_states)
+        if self.with_text and isinstance(fusion.route, StepRoute) and _takes_masks(text.attention_mask):
+            return self._step(hidden_states, fusion.route, fusion, text, self_attn)
         self_output, query, self_weights, keys = self.math.self_attention(self_attn, hidden_states, text)
         window = None
         if self.with_text:
             query = self.math.rotate(query, text.position_embeddings)
-            window = keys.slots(fusion.plan.state.text_start, fusion.plan.next_state.length)
-        normed = None if image_states is None else block.input_layernorm(image_states)
+            window = keys.slots(*fusion.plan.text_slots)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=self.with_text)
         fused, weights = self._attend(query, images, window, fusion)
         output = self_attn.o_proj(self_output + self._finish(fused, fusion))
         return Attended(output, self_weights, weights, text=keys, images=images if self.with_text else None)
+
+    def _step(
+        self,
+        hidden_states: torch.Tensor,
+        route: StepRoute,
+        fusion: FusionInputs,
+        text: TextInputs,
+        self_attn: Any,
+    ) -> Attended:
+        """A decoding step: both softmaxes on one product with the text's keys, both sums in one with its values."""
+        query = self.math.rotate(self.math.query(self_attn, hidden_states), text.position_embeddings)
+        keys = self.math.text_keys(self_attn, hidden_states, text)
+        images = self.math.image_keys(self_attn, None, fusion, text, rotate=True)
+        scale = fusion.plan.sees.to(query.dtype)
+        if hasattr(self, "gate"):
+            scale = scale * self.gate.tanh()
+        keys = keys.slots(0, fusion.plan.text_slots[1])
+        output = route.attend_with_self(self, query, images, keys, text.attention_mask, scale)
+        return Attended(self_attn.o_proj(output), text=keys)
 
 
 class CasaContextAttention(FusionBase):
@@ -352,12 +372,10 @@ class CasaContextAttention(FusionBase):
         keys = self.math.text_keys(self_attn, hidden_states, text)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
-        output, weights = self._attend(query, images, keys.slots(0, fusion.plan.next_state.length), fusion)
+        output, weights = self._attend(query, images, keys.slots(0, fusion.plan.text_slots[1]), fusion)
         return Attended(self_attn.o_proj(output), fusion_weights=weights, text=keys, images=images)
 
 
-def back_end_mask(mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask in the form that the back end takes: additive for eager, boolean for the others."""
-    if implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def _takes_masks(attention_mask: torch.Tensor | None) -> bool:
+    """Whether the mask of self-attention is one that a step can use: none, or boolean for queries and keys."""
+    return attention_mask is None or (attention_mask.ndim == 4 and attention_mask.dtype == torch.bool)

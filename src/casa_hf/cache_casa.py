@@ -18,6 +18,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from .windows import WindowPlan, WindowState
 
+# Room for further tokens that growing keys/values are given at least.
+_SPARE_SLOTS = 64
+
 
 class KeysValues(NamedTuple):
     """Keys and values, each (batch, kv_heads, length, head_dim)."""
@@ -34,6 +37,47 @@ class KeysValues(NamedTuple):
         return KeysValues(self.keys[:, :, start:end], self.values[:, :, start:end])
 
 
+class GrowingMemory:
+    """Keys/values with room behind them, so that appending doesn't copy what is there.
+
+    Attributes:
+        tensors: keys and values, each (batch, kv_heads, allocated length, head_dim).
+        used: length that has been written. Views shorter than that are never written behind: somebody else may hold
+            the rest.
+    """
+
+    def __init__(self, tensors: KeysValues, used: int):
+        self.tensors = tensors
+        self.used = used
+
+    def holds(self, stored: KeysValues) -> bool:
+        """Whether `stored` is all that has been written."""
+        return (
+            self.used == stored.keys.shape[2]
+            and self.tensors.keys.data_ptr() == stored.keys.data_ptr()
+            and self.tensors.keys.shape[:2] == stored.keys.shape[:2]
+        )
+
+    def append(self, new: KeysValues) -> KeysValues | None:
+        """Views of everything with `new` behind it; None if there isn't enough room."""
+        total = self.used + new.keys.shape[2]
+        if total > self.tensors.keys.shape[2]:
+            return None
+        for tensor, part in zip(self.tensors, new, strict=True):
+            tensor[:, :, self.used : total] = part
+        self.used = total
+        return self.tensors.slots(0, total)
+
+    @classmethod
+    def starting_with(cls, stored: KeysValues, room: int) -> GrowingMemory:
+        """Memory that holds a copy of `stored`, with room for `room` more."""
+        batch_size, heads, length, head_dim = stored.keys.shape
+        tensors = KeysValues(*(t.new_empty(batch_size, heads, length + room, head_dim) for t in stored))
+        for tensor, part in zip(tensors, stored, strict=True):
+            tensor[:, :, :length] = part
+        return cls(tensors, length)
+
+
 class CasaLayerMixin:
     """A cache layer that also holds one decoder block's image keys/values and window text.
 
@@ -44,32 +88,59 @@ class CasaLayerMixin:
             the fusion layer's own don't serve.
             "window": text from `WindowState.text_start` on, where the fusion layer has text keys that aren't those of
             self-attention.
+        memory: where growing keys/values are kept, by name; "text" for those of self-attention.
         window_state: in layer 0 only, the state of the windows.
     """
 
     keys: torch.Tensor | None
+    values: torch.Tensor | None
     fusion: dict[str, KeysValues]
+    memory: dict[str, GrowingMemory]
     window_state: WindowState | None
 
     def update_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
         """Add new image keys/values and return all that this call can see; only what stays visible is stored."""
-        stored = self.fusion.get(name)
+        # Without columns of its own, what a static layer holds are the slots of an earlier use.
+        stored = self.fusion.get(name) if plan.state.image_columns else None
         if new is None:
             return stored
         everything = new if stored is None else stored.append(new)
-        self.fusion[name] = KeysValues(*(plan.keep(tensor) for tensor in everything))
+        self._store_images(name, KeysValues(*(plan.keep(tensor) for tensor in everything)), plan)
         return everything
+
+    def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
+        self.fusion[name] = kept
 
     def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
         """Add new text keys/values and return those of all current windows; closed windows are dropped."""
         stored = self.fusion.get("window")
-        everything = new if stored is None else stored.append(new)
+        everything = new if stored is None else self._appended("window", stored, new)
         dropped = plan.num_dropped_slots
-        # A copy of the rest, so that the dropped part's memory is freed.
-        self.fusion["window"] = KeysValues(*(t[:, :, dropped:].clone() for t in everything)) if dropped else everything
+        self.fusion["window"] = everything
+        if dropped:
+            # A copy of the rest, so that the dropped part's memory is freed.
+            self.fusion["window"] = KeysValues(*(tensor[:, :, dropped:].clone() for tensor in everything))
+            self.memory.pop("window", None)
         return everything
 
-    def get_seq_length(self) -> int:
+    def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
+        """`stored` with `new` behind it, without a copy of `stored` where there is room for more."""
+        if torch.is_grad_enabled() and (stored.keys.requires_grad or new.keys.requires_grad):
+            return stored.append(new)
+        memory = self.memory.get(name)
+        if memory is not None and memory.holds(stored) and (everything := memory.append(new)) is not None:
+            return everything
+        room = new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
+        memory = self.memory[name] = GrowingMemory.starting_with(stored, room)
+        everything = memory.append(new)
+        assert everything is not None
+        return everything
+
+    def store_state(self, state: WindowState) -> None:
+        """Remember the windows; in layer 0."""
+        self.window_state = state
+
+    def get_seq_length(self) -> int | torch.Tensor:
         if self._without_text and self.window_state is not None:
             return self.window_state.length
         return super().get_seq_length()  # type: ignore[misc]
@@ -92,13 +163,16 @@ class CasaLayerMixin:
             self.fusion["window"] = window.slots(0, window.keys.shape[2] - removed)
 
     def reset(self) -> None:
-        self.fusion = {}
-        self.window_state = None
+        self._reset_fusion()
         if isinstance(self, DynamicLayer):
             # Transformers 5.17 zeroes a dynamic layer without shortening it.
             self.keys = self.values = None
             self.is_initialized = False
         super().reset()  # type: ignore[misc]
+
+    def _reset_fusion(self) -> None:
+        self.fusion, self.memory = {}, {}
+        self.window_state = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._map_fusion(lambda tensor: tensor[beam_idx.to(tensor.device)])
@@ -138,14 +212,78 @@ class CasaLayerMixin:
 
     def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.fusion = {name: KeysValues(*map(change, stored)) for name, stored in self.fusion.items()}
+        self.memory = {}
 
 
 class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
-    """A growing cache layer with fusion state."""
+    """A growing cache layer with fusion state.
+
+    Text keys/values are appended to memory that has room for more, so that a decoding step doesn't copy all earlier
+    text.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        everything = KeysValues(key_states, value_states)
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            everything = self._appended("text", KeysValues(self.keys, self.values), everything)
+        else:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = everything
+        return everything
 
 
 class CasaStaticLayer(CasaLayerMixin, StaticLayer):
-    """A preallocated cache layer with fusion state, which itself grows with the current window."""
+    """A preallocated cache layer with preallocated fusion state.
+
+    Images have slots of their own, `WindowState.reserved_columns` of them unless a window needs more, and window text
+    has the slots of the text. All are written in place, so that a compiled decoding step meets the same shapes and
+    addresses from token to token, window to window and image size to image size.
+    """
+
+    def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
+        slots = self._slots(name, kept.keys, plan.next_state.image_columns)
+        num_kept = kept.keys.shape[2]
+        for slot, tensor in zip(slots, kept, strict=True):
+            slot[:, :, slot.shape[2] - num_kept :].copy_(tensor)
+
+    def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
+        slots = self._slots("window", new.keys, self.max_cache_len)
+        places = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
+        for slot, tensor in zip(slots, new, strict=True):
+            slot.index_copy_(2, places, tensor)
+        return slots.slots(*plan.text_slots)
+
+    def _slots(self, name: str, like: torch.Tensor, number: int) -> KeysValues:
+        """Zeroed keys/values for a number of slots, or those that are there."""
+        slots = self.fusion.get(name)
+        if slots is None or slots.keys.shape[2] != number or slots.keys.shape[0] != like.shape[0]:
+            shape = (*like.shape[:2], number, like.shape[3])
+            slots = KeysValues(like.new_zeros(shape), like.new_zeros(shape))
+            for tensor in slots:
+                torch._dynamo.mark_static_address(tensor)
+            self.fusion[name] = slots
+        return slots
+
+    def store_state(self, state: WindowState) -> None:
+        if self.window_state is None:
+            self.window_state = state if state.slots is not None else state.fixed(self.max_cache_len)
+        else:
+            self.window_state = self.window_state.assign(state)
+
+    def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for stored in self.fusion.values():
+            for tensor in stored:
+                tensor.copy_(change(tensor))
+
+    def _reset_fusion(self) -> None:
+        """Forget what was seen, and keep the memory for the next use."""
+        if self.window_state is not None:
+            state = self.window_state
+            empty = WindowState.empty(state.batch_size, state.valid.device)
+            self.window_state = state.assign(replace(empty, reserved_columns=state.reserved_columns))
 
 
 @memoize
@@ -191,12 +329,16 @@ def _with_fusion_state(layer: Any) -> Any:
         )
     casa_class = _casa_class(type(layer))  # type: ignore[arg-type]
     adopted = casa_class.__new__(casa_class)
-    adopted.__dict__.update(layer.__dict__, fusion={}, window_state=None)
+    adopted.__dict__.update(layer.__dict__, fusion={}, memory={}, window_state=None)
     return adopted
 
 
 def window_state(
-    cache: Cache | None, batch_size: int, device: torch.device, attention_mask: Any = None
+    cache: Cache | None,
+    batch_size: int,
+    device: torch.device,
+    attention_mask: Any = None,
+    reserved_columns: int = 0,
 ) -> WindowState:
     """The window state that `cache` holds, or the one before the first image.
 
@@ -206,6 +348,7 @@ def window_state(
         device: where the state's tensors are wanted.
         attention_mask: of the call; if it covers the cached text of another model, (batch, all slots), it says which
             of that is padding.
+        reserved_columns: image columns that a static cache keeps at least.
 
     Raises:
         ValueError: if the cache was filled with another batch size, or by another model in between.
@@ -218,6 +361,8 @@ def window_state(
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and state.length:
             valid = attention_mask[:, : state.length].bool().to(device)
             state = replace(state, valid=valid, next_position=valid.sum(-1), padded=True)
+        if isinstance(cache.layers[0], CasaStaticLayer):
+            state = replace(state, text_start=0, reserved_columns=reserved_columns)
         return state
     if state.batch_size != batch_size:
         raise ValueError(

@@ -127,6 +127,9 @@ class CasaConfig(PreTrainedConfig):
             Whether text before the first image forms a window of its own.
         casa_gate (`str`, *optional*):
             None, or "tanh" for a learned scalar gate per fusion layer.
+        casa_static_image_tokens (`int`, *optional*):
+            Image tokens that a `StaticCache` has slots for in each row: those of the largest window to come. A larger
+            window takes a multiple of it, at the price of one more compilation.
         tie_word_embeddings (`bool`, *optional*):
             Whether the output head shares the embedding matrix.
         source_config (`dict`, *optional*):
@@ -160,6 +163,7 @@ class CasaConfig(PreTrainedConfig):
     casa_image_positions: str = "at"
     casa_text_windows: bool = False
     casa_gate: str | None = None
+    casa_static_image_tokens: int = 1156
     tie_word_embeddings: bool = False
     source_config: dict | None = None
 
@@ -354,6 +358,11 @@ class CasaConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"{field}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+        if self.casa_static_image_tokens < 1:
+            raise ValueError(
+                f"casa_static_image_tokens={self.casa_static_image_tokens} must be positive: the number of image "
+                "tokens of the largest window, such as 1156 for one image of 952 x 952 pixels."
+            )
         self._validate_tokens()
         self._validate_layers()
         self._validate_combinations()

@@ -41,13 +41,13 @@ from .attention import (
     FusionBase,
     FusionInputs,
     TextInputs,
-    back_end_mask,
 )
 from .backbones import BACKBONES
 from .cache_casa import prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
+from .routes import fusion_route, update_route
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 
@@ -165,19 +165,15 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         """Image states for the next block: through self-attention ("full") and the MLP."""
         if self.image_updates == "full":
             assert fusion is not None and fusion.image_rotary is not None and main.text is not None
-            plan, normed = fusion.plan, self.input_layernorm(image_states)
+            normed = self.input_layernorm(image_states)
             query = self.math.rotate(self.math.query(self.self_attn, normed[None]), fusion.image_rotary)
-            query = plan.place(query[0].transpose(0, 1)).transpose(1, 2)
             images = main.images
             if images is None:
                 images = self.math.image_keys(self.self_attn, normed, fusion, text, rotate=True, store="update")
-            assert images is not None
-            keys = images.append(main.text.slots(0, plan.next_state.length))
-            kwargs = {k: v for k, v in text.kwargs.items() if k != "position_ids"}
-            output, _ = self.math.attend(
-                self.self_attn, query, keys, fusion.update_mask, **{**kwargs, "is_causal": False}
-            )
-            image_states = image_states + self.self_attn.o_proj(plan.collect(output))
+            assert fusion.update_route is not None
+            keys = main.text.slots(0, fusion.plan.text_slots[1])
+            output, _ = fusion.update_route.attend(self.math.attend, self.self_attn, query, images, keys)
+            image_states = image_states + self.self_attn.o_proj(output[0])
         return image_states + self.mlp(self.post_attention_layernorm(image_states))
 
 
@@ -279,6 +275,7 @@ class CasaTextModel(CasaPreTrainedModel):
             before=config.casa_image_positions == "before",
         )
         self.attends_to_update = config.casa_image_updates == "full"
+        self.static_image_tokens = config.casa_static_image_tokens
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
@@ -328,7 +325,15 @@ class CasaTextModel(CasaPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             prepare_cache(past_key_values, len(self.layers))
-        state = window_state(past_key_values, inputs_embeds.shape[0], inputs_embeds.device, attention_mask)
+        state = window_state(
+            past_key_values,
+            inputs_embeds.shape[0],
+            inputs_embeds.device,
+            attention_mask,
+            reserved_columns=self.static_image_tokens,
+        )
+        if images is not None or inputs_embeds.shape[1] > 1:
+            state = state.growing()  # only a decoding step works on the fixed state of a static cache
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,
@@ -342,9 +347,17 @@ class CasaTextModel(CasaPreTrainedModel):
         )
         if attention_mask is None and state.padded:
             attention_mask = plan.next_state.valid
+        everything_visible = (
+            inputs_embeds.shape[0] == 1
+            and attention_mask is None
+            and not state.padded
+            and state.slots is None
+            and samples is None
+            and gist is None
+        )
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
-        fusion = self._fusion_inputs(plan, images, positions, inputs_embeds)
+        fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
 
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -369,7 +382,7 @@ class CasaTextModel(CasaPreTrainedModel):
             cross_attentions.append(fusion_weights)
         if past_key_values is not None:
             padded = state.padded or attention_mask is not None
-            past_key_values.layers[0].window_state = replace(plan.next_state, padded=padded)
+            past_key_values.layers[0].store_state(replace(plan.next_state, padded=padded))
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -429,18 +442,19 @@ class CasaTextModel(CasaPreTrainedModel):
         images: ImagePlacement | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
+        everything_visible: bool,
     ) -> FusionInputs | None:
         if not plan.active:
             return None
         form = (self.config._attn_implementation, inputs_embeds.dtype)
-        fusion = FusionInputs(plan, back_end_mask(plan.mask(), *form))
+        fusion = FusionInputs(plan, fusion_route(plan, *form, everything_visible))
         if images is None:
             return fusion
         image_positions = self.position_rules.images(positions, images)
         return replace(
             fusion,
             image_rotary=self._rotary(inputs_embeds, image_positions[:, None]),
-            update_mask=back_end_mask(plan.update_mask(), *form) if self.attends_to_update else None,
+            update_route=update_route(plan, *form) if self.attends_to_update else None,
         )
 
 
@@ -618,7 +632,7 @@ class CasaModel(CasaPreTrainedModel):
         attention_mask = attention_mask.to(inputs_embeds.device)
         token_mask = attention_mask[:, -num_tokens:].bool()
         if attention_mask.shape[1] == num_tokens and past:
-            earlier = window_state(past_key_values, batch_size, inputs_embeds.device).valid
+            earlier = window_state(past_key_values, batch_size, inputs_embeds.device).growing().valid
             attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
         return attention_mask, token_mask
 

@@ -10,6 +10,7 @@ forward, for all layers, from where the images stand (`ImagePlacement`) and from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,8 +100,8 @@ class WindowState:
     """What a stream remembers about its windows between calls; one entry per row unless said.
 
     Attributes:
-        length: text slots so far, the same for all rows.
-        valid: (batch, length) whether a slot holds text rather than padding.
+        length: text slots so far, the same for all rows; a tensor without dimensions if `slots` is given.
+        valid: (batch, length or slots) whether a slot holds text rather than padding.
         padded: whether any call came with a padding mask.
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
@@ -110,10 +111,13 @@ class WindowState:
         window_start: (batch,) first slot of the current window.
         closed_at: (batch,) slot of the first text after the last image, `OPEN` while there is none.
         is_frame: (batch,) whether the last image is a video frame.
-        text_start: first slot whose text keys fusion layers still need.
+        text_start: first slot whose text keys fusion layers still need; always 0 if `slots` is given.
+        slots: number of slots of a static cache; None where slots are added as they are needed.
+        reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
+            share one shape.
     """
 
-    length: int
+    length: int | torch.Tensor
     valid: torch.Tensor
     padded: bool
     next_position: torch.Tensor
@@ -125,6 +129,8 @@ class WindowState:
     closed_at: torch.Tensor
     is_frame: torch.Tensor
     text_start: int
+    slots: int | None = None
+    reserved_columns: int = 0
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, length: int = 0) -> WindowState:
@@ -152,16 +158,21 @@ class WindowState:
     def select(self, rows: torch.Tensor) -> WindowState:
         """The state with the given rows, in their order."""
         rows = rows.to(self.valid.device)
-        return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
+        return self._map_rows(lambda value: value[rows])
 
     def repeat_interleave(self, repeats: int) -> WindowState:
         """The state with each row repeated."""
-        return replace(
-            self, **{name: value.repeat_interleave(repeats, dim=0) for name, value in self._tensors().items()}
-        )
+        return self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
+        rows: dict[str, Any] = {name: change(value) for name, value in self._tensors().items() if value.ndim}
+        changed = replace(self, **rows)
+        return changed if self.slots is None else self.assign(changed)
 
     def to(self, device: torch.device) -> WindowState:
         """The state with its tensors on `device`."""
+        if self.valid.device == device:
+            return self
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
     def crop(self, num_tokens: int) -> WindowState:
@@ -170,7 +181,7 @@ class WindowState:
         Raises:
             ValueError: if an image whose keys/values are stored would have to be taken back.
         """
-        length = self.length - num_tokens
+        length = int(self.length) - num_tokens
         last_image = int(self.last_image.max()) if self.image_columns else -1
         if self.image_columns and last_image >= length:
             raise ValueError(
@@ -188,6 +199,44 @@ class WindowState:
             closed_at=torch.where(self.closed_at < length, self.closed_at, OPEN),
             text_start=min(self.text_start, length),
         )
+
+    def fixed(self, slots: int) -> WindowState:
+        """The state in the form that a static cache of `slots` slots keeps: tensors of its own, whose shapes and
+        addresses stay, so that a compiled decoding step can change them in place."""
+        own: dict[str, Any] = {name: value.clone() for name, value in self._tensors().items()}
+        own["length"] = torch.tensor(int(self.length), device=self.valid.device)
+        own["valid"] = torch.nn.functional.pad(self.valid, (0, slots - self.valid.shape[1]))
+        for tensor in own.values():
+            torch._dynamo.mark_static_address(tensor)
+        return replace(replace(self, text_start=0, slots=slots), **own)
+
+    def growing(self) -> WindowState:
+        """The state in the form that calls with images work on; a fixed one is read off its device."""
+        if self.slots is None:
+            return self
+        length = int(self.length)
+        return replace(self, length=length, valid=self.valid[:, :length], slots=None)
+
+    def assign(self, new: WindowState) -> WindowState:
+        """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
+        mine = self._tensors()
+        if new.slots is None and new.length > self.valid.shape[1]:
+            raise ValueError(
+                f"The static cache has {self.valid.shape[1]} slots, but the text has {new.length} tokens now. Make it "
+                "with a larger max_cache_len."
+            )
+        for name, value in new._tensors().items():
+            if name == "valid" and new.slots is None:
+                self.valid[:, : value.shape[1]].copy_(value)
+                self.valid[:, value.shape[1] :].zero_()
+            elif name in mine and mine[name].shape == value.shape:
+                mine[name].copy_(value)
+            else:
+                mine[name] = value.clone()
+                torch._dynamo.mark_static_address(mine[name])
+        if new.slots is None:
+            mine["length"].fill_(new.length)
+        return replace(self, **mine, image_columns=new.image_columns, padded=new.padded)
 
     def _tensors(self) -> dict[str, Any]:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
@@ -211,7 +260,7 @@ class WindowPlan:
         sees: (batch, tokens) whether a token attends to anything; False for padding.
         new_columns: number of columns for new images.
         token_rows, token_columns: (num_image_tokens,) where each new image token goes; None without new images.
-        kept_columns: (batch, next_state.image_columns) columns that stay stored; None if nothing changes.
+        kept_columns: (batch, num_kept) columns that stay stored, as the last ones; None if nothing changes.
         update: what new image tokens attend to when their own states are updated; None without new images.
     """
 
@@ -237,6 +286,14 @@ class WindowPlan:
         return self.state.image_columns + self.new_columns
 
     @property
+    def text_slots(self) -> tuple[int, int]:
+        """First and past-the-last of the text slots whose keys this call works on."""
+        if self.state.slots is not None:
+            return 0, self.state.slots
+        assert isinstance(self.next_state.length, int)
+        return self.state.text_start, self.next_state.length
+
+    @property
     def active(self) -> bool:
         """Whether fusion layers have anything to do: an image to see, or a window of text alone."""
         return self.num_columns > 0 or self.rules.text_windows
@@ -259,7 +316,7 @@ class WindowPlan:
         return replace(self, **moved)
 
     def mask(self) -> torch.Tensor:
-        """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ text slots from `state.text_start` on]).
+        """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_slots`]).
 
         Tokens that see nothing get all-True rows, so that no back end meets an empty softmax; their output is
         discarded through `sees`.
@@ -267,11 +324,12 @@ class WindowPlan:
         columns = torch.arange(self.num_columns, device=self.sees.device)
         mask = (columns >= self.image_start[..., None]) & (columns < self.image_end[..., None])
         if self.pinned is not None:
-            mask = mask | _pinned_before(self.pinned, self.pinned_start, columns, self.image_end)
+            mask = mask | pinned_before(self.pinned, self.pinned_start, columns, self.image_end)
         if self.rules.with_text:
-            slots = torch.arange(self.state.text_start, self.next_state.length, device=self.sees.device)
+            first, past = self.text_slots
+            slots = torch.arange(first, past, device=self.sees.device)
             text = (slots >= self.text_start[..., None]) & (slots < self.text_end[..., None])
-            mask = torch.cat([mask, text & self.next_state.valid[:, None, self.state.text_start :]], dim=-1)
+            mask = torch.cat([mask, text & self.next_state.valid[:, None, first:past]], dim=-1)
         return (mask | ~self.sees[..., None])[:, None]
 
     def update_mask(self) -> torch.Tensor:
@@ -282,15 +340,21 @@ class WindowPlan:
         """
         update = self.update
         assert update is not None
+        images = torch.repeat_interleave(update.num_tokens)
+
+        def per_column(of_images: torch.Tensor) -> torch.Tensor:
+            return self.place(of_images[images])
+
         columns = torch.arange(self.num_columns, device=self.sees.device)
         own = columns[self.state.image_columns :, None]
-        mask = (columns >= update.image_start[..., None]) & (columns <= own)
+        mask = (columns >= per_column(update.image_start)[..., None]) & (columns <= own)
         if self.pinned is not None:
-            mask = mask | _pinned_before(self.pinned, update.pinned_start, columns, own[:, 0] + 1)
-        slots = torch.arange(self.next_state.length, device=self.sees.device)
-        text = (slots >= update.text_start[..., None]) & (slots < update.text_end[..., None])
-        mask = torch.cat([mask, text & self.next_state.valid[:, None]], dim=-1)
-        return (mask | ~update.valid[..., None])[:, None]
+            start = None if update.pinned_start is None else per_column(update.pinned_start)
+            mask = mask | pinned_before(self.pinned, start, columns, own[:, 0] + 1)
+        slots = torch.arange(self.text_slots[1], device=self.sees.device)
+        text = (slots >= per_column(update.text_start)[..., None]) & (slots < per_column(update.text_end)[..., None])
+        mask = torch.cat([mask, text & self.next_state.valid[:, None, : self.text_slots[1]]], dim=-1)
+        return (mask | ~self.place(torch.ones_like(images, dtype=torch.bool))[..., None])[:, None]
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Distribute new image tokens over their rows.
@@ -320,16 +384,20 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class ImageUpdatePlan:
-    """What each new image column attends to besides its own image; all (batch, new_columns).
+    """What the tokens of each new image attend to besides their own image; all (num_images,).
 
     Attributes:
-        valid: whether the column holds an image token.
+        rows: row of the image.
+        first_column: its first image column.
+        num_tokens: its number of columns.
         image_start: first image column of its window.
-        text_start, text_end: range of text slots before its image, in its sample.
+        text_start, text_end: range of text slots before it, in its sample.
         pinned_start: first column of its sample; None without packing.
     """
 
-    valid: torch.Tensor
+    rows: torch.Tensor
+    first_column: torch.Tensor
+    num_tokens: torch.Tensor
     image_start: torch.Tensor
     text_start: torch.Tensor
     text_end: torch.Tensor
@@ -379,7 +447,12 @@ def plan_windows(
     """
     device = positions.device
     length = state.length + token_valid.shape[1]
-    slots = torch.arange(state.length, length, device=device).expand_as(positions)
+    new_slots = torch.arange(token_valid.shape[1], device=device) + state.length
+    slots = new_slots.expand_as(positions)
+    if state.slots is None:
+        valid = torch.cat([state.valid, token_valid], dim=1)
+    else:
+        valid = state.valid.index_copy(1, new_slots, token_valid)
     first_slots = _first_slots(slots, samples)
     no_image = torch.full_like(positions, state.image_columns)
     plan = WindowPlan(
@@ -387,7 +460,7 @@ def plan_windows(
         next_state=replace(
             state,
             length=length,
-            valid=torch.cat([state.valid, token_valid], dim=1),
+            valid=valid,
             next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
             closed_at=_close(state, closes_window, state.closed_at),
         ),
@@ -405,12 +478,12 @@ def plan_windows(
     has_image = plan.image_end > plan.image_start
     if plan.pinned is not None:
         columns = torch.arange(plan.num_columns, device=device)
-        has_image = has_image | _pinned_before(plan.pinned, plan.pinned_start, columns, plan.image_end).any(-1)
+        has_image = has_image | pinned_before(plan.pinned, plan.pinned_start, columns, plan.image_end).any(-1)
     if rules.keys == "context":
         # One attention: all text of the sample, by every token.
         return replace(plan, text_start=first_slots, next_state=replace(plan.next_state, text_start=0))
-    text_start = plan.next_state.text_start if plan.next_state.image_columns or rules.text_windows else length
-    plan = replace(plan, next_state=replace(plan.next_state, text_start=text_start))
+    if isinstance(length, int) and not (plan.next_state.image_columns or rules.text_windows):
+        plan = replace(plan, next_state=replace(plan.next_state, text_start=length))
     if gist is not None:
         plan = replace(plan, text_end=torch.where(gist, 0, plan.text_end))
         # A gist token reads images only; without one there is nothing to read.
@@ -453,7 +526,18 @@ def _with_images(
         token_rows=rows[token_images],
         token_columns=first_columns[token_images] + images.token_offsets(),
     )
-    plan = replace(plan, update=_image_updates(plan, images, ranges, packed=samples is not None))
+    plan = replace(
+        plan,
+        update=ImageUpdatePlan(
+            rows=rows,
+            first_column=ranges.image_end - images.num_tokens,
+            num_tokens=images.num_tokens,
+            image_start=ranges.image_start,
+            text_start=ranges.first_slot,
+            text_end=state.length + indices,
+            pinned_start=None if samples is None else ranges.sample_start,
+        ),
+    )
     if "all" in (rules.image_history, rules.video_history):
         stored = state.pinned
         if stored is None:
@@ -473,9 +557,14 @@ def _with_images(
         kept = kept | plan.pinned
     window_start = torch.where(received, ranges.text_start[final], state.window_start)
     needed_from = torch.where((window_tokens > 0) | rules.text_windows, window_start, length)
-    image_columns, first_slot = torch.stack([kept.sum(-1).max(), needed_from.min()]).tolist()
+    num_kept, first_slot = torch.stack([kept.sum(-1).max(), needed_from.min()]).tolist()
+    image_columns = num_kept
+    if state.reserved_columns:
+        # In steps of what is reserved, and never less again: shapes change as rarely as they can.
+        steps = -(-num_kept // state.reserved_columns)
+        image_columns = max(steps * state.reserved_columns, state.image_columns)
     # Stable sorting by "kept" moves the kept columns to the end of each row, in their order.
-    kept_columns = kept.long().argsort(dim=-1, stable=True)[:, plan.num_columns - image_columns :]
+    kept_columns = kept.long().argsort(dim=-1, stable=True)[:, plan.num_columns - num_kept :]
     since_last = (
         torch.arange(closes_window.shape[1], device=device) >= torch.where(received, indices[final], 0)[:, None]
     )
@@ -486,7 +575,9 @@ def _with_images(
             plan.next_state,
             image_columns=image_columns,
             image_tokens=window_tokens,
-            pinned=None if plan.pinned is None else plan.pinned.gather(1, kept_columns),
+            pinned=None
+            if plan.pinned is None
+            else torch.nn.functional.pad(plan.pinned.gather(1, kept_columns), (image_columns - num_kept, 0)),
             last_image=torch.where(received, state.length + indices[final], state.last_image),
             window_start=window_start,
             closed_at=_close(state, closes_window & since_last, torch.where(received, OPEN, state.closed_at)),
@@ -536,18 +627,6 @@ def _ranges(
     )
 
 
-def _image_updates(plan: WindowPlan, images: ImagePlacement, ranges: _Ranges, packed: bool) -> ImageUpdatePlan:
-    token_images = images.token_images()
-    slots = plan.state.length + images.indices
-    return ImageUpdatePlan(
-        valid=plan.place(torch.ones_like(token_images, dtype=torch.bool)),
-        image_start=plan.place(ranges.image_start[token_images]),
-        text_start=plan.place(ranges.first_slot[token_images]),
-        text_end=plan.place(slots[token_images]),
-        pinned_start=plan.place(ranges.sample_start[token_images]) if packed else None,
-    )
-
-
 def _first_slots(slots: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
     """(batch, tokens) first slot of each token's sample."""
     if samples is None:
@@ -556,7 +635,7 @@ def _first_slots(slots: torch.Tensor, samples: torch.Tensor | None) -> torch.Ten
     return torch.where(starts, slots, 0).cummax(dim=1).values
 
 
-def _pinned_before(
+def pinned_before(
     pinned: torch.Tensor, start: torch.Tensor | None, columns: torch.Tensor, end: torch.Tensor
 ) -> torch.Tensor:
     """(batch, queries, image columns) pinned columns before `end` and, with packing, from `start` on."""
