@@ -41,12 +41,14 @@ class FusionInputs:
     Attributes:
         plan: the windows of the call.
         route: how fusion layers attend; None if no token sees anything.
+        all_see: whether it is known that every token sees something.
         update_route: how image states attend; None if they aren't updated by attention or the call has no new image.
         image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
     """
 
     plan: WindowPlan
     route: Route | None
+    all_see: bool = False
     update_route: Route | None = None
     image_rotary: Rotary | None = None
 
@@ -115,25 +117,29 @@ class AttentionMath:
     def __init__(self, config: CasaConfig, layer_idx: int, self_attn: Any):
         self.layer_idx = layer_idx
         self.head_dim: int = self_attn.head_dim
-        self._rotary: Callable = config.backbone.load("apply_rotary")
+        self.has_norms = hasattr(self_attn, "q_norm")
+        # Queries and keys (batch, heads, tokens, head_dim) and cos, sin; both at their positions.
+        self.rotate_both: Callable = config.backbone.load("apply_rotary")
         self._eager: Callable = config.backbone.load("eager_attention")
 
     def query(self, projections: Any, states: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) queries of (batch, tokens, hidden) states, not rotated."""
-        query = projections.q_proj(states).unflatten(-1, (-1, self.head_dim))
-        return (projections.q_norm(query) if hasattr(projections, "q_norm") else query).transpose(1, 2)
+        query = self._heads(projections.q_proj(states))
+        return (projections.q_norm(query) if self.has_norms else query).transpose(1, 2)
 
     def keys(self, projections: Any, states: torch.Tensor) -> KeysValues:
         """Keys, not rotated, and values of (batch, tokens, hidden) states."""
-        key = projections.k_proj(states).unflatten(-1, (-1, self.head_dim))
-        value = projections.v_proj(states).unflatten(-1, (-1, self.head_dim))
-        if hasattr(projections, "k_norm"):
+        key, value = self._heads(projections.k_proj(states)), self._heads(projections.v_proj(states))
+        if self.has_norms:
             key = projections.k_norm(key)
         return KeysValues(key.transpose(1, 2), value.transpose(1, 2))
 
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim)
+
     def rotate(self, states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """Queries or keys (batch, heads, tokens, head_dim) at their positions."""
-        return self._rotary(states, states, *rotary)[0]
+        return self.rotate_both(states, states[:, :0], *rotary)[0]
 
     def attend(
         self, module: Any, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **kwargs: Any
@@ -160,18 +166,21 @@ class AttentionMath:
             Attention output (batch, tokens, heads * head_dim), queries (not rotated), weights or None, and the
             keys/values of all text including the cache's.
         """
-        query, keys = self.query(self_attn, states), self.text_keys(self_attn, states, text)
-        rotated = self.rotate(query, text.position_embeddings)
+        query = self.query(self_attn, states)
+        rotated, keys = self.rotated_text(self_attn, query, states, text)
         output, weights = self.attend(self_attn, rotated, keys, text.attention_mask, **text.kwargs)
         return output, query, weights, keys
 
-    def text_keys(self, self_attn: Any, states: torch.Tensor, text: TextInputs) -> KeysValues:
-        """Self-attention's keys/values of all text; the new ones are added to the cache."""
+    def rotated_text(
+        self, self_attn: Any, query: torch.Tensor, states: torch.Tensor, text: TextInputs
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Rotated queries, and self-attention's keys/values of all text; the new ones are added to the cache."""
         key, value = self.keys(self_attn, states)
-        keys = KeysValues(self.rotate(key, text.position_embeddings), value)
+        query, key = self.rotate_both(query, key, *text.position_embeddings)
+        keys = KeysValues(key, value)
         if text.past_key_values is not None:
             keys = KeysValues(*text.past_key_values.update(*keys, self.layer_idx))
-        return keys
+        return query, keys
 
     def image_keys(
         self,
@@ -219,12 +228,13 @@ class FusionBase(nn.Module):
         self.scaling: float = self_attn.scaling
         self.attention_dropout: float = self_attn.attention_dropout
         self.math = AttentionMath(config, layer_idx, self_attn)
-        if config.casa_gate is not None:
+        self.gated = config.casa_gate is not None
+        if self.gated:
             self.gate = nn.Parameter(torch.zeros(1))
 
     def reset_gate(self) -> None:
         """Close the gate, if there is one."""
-        if hasattr(self, "gate"):
+        if self.gated:
             init.zeros_(self.gate)
 
     def _attend(
@@ -240,9 +250,9 @@ class FusionBase(nn.Module):
 
     def _finish(self, output: torch.Tensor, fusion: FusionInputs) -> torch.Tensor:
         """Exactly 0 where a token sees nothing, and through the gate elsewhere."""
-        if hasattr(self, "gate"):
+        if self.gated:
             output = output * self.gate.tanh()
-        return output.masked_fill(~fusion.plan.sees[..., None], 0)
+        return output if fusion.all_see else output.masked_fill(~fusion.plan.sees[..., None], 0)
 
 
 class CasaBorrowedAttention(FusionBase):
@@ -271,9 +281,9 @@ class CasaBorrowedAttention(FusionBase):
         projections, image_norm = self._borrow(block)
         query, window = self.math.query(projections, hidden_states), None
         if self.with_text:
-            query = self.math.rotate(query, text.position_embeddings)
             key, value = self.math.keys(projections, hidden_states)
-            window = KeysValues(self.math.rotate(key, text.position_embeddings), value)
+            query, key = self.math.rotate_both(query, key, *text.position_embeddings)
+            window = KeysValues(key, value)
             if text.past_key_values is not None:
                 window = text.past_key_values.layers[self.layer_idx].update_window(window, fusion.plan)
         normed = None if image_states is None else image_norm(image_states)
@@ -344,12 +354,12 @@ class CasaSharedAttention(FusionBase):
         self_attn: Any,
     ) -> Attended:
         """A decoding step: both softmaxes on one product with the text's keys, both sums in one with its values."""
-        query = self.math.rotate(self.math.query(self_attn, hidden_states), text.position_embeddings)
-        keys = self.math.text_keys(self_attn, hidden_states, text)
+        query = self.math.query(self_attn, hidden_states)
+        query, keys = self.math.rotated_text(self_attn, query, hidden_states, text)
         images = self.math.image_keys(self_attn, None, fusion, text, rotate=True)
-        scale = fusion.plan.sees.to(query.dtype)
-        if hasattr(self, "gate"):
-            scale = scale * self.gate.tanh()
+        scale = None if fusion.all_see else fusion.plan.sees.to(query.dtype)
+        if self.gated:
+            scale = self.gate.tanh() if scale is None else scale * self.gate.tanh()
         keys = keys.slots(0, fusion.plan.text_slots[1])
         output = route.attend_with_self(self, query, images, keys, text.attention_mask, scale)
         return Attended(self_attn.o_proj(output), text=keys)
@@ -368,8 +378,8 @@ class CasaContextAttention(FusionBase):
     ) -> Attended:
         """The attention of a block; arguments as in `CasaBorrowedAttention.forward`."""
         self_attn = block.self_attn
-        query = self.math.rotate(self.math.query(self_attn, hidden_states), text.position_embeddings)
-        keys = self.math.text_keys(self_attn, hidden_states, text)
+        query = self.math.query(self_attn, hidden_states)
+        query, keys = self.math.rotated_text(self_attn, query, hidden_states, text)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
         output, weights = self._attend(query, images, keys.slots(0, fusion.plan.text_slots[1]), fusion)

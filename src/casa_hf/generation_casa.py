@@ -252,9 +252,16 @@ class CasaGenerationMixin(GenerationMixin):
     # ---------------------------------------------------------------- what is refused, by name
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        if generation_config.compile_config is not None:
-            raise NotImplementedError("compile_config: compiled decoding isn't implemented for CASA; leave it out.")
-        return False
+        """As in Transformers, which compiles decoding on a static cache, except with chunked prefill: its chunks would
+        be compiled too, each with other images."""
+        if generation_config.prefill_chunk_size is not None:
+            if generation_config.compile_config is not None:
+                raise NotImplementedError(
+                    "compile_config and prefill_chunk_size exclude each other: chunks with different images can't be "
+                    "compiled once for all. Leave one of them out."
+                )
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
         custom = kwargs.get("custom_generate", args[1] if len(args) > 1 else None)

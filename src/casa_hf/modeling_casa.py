@@ -197,7 +197,9 @@ class CasaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CasaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     @init.guard_torch_init_functions()
@@ -447,7 +449,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if not plan.active:
             return None
         form = (self.config._attn_implementation, inputs_embeds.dtype)
-        fusion = FusionInputs(plan, fusion_route(plan, *form, everything_visible))
+        fusion = FusionInputs(plan, *fusion_route(plan, *form, everything_visible))
         if images is None:
             return fusion
         image_positions = self.position_rules.images(positions, images)
@@ -458,6 +460,33 @@ class CasaTextModel(CasaPreTrainedModel):
         )
 
 
+class PatchProjection(nn.Conv3d):
+    """The patch embedding of a vision tower, as the matrix product that it is: its stride is its kernel size.
+
+    The convolution itself is many times slower on some versions of torch.
+    """
+
+    @classmethod
+    def like(cls, convolution: nn.Conv3d) -> "PatchProjection":
+        """The same projection; it takes over the parameters."""
+        projection = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,
+            stride=convolution.stride,
+            bias=convolution.bias is not None,
+            device="meta",
+        )
+        projection.weight, projection.bias = convolution.weight, convolution.bias
+        return projection
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.shape[2:] != self.kernel_size:
+            return super().forward(input)
+        patches = nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+        return patches[:, :, None, None, None]
+
+
 class CasaModel(CasaPreTrainedModel):
     """Vision tower and language model, without the output head."""
 
@@ -466,6 +495,7 @@ class CasaModel(CasaPreTrainedModel):
         config.validate_design()
         tower = config.backbone.vision
         self.visual = tower.load()._from_config(config.vision_config)
+        self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
         self.language_model = CasaTextModel(config)
         self.multi_modal_projector: nn.Linear | None = None
         if config.needs_projector:
@@ -640,9 +670,13 @@ class CasaModel(CasaPreTrainedModel):
         self, token_ids: Sequence[int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
         """(batch, tokens) whether a token is one of these; embedded text is compared with their embeddings."""
-        ids = torch.tensor(token_ids, device=inputs_embeds.device)
         if input_ids is not None:
-            return torch.isin(input_ids.to(ids.device), ids)
+            # Compared one by one: a tensor of ids would have to be copied to the device in every step.
+            found = input_ids == token_ids[0]
+            for token_id in token_ids[1:]:
+                found = found | (input_ids == token_id)
+            return found.to(inputs_embeds.device)
+        ids = torch.tensor(token_ids, device=inputs_embeds.device)
         embedding = self.language_model.embed_tokens
         embedded = embedding(ids.to(embedding.weight.device)).to(inputs_embeds.device)
         return (inputs_embeds[:, :, None] == embedded).all(-1).any(-1)

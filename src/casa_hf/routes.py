@@ -184,7 +184,7 @@ class StepRoute(Route):
         images: KeysValues | None,
         text: KeysValues,
         self_mask: torch.Tensor | None,
-        fusion_scale: torch.Tensor,
+        fusion_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """Self-attention plus fusion, of the same queries and text keys: the text is read once for both.
 
@@ -194,7 +194,8 @@ class StepRoute(Route):
             images: keys/values of all image columns.
             text: keys/values of all text, of which fusion takes the slots from `first_slot` on.
             self_mask: boolean (batch or 1, 1, tokens, text slots) of self-attention; None if all is visible.
-            fusion_scale: (batch, tokens) factor of the fusion output; 0 where a token sees nothing.
+            fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None
+                for 1.
         """
         grouped = _grouped(query, text.keys.shape[1])
         of_text = _scores(grouped, text.keys, module)
@@ -203,9 +204,12 @@ class StepRoute(Route):
         if images is not None:
             scores.append(_scores(grouped, images.keys, module))
         fused = _softmax(torch.cat([*scores, window], dim=-1), self.mask, module)
-        # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
-        groups = grouped.shape[2] // query.shape[2]
-        fused = fused * fusion_scale.repeat(1, groups)[:, None, :, None].to(fused.dtype)
+        if fusion_scale is not None and fusion_scale.ndim == 2:
+            # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
+            groups = grouped.shape[2] // query.shape[2]
+            fusion_scale = fusion_scale.repeat(1, groups)[:, None, :, None]
+        if fusion_scale is not None:
+            fused = fused * fusion_scale.to(fused.dtype)
         num_window = window.shape[-1]
         weights = weights + nn.functional.pad(fused[..., -num_window:], (self.first_slot, 0))
         parts = [(weights, text.values)]
@@ -217,8 +221,10 @@ class StepRoute(Route):
         return replace(self, mask=None if self.mask is None else self.mask.to(device))
 
 
-def fusion_route(plan: WindowPlan, implementation: str, dtype: torch.dtype, everything_visible: bool) -> Route | None:
-    """The route of a call's fusion layers; None if no token sees anything.
+def fusion_route(
+    plan: WindowPlan, implementation: str, dtype: torch.dtype, everything_visible: bool
+) -> tuple[Route | None, bool]:
+    """The route of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
 
     Args:
         plan: the windows of the call.
@@ -229,15 +235,16 @@ def fusion_route(plan: WindowPlan, implementation: str, dtype: torch.dtype, ever
     """
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
-        return DenseRoute(_back_end_mask(plan.mask(), implementation, dtype))
+        return DenseRoute(_back_end_mask(plan.mask(), implementation, dtype)), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
-        return StepRoute(None if everything_visible else plan.mask(), plan.text_slots[0])
+        return StepRoute(None if everything_visible else plan.mask(), plan.text_slots[0]), everything_visible
     blocks = fusion_blocks(plan)
     if blocks is None:
-        return None
+        return None, False
+    all_see = len(blocks.query_index) == plan.sees.numel()
     if varlen:
-        return VarlenRoute(blocks)
-    return BlockRoute(blocks.padded(plan.sees.numel()), blocks.takes_all_keys)
+        return VarlenRoute(blocks), all_see
+    return BlockRoute(blocks.padded(plan.sees.numel()), blocks.takes_all_keys), all_see
 
 
 def update_route(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> Route:
@@ -280,7 +287,8 @@ def _flat_keys(images: KeysValues | None, text: KeysValues | None) -> KeysValues
 
 def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim)."""
-    return query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    batch_size, _, _, head_dim = query.shape
+    return query.reshape(batch_size, kv_heads, -1, head_dim)
 
 
 def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: Any) -> torch.Tensor:
@@ -301,4 +309,4 @@ def _weighted(parts: list[tuple[torch.Tensor, torch.Tensor]], query: torch.Tenso
     """Sum of weights times values of all parts: (batch, tokens, heads * head_dim)."""
     output = sum(torch.matmul(weights, values) for weights, values in parts)
     assert isinstance(output, torch.Tensor)
-    return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2).flatten(2)
+    return output.reshape(query.shape).transpose(1, 2).flatten(2)

@@ -378,6 +378,10 @@ class WindowPlan:
         """The part of (batch, heads, image columns, head_dim) that stays stored, as a tensor of its own."""
         if self.kept_columns is None:
             return columns
+        if self.pinned is None and len(columns) == 1:
+            # The window of a single row is what comes last.
+            num_kept = self.kept_columns.shape[1]
+            return columns if num_kept == columns.shape[2] else columns[:, :, -num_kept:].clone()
         index = self.kept_columns[:, None, :, None].expand(-1, columns.shape[1], -1, columns.shape[3])
         return columns.gather(2, index)
 
