@@ -224,9 +224,6 @@ class FusionBase(nn.Module):
         self.config: PreTrainedConfig = config.text_config
         self.layer_idx = layer_idx
         self.with_text = config.casa_keys != "image"
-        self.num_key_value_groups: int = self_attn.num_key_value_groups
-        self.scaling: float = self_attn.scaling
-        self.attention_dropout: float = self_attn.attention_dropout
         self.math = AttentionMath(config, layer_idx, self_attn)
         self.gated = config.casa_gate is not None
         if self.gated:
@@ -238,12 +235,20 @@ class FusionBase(nn.Module):
             init.zeros_(self.gate)
 
     def _attend(
-        self, query: torch.Tensor, images: KeysValues | None, text: KeysValues | None, fusion: FusionInputs
+        self,
+        projections: Any,
+        query: torch.Tensor,
+        images: KeysValues | None,
+        text: KeysValues | None,
+        fusion: FusionInputs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One softmax over [image tokens ; text]: (batch, tokens, heads * head_dim) and the weights or None."""
+        """One softmax over [image tokens ; text]: (batch, tokens, heads * head_dim) and the weights or None.
+
+        `projections` is what the query comes from: back ends look there for the data type and the dropout.
+        """
         if fusion.route is None:
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * query.shape[3]), None
-        output, weights = fusion.route.attend(self.math.attend, self, query, images, text)
+        output, weights = fusion.route.attend(self.math.attend, projections, query, images, text)
         if weights is not None:
             weights = weights.masked_fill(~fusion.plan.sees[:, None, :, None], 0)
         return output, weights
@@ -288,7 +293,7 @@ class CasaBorrowedAttention(FusionBase):
                 window = text.past_key_values.layers[self.layer_idx].update_window(window, fusion.plan)
         normed = None if image_states is None else image_norm(image_states)
         images = self.math.image_keys(projections, normed, fusion, text, rotate=self.with_text)
-        output, weights = self._attend(query, images, window, fusion)
+        output, weights = self._attend(projections, query, images, window, fusion)
         return Attended(self._finish(projections.o_proj(output), fusion), fusion_weights=weights)
 
     def _borrow(self, block: BlockParts) -> tuple[Any, nn.Module]:
@@ -304,6 +309,9 @@ class CasaAttention(CasaBorrowedAttention):
 
     def __init__(self, config: CasaConfig, layer_idx: int, self_attn: Any, norm: nn.Module):
         super().__init__(config, layer_idx, self_attn)
+        self.num_key_value_groups: int = self_attn.num_key_value_groups
+        self.scaling: float = self_attn.scaling
+        self.attention_dropout: float = self_attn.attention_dropout
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             copy.deepcopy(projection)
             for projection in (self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj)
@@ -341,7 +349,7 @@ class CasaSharedAttention(FusionBase):
             query = self.math.rotate(query, text.position_embeddings)
             window = keys.slots(*fusion.plan.text_slots)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=self.with_text)
-        fused, weights = self._attend(query, images, window, fusion)
+        fused, weights = self._attend(self_attn, query, images, window, fusion)
         output = self_attn.o_proj(self_output + self._finish(fused, fusion))
         return Attended(output, self_weights, weights, text=keys, images=images if self.with_text else None)
 
@@ -361,7 +369,7 @@ class CasaSharedAttention(FusionBase):
         if self.gated:
             scale = self.gate.tanh() if scale is None else scale * self.gate.tanh()
         keys = keys.slots(0, fusion.plan.text_slots[1])
-        output = route.attend_with_self(self, query, images, keys, text.attention_mask, scale)
+        output = route.attend_with_self(self_attn, query, images, keys, text.attention_mask, scale)
         return Attended(self_attn.o_proj(output), text=keys)
 
 
@@ -382,7 +390,7 @@ class CasaContextAttention(FusionBase):
         query, keys = self.math.rotated_text(self_attn, query, hidden_states, text)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
-        output, weights = self._attend(query, images, keys.slots(0, fusion.plan.text_slots[1]), fusion)
+        output, weights = self._attend(self_attn, query, images, keys.slots(0, fusion.plan.text_slots[1]), fusion)
         return Attended(self_attn.o_proj(output), fusion_weights=weights, text=keys, images=images)
 
 

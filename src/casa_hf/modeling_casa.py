@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
@@ -47,7 +47,8 @@ from .cache_casa import prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
-from .routes import fusion_route, update_route
+from .routes import fusion_route, is_varlen, packed_lengths, update_route
+from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 
@@ -228,6 +229,13 @@ class CasaPreTrainedModel(PreTrainedModel):
             load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), *renamings])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; "torch_varlen" reaches the vision tower too."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, CasaModel):
+                module.name_tower_back_end()
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, but tensors keep the names that they have in memory (the source's older layouts are
         read, never written)."""
@@ -357,6 +365,12 @@ class CasaTextModel(CasaPreTrainedModel):
             and samples is None
             and gist is None
         )
+        if is_varlen(self.config._attn_implementation):
+            # These back ends keep neither packed samples nor the empty slots of a static cache apart by themselves.
+            if samples is not None:
+                attention_mask, kwargs = None, {**kwargs, **packed_lengths(samples, token_mask)}
+            elif past_key_values is not None and isinstance(past_key_values.layers[0], StaticLayer):
+                attention_mask = plan.next_state.valid
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
         fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
@@ -502,7 +516,14 @@ class CasaModel(CasaPreTrainedModel):
             self.multi_modal_projector = nn.Linear(
                 tower.hidden_size(config.vision_config), config.text_config.hidden_size
             )
+        self.name_tower_back_end()
         self.post_init()
+
+    def name_tower_back_end(self) -> None:
+        """Give the tower the name of "torch_varlen" that it understands: stock towers hand all images to one call of
+        the kernel only if its name says that it is flash attention."""
+        if self.visual.config._attn_implementation == TORCH_VARLEN:
+            self.visual.config._attn_implementation_internal = TORCH_VARLEN_TOWER
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens

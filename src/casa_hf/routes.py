@@ -258,6 +258,25 @@ def update_route(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> R
     return BlockRoute(blocks.padded(len(blocks.query_index)), blocks.takes_all_keys)
 
 
+def packed_lengths(samples: torch.Tensor, token_mask: torch.Tensor) -> dict[str, Any]:
+    """Arguments that make self-attention keep packed samples apart where the back end takes no mask.
+
+    Args:
+        samples: (batch, tokens) index of each token's sample in its row.
+        token_mask: (batch, tokens) False for padding, which becomes sequences of its own.
+    """
+    starts = torch.ones_like(token_mask)
+    starts[:, 1:] = (samples.diff(dim=1) != 0) | (token_mask[:, 1:] != token_mask[:, :-1])
+    cu_seqlens = nn.functional.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32)
+    longest = int(cu_seqlens.diff().max())
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _back_end_mask(mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask in the form that the back end takes: additive for eager, boolean for the others."""
     if implementation != "eager":
