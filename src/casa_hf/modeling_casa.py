@@ -482,12 +482,22 @@ class PatchProjection(nn.Conv3d):
 
     @classmethod
     def like(cls, convolution: nn.Conv3d) -> "PatchProjection":
-        """The same projection; it takes over the parameters."""
+        """The same projection; it takes over the parameters.
+
+        Raises:
+            ValueError: if patches overlap or leave gaps, so that the convolution is more than one product.
+        """
+        time, height, width = convolution.kernel_size
+        if convolution.stride != convolution.kernel_size:
+            raise ValueError(
+                f"The patch embedding has kernel size {convolution.kernel_size} and stride {convolution.stride}; they "
+                "must be equal."
+            )
         projection = cls(
             convolution.in_channels,
             convolution.out_channels,
-            convolution.kernel_size,
-            stride=convolution.stride,
+            (time, height, width),
+            stride=(time, height, width),
             bias=convolution.bias is not None,
             device="meta",
         )
