@@ -74,12 +74,18 @@ def torch_varlen_forward(
 
     Raises:
         ImportError: if torch is too old.
-        ValueError: if dropout is wanted.
+        RuntimeError: if the device has no such kernel.
+        ValueError: if dropout is wanted, or the data type isn't one of the kernel's.
     """
     if dropout:
         raise ValueError(
             f'attn_implementation="{TORCH_VARLEN}" has no dropout, but attention_dropout={dropout}. Set it to 0 '
             'or use another back end, such as "sdpa".'
+        )
+    if query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f'attn_implementation="{TORCH_VARLEN}" takes float16 and bfloat16, not {query.dtype}. Load the model with '
+            'dtype="bfloat16", train under autocast, or use "sdpa".'
         )
     batch_size, _, num_queries, _ = query.shape
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
@@ -115,7 +121,13 @@ def _attend(
             groups = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     cu_q, cu_k = (lengths.to(torch.int32) for lengths in cu_seqlens)
-    return kernel(query, key, value, cu_q, cu_k, int(longest[0]), int(longest[1]), **options)
+    try:
+        return kernel(query, key, value, cu_q, cu_k, int(longest[0]), int(longest[1]), **options)
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f'attn_implementation="{TORCH_VARLEN}" needs a CUDA device, but the model is on {query.device}. Move it '
+            'there, or use "sdpa".'
+        ) from error
 
 
 for _name in (TORCH_VARLEN, TORCH_VARLEN_TOWER):
