@@ -238,8 +238,8 @@ class CasaPreTrainedModel(PreTrainedModel):
 
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
-            'attn_implementation="flex_attention" isn\'t possible with CASA: its block masks are made and compiled for '
-            "one shape, but windows differ from call to call, so that every image would compile anew. Use "
+            'attn_implementation="flex_attention" isn\'t possible with CASA: its block masks are made and compiled '
+            "for one shape, but windows differ from call to call, so that every image would compile anew. Use "
             '"flash_attention_2", "torch_varlen" (CUDA, torch 2.11 or newer, no further package) or "sdpa".'
         )
 

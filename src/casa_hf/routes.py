@@ -106,7 +106,7 @@ class BlockRoute(Route):
         shape, queries = query.shape, _flat(query)
         queries = nn.functional.pad(queries, (0, 0, 0, 0, 0, 1))  # padding reads and writes a row of its own
         keys = None if self.in_place else _flat_keys(images, text)
-        output = queries.new_zeros(len(queries), shape[1] * shape[3])
+        output: torch.Tensor | None = None
         for batch in self.batches:
             if keys is None:
                 gathered = _joined(images, text)
@@ -115,7 +115,10 @@ class BlockRoute(Route):
             attended, _ = interface(
                 module, queries[batch.query_index].transpose(1, 2), gathered, batch.mask, is_causal=False
             )
+            if output is None:
+                output = attended.new_zeros(len(queries), attended.shape[-1])
             output = output.index_copy(0, batch.query_index.flatten(), attended.flatten(0, 1))
+        assert output is not None
         return output[:-1].view(shape[0], shape[2], -1), None
 
     def to(self, device: torch.device) -> BlockRoute:
