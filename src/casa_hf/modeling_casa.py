@@ -377,7 +377,7 @@ class CasaTextModel(CasaPreTrainedModel):
             if samples is not None:
                 attention_mask, kwargs = None, {**kwargs, **packed_lengths(samples, token_mask)}
             elif past_key_values is not None and isinstance(past_key_values.layers[0], StaticLayer):
-                attention_mask = plan.next_state.valid
+                attention_mask = {"full_attention": plan.next_state.valid}
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
         fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
@@ -446,7 +446,7 @@ class CasaTextModel(CasaPreTrainedModel):
         text_index: torch.Tensor | None,
         samples: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
+        if isinstance(attention_mask, dict):  # prepared for a static cache
             return attention_mask["full_attention"]
         # Transformers itself keeps packed samples apart only where there is no padding mask.
         beside_mask = samples is not None and attention_mask is not None

@@ -2,7 +2,8 @@
 """The back end "torch_varlen": PyTorch's own flash attention for sequences of different lengths.
 
 It needs a CUDA device and torch 2.11 or newer, and no further package. Importing this module registers it with
-Transformers under `TORCH_VARLEN`, for self-attention, fusion layers and vision towers alike.
+Transformers under `TORCH_VARLEN`, for self-attention, fusion layers and vision towers alike. In decoding steps
+self-attention is PyTorch's ordinary one, so that they can be compiled as a whole.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input, _upad_input
 
@@ -88,6 +90,10 @@ def torch_varlen_forward(
             'dtype="bfloat16", train under autocast, or use "sdpa".'
         )
     batch_size, _, num_queries, _ = query.shape
+    if num_queries == 1 and cu_seq_lens_q is None:
+        # A decoding step has nothing to gain from the kernel, and unpadding would wait for the device.
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     states = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     if attention_mask is not None:
