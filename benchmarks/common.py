@@ -65,10 +65,10 @@ LARGE_VISION = {
 SMALL_TEXT = LARGE_TEXT | {
     "vocab_size": 8192,
     "hidden_size": 512,
-    "intermediate_size": 1536,
+    "intermediate_size": 1664,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
     "rope_parameters": rope(8, 12, 12),
 }
 SMALL_VISION = LARGE_VISION | {
@@ -189,7 +189,7 @@ class Stream:
     """
 
     def __init__(self, sizes: Sizes, source: Qwen2_5_VLForConditionalGeneration):
-        generator = torch.Generator().manual_seed(0)
+        generator, device = torch.Generator().manual_seed(0), source.device
         self.sizes = sizes
         self.prompt = sizes.frames * sizes.words
         self.decoded = self.prompt + sizes.decoded
@@ -205,6 +205,7 @@ class Stream:
             * source.get_input_embeddings().weight.std().item()
         )
         merge = source.config.vision_config.spatial_merge_size
+        self.ids, self.features = self.ids.to(device), self.features.to(device, source.dtype)
         self.grids = torch.tensor([[1, sizes.side * merge, sizes.side * merge]] * len(starts))
         self._insert(source)
 
@@ -213,8 +214,8 @@ class Stream:
         """Make the source's inputs, in which an image's tokens stand before its mark."""
         before = (torch.arange(self.end)[:, None] >= self.marks).sum(-1)
         self.places = torch.arange(self.end) + before * self.sizes.image_tokens
-        inserted = torch.full((1, int(self.places[-1]) + 1), IMAGE_PAD)
-        inserted[0, self.places] = self.ids[0]
+        inserted = torch.full((1, int(self.places[-1]) + 1), IMAGE_PAD, device=source.device)
+        inserted[0, self.places.to(source.device)] = self.ids[0]
         is_image = inserted == IMAGE_PAD
         self.embeds = source.get_input_embeddings()(inserted)
         self.embeds[is_image] = self.features
@@ -242,6 +243,8 @@ class Stream:
 
 
 # ---------------------------------------------------------------- measuring
+
+GATES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -282,15 +285,23 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float
     return result, time.perf_counter() - start
 
 
-def with_peak(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """The function's result, and the most that was allocated on the device meanwhile above what was before.
+def gate(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of two results, divided by the largest expected value.
 
-    On a CPU this slows the function down.
+    Raises:
+        RuntimeError: if it is larger than rounding in this dtype explains.
     """
-    if device.type != "cuda":
-        result = []
-        peaks = peak_bytes({"function": lambda: result.append(function())})
-        return result[0], peaks["function"]
+    error = float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())
+    if not error <= GATES[dtype]:  # NaN fails too
+        raise RuntimeError(
+            f"{name} differs from what it must equal by {error:.1e} of the largest value (bar {GATES[dtype]}); "
+            "nothing is measured."
+        )
+    return error
+
+
+def with_peak(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """The function's result, and the most that was allocated on a GPU meanwhile above what was before."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -346,6 +357,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return number
+
+
+def numbers(parser: argparse.ArgumentParser, option: str, value: str) -> list[int]:
+    """The numbers of a comma-separated option; an empty one has none."""
+    try:
+        return [positive(number) for number in value.split(",") if value]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{option} {value!r}: {error}.")
 
 
 def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> torch.device:
