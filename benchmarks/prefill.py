@@ -5,7 +5,8 @@ A window is an image and a few words. Image features are made beforehand for all
 Each number of windows is run by the source model and by every CASA contender in turn, several rounds; medians count.
 A back end that can't run here is named with its reason. Nothing is measured before all back ends of a variant have
 given the logits of the first. What must be linear is checked: but for `eager`, the plain reference, 64 windows take at
-most 9 times the time and memory of 8. Beside the times stand the FLOPs that are needed (pairs outside windows left out). The last line is JSON.
+most 9 times the time and memory of 8. Beside the times stand the FLOPs that are needed (pairs outside windows left
+out). The last line is JSON.
 
     python -m benchmarks.prefill
     python -m benchmarks.prefill --device cuda --backends sdpa,flex_attention,torch_varlen

@@ -142,7 +142,10 @@ class Camera:
 
 
 class Contender(Protocol):
-    """A model on a stream. Tokens are (1, tokens) ids; logits (1, 1, vocabulary) are those after the last token."""
+    """A model on a stream, or on several in step: one per row of the (streams, tokens) ids.
+
+    Logits (streams, 1, vocabulary) are those after the last token.
+    """
 
     model: Any
     cache: Cache
@@ -151,7 +154,7 @@ class Contender(Protocol):
         """Start a new stream with the prompt, all but its last token, in the cache."""
 
     def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
-        """The last token that isn't in the cache yet, and a frame."""
+        """The last token that isn't in the cache yet, and a frame; several streams' pixels one after the other."""
 
     def step(self, token: Tensor) -> Tensor:
         """One more token."""
@@ -186,7 +189,6 @@ class CasaContender:
         self.compiled = compiled
         self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
         self.delimiters = torch.tensor([[START, END]], device=model.device)
-        self.place = torch.tensor([[0, 2]])  # in a turn's first call, an image stands before its third token
         self._step = (
             torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
         )
@@ -200,11 +202,12 @@ class CasaContender:
         self._forward(input_ids=prompt[:, :-1])
 
     def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
+        streams = len(token)
         return self._forward(
-            input_ids=torch.cat([token, self.delimiters], dim=1),
+            input_ids=torch.cat([token, self.delimiters.expand(streams, -1)], dim=1),
             pixel_values=pixels,
-            image_grid_thw=self.grid,
-            image_positions=self.place,
+            image_grid_thw=self.grid.expand(streams, -1),
+            image_positions=torch.tensor([[row, 2] for row in range(streams)]),  # before the third token
         )
 
     def step(self, token: Tensor) -> Tensor:
@@ -290,7 +293,7 @@ class InsertionContender:
         if self.compiled:
             turns = max(1, self.sizes.turns // STATIC_START)
             self.cache = self._static(length + turns * (self.sizes.frame_tokens + self.sizes.turn_text))
-        positions = torch.arange(length, device=self.model.device).expand(3, 1, -1)
+        positions = torch.arange(length, device=self.model.device).expand(3, len(prompt), -1)
         self._forward(self.model.forward, length, input_ids=prompt[:, :-1], position_ids=positions)
 
     def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
@@ -300,20 +303,19 @@ class InsertionContender:
         if self.compiled and self.length + new + self.sizes.answer > self.cache.get_max_length():
             self._grow()
         self.frames.append(self.length + 2)
-        logits = self._forward(
+        return self._forward(
             self.model.forward,
             3 + self.sizes.side,
-            input_ids=torch.cat([token, self.inserted], dim=1),
+            input_ids=torch.cat([token, self.inserted.expand(len(token), -1)], dim=1),
             pixel_values=pixels,
-            image_grid_thw=self.grid,
-            position_ids=self.offsets + self.position,
+            image_grid_thw=self.grid.expand(len(token), -1),
+            position_ids=(self.offsets + self.position).expand(-1, len(token), -1),
         )
-        return logits
 
     def step(self, token: Tensor) -> Tensor:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        positions = torch.full((3, 1, 1), self.position, device=self.model.device)
+        positions = torch.full((3, len(token), 1), self.position, device=self.model.device)
         return self._forward(self._step, 1, input_ids=token, position_ids=positions)
 
     def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
