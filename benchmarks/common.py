@@ -128,14 +128,18 @@ def random_source(
     return model.eval()
 
 
+def design(source: Qwen2_5_VLForConditionalGeneration, variant: str, **overrides: Any) -> CasaConfig:
+    """Configuration of a source model's variant, with parts of its own: loading settles their attention and dtype."""
+    return CasaConfig.from_source(copy.deepcopy(source.config), variant, **overrides)
+
+
 def casa_model(
     source: Qwen2_5_VLForConditionalGeneration, variant: str, attn_implementation: str = "sdpa", **overrides: Any
 ) -> CasaForConditionalGeneration:
     """The variant that `from_pretrained` makes of a source model; it shares the source's tensors where it can."""
     model = CasaForConditionalGeneration.from_pretrained(
         None,
-        # A copy, because loading settles its parts' attention and dtype.
-        config=CasaConfig.from_source(copy.deepcopy(source.config), variant, **overrides),
+        config=design(source, variant, **overrides),
         state_dict=source.state_dict(),
         dtype=source.dtype,
         attn_implementation=attn_implementation,

@@ -21,7 +21,6 @@ The last line is JSON.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
@@ -39,6 +38,7 @@ from benchmarks.common import (
     Stream,
     begin,
     choices,
+    design,
     machine,
     positive,
     random_source,
@@ -176,7 +176,7 @@ def floors(
     found: dict[str, Prompt], source: Any, sizes: Sizes, speed: tuple[float, float]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """FLOPs, bytes and the least seconds of a call, by contender and stage."""
-    insertion = CasaConfig.from_source(copy.deepcopy(source.config), "insertion")
+    insertion = design(source, "insertion")
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name, prompt in found.items():
         results[name] = {}

@@ -14,7 +14,6 @@ out). The last line is JSON.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import statistics
@@ -37,6 +36,7 @@ from benchmarks.common import (
     begin,
     casa_model,
     choices,
+    design,
     gate,
     machine,
     numbers,
@@ -138,7 +138,7 @@ def measure(
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Seconds, peak bytes and needed FLOPs by contender and number of windows."""
     results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in found}
-    device, insertion = source.device, CasaConfig.from_source(copy.deepcopy(source.config), "insertion")
+    device, insertion = source.device, design(source, "insertion")
     for count in counts:
         stream = Stream(replace(sizes, frames=count), source)
         seconds: dict[str, list[float]] = {name: [] for name in found}

@@ -34,6 +34,7 @@ from benchmarks.common import (
     begin,
     casa_model,
     choices,
+    design,
     gate,
     machine,
     positive,
@@ -185,7 +186,7 @@ def step_bytes(contender: Any, turn: int, streams: int) -> int:
     """Bytes that a decoding step of a batch must read: weights once, and every stream's cache."""
     config = contender.model.config
     if not isinstance(config, CasaConfig):
-        config = CasaConfig.from_source(config, "insertion")
+        config = design(contender.model, "insertion")
     weights = language_parameters(config) * contender.model.dtype.itemsize
     return weights + streams * (contender.predict(turn)["decode_bytes"] - weights)
 
