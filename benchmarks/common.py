@@ -8,12 +8,13 @@ import copy
 import gc
 import io
 import itertools
+import json
 import os
 import platform
 import textwrap
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,19 @@ def write(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def report(benchmark: str, device: torch.device, sizes: Any, **results: Any) -> None:
+    """Print the last line: all results as JSON, with what they were measured on.
+
+    Args:
+        benchmark: its name.
+        device: where it ran.
+        sizes: dataclass of what was measured.
+        **results: by name, anything that JSON can hold.
+    """
+    setting = {"machine": machine(device), "versions": versions(), "sizes": asdict(sizes)}
+    print(json.dumps({"benchmark": benchmark, **setting, **results}))
 
 
 def save_figure(figure: Any, path: Path) -> None:

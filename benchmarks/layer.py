@@ -21,12 +21,11 @@ The last line is JSON.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,15 @@ from benchmarks.common import (
     begin,
     choices,
     design,
-    machine,
     positive,
     random_source,
+    report,
     save_figure,
     source_config,
     start,
     synchronize,
     table,
     timed,
-    versions,
 )
 from benchmarks.counting import Dimensions
 from benchmarks.prefill import BACKENDS, SIZES, Prompt, contenders
@@ -283,21 +281,8 @@ def main() -> None:
     print(results_table(measured, floor, arguments.device == "cuda"))
     if arguments.plot:
         plot(measured, floor, speed, arguments.plot)
-    print(
-        json.dumps(
-            {
-                "benchmark": "layer",
-                "machine": machine(device),
-                "versions": versions(),
-                "sizes": asdict(sizes),
-                "flops_per_second": speed[0],
-                "bytes_per_second": speed[1],
-                "seconds": measured,
-                "needed": floor,
-                "missing": missing,
-            }
-        )
-    )
+    speed_of = {"flops_per_second": speed[0], "bytes_per_second": speed[1]}
+    report("layer", device, sizes, **speed_of, seconds=measured, needed=floor, missing=missing)
 
 
 if __name__ == "__main__":

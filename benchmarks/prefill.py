@@ -15,9 +15,8 @@ out). The last line is JSON.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,16 @@ from benchmarks.common import (
     choices,
     design,
     gate,
-    machine,
     numbers,
     peak_bytes,
     positive,
     random_source,
+    report,
     save_figure,
     source_config,
     start,
     table,
     timed,
-    versions,
     with_peak,
 )
 from benchmarks.counting import head_flops, image_flops, text_flops
@@ -237,19 +235,7 @@ def main() -> None:
         )
     if arguments.plot:
         plot(results, absolute, arguments.plot)
-    print(
-        json.dumps(
-            {
-                "benchmark": "prefill",
-                "machine": machine(device),
-                "versions": versions(),
-                "sizes": asdict(sizes),
-                "results": results,
-                "missing": missing,
-                "linearity": linear,
-            }
-        )
-    )
+    report("prefill", device, sizes, results=results, missing=missing, linearity=linear)
 
 
 if __name__ == "__main__":

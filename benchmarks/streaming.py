@@ -18,6 +18,7 @@ each contender's stream has given the logits of one call on the whole conversati
 that decoding a token must read and the FLOPs of a frame. Times on a CPU are for ratios; the last line is JSON.
 
     python -m benchmarks.streaming
+    python -m benchmarks.streaming --device cuda --attn torch_varlen --source-attn torch_varlen
     python -m benchmarks.streaming --device cuda --attn torch_varlen --compile
 """
 
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -53,17 +53,16 @@ from benchmarks.common import (
     choices,
     design,
     gate,
-    machine,
     numbers,
     peak_bytes,
     positive,
     random_source,
+    report,
     save_figure,
     source_config,
     start,
     table,
     timed,
-    versions,
     weight_bytes,
     with_peak,
 )
@@ -540,6 +539,20 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
     return records, preprocessing
 
 
+@torch.no_grad()
+def tower_ms(models: dict[str, Contender], camera: Camera) -> dict[str, float]:
+    """Milliseconds of each contender's vision tower for one frame, the median of 3."""
+    pixels = camera.pixels(camera.picture(0))
+    found = {}
+    for name, contender in models.items():
+        model = contender.model
+        run = functools.partial(
+            model.get_image_features, pixels.to(model.device, model.dtype), camera.grid.to(model.device)
+        )
+        found[name] = 1e3 * statistics.median(timed(run, model.device)[1] for _ in range(3))
+    return found
+
+
 # ---------------------------------------------------------------- judged
 
 
@@ -619,6 +632,10 @@ def bars(models: dict[str, Contender], figures: dict[str, dict[str, Any]], devic
             Bar(name, "decoding time, last / first 10 %", drift["decode_ms"], 1.15, False),
         ]
     return found
+
+
+def _shares(tower: dict[str, float], figures: dict[str, dict[str, Any]]) -> list[str]:
+    return [f"{name} {spent / figures[name]['ttft_ms'][1]:.0%}" for name, spent in tower.items()]
 
 
 def figures_table(figures: dict[str, dict[str, Any]], absolute: bool) -> str:
@@ -722,28 +739,30 @@ def main() -> None:
     errors = check(models, sizes, camera, turns)
     print("stream = one call, largest difference: " + ", ".join(f"{name} {e:.1e}" for name, e in errors.items()))
     records, preprocessing = stream(models, sizes, camera)
+    tower = tower_ms(models, camera)
     figures = summary(models, records, sizes.turns)
     absolute = arguments.device == "cuda"
     print(figures_table(figures, absolute))
     print(f"preprocessing of a frame, in no figure above: {statistics.median(preprocessing):.1f} ms")
+    print("part of TTFT that is the vision tower's: " + ", ".join(_shares(tower, figures)))
     judged = bars(models, figures, arguments.device) if full_size else []
     if judged:
         print(bars_table(judged))
     if arguments.plot:
         plot(records, absolute, arguments.plot)
-    results = {
-        "benchmark": "streaming",
-        "machine": machine(device),
-        "versions": versions(),
-        "sizes": asdict(sizes) | {"source_parameters": parameters},
-        "attn": {"casa": arguments.attn, "source": arguments.source_attn, "compile": arguments.compile},
-        "difference": errors,
-        "preprocessing_ms": statistics.median(preprocessing),
-        "figures": figures,
-        "turns": {name: {"ttft_ms": record.ttft, "decode_ms": record.decode} for name, record in records.items()},
-        "bars": [asdict(bar) | {"met": bar.met} for bar in judged],
-    }
-    print(json.dumps(results))
+    report(
+        "streaming",
+        device,
+        sizes,
+        source_parameters=parameters,
+        attn={"casa": arguments.attn, "source": arguments.source_attn, "compile": arguments.compile},
+        difference=errors,
+        preprocessing_ms=statistics.median(preprocessing),
+        tower_ms=tower,
+        figures=figures,
+        turns={name: {"ttft_ms": record.ttft, "decode_ms": record.decode} for name, record in records.items()},
+        bars=[asdict(bar) | {"met": bar.met} for bar in judged],
+    )
 
 
 if __name__ == "__main__":

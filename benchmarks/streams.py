@@ -20,9 +20,8 @@ bytes that a decoding step must read. Times on a CPU are for ratios; the last li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,14 @@ from benchmarks.common import (
     choices,
     design,
     gate,
-    machine,
     positive,
     random_source,
+    report,
     save_figure,
     source_config,
     start,
     table,
     timed,
-    versions,
 )
 from benchmarks.counting import language_parameters
 from benchmarks.streaming import SIZES, Camera, CasaContender, InsertionContender, Sizes, greedy
@@ -291,19 +289,15 @@ def main() -> None:
         print(f"frames/s of each of {streams} streams: {rate:.2f} (bar {RATE_BAR}): {verdict}")
     if arguments.plot:
         plot(results, period, absolute, arguments.plot)
-    print(
-        json.dumps(
-            {
-                "benchmark": "streams",
-                "machine": machine(device),
-                "versions": versions(),
-                "sizes": asdict(sizes) | {"streams": streams, "period": period, "variant": variant},
-                "attn": {"casa": arguments.attn, "source": arguments.source_attn},
-                "difference": error,
-                "figures": figures,
-                "turns": {name: seconds for name, (seconds, _) in results.items()},
-            }
-        )
+    report(
+        "streams",
+        device,
+        sizes,
+        streams={"number": streams, "period": period, "variant": variant},
+        attn={"casa": arguments.attn, "source": arguments.source_attn},
+        difference=error,
+        figures=figures,
+        turns={name: seconds for name, (seconds, _) in results.items()},
     )
 
 
