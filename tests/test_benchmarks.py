@@ -11,6 +11,9 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from benchmarks import layer, prefill, streaming, streams
 from benchmarks.common import TINY_TEXT, TINY_VISION, Stream, casa_model, random_source, source_config, weight_bytes
@@ -32,7 +35,9 @@ from casa_hf import CasaConfig, cache_nbytes
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = SIZES["tiny"]
 SEEN = TINY.frame_tokens
-VARIANTS = ["casa", "ca", "casa-shared", "ca-shared", "casa-ffn", "exact"]
+# The last one keeps image keys that only updates of image states read.
+DESIGNS = [*((name, {}) for name in ("casa", "ca", "casa-shared", "ca-shared", "casa-ffn", "exact"))]
+DESIGNS += [("ca-shared", {"casa_image_updates": "full"})]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +89,9 @@ def test_tower_flops(source, camera):
     assert counted == tower_flops(source.config.vision_config, TINY.patches, TINY.patches)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_bytes_and_flops_of_a_stream(variant, source, camera):
-    model = casa_model(source, variant, "eager")
+@pytest.mark.parametrize(("variant", "overrides"), DESIGNS)
+def test_bytes_and_flops_of_a_stream(variant, overrides, source, camera):
+    model = casa_model(source, variant, "eager", **overrides)
     contender = CasaContender(model, TINY)
     advance(contender, camera, turns=2)
     text = TINY.prompt - 1 + 2 * TINY.turn_text
@@ -96,8 +101,9 @@ def test_bytes_and_flops_of_a_stream(variant, source, camera):
     assert cache_bytes(model.config, 4, text, TINY.answer, SEEN) == held
     language = weight_bytes(model.model.language_model)
     assert 4 * language_parameters(model.config) == language
-    assert step_bytes(model.config, 4, text, TINY.answer, SEEN) == language + held
-    assert contender.predict(2)["decode_bytes"] == language + held
+    unread = cache_nbytes(contender.cache)["image"] // 2 if overrides else 0
+    assert step_bytes(model.config, 4, text, TINY.answer, SEEN) == language + held - unread
+    assert contender.predict(2)["decode_bytes"] == language + held - unread
 
     counted = flops(lambda: contender.step(torch.tensor([[9]])))
     expected = text_flops(model.config, text + 1, TINY.answer + 1, SEEN) + head_flops(model.config)
@@ -136,7 +142,9 @@ def test_layers_flops_and_bytes(variant, source):
     needed, moved = layer.fusion_cost(model.config, sizes, "decode", 4)
     assert needed == own
     fusion = model.model.language_model.layers[0].casa_attn
-    keys = sum(tensor.nbytes for stored in contestant.cache.layers[0].fusion.values() for tensor in stored)
+    layers = contestant.cache.layers
+    text = sum(tensor.nbytes for held in layers for tensor in (held.keys, held.values))
+    keys = (sum(cache_nbytes(contestant.cache).values()) - text) // len(layers)
     assert moved == weight_bytes(fusion) + keys + 2 * 4 * sizes.text["hidden_size"]
 
     with FlopCounterMode(display=False) as counter:
@@ -195,6 +203,18 @@ def test_compiled_insertion_outgrows_its_static_cache(source, camera):
     assert streaming.check({"insertion": contender}, sizes, camera, turns=3)["insertion"] < 1e-5
     assert contender.kv_tokens() == sizes.prompt - 1 + 3 * (sizes.turn_text + SEEN)
     assert contender.cache.get_max_length() == 4 * (sizes.prompt - 1 + sizes.turn_text + SEEN)
+
+
+def test_a_wrong_back_end_is_not_measured(source):
+    def wrong(module, query, key, value, mask, **kwargs):
+        output, weights = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return 1.1 * output, weights
+
+    AttentionInterface.register("wrong", wrong)
+    AttentionMaskInterface.register("wrong", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    stream = Stream(replace(prefill.SIZES["tiny"], frames=2), source)
+    with pytest.raises(RuntimeError, match="casa wrong differs from what it must equal by"):
+        prefill.contenders(source, ["casa"], ["sdpa", "wrong"], stream)
 
 
 def test_bars_are_judged_on_the_side_they_stand(source):
