@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-all test-oldest test-oldest-torch lint quality style clean
+.PHONY: help demo test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu lint quality style clean
 
 help:
 	@echo "make demo               convert a small checkpoint and generate on a photograph"
@@ -19,6 +19,9 @@ help:
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
 	@echo "make test-all           all tests, slow ones included, and both of the above"
+	@echo "make test-gpu           the tests that need a CUDA device"
+	@echo "make bench              CASA against its rivals on the CPU, with plots; below half an hour on two cores"
+	@echo "make bench-gpu          the same on a CUDA device"
 	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
@@ -37,6 +40,24 @@ test-oldest-torch: $(OLDEST_TORCH)/installed
 
 test-all: $(VENV)/installed test-oldest test-oldest-torch
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
+
+test-gpu: $(VENV)/installed
+	$(PYTEST) $(VENV)/bin/python -m pytest -m gpu
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.streaming --plot docs/images/streaming-cpu.svg
+	$(VENV)/bin/python -m benchmarks.prefill --plot docs/images/prefill-cpu.svg
+	$(VENV)/bin/python -m benchmarks.layer --plot docs/images/layer-cpu.svg
+	$(VENV)/bin/python -m benchmarks.streams --plot docs/images/streams-cpu.svg
+
+GPU := --device cuda --attn torch_varlen
+
+bench-gpu: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.streaming $(GPU) --source-attn torch_varlen --plot docs/images/streaming-gpu.svg
+	$(VENV)/bin/python -m benchmarks.streaming $(GPU) --compile --plot docs/images/streaming-gpu-compiled.svg
+	$(VENV)/bin/python -m benchmarks.prefill --device cuda --plot docs/images/prefill-gpu.svg
+	$(VENV)/bin/python -m benchmarks.layer --device cuda --backends sdpa,torch_varlen --plot docs/images/layer-gpu.svg
+	$(VENV)/bin/python -m benchmarks.streams $(GPU) --source-attn torch_varlen --plot docs/images/streams-gpu.svg
 
 lint quality: $(VENV)/installed
 	$(VENV)/bin/ruff check .

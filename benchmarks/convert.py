@@ -33,6 +33,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.common import LARGE_TEXT, LARGE_VISION
 from casa_hf.conversion import convert_checkpoint
 from examples.tiny_source import CHAT_TEMPLATE, IMAGE_PROCESSOR, build_tokenizer
 
@@ -40,25 +41,6 @@ ROOT = Path(__file__).parents[1]
 TIME_BAR = 1.5
 MEMORY_BAR = 1.5e9
 
-TEXT = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 128000,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-}
-VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "out_hidden_size": 2048,
-}
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -82,8 +64,10 @@ def build_source(folder: Path, *, tiny: bool = False) -> None:
     folder.mkdir()
     tokenizer = build_tokenizer()
     config = Qwen2_5_VLConfig(
-        text_config=TEXT | (TINY if tiny else {}) | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
-        vision_config=VISION | (TINY_VISION if tiny else {}),
+        text_config=LARGE_TEXT
+        | (TINY if tiny else {})
+        | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
+        vision_config=LARGE_VISION | (TINY_VISION if tiny else {}),
         tie_word_embeddings=True,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype="bfloat16",

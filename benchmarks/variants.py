@@ -9,20 +9,17 @@ reported. Time is that of the processor, which other programs disturb less than 
 Nothing is measured before the variant `insertion` has given the source's logits. Image features are made beforehand
 for all models, so language models are compared and vision towers are not. The last line is JSON.
 
-    python benchmarks/variants.py --write docs/variants.md
+    python -m benchmarks.variants --write docs/variants.md
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import platform
 import statistics
-import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,16 +27,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
+from benchmarks.common import (
+    LARGE_TEXT,
+    LARGE_VISION,
+    TINY_TEXT,
+    Sizes,
+    Stream,
+    casa_model,
+    paragraph,
+    peak_bytes,
+    random_source,
+    rope,
+    table,
+    versions,
+    write,
+)
+from benchmarks.counting import (
+    added_formula,
+    added_parameters,
+    head_flops,
+    image_flops,
+    kv_entries,
+    text_flops,
+)
+from casa_hf import CasaConfig, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
 
-START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
 STAGES = ("prefill", "decode", "frame", "train")
 GATE = 1e-3
 
@@ -52,229 +69,6 @@ PAPER = {
     "casa-ffn": ("CA + FFNs", 1504, 57.8, 6.6, 6.1, "kT + kN"),
     "insertion": ("insertion", 1501, 62.8, 1.2, 29.5, "kT + kN"),
 }
-
-
-# ---------------------------------------------------------------- counted
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """The numbers that the formulas are made of.
-
-    Attributes:
-        width: d, of text and image states.
-        query, key: q and k, width of all query heads and of all key heads together.
-        inner: m, width of the MLP.
-        attention: A, all parameters of one self-attention: projections, biases, query and key norms.
-        vocabulary: V.
-        blocks: L, decoder blocks.
-        fused: f, those with a fusion layer.
-    """
-
-    width: int
-    query: int
-    key: int
-    inner: int
-    attention: int
-    vocabulary: int
-    blocks: int
-    fused: int
-
-    @classmethod
-    def of(cls, config: CasaConfig) -> Dimensions:
-        """The dimensions of a configuration; those of its attention are read off the stock module."""
-        text = config.text_config
-        with torch.device("meta"):
-            attention = config.backbone.load("decoder_layer")(text, 0).self_attn
-        return cls(
-            width=text.hidden_size,
-            query=attention.q_proj.out_features,
-            key=attention.k_proj.out_features,
-            inner=text.intermediate_size,
-            attention=sum(parameter.numel() for parameter in attention.parameters()),
-            vocabulary=text.vocab_size,
-            blocks=text.num_hidden_layers,
-            fused=len(config.fusion_layers),
-        )
-
-    @property
-    def query_output(self) -> int:
-        """FLOPs of the query and output projections per token."""
-        return 4 * self.width * self.query
-
-    @property
-    def key_value(self) -> int:
-        """FLOPs of the key and value projections per token."""
-        return 4 * self.width * self.key
-
-    @property
-    def mlp(self) -> int:
-        """FLOPs of the MLP per token."""
-        return 6 * self.width * self.inner
-
-    def attend(self, keys: int) -> int:
-        """FLOPs of one query's scores and their weighted sum of values."""
-        return 4 * self.query * keys
-
-
-def computes_projections_once(config: CasaConfig) -> bool:
-    """Whether self-attention's queries, keys and values also serve the fusion layer."""
-    return config.casa_share_projections and config.casa_placement == "parallel"
-
-
-def added_terms(config: CasaConfig) -> dict[str, int]:
-    """How often A (an attention), d (a norm) and 1 (a gate) are added per fusion layer."""
-    own, replaces = not config.casa_share_projections, config.casa_placement == "replace"
-    return {
-        "A": int(own) - int(replaces),
-        "d": int(own) + int(config.casa_placement in ("before", "after")),
-        "1": int(config.casa_gate is not None),
-    }
-
-
-def added_parameters(config: CasaConfig) -> int:
-    """Parameters that a variant has more than its source, projector and gist rows aside."""
-    size, terms = Dimensions.of(config), added_terms(config)
-    return size.fused * (terms["A"] * size.attention + terms["d"] * size.width + terms["1"])
-
-
-def added_formula(config: CasaConfig) -> str:
-    """The same as a formula."""
-    terms = [name if count == 1 else f"{count}{name}" for name, count in added_terms(config).items() if count]
-    if not terms:
-        return "0"
-    return f"f {terms[0]}" if len(terms) == 1 else f"f ({' + '.join(terms)})"
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Entries in the cache; an entry is the key and the value of one token in one block.
-
-    Attributes:
-        text: per text token.
-        window: more per text token of the current window.
-        image: per image token that later text can see.
-        past_image: per image token of earlier windows.
-    """
-
-    text: int
-    window: int
-    image: int
-    past_image: int
-
-
-def separate_updates(config: CasaConfig) -> int:
-    """Blocks in which updates of image states need image keys/values beside those of fusion layers."""
-    if config.casa_image_updates != "full":
-        return 0
-    blocks, fused = config.text_config.num_hidden_layers, len(config.fusion_layers)
-    serve = computes_projections_once(config) and config.casa_keys != "image"
-    return blocks - fused if serve else blocks
-
-
-def kv_entries(config: CasaConfig) -> Entries:
-    """Cache entries per token."""
-    blocks, fused = config.text_config.num_hidden_layers, len(config.fusion_layers)
-    own_text = config.casa_keys == "window" and not computes_projections_once(config)
-    image = fused + separate_updates(config)
-    return Entries(
-        text=blocks - fused if config.casa_placement == "replace" else blocks,
-        window=fused if own_text else 0,
-        image=image,
-        past_image=image if config.casa_image_history == "all" else 0,
-    )
-
-
-def text_flops(config: CasaConfig, text: int, window: int, image: int) -> int:
-    """FLOPs of the decoder blocks for one text token.
-
-    Args:
-        config: of the variant.
-        text: text tokens that self-attention looks at.
-        window: text tokens that the fusion layer looks at.
-        image: image tokens that the fusion layer looks at.
-    """
-    size = Dimensions.of(config)
-    attention = size.query_output + size.key_value
-    fusion = size.attend(image)
-    if config.casa_keys == "window":
-        fusion += size.attend(window)
-    if not computes_projections_once(config):
-        fusion += size.query_output + (size.key_value if config.casa_keys == "window" else 0)
-    replaced = size.fused if config.casa_placement == "replace" else 0
-    return size.blocks * size.mlp + (size.blocks - replaced) * (attention + size.attend(text)) + size.fused * fusion
-
-
-def image_flops(config: CasaConfig, tokens: int, text: int, image: int) -> int:
-    """FLOPs of the decoder blocks for one image, vision tower aside.
-
-    Args:
-        config: of the variant.
-        tokens: of the image.
-        text: text tokens that an update of image states looks at.
-        image: image tokens that it looks at, the image's own included.
-    """
-    size = Dimensions.of(config)
-    each = size.fused * size.key_value
-    if config.casa_image_updates != "none":
-        each += size.blocks * size.mlp
-    if config.casa_image_updates == "full":
-        each += size.blocks * (size.query_output + size.attend(text + image))
-        each += separate_updates(config) * size.key_value
-    return tokens * each
-
-
-def head_flops(config: CasaConfig) -> int:
-    """FLOPs of the output head for one token."""
-    return 2 * config.text_config.hidden_size * config.text_config.vocab_size
-
-
-# ---------------------------------------------------------------- measured
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The model and the conversation that are measured.
-
-    Attributes:
-        text: fields of the text configuration.
-        vision: fields of the vision configuration; the tower is there but never runs.
-        frames: images of the prompt.
-        train_frames: images of the training step.
-        side: height and width of an image in tokens.
-        words: text tokens after each image, its delimiters included.
-        decoded: tokens decoded one by one after the prompt.
-        last_words: text tokens that come with the frame after those.
-    """
-
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    frames: int
-    train_frames: int
-    side: int
-    words: int
-    decoded: int
-    last_words: int
-
-    @property
-    def image_tokens(self) -> int:
-        return self.side**2
-
-    def source_config(self) -> Qwen2_5_VLConfig:
-        """Configuration of the source model."""
-        return Qwen2_5_VLConfig(
-            text_config=dict(self.text),
-            vision_config=dict(self.vision),
-            tie_word_embeddings=True,
-            image_token_id=IMAGE_PAD,
-            video_token_id=VIDEO_PAD,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-        )
-
-
-def rope(*sections: int) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
 
 
 SIZES = Sizes(
@@ -298,17 +92,7 @@ SIZES = Sizes(
     last_words=8,
 )
 TINY = Sizes(
-    text={
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": rope(2, 3, 3),
-    },
+    text=TINY_TEXT,
     vision={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 64},
     frames=3,
     train_frames=2,
@@ -318,18 +102,9 @@ TINY = Sizes(
     last_words=4,
 )
 # Qwen2.5-VL-3B, for the counted table.
-LARGE_TEXT = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "rope_parameters": rope(16, 24, 24),
-}
 LARGE = Sizes(
     text=LARGE_TEXT,
-    vision={"out_hidden_size": 2048},
+    vision=LARGE_VISION,
     frames=64,
     train_frames=0,
     side=16,
@@ -337,66 +112,6 @@ LARGE = Sizes(
     decoded=0,
     last_words=0,
 )
-
-
-class Stream:
-    """A conversation of pictures and words, as inputs of CASA models and of the source model.
-
-    Positions are those of the text without images; `prompt` is where the prompt ends, `decoded` where the tokens end
-    that are decoded one by one, and `end` where the last frame's text ends.
-    """
-
-    def __init__(self, sizes: Sizes, source: Qwen2_5_VLForConditionalGeneration):
-        generator = torch.Generator().manual_seed(0)
-        self.sizes = sizes
-        self.prompt = sizes.frames * sizes.words
-        self.decoded = self.prompt + sizes.decoded
-        self.end = self.decoded + sizes.last_words
-        self.train = sizes.train_frames * sizes.words
-        starts = [*range(0, self.prompt, sizes.words), self.decoded]
-        self.ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, self.end), generator=generator)
-        self.ids[0, starts] = START
-        self.marks = torch.tensor(starts) + 1
-        self.ids[0, self.marks] = END
-        self.features = (
-            torch.randn(len(starts) * sizes.image_tokens, sizes.text["hidden_size"], generator=generator)
-            * source.get_input_embeddings().weight.std().item()
-        )
-        merge = source.config.vision_config.spatial_merge_size
-        self.grids = torch.tensor([[1, sizes.side * merge, sizes.side * merge]] * len(starts))
-        self._insert(source)
-
-    @torch.no_grad()
-    def _insert(self, source: Qwen2_5_VLForConditionalGeneration) -> None:
-        """Make the source's inputs, in which an image's tokens stand before its mark."""
-        before = (torch.arange(self.end)[:, None] >= self.marks).sum(-1)
-        self.places = torch.arange(self.end) + before * self.sizes.image_tokens
-        inserted = torch.full((1, int(self.places[-1]) + 1), IMAGE_PAD)
-        inserted[0, self.places] = self.ids[0]
-        is_image = inserted == IMAGE_PAD
-        self.embeds = source.get_input_embeddings()(inserted)
-        self.embeds[is_image] = self.features
-        self.positions, _ = source.model.get_rope_index(
-            inserted, image_grid_thw=self.grids, mm_token_type_ids=is_image.int()
-        )
-
-    def casa(self, start: int, end: int) -> dict[str, Any]:
-        """Inputs of a CASA model for text from `start` to `end` and the images in it."""
-        inside = ((self.marks >= start) & (self.marks < end)).nonzero()[:, 0]
-        inputs: dict[str, Any] = {"input_ids": self.ids[:, start:end]}
-        if len(inside):
-            features = self.features.unflatten(0, (len(self.marks), -1))[inside].flatten(0, 1)
-            inputs |= {"image_embeds": features, "image_grid_thw": self.grids[inside]}
-        return inputs
-
-    def source(self, start: int, end: int) -> dict[str, Any]:
-        """Inputs of the source model for the same."""
-        inserted = slice(int(self.places[start - 1]) + 1 if start else 0, int(self.places[end - 1]) + 1)
-        return {"inputs_embeds": self.embeds[:, inserted], "position_ids": self.positions[..., inserted]}
-
-    def source_text(self, end: int) -> Tensor:
-        """Where the first `end` text tokens stand in the source's sequence."""
-        return self.places[:end]
 
 
 @dataclass
@@ -447,15 +162,11 @@ class Contestant:
 
 def contestants(sizes: Sizes) -> dict[str, Contestant]:
     """The source model, of random weights, under the name "source", and each variant made from it."""
-    torch.manual_seed(0)
-    source = Qwen2_5_VLForConditionalGeneration(sizes.source_config()).eval()
+    source = random_source(sizes.source_config())
     stream = Stream(sizes, source)
     models = {"source": Contestant(source, stream, stream.source, stream.source_text)}
-    with tempfile.TemporaryDirectory(prefix="variants-benchmark-") as folder:
-        source.save_pretrained(folder)
-        for name in VARIANTS:
-            model = CasaForConditionalGeneration.from_pretrained(folder, casa_variant=name).eval()
-            models[name] = Contestant(model, stream, stream.casa, torch.arange)
+    for name in VARIANTS:
+        models[name] = Contestant(casa_model(source, name), stream, stream.casa, torch.arange)
     return models
 
 
@@ -490,25 +201,6 @@ def round_seconds(models: dict[str, Contestant]) -> dict[str, dict[str, float]]:
             getattr(contestant, stage)()
             seconds[name][stage] = time.process_time() - start
     return seconds
-
-
-def peak_bytes(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
-    """For each stage, run in turn, the most that PyTorch's allocator holds above what it held when the stage began.
-
-    The profiler knows the size of what is freed only if it saw it allocated, so one session covers all stages.
-    """
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for name, stage in stages.items():
-            with record_function(name):
-                stage()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    peaks = {}
-    for begin, end, name in ((e.start_ns(), e.end_ns(), e.name()) for e in events if e.name() in stages):
-        held = itertools.accumulate(change for moment, change in changes if begin <= moment <= end)
-        peaks[name] = max(held, default=0)
-    return peaks
 
 
 def memory(contestant: Contestant) -> dict[str, int]:
@@ -649,20 +341,9 @@ further apart, and what grows with history is small. What else can change an ord
   FLOPs don't show, so the gain is smaller than the number in parentheses, and near ties can fall either way."""
 
 
-def paragraph(text: str) -> str:
-    """The text in lines of at most 120 characters."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
 def casa_config(sizes: Sizes, name: str) -> CasaConfig:
     """Configuration of a variant of the sizes' source model."""
     return CasaConfig.from_source(sizes.source_config(), name)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def counted_table(sizes: Sizes) -> str:
@@ -792,7 +473,7 @@ def disagreements(paper: dict[str, float], measured: dict[str, float], margin: f
 def document(results: dict[str, Any], sizes: Sizes) -> str:
     """docs/variants.md."""
     tokens, text = sizes.image_tokens, sizes.frames * sizes.words
-    large_text, fields, versions = LARGE.frames * LARGE.words, sizes.text, results["versions"]
+    large_text, fields, used = LARGE.frames * LARGE.words, sizes.text, results["versions"]
     setting = paragraph(f"""\
 For Qwen2.5-VL-3B after {LARGE.frames} images of {LARGE.image_tokens} tokens with {LARGE.words} text tokens each:
 `T` = {large_text:,}, `W` = {LARGE.words}, `N` = {LARGE.image_tokens}, `I` = {LARGE.image_tokens} where only the
@@ -804,7 +485,7 @@ are there only while the token is in the current window. In parentheses: divided
 A Qwen2.5-VL language model of {results["language_model_parameters"] / 1e6:.1f} million parameters with random weights
 ({fields["num_hidden_layers"]} blocks, hidden size {fields["hidden_size"]}, {fields["num_attention_heads"]} query heads
 on {fields["num_key_value_heads"]} key heads), and each variant made from the same weights; float32, `sdpa`, batch size
-1, one CPU thread, torch {versions["torch"]}, transformers {versions["transformers"]}. Image features are made
+1, one CPU thread, torch {used["torch"]}, transformers {used["transformers"]}. Image features are made
 beforehand for all, so this compares language models alone. The source is `Qwen2_5_VLForConditionalGeneration` with the
 image tokens inserted. All models run in one process, one after the other, in {results["rounds"]} rounds. A processor
 time is divided by the source's of the same round; the tables show medians. Half of the single ratios are
@@ -813,14 +494,14 @@ within {spreads} of their median. Before that, `insertion` gave the source's log
     return f"""\
 # What each variant costs
 
-Written by `python benchmarks/variants.py --write docs/variants.md`; change that program, not this file. The variants
+Written by `python -m benchmarks.variants --write docs/variants.md`; change that program, not this file. The variants
 are explained in [architecture.md](architecture.md).
 
 ## Counted
 
 {FORMULAS}
 
-The functions in [benchmarks/variants.py](../benchmarks/variants.py) compute these; the tests compare them with the
+The functions in [benchmarks/counting.py](../benchmarks/counting.py) compute these; the tests compare them with the
 parameters of real models, the bytes of real caches, and PyTorch's own FLOP counter.
 
 {setting}
@@ -855,16 +536,6 @@ ratios from above. Time per frame is `frame`, training memory is `peak: train`, 
 """
 
 
-def write(path: Path, text: str) -> None:
-    """Write under a temporary name, then move."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def counted(sizes: Sizes) -> dict[str, Any]:
     """The counted figures that don't depend on a context, by variant."""
     configs = {name: casa_config(sizes, name) for name in VARIANTS}
@@ -889,14 +560,9 @@ def main() -> None:
     disable_progress_bar()
     set_verbosity_error()
     sizes = TINY if arguments.tiny else SIZES
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     load = os.getloadavg()[0]
-    print(f"{platform.platform()}, {os.cpu_count()} CPUs, load {load:.1f}, 1 thread; {versions}")
-    results = measure(sizes, arguments.rounds) | {"versions": versions}
+    print(f"{platform.platform()}, {os.cpu_count()} CPUs, load {load:.1f}, 1 thread; {versions()}")
+    results = measure(sizes, arguments.rounds) | {"versions": versions()}
     print(measured_table(results, sizes))
     if arguments.write:
         write(arguments.write, document(results, sizes))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import HeliumConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
-from benchmarks.variants import added_parameters
+from benchmarks.counting import added_parameters
 from casa_hf import CasaConfig, CasaForConditionalGeneration
 
 BLOCK = re.compile(r"(model\.language_model\.layers\.(\d+)\.)(.+)")

@@ -1,0 +1,448 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the benchmarks share: models and their inputs, the machine, clocks, memory, and how results are written."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import io
+import itertools
+import json
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from casa_hf import CasaConfig, CasaForConditionalGeneration
+
+START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
+
+
+# ---------------------------------------------------------------- models
+
+
+def rope(*sections: int) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
+
+
+# Qwen2.5-VL-3B.
+LARGE_TEXT = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128000,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": True,
+    "rope_parameters": rope(16, 24, 24),
+}
+LARGE_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "out_hidden_size": 2048,
+}
+# The same architecture with 35 million parameters.
+SMALL_TEXT = LARGE_TEXT | {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1664,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rope_parameters": rope(8, 12, 12),
+}
+SMALL_VISION = LARGE_VISION | {
+    "depth": 4,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_heads": 4,
+    "fullatt_block_indexes": [1, 3],
+    "out_hidden_size": 512,
+}
+TINY_TEXT = LARGE_TEXT | {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": rope(2, 3, 3),
+}
+TINY_VISION = LARGE_VISION | {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": 64,
+}
+
+
+def source_config(text: dict[str, Any], vision: dict[str, Any]) -> Qwen2_5_VLConfig:
+    """Configuration of a source model from the fields of its parts."""
+    return Qwen2_5_VLConfig(
+        text_config=dict(text),
+        vision_config=dict(vision),
+        tie_word_embeddings=True,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def random_source(
+    config: Qwen2_5_VLConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A stock source model of random weights, made on its device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    return model.eval()
+
+
+def design(source: Qwen2_5_VLForConditionalGeneration, variant: str, **overrides: Any) -> CasaConfig:
+    """Configuration of a source model's variant, with parts of its own: loading settles their attention and dtype."""
+    return CasaConfig.from_source(copy.deepcopy(source.config), variant, **overrides)
+
+
+def casa_model(
+    source: Qwen2_5_VLForConditionalGeneration, variant: str, attn_implementation: str = "sdpa", **overrides: Any
+) -> CasaForConditionalGeneration:
+    """The variant that `from_pretrained` makes of a source model; it shares the source's tensors where it can."""
+    model = CasaForConditionalGeneration.from_pretrained(
+        None,
+        config=design(source, variant, **overrides),
+        state_dict=source.state_dict(),
+        dtype=source.dtype,
+        attn_implementation=attn_implementation,
+    )
+    return model.to(source.device).eval()
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The model and the conversation that are measured.
+
+    Attributes:
+        text: fields of the text configuration.
+        vision: fields of the vision configuration; the tower is there but never runs.
+        frames: images of the prompt.
+        train_frames: images of the training step.
+        side: height and width of an image in tokens.
+        words: text tokens after each image, its delimiters included.
+        decoded: tokens decoded one by one after the prompt.
+        last_words: text tokens that come with the frame after those.
+    """
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    frames: int
+    train_frames: int
+    side: int
+    words: int
+    decoded: int
+    last_words: int
+
+    @property
+    def image_tokens(self) -> int:
+        return self.side**2
+
+    def source_config(self) -> Qwen2_5_VLConfig:
+        """Configuration of the source model."""
+        return source_config(self.text, self.vision)
+
+
+class Stream:
+    """A conversation of pictures and words, as inputs of CASA models and of the source model.
+
+    Positions are those of the text without images; `prompt` is where the prompt ends, `decoded` where the tokens end
+    that are decoded one by one, and `end` where the last frame's text ends.
+    """
+
+    def __init__(self, sizes: Sizes, source: Qwen2_5_VLForConditionalGeneration):
+        generator, device = torch.Generator().manual_seed(0), source.device
+        self.sizes = sizes
+        self.prompt = sizes.frames * sizes.words
+        self.decoded = self.prompt + sizes.decoded
+        self.end = self.decoded + sizes.last_words
+        self.train = sizes.train_frames * sizes.words
+        starts = [*range(0, self.prompt, sizes.words), self.decoded]
+        self.ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, self.end), generator=generator)
+        self.ids[0, starts] = START
+        self.marks = torch.tensor(starts) + 1
+        self.ids[0, self.marks] = END
+        self.features = (
+            torch.randn(len(starts) * sizes.image_tokens, sizes.text["hidden_size"], generator=generator)
+            * source.get_input_embeddings().weight.std().item()
+        )
+        merge = source.config.vision_config.spatial_merge_size
+        self.ids, self.features = self.ids.to(device), self.features.to(device, source.dtype)
+        self.grids = torch.tensor([[1, sizes.side * merge, sizes.side * merge]] * len(starts))
+        self._insert(source)
+
+    @torch.no_grad()
+    def _insert(self, source: Qwen2_5_VLForConditionalGeneration) -> None:
+        """Make the source's inputs, in which an image's tokens stand before its mark."""
+        before = (torch.arange(self.end)[:, None] >= self.marks).sum(-1)
+        self.places = torch.arange(self.end) + before * self.sizes.image_tokens
+        inserted = torch.full((1, int(self.places[-1]) + 1), IMAGE_PAD, device=source.device)
+        inserted[0, self.places.to(source.device)] = self.ids[0]
+        is_image = inserted == IMAGE_PAD
+        self.embeds = source.get_input_embeddings()(inserted)
+        self.embeds[is_image] = self.features
+        self.positions, _ = source.model.get_rope_index(
+            inserted, image_grid_thw=self.grids, mm_token_type_ids=is_image.int()
+        )
+
+    def casa(self, start: int, end: int) -> dict[str, Any]:
+        """Inputs of a CASA model for text from `start` to `end` and the images in it."""
+        inside = ((self.marks >= start) & (self.marks < end)).nonzero()[:, 0]
+        inputs: dict[str, Any] = {"input_ids": self.ids[:, start:end]}
+        if len(inside):
+            features = self.features.unflatten(0, (len(self.marks), -1))[inside].flatten(0, 1)
+            inputs |= {"image_embeds": features, "image_grid_thw": self.grids[inside]}
+        return inputs
+
+    def source(self, start: int, end: int) -> dict[str, Any]:
+        """Inputs of the source model for the same."""
+        inserted = slice(int(self.places[start - 1]) + 1 if start else 0, int(self.places[end - 1]) + 1)
+        return {"inputs_embeds": self.embeds[:, inserted], "position_ids": self.positions[..., inserted]}
+
+    def source_text(self, end: int) -> Tensor:
+        """Where the first `end` text tokens stand in the source's sequence."""
+        return self.places[:end]
+
+
+# ---------------------------------------------------------------- measuring
+
+GATES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the measurement runs on."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the measurement depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """The function's result and the seconds until the device had it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def gate(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of two results, divided by the largest expected value.
+
+    Raises:
+        RuntimeError: if it is larger than rounding in this dtype explains.
+    """
+    error = float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())
+    if not error <= GATES[dtype]:  # NaN fails too
+        raise RuntimeError(
+            f"{name} differs from what it must equal by {error:.1e} of the largest value (bar {GATES[dtype]}); "
+            "nothing is measured."
+        )
+    return error
+
+
+def with_peak(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """The function's result, and the most that was allocated on a GPU meanwhile above what was before."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    returned = function()
+    synchronize(device)
+    return returned, torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_bytes(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """For each stage, run in turn, the most that PyTorch's allocator holds above what it held when the stage began.
+
+    The profiler knows the size of what is freed only if it saw it allocated, so one session covers all stages.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for name, stage in stages.items():
+            with record_function(name):
+                stage()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    peaks = {}
+    for begin, end, name in ((e.start_ns(), e.end_ns(), e.name()) for e in events if e.name() in stages):
+        held = itertools.accumulate(change for moment, change in changes if begin <= moment <= end)
+        peaks[name] = max(held, default=0)
+    return peaks
+
+
+# ---------------------------------------------------------------- command line
+
+
+def start(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark.
+
+    Args:
+        description: the benchmark's docstring.
+        **defaults: of these options, where others than here are wanted.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: torch's choice)")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the program")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures into this SVG file")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def positive(text: str) -> int:
+    """A number of things, as an argument."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return number
+
+
+def numbers(parser: argparse.ArgumentParser, option: str, value: str) -> list[int]:
+    """The numbers of a comma-separated option; an empty one has none."""
+    try:
+        return [positive(number) for number in value.split(",") if value]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{option} {value!r}: {error}.")
+
+
+def begin(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> torch.device:
+    """Check the common options, settle torch and Transformers, print the machine; return the device."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device; use --device cpu, or a machine that has one.")
+    if arguments.plot:
+        if not arguments.plot.parent.is_dir():
+            parser.error(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}; make it first.")
+        if arguments.plot.suffix != ".svg":
+            parser.error(f"--plot {arguments.plot}: the name must end in .svg.")
+        if find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib; install it with `pip install 'casa_hf[bench]'`.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    set_verbosity_error()
+    device = torch.device(arguments.device)
+    print(", ".join(f"{name} {value}" for name, value in {**machine(device), **versions()}.items()))
+    return device
+
+
+def choices(parser: argparse.ArgumentParser, option: str, value: str, known: Iterable[str]) -> list[str]:
+    """The names of a comma-separated option, which must be known ones."""
+    names, known = value.split(","), list(known)
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: unknown name {name!r}; choose from {', '.join(known)}.")
+    return names
+
+
+# ---------------------------------------------------------------- written
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paragraph(text: str) -> str:
+    """The text in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def write(path: Path, text: str) -> None:
+    """Write under a temporary name, then move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def report(benchmark: str, device: torch.device, sizes: Any, **results: Any) -> None:
+    """Print the last line: all results as JSON, with what they were measured on.
+
+    Args:
+        benchmark: its name.
+        device: where it ran.
+        sizes: dataclass of what was measured.
+        **results: by name, anything that JSON can hold.
+    """
+    setting = {"machine": machine(device), "versions": versions(), "sizes": asdict(sizes)}
+    print(json.dumps({"benchmark": benchmark, **setting, **results}))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as SVG under a temporary name, then move. The same figure gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "casa_hf"}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    write(path, text.getvalue())

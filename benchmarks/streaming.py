@@ -1,0 +1,769 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A stream of frames: CASA, token insertion, and token insertion with a bounded window, turn by turn.
+
+The protocol is that of the authors' streaming benchmark (batch size 1): a turn is one frame and 16 greedy tokens on a
+persistent cache. Time to the first token (TTFT) runs from the frame's pixels to the next token, vision tower included;
+decoding is the other 15 tokens of the turn. The last of them enters the cache with the next frame. Turning a picture
+into pixels is left out of both and shown by itself.
+
+| contender | |
+|---|---|
+| `insertion` | the source model: Transformers' Qwen2.5-VL with the frame's tokens in its sequence |
+| `insertion-last-K` | the same; keys and values of all but the last K frames are dropped from its cache |
+| a variant's name | the CASA model that `from_pretrained` makes of the same weights |
+
+All run in one process, each turn of one after the same turn of the other, through the same greedy loop over `forward`;
+none pays for `generate`. Positions of the source are given, so that it needn't derive them. Nothing is measured before
+each contender's stream has given the logits of one call on the whole conversation. Beside the times stand the bytes
+that decoding a token must read and the FLOPs of a frame. Times on a CPU are for ratios; the last line is JSON.
+
+    python -m benchmarks.streaming
+    python -m benchmarks.streaming --device cuda --attn torch_varlen --source-attn torch_varlen
+    python -m benchmarks.streaming --device cuda --attn torch_varlen --compile
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, Qwen2_5_VLForConditionalGeneration, StaticCache
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from benchmarks.common import (
+    END,
+    IMAGE_PAD,
+    LARGE_TEXT,
+    LARGE_VISION,
+    SMALL_TEXT,
+    SMALL_VISION,
+    START,
+    TINY_TEXT,
+    TINY_VISION,
+    WORDS,
+    begin,
+    casa_model,
+    choices,
+    design,
+    gate,
+    numbers,
+    peak_bytes,
+    positive,
+    random_source,
+    report,
+    save_figure,
+    source_config,
+    start,
+    table,
+    timed,
+    weight_bytes,
+    with_peak,
+)
+from benchmarks.counting import head_flops, image_flops, step_bytes, text_flops, tower_flops
+from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
+from casa_hf.configuration_casa import VARIANTS
+
+# A static cache of the source starts with room for a sixteenth of the turns and is made four times as long when full.
+STATIC_START, STATIC_GROWTH = 16, 4
+PROFILED_TURNS = 2  # on a CPU, after those that are timed, for the memory
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The model and the stream that are measured.
+
+    Attributes:
+        text, vision: fields of the configurations.
+        frame: height and width of a frame in pixels.
+        turns: of the stream.
+        prompt: text tokens before the first frame.
+        answer: tokens decoded per turn.
+    """
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    frame: int
+    turns: int
+    prompt: int = 45
+    answer: int = 16
+
+    @property
+    def patches(self) -> int:
+        """Height and width of a frame in patches."""
+        return self.frame // self.vision["patch_size"]
+
+    @property
+    def side(self) -> int:
+        """Height and width of a frame in tokens."""
+        return self.patches // 2
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def turn_text(self) -> int:
+        """Text tokens of a turn: the two delimiters and the answer."""
+        return 2 + self.answer
+
+
+SIZES = {
+    "cpu": Sizes(SMALL_TEXT, SMALL_VISION, frame=448, turns=64),
+    "cuda": Sizes(LARGE_TEXT, LARGE_VISION, frame=896, turns=256),
+    "tiny": Sizes(TINY_TEXT, TINY_VISION, frame=32, turns=10, prompt=5, answer=4),
+}
+
+
+class Camera:
+    """Frames of random pixels, as the image processor gives them: (patches, patch dim) each."""
+
+    def __init__(self, sizes: Sizes):
+        self.sizes = sizes
+        self.processor = Qwen2VLImageProcessorPil(
+            patch_size=sizes.vision["patch_size"], min_pixels=1, max_pixels=sizes.frame**2
+        )
+        self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
+
+    def picture(self, turn: int) -> Tensor:
+        """The frame of a turn, (channels, height, width) bytes."""
+        generator = torch.Generator().manual_seed(turn)
+        shape = (3, self.sizes.frame, self.sizes.frame)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    def pixels(self, picture: Tensor) -> Tensor:
+        """What models take: the part of a turn that is timed by itself."""
+        return self.processor(images=[picture.numpy()], return_tensors="pt")["pixel_values"]
+
+
+class Contender(Protocol):
+    """A model on a stream, or on several in step: one per row of the (streams, tokens) ids.
+
+    Logits (streams, 1, vocabulary) are those after the last token.
+    """
+
+    model: Any
+    cache: Cache
+
+    def begin(self, prompt: Tensor) -> None:
+        """Start a new stream with the prompt, all but its last token, in the cache."""
+
+    def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
+        """The last token that isn't in the cache yet, and a frame; several streams' pixels one after the other."""
+
+    def step(self, token: Tensor) -> Tensor:
+        """One more token."""
+
+    def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
+        """The last logits of a conversation in a single forward without a cache.
+
+        Args:
+            calls: text tokens by turn: the prompt without its last token, then for each turn that begins with a
+                frame the token before it and, after the delimiters, the tokens that were decoded.
+            pixels: of the frames.
+        """
+
+    def kv_tokens(self) -> int:
+        """Tokens in the sequence that the cache holds."""
+
+    def predict(self, turn: int) -> dict[str, int]:
+        """Bytes that decoding the last token of a turn must read, and FLOPs of the turn's first token."""
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest word; neither delimiters nor placeholders, which a stream has only around its frames."""
+    return logits[:, -1:, WORDS:].argmax(-1) + WORDS
+
+
+class CasaContender:
+    """A CASA model: the frame isn't in its sequence."""
+
+    def __init__(self, model: CasaForConditionalGeneration, sizes: Sizes, compiled: bool = False):
+        self.model = model
+        self.sizes = sizes
+        self.compiled = compiled
+        self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
+        self.delimiters = torch.tensor([[START, END]], device=model.device)
+        self._step = (
+            torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
+        )
+
+    def begin(self, prompt: Tensor) -> None:
+        if self.compiled:
+            text = self.sizes.prompt + (self.sizes.turns + PROFILED_TURNS) * self.sizes.turn_text
+            self.cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=text)
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+        self._forward(input_ids=prompt[:, :-1])
+
+    def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
+        streams = len(token)
+        return self._forward(
+            input_ids=torch.cat([token, self.delimiters.expand(streams, -1)], dim=1),
+            pixel_values=pixels,
+            image_grid_thw=self.grid.expand(streams, -1),
+            image_positions=torch.tensor([[row, 2] for row in range(streams)]),  # before the third token
+        )
+
+    def step(self, token: Tensor) -> Tensor:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._step(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
+        parts, places, length = [calls[0]], [], calls[0].shape[1]
+        for call in calls[1:]:
+            parts += [call[:, :1], self.delimiters, call[:, 1:]]
+            places.append([0, length + 2])
+            length += call.shape[1] + 2
+        outputs = self.model(
+            input_ids=torch.cat(parts, dim=1),
+            pixel_values=torch.cat(pixels),
+            image_grid_thw=self.grid.expand(len(pixels), -1),
+            image_positions=torch.tensor(places),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return outputs.logits
+
+    def kv_tokens(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    def predict(self, turn: int) -> dict[str, int]:
+        sizes, config, images = self.sizes, self.model.config, self.sizes.frame_tokens
+        text = sizes.prompt + turn * sizes.turn_text - 1
+        seen = images * turn if config.casa_image_history == "all" else images
+        before = text - (sizes.answer - 1)
+        flops = 3 * text_flops(config, before, 1, seen) + image_flops(config, images, before, seen)
+        return {
+            "decode_bytes": step_bytes(config, self.model.dtype.itemsize, text, sizes.answer, seen),
+            "frame_flops": flops
+            + head_flops(config)
+            + tower_flops(config.vision_config, sizes.patches, sizes.patches),
+        }
+
+    def _forward(self, **inputs: Any) -> Tensor:
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+
+class InsertionContender:
+    """The source model, with all frames in its sequence or the last ones only.
+
+    Args:
+        model: the stock model.
+        sizes: of the stream.
+        window: frames whose keys and values are kept, the newest included; None for all.
+        compiled: whether decoding is compiled, on a static cache; not with a window.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        sizes: Sizes,
+        window: int | None = None,
+        compiled: bool = False,
+    ):
+        self.model = model
+        self.sizes = sizes
+        self.window = window
+        self.compiled = compiled and window is None
+        self.grid = torch.tensor([[1, sizes.patches, sizes.patches]], device=model.device)
+        pads = [IMAGE_PAD] * sizes.frame_tokens
+        self.inserted = torch.tensor([[START, *pads, END]], device=model.device)
+        rows, columns = torch.meshgrid(torch.arange(sizes.side), torch.arange(sizes.side), indexing="ij")
+        image = 2 + torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1)
+        text = [torch.full((3, 1), position) for position in (0, 1, 2 + sizes.side)]
+        # (3, 1, tokens) rotary positions of a turn's first call, relative to its first token.
+        self.offsets = torch.cat([text[0], text[1], image, text[2]], dim=1)[:, None].to(model.device)
+        self._step: Callable = model.forward
+        if self.compiled:
+            self._step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def begin(self, prompt: Tensor) -> None:
+        length = prompt.shape[1] - 1
+        self.length = 0  # tokens in the cache
+        self.frames: list[int] = []  # where the cache has the first token of each frame
+        self.position = 0
+        self.cache: Cache = DynamicCache(config=self.model.config)
+        if self.compiled:
+            turns = max(1, self.sizes.turns // STATIC_START)
+            self.cache = self._static(length + turns * (self.sizes.frame_tokens + self.sizes.turn_text))
+        positions = torch.arange(length, device=self.model.device).expand(3, len(prompt), -1)
+        self._forward(self.model.forward, length, input_ids=prompt[:, :-1], position_ids=positions)
+
+    def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
+        if self.window is not None and len(self.frames) == self.window:
+            self._evict()
+        new = self.sizes.frame_tokens + 3
+        if self.compiled and self.length + new + self.sizes.answer > self.cache.get_max_length():
+            self._grow()
+        self.frames.append(self.length + 2)
+        return self._forward(
+            self.model.forward,
+            3 + self.sizes.side,
+            input_ids=torch.cat([token, self.inserted.expand(len(token), -1)], dim=1),
+            pixel_values=pixels,
+            image_grid_thw=self.grid.expand(len(token), -1),
+            position_ids=(self.offsets + self.position).expand(-1, len(token), -1),
+        )
+
+    def step(self, token: Tensor) -> Tensor:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        positions = torch.full((3, len(token), 1), self.position, device=self.model.device)
+        return self._forward(self._step, 1, input_ids=token, position_ids=positions)
+
+    def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
+        parts, turns = [calls[0]], [torch.zeros(calls[0].shape[1])]
+        for turn, call in enumerate(calls[1:], start=1):
+            part = [call[:, :1], self.inserted, call[:, 1:]]
+            parts += part
+            turns.append(torch.full((sum(piece.shape[1] for piece in part),), turn))
+        ids, turn_of = torch.cat(parts, dim=1), torch.cat(turns).to(self.model.device)
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            image_grid_thw=self.grid.expand(len(pixels), -1),
+            mm_token_type_ids=(ids == IMAGE_PAD).int(),
+        )
+        visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=self.model.device).tril()
+        if self.window is not None:
+            dropped = turn_of[None, :] <= turn_of[:, None] - self.window
+            visible &= ~(dropped & (ids == IMAGE_PAD))
+        mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=self.model.device)
+        mask = mask.masked_fill(~visible, torch.finfo(self.model.dtype).min)
+        backend = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")  # takes any mask
+        try:
+            outputs = self.model(
+                input_ids=ids,
+                attention_mask=mask[None, None],
+                position_ids=positions,
+                pixel_values=torch.cat(pixels),
+                image_grid_thw=self.grid.expand(len(pixels), -1),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        finally:
+            self.model.set_attn_implementation(backend)
+        return outputs.logits
+
+    def kv_tokens(self) -> int:
+        return self.length
+
+    def predict(self, turn: int) -> dict[str, int]:
+        sizes, config = self.sizes, design(self.model, "insertion")
+        text = sizes.prompt + turn * sizes.turn_text - 1
+        seen = sizes.frame_tokens * (turn if self.window is None else min(turn, self.window))
+        before = text - (sizes.answer - 1)
+        flops = 3 * text_flops(config, before, 0, seen) + image_flops(config, sizes.frame_tokens, before, seen)
+        return {
+            "decode_bytes": step_bytes(config, self.model.dtype.itemsize, text, 0, seen),
+            "frame_flops": flops
+            + head_flops(config)
+            + tower_flops(config.vision_config, sizes.patches, sizes.patches),
+        }
+
+    def _forward(self, forward: Callable, advance: int, **inputs: Any) -> Tensor:
+        logits = forward(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.length += inputs["input_ids"].shape[1]
+        self.position += advance
+        return logits
+
+    def _evict(self) -> None:
+        """Drop the oldest frame's keys and values; those of the text stay."""
+        first, count = self.frames.pop(0), self.sizes.frame_tokens
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (
+                torch.cat([kept[:, :, :first], kept[:, :, first + count :]], dim=2)
+                for kept in (layer.keys, layer.values)
+            )
+        self.frames = [frame - count for frame in self.frames]
+        self.length -= count
+
+    def _static(self, length: int) -> StaticCache:
+        return StaticCache(config=self.model.config.get_text_config(), max_cache_len=length)
+
+    def _grow(self) -> None:
+        """A longer static cache with the same content."""
+        old = self.cache
+        self.cache = self._static(STATIC_GROWTH * self.cache.get_max_length())
+        for index, layer in enumerate(old.layers):
+            self.cache.update(layer.keys[:, :, : self.length], layer.values[:, :, : self.length], index)
+
+
+# ---------------------------------------------------------------- measured
+
+
+@dataclass
+class Record:
+    """What is measured of one contender, by turn.
+
+    Attributes:
+        ttft, decode: milliseconds to a turn's first token, and per further token.
+        peak: bytes: weights, cache, and the most that was allocated beside them. On a CPU one figure, of a turn
+            after those that are timed.
+        cache, kv_tokens: bytes and slots of the cache after the last turn.
+    """
+
+    ttft: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
+    cache: int = 0
+    kv_tokens: int = 0
+
+
+def contenders(
+    sizes: Sizes,
+    variants: list[str],
+    windows: list[int],
+    device: torch.device,
+    attention: str,
+    source_attention: str,
+    compiled: bool,
+) -> dict[str, Contender]:
+    """The source model of random weights, with and without windows, and CASA models of the same weights."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = random_source(source_config(sizes.text, sizes.vision), device, dtype, source_attention)
+    found: dict[str, Contender] = {"insertion": InsertionContender(source, sizes, compiled=compiled)}
+    for window in windows:
+        found[f"insertion-last-{window}"] = InsertionContender(source, sizes, window)
+    for name in variants:
+        model = casa_model(source, name, attention)
+        if hasattr(model.config, "casa_static_image_tokens"):
+            model.config.casa_static_image_tokens = sizes.frame_tokens
+        found[name] = CasaContender(model, sizes, compiled)
+    return found
+
+
+@torch.no_grad()
+def check(models: dict[str, Contender], sizes: Sizes, camera: Camera, turns: int) -> dict[str, float]:
+    """Compare each contender's stream of random words with one forward on the whole conversation.
+
+    Returns:
+        By contender, the largest difference of the last logits divided by the largest of them.
+
+    Raises:
+        RuntimeError: if one is larger than its dtype explains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for name, contender in models.items():
+        device, dtype = contender.model.device, contender.model.dtype
+        lengths = [sizes.prompt, *[sizes.answer] * turns]
+        words = [torch.randint(WORDS, sizes.text["vocab_size"], (1, n), generator=generator) for n in lengths]
+        words = [word.to(device) for word in words]
+        pixels = [camera.pixels(camera.picture(turn)).to(device, dtype) for turn in range(turns)]
+        contender.begin(words[0])
+        token, calls = words[0][:, -1:], [words[0][:, :-1]]
+        for frame, answer in zip(pixels, words[1:], strict=True):
+            calls.append(torch.cat([token, answer[:, :-1]], dim=1))
+            logits = contender.frame(token, frame)
+            for index in range(sizes.answer - 1):
+                logits = contender.step(answer[:, index : index + 1])
+            token = answer[:, -1:]
+        expected = contender.at_once(calls, pixels)
+        errors[name] = gate(f"{name}, {turns} turns against one call,", logits, expected, dtype)
+    return errors
+
+
+def run_turn(contender: Contender, token: Tensor, pixels: Tensor, answer: int) -> tuple[Tensor, float, float]:
+    """One turn: the last of its tokens, milliseconds to the first of them, and per further one."""
+    device = pixels.device
+    token, first = timed(lambda: greedy(contender.frame(token, pixels)), device)
+
+    def decode() -> Tensor:
+        last = token
+        for _ in range(answer - 1):
+            last = greedy(contender.step(last))
+        return last
+
+    last, rest = timed(decode, device)
+    return last, 1e3 * first, 1e3 * rest / (answer - 1)
+
+
+@torch.no_grad()
+def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[dict[str, Record], list[float]]:
+    """Run the stream.
+
+    Returns:
+        What was measured of each contender, and the milliseconds that turning pictures into pixels took.
+    """
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.prompt), generator=generator)
+    records = {name: Record() for name in models}
+    tokens, names, preprocessing = {}, list(models), []
+    for name, contender in models.items():
+        gc.collect()
+        contender.begin(prompt.to(contender.model.device))
+        tokens[name] = prompt[:, -1:].to(contender.model.device)
+
+    def run(name: str, pixels: Tensor) -> tuple[float, float]:
+        contender = models[name]
+        inputs = pixels.to(contender.model.device, contender.model.dtype)
+        tokens[name], *times = run_turn(contender, tokens[name], inputs, sizes.answer)
+        return times[0], times[1]
+
+    def held(name: str) -> int:
+        return weight_bytes(models[name].model) + sum(cache_nbytes(models[name].cache).values())
+
+    device = models[names[0]].model.device
+    for turn in range(sizes.turns):
+        picture = camera.picture(turn)
+        pixels, seconds = timed(functools.partial(camera.pixels, picture), torch.device("cpu"))
+        preprocessing.append(1e3 * seconds)
+        shift = turn % len(names)  # nobody is always the first
+        for name in names[shift:] + names[:shift]:
+            record, before = records[name], held(name)
+            if device.type == "cuda":
+                times, above = with_peak(functools.partial(run, name, pixels), device)
+                record.peak.append(before + above)
+            else:
+                times = run(name, pixels)
+            record.ttft.append(times[0])
+            record.decode.append(times[1])
+        if (turn + 1) % max(1, sizes.turns // 8) == 0:
+            print(f"turn {turn + 1} of {sizes.turns}", flush=True)
+    for name, record in records.items():
+        record.cache = sum(cache_nbytes(models[name].cache).values())
+        record.kv_tokens = models[name].kv_tokens()
+        if device.type != "cuda":
+            # The last one counts: what it frees was allocated before the profiler's eyes.
+            parts = {str(number): functools.partial(run, name, pixels) for number in range(PROFILED_TURNS)}
+            record.peak.append(held(name) + peak_bytes(parts)[str(PROFILED_TURNS - 1)])
+    return records, preprocessing
+
+
+@torch.no_grad()
+def tower_ms(models: dict[str, Contender], camera: Camera) -> dict[str, float]:
+    """Milliseconds of each contender's vision tower for one frame, the median of 3."""
+    pixels = camera.pixels(camera.picture(0))
+    found = {}
+    for name, contender in models.items():
+        model = contender.model
+        run = functools.partial(
+            model.get_image_features, pixels.to(model.device, model.dtype), camera.grid.to(model.device)
+        )
+        found[name] = 1e3 * statistics.median(timed(run, model.device)[1] for _ in range(3))
+    return found
+
+
+# ---------------------------------------------------------------- judged
+
+
+def tenths(values: list[float]) -> tuple[float, float]:
+    """Medians of the first and of the last 10 % of turns."""
+    count = max(1, len(values) // 10)
+    return statistics.median(values[:count]), statistics.median(values[-count:])
+
+
+def summary(models: dict[str, Contender], records: dict[str, Record], turns: int) -> dict[str, dict[str, Any]]:
+    """The figures of each contender."""
+    found = {}
+    for name, record in records.items():
+        (first_ttft, last_ttft), (first_decode, last_decode) = tenths(record.ttft), tenths(record.decode)
+        found[name] = {
+            "ttft_ms": [first_ttft, last_ttft],
+            "decode_ms": [first_decode, last_decode],
+            "kv_tokens": record.kv_tokens,
+            "cache_bytes": record.cache,
+            "weight_bytes": weight_bytes(models[name].model),
+            "peak_bytes": max(record.peak),
+            "predicted": [models[name].predict(1), models[name].predict(turns)],
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a contender must reach.
+
+    Attributes:
+        contender: its name.
+        what: the figure in words, with its unit.
+        measured: the figure.
+        bar: the limit.
+        at_least: whether the figure must be at least the bar, or at most.
+    """
+
+    contender: str
+    what: str
+    measured: float
+    bar: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bar if self.at_least else self.measured <= self.bar
+
+
+def bars(models: dict[str, Contender], figures: dict[str, dict[str, Any]], device: str) -> list[Bar]:
+    """The bars for variants in which a frame only becomes keys and values."""
+    found = []
+    rival = figures["insertion"]
+    for name, own in figures.items():
+        config = models[name].model.config
+        if not isinstance(config, CasaConfig) or config.casa_image_updates != "none":
+            continue
+        shared = config.casa_share_projections
+        drift = {key: own[key][1] / own[key][0] for key in ("ttft_ms", "decode_ms")}
+        first = own["decode_ms"][0] / rival["decode_ms"][0]
+        if device == "cuda":
+            found += [
+                Bar(name, "decoding, last 10 %, tokens/s", 1e3 / own["decode_ms"][1], 200, True),
+                Bar(name, "TTFT, last 10 %, ms", own["ttft_ms"][1], 35, False),
+                Bar(name, "TTFT, last / first 10 %", drift["ttft_ms"], 1.03, False),
+                Bar(name, "decoding time, last / first 10 %", drift["decode_ms"], 1.03, False),
+                Bar(name, "peak memory, GiB", own["peak_bytes"] / 2**30, 8.1, False),
+                Bar(name, "decoding time / insertion's, first 10 %", first, 1.15, False),
+            ]
+            continue
+        faster = {key: rival[key][1] / own[key][1] for key in ("ttft_ms", "decode_ms")}
+        found += [
+            Bar(name, "TTFT, times faster than insertion, last 10 %", faster["ttft_ms"], 7.5, True),
+            Bar(name, "decoding, times faster, last 10 %", faster["decode_ms"], 2.3 if shared else 2.0, True),
+            Bar(name, "decoding time / insertion's, first 10 %", first, 1.1 if shared else 1.25, False),
+            Bar(name, "TTFT, last / first 10 %", drift["ttft_ms"], 1.15, False),
+            Bar(name, "decoding time, last / first 10 %", drift["decode_ms"], 1.15, False),
+        ]
+    return found
+
+
+def _shares(tower: dict[str, float], figures: dict[str, dict[str, Any]]) -> list[str]:
+    return [f"{name} {spent / figures[name]['ttft_ms'][1]:.0%}" for name, spent in tower.items()]
+
+
+def figures_table(figures: dict[str, dict[str, Any]], absolute: bool) -> str:
+    """Figures of the first and last 10 % of turns; times as multiples of insertion's first 10 % if not absolute."""
+    unit = {key: 1.0 if absolute else figures["insertion"][key][0] for key in ("ttft_ms", "decode_ms")}
+    rows = []
+    for name, own in figures.items():
+        first, last = own["predicted"]
+        rows.append(
+            [
+                f"`{name}`",
+                " -> ".join(f"{value / unit['ttft_ms']:.2f}" for value in own["ttft_ms"]),
+                " -> ".join(f"{value / unit['decode_ms']:.2f}" for value in own["decode_ms"]),
+                f"{own['kv_tokens']:,}",
+                f"{own['cache_bytes'] / 1e6:,.1f}",
+                f"{own['peak_bytes'] / 2**30:.2f}",
+                f"{first['frame_flops'] / 1e9:,.1f} -> {last['frame_flops'] / 1e9:,.1f}",
+                f"{first['decode_bytes'] / 1e6:,.0f} -> {last['decode_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    suffix = " ms" if absolute else " (insertion's first = 1)"
+    return table(
+        [
+            "contender",
+            "TTFT," + suffix,
+            "decoding per token," + suffix,
+            "KV tokens",
+            "cache, MB",
+            "peak memory, GiB",
+            "GFLOP per frame, predicted",
+            "MB read per token, predicted",
+        ],
+        rows,
+    )
+
+
+def bars_table(found: list[Bar]) -> str:
+    """Bars and what was measured."""
+    rows = [
+        [
+            f"`{bar.contender}`",
+            bar.what,
+            f"{'>=' if bar.at_least else '<='} {bar.bar:g}",
+            f"{bar.measured:.2f}",
+            "met" if bar.met else "not met",
+        ]
+        for bar in found
+    ]
+    return table(["contender", "figure", "bar", "measured", ""], rows)
+
+
+def plot(records: dict[str, Record], absolute: bool, path: Path) -> None:
+    """TTFT and decoding time by turn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for panel, key, title in zip(axes, ("ttft", "decode"), ("time to first token", "time per token"), strict=True):
+        unit = 1.0 if absolute else tenths(getattr(records["insertion"], key))[0]
+        for name, record in records.items():
+            values = [value / unit for value in getattr(record, key)]
+            panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2)
+        panel.set(title=title, xlabel="turn", ylim=(0, None))
+        panel.set_ylabel("ms" if absolute else "insertion's first turns = 1")
+        panel.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize="small")
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = start(__doc__)
+    parser.add_argument("--turns", type=positive, help="turns of the stream (default: 64, on a GPU 256)")
+    parser.add_argument(
+        "--variants", default="casa,ca,casa-shared,ca-shared", help="CASA contenders (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--windows", default="4", help="frames that bounded insertion keeps, by commas (default: %(default)s)"
+    )
+    parser.add_argument("--attn", default="sdpa", help="attn_implementation of CASA (default: %(default)s)")
+    parser.add_argument("--source-attn", default="sdpa", help="and of the source (default: %(default)s)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled decoding on static caches, of CASA and of insertion"
+    )
+    arguments = parser.parse_args()
+    variants = choices(parser, "--variants", arguments.variants, VARIANTS)
+    windows = numbers(parser, "--windows", arguments.windows)
+    sizes = SIZES["tiny" if arguments.tiny else arguments.device]
+    full_size = not arguments.tiny and arguments.turns in (None, sizes.turns)
+    if arguments.turns:
+        sizes = replace(sizes, turns=arguments.turns)
+    device = begin(parser, arguments)
+
+    models = contenders(sizes, variants, windows, device, arguments.attn, arguments.source_attn, arguments.compile)
+    parameters = sum(parameter.numel() for parameter in models["insertion"].model.parameters())
+    print(
+        f"source: {parameters / 1e6:,.1f} million parameters; {sizes.turns} turns of a {sizes.frame} x {sizes.frame} "
+        f"frame ({sizes.frame_tokens} tokens) and {sizes.answer} tokens"
+    )
+    camera = Camera(sizes)
+    turns = min(sizes.turns, max([2, *(window + 1 for window in windows)]))  # the last of them evicts a frame
+    errors = check(models, sizes, camera, turns)
+    print("stream = one call, largest difference: " + ", ".join(f"{name} {e:.1e}" for name, e in errors.items()))
+    records, preprocessing = stream(models, sizes, camera)
+    tower = tower_ms(models, camera)
+    figures = summary(models, records, sizes.turns)
+    absolute = arguments.device == "cuda"
+    print(figures_table(figures, absolute))
+    print(f"preprocessing of a frame, in no figure above: {statistics.median(preprocessing):.1f} ms")
+    print("part of TTFT that is the vision tower's: " + ", ".join(_shares(tower, figures)))
+    judged = bars(models, figures, arguments.device) if full_size else []
+    if judged:
+        print(bars_table(judged))
+    if arguments.plot:
+        plot(records, absolute, arguments.plot)
+    report(
+        "streaming",
+        device,
+        sizes,
+        source_parameters=parameters,
+        attn={"casa": arguments.attn, "source": arguments.source_attn, "compile": arguments.compile},
+        difference=errors,
+        preprocessing_ms=statistics.median(preprocessing),
+        tower_ms=tower,
+        figures=figures,
+        turns={name: {"ttft_ms": record.ttft, "decode_ms": record.decode} for name, record in records.items()},
+        bars=[asdict(bar) | {"met": bar.met} for bar in judged],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The benchmarks of speed: what they count against PyTorch's counters, their rivals against other ways to the same
+numbers, and each program at toy size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from benchmarks import layer, prefill, streaming, streams
+from benchmarks.common import TINY_TEXT, TINY_VISION, Stream, casa_model, random_source, source_config, weight_bytes
+from benchmarks.counting import (
+    Dimensions,
+    cache_bytes,
+    head_flops,
+    image_flops,
+    language_parameters,
+    step_bytes,
+    text_flops,
+    tower_flops,
+)
+from benchmarks.prefill import Prompt
+from benchmarks.streaming import SIZES, Camera, CasaContender, InsertionContender
+from benchmarks.variants import Contestant
+from casa_hf import CasaConfig, cache_nbytes
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TINY = SIZES["tiny"]
+SEEN = TINY.frame_tokens
+# The last one keeps image keys that only updates of image states read.
+DESIGNS = [*((name, {}) for name in ("casa", "ca", "casa-shared", "ca-shared", "casa-ffn", "exact"))]
+DESIGNS += [("ca-shared", {"casa_image_updates": "full"})]
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The source model on plain matrix products, which PyTorch's counter sees; no two of its tensors are alike."""
+    model = random_source(source_config(TINY_TEXT, TINY_VISION), attn_implementation="eager")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def camera() -> Camera:
+    return Camera(TINY)
+
+
+def flops(function) -> int:
+    """What PyTorch counts, without the rotary tables, which are made by a matrix product."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        function()
+    counts = counter.get_flop_counts()
+    rotary = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith("rotary_emb"))
+    return counter.get_total_flops() - rotary
+
+
+@torch.no_grad()
+def advance(contender, camera: Camera, turns: int) -> None:
+    """Run so many turns of random words."""
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(4, 64, (1, TINY.prompt + turns * TINY.answer), generator=generator)
+    contender.begin(words[:, : TINY.prompt])
+    position = TINY.prompt - 1
+    for turn in range(turns):
+        contender.frame(words[:, position : position + 1], camera.pixels(camera.picture(turn)))
+        for index in range(1, TINY.answer):
+            contender.step(words[:, position + index : position + index + 1])
+        position += TINY.answer
+
+
+# ---------------------------------------------------------------- counted
+
+
+def test_tower_flops(source, camera):
+    pixels = camera.pixels(camera.picture(0))
+    counted = flops(lambda: source.get_image_features(pixels, camera.grid))
+    assert counted == tower_flops(source.config.vision_config, TINY.patches, TINY.patches)
+
+
+@pytest.mark.parametrize(("variant", "overrides"), DESIGNS)
+def test_bytes_and_flops_of_a_stream(variant, overrides, source, camera):
+    model = casa_model(source, variant, "eager", **overrides)
+    contender = CasaContender(model, TINY)
+    advance(contender, camera, turns=2)
+    text = TINY.prompt - 1 + 2 * TINY.turn_text
+    assert contender.kv_tokens() == text
+
+    held = sum(cache_nbytes(contender.cache).values())
+    assert cache_bytes(model.config, 4, text, TINY.answer, SEEN) == held
+    language = weight_bytes(model.model.language_model)
+    assert 4 * language_parameters(model.config) == language
+    unread = cache_nbytes(contender.cache)["image"] // 2 if overrides else 0
+    assert step_bytes(model.config, 4, text, TINY.answer, SEEN) == language + held - unread
+    assert contender.predict(2)["decode_bytes"] == language + held - unread
+
+    counted = flops(lambda: contender.step(torch.tensor([[9]])))
+    expected = text_flops(model.config, text + 1, TINY.answer + 1, SEEN) + head_flops(model.config)
+    assert counted == expected
+
+
+def test_insertions_stream_is_counted(source, camera):
+    for window, seen in ((None, 3), (2, 2)):
+        contender = InsertionContender(source, TINY, window)
+        advance(contender, camera, turns=3)
+        text = TINY.prompt - 1 + 3 * TINY.turn_text
+        assert contender.kv_tokens() == text + seen * SEEN
+        held = sum(cache_nbytes(contender.cache).values())
+        assert contender.predict(3)["decode_bytes"] == weight_bytes(source.model.language_model) + held
+
+        text, seen = text + 3, seen + (window is None)
+        config = CasaConfig.from_source(source_config(TINY_TEXT, TINY_VISION), "insertion")
+        expected = 3 * text_flops(config, text, 0, seen * SEEN) + image_flops(config, SEEN, text, seen * SEEN)
+        expected += head_flops(config) + tower_flops(config.vision_config, TINY.patches, TINY.patches)
+        assert contender.predict(4)["frame_flops"] == expected
+        assert flops(partial(contender.frame, torch.tensor([[9]]), camera.pixels(camera.picture(3)))) == expected
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca"])
+def test_layers_flops_and_bytes(variant, source):
+    sizes = replace(prefill.SIZES["tiny"], frames=2, decoded=1, last_words=2)
+    model = casa_model(source, variant, "eager")
+    stream = Stream(sizes, source)
+    contestant = Contestant(model, stream, stream.casa, torch.arange)
+    contestant.prefill()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        contestant.decode()
+    counts = counter.get_flop_counts()
+    (own,) = (sum(ops.values()) for name, ops in counts.items() if name.endswith("layers.0.casa_attn"))
+    needed, moved = layer.fusion_cost(model.config, sizes, "decode", 4)
+    assert needed == own
+    fusion = model.model.language_model.layers[0].casa_attn
+    layers = contestant.cache.layers
+    text = sum(tensor.nbytes for held in layers for tensor in (held.keys, held.values))
+    keys = (sum(cache_nbytes(contestant.cache).values()) - text) // len(layers)
+    assert moved == weight_bytes(fusion) + keys + 2 * 4 * sizes.text["hidden_size"]
+
+    with FlopCounterMode(display=False) as counter:
+        Contestant(source, stream, stream.source, stream.source_text).prefill()
+    (own,) = (
+        sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("layers.0.self_attn")
+    )
+    config = CasaConfig.from_source(source_config(TINY_TEXT, TINY_VISION), "insertion")
+    size, queries = Dimensions.of(config), 2 * (sizes.words + sizes.image_tokens)
+    needed, _ = layer.insertion_cost(config, sizes, "prefill", 4)
+    assert needed == own - size.attend(queries * (queries - 1) // 2)  # pairs above the diagonal aren't needed
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-ffn", "insertion"])
+def test_prefill_flops(variant, source):
+    sizes = replace(prefill.SIZES["tiny"], frames=1)
+    config = CasaConfig.from_source(source_config(TINY_TEXT, TINY_VISION), variant)
+    size, text, tokens = Dimensions.of(config), sizes.words, sizes.image_tokens
+    # All pairs of a single window as the plain reference computes them, and without half of the text's.
+    everything = text * text_flops(config, text, text, tokens) + image_flops(config, tokens, text, tokens)
+    run = Prompt(casa_model(source, variant, "eager"), "eager").run
+    assert flops(lambda: run(Stream(sizes, source))) == everything + head_flops(config)
+    needed = prefill.prefill_flops(config, 1, tokens, text)
+    pairs = size.blocks * size.attend((text + tokens) ** 2)
+    assert everything - 2 * pairs <= needed <= everything + head_flops(config)
+    many = prefill.prefill_flops(config, 8, tokens, text)
+    assert 8 * (needed - head_flops(config)) <= many - head_flops(config)
+
+
+# ---------------------------------------------------------------- rivals
+
+
+def test_streams_equal_one_call(source, camera):
+    models = {
+        "all": InsertionContender(source, TINY),
+        "last": InsertionContender(source, TINY, 2),
+        "casa": CasaContender(casa_model(source, "casa"), TINY),
+    }
+    errors = streaming.check(models, TINY, camera, turns=4)
+    assert max(errors.values()) < 1e-5
+
+
+def test_a_wrong_stream_is_not_measured(source, camera):
+    contender = InsertionContender(source, TINY)
+    contender.offsets = contender.offsets.clone()
+    contender.offsets[1:, :, 2:-1] = contender.offsets[1:, :, 2:-1].flip(-1)
+    with pytest.raises(RuntimeError, match=r"insertion, 2 turns against one call, differs .* by \S+ of the largest"):
+        streaming.check({"insertion": contender}, TINY, camera, turns=2)
+
+
+@pytest.mark.slow
+def test_compiled_insertion_outgrows_its_static_cache(source, camera):
+    """Compiled for the length at hand, moved to a longer cache when that is full."""
+    sizes = replace(TINY, turns=2)
+    contender = InsertionContender(random_source(source.config), sizes, compiled=True)
+    assert streaming.check({"insertion": contender}, sizes, camera, turns=3)["insertion"] < 1e-5
+    assert contender.kv_tokens() == sizes.prompt - 1 + 3 * (sizes.turn_text + SEEN)
+    assert contender.cache.get_max_length() == 4 * (sizes.prompt - 1 + sizes.turn_text + SEEN)
+
+
+def test_a_wrong_back_end_is_not_measured(source):
+    def wrong(module, query, key, value, mask, **kwargs):
+        output, weights = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return 1.1 * output, weights
+
+    AttentionInterface.register("wrong", wrong)
+    AttentionMaskInterface.register("wrong", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    stream = Stream(replace(prefill.SIZES["tiny"], frames=2), source)
+    with pytest.raises(RuntimeError, match="casa wrong differs from what it must equal by"):
+        prefill.contenders(source, ["casa"], ["sdpa", "wrong"], stream)
+
+
+def test_bars_are_judged_on_the_side_they_stand(source):
+    models = {"insertion": InsertionContender(source, TINY), "casa": CasaContender(casa_model(source, "casa"), TINY)}
+    figures = {
+        "insertion": {"ttft_ms": [100.0, 800.0], "decode_ms": [10.0, 30.0]},
+        "casa": {"ttft_ms": [80.0, 100.0], "decode_ms": [12.0, 14.0]},
+    }
+    found = {bar.what: (round(bar.measured, 3), bar.met) for bar in streaming.bars(models, figures, "cpu")}
+    assert found == {
+        "TTFT, times faster than insertion, last 10 %": (8.0, True),
+        "decoding, times faster, last 10 %": (2.143, True),
+        "decoding time / insertion's, first 10 %": (1.2, True),
+        "TTFT, last / first 10 %": (1.25, False),
+        "decoding time, last / first 10 %": (1.167, False),
+    }
+
+
+# ---------------------------------------------------------------- programs
+
+PROGRAMS = {
+    streaming: ["--turns", "3", "--variants", "casa,ca-shared", "--windows", "1"],
+    prefill: ["--variants", "casa", "--backends", "eager,sdpa", "--windows", "1,8,64", "--rounds", "1"],
+    layer: ["--rounds", "1", "--windows", "2"],
+    streams: ["--streams", "2", "--turns", "3"],
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__.split(".")[-1])
+def test_program(program, device, monkeypatch, capsys, tmp_path):
+    drawing = tmp_path / "drawing.svg"
+    arguments = ["--tiny", "--device", device, *PROGRAMS[program], "--plot", str(drawing)]
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    program.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["benchmark"] == program.__name__.split(".")[-1]
+    assert {"machine", "versions", "sizes"} <= results.keys()
+    assert "<svg" in drawing.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [drawing]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (streaming, ["--variants", "caza"], "--variants: unknown name 'caza'; choose from"),
+        (streaming, ["--windows", "4,none"], "--windows '4,none': 'none' must be a whole number of at least 1"),
+        (prefill, ["--backends", "sdpb"], "--backends: unknown name 'sdpb'; choose from eager"),
+        (layer, ["--variants", "ca-shared"], "--variants: unknown name 'ca-shared'; choose from casa"),
+        (streams, ["--turns", "2"], "--turns 2 must be more than --period 2"),
+        (streams, ["--plot", "no/drawing.svg"], "there is no folder no; make it first."),
+        (streams, ["--plot", "drawing.png"], "the name must end in .svg"),
+    ],
+)
+def test_bad_arguments_are_refused(program, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", "--tiny", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_missing_device_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="2"):
+        streaming.main()
+    assert "--device cuda: this torch sees no CUDA device" in " ".join(capsys.readouterr().err.split())
