@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import io
 import itertools
@@ -130,8 +129,8 @@ def random_source(
 
 
 def design(source: Qwen2_5_VLForConditionalGeneration, variant: str, **overrides: Any) -> CasaConfig:
-    """Configuration of a source model's variant, with parts of its own: loading settles their attention and dtype."""
-    return CasaConfig.from_source(copy.deepcopy(source.config), variant, **overrides)
+    """Configuration of a source model's variant."""
+    return CasaConfig.from_source(source.config, variant, **overrides)
 
 
 def casa_model(

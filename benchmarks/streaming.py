@@ -435,8 +435,7 @@ def contenders(
         found[f"insertion-last-{window}"] = InsertionContender(source, sizes, window)
     for name in variants:
         model = casa_model(source, name, attention)
-        if hasattr(model.config, "casa_static_image_tokens"):
-            model.config.casa_static_image_tokens = sizes.frame_tokens
+        model.config.casa_static_image_tokens = sizes.frame_tokens
         found[name] = CasaContender(model, sizes, compiled)
     return found
 

@@ -271,3 +271,14 @@ def test_settings_changed_after_loading_are_checked_when_a_model_is_built():
     changed.casa_layers = [7]
     with pytest.raises(ValueError, match=r"casa_layers=\[7\] must list distinct block indices"):
         CasaForConditionalGeneration(changed)
+
+
+def test_from_source_shares_nothing_with_the_source():
+    source = source_config()
+    source._attn_implementation = "sdpa"
+    before = source.to_json_string(use_diff=False)
+    casa = CasaConfig.from_source(source)
+    CasaForConditionalGeneration._from_config(casa, attn_implementation="eager", dtype=torch.float64)
+    casa.text_config.hidden_size = casa.vision_config.depth = 1
+    assert source.to_json_string(use_diff=False) == before
+    assert [c._attn_implementation for c in (source, source.text_config, source.vision_config)] == ["sdpa"] * 3

@@ -1,6 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of CASA models: one source backbone and five design axes."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -282,7 +283,8 @@ class CasaConfig(PreTrainedConfig):
             if source_type in SOURCE_BACKBONES:
                 source = CONFIG_MAPPING[source_type](**{k: v for k, v in source.items() if k != "model_type"})
         else:
-            source_type = source.model_type
+            # A model that uses this configuration must not see what loading a CASA model settles in it.
+            source, source_type = copy.deepcopy(source), source.model_type
         if source_type not in SOURCE_BACKBONES:
             raise ValueError(
                 f"Checkpoints with model_type {source_type!r} can't become CASA models. Supported: "

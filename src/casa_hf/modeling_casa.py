@@ -292,7 +292,6 @@ class CasaTextModel(CasaPreTrainedModel):
             before=config.casa_image_positions == "before",
         )
         self.attends_to_update = config.casa_image_updates == "full"
-        self.static_image_tokens = config.casa_static_image_tokens
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
@@ -316,6 +315,7 @@ class CasaTextModel(CasaPreTrainedModel):
         image_states: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
         gist: torch.Tensor | None = None,
+        static_image_tokens: int = CasaConfig.casa_static_image_tokens,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -334,6 +334,7 @@ class CasaTextModel(CasaPreTrainedModel):
             image_states: (num_image_tokens, hidden) embedded images.
             deepstack: features like `image_states` that are added to them after the first blocks.
             gist: (batch, tokens) True for gist tokens; None without any.
+            static_image_tokens: image tokens that a new static cache gets slots for in each row.
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
         """
@@ -347,7 +348,7 @@ class CasaTextModel(CasaPreTrainedModel):
             inputs_embeds.shape[0],
             inputs_embeds.device,
             attention_mask,
-            reserved_columns=self.static_image_tokens,
+            reserved_columns=static_image_tokens,
         )
         if images is not None or inputs_embeds.shape[1] > 1:
             state = state.growing()  # only a decoding step works on the fixed state of a static cache
@@ -670,6 +671,7 @@ class CasaModel(CasaPreTrainedModel):
             image_states=image_states,
             deepstack=deepstack,
             gist=self._are(gist_ids, input_ids, inputs_embeds) if gist_ids else None,
+            static_image_tokens=self.config.casa_static_image_tokens,
             use_cache=use_cache,
             **kwargs,
         )
