@@ -289,10 +289,14 @@ class CasaBorrowedAttention(FusionBase):
             key, value = self.math.keys(projections, hidden_states)
             query, key = self.math.rotate_both(query, key, *text.position_embeddings)
             window = KeysValues(key, value)
-            if text.past_key_values is not None:
-                window = text.past_key_values.layers[self.layer_idx].update_window(window, fusion.plan)
-        normed = None if image_states is None else image_norm(image_states)
-        images = self.math.image_keys(projections, normed, fusion, text, rotate=self.with_text)
+        cache_layer = None if text.past_key_values is None else text.past_key_values.layers[self.layer_idx]
+        if window is not None and cache_layer is not None and isinstance(fusion.route, StepRoute):
+            images, window = cache_layer.update_step(window, fusion.plan)
+        else:
+            if window is not None and cache_layer is not None:
+                window = cache_layer.update_window(window, fusion.plan)
+            normed = None if image_states is None else image_norm(image_states)
+            images = self.math.image_keys(projections, normed, fusion, text, rotate=self.with_text)
         output, weights = self._attend(projections, query, images, window, fusion)
         return Attended(self._finish(projections.o_proj(output), fusion), fusion_weights=weights)
 

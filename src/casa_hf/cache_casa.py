@@ -50,10 +50,12 @@ class GrowingMemory:
         self.tensors = tensors
         self.used = used
 
-    def holds(self, stored: KeysValues) -> bool:
-        """Whether `stored` is all that has been written."""
+    def starts_with(self, stored: KeysValues, used: int) -> bool:
+        """Whether `stored` is what it begins with, `used` the length of all that has been written, and it may be
+        written on here: what was made in inference mode may not be changed outside."""
         return (
-            self.used == stored.keys.shape[2]
+            self.used == used
+            and (torch.is_inference_mode_enabled() or not self.tensors.keys.is_inference())
             and self.tensors.keys.data_ptr() == stored.keys.data_ptr()
             and self.tensors.keys.shape[:2] == stored.keys.shape[:2]
         )
@@ -76,6 +78,11 @@ class GrowingMemory:
         for tensor, part in zip(tensors, stored, strict=True):
             tensor[:, :, :length] = part
         return cls(tensors, length)
+
+
+def _room(stored: KeysValues, new: KeysValues) -> int:
+    """Room that memory for `stored` is given behind it: for `new` and more."""
+    return new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
 
 
 class CasaLayerMixin:
@@ -123,15 +130,45 @@ class CasaLayerMixin:
             self.memory.pop("window", None)
         return everything
 
+    def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
+        """Add the text keys/values of a decoding step, and return those of images and window text.
+
+        Returns:
+            None and [image columns ; window text] in one piece of memory, which is made once per window; or both parts
+            where they can't be in one piece.
+        """
+        images, window = self.fusion.get("image"), self.fusion.get("window")
+        if (
+            images is None
+            or window is None
+            or plan.num_columns == 0
+            or plan.num_dropped_slots
+            or torch.is_grad_enabled()
+        ):
+            return images if plan.num_columns else None, self.update_window(new, plan)
+        memory, num_columns = self.memory.get("window"), images.keys.shape[2]
+        everything = None
+        if memory is not None and memory.starts_with(images, num_columns + window.keys.shape[2]):
+            everything = memory.append(new)
+        if everything is None:
+            stored = images.append(window)
+            memory = self.memory["window"] = GrowingMemory.starting_with(stored, _room(window, new))
+            everything = memory.append(new)
+            assert everything is not None
+        self.fusion["image"] = everything.slots(0, num_columns)
+        self.fusion["window"] = everything.slots(num_columns, everything.keys.shape[2])
+        return None, everything
+
     def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
         """`stored` with `new` behind it, without a copy of `stored` where there is room for more."""
-        if torch.is_grad_enabled() and (stored.keys.requires_grad or new.keys.requires_grad):
+        if torch.is_grad_enabled():  # a backward pass may still read what would be written behind
             return stored.append(new)
         memory = self.memory.get(name)
-        if memory is not None and memory.holds(stored) and (everything := memory.append(new)) is not None:
-            return everything
-        room = new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
-        memory = self.memory[name] = GrowingMemory.starting_with(stored, room)
+        if memory is not None and memory.starts_with(stored, stored.keys.shape[2]):
+            everything = memory.append(new)
+            if everything is not None:
+                return everything
+        memory = self.memory[name] = GrowingMemory.starting_with(stored, _room(stored, new))
         everything = memory.append(new)
         assert everything is not None
         return everything
@@ -255,6 +292,9 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
         for slot, tensor in zip(slots, new, strict=True):
             slot.index_copy_(2, places, tensor)
         return slots.slots(*plan.text_slots)
+
+    def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
+        return self.update_images("image", None, plan), self.update_window(new, plan)
 
     def _slots(self, name: str, like: torch.Tensor, number: int) -> KeysValues:
         """Zeroed keys/values for a number of slots, or those that are there."""

@@ -174,6 +174,8 @@ class StepRoute(Route):
         self, interface: Attend, module: Any, query: torch.Tensor, images: KeysValues | None, text: KeysValues | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = [part for part in (images, text) if part is not None]
+        if len(parts) == 1 and self.mask is None:
+            return interface(module, query, parts[0], None, is_causal=False)
         grouped = _grouped(query, parts[0].keys.shape[1])
         scores = [_scores(grouped, part.keys, module) for part in parts]
         weights = _softmax(torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0], self.mask, module)
