@@ -65,10 +65,10 @@ LARGE_VISION = {
 SMALL_TEXT = LARGE_TEXT | {
     "vocab_size": 8192,
     "hidden_size": 512,
-    "intermediate_size": 1664,
+    "intermediate_size": 1584,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "rope_parameters": rope(8, 12, 12),
 }
 SMALL_VISION = LARGE_VISION | {
