@@ -211,7 +211,7 @@ def published_card(
     name = repository.rpartition("/")[2]
     origins = recorded_origins(config)
     try:
-        card = ModelCard(readme or "")
+        card = ModelCard(readme if readme and readme.lstrip().startswith("---") else f"---\n\n---\n{readme or ''}")
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The front matter of README.md can't be read ({reason}). Correct it.") from error

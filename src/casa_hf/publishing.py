@@ -32,7 +32,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .configuration_casa import CasaConfig
 from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
-from .conversion.errors import listed, one_line
+from .conversion.errors import disk_is_full, listed, one_line
 from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, without_auto_map
@@ -56,6 +56,8 @@ _WEIGHT_FILES = ("*.safetensors", INDEX_FILE)
 
 # Weights in any format: a repository that holds some belongs to a model.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
+
+_BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 _AGAIN = "Nothing was published; the same command again sends only what is missing."
 
@@ -152,11 +154,12 @@ def check_checkpoint(folder: str | Path) -> PublishableCheckpoint:
 
 
 def _check_processor(folder: Path, config: CasaConfig) -> None:
-    if not (folder / "processor_config.json").is_file():
-        raise PublishingError(
-            f"{folder} has no processor (processor_config.json). Write it there with processor.save_pretrained, or "
-            "give the Trainer processing_class=processor."
-        )
+    for name in ("processor_config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise PublishingError(
+                f"{folder} has no processor ({name}). Write it there with processor.save_pretrained, or give the "
+                "Trainer processing_class=processor."
+            )
     try:
         processor = CasaProcessor.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain exceptions
@@ -279,7 +282,10 @@ def push_checkpoint(
     removed = _outdated(present, contents)
     additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
     with _explained(repository, f"The upload to {repository}", user):
-        api.preupload_lfs_files(repository, additions, revision=revision, free_memory=False)
+        for addition in additions:
+            # One by one: together they would be sent by threads, which an interrupt has to wait for.
+            if addition.path_in_repo.endswith(".safetensors"):
+                api.preupload_lfs_files(repository, [addition], revision=revision, free_memory=False)
     with _explained(repository, f"The commit to {repository}", user):
         commit = api.create_commit(
             repository,
@@ -306,7 +312,7 @@ def _check_names(repository: str, revision: str | None) -> None:
         raise PublishingError(
             f"{repository!r} is no name of a repository ({one_line(error)}). Give one such as namespace/name."
         ) from error
-    if revision is not None and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or revision.startswith("refs/")):
+    if revision is not None and (not _BRANCH.fullmatch(revision) or revision.startswith("refs/")):
         raise PublishingError(f"revision={revision!r} is no name of a branch. Give one such as main or v1.")
 
 
@@ -418,7 +424,8 @@ def _explained(repository: str, doing: str, user: str | None = None) -> Iterator
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             raise PublishingError(_refusal(cause, cause.response.status_code, repository, doing, user)) from error
-        raise PublishingError(f"{doing} failed ({_reason(cause)}). Check the connection. {_AGAIN}") from error
+        remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
+        raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {_AGAIN}") from error
 
 
 def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers.dynamic_module_utils
+import transformers.utils.hub
 from huggingface_hub import constants
 
 from tests.hub.loopback import WRITER, Hub, running_hub
@@ -21,6 +22,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would keep to its first address
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", WRITER)
         empty_cache(tmp_path / "cache", monkeypatch)

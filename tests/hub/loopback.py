@@ -113,6 +113,10 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -239,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.on_upload is not None:
             self.hub.on_upload(self, int(self.headers["Content-Length"]))
         content = self.body()
-        if hashlib.sha256(content).hexdigest() != oid:
+        if sha256(content) != oid:
             raise Refused(400, "The content has another hash")
         self.hub.stored[oid] = content
         self.hub.uploaded.append(oid)
@@ -280,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         if file not in commit.files:
             raise Refused(404, "Entry not found", "EntryNotFound")
         content = commit.files[file]
-        oid = hashlib.sha256(content).hexdigest() if file in commit.large else git_hash(content)
+        oid = sha256(content) if file in commit.large else git_hash(content)
         self.send(content, 200, {"X-Repo-Commit": commit.sha, "ETag": f'"{oid}"'})
 
     # ------------------------------------------------------------ bytes
