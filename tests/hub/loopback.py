@@ -27,9 +27,9 @@ USERS = {WRITER: "me", READER: "somebody"}
 class Refused(Exception):
     """An answer that isn't a success."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, **details: str):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.code, self.details = status, code, {"error": message, **details}
 
 
 @dataclass
@@ -137,10 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, f"There is no {self.command} {path}.")
         except Refused as refused:
             self.drain()
-            headers = {"X-Error-Message": refused.message}
+            headers = {"X-Error-Message": str(refused)}
             if refused.code:
                 headers["X-Error-Code"] = refused.code
-            self.send(json.dumps({"error": refused.message}).encode(), refused.status, headers)
+            self.send(json.dumps(refused.details).encode(), refused.status, headers)
         except ConnectionError:
             self.close_connection = True
 
@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         if name.split("/")[0] != self.user:
             raise Refused(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
         if name in self.hub.repositories:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{self.hub.address}/{name}")
         private = asked.get("visibility") == "private" or asked.get("private") is True
         self.hub.create(name, private)
         self.send_json({"url": f"{self.hub.address}/{name}", "name": name})
