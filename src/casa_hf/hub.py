@@ -118,6 +118,7 @@ def model_card(
     initialised: Mapping[str, str],
     new_tokens: Sequence[str] = (),
     cast_to: str | None,
+    with_code: bool = False,
 ) -> str:
     """The README.md of a converted checkpoint.
 
@@ -136,6 +137,7 @@ def model_card(
         initialised: names of new tensors, or with new rows, that copy nothing -> how these start.
         new_tokens: tokens that the source's tokenizer hasn't.
         cast_to: dtype that the weights were cast to, if they were.
+        with_code: whether the checkpoint carries its code.
 
     Returns:
         Markdown with front matter.
@@ -165,7 +167,7 @@ def model_card(
 
 ## Usage
 
-{_usage_text(json.dumps(model))}
+{_usage_text(json.dumps(model), with_code)}
 
 ## Licence
 
@@ -226,7 +228,7 @@ def published_card(
     arguments = json.dumps(repository) + ("" if revision is None else f", revision={json.dumps(revision)}")
     usage = body.get("Usage")
     if usage is None or "casa_hf" in usage:
-        body.set("Usage", _usage_text(arguments) + (f"\n\n{_code_text(arguments)}" if with_code else ""))
+        body.set("Usage", _usage_text(arguments, with_code))
     if datasets:
         body.rename("What is untrained", "Training data")
         body.set("Training data", _datasets_text(datasets))
@@ -397,9 +399,9 @@ class _Body:
         return "\n".join(text.strip() + "\n" for _, text in self.sections if text.strip())
 
 
-def _usage_text(arguments: str) -> str:
+def _usage_text(arguments: str, with_code: bool) -> str:
     """How to load and ask a model; `arguments` are those of `from_pretrained`, as Python code."""
-    return f"""\
+    plain = f"""\
 ```python
 from PIL import Image
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
@@ -416,12 +418,13 @@ inputs = processor.apply_chat_template(
 output = model.generate(**inputs, max_new_tokens=32)
 print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 ```"""
-
-
-def _code_text(arguments: str) -> str:
+    if not with_code:
+        return plain
     return f"""\
-Where `casa_hf` isn't installed, the code in this repository loads it (look at it first: it runs on your machine). The
-rest is as above.
+{plain}
+
+Where `casa_hf` isn't installed, the code that lies beside the weights loads it (look at it first: it runs on your
+machine). The rest is as above.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor

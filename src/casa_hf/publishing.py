@@ -33,6 +33,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .configuration_casa import CasaConfig
 from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
 from .conversion.errors import disk_is_full, listed, one_line
+from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, without_auto_map
@@ -50,9 +51,10 @@ _CHECKPOINT_FILES = (
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
     "chat_templates/*.jinja",
-    f"{KEPT}*",
+    *(KEPT + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)),
+    SOURCE_ROWS_FILE,
 )
-_WEIGHT_FILES = ("*.safetensors", INDEX_FILE)
+_WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
 # Weights in any format: a repository that holds some belongs to a model.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
@@ -221,10 +223,7 @@ def _shape(tensors: dict, name: str) -> str:
 def _files(folder: Path, weights: set[str]) -> dict[str, Path]:
     patterns = (*_CHECKPOINT_FILES, *LICENSE_FILES)
     names = weights | {
-        file.relative_to(folder).as_posix()
-        for pattern in patterns
-        for file in folder.glob(pattern)
-        if file.is_file() and not fnmatch(file.name, "*.incomplete")
+        file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern) if file.is_file()
     }
     if has_code(folder):
         names |= {file.name for file in modelling_files(folder)}
@@ -393,7 +392,9 @@ def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None
         model_type = json.loads(Path(config).read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError):
         model_type = None
-    return None if model_type == CasaConfig.model_type else f"a model of type {model_type!r}"
+    if model_type == CasaConfig.model_type:
+        return None
+    return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
 
 
 def _outdated(info: ModelInfo, contents: dict[str, str | bytes]) -> list[str]:

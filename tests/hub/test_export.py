@@ -136,6 +136,9 @@ def test_convert_with_code(source_folder: Path, exported: Path, tmp_path: Path) 
     for file in exported.iterdir():
         if file.name != "README.md":
             assert (output / file.name).read_bytes() == file.read_bytes()
+    card = (output / "README.md").read_text()
+    assert f"{output} --variant casa --with-code\n" in card and "trust_remote_code=True" in card
+    assert "trust_remote_code" not in (exported / "README.md").read_text()
 
 
 def test_add_code_fails_in_one_piece(casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError
 from casa_hf.cli import main
 from casa_hf.conversion import ConversionError
 from casa_hf.conversion.source import SMALL_FILES, download
+from casa_hf.publishing import check_checkpoint
+from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.hub.conftest import empty_cache, process_environment
 from tests.hub.helpers import fine_tuned, logits
 from tests.hub.loopback import READER, WRITER, Hub, Refused, break_connection, sha256
@@ -128,9 +130,10 @@ def test_a_new_version_leaves_nothing_of_the_old_one(hub: Hub, casa_folder: Path
     """Transformers prefers a single file to shards, so a forgotten one would be loaded instead."""
     push_checkpoint(casa_folder, NAME, with_code=True)
     repository = hub.repositories[NAME]
-    repository.at("main").files["notes.txt"] = b"by hand"
+    by_hand = {"notes.txt": b"words", "adapter_model.safetensors": b"weights"}
+    repository.at("main").files.update(by_hand)
     report = push_checkpoint(sharded, NAME)
-    expected = FILES | {file.name for file in shards(sharded)} | {"model.safetensors.index.json", "notes.txt"}
+    expected = FILES | {file.name for file in shards(sharded)} | {"model.safetensors.index.json", *by_hand}
     assert hub.files(NAME).keys() == expected
     assert "model.safetensors" in report.removed and "modeling_casa.py" in report.removed
     weights = load_file(casa_folder / "model.safetensors")
@@ -322,7 +325,7 @@ def test_a_name_of_somebody_else(hub: Hub, casa_folder: Path, exists: bool) -> N
     ("files", "held"),
     [
         ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}, "'llama'"),
-        ({"config.json": b"[broken"}, "None"),
+        ({"config.json": b"[broken"}, "config.json of something else"),
         ({"unet.bin": b"weights"}, "unet.bin"),
     ],
 )
@@ -469,15 +472,30 @@ def test_a_licence_file_travels_with_the_weights(hub: Hub, source_folder: Path, 
     assert hub.files(NAME)["LICENSE"] == b"Do as you are told.\n"
 
 
-@pytest.mark.parametrize("options", [{"num_gist_tokens": 2}, {"variant": "ca-replace"}])
-def test_other_designs_are_fit(
-    hub: Hub, source_folder: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_files_of_a_checkpoint_with_new_tokens(hub: Hub, source_folder: Path, tmp_path: Path) -> None:
     """With everything that the way back to the source needs."""
-    folder = convert_checkpoint(source_folder, tmp_path / "casa", **options).output
-    push_checkpoint(folder, NAME)
+    folder = convert_checkpoint(source_folder, tmp_path / "casa", "ca-replace", num_gist_tokens=2).output
     kept = {file.name for file in folder.iterdir()}
-    assert hub.files(NAME).keys() == kept | {".gitattributes"}
+    assert {"source_rows.safetensors", "source_tokenizer.json"} <= kept
+    report = push_checkpoint(folder, NAME)
+    assert hub.files(NAME).keys() == kept | {".gitattributes"} and not report.left_out
     model, processor = load(NAME)
     expected = logits(CasaForConditionalGeneration.from_pretrained(folder), processor)
     assert torch.equal(logits(model, processor), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "helium", "tied"])
+def test_every_family_is_fit(source_folder: Path, tmp_path: Path, family: str) -> None:
+    """Also as Transformers saves it."""
+    options = {}
+    if family == "helium":
+        source, options = build_tiny_helium(tmp_path / "source"), {"vision_from": source_folder}
+    elif family == "tied":
+        source = build_tiny_source(tmp_path / "source", tie_word_embeddings=True)
+    else:
+        source = build_tiny_source(tmp_path / "source", family=family)
+    folder = convert_checkpoint(source, tmp_path / "casa", "casa-before", **options).output
+    assert check_checkpoint(folder).config.variant == "casa-before"
+    CasaForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    CasaProcessor.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert "model.safetensors" in check_checkpoint(tmp_path / "saved").files

@@ -186,13 +186,16 @@ def convert_checkpoint(
         vision_folder=prepared.vision_folder,
         from_casa=prepared.from_casa,
         note=plan.note,
-        command=_command(source, output, variant, vision_from, code, revision, max_pixels, max_shard_size, design),
+        command=_command(
+            source, output, variant, vision_from, code, revision, max_pixels, max_shard_size, with_code, design
+        ),
         model=str(output),
         source_parameters=plan.source_parameters,
         added_parameters=plan.added_parameters,
         initialised=plan.initialised,
         new_tokens=prepared.new_tokens,
         cast_to=None if code is None else _dtype_name(code),
+        with_code=with_code,
     )
     _record_origins(config, prepared)
     with new_folder(target, parent, plan.num_bytes) as new:
@@ -411,6 +414,7 @@ def _command(
     revision: str | None,
     max_pixels: int | None,
     max_shard_size: int | str,
+    with_code: bool,
     design: Mapping[str, Any],
 ) -> str:
     options = {
@@ -429,6 +433,8 @@ def _command(
     for option, value in options.items():
         if value is not None:
             words += [f"--{option}", str(value)]
+    if with_code:
+        words.append("--with-code")
     return shlex.join(words)
 
 
