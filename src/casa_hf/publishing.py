@@ -62,6 +62,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
 _BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 _AGAIN = "Nothing was published; the same command again sends only what is missing."
+_COMPLETE = "Whether the commit has arrived isn't known; the same command again completes it, or finds it complete."
 
 
 class PublishingError(ValueError):
@@ -263,7 +264,8 @@ def push_checkpoint(
 
     Raises:
         PublishingError, ConversionError: if the folder isn't publishable, the repository is taken, not yours, or more
-            public than asked for, there is no valid token, or the transfer fails. Nothing is published then.
+            public than asked for, there is no valid token, or the transfer fails. Nothing is published then, except
+            where the answer to the commit itself was lost, which the error says.
     """
     checkpoint = check_checkpoint(folder)
     with_code = with_code or has_code(checkpoint.folder)
@@ -285,7 +287,7 @@ def push_checkpoint(
             # One by one: together they would be sent by threads, which an interrupt has to wait for.
             if addition.path_in_repo.endswith(".safetensors"):
                 api.preupload_lfs_files(repository, [addition], revision=revision, free_memory=False)
-    with _explained(repository, f"The commit to {repository}", user):
+    with _explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
         commit = api.create_commit(
             repository,
             [*additions, *(CommitOperationDelete(name) for name in removed)],
@@ -415,8 +417,15 @@ def _names(info: ModelInfo) -> set[str]:
 
 
 @contextmanager
-def _explained(repository: str, doing: str, user: str | None = None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one line with the way out."""
+def _explained(repository: str, doing: str, user: str | None = None, when_lost: str = _AGAIN) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one line with the way out.
+
+    Args:
+        repository: Hub id.
+        doing: what is being done, as the subject of a sentence.
+        user: of the token, once known.
+        when_lost: what to do if there was no answer.
+    """
     try:
         yield
     except PublishingError:
@@ -426,7 +435,7 @@ def _explained(repository: str, doing: str, user: str | None = None) -> Iterator
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             raise PublishingError(_refusal(cause, cause.response.status_code, repository, doing, user)) from error
         remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
-        raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {_AGAIN}") from error
+        raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {when_lost}") from error
 
 
 def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None) -> str:

@@ -79,7 +79,8 @@ class Hub:
         uploaded: SHA-256 of every large file that arrived completely, in order.
         on_upload: called with the handler and the size of a large file before its content is read; may break the
             connection, or refuse.
-        before_commit: called before a commit is taken.
+        before_commit, after_commit: called before a commit is taken, and before it is answered; may break the
+            connection.
     """
 
     address: str = ""
@@ -89,6 +90,7 @@ class Hub:
     uploaded: list[str] = field(default_factory=list)
     on_upload: Callable[[Any, int], None] | None = None
     before_commit: Callable[[], None] | None = None
+    after_commit: Callable[[], None] | None = None
 
     def commits(self, repository: str, branch: str = "main") -> list[Commit]:
         """Those after the one that creation makes."""

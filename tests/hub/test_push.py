@@ -22,7 +22,14 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, convert_checkpoint, push_checkpoint
+from casa_hf import (
+    CasaConfig,
+    CasaForConditionalGeneration,
+    CasaProcessor,
+    PublishingError,
+    convert_checkpoint,
+    push_checkpoint,
+)
 from casa_hf.cli import main
 from casa_hf.conversion import ConversionError
 from casa_hf.conversion.source import SMALL_FILES, download
@@ -237,6 +244,22 @@ def test_a_connection_that_stays_broken_is_resumed_by_the_same_call(hub: Hub, sh
         assert commit.files[file.name] == file.read_bytes()
 
 
+@pytest.mark.parametrize(("moment", "arrived"), [("before_commit", 0), ("after_commit", 1)])
+def test_a_commit_without_an_answer(hub: Hub, casa_folder: Path, moment: str, arrived: int) -> None:
+    """It may have arrived, and the error doesn't say otherwise."""
+
+    def hang_up() -> None:
+        raise ConnectionAbortedError
+
+    setattr(hub, moment, hang_up)
+    message = assert_refused(casa_folder, NAME, "commit", "isn't known", "same command again")
+    assert "Nothing was published" not in message
+    assert len(hub.commits(NAME)) == arrived
+    setattr(hub, moment, None)
+    push_checkpoint(casa_folder, NAME)
+    assert len(hub.commits(NAME)) == 1 and len(hub.uploaded) == 1
+
+
 def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Path) -> None:
     """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it."""
     stuck, ended = threading.Event(), threading.Event()
@@ -415,6 +438,14 @@ def forget_origin(folder: Path) -> None:
     change("config.json", source_origins=None)(folder)
 
 
+def add_tokens(folder: Path) -> None:
+    processor = CasaProcessor.from_pretrained(folder)
+    vocab_size = CasaConfig.from_pretrained(folder).text_config.vocab_size
+    number = vocab_size + 1 - len(processor.tokenizer)
+    processor.tokenizer.add_tokens([f"<new-{index}>" for index in range(number)])
+    processor.save_pretrained(folder)
+
+
 def without(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -435,6 +466,8 @@ NORM = "model.language_model.norm.weight"
         (remove("tokenizer.json"), ["tokenizer.json", "processor.save_pretrained"]),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["processor", "can't be loaded"]),
         (change("config.json", image_token_id=3), ["image_token_id", "3", "same checkpoint"]),
+        (change("config.json", num_gist_tokens=1, gist_token_ids=[5]), ["gist_token_ids", "[5]", "same checkpoint"]),
+        (add_tokens, ["the tokenizer has", "tokens, the model embeds"]),
         (remove("model.safetensors"), ["model.safetensors"]),
         (truncate, ["model.safetensors", "not a complete"]),
         (change_weights(lambda tensors: tensors.pop(NORM)), [NORM, "none", "save_pretrained"]),
