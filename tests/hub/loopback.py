@@ -190,9 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.readable(name)
         commit = repository.at(revision or "main")
         siblings = [{"rfilename": file} for file in commit.files]
-        self.send_json(
-            {"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings, "tags": []}
-        )
+        self.send_json({"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
         commit = self.readable(name).at(revision)
@@ -222,9 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         def answer(file: dict[str, Any]) -> dict[str, Any]:
             path, content = file["path"], present.files.get(file["path"])
             large = path.endswith(".safetensors")
-            known = (
-                {} if content is None else {"oid": hashlib.sha256(content).hexdigest() if large else git_hash(content)}
-            )
+            hashed = sha256 if large else git_hash
+            known = {} if content is None else {"oid": hashed(content)}
             return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **known}
 
         self.send_json({"files": [answer(file) for file in asked]})
@@ -278,9 +275,10 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         history.append(Commit(files, large, message))
-        self.send_json(
-            {"commitUrl": f"{self.hub.address}/{name}/commit/{history[-1].sha}", "commitOid": history[-1].sha}
-        )
+        if self.hub.after_commit is not None:
+            self.hub.after_commit()
+        sha = history[-1].sha
+        self.send_json({"commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "commitOid": sha})
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         commit = self.readable(name).at(revision)

@@ -166,6 +166,9 @@ def test_the_command(hub: Hub, casa_folder: Path, capsys: pytest.CaptureFixture[
     (commit,) = hub.commits(NAME)
     assert commit.message == "First" and "- my own pictures\n" in commit.files["README.md"].decode()
     assert "modeling_casa.py" in commit.files
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", NAME, "--prompt", "Hello", "--max-new-tokens", "3", "--device", "cpu"])
+    assert not ended.value.code and capsys.readouterr().out.strip()
 
 
 # ---------------------------------------------------------------- who may read it
