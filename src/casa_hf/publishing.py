@@ -357,7 +357,7 @@ def _open_repository(api: HfApi, repository: str, private: bool, revision: str |
     try:
         info = api.model_info(repository)
     except RepositoryNotFoundError:
-        api.create_repo(repository, private=private or None)
+        _create(api, repository, private)
         info = api.model_info(repository)
     else:
         if private and not info.private:
@@ -379,6 +379,18 @@ def _open_repository(api: HfApi, repository: str, private: bool, revision: str |
         api.create_branch(repository, branch=revision)
         target = api.model_info(repository, revision=revision)
     return target
+
+
+def _create(api: HfApi, repository: str, private: bool) -> None:
+    try:
+        api.create_repo(repository, private=private or None)
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 409:
+            raise
+        raise PublishingError(
+            f"{repository} is taken: it exists, and the token may not read it ({_reason(error)}). Choose another "
+            "name, or use a token with access to it."
+        ) from error
 
 
 def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None:
@@ -443,14 +455,12 @@ def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, us
     if status == 401:
         return f"The Hub doesn't accept the token ({said}). Log in anew with `hf auth login`, or set another HF_TOKEN."
     if status == 403:
-        own = repository if user is None else f"{user}/{repository.rpartition('/')[2]}"
-        return (
-            f"The Hub doesn't let {user or 'you'} write to {repository} ({said}). Use a token with write access, or a "
-            f"name of your own such as {own}."
-        )
-    if status == 409:
-        return f"The name {repository} is taken ({said}). Choose another one."
-    if status == 412:
+        own = f"{user}/{repository.rpartition('/')[2]}"
+        remedy = "a token with write access"
+        if user is not None and own != repository:
+            remedy += f", or a name of your own such as {own}"
+        return f"The Hub doesn't let {user or 'you'} write to {repository} ({said}). Use {remedy}."
+    if status in (409, 412):
         return f"{repository} was changed during the upload ({said}). {_AGAIN}"
     if status in (402, 413, 507):
         return f"The Hub has no room for this ({said}). Free some storage in your account's settings. {_AGAIN}"

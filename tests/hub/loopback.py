@@ -21,7 +21,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 WRITER, READER = "hf_writer", "hf_reader"
-USERS = {WRITER: "me", READER: "somebody"}
+# Tokens of the first user that may not write, and not read what is private.
+READ_ONLY, BLIND = "hf_read_only", "hf_blind"
+USERS = {WRITER: "me", READ_ONLY: "me", BLIND: "me", READER: "somebody"}
 
 
 class Refused(Exception):
@@ -150,21 +152,25 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------ who may what
 
     @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    @property
     def user(self) -> str | None:
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if given and given not in USERS:
+        if self.token and self.token not in USERS:
             raise Refused(401, "Invalid credentials in Authorization header")
-        return USERS.get(given)
+        return USERS.get(self.token)
 
     def readable(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and name.split("/")[0] != self.user):
+        is_mine = name.split("/")[0] == self.user
+        if repository is None or (repository.private and (not is_mine or self.token == BLIND)):
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
         return repository
 
     def writable(self, name: str) -> Repository:
         repository = self.readable(name)
-        if name.split("/")[0] != self.user:
+        if name.split("/")[0] != self.user or self.token == READ_ONLY:
             raise Refused(403, f"You don't have the rights to write to {name}")
         return repository
 
@@ -178,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body())
         name = f"{asked.get('organization') or self.user}/{asked['name']}"
-        if name.split("/")[0] != self.user:
+        if name.split("/")[0] != self.user or self.token == READ_ONLY:
             raise Refused(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
         if name in self.hub.repositories:
             raise Refused(409, "You already created this model repo", url=f"{self.hub.address}/{name}")

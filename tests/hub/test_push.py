@@ -37,7 +37,7 @@ from casa_hf.publishing import check_checkpoint
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.hub.conftest import empty_cache, process_environment
 from tests.hub.helpers import fine_tuned, logits
-from tests.hub.loopback import READER, WRITER, Hub, Refused, break_connection, sha256
+from tests.hub.loopback import BLIND, READ_ONLY, READER, WRITER, Hub, Refused, break_connection, sha256
 
 NAME = "me/tiny-casa"
 FILES = {
@@ -336,6 +336,23 @@ def test_no_token(hub: Hub, casa_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_token_that_is_not_valid(hub: Hub, casa_folder: Path) -> None:
     assert_refused(casa_folder, NAME, "token", "hf auth login", token="hf_outdated")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_token_that_may_not_write(hub: Hub, casa_folder: Path, exists: bool) -> None:
+    if exists:
+        hub.create(NAME)
+    message = assert_refused(
+        casa_folder, NAME, "me write to me/tiny-casa", "token with write access.", token=READ_ONLY
+    )
+    assert "of your own" not in message
+    assert not hub.uploaded and (exists or not hub.repositories)
+
+
+def test_a_name_that_is_taken_unseen(hub: Hub, casa_folder: Path) -> None:
+    hub.create(NAME, private=True)
+    assert_refused(casa_folder, NAME, "taken", "Choose another name", token=BLIND)
+    assert not hub.commits(NAME)
 
 
 @pytest.mark.parametrize("exists", [False, True])
