@@ -251,7 +251,8 @@ def push(
         raise OSError(
             f"The push to {repository} was interrupted. The same command again sends only what is missing."
         ) from error
-    typer.echo(f"Published {report.url}: {len(report.files)} files, {decimal(report.num_bytes)}, one commit.")
+    size = f"{len(report.files)} files, {decimal(report.num_bytes)}"
+    typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")
     for name in report.removed:
         typer.echo(f"removed there: {name}")
     for name in report.left_out:

@@ -95,7 +95,8 @@ class PushReport:
     Attributes:
         repository: Hub id.
         url: address of the repository.
-        commit: the Hub's hash of the commit.
+        commit: the Hub's hash of the commit that holds the checkpoint.
+        changed: whether that is a new one; False if the repository held the same already.
         files: names of the checkpoint's files in the repository.
         left_out: names of what lies in the folder and was not sent.
         removed: names of files of an earlier version that the commit has taken out.
@@ -105,6 +106,7 @@ class PushReport:
     repository: str
     url: str
     commit: str
+    changed: bool
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     removed: tuple[str, ...]
@@ -299,6 +301,7 @@ def push_checkpoint(
         repository=repository,
         url=f"{api.endpoint}/{repository}" + ("" if revision is None else f"/tree/{revision}"),
         commit=commit.oid,
+        changed=commit.oid != present.sha,
         files=tuple(contents),
         left_out=checkpoint.left_out,
         removed=tuple(removed),

@@ -153,6 +153,7 @@ def test_the_same_again_is_no_commit(hub: Hub, casa_folder: Path) -> None:
     again = push_checkpoint(casa_folder, NAME)
     assert len(hub.commits(NAME)) == 1 and len(hub.uploaded) == 1
     assert again.commit == first.commit
+    assert first.changed and not again.changed
 
 
 def test_the_command(hub: Hub, casa_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +167,9 @@ def test_the_command(hub: Hub, casa_folder: Path, capsys: pytest.CaptureFixture[
     (commit,) = hub.commits(NAME)
     assert commit.message == "First" and "- my own pictures\n" in commit.files["README.md"].decode()
     assert "modeling_casa.py" in commit.files
+    with pytest.raises(SystemExit):
+        main([*arguments, "--dataset", "my own pictures"])
+    assert capsys.readouterr().out == f"{hub.address}/{NAME}/tree/main holds it already.\n"
     with pytest.raises(SystemExit) as ended:
         main(["generate", NAME, "--prompt", "Hello", "--max-new-tokens", "3", "--device", "cpu"])
     assert not ended.value.code and capsys.readouterr().out.strip()
@@ -271,7 +275,7 @@ def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Pa
     def on_upload(handler: Any, size: int) -> None:
         if len(hub.uploaded) == number - 1:
             stuck.set()
-            ended.wait(60)
+            ended.wait(180)
             break_connection(handler, size)
 
     hub.on_upload = on_upload
@@ -279,9 +283,9 @@ def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Pa
     environment = {**os.environ, **process_environment(hub, tmp_path / "home")}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert stuck.wait(60)
+        assert stuck.wait(180)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
         ended.set()
