@@ -79,7 +79,7 @@ def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         runpy.run_module("casa_hf", run_name="__main__")
     assert not ended.value.code
     shown = capsys.readouterr()
-    assert all(f"\n  {command} " in shown.out for command in ("convert", "inspect", "generate", "chat"))
+    assert all(f"\n  {command} " in shown.out for command in ("convert", "inspect", "generate", "chat", "push"))
     assert shown.err == ""
 
 

@@ -17,8 +17,10 @@ from .conversion import (
     plan_conversion,
     plan_to_source,
 )
+from .export import add_code
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
 from .processing_casa import CasaProcessor
+from .publishing import PublishingError, push_checkpoint
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
@@ -33,10 +35,13 @@ __all__ = [
     "CasaProcessor",
     "Conversation",
     "ConversionError",
+    "PublishingError",
+    "add_code",
     "cache_nbytes",
     "convert_checkpoint",
     "convert_to_source",
     "inspect_checkpoint",
     "plan_conversion",
     "plan_to_source",
+    "push_checkpoint",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `casa-hf`: convert a checkpoint, look at one, ask it about images.
+"""The command `casa-hf`: convert a checkpoint, look at one, ask it about images, publish it.
 
 Thin wrappers of library functions, which are imported when a command runs. Answers and results go to standard output,
 everything else to standard error. What goes wrong ends in one line and exit code 1; wrong usage in exit code 2.
@@ -91,6 +91,9 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most.")] = "5GB",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, for trust_remote_code=True without casa_hf.")
+    ] = False,
     to_source: Annotated[
         bool, typer.Option("--to-source", help="Take a CASA checkpoint back to the form of its source.")
     ] = False,
@@ -126,7 +129,7 @@ def convert(
     if gate == "none":
         design["casa_gate"] = None
     form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
-    if to_source and (design or any(value is not None for value in (variant, vision_from, max_pixels))):
+    if to_source and (design or with_code or any(value is not None for value in (variant, vision_from, max_pixels))):
         raise ValueError("--to-source takes no design: leave out --variant and what describes a CASA model.")
     if output is None or dry_run:
         _print_plan(
@@ -138,7 +141,7 @@ def convert(
         if to_source:
             report = convert_to_source(source, output, **weights)
         else:
-            report = convert_checkpoint(source, output, variant, **form, **weights)
+            report = convert_checkpoint(source, output, variant, with_code=with_code, **form, **weights)
     if to_source:
         typer.echo(
             f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without "
@@ -211,6 +214,49 @@ def _image_rows(summary: CheckpointSummary) -> dict[str, str]:
             f"in proportion to its tokens; {'never freed' if frames_stay else 'freed with its window'}"
         )
     return rows
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a CASA checkpoint.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Such as namespace/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to publish on, made if need be.")] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, for trust_remote_code=True without casa_hf.")
+    ] = False,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="What it was trained on, for the card; repeat for several.", show_default=False),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+) -> None:
+    """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
+    _quiet_unless_terminal()
+    from rich.filesize import decimal
+
+    from .publishing import push_checkpoint
+
+    try:
+        report = push_checkpoint(
+            folder,
+            repository,
+            private=private,
+            revision=revision,
+            with_code=with_code,
+            datasets=dataset or (),
+            message=message,
+        )
+    except KeyboardInterrupt as error:
+        raise OSError(
+            f"The push to {repository} was interrupted. The same command again sends only what is missing."
+        ) from error
+    size = f"{len(report.files)} files, {decimal(report.num_bytes)}"
+    typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")
+    for name in report.removed:
+        typer.echo(f"removed there: {name}")
+    for name in report.left_out:
+        typer.echo(f"left out: {name}")
 
 
 @app.command()

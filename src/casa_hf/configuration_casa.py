@@ -136,6 +136,9 @@ class CasaConfig(PreTrainedConfig):
         source_config (`dict`, *optional*):
             Top-level settings of the source checkpoint that CASA itself doesn't use, kept for converting back. Its
             `image_token_id` and `video_token_id` are the ids of the source's expanded placeholders.
+        source_origins (`list[dict]`, *optional*):
+            Where the source comes from and what it states about its licence, one entry per checkpoint, for the model
+            card of whatever becomes of this model; see `casa_hf.hub.origin_records`.
 
     Raises:
         ValueError: for an unknown value, or for a combination that has no meaning; the message names the field.
@@ -167,6 +170,7 @@ class CasaConfig(PreTrainedConfig):
     casa_static_image_tokens: int = 1156
     tie_word_embeddings: bool = False
     source_config: dict | None = None
+    source_origins: list[dict] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")

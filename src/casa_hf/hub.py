@@ -1,20 +1,34 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a converted checkpoint: where it comes from, what is untrained, how to use it, whose licence."""
+"""Model cards: where a checkpoint comes from, what is untrained, how to use it, whose licence it has, whom to cite."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import CardData, ModelCard, ModelCardData, metadata_load
 
 from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+CITATION = """\
+```bibtex
+@misc{boehle2025casa,
+  title = {{CASA}: Cross-Attention over Self-Attention for Efficient Vision-Language Fusion},
+  author = {Moritz B{\\"o}hle and Am{\\'e}lie Royer and Juliette Marrie and Edouard Grave and Patrick P{\\'e}rez},
+  year = {2025},
+  eprint = {2512.19535},
+  archivePrefix = {arXiv}
+}
+```"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,29 @@ class Origin:
         if repository.startswith("models--") and snapshots == "snapshots":
             return cls(repository.removeprefix("models--").replace("--", "/"), on_hub=True, commit=folder.name)
         return cls(folder.name, on_hub=False)
+
+
+# An origin, and what its files state about its licence, see `read_license`.
+Licensed = tuple[Origin, dict[str, Any]]
+
+
+def origin_records(origins: Sequence[Licensed]) -> list[dict[str, Any]]:
+    """Origins with their licences in the form of `CasaConfig.source_origins`."""
+    return [
+        {"name": origin.name, "on_hub": origin.on_hub, "commit": origin.commit, "license": stated}
+        for origin, stated in origins
+    ]
+
+
+def recorded_origins(config: CasaConfig) -> list[Licensed]:
+    """The origins that `CasaConfig.source_origins` holds; empty if it holds none that can be read."""
+    try:
+        return [
+            (Origin(str(entry["name"]), bool(entry["on_hub"]), entry.get("commit")), dict(entry["license"]))
+            for entry in config.source_origins or ()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
 
 
 def read_license(folder: Path) -> dict[str, Any]:
@@ -81,6 +118,7 @@ def model_card(
     initialised: Mapping[str, str],
     new_tokens: Sequence[str] = (),
     cast_to: str | None,
+    with_code: bool = False,
 ) -> str:
     """The README.md of a converted checkpoint.
 
@@ -99,6 +137,7 @@ def model_card(
         initialised: names of new tensors, or with new rows, that copy nothing -> how these start.
         new_tokens: tokens that the source's tokenizer hasn't.
         cast_to: dtype that the weights were cast to, if they were.
+        with_code: whether the checkpoint carries its code.
 
     Returns:
         Markdown with front matter.
@@ -107,8 +146,6 @@ def model_card(
     if vision_origin is not None and vision_folder is not None:
         licenses.append((vision_origin, read_license(vision_folder)))
     metadata = _metadata(licenses, "image-text-to-text", ["casa"])
-    path = json.dumps(model)
-    text_only = "" if vision_origin is None else f", with the vision tower of {_named(vision_origin)},"
     return f"""\
 ---
 {metadata.to_yaml()}
@@ -116,9 +153,7 @@ def model_card(
 
 # {Path(model).name}
 
-{_origin_text(origin)} ({config.backbone.display_name}){text_only} as a CASA model: images stay out of the
-token sequence and out of the KV cache; fusion layers let text attend to the current image.
-{_design_text(config, variant)}
+{_intro_text(config, licenses, variant)}
 
 ## What is untrained
 
@@ -132,27 +167,76 @@ token sequence and out of the KV cache; fusion layers let text attend to the cur
 
 ## Usage
 
-```python
-from PIL import Image
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
-
-model = CasaForConditionalGeneration.from_pretrained({path})
-processor = CasaProcessor.from_pretrained({path})
-
-image = Image.new("RGB", (448, 448), "red")
-question = {{"type": "text", "text": "Which colour is this?"}}
-messages = [{{"role": "user", "content": [{{"type": "image", "image": image}}, question]}}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens=32)
-print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
-```
+{_usage_text(json.dumps(model), with_code)}
 
 ## Licence
 
 {_license_text(licenses)}
+
+## Citation
+
+{CITATION}
 """
+
+
+def published_card(
+    readme: str | None,
+    config: CasaConfig,
+    repository: str,
+    *,
+    revision: str | None = None,
+    datasets: Sequence[str] = (),
+    with_code: bool = False,
+) -> str:
+    """The README.md under which a checkpoint is published.
+
+    What the folder's own card says is kept: that of the converter, of Transformers' Trainer, or one written by hand.
+    Its section on usage is made to load the repository; what is missing of base model, licence, usage and citation is
+    added from the configuration.
+
+    Args:
+        readme: the folder's README.md; None if it has none.
+        config: of the checkpoint.
+        repository: Hub id.
+        revision: branch that it is published on; None for the default one.
+        datasets: Hub ids, or names in words, of what it was trained on; a section about what is untrained gives way
+            to one about them.
+        with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
+
+    Returns:
+        Markdown with front matter.
+
+    Raises:
+        ValueError: if the front matter of `readme` is unusable, or if neither it nor the configuration tells what the
+            checkpoint was made from or its licence.
+    """
+    name = repository.rpartition("/")[2]
+    origins = recorded_origins(config)
+    try:
+        card = ModelCard(readme if readme and readme.lstrip().startswith("---") else f"---\n\n---\n{readme or ''}")
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The front matter of README.md can't be read ({reason}). Correct it.") from error
+    if not origins and not card.data.get("license") and not card.data.get("base_model"):
+        raise ValueError(
+            "Neither README.md nor config.json tells what the checkpoint was made from and under which licence. State "
+            "`base_model` and `license` in the front matter of README.md."
+        )
+    _complete_metadata(card.data, origins, datasets, with_code)
+
+    body = _Body.read(card.text if readme else f"# {name}\n\n{_intro_text(config, origins)}\n")
+    arguments = json.dumps(repository) + ("" if revision is None else f", revision={json.dumps(revision)}")
+    usage = body.get("Usage")
+    if usage is None or "casa_hf" in usage:
+        body.set("Usage", _usage_text(arguments, with_code))
+    if datasets:
+        body.rename("What is untrained", "Training data")
+        body.set("Training data", _datasets_text(datasets))
+    if origins and body.get("Licence") is None and body.get("License") is None:
+        body.set("Licence", _license_text(origins))
+    if "2512.19535" not in card.text:
+        body.set("Citation", CITATION)
+    return f"---\n{card.data.to_yaml()}\n---\n\n{body.write()}"
 
 
 def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], name: str) -> str:
@@ -241,9 +325,9 @@ def untrained_effect(config: CasaConfig, made_from: CasaConfig | None = None) ->
     )
 
 
-def _metadata(licenses: Sequence[tuple[Origin, dict[str, Any]]], task: str, tags: list[str]) -> ModelCardData:
+def _metadata(licenses: Sequence[Licensed], task: str, tags: list[str]) -> ModelCardData:
     on_hub = [origin.name for origin, _ in licenses if origin.on_hub]
-    first = licenses[0][1]
+    first = licenses[0][1] if licenses else {}
     # One field can't state two licences; the section below does.
     license = first if all(stated == first for _, stated in licenses) else {"license": "other"}
     return ModelCardData(
@@ -254,6 +338,116 @@ def _metadata(licenses: Sequence[tuple[Origin, dict[str, Any]]], task: str, tags
         tags=tags or None,
         **license,
     )
+
+
+def _complete_metadata(data: CardData, origins: Sequence[Licensed], datasets: Sequence[str], with_code: bool) -> None:
+    """Add what a card doesn't state itself."""
+    known = _metadata(origins, "image-text-to-text", ["casa"]).to_dict()
+    groups = (("base_model", "base_model_relation"), ("license", "license_name", "license_link"))
+    for group in (*groups, ("library_name",), ("pipeline_tag",)):
+        if not data.get(group[0]):
+            for key in group:
+                if key in known:
+                    data[key] = known[key]
+    tags = ["casa", "custom_code"] if with_code else ["casa"]
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *tags]))
+    on_hub = [name for name in datasets if _HUB_NAME.fullmatch(name)]
+    if on_hub:
+        stated = data.get("datasets") or []
+        data["datasets"] = list(dict.fromkeys([*([stated] if isinstance(stated, str) else stated), *on_hub]))
+
+
+@dataclass
+class _Body:
+    """A card without its front matter, as sections.
+
+    Attributes:
+        sections: (title, text with the line of its heading) in order; what comes before the first heading of the
+            second level has the title None.
+    """
+
+    sections: list[tuple[str | None, str]]
+
+    @classmethod
+    def read(cls, text: str) -> _Body:
+        sections: list[tuple[str | None, str]] = [(None, "")]
+        fenced = False
+        for line in text.strip().splitlines():
+            fenced ^= line.startswith("```")
+            if line.startswith("## ") and not fenced:
+                sections.append((line.removeprefix("## ").strip(), ""))
+            title, before = sections[-1]
+            sections[-1] = (title, f"{before}{line}\n")
+        return cls(sections)
+
+    def get(self, title: str) -> str | None:
+        return next((text for name, text in self.sections if name == title), None)
+
+    def set(self, title: str, text: str) -> None:
+        """Replace the section of this title, or append one."""
+        section = (title, f"## {title}\n\n{text}\n")
+        for index, (name, _) in enumerate(self.sections):
+            if name == title:
+                self.sections[index] = section
+                return
+        self.sections.append(section)
+
+    def rename(self, old: str, new: str) -> None:
+        self.sections = [(new if name == old else name, text) for name, text in self.sections]
+
+    def write(self) -> str:
+        return "\n".join(text.strip() + "\n" for _, text in self.sections if text.strip())
+
+
+def _usage_text(arguments: str, with_code: bool) -> str:
+    """How to load and ask a model; `arguments` are those of `from_pretrained`, as Python code."""
+    plain = f"""\
+```python
+from PIL import Image
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+
+model = CasaForConditionalGeneration.from_pretrained({arguments})
+processor = CasaProcessor.from_pretrained({arguments})
+
+image = Image.new("RGB", (448, 448), "red")
+question = {{"type": "text", "text": "Which colour is this?"}}
+messages = [{{"role": "user", "content": [{{"type": "image", "image": image}}, question]}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```"""
+    if not with_code:
+        return plain
+    return f"""\
+{plain}
+
+Where `casa_hf` isn't installed, the code that lies beside the weights loads it (look at it first: it runs on your
+machine). The rest is as above.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained({arguments}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({arguments}, trust_remote_code=True)
+```"""
+
+
+def _datasets_text(datasets: Sequence[str]) -> str:
+    return "\n".join(
+        f"- [{name}](https://huggingface.co/datasets/{name})" if _HUB_NAME.fullmatch(name) else f"- {name}"
+        for name in datasets
+    )
+
+
+def _intro_text(config: CasaConfig, origins: Sequence[Licensed], variant: str = "casa") -> str:
+    subject = _origin_text(origins[0][0]) if origins else "A checkpoint"
+    towers = "".join(f", with the vision tower of {_named(origin)}," for origin, _ in origins[1:])
+    return f"""\
+{subject} ({config.backbone.display_name}){towers} as a CASA model: images stay out of the
+token sequence and out of the KV cache; fusion layers let text attend to the current image.
+{_design_text(config, config.variant or variant)}"""
 
 
 def _design_text(config: CasaConfig, variant: str) -> str:
@@ -324,7 +518,7 @@ def _training_text(
     return " ".join(sentences) + f"\n\n{note}"
 
 
-def _license_text(licenses: Sequence[tuple[Origin, dict[str, Any]]]) -> str:
+def _license_text(licenses: Sequence[Licensed]) -> str:
     return "\n\n".join(_one_license(origin, stated) for origin, stated in licenses)
 
 

@@ -21,7 +21,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ..configuration_casa import CasaConfig
-from ..hub import Origin, license_files, model_card, untrained_effect
+from ..export import add_code
+from ..hub import Origin, license_files, model_card, origin_records, read_license, untrained_effect
 from ..processing_casa import CasaProcessor
 from .design import OPTIONS, resolve_design
 from .destination import check_distinct, check_target, new_folder
@@ -134,6 +135,7 @@ def convert_checkpoint(
     max_pixels: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    with_code: bool = False,
     progress: Progress | None = None,
     **design: Any,
 ) -> ConversionReport:
@@ -154,6 +156,8 @@ def convert_checkpoint(
         max_pixels: largest number of pixels of an image; None for the design's default.
         overwrite: whether an existing checkpoint at `output` may be replaced. It stays until the new one is complete.
         max_shard_size: bytes of weights per file, as a number or such as "5GB".
+        with_code: whether the checkpoint carries the code that it runs with, so that `trust_remote_code=True` loads it
+            where casa_hf isn't installed.
         progress: called with (bytes of weights written so far, bytes in all).
         **design: design fields of `CasaConfig` that differ from the variant, such as `casa_keys="image"`;
             `casa_layers` may be a list, or as in `layer_indices` "every:2", "4,8,12", "last:8" or "all".
@@ -182,14 +186,18 @@ def convert_checkpoint(
         vision_folder=prepared.vision_folder,
         from_casa=prepared.from_casa,
         note=plan.note,
-        command=_command(source, output, variant, vision_from, code, revision, max_pixels, max_shard_size, design),
+        command=_command(
+            source, output, variant, vision_from, code, revision, max_pixels, max_shard_size, with_code, design
+        ),
         model=str(output),
         source_parameters=plan.source_parameters,
         added_parameters=plan.added_parameters,
         initialised=plan.initialised,
         new_tokens=prepared.new_tokens,
         cast_to=None if code is None else _dtype_name(code),
+        with_code=with_code,
     )
+    _record_origins(config, prepared)
     with new_folder(target, parent, plan.num_bytes) as new:
         config.save_pretrained(new)
         GenerationConfig.from_model_config(config).save_pretrained(new)
@@ -200,6 +208,8 @@ def convert_checkpoint(
         write_checkpoint(new, plan.files, progress)
         if plan.source_rows:
             write_checkpoint(new, {SOURCE_ROWS_FILE: list(plan.source_rows)})
+        if with_code:
+            add_code(new)
     return ConversionReport.of(plan, target)
 
 
@@ -344,6 +354,14 @@ def _vision_tensors(folder: Path, config: CasaConfig) -> dict[str, StoredTensor]
     return {name: tensor for name, tensor in named.items() if name.startswith(VISION)}
 
 
+def _record_origins(config: CasaConfig, prepared: _Prepared) -> None:
+    """Let the configuration tell where the source comes from; one from an unpublished CASA model knows already."""
+    folders = [folder for folder in (prepared.folder, prepared.vision_folder) if folder is not None]
+    origins = [(Origin.of(folder.absolute()), read_license(folder)) for folder in folders]
+    if not (prepared.from_casa and config.source_origins and not origins[0][0].on_hub):
+        config.source_origins = origin_records(origins)
+
+
 def _copied_files(prepared: _Prepared) -> list[tuple[Path, str]]:
     """Files that the new checkpoint takes over byte for byte, and their names there."""
     changed = changed_files(prepared.config) if prepared.new_tokens else ()
@@ -396,6 +414,7 @@ def _command(
     revision: str | None,
     max_pixels: int | None,
     max_shard_size: int | str,
+    with_code: bool,
     design: Mapping[str, Any],
 ) -> str:
     options = {
@@ -414,6 +433,8 @@ def _command(
     for option, value in options.items():
         if value is not None:
             words += [f"--{option}", str(value)]
+    if with_code:
+        words.append("--with-code")
     return shlex.join(words)
 
 

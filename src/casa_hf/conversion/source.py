@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -20,7 +20,7 @@ from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from ..configuration_casa import CasaConfig
 from ..hub import LICENSE_FILES
 from ..processing_casa import CasaProcessor
-from .errors import ConversionError, one_line
+from .errors import ConversionError, disk_is_full, one_line
 from .shards import read_json
 
 # What is downloaded: first everything that decides whether the source can be converted, then the weights.
@@ -68,6 +68,11 @@ def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -
         )
     except Exception as error:  # the Hub's client lets many kinds through, from bad names to broken connections
         reason = shorten(str(error), 160, placeholder=" ...")
+        if disk_is_full(error):
+            raise ConversionError(
+                f"The disk has no room to download {repository} into {constants.HF_HUB_CACHE} ({reason}). Free some "
+                "space, or set HF_HOME to a folder on another disk."
+            ) from error
         raise ConversionError(
             f"{repository!r} is not a folder here, and getting it from the Hub failed ({reason}). Check the name, the "
             "connection and your login (`hf auth login`), or give a local folder."

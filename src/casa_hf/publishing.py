@@ -1,0 +1,475 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A checkpoint folder becomes a Hub repository: checked, uploaded, and shown to the world in one commit.
+
+Before anything is sent, the folder is read as a user would load it: configuration, processor, the header of every
+weight file against the model. Files go to the Hub's large-file storage first, which keeps what has arrived; nobody
+sees them until the one commit at the end names them all. So a broken transfer leaves the repository as it was, and the
+same call again sends only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .configuration_casa import CasaConfig
+from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
+from .conversion.errors import disk_is_full, listed, one_line
+from .conversion.plan import SOURCE_ROWS_FILE
+from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
+from .conversion.source import PROCESSOR_FILES, read_source_config
+from .export import code_files, has_code, modelling_files, without_auto_map
+from .hub import LICENSE_FILES, published_card
+from .modeling_casa import CasaForConditionalGeneration
+from .processing_casa import CasaProcessor
+
+CARD = "README.md"
+
+# What belongs to a checkpoint besides its weights; optimizer states, logs and the like stay at home.
+_CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    *PROCESSOR_FILES,
+    *TOKENIZER_FILES,
+    *TEMPLATE_FILES,
+    "chat_templates/*.jinja",
+    *(KEPT + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)),
+    SOURCE_ROWS_FILE,
+)
+_WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
+
+# Weights in any format: a repository that holds some belongs to a model.
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
+
+_BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
+_AGAIN = "Nothing was published; the same command again sends only what is missing."
+_COMPLETE = "Whether the commit has arrived isn't known; the same command again completes it, or finds it complete."
+
+
+class PublishingError(ValueError):
+    """A checkpoint that can't be published, or wasn't; the message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class PublishableCheckpoint:
+    """A folder that has been checked.
+
+    Attributes:
+        folder: of the checkpoint.
+        config: of the model.
+        files: file by name in the repository, without the model card.
+        left_out: names of what else lies in the folder.
+        num_bytes: size of `files`.
+    """
+
+    folder: Path
+    config: CasaConfig
+    files: dict[str, Path]
+    left_out: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push has published.
+
+    Attributes:
+        repository: Hub id.
+        url: address of the repository.
+        commit: the Hub's hash of the commit that holds the checkpoint.
+        changed: whether that is a new one; False if the repository held the same already.
+        files: names of the checkpoint's files in the repository.
+        left_out: names of what lies in the folder and was not sent.
+        removed: names of files of an earlier version that the commit has taken out.
+        num_bytes: size of `files`.
+    """
+
+    repository: str
+    url: str
+    commit: str
+    changed: bool
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    removed: tuple[str, ...]
+    num_bytes: int
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def check_checkpoint(folder: str | Path) -> PublishableCheckpoint:
+    """Read a checkpoint folder as somebody would who downloads it, except for the values of its weights.
+
+    Args:
+        folder: of a CASA checkpoint, as `convert_checkpoint`, `save_pretrained` of model and processor, or a Trainer
+            with `processing_class=processor` writes it.
+
+    Raises:
+        PublishingError, ConversionError: if something is missing, broken, or doesn't fit together.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PublishingError(f"{folder} is not a folder. Give the folder of a CASA checkpoint.")
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise PublishingError(
+            f"{folder} holds a PEFT adapter without its model. Merge it (`merge_and_unload`) and save the result with "
+            "save_pretrained, or push the adapter itself with PEFT."
+        )
+    config = read_source_config(folder)
+    if not isinstance(config, CasaConfig):
+        raise PublishingError(
+            f"{folder} has model_type {config.model_type!r}, it is not a CASA checkpoint. Convert it first "
+            "(`casa-hf convert`)."
+        )
+    if not (folder / "generation_config.json").is_file():
+        raise PublishingError(
+            f"{folder} has no generation_config.json. Write it with model.generation_config.save_pretrained."
+        )
+    _check_processor(folder, config)
+    weights = _check_weights(folder, config)
+    files = _files(folder, weights)
+    left_out = tuple(
+        sorted(
+            entry.name + ("/" if entry.is_dir() else "")
+            for entry in folder.iterdir()
+            if entry.name != CARD and not any(name.split("/")[0] == entry.name for name in files)
+        )
+    )
+    num_bytes = sum(file.stat().st_size for file in files.values())
+    return PublishableCheckpoint(folder, config, files, left_out, num_bytes)
+
+
+def _check_processor(folder: Path, config: CasaConfig) -> None:
+    for name in ("processor_config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise PublishingError(
+                f"{folder} has no processor ({name}). Write it there with processor.save_pretrained, or give the "
+                "Trainer processing_class=processor."
+            )
+    try:
+        processor = CasaProcessor.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise PublishingError(
+            f"The processor in {folder} can't be loaded ({one_line(error)}). Write it anew with "
+            "processor.save_pretrained."
+        ) from error
+    pairs = {
+        "image_token_id": (config.image_token_id, processor.image_token_id),
+        "gist_token_ids": (config.gist_token_ids or [], processor.gist_token_ids),
+    }
+    for name, (of_model, of_processor) in pairs.items():
+        if of_model != of_processor:
+            raise PublishingError(
+                f"Model and processor in {folder} don't belong together: {name} is {of_model} in config.json and "
+                f"{of_processor} in the processor. Save both from the same checkpoint."
+            )
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise PublishingError(
+            f"Model and processor in {folder} don't belong together: the tokenizer has {len(processor.tokenizer)} "
+            f"tokens, the model embeds {config.text_config.vocab_size}. Save both from the same checkpoint."
+        )
+
+
+def _check_weights(folder: Path, config: CasaConfig) -> set[str]:
+    """Names of the weight files, whose tensors are those of the model."""
+    stored = read_checkpoint(folder)
+    if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        raise PublishingError(
+            f"{folder} holds weights twice, as {SINGLE_FILE} and as shards with {INDEX_FILE}. Remove the older ones."
+        )
+    with torch.device("meta"):
+        model = CasaForConditionalGeneration(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        for name in model.all_tied_weights_keys:
+            if name not in stored:
+                del wanted[name]
+    wrong = sorted(
+        f"{name} ({_shape(stored, name)} instead of {_shape(wanted, name)})"
+        for name in stored.keys() | wanted.keys()
+        if _shape(stored, name) != _shape(wanted, name)
+    )
+    if wrong:
+        raise PublishingError(
+            f"The weights in {folder} aren't those of the model that config.json describes: {listed(wrong)}. Save the "
+            "model anew with save_pretrained."
+        )
+    names = {tensor.file.name for tensor in stored.values()}
+    return names if SINGLE_FILE in names else names | {INDEX_FILE}
+
+
+def _shape(tensors: dict, name: str) -> str:
+    if name not in tensors:
+        return "none"
+    return str(list(getattr(tensors[name], "shape", tensors[name])))
+
+
+def _files(folder: Path, weights: set[str]) -> dict[str, Path]:
+    patterns = (*_CHECKPOINT_FILES, *LICENSE_FILES)
+    names = weights | {
+        file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern) if file.is_file()
+    }
+    if has_code(folder):
+        names |= {file.name for file in modelling_files(folder)}
+    return {name: folder / name for name in sorted(names)}
+
+
+# ---------------------------------------------------------------- the repository
+
+
+def push_checkpoint(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    with_code: bool = False,
+    datasets: Sequence[str] = (),
+    message: str | None = None,
+) -> PushReport:
+    """Publish a checkpoint folder with its model card on the Hub, in one commit.
+
+    The folder stays as it is. The repository is made if it doesn't exist; one that holds a CASA checkpoint is brought
+    to the folder's state, files of the older version that the new one doesn't have included. A broken or interrupted
+    transfer leaves it unchanged, and is taken up by the same call again.
+
+    Args:
+        folder: of a checkpoint, see `check_checkpoint`.
+        repository: Hub id "namespace/name", or "name" for one of your own.
+        private: whether a new repository is private.
+        revision: branch to publish on, made if it doesn't exist; None for the default one.
+        token: of the Hub, with write access; None for that of `hf auth login` or HF_TOKEN.
+        with_code: whether the repository carries the code that it runs with, so that `trust_remote_code=True` loads it
+            where casa_hf isn't installed. Code that the folder carries is published in any case.
+        datasets: what the model was trained on, for the card: Hub ids, or names in words.
+        message: of the commit.
+
+    Raises:
+        PublishingError, ConversionError: if the folder isn't publishable, the repository is taken, not yours, or more
+            public than asked for, there is no valid token, or the transfer fails. Nothing is published then, except
+            where the answer to the commit itself was lost, which the error says.
+    """
+    checkpoint = check_checkpoint(folder)
+    with_code = with_code or has_code(checkpoint.folder)
+    _check_names(repository, revision)
+    token = token or get_token()
+    if token is None:
+        raise PublishingError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+    api = HfApi(token=token)
+    with _explained(repository, "Asking the Hub who you are"):
+        user = api.whoami()["name"]
+    repository = repository if "/" in repository else f"{user}/{repository}"
+    contents = _contents(checkpoint, repository, revision, with_code, datasets)
+    with _explained(repository, f"Preparing {repository}", user):
+        present = _open_repository(api, repository, private, revision)
+    removed = _outdated(present, contents)
+    additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    with _explained(repository, f"The upload to {repository}", user):
+        for addition in additions:
+            # One by one: together they would be sent by threads, which an interrupt has to wait for.
+            if addition.path_in_repo.endswith(".safetensors"):
+                api.preupload_lfs_files(repository, [addition], revision=revision, free_memory=False)
+    with _explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
+        commit = api.create_commit(
+            repository,
+            [*additions, *(CommitOperationDelete(name) for name in removed)],
+            commit_message=message or f"CASA checkpoint ({checkpoint.config.variant or 'a design of its own'})",
+            revision=revision,
+            parent_commit=present.sha,
+        )
+    return PushReport(
+        repository=repository,
+        url=f"{api.endpoint}/{repository}" + ("" if revision is None else f"/tree/{revision}"),
+        commit=commit.oid,
+        changed=commit.oid != present.sha,
+        files=tuple(contents),
+        left_out=checkpoint.left_out,
+        removed=tuple(removed),
+        num_bytes=sum(addition.upload_info.size for addition in additions),
+    )
+
+
+def _check_names(repository: str, revision: str | None) -> None:
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise PublishingError(
+            f"{repository!r} is no name of a repository ({one_line(error)}). Give one such as namespace/name."
+        ) from error
+    if revision is not None and (not _BRANCH.fullmatch(revision) or revision.startswith("refs/")):
+        raise PublishingError(f"revision={revision!r} is no name of a branch. Give one such as main or v1.")
+
+
+def _contents(
+    checkpoint: PublishableCheckpoint, repository: str, revision: str | None, with_code: bool, datasets: Sequence[str]
+) -> dict[str, str | bytes]:
+    """Path or content of every file by its name in the repository."""
+    contents: dict[str, str | bytes] = {name: str(file) for name, file in checkpoint.files.items()}
+    if not has_code(checkpoint.folder):
+        if with_code:
+            contents |= code_files(checkpoint.folder)
+        else:
+            # Classes of code that isn't there would keep the Auto classes from loading the checkpoint.
+            for name in ("config.json", "processor_config.json"):
+                if "auto_map" in json.loads(checkpoint.files[name].read_text("utf-8")):
+                    contents[name] = without_auto_map(checkpoint.files[name])
+    readme = checkpoint.folder / CARD
+    try:
+        card = published_card(
+            readme.read_text("utf-8") if readme.is_file() else None,
+            checkpoint.config,
+            repository,
+            revision=revision,
+            datasets=datasets,
+            with_code=with_code,
+        )
+    except ValueError as error:
+        raise PublishingError(f"{checkpoint.folder}: {one_line(error)}") from error
+    link = re.search(r"^license_link: (?!\w+://)(\S+)$", card, re.MULTILINE)
+    if link and link[1] not in contents:
+        raise PublishingError(
+            f"The model card refers to the licence {link[1]}, which {checkpoint.folder} doesn't hold. Copy it there "
+            "from the checkpoint that this one was made from."
+        )
+    contents[CARD] = card.encode()
+    return contents
+
+
+def _open_repository(api: HfApi, repository: str, private: bool, revision: str | None) -> ModelInfo:
+    """The repository at the branch that is to be committed to, made where it didn't exist."""
+    try:
+        info = api.model_info(repository)
+    except RepositoryNotFoundError:
+        _create(api, repository, private)
+        info = api.model_info(repository)
+    else:
+        if private and not info.private:
+            raise PublishingError(
+                f"{repository} exists and is public. Choose another name, make it private in its settings, or leave "
+                "out private (--private)."
+            )
+    target = info
+    is_new_branch = False
+    if revision is not None:
+        try:
+            target = api.model_info(repository, revision=revision)
+        except RevisionNotFoundError:
+            is_new_branch = True
+    held = _foreign_content(api, repository, target)
+    if held is not None:
+        raise PublishingError(f"{repository} is taken: it holds {held}. Choose another name.")
+    if is_new_branch and revision is not None:
+        api.create_branch(repository, branch=revision)
+        target = api.model_info(repository, revision=revision)
+    return target
+
+
+def _create(api: HfApi, repository: str, private: bool) -> None:
+    try:
+        api.create_repo(repository, private=private or None)
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 409:
+            raise
+        raise PublishingError(
+            f"{repository} is taken: it exists, and the token may not read it ({_reason(error)}). Choose another "
+            "name, or use a token with access to it."
+        ) from error
+
+
+def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None:
+    """What other model than a CASA checkpoint a repository holds, in words; None if it holds none."""
+    names = _names(info)
+    if "config.json" not in names:
+        weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
+        return f"weights of another kind ({listed(weights)})" if weights else None
+    config = hf_hub_download(
+        repository, "config.json", revision=info.sha, token=api.token, endpoint=api.endpoint, library_name="casa_hf"
+    )
+    try:
+        model_type = json.loads(Path(config).read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        model_type = None
+    if model_type == CasaConfig.model_type:
+        return None
+    return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
+
+
+def _outdated(info: ModelInfo, contents: dict[str, str | bytes]) -> list[str]:
+    """Names of files of an earlier version of the checkpoint, which loading the new one might pick up."""
+    code = {file.name for file in modelling_files()}
+    return sorted(
+        name
+        for name in _names(info) - contents.keys()
+        if name in code or any(fnmatch(name, pattern) for pattern in (*_CHECKPOINT_FILES, *_WEIGHT_FILES))
+    )
+
+
+def _names(info: ModelInfo) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or ()}
+
+
+# ---------------------------------------------------------------- what can go wrong
+
+
+@contextmanager
+def _explained(repository: str, doing: str, user: str | None = None, when_lost: str = _AGAIN) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one line with the way out.
+
+    Args:
+        repository: Hub id.
+        doing: what is being done, as the subject of a sentence.
+        user: of the token, once known.
+        when_lost: what to do if there was no answer.
+    """
+    try:
+        yield
+    except PublishingError:
+        raise
+    except Exception as error:  # the Hub's client lets many kinds through, also wrapped in each other
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            raise PublishingError(_refusal(cause, cause.response.status_code, repository, doing, user)) from error
+        remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
+        raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {when_lost}") from error
+
+
+def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None) -> str:
+    said = _reason(error)
+    if status == 401:
+        return f"The Hub doesn't accept the token ({said}). Log in anew with `hf auth login`, or set another HF_TOKEN."
+    if status == 403:
+        own = f"{user}/{repository.rpartition('/')[2]}"
+        remedy = "a token with write access"
+        if user is not None and own != repository:
+            remedy += f", or a name of your own such as {own}"
+        return f"The Hub doesn't let {user or 'you'} write to {repository} ({said}). Use {remedy}."
+    if status in (409, 412):
+        return f"{repository} was changed during the upload ({said}). {_AGAIN}"
+    if status in (402, 413, 507):
+        return f"The Hub has no room for this ({said}). Free some storage in your account's settings. {_AGAIN}"
+    return f"{doing} failed ({said}). {_AGAIN}"
+
+
+def _reason(error: BaseException) -> str:
+    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return shorten(said, 160, placeholder=" ...")

@@ -1,0 +1,171 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Cards of published checkpoints: whatever the folder says itself is kept, and nothing is missing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
+from casa_hf.hub import Origin, origin_records, published_card, recorded_origins
+from examples.tiny_source import build_tiny_helium
+from tests.hub.loopback import Hub
+
+REPOSITORY = "me/tiny-casa"
+APACHE = {"license": "apache-2.0"}
+QWEN = {"license": "other", "license_name": "qwen-research", "license_link": "https://huggingface.co/Qwen/LICENSE"}
+BY_TRAINER = """\
+---
+library_name: transformers
+tags:
+- generated_from_trainer
+model-index:
+- name: out
+  results: []
+---
+
+<!-- Written by the Trainer. -->
+
+# out
+
+## Training procedure
+
+### Training hyperparameters
+
+- learning_rate: 0.0001
+"""
+
+
+@pytest.fixture
+def config(casa_folder: Path) -> CasaConfig:
+    """Of a model whose source is on the Hub."""
+    config = CasaConfig.from_pretrained(casa_folder)
+    config.source_origins = origin_records([(Origin("Qwen/Qwen2.5-VL-3B-Instruct", True, "0123abcd"), QWEN)])
+    return config
+
+
+def test_a_trained_model_without_a_card(config: CasaConfig) -> None:
+    card = ModelCard(published_card(None, config, REPOSITORY, datasets=["someone/colours", "my own pictures"]))
+    assert card.data.to_dict() == {
+        "base_model": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "base_model_relation": "finetune",
+        "datasets": ["someone/colours"],
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["casa"],
+        **QWEN,
+    }
+    assert card.text.strip().startswith("# tiny-casa\n\n[Qwen/Qwen2.5-VL-3B-Instruct](https://")
+    assert "at commit `0123abcd`" in card.text and "Variant `casa`" in card.text
+    assert "- [someone/colours](https://huggingface.co/datasets/someone/colours)\n- my own pictures\n" in card.text
+    assert "qwen-research, see [https://huggingface.co/Qwen/LICENSE]" in card.text
+    assert "eprint = {2512.19535}" in card.text
+    assert "ntrained" not in card.text
+
+
+def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
+    card = ModelCard(published_card(BY_TRAINER, config, REPOSITORY))
+    assert card.data.tags == ["generated_from_trainer", "casa"]
+    assert card.data.base_model == "Qwen/Qwen2.5-VL-3B-Instruct" and card.data.license_name == "qwen-research"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    for part in ("<!-- Written by the Trainer. -->", "# out\n", "- learning_rate: 0.0001\n"):
+        assert part in card.text
+    titles = re.findall(r"^## (.*)$", card.text, re.MULTILINE)
+    assert titles == ["Training procedure", "Usage", "Licence", "Citation"]
+
+
+def test_what_somebody_wrote_is_kept(config: CasaConfig) -> None:
+    """Also what only looks like a section because it stands in a code block."""
+    text = """\
+# My model
+
+Made as arXiv:2512.19535 says.
+
+## Usage
+
+Ask it nicely.
+
+```python
+## Usage of casa_hf
+```
+
+## License
+
+All mine.
+"""
+    written = f"---\nlicense: mit\nbase_model: me/another\ndatasets: me/first\ntags: [own]\n---\n\n{text}"
+    card = ModelCard(published_card(written.replace("casa_hf", "it"), config, REPOSITORY))
+    assert card.text.strip() == text.replace("casa_hf", "it").strip()
+    assert card.data.license == "mit" and card.data.base_model == "me/another" and card.data.tags == ["own", "casa"]
+    assert card.data.get("license_link") is None and card.data.get("base_model_relation") is None
+    again = ModelCard(published_card(written, config, REPOSITORY, datasets=["me/second"]))
+    assert again.data.datasets == ["me/first", "me/second"]
+    assert "nicely" not in again.text and "All mine." in again.text
+
+
+def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:
+    card = ModelCard(published_card("# Plain\n\nWords.\n", config, REPOSITORY))
+    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Usage")
+    assert card.data.license_name == "qwen-research"
+    assert not caplog.records
+
+
+def test_publishing_again_changes_nothing(config: CasaConfig) -> None:
+    once = published_card(BY_TRAINER, config, REPOSITORY, with_code=True, datasets=["someone/colours"])
+    assert published_card(once, config, REPOSITORY, with_code=True, datasets=["someone/colours"]) == once
+
+
+def test_trained_on_something_is_no_longer_untrained(casa_folder: Path, config: CasaConfig) -> None:
+    converted = (casa_folder / "README.md").read_text()
+    assert "## What is untrained" in converted
+    assert "## What is untrained" in published_card(converted, config, REPOSITORY)
+    trained = published_card(converted, config, REPOSITORY, datasets=["my own pictures"])
+    assert "ntrained" not in trained and "## Training data\n\n- my own pictures\n" in trained
+
+
+def test_a_model_of_two_sources(source_folder: Path, tmp_path: Path) -> None:
+    """Their licences differ: one field can't state both, the section does."""
+    folders = {"kyutai/helium": build_tiny_helium, "Qwen/vl": lambda path: shutil.copytree(source_folder, path)}
+    made = {}
+    for (name, build), stated in zip(folders.items(), (APACHE, QWEN), strict=True):
+        made[name] = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0123"
+        made[name].parent.mkdir(parents=True)
+        build(made[name])
+        front_matter = "\n".join(f"{key}: {value}" for key, value in stated.items())
+        (made[name] / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    output = convert_checkpoint(made["kyutai/helium"], tmp_path / "casa", vision_from=made["Qwen/vl"]).output
+    card = ModelCard(published_card(None, CasaConfig.from_pretrained(output), REPOSITORY))
+    assert card.data.base_model == ["kyutai/helium", "Qwen/vl"] and card.data.license == "other"
+    assert card.data.base_model_relation == "merge"
+    assert "`kyutai/helium`: apache-2.0" in card.text and "`Qwen/vl`: qwen-research" in card.text
+    assert "with the vision tower of `Qwen/vl`" in card.text
+    # A further design keeps them, unless it was made from a published model.
+    again = convert_checkpoint(output, tmp_path / "again", "casa").output
+    assert [origin.name for origin, _ in recorded_origins(CasaConfig.from_pretrained(again))] == [*made]
+
+
+@pytest.mark.parametrize("origins", [None, [], [{"name": "x"}], [{"name": "x", "on_hub": 1, "license": 3}]])
+def test_an_unknown_origin(config: CasaConfig, origins: list | None) -> None:
+    config.source_origins = origins
+    with pytest.raises(ValueError, match=r"`base_model` and `license` in the front matter of README\.md"):
+        published_card(None, config, REPOSITORY)
+    card = ModelCard(published_card("---\nlicense: mit\n---\n", config, REPOSITORY))
+    assert card.data.license == "mit" and card.data.get("base_model") is None
+
+
+def test_usage_runs_as_it_is_written(hub: Hub, casa_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push_checkpoint(casa_folder, REPOSITORY, with_code=True, revision="v1")
+    card = hub.files(REPOSITORY, "v1")["README.md"].decode()
+    first, second = re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(first, "README.md", "exec"), names)
+    expected = names["output"]
+    assert capsys.readouterr().out.strip()
+    exec(compile(second, "README.md", "exec"), names)
+    rest = first[first.index("image = ") :]
+    exec(compile(rest, "README.md", "exec"), names)
+    assert names["output"].tolist() == expected.tolist()
