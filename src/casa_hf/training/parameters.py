@@ -28,7 +28,7 @@ LORA_TARGETS: dict[str, str] = {
 }
 
 # For a quantization's `modules_to_not_convert`: few parameters, and those that errors hurt most.
-QUANTIZATION_SKIPS = ("visual", "multi_modal_projector", "lm_head")
+QUANTIZATION_SKIPS = ("model.visual", "model.multi_modal_projector", "lm_head")
 
 _LANGUAGE_MODEL = r"(^|\.)(language_model|lm_head|multi_modal_projector)\."
 RECIPES = ("paper-qwen", "paper-helium", "fusion-only")
