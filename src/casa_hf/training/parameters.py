@@ -147,7 +147,8 @@ def parameter_groups(
         weight_decay: of matrices; norms, biases and gates have none.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and a `name`; empty ones are left out.
+        Groups with `params`, `lr`, `weight_decay` and a `name`, new parameters first (the Trainer logs the first
+        group's rate); empty ones are left out.
 
     Raises:
         ValueError: if nothing is trainable.
@@ -170,7 +171,7 @@ def parameter_groups(
         group["params"].append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable; call freeze(model, ...) with what is to train.")
-    return list(groups.values())
+    return [groups[label] for label in sorted(groups, reverse=True)]
 
 
 def checkpoint_activations(model: Any) -> None:

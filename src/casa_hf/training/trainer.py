@@ -59,6 +59,10 @@ class CasaTrainer(Trainer):
             self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; without a cache, which it would fill for nothing."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
