@@ -141,7 +141,7 @@ def test_frozen_parts_keep_no_graph(deep_folder, processor):
     assert 0 < with_tower[1] < with_tower[4] < with_tower[6]
 
 
-@pytest.mark.parametrize("recipe", ["paper-qwen", "fusion-only", "paper-helium"])
+@pytest.mark.parametrize("recipe", ["paper-qwen", "paper-helium"])
 def test_checkpointed_activations_change_no_gradient(deep_folder, processor, recipe):
     model = load_model(deep_folder).train()
     freeze(model, recipe)
