@@ -74,10 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         config = configuration(given.stage, given.model, given.data, given.output, given.settings)
-        report = train(config, on_log=print)
+        report = train(config, on_log=print, on_start=lambda parts, data: print(parts_table(parts)))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(parts_table(report.parts))
     print(f"Wrote {report.output} after {report.steps} steps.")
 
 

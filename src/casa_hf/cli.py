@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from .conversation import Conversation
     from .conversion import CheckpointSummary, ConversionPlan
+    from .training import PackedDataset
+    from .training.parameters import Part
 
 app = typer.Typer(
     help="Vision-language models that keep image tokens out of the sequence and the KV cache.",
@@ -289,13 +291,18 @@ def train(
     settings = TrainingConfig.from_yaml(config)
     if resume:
         settings = replace(settings, resume=True)
-    report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True))
-    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
-        return
-    typer.echo(parts_table(report.parts))
-    typer.echo(f"{report.steps} steps on {report.sequences} packed sequences, {report.dropped} conversations dropped.")
-    typer.echo(_logged(report.metrics))
-    typer.echo(f"Wrote {report.output}.")
+
+    def announce(parts: list[Part], data: PackedDataset) -> None:
+        typer.echo(parts_table(parts))
+        typer.echo(
+            f"{len(data.examples) - data.num_dropped} conversations in {len(data)} packed sequences, "
+            f"{data.num_dropped} dropped as too long."
+        )
+
+    report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
+    if not int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
+        typer.echo(f"Wrote {report.output}.")
 
 
 def _logged(values: dict[str, float]) -> str:

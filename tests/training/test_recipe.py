@@ -117,7 +117,8 @@ def test_the_command(settings, tmp_path, capsys):
         cli.main(["train", str(file)])
     captured = capsys.readouterr()
     assert ended.value.code == 0
-    assert "fusion layers" in captured.out and captured.out.splitlines()[-1] == f"Wrote {settings['output']}."
+    assert "fusion layers" in captured.out and "4 conversations in" in captured.out
+    assert captured.out.splitlines()[-1] == f"Wrote {settings['output']}."
     assert captured.err.count("loss ") >= 2
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", str(file)])

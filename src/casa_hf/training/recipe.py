@@ -172,7 +172,11 @@ class TrainingReport:
     metrics: dict[str, float]
 
 
-def train(config: TrainingConfig, on_log: Callable[[dict[str, float]], None] | None = None) -> TrainingReport:
+def train(
+    config: TrainingConfig,
+    on_log: Callable[[dict[str, float]], None] | None = None,
+    on_start: Callable[[list[Part], PackedDataset], None] | None = None,
+) -> TrainingReport:
     """Train a CASA model.
 
     One process per device, as `accelerate launch` or `torchrun` start them; all call this.
@@ -180,6 +184,7 @@ def train(config: TrainingConfig, on_log: Callable[[dict[str, float]], None] | N
     Args:
         config: of the run.
         on_log: receives losses, rates and metrics as they come, in the first process.
+        on_start: receives what trains and on what before the first step, in the first process.
 
     Raises:
         ValueError: for settings or data that don't fit; before anything is computed or written.
@@ -232,6 +237,8 @@ def train(config: TrainingConfig, on_log: Callable[[dict[str, float]], None] | N
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if on_start is not None and trainer.is_world_process_zero():
+        on_start(parts, data)
     metrics = dict(trainer.train(resume_from_checkpoint=resumed).metrics)
     if eval_data is not None:
         metrics |= trainer.evaluate()
@@ -330,14 +337,22 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 def _save(trainer: Any, output: Path, source: Path) -> None:
     """Write model and processor under another name, then give the folder its own."""
     partial = output.with_name(f"{output.name}.incomplete")
-    trainer.save_model(str(partial))
-    if trainer.is_world_process_zero():
-        for pattern in _KEPT_FILES:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copy(file, partial / file.name)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        os.rename(partial, output)
+    first = trainer.is_world_process_zero()
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(partial))
+        if first:
+            for pattern in _KEPT_FILES:
+                for file in source.glob(pattern):
+                    if file.is_file():
+                        shutil.copy(file, partial / file.name)
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            os.rename(partial, output)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
