@@ -629,6 +629,8 @@ class CasaModel(CasaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", None)  # where Trainer switches it off
         if input_ids is not None and input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens).")
         if inputs_embeds is None:
