@@ -214,11 +214,12 @@ def flash_attn_func(
     causal: bool = False,
     deterministic: bool = False,
 ) -> Tensor:
-    """As in the package flash-attn: rows of equal length, which don't count as a call for sequences of many lengths."""
+    """As in the package flash-attn: rows of equal length."""
     (rows, length), keys = q.shape[:2], k.shape[1]
     starts = torch.arange(rows + 1, dtype=torch.int32)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
-    output, _ = attention(*flat, starts * length, starts * keys, length, keys, causal, softmax_scale)
+    options = dropout_p, softmax_scale, causal, deterministic
+    output = flash_attn_varlen_func(*flat, starts * length, starts * keys, length, keys, *options)
     return output.unflatten(0, (rows, length))
 
 

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, varlen
 from tests import kernels, tiny
+from tests.ledger import Ledger
 from tests.reference import Image, Sample, reference_logits
 from tests.test_design_space import pairwise, product
 from tests.tiny import GISTS, casa_config, random_weights, sample
@@ -42,12 +41,18 @@ def reference_kernels() -> Iterator[None]:
         yield
 
 
+def available(back_ends: Sequence[str]) -> list[str]:
+    """Those back ends that this version of torch has."""
+    try:
+        varlen._kernel()
+    except ImportError:
+        return [name for name in back_ends if name != varlen.TORCH_VARLEN]
+    return list(back_ends)
+
+
 def needs(back_end: str) -> None:
-    if back_end == varlen.TORCH_VARLEN:
-        try:
-            varlen._kernel()
-        except ImportError as error:
-            pytest.skip(str(error))
+    if not available([back_end]):
+        pytest.skip(f"this torch has no kernel for {back_end}")
 
 
 class Case:
@@ -186,10 +191,158 @@ def test_designs_and_layouts(shard: int) -> None:
         scripts = ROWS_WITH_GISTS if "gist_token_ids" in fields else ROWS
         samples = [sample(script, seed) for seed, script in enumerate(scripts)]
         case = Case(casa_config("casa", **fields), **arranged(samples, layout, random.Random(number)))
-        for back_end in BACK_ENDS:
+        for back_end in available(BACK_ENDS):
             if back_end == "eager" and "left" in layout:
                 continue  # the stock eager attention gives NaN at left padding in float64
             try:
                 case.check(back_end)
             except AssertionError as error:
                 raise AssertionError(layout, fields) from error
+
+
+def wide_config(heads: int, kv_heads: int, head_dim: int, **fields: Any) -> CasaConfig:
+    """The tiny configuration with other heads."""
+    width = heads * head_dim
+    sections = {16: [2, 3, 3], 64: [8, 12, 12], 128: [16, 24, 24]}[head_dim]
+    text = {**tiny.TEXT, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    text["rope_parameters"] = {**tiny.TEXT["rope_parameters"], "mrope_section": sections}
+    source = Qwen2_5_VLConfig(
+        text_config={**text, "num_hidden_layers": 2},
+        vision_config={**tiny.VISION, "out_hidden_size": width},
+        image_token_id=tiny.IMAGE_PAD,
+        video_token_id=tiny.VIDEO_PAD,
+        vision_start_token_id=tiny.START,
+        vision_end_token_id=tiny.END,
+    )
+    return CasaConfig.from_source(source, "casa", **fields)
+
+
+def wide_sample(script: str, config: CasaConfig, seed: int = 0) -> Sample:
+    """The sample of a script with image features as wide as the model."""
+    one, images = sample(script, seed), []
+    for number, image in enumerate(one.images):
+        shape = (len(image.features), config.text_config.hidden_size)
+        images.append(replace(image, features=tiny.random_tensor(f"features {number}", shape, seed) * shape[1] ** 0.5))
+    return replace(one, images=tuple(images))
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 64), (4, 2, 16), (4, 1, 64), (2, 1, 128)])
+def test_head_sizes_and_groups(heads: int, kv_heads: int, head_dim: int) -> None:
+    for fields in ({}, {"casa_share_projections": True, "casa_keys": "context", "casa_image_updates": "full"}):
+        config = wide_config(heads, kv_heads, head_dim, **fields)
+        samples = [wide_sample(script, config, seed) for seed, script in enumerate(("2 2x3 2 1x2 3x1 1", "b2x2 2", "3"))]
+        case = Case(config, [[one] for one in samples], side="right")
+        for back_end in available(BACK_ENDS):
+            case.check(back_end)
+            assert {(call.heads, call.kv_heads) for call in case.calls} <= {(heads, kv_heads)}
+
+
+def test_a_window_of_4096_image_tokens() -> None:
+    config = wide_config(2, 1, 64)
+    case = Case(config, [[wide_sample("2 64x64 2 1x2 3", config)], [wide_sample("3 2x2 1", config, 1)]], side="right")
+    for back_end in available(BACK_ENDS):
+        case.check(back_end)
+
+
+def test_heads_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(varlen.TORCH_VARLEN)
+    from torch.nn.attention.varlen import varlen_attn
+
+    monkeypatch.setattr(varlen, "_kernel", lambda: (varlen_attn, False))
+    samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
+    case = Case(casa_config("casa"), [[one] for one in samples])
+    case.check(varlen.TORCH_VARLEN)
+    assert {(call.heads, call.kv_heads) for call in case.calls} == {(4, 4)}
+
+
+# ---------------------------------------------------------------------------------------------- number of calls
+
+# Calls in three blocks: of self-attention, and of fusion layers or attended updates of images.
+CALLS = {
+    "casa": 3 + 3,
+    "ca": 3 + 3,
+    "casa-shared": 3 + 3,
+    "ca-shared": 3 + 3,
+    "casa-before": 3 + 3,
+    "casa-ffn": 3 + 3,
+    "casa-replace": 2 + 1,
+    "exact": 3 + 3,
+}
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", CALLS)
+def test_one_call_per_layer_whatever_the_number_of_windows(variant: str, back_end: str) -> None:
+    needs(back_end)
+    rows = ["3 2x3 2 1x2 2", "5 1x1 2 " + 5 * "2x2 3x1 1 "], ["3x3"]
+    for number, scripts in enumerate(rows):
+        samples = [sample(script, seed) for seed, script in enumerate(scripts)]
+        case = Case(casa_config(variant), [[one] for one in samples], side="right" if number else "left")
+        case.check(back_end)
+        assert len(case.calls) == CALLS[variant]
+
+
+def test_every_window_is_a_sequence_of_its_own() -> None:
+    """Lengths counted by hand: groups have one sequence per image, of those visible there, with the group's text."""
+    needs(varlen.TORCH_VARLEN)
+    # Windows of 2x3; of 1x2, joined by 3x1. Text: 3, then the marks; 2; the marks and 4.
+    one = sample("3 2x3 2 1x2 3x1 4")
+    for variant, causal, queries, keys in (
+        ("casa", True, (4, 2, 5), (6 + 4, 2 + 2, 2 + 3 + 2 + 5)),
+        ("ca", False, (4, 2, 5), (6, 2, 2 + 3)),
+    ):
+        case = Case(casa_config(variant), [[one]])
+        case.check(varlen.TORCH_VARLEN)
+        fusion = [call for call in case.calls if len(call.q_lengths) > 1]
+        assert fusion == 3 * [kernels.Call(causal, queries, keys, 4, 2)]
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+COSTS = [
+    ({"casa_keys": "window"}, "4 4x4"),
+    ({"casa_keys": "image"}, "4 4x4"),
+    ({"casa_keys": "window", "casa_share_projections": True}, "4 4x4"),
+    ({"casa_keys": "window", "casa_image_history": "latest", "casa_image_updates": "ffn"}, "4 4x2 2x4"),
+    ({"casa_keys": "window", "casa_placement": "before"}, "4 4x2 2x4"),
+]
+
+
+def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tuple[Ledger, int, int]:
+    """What forward and backward over a number of windows write, the first fusion layer's FLOPs, and the text length."""
+    config = casa_config("casa", **fields)
+    torch.manual_seed(0)
+    model = kernels.use_back_end(CasaForConditionalGeneration(config).train(), back_end)
+    one = sample(" ".join([script] * windows))
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([list(one.input_ids)]),
+        "image_embeds": torch.cat([image.features for image in one.images]).float(),
+        "image_grid_thw": torch.tensor([[1, 2 * i.grid[0], 2 * i.grid[1]] for i in one.images]),
+        "use_cache": False,
+    }
+    with Ledger() as ledger:
+        model(**inputs).logits.sum().backward()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    flops = counter.get_flop_counts()["CasaForConditionalGeneration.model.language_model.layers.0.casa_attn"]
+    return ledger, sum(flops.values()), len(one.input_ids)
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", varlen.TORCH_VARLEN])
+@pytest.mark.parametrize("fields, script", COSTS, ids=range(len(COSTS)))
+def test_cost_is_linear_in_the_number_of_windows(fields: dict[str, Any], script: str, back_end: str) -> None:
+    needs(back_end)
+    few, few_flops, _ = cost(fields, script, 8, back_end)
+    many, many_flops, length = cost(fields, script, 64, back_end)
+    assert many.written < 9 * few.written
+    # Shared projections: the layer is self-attention over all text too.
+    assert many_flops < 9 * few_flops or fields.get("casa_share_projections")
+    assert many.largest < length * length, many.largest_operator
+
+
+def test_a_dense_mask_would_not_be_linear() -> None:
+    fields, script = COSTS[0]
+    few, few_flops, _ = cost(fields, script, 8, "eager")
+    many, many_flops, length = cost(fields, script, 64, "eager")
+    assert many.written > 20 * few.written and many_flops > 20 * few_flops
+    assert many.largest >= length * (length + 64 * 16), "the mask over all text and images"
