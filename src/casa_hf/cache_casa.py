@@ -51,9 +51,12 @@ class GrowingMemory:
         self.used = used
 
     def holds(self, stored: KeysValues) -> bool:
-        """Whether `stored` is all that has been written."""
+        """Whether `stored` is all that has been written, and more may be written behind it."""
+        # Outside of inference mode, what was made in it can't be changed.
+        writable = torch.is_inference_mode_enabled() or not self.tensors.keys.is_inference()
         return (
-            self.used == stored.keys.shape[2]
+            writable
+            and self.used == stored.keys.shape[2]
             and self.tensors.keys.data_ptr() == stored.keys.data_ptr()
             and self.tensors.keys.shape[:2] == stored.keys.shape[:2]
         )
@@ -125,7 +128,8 @@ class CasaLayerMixin:
 
     def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
         """`stored` with `new` behind it, without a copy of `stored` where there is room for more."""
-        if torch.is_grad_enabled() and (stored.keys.requires_grad or new.keys.requires_grad):
+        if torch.is_grad_enabled():
+            # A backward pass may still read what is stored, trained or not, and forbids writing behind it.
             return stored.append(new)
         memory = self.memory.get(name)
         if memory is not None and memory.holds(stored) and (everything := memory.append(new)) is not None:
