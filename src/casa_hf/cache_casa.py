@@ -382,6 +382,27 @@ def window_state(
     return state.to(device)
 
 
+def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int) -> None:
+    """Refuse text that a static cache has no slots for, where that is known without waiting for the device.
+
+    Args:
+        cache: prepared by `prepare_cache`, or None.
+        length: text slots in use, as in `WindowState`.
+        num_tokens: number of new tokens.
+
+    Raises:
+        ValueError: if there are too few slots.
+    """
+    layer = None if cache is None else cache.layers[0]
+    if not isinstance(layer, CasaStaticLayer) or not isinstance(length, int):
+        return
+    if length + num_tokens > layer.max_cache_len:
+        raise ValueError(
+            f"The static cache has {layer.max_cache_len} slots, but the text has {length + num_tokens} tokens now. "
+            "Make it with a larger max_cache_len."
+        )
+
+
 def cache_nbytes(cache: Cache) -> dict[str, int]:
     """Bytes that a cache holds, by part; quantised text counts only as far as it isn't quantised yet.
 
