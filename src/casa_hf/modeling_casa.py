@@ -484,11 +484,13 @@ class PatchProjection(nn.Conv3d):
     @classmethod
     def like(cls, convolution: nn.Conv3d) -> "PatchProjection":
         """The same projection; it takes over the parameters."""
+        size: Any = convolution.kernel_size
+        stride: Any = convolution.stride
         projection = cls(
             convolution.in_channels,
             convolution.out_channels,
-            convolution.kernel_size,
-            stride=convolution.stride,
+            size,
+            stride=stride,
             bias=convolution.bias is not None,
             device="meta",
         )

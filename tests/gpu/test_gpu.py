@@ -1,12 +1,13 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """On a CUDA device: every back end in half precision against the dense float64 reference, and decoding by CUDA graphs.
 
-The bodies that need no CUDA kernel also run on a CPU, in float64, so that they are known to work.
+The bodies that need no CUDA kernel also run on a CPU, for a few settings, so that they are known to work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +27,10 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 gpu = [pytest.mark.gpu, cuda]
 
 # Differences relative to the largest value, after two blocks; the reference's weights are rounded to the type first.
-TOLERANCES = {torch.float64: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+TOLERANCES = {torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 8e-3}
+GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+BACK_ENDS = ("sdpa", TORCH_VARLEN, "flash_attention_2")
+VARIANTS = ("casa", "ca", "casa-shared", "ca-shared", "exact")
 HEADS = [(4, 2, 64), (4, 1, 64), (2, 1, 128), (4, 4, 128)]
 DESIGNS: dict[str, dict[str, Any]] = {
     "window": {"casa_keys": "window"},
@@ -86,22 +89,25 @@ def check(case: Case, device: str, dtype: torch.dtype, back_end: str) -> None:
         assert error < GRADIENT_TOLERANCES[dtype], (name, error)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+def on_both(on_cpu: list[tuple[Any, ...]], on_gpu: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters that begin with the device."""
+    return [*(("cpu", *case) for case in on_cpu), *(pytest.param("cuda", *case, marks=gpu) for case in on_gpu)]
+
+
 @pytest.mark.parametrize(
-    "device, dtype, back_end",
-    [
-        ("cpu", torch.float64, "sdpa"),
-        *(
-            pytest.param("cuda", dtype, back_end, marks=gpu)
-            for dtype in (torch.bfloat16, torch.float16)
-            for back_end in ("sdpa", TORCH_VARLEN, "flash_attention_2")
-        ),
-    ],
+    "device, heads, dtype, back_end, design",
+    on_both(
+        [
+            ((4, 1, 64), torch.float64, "sdpa", "window"),
+            ((2, 1, 128), torch.bfloat16, "sdpa", "context full"),
+            ((4, 2, 64), torch.float16, "sdpa", "window shared"),
+        ],
+        itertools.product(HEADS, (torch.bfloat16, torch.float16), BACK_ENDS, DESIGNS),
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_forward_and_gradients(
-    heads: tuple[int, int, int], device: str, dtype: torch.dtype, back_end: str, design: str
+    device: str, heads: tuple[int, int, int], dtype: torch.dtype, back_end: str, design: str
 ) -> None:
     skip_without(back_end)
     check(rounded_case(heads, DESIGNS[design], dtype, *SCRIPTS), device, dtype, back_end)
@@ -109,7 +115,7 @@ def test_forward_and_gradients(
 
 @pytest.mark.gpu
 @cuda
-@pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN, "flash_attention_2"])
+@pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_windows_of_4096_image_tokens(dtype: torch.dtype, back_end: str) -> None:
     skip_without(back_end)
@@ -143,12 +149,10 @@ def no_waiting_in(layers: Any) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "device, back_end",
-    [("cpu", "sdpa"), *(pytest.param("cuda", name, marks=gpu) for name in ("sdpa", TORCH_VARLEN, "flash_attention_2"))],
+    "device, variant, static, back_end",
+    on_both([("casa", True, "sdpa")], itertools.product((*VARIANTS, "casa-ffn"), (False, True), BACK_ENDS)),
 )
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("variant", ["casa", "ca", "casa-shared", "ca-shared", "exact", "casa-ffn"])
-def test_layers_never_wait_for_the_device(variant: str, static: bool, device: str, back_end: str) -> None:
+def test_layers_never_wait_for_the_device(device: str, variant: str, static: bool, back_end: str) -> None:
     """In prefill, at a new image, and in decoding steps, of a single row without padding."""
     skip_without(back_end)
     model = half_model(variant, device)
@@ -178,9 +182,8 @@ def on(device: str, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, 
 # ------------------------------------------------------------------------------------ CUDA graphs
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("variant", ["casa", "ca", "casa-shared", "ca-shared", "exact"])
-def test_static_decoding_equals_growing(variant: str, device: str) -> None:
+@pytest.mark.parametrize("device, variant", on_both([("casa",)], [(variant,) for variant in VARIANTS]))
+def test_static_decoding_equals_growing(device: str, variant: str) -> None:
     """On CUDA `generate` compiles its steps by itself, into CUDA graphs; in float64, so that tokens agree."""
     model = new_model(variant, casa_static_image_tokens=64).to(device)
     for rows in (
