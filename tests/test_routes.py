@@ -201,6 +201,17 @@ def test_designs_and_layouts(shard: int) -> None:
                 raise AssertionError(layout, fields) from error
 
 
+@pytest.mark.parametrize("keys", ["window", "context"])
+def test_gist_tokens_without_an_image(keys: str) -> None:
+    """In a window of text they are keys but no queries; by themselves behind an image they read it like the others."""
+    fields = {"casa_keys": keys, "num_gist_tokens": 2, "gist_token_ids": GISTS}
+    fields |= {"casa_text_windows": True} if keys == "window" else {"casa_share_projections": True}
+    samples = [sample(script, seed) for seed, script in enumerate(("2 gists 3 g2x2 2 gists 2", "gists 1 gists 2"))]
+    case = Case(casa_config("casa", **fields), [[one] for one in samples], side="right")
+    for back_end in available(BACK_ENDS):
+        case.check(back_end)
+
+
 def wide_config(heads: int, kv_heads: int, head_dim: int, **fields: Any) -> CasaConfig:
     """The tiny configuration with other heads."""
     width = heads * head_dim
