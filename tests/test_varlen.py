@@ -68,6 +68,19 @@ def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) ->
             assert relative_error(actual, expected[-len(actual) :]) < TOLERANCE
 
 
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", ["casa", "ca-shared"])
+def test_empty_slots_of_a_static_cache_are_not_seen(variant: str, back_end: str) -> None:
+    model, truth, row = model_for(variant, back_end), new_model(variant), [*words(4, 1), A, 3]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(input_ids=torch.tensor([token_ids(row)]), past_key_values=cache, **images_of(row))
+    for token in (7, 8):
+        row.append(token)
+        logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0]
+        expected = truth(input_ids=torch.tensor([token_ids(row)]), **images_of(row)).logits[0, -1:]
+        assert relative_error(logits, expected) < TOLERANCE
+
+
 def images_of(row: list[Any]) -> dict[str, torch.Tensor]:
     return image_inputs([part for part in row if isinstance(part, Image)])
 
