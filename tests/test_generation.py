@@ -555,7 +555,11 @@ def test_new_ids_without_the_whole_mask_are_refused():
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        ({"compile_config": CompileConfig()}, NotImplementedError, "compile_config"),
+        (
+            {"compile_config": CompileConfig(), "prefill_chunk_size": 3, "cache_implementation": "static"},
+            NotImplementedError,
+            "compile_config and prefill_chunk_size",
+        ),
         ({"penalty_alpha": 0.6, "top_k": 4}, NotImplementedError, "contrastive_search"),
         ({"dola_layers": "high"}, NotImplementedError, "dola_generation"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, NotImplementedError, "group_beam_search"),

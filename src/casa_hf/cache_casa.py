@@ -60,15 +60,15 @@ class GrowingMemory:
             and self.tensors.keys.shape[:2] == stored.keys.shape[:2]
         )
 
-    def append(self, new: KeysValues) -> KeysValues | None:
-        """Views of everything with `new` behind it; None if there isn't enough room."""
+    def append(self, new: KeysValues) -> bool:
+        """Write `new` behind what is there, if there is room for it."""
         total = self.used + new.keys.shape[2]
         if total > self.tensors.keys.shape[2]:
-            return None
+            return False
         for tensor, part in zip(self.tensors, new, strict=True):
             tensor[:, :, self.used : total] = part
         self.used = total
-        return self.tensors.slots(0, total)
+        return True
 
     @classmethod
     def starting_with(cls, stored: KeysValues, room: int) -> GrowingMemory:
@@ -78,11 +78,6 @@ class GrowingMemory:
         for tensor, part in zip(tensors, stored, strict=True):
             tensor[:, :, :length] = part
         return cls(tensors, length)
-
-
-def _room(stored: KeysValues, new: KeysValues) -> int:
-    """Room that memory for `stored` is given behind it: for `new` and more."""
-    return new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
 
 
 class CasaLayerMixin:
@@ -117,13 +112,15 @@ class CasaLayerMixin:
 
     def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
         self.fusion[name] = kept
+        if name == "image" and "window" in self.fusion and not torch.is_grad_enabled():
+            self._join(kept, self.fusion["window"], room=0)
 
     def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
         """Add new text keys/values and return those of all current windows; closed windows are dropped."""
-        stored = self.fusion.get("window")
-        everything = new if stored is None else self._appended("window", stored, new)
-        dropped = plan.num_dropped_slots
-        self.fusion["window"] = everything
+        if self._append_joined(new) is None:
+            stored = self.fusion.get("window")
+            self.fusion["window"] = new if stored is None else self._appended("window", stored, new)
+        everything, dropped = self.fusion["window"], plan.num_dropped_slots
         if dropped:
             # A copy of the rest, so that the dropped part's memory is freed.
             self.fusion["window"] = KeysValues(*(tensor[:, :, dropped:].clone() for tensor in everything))
@@ -131,47 +128,57 @@ class CasaLayerMixin:
         return everything
 
     def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
-        """Add the text keys/values of a decoding step, and return those of images and window text.
+        """Add the text keys/values of a decoding step.
 
         Returns:
-            None and [image columns ; window text] in one piece of memory, which is made once per window; or both parts
-            where they can't be in one piece.
+            None and [image columns ; window text] in one piece of memory; or images and window text, where they aren't
+            in one piece.
         """
-        images, window = self.fusion.get("image"), self.fusion.get("window")
-        if (
-            images is None
-            or window is None
-            or plan.num_columns == 0
-            or plan.num_dropped_slots
-            or torch.is_grad_enabled()
-        ):
-            return images if plan.num_columns else None, self.update_window(new, plan)
-        memory, num_columns = self.memory.get("window"), images.keys.shape[2]
-        everything = None
-        if memory is not None and memory.starts_with(images, num_columns + window.keys.shape[2]):
-            everything = memory.append(new)
-        if everything is None:
-            stored = images.append(window)
-            memory = self.memory["window"] = GrowingMemory.starting_with(stored, _room(window, new))
-            everything = memory.append(new)
-            assert everything is not None
+        joined = self._append_joined(new)
+        return (
+            (None, joined)
+            if joined is not None
+            else (self.update_images("image", None, plan), self.update_window(new, plan))
+        )
+
+    def _join(self, images: KeysValues, window: KeysValues, room: int) -> GrowingMemory:
+        """Bring images and window text into one piece of memory, so that a step attends to both without a copy."""
+        memory = GrowingMemory.starting_with(
+            images.append(window), room + max(_SPARE_SLOTS, window.keys.shape[2] // 4)
+        )
+        self.memory["window"] = memory
+        self._view_joined(memory, images.keys.shape[2])
+        return memory
+
+    def _append_joined(self, new: KeysValues) -> KeysValues | None:
+        """[image columns ; window text ; `new`]; None if images and text aren't in one piece of memory."""
+        memory, images, window = self.memory.get("window"), self.fusion.get("image"), self.fusion.get("window")
+        if memory is None or images is None or window is None or torch.is_grad_enabled():
+            return None
+        num_columns = images.keys.shape[2]
+        if not memory.starts_with(images, num_columns + window.keys.shape[2]):
+            return None
+        if not memory.append(new):
+            memory = self._join(images, window, room=new.keys.shape[2])
+            memory.append(new)
+        return self._view_joined(memory, num_columns)
+
+    def _view_joined(self, memory: GrowingMemory, num_columns: int) -> KeysValues:
+        everything = memory.tensors.slots(0, memory.used)
         self.fusion["image"] = everything.slots(0, num_columns)
-        self.fusion["window"] = everything.slots(num_columns, everything.keys.shape[2])
-        return None, everything
+        self.fusion["window"] = everything.slots(num_columns, memory.used)
+        return everything
 
     def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
         """`stored` with `new` behind it, without a copy of `stored` where there is room for more."""
         if torch.is_grad_enabled():  # a backward pass may still read what would be written behind
             return stored.append(new)
         memory = self.memory.get(name)
-        if memory is not None and memory.starts_with(stored, stored.keys.shape[2]):
-            everything = memory.append(new)
-            if everything is not None:
-                return everything
-        memory = self.memory[name] = GrowingMemory.starting_with(stored, _room(stored, new))
-        everything = memory.append(new)
-        assert everything is not None
-        return everything
+        if memory is None or not memory.starts_with(stored, stored.keys.shape[2]) or not memory.append(new):
+            room = new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
+            memory = self.memory[name] = GrowingMemory.starting_with(stored, room)
+            memory.append(new)
+        return memory.tensors.slots(0, memory.used)
 
     def store_state(self, state: WindowState) -> None:
         """Remember the windows; in layer 0."""
@@ -416,6 +423,27 @@ def window_state(
             "extended the cache. Give each model a cache of its own."
         )
     return state.to(device)
+
+
+def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int) -> None:
+    """Refuse text that a static cache has no slots for, where that is known without waiting for the device.
+
+    Args:
+        cache: prepared by `prepare_cache`, or None.
+        length: text slots in use, as in `WindowState`.
+        num_tokens: number of new tokens.
+
+    Raises:
+        ValueError: if there are too few slots.
+    """
+    layer = None if cache is None else cache.layers[0]
+    if not isinstance(layer, CasaStaticLayer) or not isinstance(length, int):
+        return
+    if length + num_tokens > layer.max_cache_len:
+        raise ValueError(
+            f"The static cache has {layer.max_cache_len} slots, but the text has {length + num_tokens} tokens now. "
+            "Make it with a larger max_cache_len."
+        )
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:

@@ -43,7 +43,7 @@ from .attention import (
     TextInputs,
 )
 from .backbones import BACKBONES
-from .cache_casa import prepare_cache, window_state
+from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
@@ -352,6 +352,7 @@ class CasaTextModel(CasaPreTrainedModel):
         )
         if images is not None or inputs_embeds.shape[1] > 1:
             state = state.growing()  # only a decoding step works on the fixed state of a static cache
+        check_room(past_key_values, state.length, inputs_embeds.shape[1])
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,

@@ -220,11 +220,8 @@ class WindowState:
     def assign(self, new: WindowState) -> WindowState:
         """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
         mine = self._tensors()
-        if new.slots is None and new.length > self.valid.shape[1]:
-            raise ValueError(
-                f"The static cache has {self.valid.shape[1]} slots, but the text has {new.length} tokens now. Make it "
-                "with a larger max_cache_len."
-            )
+        if new.pinned is None:
+            mine["pinned"] = None
         for name, value in new._tensors().items():
             if name == "valid" and new.slots is None:
                 self.valid[:, : value.shape[1]].copy_(value)

@@ -1,0 +1,361 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Every back end against the dense reference, forward and gradient, in float64; and what it costs.
+
+Kernels for sequences of different lengths run as references behind the real dispatchers (`tests/kernels.py`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
+
+from casa_hf import CasaConfig, CasaForConditionalGeneration, varlen
+from tests import kernels, tiny
+from tests.ledger import Ledger
+from tests.reference import Image, Sample, reference_logits
+from tests.test_design_space import pairwise, product
+from tests.tiny import GISTS, casa_config, random_weights, sample
+
+BACK_ENDS = ("sdpa", "eager", *kernels.KERNELS)
+TOLERANCE = 1e-6
+# The stock eager attention takes its softmax in float32.
+EAGER_TOLERANCE = 1e-5
+
+# Groups, text of one token between windows, an image before any text, stills beside frames, a row without images.
+ROWS = ("3 2x3 2 1x2 3x1 1 f2x2 f2x2 1", "b2x2 4 b1x3 1", "6", "1 2x1 b1x1 b2x2 1 f1x2 2x2 2")
+ROWS_WITH_GISTS = ("3 g2x3 2 g1x2 g3x1 1 f2x2 1", "bg2x2 4 g1x3 1", "6", "1 g2x1 2x1 3 gf1x2 2x2 2")
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels() -> Iterator[None]:
+    with kernels.reference_kernels():
+        yield
+
+
+def available(back_ends: Sequence[str]) -> list[str]:
+    """Those back ends that this version of torch has."""
+    try:
+        varlen._kernel()
+    except ImportError:
+        return [name for name in back_ends if name != varlen.TORCH_VARLEN]
+    return list(back_ends)
+
+
+def needs(back_end: str) -> None:
+    if not available([back_end]):
+        pytest.skip(f"this torch has no kernel for {back_end}")
+
+
+class Case:
+    """Samples in one batch, with the reference's logits and gradients.
+
+    Args:
+        config: of the model.
+        rows: the samples of each row; more than one are packed, with rotary positions that aren't the text index.
+        side: where shorter rows are padded.
+        masked: whether to give a mask where nothing is padded.
+    """
+
+    def __init__(self, config: CasaConfig, rows: Sequence[Sequence[Sample]], side: str = "left", masked: bool = False):
+        self.config = config
+        packed = any(len(row) > 1 for row in rows)
+        if packed:
+            rows = [[replace(one, positions=jumping_positions(one)) for one in row] for row in rows]
+        samples = [one for row in rows for one in row]
+        width = max(sum(len(one.input_ids) for one in row) for row in rows)
+        ids, mask = torch.full((len(rows), width), tiny.PAD), torch.zeros(len(rows), width, dtype=torch.long)
+        types, positions = torch.zeros_like(ids), torch.zeros(4, len(rows), width, dtype=torch.long)
+        images: list[Image] = []
+        places: list[tuple[int, int]] = []
+        self.spans: list[tuple[int, slice]] = []
+        for number, row in enumerate(rows):
+            at = width - sum(len(one.input_ids) for one in row) if side == "left" else 0
+            for one in row:
+                span = slice(at, at + len(one.input_ids))
+                ids[number, span], mask[number, span] = torch.tensor(list(one.input_ids)), 1
+                positions[0, number, span] = torch.arange(len(one.input_ids))
+                if one.positions is not None:
+                    positions[1:, number, span] = one.positions
+                for image in one.images:
+                    places.append((number, at + image.position))
+                    types[places[-1]] = 2 if image.is_frame else 1
+                    images.append(image)
+                self.spans.append((number, span))
+                at = span.stop
+        self.inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": types, "use_cache": False}
+        if masked or not bool(mask.all()):
+            self.inputs["attention_mask"] = mask
+        if packed:
+            self.inputs["position_ids"] = positions
+        if images:
+            self.inputs["image_grid_thw"] = torch.tensor([[1, 2 * i.grid[0], 2 * i.grid[1]] for i in images])
+            self.inputs["image_positions"] = torch.tensor(places)
+        self.features = [image.features for image in images]
+        generator = torch.Generator().manual_seed(len(images))
+        shapes = [(len(one.input_ids), config.text_config.vocab_size) for one in samples]
+        self.loss_weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        self.weights = random_weights(config)
+        self.logits, self.gradients = self._reference(samples)
+
+    def _reference(self, samples: Sequence[Sample]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        leaves = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
+        features = [x.clone().requires_grad_() for x in self.features]
+        rest, copies = iter(features), []
+        for one in samples:
+            copies.append(replace(one, images=tuple(replace(image, features=next(rest)) for image in one.images)))
+        logits = reference_logits(self.config, leaves, copies)
+        named = {**leaves, **{f"image {i}": x for i, x in enumerate(features)}}
+        gradients = torch.autograd.grad(self._loss(logits), list(named.values()), allow_unused=True)
+        pairs = zip(named.items(), gradients, strict=True)
+        found = {name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in pairs}
+        return [one.detach() for one in logits], found
+
+    def _loss(self, logits: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(x * w).sum() for x, w in zip(logits, self.loss_weights, strict=True)]).sum()
+
+    def model(self, back_end: str) -> CasaForConditionalGeneration:
+        model = CasaForConditionalGeneration(self.config).double().eval()
+        loaded = model.load_state_dict(self.weights, strict=False)
+        assert not loaded.unexpected_keys
+        return kernels.use_back_end(model, back_end)
+
+    def check(self, back_end: str, tolerance: float | None = None) -> None:
+        """Compare logits and all gradients with the reference's."""
+        if tolerance is None:
+            tolerance = EAGER_TOLERANCE if back_end == "eager" else TOLERANCE
+        model = self.model(back_end)
+        features = [x.clone().requires_grad_() for x in self.features]
+        kernels.calls.clear()
+        output = model(**self.inputs, **({"image_embeds": features} if features else {})).logits
+        logits = [output[row, span] for row, span in self.spans]
+        self.calls = list(kernels.calls)
+        assert all(min(*call.q_lengths, *call.k_lengths) > 0 for call in self.calls), "an empty sequence"
+        for actual, expected in zip(logits, self.logits, strict=True):
+            assert (actual - expected).abs().max() < tolerance * expected.abs().max(), back_end
+        self._loss(logits).backward()
+        parameters = {name: p for name, p in model.named_parameters() if not name.startswith("model.visual.")}
+        named = {**parameters, **{f"image {i}": x for i, x in enumerate(features)}}
+        assert named.keys() == self.gradients.keys()
+        # Gradients that are 0 in theory are as large as the rounding of the others.
+        floor = 1e-3 * max(float(gradient.abs().max()) for gradient in self.gradients.values())
+        for name, tensor in named.items():
+            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            expected = self.gradients[name]
+            error = float((gradient - expected).abs().max()) / max(float(expected.abs().max()), floor)
+            assert error < 10 * tolerance, (back_end, name, error)
+
+
+def jumping_positions(one: Sample) -> Tensor:
+    """(3, T) positions that aren't the text index: steps of 1 to 3, different on each axis."""
+    generator = torch.Generator().manual_seed(len(one.input_ids))
+    return torch.randint(1, 4, (3, len(one.input_ids)), generator=generator).cumsum(-1)
+
+
+LAYOUTS = ("left", "right", "packed", "packed left", "packed right")
+
+
+def arranged(samples: Sequence[Sample], layout: str, generator: random.Random) -> dict[str, Any]:
+    """Arguments of `Case` for a layout."""
+    if "packed" not in layout:
+        return {"rows": [[one] for one in samples], "side": layout}
+    first = [samples[0], samples[2], samples[1]]
+    if layout == "packed":
+        return {"rows": [[*first, samples[3]]], "masked": generator.random() < 0.5}
+    return {"rows": [first, [samples[3], samples[2]]], "side": layout.split()[1]}
+
+
+@cache
+def settings() -> list[dict[str, Any]]:
+    """Designs in which every allowed pair of values occurs, and some more; a part of them with gist tokens."""
+    chosen = [*pairwise(), *random.Random(2).sample(product(), 12)]
+    gists = {"num_gist_tokens": 2, "gist_token_ids": GISTS}
+    return [{**fields, **(gists if i % 4 == 3 else {})} for i, fields in enumerate(chosen)]
+
+
+SHARDS = 8
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_designs_and_layouts(shard: int) -> None:
+    """Each design in one layout of the batch, on all back ends."""
+    for number in range(shard, len(settings()), SHARDS):
+        fields, layout = settings()[number], LAYOUTS[number % len(LAYOUTS)]
+        scripts = ROWS_WITH_GISTS if "gist_token_ids" in fields else ROWS
+        samples = [sample(script, seed) for seed, script in enumerate(scripts)]
+        case = Case(casa_config("casa", **fields), **arranged(samples, layout, random.Random(number)))
+        for back_end in available(BACK_ENDS):
+            if back_end == "eager" and "left" in layout:
+                continue  # the stock eager attention gives NaN at left padding in float64
+            try:
+                case.check(back_end)
+            except AssertionError as error:
+                raise AssertionError(layout, fields) from error
+
+
+@pytest.mark.parametrize("keys", ["window", "context"])
+def test_gist_tokens_without_an_image(keys: str) -> None:
+    """In a window of text they are keys but no queries; by themselves behind an image they read it like the others."""
+    fields = {"casa_keys": keys, "num_gist_tokens": 2, "gist_token_ids": GISTS}
+    fields |= {"casa_text_windows": True} if keys == "window" else {"casa_share_projections": True}
+    samples = [sample(script, seed) for seed, script in enumerate(("2 gists 3 g2x2 2 gists 2", "gists 1 gists 2"))]
+    case = Case(casa_config("casa", **fields), [[one] for one in samples], side="right")
+    for back_end in available(BACK_ENDS):
+        case.check(back_end)
+
+
+def wide_config(heads: int, kv_heads: int, head_dim: int, **fields: Any) -> CasaConfig:
+    """The tiny configuration with other heads."""
+    width = heads * head_dim
+    sections = {16: [2, 3, 3], 64: [8, 12, 12], 128: [16, 24, 24]}[head_dim]
+    text = {**tiny.TEXT, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    text["rope_parameters"] = {**tiny.TEXT["rope_parameters"], "mrope_section": sections}
+    source = Qwen2_5_VLConfig(
+        text_config={**text, "num_hidden_layers": 2},
+        vision_config={**tiny.VISION, "out_hidden_size": width},
+        image_token_id=tiny.IMAGE_PAD,
+        video_token_id=tiny.VIDEO_PAD,
+        vision_start_token_id=tiny.START,
+        vision_end_token_id=tiny.END,
+    )
+    return CasaConfig.from_source(source, "casa", **fields)
+
+
+def wide_sample(script: str, config: CasaConfig, seed: int = 0) -> Sample:
+    """The sample of a script with image features as wide as the model."""
+    one, images = sample(script, seed), []
+    for number, image in enumerate(one.images):
+        shape = (len(image.features), config.text_config.hidden_size)
+        images.append(replace(image, features=tiny.random_tensor(f"features {number}", shape, seed) * shape[1] ** 0.5))
+    return replace(one, images=tuple(images))
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 64), (4, 2, 16), (4, 1, 64), (2, 1, 128)])
+def test_head_sizes_and_groups(heads: int, kv_heads: int, head_dim: int) -> None:
+    for fields in ({}, {"casa_share_projections": True, "casa_keys": "context", "casa_image_updates": "full"}):
+        config = wide_config(heads, kv_heads, head_dim, **fields)
+        scripts = "2 2x3 2 1x2 3x1 1", "b2x2 2", "3"
+        samples = [wide_sample(script, config, seed) for seed, script in enumerate(scripts)]
+        case = Case(config, [[one] for one in samples], side="right")
+        for back_end in available(BACK_ENDS):
+            case.check(back_end)
+            assert {(call.heads, call.kv_heads) for call in case.calls} <= {(heads, kv_heads)}
+
+
+def test_a_window_of_4096_image_tokens() -> None:
+    config = wide_config(2, 1, 64)
+    case = Case(config, [[wide_sample("2 64x64 2 1x2 3", config)], [wide_sample("3 2x2 1", config, 1)]], side="right")
+    for back_end in available(BACK_ENDS):
+        case.check(back_end)
+
+
+def test_heads_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(varlen.TORCH_VARLEN)
+    from torch.nn.attention.varlen import varlen_attn
+
+    monkeypatch.setattr(varlen, "_kernel", lambda: (varlen_attn, False))
+    samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
+    case = Case(casa_config("casa"), [[one] for one in samples])
+    case.check(varlen.TORCH_VARLEN)
+    assert {(call.heads, call.kv_heads) for call in case.calls} == {(4, 4)}
+
+
+# ---------------------------------------------------------------------------------------------- number of calls
+
+# Calls in three blocks: of self-attention, and of fusion layers or attended updates of images.
+CALLS = {
+    "casa": 3 + 3,
+    "ca": 3 + 3,
+    "casa-shared": 3 + 3,
+    "ca-shared": 3 + 3,
+    "casa-before": 3 + 3,
+    "casa-ffn": 3 + 3,
+    "casa-replace": 2 + 1,
+    "exact": 3 + 3,
+}
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", CALLS)
+def test_one_call_per_layer_whatever_the_number_of_windows(variant: str, back_end: str) -> None:
+    needs(back_end)
+    rows = ["3 2x3 2 1x2 2", "5 1x1 2 " + 5 * "2x2 3x1 1 "], ["3x3"]
+    for number, scripts in enumerate(rows):
+        samples = [sample(script, seed) for seed, script in enumerate(scripts)]
+        case = Case(casa_config(variant), [[one] for one in samples], side="right" if number else "left")
+        case.check(back_end)
+        assert len(case.calls) == CALLS[variant]
+
+
+def test_every_window_is_a_sequence_of_its_own() -> None:
+    """Lengths counted by hand: groups have one sequence per image, of those visible there, with the group's text."""
+    needs(varlen.TORCH_VARLEN)
+    # Windows of 2x3; of 1x2, joined by 3x1. Text: 3, then the marks; 2; the marks and 4.
+    one = sample("3 2x3 2 1x2 3x1 4")
+    for variant, causal, queries, keys in (
+        ("casa", True, (4, 2, 5), (6 + 4, 2 + 2, 2 + 3 + 2 + 5)),
+        ("ca", False, (4, 2, 5), (6, 2, 2 + 3)),
+    ):
+        case = Case(casa_config(variant), [[one]])
+        case.check(varlen.TORCH_VARLEN)
+        fusion = [call for call in case.calls if len(call.q_lengths) > 1]
+        assert fusion == 3 * [kernels.Call(causal, queries, keys, 4, 2)]
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+COSTS = [
+    ({"casa_keys": "window"}, "4 4x4"),
+    ({"casa_keys": "image"}, "4 4x4"),
+    ({"casa_keys": "window", "casa_share_projections": True}, "4 4x4"),
+    ({"casa_keys": "window", "casa_image_history": "latest", "casa_image_updates": "ffn"}, "4 4x2 2x4"),
+    ({"casa_keys": "window", "casa_placement": "before"}, "4 4x2 2x4"),
+]
+
+
+def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tuple[Ledger, int, int]:
+    """What forward and backward over some windows write, the first fusion layer's FLOPs, and the text's length."""
+    config = casa_config("casa", **fields)
+    torch.manual_seed(0)
+    model = kernels.use_back_end(CasaForConditionalGeneration(config).train(), back_end)
+    one = sample(" ".join([script] * windows))
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([list(one.input_ids)]),
+        "image_embeds": torch.cat([image.features for image in one.images]).float(),
+        "image_grid_thw": torch.tensor([[1, 2 * i.grid[0], 2 * i.grid[1]] for i in one.images]),
+        "use_cache": False,
+    }
+    with Ledger() as ledger:
+        model(**inputs).logits.sum().backward()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    flops = counter.get_flop_counts()["CasaForConditionalGeneration.model.language_model.layers.0.casa_attn"]
+    return ledger, sum(flops.values()), len(one.input_ids)
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", varlen.TORCH_VARLEN])
+@pytest.mark.parametrize("fields, script", COSTS, ids=range(len(COSTS)))
+def test_cost_is_linear_in_the_number_of_windows(fields: dict[str, Any], script: str, back_end: str) -> None:
+    needs(back_end)
+    few, few_flops, _ = cost(fields, script, 8, back_end)
+    many, many_flops, length = cost(fields, script, 64, back_end)
+    assert many.written < 9 * few.written
+    # Shared projections: the layer is self-attention over all text too.
+    assert many_flops < 9 * few_flops or fields.get("casa_share_projections")
+    assert many.largest < length * length, many.largest_operator
+
+
+def test_a_dense_mask_would_not_be_linear() -> None:
+    fields, script = COSTS[0]
+    few, few_flops, _ = cost(fields, script, 8, "eager")
+    many, many_flops, length = cost(fields, script, 64, "eager")
+    assert many.written > 20 * few.written and many_flops > 20 * few_flops
+    assert many.largest >= length * (length + 64 * 16), "the mask over all text and images"

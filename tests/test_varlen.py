@@ -1,0 +1,142 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Kernels for sequences of different lengths beyond one prefill: caches, generation, vision towers, refusals.
+
+The kernels are references behind the real dispatchers (`tests/kernels.py`); "sdpa" is the truth here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from casa_hf import varlen
+from tests import kernels
+from tests.helpers_generation import Image, batch, image_inputs, new_model, relative_error, token_ids, words
+from tests.test_design_space import ROWS, run
+from tests.test_equalities import FAMILIES, make_case
+from tests.test_routes import needs
+from tests.tiny import sample
+
+TOLERANCE = 1e-6
+VARIANTS = ("casa", "ca", "casa-shared", "ca-shared", "exact", "insertion", "casa-replace", "casa-before", "casa-ffn")
+A, B, C = Image(2, 3, 1), Image(1, 2, 2), Image(3, 1, 3)
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels() -> Iterator[None]:
+    with kernels.reference_kernels(), torch.no_grad():
+        yield
+
+
+def model_for(variant: str, back_end: str, **fields: Any) -> Any:
+    needs(back_end)
+    return kernels.use_back_end(new_model(variant, **fields), back_end)
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_pieces_with_a_cache(variant: str, back_end: str) -> None:
+    """One boundary falls inside a group, rows receive images in different pieces, one piece is a single token."""
+    samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
+    expected = run(new_model(variant), samples, ())
+    for bounds in ((5, 9), (6, 7, 14)):
+        for actual, row in zip(run(model_for(variant, back_end), samples, bounds), expected, strict=True):
+            assert relative_error(actual, row) < TOLERANCE
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact"])
+def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) -> None:
+    """Rows that bring different numbers of tokens to each call, on both kinds of cache."""
+    model, truth = model_for(variant, back_end), new_model(variant)
+    cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
+    turns = ([[*words(4, 1), A, 3], [7]], [[5], [B, *words(2, 2), C]], [[8], [9]], [[C, 4], [*words(3, 5)]])
+    past: list[list[Any]] = [[], []]
+    for turn in turns:
+        inputs = batch(*turn, side="right")
+        masks = inputs["attention_mask"].bool()
+        logits = model(**inputs, past_key_values=cache).logits
+        for number, row in enumerate(turn):
+            past[number] += row
+            expected = truth(input_ids=torch.tensor([token_ids(past[number])]), **images_of(past[number])).logits[0]
+            actual = logits[number, masks[number]]
+            assert relative_error(actual, expected[-len(actual) :]) < TOLERANCE
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", ["casa", "ca-shared"])
+def test_empty_slots_of_a_static_cache_are_not_seen(variant: str, back_end: str) -> None:
+    model, truth, row = model_for(variant, back_end), new_model(variant), [*words(4, 1), A, 3]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(input_ids=torch.tensor([token_ids(row)]), past_key_values=cache, **images_of(row))
+    for token in (7, 8):
+        row.append(token)
+        logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0]
+        expected = truth(input_ids=torch.tensor([token_ids(row)]), **images_of(row)).logits[0, -1:]
+        assert relative_error(logits, expected) < TOLERANCE
+
+
+def images_of(row: list[Any]) -> dict[str, torch.Tensor]:
+    return image_inputs([part for part in row if isinstance(part, Image)])
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact", "casa-replace"])
+def test_generation(variant: str, back_end: str) -> None:
+    model = model_for(variant, back_end)
+    inputs = batch([*words(3, 1), A, *words(4, 2), B, C, 7], words(6, 4), [B, *words(3, 5)])
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = new_model(variant).generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+    assert torch.equal(model.generate(**inputs, **settings, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_tower(family: Any, back_end: str) -> None:
+    """All images of a call, of different sizes, in one call of the kernel per block of the tower."""
+    needs(back_end)
+    case = make_case(family, "casa")
+    expected = case.model.get_image_features(case.pixels, case.grids).pooler_output
+    model = kernels.use_back_end(case.model, back_end)
+    if back_end == varlen.TORCH_VARLEN:
+        model.set_attn_implementation(back_end)  # a second time: the tower keeps the name that it understands
+        assert model.model.visual.config._attn_implementation == varlen.TORCH_VARLEN_TOWER
+    kernels.calls.clear()
+    features = model.get_image_features(case.pixels, case.grids).pooler_output
+    for actual, other in zip(features, expected, strict=True):
+        assert relative_error(actual, other) < TOLERANCE
+    assert len(kernels.calls) == len(model.model.visual.blocks)
+    assert not any(call.causal for call in kernels.calls)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model.get_image_features(case.pixels, case.grids).pooler_output[0], expected[0])
+
+
+def test_dropout_is_refused() -> None:
+    model = model_for("casa", varlen.TORCH_VARLEN)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"no dropout, but attention_dropout=0\.1"):
+        model.train()(torch.tensor([[5, 6, 7]]))
+
+
+def test_causal_is_aligned_at_the_last_key() -> None:
+    """What the kernel is asked for, on lengths that differ: the last query sees all keys, none sees a neighbour's."""
+    needs(varlen.TORCH_VARLEN)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, 16, generator=generator) for heads, n in ((4, 5), (2, 9), (2, 9)))
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 6, 9])}
+    module = torch.nn.Identity()
+    actual, _ = varlen.torch_varlen_forward(
+        module, query, key, value, None, scaling=0.3, is_causal=True, **lengths, max_length_q=3, max_length_k=6
+    )
+    for q, seen in enumerate(([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [6], [6, 7], [6, 7, 8])):
+        for head in range(4):
+            scores = key[0, head // 2, seen] @ query[0, head, q] * 0.3
+            expected = scores.softmax(0) @ value[0, head // 2, seen]
+            assert relative_error(actual[0, q, head], expected) < 1e-5
