@@ -217,11 +217,23 @@ def test_a_wrong_back_end_is_not_measured(source):
         prefill.contenders(source, ["casa"], ["sdpa", "wrong"], stream)
 
 
+def test_speedups_compare_turn_by_turn():
+    # A machine that slows down to half in the middle of the first three turns: medians alone would give 10 / 24.
+    rival = [10.0, 10.0, 20.0] + [30.0] * 24 + [90.0, 90.0, 180.0]
+    own = [12.0, 24.0, 24.0] + [30.0] * 24 + [45.0, 60.0, 90.0]
+    assert streaming.speedups(rival, own) == (10 / 12, 2.0)
+
+
 def test_bars_are_judged_on_the_side_they_stand(source):
     models = {"insertion": InsertionContender(source, TINY), "casa": CasaContender(casa_model(source, "casa"), TINY)}
     figures = {
         "insertion": {"ttft_ms": [100.0, 800.0], "decode_ms": [10.0, 30.0]},
-        "casa": {"ttft_ms": [80.0, 100.0], "decode_ms": [12.0, 14.0]},
+        "casa": {
+            "ttft_ms": [80.0, 100.0],
+            "decode_ms": [12.0, 14.0],
+            "ttft_speedup": [1.25, 8.0],
+            "decode_speedup": [1 / 1.2, 30 / 14],
+        },
     }
     found = {bar.what: (round(bar.measured, 3), bar.met) for bar in streaming.bars(models, figures, "cpu")}
     assert found == {
