@@ -74,7 +74,9 @@ def attention(
     for states, cu_seqlens, longest in ((query, cu_seqlens_q, max_seqlen_q), (key, cu_seqlens_k, max_seqlen_k)):
         assert states.ndim == 3 and states.stride(-1) == 1, "a kernel reads heads as contiguous rows"
         assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
-        assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(states), "the sequences don't cover the states"
+        # Keys may be left over: the empty slots of a static cache.
+        covers = cu_seqlens[-1] <= len(states) if states is key else cu_seqlens[-1] == len(states)
+        assert cu_seqlens[0] == 0 and covers, "the sequences don't cover the states"
         assert isinstance(longest, int) and longest == int(cu_seqlens.diff().max())
         assert int(cu_seqlens.diff().min()) >= 0
     assert len(cu_seqlens_q) == len(cu_seqlens_k) and key.shape == value.shape

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from casa_hf import varlen
@@ -140,3 +141,90 @@ def test_causal_is_aligned_at_the_last_key() -> None:
             scores = key[0, head // 2, seen] @ query[0, head, q] * 0.3
             expected = scores.softmax(0) @ value[0, head // 2, seen]
             assert relative_error(actual[0, q, head], expected) < 1e-5
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators whose result the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(operator) in (
+            "aten.nonzero.default",
+            "aten._local_scalar_dense.default",
+            "aten.item.default",
+        )
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("back_end", ["sdpa", *kernels.KERNELS])
+@pytest.mark.parametrize("variant", ["casa", "casa-shared"])
+def test_blocks_never_wait_for_the_device(variant: str, back_end: str, static: bool) -> None:
+    """One row: several windows, a new image, and a step (but for flash attention on a static cache, where Transformers
+    looks for the filled slots in every block). Reference kernels wait; they aren't counted."""
+    model = model_for(variant, back_end) if back_end != "sdpa" else new_model(variant)
+    cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
+    waits, kernel = Waits(), kernels.attention
+
+    def uncounted(*args: Any, **kwargs: Any) -> Any:
+        before = waits.count
+        result = kernel(*args, **kwargs)
+        waits.count = before
+        return result
+
+    kernels.attention = uncounted
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(lambda *_: waits.__enter__() and None)
+        layer.register_forward_hook(lambda *_: waits.__exit__(None, None, None))
+    try:
+        for row in ([*words(3, 1), A, 4, B, *words(2, 2)], [5, C, 6]):
+            inputs = batch(row)
+            inputs.pop("attention_mask")
+            model(**inputs, past_key_values=cache)
+        if not (static and back_end == "flash_attention_2"):
+            model(torch.tensor([[7]]), past_key_values=cache)
+    finally:
+        kernels.attention = kernel
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-shared"])
+def test_the_kernel_gets_one_data_type_under_autocast(variant: str) -> None:
+    model = model_for(variant, "torch_varlen", dtype=torch.float32)
+    inputs = batch([*words(3, 1), A, *words(3, 2)])
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    seen: set[tuple[torch.dtype, ...]] = set()
+    attend = varlen._attend
+
+    def watched(states: list[torch.Tensor], *args: Any) -> torch.Tensor:
+        seen.add(tuple(state.dtype for state in states))
+        return attend(states, *args)
+
+    varlen._attend = watched
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(**inputs).logits
+    finally:
+        varlen._attend = attend
+    assert seen == {(torch.bfloat16,) * 3}
+    assert relative_error(logits.float(), model(**inputs).logits) < 0.1
+
+
+def test_a_compiled_step_takes_a_mask_of_everything() -> None:
+    model = new_model("casa", dtype=torch.float32)
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    rows = ([*words(3, 1), A, 3], [B, 4])
+    inputs = batch(*rows)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    mask = inputs.pop("attention_mask")
+    caches = StaticCache(config=model.config, max_cache_len=30), DynamicCache()
+    for cache in caches:
+        model(**inputs, attention_mask=mask, past_key_values=cache)
+    for token in (7, 8, 9):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        ids = torch.tensor([[token], [token + 1]])
+        logits = step(ids, attention_mask=mask, past_key_values=caches[0]).logits
+        assert relative_error(logits, model(ids, attention_mask=mask, past_key_values=caches[1]).logits) < 1e-5

@@ -50,15 +50,18 @@ class GrowingMemory:
         self.tensors = tensors
         self.used = used
 
-    def starts_with(self, stored: KeysValues, used: int) -> bool:
-        """Whether `stored` is what it begins with, `used` the length of all that has been written, and it may be
-        written on here: what was made in inference mode may not be changed outside."""
-        return (
-            self.used == used
-            and (torch.is_inference_mode_enabled() or not self.tensors.keys.is_inference())
-            and self.tensors.keys.data_ptr() == stored.keys.data_ptr()
-            and self.tensors.keys.shape[:2] == stored.keys.shape[:2]
-        )
+    def consists_of(self, *parts: KeysValues) -> bool:
+        """Whether these parts, one after the other, are all that has been written, and it may be written on here: what
+        was made in inference mode may not be changed outside."""
+        if self.tensors.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        place = 0
+        for part in parts:
+            here, length = self.tensors.keys[:, :, place:], part.keys.shape[2]
+            if length and (here.data_ptr() != part.keys.data_ptr() or here.shape[:2] != part.keys.shape[:2]):
+                return False
+            place += length
+        return place == self.used
 
     def append(self, new: KeysValues) -> bool:
         """Write `new` behind what is there, if there is room for it."""
@@ -71,13 +74,15 @@ class GrowingMemory:
         return True
 
     @classmethod
-    def starting_with(cls, stored: KeysValues, room: int) -> GrowingMemory:
-        """Memory that holds a copy of `stored`, with room for `room` more."""
-        batch_size, heads, length, head_dim = stored.keys.shape
-        tensors = KeysValues(*(t.new_empty(batch_size, heads, length + room, head_dim) for t in stored))
-        for tensor, part in zip(tensors, stored, strict=True):
-            tensor[:, :, :length] = part
-        return cls(tensors, length)
+    def copy_of(cls, *parts: KeysValues, room: int = 0) -> GrowingMemory:
+        """Memory that holds a copy of the parts, with room for `room` more and some to spare."""
+        batch_size, heads, _, head_dim = parts[0].keys.shape
+        length = sum(part.keys.shape[2] for part in parts)
+        allocated = length + room + max(_SPARE_SLOTS, length // 4)
+        memory = cls(KeysValues(*(t.new_empty(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
+        for part in parts:
+            memory.append(part)
+        return memory
 
 
 class CasaLayerMixin:
@@ -113,7 +118,7 @@ class CasaLayerMixin:
     def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
         self.fusion[name] = kept
         if name == "image" and "window" in self.fusion and not torch.is_grad_enabled():
-            self._join(kept, self.fusion["window"], room=0)
+            self._join(kept, self.fusion["window"])
 
     def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
         """Add new text keys/values and return those of all current windows; closed windows are dropped."""
@@ -141,12 +146,9 @@ class CasaLayerMixin:
             else (self.update_images("image", None, plan), self.update_window(new, plan))
         )
 
-    def _join(self, images: KeysValues, window: KeysValues, room: int) -> GrowingMemory:
+    def _join(self, images: KeysValues, window: KeysValues, room: int = 0) -> GrowingMemory:
         """Bring images and window text into one piece of memory, so that a step attends to both without a copy."""
-        memory = GrowingMemory.starting_with(
-            images.append(window), room + max(_SPARE_SLOTS, window.keys.shape[2] // 4)
-        )
-        self.memory["window"] = memory
+        memory = self.memory["window"] = GrowingMemory.copy_of(images, window, room=room)
         self._view_joined(memory, images.keys.shape[2])
         return memory
 
@@ -155,13 +157,12 @@ class CasaLayerMixin:
         memory, images, window = self.memory.get("window"), self.fusion.get("image"), self.fusion.get("window")
         if memory is None or images is None or window is None or torch.is_grad_enabled():
             return None
-        num_columns = images.keys.shape[2]
-        if not memory.starts_with(images, num_columns + window.keys.shape[2]):
+        if not memory.consists_of(images, window):
             return None
         if not memory.append(new):
             memory = self._join(images, window, room=new.keys.shape[2])
             memory.append(new)
-        return self._view_joined(memory, num_columns)
+        return self._view_joined(memory, images.keys.shape[2])
 
     def _view_joined(self, memory: GrowingMemory, num_columns: int) -> KeysValues:
         everything = memory.tensors.slots(0, memory.used)
@@ -174,9 +175,8 @@ class CasaLayerMixin:
         if torch.is_grad_enabled():  # a backward pass may still read what would be written behind
             return stored.append(new)
         memory = self.memory.get(name)
-        if memory is None or not memory.starts_with(stored, stored.keys.shape[2]) or not memory.append(new):
-            room = new.keys.shape[2] + max(_SPARE_SLOTS, stored.keys.shape[2] // 4)
-            memory = self.memory[name] = GrowingMemory.starting_with(stored, room)
+        if memory is None or not memory.consists_of(stored) or not memory.append(new):
+            memory = self.memory[name] = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
             memory.append(new)
         return memory.tensors.slots(0, memory.used)
 
@@ -204,7 +204,7 @@ class CasaLayerMixin:
         self.window_state = state
         if removed and "window" in self.fusion:
             window = self.fusion["window"]
-            self.fusion["window"] = window.slots(0, window.keys.shape[2] - removed)
+            self.fusion["window"] = window.slots(0, max(0, window.keys.shape[2] - removed))
 
     def reset(self) -> None:
         self._reset_fusion()

@@ -85,7 +85,15 @@ class CasaGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        past = _cached_length(model_kwargs.get("past_key_values"))
+        cache = model_kwargs.get("past_key_values")
+        layers = getattr(cache, "layers", None)
+        slots = getattr(layers[0], "max_cache_len", None) if layers else None
+        if slots is not None and slots < max_cache_length:
+            raise ValueError(
+                f"The static cache has {slots} slots, but {max_cache_length} tokens may have to be kept (max_length "
+                "or max_new_tokens, less one). Make it with a larger max_cache_len, or generate fewer tokens."
+            )
+        past = _cached_length(cache)
         mask = model_kwargs.get("attention_mask")
         # `generate` drops a mask of ones and remembers its length.
         total = generation_config._mask_length if mask is None else mask.shape[1]

@@ -47,7 +47,7 @@ from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
-from .routes import fusion_route, is_varlen, packed_lengths, update_route
+from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
@@ -367,7 +367,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if attention_mask is None and state.padded:
             attention_mask = plan.next_state.valid
         everything_visible = (
-            inputs_embeds.shape[0] == 1
+            state.only_row
             and attention_mask is None
             and not state.padded
             and state.slots is None
@@ -380,6 +380,11 @@ class CasaTextModel(CasaPreTrainedModel):
                 attention_mask, kwargs = None, {**kwargs, **packed_lengths(samples, token_mask)}
             elif past_key_values is not None and isinstance(past_key_values.layers[0], StaticLayer):
                 attention_mask = {"full_attention": plan.next_state.valid}
+                length = plan.next_state.length
+                if isinstance(length, int) and len(token_mask) == 1 and bool(plan.next_state.valid.all()):
+                    attention_mask = {"full_attention": None}
+                    lengths = single_row_lengths(token_mask.shape[1], length, token_mask.device)
+                    kwargs = {**kwargs, **lengths}
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
         fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
@@ -695,6 +700,11 @@ class CasaModel(CasaPreTrainedModel):
         everything = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             return attention_mask, everything
+        state = None if past_key_values is None else past_key_values.layers[0].window_state
+        if state is not None and state.slots is not None and num_tokens == 1:
+            # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which
+            # of the earlier slots are padding.
+            return state.valid_with(attention_mask[:, -1:].bool()), attention_mask[:, -1:].bool()
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (num_tokens, past + num_tokens):
             raise ValueError(

@@ -176,8 +176,8 @@ class StepRoute(Route):
         parts = [part for part in (images, text) if part is not None]
         if len(parts) == 1 and self.mask is None:
             return interface(module, query, parts[0], None, is_causal=False)
-        grouped = _grouped(query, parts[0].keys.shape[1])
-        scores = [_scores(grouped, part.keys, module) for part in parts]
+        grouped = _grouped(query, parts[0].keys.shape[1], module)
+        scores = [_scores(grouped, part.keys) for part in parts]
         weights = _softmax(torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0], self.mask, module)
         split = weights.split([part.keys.shape[2] for part in parts], dim=-1)
         return _weighted(list(zip(split, (part.values for part in parts), strict=True)), query), None
@@ -202,12 +202,12 @@ class StepRoute(Route):
             fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None
                 for 1.
         """
-        grouped = _grouped(query, text.keys.shape[1])
-        of_text = _scores(grouped, text.keys, module)
+        grouped = _grouped(query, text.keys.shape[1], module)
+        of_text = _scores(grouped, text.keys)
         weights = _softmax(of_text, self_mask, module)
         scores, window = [], of_text[..., self.first_slot :]
         if images is not None:
-            scores.append(_scores(grouped, images.keys, module))
+            scores.append(_scores(grouped, images.keys))
         fused = _softmax(torch.cat([*scores, window], dim=-1), self.mask, module)
         if fusion_scale is not None and fusion_scale.ndim == 2:
             # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
@@ -263,6 +263,17 @@ def update_route(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> R
     return BlockRoute(blocks.padded(len(blocks.query_index)), blocks.takes_all_keys)
 
 
+def single_row_lengths(num_queries: int, num_keys: int, device: torch.device) -> dict[str, Any]:
+    """Arguments that make self-attention of one row take the first `num_keys` slots of a static cache, without a mask
+    from which every layer would have to find that out."""
+    return {
+        "cu_seq_lens_q": torch.tensor([0, num_queries], dtype=torch.int32, device=device),
+        "cu_seq_lens_k": torch.tensor([0, num_keys], dtype=torch.int32, device=device),
+        "max_length_q": num_queries,
+        "max_length_k": num_keys,
+    }
+
+
 def packed_lengths(samples: torch.Tensor, token_mask: torch.Tensor) -> dict[str, Any]:
     """Arguments that make self-attention keep packed samples apart where the back end takes no mask.
 
@@ -309,14 +320,15 @@ def _flat_keys(images: KeysValues | None, text: KeysValues | None) -> KeysValues
     return KeysValues(*(torch.cat([_flat(tensor) for tensor in tensors]) for tensors in zip(*parts, strict=True)))
 
 
-def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim)."""
+def _grouped(query: torch.Tensor, kv_heads: int, module: Any) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim), scaled: scores that are scaled
+    afterwards leave the range of float16."""
     batch_size, _, _, head_dim = query.shape
-    return query.reshape(batch_size, kv_heads, -1, head_dim)
+    return query.reshape(batch_size, kv_heads, -1, head_dim) * module.scaling
 
 
-def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: Any) -> torch.Tensor:
-    return torch.matmul(grouped, keys.transpose(2, 3)) * module.scaling
+def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(grouped, keys.transpose(2, 3))
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: Any) -> torch.Tensor:

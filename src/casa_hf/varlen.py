@@ -84,6 +84,7 @@ def torch_varlen_forward(
             f'attn_implementation="{TORCH_VARLEN}" has no dropout, but attention_dropout={dropout}. Set it to 0 '
             'or use another back end, such as "sdpa".'
         )
+    query, key, value = _in_one_dtype(query, key, value)
     if query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f'attn_implementation="{TORCH_VARLEN}" takes float16 and bfloat16, not {query.dtype}. Load the model with '
@@ -107,6 +108,20 @@ def torch_varlen_forward(
     flat = [tensor.flatten(0, 1) for tensor in states]
     output = _attend(flat, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), causal, scaling)
     return output.unflatten(0, (batch_size, -1)), None
+
+
+def _in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values in the data type that autocast asks for; rotation, or norms kept in float32, leave some
+    of them in float32 where the others aren't."""
+    device_type = states[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in states)
+    dtypes = {tensor.dtype for tensor in states}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    if len(dtypes) > 1 and len(half) == 1:
+        (dtype,) = half
+        return tuple(tensor.to(dtype) for tensor in states)
+    return states
 
 
 def _attend(

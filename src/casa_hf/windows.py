@@ -115,6 +115,7 @@ class WindowState:
         slots: number of slots of a static cache; None where slots are added as they are needed.
         reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
             share one shape.
+        only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
     """
 
     length: int | torch.Tensor
@@ -131,6 +132,7 @@ class WindowState:
     text_start: int
     slots: int | None = None
     reserved_columns: int = 0
+    only_row: bool = False
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, length: int = 0) -> WindowState:
@@ -149,6 +151,7 @@ class WindowState:
             closed_at=zeros + OPEN,
             is_frame=zeros.bool(),
             text_start=length,
+            only_row=batch_size == 1,
         )
 
     @property
@@ -166,7 +169,7 @@ class WindowState:
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
         rows: dict[str, Any] = {name: change(value) for name, value in self._tensors().items() if value.ndim}
-        changed = replace(self, **rows)
+        changed = replace(replace(self, only_row=False), **rows)
         return changed if self.slots is None else self.assign(changed)
 
     def to(self, device: torch.device) -> WindowState:
@@ -209,6 +212,13 @@ class WindowState:
         for tensor in own.values():
             torch._dynamo.mark_static_address(tensor)
         return replace(replace(self, text_start=0, slots=slots), **own)
+
+    def valid_with(self, token_valid: torch.Tensor) -> torch.Tensor:
+        """(batch, slots) validity of all slots once those of new tokens are filled."""
+        if self.slots is None:
+            return torch.cat([self.valid, token_valid], dim=1)
+        places = torch.arange(token_valid.shape[1], device=token_valid.device) + self.length
+        return self.valid.index_copy(1, places, token_valid)
 
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
@@ -450,10 +460,6 @@ def plan_windows(
     length = state.length + token_valid.shape[1]
     new_slots = torch.arange(token_valid.shape[1], device=device) + state.length
     slots = new_slots.expand_as(positions)
-    if state.slots is None:
-        valid = torch.cat([state.valid, token_valid], dim=1)
-    else:
-        valid = state.valid.index_copy(1, new_slots, token_valid)
     first_slots = _first_slots(slots, samples)
     no_image = torch.full_like(positions, state.image_columns)
     plan = WindowPlan(
@@ -461,7 +467,7 @@ def plan_windows(
         next_state=replace(
             state,
             length=length,
-            valid=valid,
+            valid=state.valid_with(token_valid),
             next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
             closed_at=_close(state, closes_window, state.closed_at),
         ),
