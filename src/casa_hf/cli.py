@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `casa-hf`: convert a checkpoint, look at one, ask it about images.
+"""The command `casa-hf`: convert a checkpoint, look at one, train it, ask it about images.
 
 Thin wrappers of library functions, which are imported when a command runs. Answers and results go to standard output,
 everything else to standard error. What goes wrong ends in one line and exit code 1; wrong usage in exit code 2.
@@ -7,6 +7,7 @@ everything else to standard error. What goes wrong ends in one line and exit cod
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -269,6 +270,36 @@ def chat(
             if not interactive:
                 raise
             _complain(error)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file; docs/training.md lists its settings.", show_default=False)
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Fine-tune a CASA checkpoint on conversations with images."""
+    _quiet_unless_terminal()
+    from dataclasses import replace
+
+    from .training import TrainingConfig, parts_table
+    from .training import train as run
+
+    settings = TrainingConfig.from_yaml(config)
+    if resume:
+        settings = replace(settings, resume=True)
+    report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True))
+    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        return
+    typer.echo(parts_table(report.parts))
+    typer.echo(f"{report.steps} steps on {report.sequences} packed sequences, {report.dropped} conversations dropped.")
+    typer.echo(_logged(report.metrics))
+    typer.echo(f"Wrote {report.output}.")
+
+
+def _logged(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items() if isinstance(value, int | float))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,8 +24,9 @@ from textwrap import shorten
 from typing import Any, NamedTuple, TypedDict
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import is_valid_image, load_image
+from transformers.image_utils import get_image_size, is_valid_image, load_image, to_numpy_array
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
@@ -307,6 +308,44 @@ class CasaProcessor(ProcessorMixin):
         data.update(self._pixels([visual for row in rows for visual in row], sizes, options["images_kwargs"]))
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def measure(self, text: str, images: Any = None, videos: Any = None, **kwargs: Any) -> tuple[int, int]:
+        """What a prompt will take, without making its pixels: of image files only the size is read.
+
+        Args:
+            text: a prompt, written as for a call.
+            images, videos, **kwargs: as for a call.
+
+        Returns:
+            The number of text tokens and the number of image tokens.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        all_images = _collect("images", images, _is_image, _is_image)
+        all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
+        marks = _marks(text, self._notation)
+        _check_counts("images", self._notation.image, IMAGE_TYPE, [marks], all_images)
+        _check_counts("videos", self._notation.video, FRAME_TYPE, [marks], all_videos)
+        options = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
+        [visuals] = self._visuals([marks], all_images.items, all_videos.items, options["videos_kwargs"])
+        options["text_kwargs"].pop("return_tensors", None)
+        input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
+        patches = 0
+        for visual in visuals:
+            edges = sizes[visual.type]
+            limits = {"min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
+            for width, height in map(_picture_size, visual.pictures):
+                patches += self.image_processor.get_number_of_image_patches(height, width, limits)
+        return len(input_ids), patches // self.image_processor.merge_size**2
+
+    @property
+    def image_mark(self) -> str:
+        """An image as it is written in a prompt."""
+        return self._notation.image
+
     @property
     def model_input_names(self) -> list[str]:
         """Names of everything that a call returns for the model."""
@@ -327,19 +366,27 @@ class CasaProcessor(ProcessorMixin):
     def _load(
         self, marks_of_row: list[list[int]], images: list[Any], videos: list[Any], videos_kwargs: dict
     ) -> "list[list[_Visual]]":
-        """What stands at each mark of each row."""
+        """What stands at each mark of each row, ready for the image processor."""
+        return [
+            [_Visual(visual.type, [_load_picture(picture) for picture in visual.pictures]) for visual in row]
+            for row in self._visuals(marks_of_row, images, videos, videos_kwargs)
+        ]
+
+    def _visuals(
+        self, marks_of_row: list[list[int]], images: list[Any], videos: list[Any], videos_kwargs: dict
+    ) -> "list[list[_Visual]]":
+        """What stands at each mark of each row, pictures as they were given."""
         fps, num_frames = videos_kwargs.get("fps"), videos_kwargs.get("num_frames")
         sample = videos_kwargs.get("do_sample_frames") is not False
         check_sampling(fps, num_frames, sample)
         next_image, next_video = iter(images), iter(videos)
 
-        def load(mark: int) -> _Visual:
+        def visual(mark: int) -> _Visual:
             if mark == IMAGE_TYPE:
-                return _Visual(mark, [_load_picture(next(next_image))])
-            frames = load_frames(next(next_video), fps=fps, num_frames=num_frames, sample=sample)
-            return _Visual(mark, [_load_picture(frame) for frame in frames])
+                return _Visual(mark, [next(next_image)])
+            return _Visual(mark, load_frames(next(next_video), fps=fps, num_frames=num_frames, sample=sample))
 
-        return [[load(mark) for mark in marks] for marks in marks_of_row]
+        return [[visual(mark) for mark in marks] for marks in marks_of_row]
 
     def _tokenize(self, texts: list[str], rows: "list[list[_Visual]]", text_kwargs: dict) -> dict[str, Any]:
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
@@ -592,6 +639,22 @@ def _load_picture(picture: Any) -> Any:
     except Exception as error:  # as many kinds as there are sources: network, files, decoders
         name, reason = (shorten(str(words), 200) for words in (picture, error))
         raise ValueError(f"The image {name!r} can't be loaded: {reason}") from error
+
+
+def _picture_size(picture: Any) -> tuple[int, int]:
+    """Width and height, not yet turned upright; a local file isn't decoded for them."""
+    if isinstance(picture, (str, os.PathLike)):
+        if os.path.isfile(picture):
+            try:
+                with Image.open(picture) as opened:
+                    return opened.size
+            except OSError:
+                pass  # the loader says what is wrong
+        picture = _load_picture(picture)
+    if isinstance(picture, Image.Image):
+        return picture.size
+    height, width = get_image_size(to_numpy_array(picture))
+    return width, height
 
 
 def _read_json(path: Path) -> dict[str, Any]:

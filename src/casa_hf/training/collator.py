@@ -1,0 +1,251 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""From conversations to batches, padded or packed.
+
+A *row* of a batch holds one conversation, or several that are packed one after another. Packed conversations don't see
+each other: `position_ids` count the text tokens of each from 0, and where they restart the model starts anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .samples import IGNORED, Sample, encode, measure, unseen_image
+
+if TYPE_CHECKING:
+    from ..processing_casa import CasaProcessor
+
+logger = logging.getLogger(__name__)
+
+Example = Mapping[str, Any]
+
+# Rows that stay open while samples are packed: more fill better, and draw samples from farther apart.
+_OPEN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a row may hold; None for no limit.
+
+    Attributes:
+        text_tokens: text tokens of all samples together.
+        image_tokens: image tokens of all samples together, after merging.
+    """
+
+    text_tokens: int | None = None
+    image_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("max_text_tokens", self.text_tokens), ("max_image_tokens", self.image_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} must be positive; leave it out for no limit.")
+
+    def holds(self, text_tokens: int, image_tokens: int) -> bool:
+        """Whether this much fits into a row."""
+        return (self.text_tokens is None or text_tokens <= self.text_tokens) and (
+            self.image_tokens is None or image_tokens <= self.image_tokens
+        )
+
+    def refusal(self, text_tokens: int, image_tokens: int) -> str:
+        """Why a sample of this size is refused."""
+        return (
+            f"A sample has {text_tokens} text tokens and {image_tokens} image tokens; a row holds at most "
+            f"{self.text_tokens} (max_text_tokens) and {self.image_tokens} (max_image_tokens). Raise these, set "
+            'over_long="drop", or give the processor a smaller max_pixels.'
+        )
+
+
+def pack(sizes: Iterable[tuple[int, int]], budget: Budget) -> list[list[int]]:
+    """Distribute samples over rows: each into the first open row that still has room, in the order given.
+
+    Args:
+        sizes: text and image tokens of each sample; each alone must fit the budget.
+        budget: of a row.
+
+    Returns:
+        Indices of the samples of each row.
+    """
+    rows: list[list[int]] = []
+    used: dict[int, tuple[int, int]] = {}  # of the open rows
+    for index, (text, images) in enumerate(sizes):
+        roomy = (row for row, (t, i) in used.items() if budget.holds(t + text, i + images))
+        row = next(roomy, None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            used[row] = (0, 0)
+            if len(used) > _OPEN_ROWS:
+                del used[min(used)]
+        rows[row].append(index)
+        used[row] = (used[row][0] + text, used[row][1] + images)
+    return rows
+
+
+def _check_over_long(over_long: str) -> None:
+    if over_long not in ("raise", "drop"):
+        raise ValueError(f'over_long={over_long!r} is unknown; choose "raise" or "drop".')
+
+
+class PackedDataset(Dataset):
+    """Conversations grouped into rows of a fixed budget, planned once; an element is the list of a row's examples.
+
+    Args:
+        examples: conversations; see `casa_hf.training.Dialogue.of`. Packed in this order, so shuffle them before.
+        processor: the model's; it tells how long each is, without making pixels.
+        max_text_tokens, max_image_tokens: budget of a row; None for no limit.
+        over_long: what to do with a conversation that alone exceeds the budget, "raise" or "drop". None is ever cut.
+
+    Attributes:
+        rows: indices of the examples of each row.
+        num_dropped: conversations left out for their length.
+        num_text_tokens, num_image_tokens: in all rows together.
+
+    Raises:
+        ValueError: if a conversation is too long and `over_long="raise"`, or no row is left.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        processor: CasaProcessor,
+        *,
+        max_text_tokens: int | None = 2_048,
+        max_image_tokens: int | None = 20_480,
+        over_long: str = "raise",
+    ):
+        _check_over_long(over_long)
+        budget = Budget(max_text_tokens, max_image_tokens)
+        self.examples = examples
+        kept, sizes = [], []
+        for index in range(len(examples)):
+            size = measure(processor, examples[index])
+            if budget.holds(*size):
+                kept.append(index)
+                sizes.append(size)
+            elif over_long == "raise":
+                raise ValueError(f"Example {index}: {budget.refusal(*size)}")
+        if not kept:
+            raise ValueError(f"None of the {len(examples)} examples fits the budget of a row; raise it.")
+        self.rows = [[kept[place] for place in row] for row in pack(sizes, budget)]
+        self.num_dropped = len(examples) - len(kept)
+        self.num_text_tokens, self.num_image_tokens = (sum(counts) for counts in zip(*sizes, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return [self.examples[place] for place in self.rows[index]]
+
+
+@dataclass
+class CasaDataCollator:
+    """Conversations to a batch with labels on the answers.
+
+    Args:
+        processor: the model's.
+        packing: whether to pack the conversations of a call into as few rows as the budget allows, instead of one
+            each. Elements of a `PackedDataset` are rows already and stay as they are.
+        max_text_tokens, max_image_tokens: budget of a row; None for no limit.
+        over_long: what to do with a conversation that alone exceeds the budget, "raise" or "drop" (with a logged
+            count). None is ever cut.
+        always_image: whether a batch without images gets one that no text sees (see `unseen_image`), so that every
+            trainable parameter has a gradient. Its few tokens come on top of the budget.
+        pad_to_multiple_of: of the length of the batch.
+    """
+
+    processor: CasaProcessor
+    packing: bool = False
+    max_text_tokens: int | None = None
+    max_image_tokens: int | None = None
+    over_long: str = "raise"
+    always_image: bool = True
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        _check_over_long(self.over_long)
+        self._budget = Budget(self.max_text_tokens, self.max_image_tokens)
+
+    def __call__(self, features: Sequence[Example | Sequence[Example]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            features: conversations (see `casa_hf.training.Dialogue.of`), or lists of those to be packed into a
+                row each.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` and `mm_token_type_ids`, each (rows, tokens), padded on the right;
+            `position_ids` (rows, tokens), the index of each token in its conversation, where a row holds several;
+            `pixel_values` and `image_grid_thw` where there are images.
+
+        Raises:
+            ValueError: if a conversation is unusable, or too long and not to be dropped, or none is left.
+        """
+        rows = self._rows([encode_all(self.processor, feature) for feature in features])
+        if self.always_image and not any(sample.num_image_tokens for row in rows for sample in row):
+            min(rows, key=_length).append(self._unseen)
+        width = max(map(_length, rows))
+        width += -width % self.pad_to_multiple_of
+        batch = {
+            "input_ids": _pad(rows, width, self.processor.tokenizer.pad_token_id, lambda s: s.input_ids),
+            "attention_mask": _pad(rows, width, 0, lambda s: torch.ones_like(s.input_ids)),
+            "labels": _pad(rows, width, IGNORED, lambda s: s.labels),
+            "mm_token_type_ids": _pad(rows, width, 0, lambda s: s.mm_token_type_ids),
+        }
+        if any(len(row) > 1 for row in rows):
+            batch["position_ids"] = _pad(rows, width, 0, lambda s: torch.arange(s.num_tokens))
+        seen = [sample for row in rows for sample in row if sample.pixel_values is not None]
+        for name in ("pixel_values", "image_grid_thw") if seen else ():
+            batch[name] = torch.cat([getattr(sample, name) for sample in seen])
+        return batch
+
+    @cached_property
+    def _unseen(self) -> Sample:
+        return unseen_image(self.processor)
+
+    def _rows(self, given: list[list[Sample]]) -> list[list[Sample]]:
+        """What each row holds, within the budget."""
+        rows, dropped = [], 0
+        for samples in given:
+            sizes = [(sample.num_tokens, sample.num_image_tokens) for sample in samples]
+            fits = [self._budget.holds(*size) for size in sizes]
+            if not all(fits) and self.over_long == "raise":
+                raise ValueError(self._budget.refusal(*sizes[fits.index(False)]))
+            dropped += fits.count(False)
+            rows.append([sample for sample, fit in zip(samples, fits, strict=True) if fit])
+        rows = [row for row in rows if row]
+        if dropped:
+            logger.warning("Dropped %d of %d conversations of a batch as too long.", dropped, sum(map(len, given)))
+        if not rows:
+            raise ValueError(
+                "Every conversation of a batch is too long for a row. Use PackedDataset, which drops them before "
+                "training, or raise max_text_tokens and max_image_tokens."
+            )
+        if not self.packing or any(len(samples) > 1 for samples in given):
+            return rows
+        samples = [sample for row in rows for sample in row]
+        packed = pack(((sample.num_tokens, sample.num_image_tokens) for sample in samples), self._budget)
+        return [[samples[index] for index in row] for row in packed]
+
+
+def encode_all(processor: CasaProcessor, feature: Example | Sequence[Example]) -> list[Sample]:
+    """The samples of a row: one conversation, or a list of them."""
+    examples = [feature] if isinstance(feature, Mapping) else feature
+    return [encode(processor, example) for example in examples]
+
+
+def _length(row: Sequence[Sample]) -> int:
+    return sum(sample.num_tokens for sample in row)
+
+
+def _pad(rows: list[list[Sample]], width: int, value: int, of: Any) -> torch.Tensor:
+    padded = torch.full((len(rows), width), value)
+    for index, row in enumerate(rows):
+        joined = torch.cat([of(sample) for sample in row])
+        padded[index, : len(joined)] = joined
+    return padded

@@ -1,0 +1,67 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Evaluation by what a model says: its answers beside those of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .samples import Dialogue
+
+if TYPE_CHECKING:
+    from ..modeling_casa import CasaForConditionalGeneration
+    from ..processing_casa import CasaProcessor
+
+
+def generate_answers(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """What the model answers in place of each conversation's last answer.
+
+    Args:
+        model: answers; its mode (training or evaluation) is restored.
+        processor: the model's.
+        examples: conversations; see `Dialogue.of`.
+        batch_size: of the generation.
+        **generate_kwargs: for `generate`, such as `max_new_tokens`.
+    """
+    answers = []
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(examples), batch_size):
+            questions = [Dialogue.of(example).question()[0] for example in examples[start : start + batch_size]]
+            images = [image for question in questions for image in question.images]
+            videos = [video for question in questions for video in question.videos]
+            inputs = processor(
+                text=[
+                    processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
+                    for question in questions
+                ],
+                images=images or None,
+                videos=videos or None,
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(model.device)
+            with torch.no_grad():
+                output = model.generate(**inputs, **generate_kwargs)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            answers += processor.batch_decode(new, skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return [answer.strip() for answer in answers]
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The share of answers that equal their reference, surrounding space aside."""
+    equal = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
+    return {"exact_match": sum(equal) / len(equal)}

@@ -1,0 +1,189 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which parameters train, and at which rate.
+
+Parameters are named as in a checkpoint (docs/architecture.md). A pattern is a regular expression that is searched for
+in these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+NUM_VISION_BLOCKS = 4  # the last ones, which the paper trains
+
+# What conversion adds: it starts as a copy or at random, and learns at a rate of its own.
+FUSION = r"(^|\.)(casa_attn|casa_layernorm)\."
+_NEW = rf"{FUSION}|(^|\.)multi_modal_projector\.|\.lora_|\.modules_to_save\."
+
+# For `target_modules` of PEFT, which matches whole names.
+LORA_TARGETS: dict[str, str] = {
+    "fusion": r".*\.casa_attn\.[qkvo]_proj",
+    "self-attention": r".*language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
+    "language-model": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj)",
+}
+
+# For a quantization's `modules_to_not_convert`: few parameters, and those that errors hurt most.
+QUANTIZATION_SKIPS = ("model.visual", "model.multi_modal_projector", "lm_head")
+
+_LANGUAGE_MODEL = r"(^|\.)(language_model|lm_head|multi_modal_projector)\."
+RECIPES = ("paper-qwen", "paper-helium", "fusion-only")
+
+_PARTS = {
+    "adapters": r"\.lora_",
+    "vision tower, blocks": r"(^|\.)visual\.blocks\.",
+    "vision tower, rest": r"(^|\.)visual\.",
+    "projector": r"(^|\.)multi_modal_projector\.",
+    "embeddings": r"(^|\.)embed_tokens\.",
+    "fusion layers": FUSION,
+    "self-attention": r"(^|\.)self_attn\.",
+    "MLPs": r"(^|\.)mlp\.",
+    "norms": r"norm\.",
+    "output head": r"(^|\.)lm_head\.",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model in the table of what trains.
+
+    Attributes:
+        name: such as "fusion layers".
+        parameters: number of its parameters; one that two parts share is counted once.
+        trainable: number of those that train.
+    """
+
+    name: str
+    parameters: int
+    trainable: int
+
+
+def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> list[Part]:
+    """Freeze a model except for what is to be trained.
+
+    Frozen parts before the first trainable one keep no graph: neither the vision tower below its last trained blocks,
+    nor, if it is frozen, the embeddings.
+
+    Args:
+        model: a CASA model.
+        trainable: patterns of the names of parameters, or a recipe: "paper-qwen" trains the fusion layers and the last
+            four blocks of the vision tower (the language model stays as it is), "paper-helium" the whole language
+            model with its fusion layers, the projector and these vision blocks, "fusion-only" the fusion layers. All
+            train the projector that a text-only source is given, since it starts at random.
+
+    Returns:
+        What trains, by part of the model.
+
+    Raises:
+        ValueError: if a pattern matches no parameter, or a recipe trains the fusion layers of a model in which they
+            have no parameters of their own. The model is as before.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    patterns = _recipe(model, names, trainable) if isinstance(trainable, str) else list(trainable)
+    if not patterns:
+        raise ValueError("No pattern was given, so nothing would train; name some parameters or a recipe.")
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"The pattern {pattern!r} matches no parameter of the model. Its parameters have names such as "
+                f"{', '.join(names[:: max(1, len(names) // 4)])}; recipes are {', '.join(RECIPES)}."
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+    return trainable_parts(model)
+
+
+def _recipe(model: nn.Module, names: list[str], recipe: str) -> list[str]:
+    """The patterns of a recipe; a text that is none is a pattern."""
+    if recipe not in RECIPES:
+        return [recipe]
+    projector = [r"(^|\.)multi_modal_projector\."] if any("multi_modal_projector." in name for name in names) else []
+    depth = 1 + max(int(found[1]) for name in names if (found := re.search(r"visual\.blocks\.(\d+)\.", name)))
+    blocks = "|".join(str(index) for index in range(max(0, depth - NUM_VISION_BLOCKS), depth))
+    vision_blocks = rf"visual\.blocks\.({blocks})\."
+    if recipe == "paper-helium":
+        return [_LANGUAGE_MODEL, vision_blocks]
+    if not any(re.search(FUSION, name) for name in names):
+        raise ValueError(
+            f"{recipe!r} trains fusion layers, but this model's have no parameters of their own: they use those of "
+            'self-attention. Train these too (freeze(model, "paper-helium"), or patterns such as "self_attn"), or '
+            "convert to a variant with projections of its own, such as casa."
+        )
+    return [FUSION, *projector, *([vision_blocks] if recipe == "paper-qwen" else [])]
+
+
+def trainable_parts(model: nn.Module) -> list[Part]:
+    """What a model is made of and how much of it trains; parts without parameters are left out."""
+    counts = {name: [0, 0] for name in (*_PARTS, "rest")}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "rest")
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+        counts[part][0] += size
+        counts[part][1] += size if parameter.requires_grad else 0
+    return [Part(name, *count) for name, count in counts.items() if count[0]]
+
+
+def parts_table(parts: Sequence[Part]) -> str:
+    """The parts as lines of text, and their sum."""
+    total = Part("all", sum(part.parameters for part in parts), sum(part.trainable for part in parts))
+    lines = [f"{'':<22}{'parameters':>16}{'trainable':>16}"]
+    lines += [f"{part.name:<22}{part.parameters:>16,}{part.trainable:>16,}" for part in (*parts, total)]
+    return "\n".join(lines)
+
+
+def parameter_groups(
+    model: nn.Module, lr_new: float = 1e-4, lr_existing: float = 1e-5, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for an optimizer, at the paper's rates.
+
+    Args:
+        model: a CASA model, plain or wrapped (PEFT, DDP, FSDP).
+        lr_new: rate of what the source model hasn't: fusion layers, projector, adapters.
+        lr_existing: rate of the rest.
+        weight_decay: of matrices; norms, biases and gates have none.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and a `name`; empty ones are left out.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        new, decays = re.search(_NEW, name) is not None, parameter.ndim > 1
+        label = f"{'new' if new else 'existing'}, {'decayed' if decays else 'not decayed'}"
+        group = groups.setdefault(
+            label,
+            {
+                "params": [],
+                "name": label,
+                "lr": lr_new if new else lr_existing,
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("No parameter of the model is trainable; call freeze(model, ...) with what is to train.")
+    return list(groups.values())
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep no activations inside blocks; recompute them in the backward pass.
+
+    Like Transformers' own switch, except that embeddings don't count as trained: blocks before the first trained
+    parameter then keep no graph and are not recomputed.
+
+    Args:
+        model: a CASA model, plain or with PEFT adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # The second name is that of older versions of Transformers.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    base.disable_input_require_grads()

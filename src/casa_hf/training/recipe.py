@@ -1,0 +1,354 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A whole training run from one configuration, with the paper's recipe as defaults."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling_casa import CasaForConditionalGeneration
+from ..processing_casa import CasaProcessor
+from .collator import CasaDataCollator, PackedDataset
+from .data import load_conversations
+from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
+
+# Beside the weights: what a conversion back needs, and under which terms they stand.
+_KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
+_DTYPES = ("float32", "bfloat16", "float16")
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What to train, on what, and how; defaults are those of the paper for Qwen2.5-VL-3B.
+
+    Attributes:
+        model: folder or Hub id of a CASA checkpoint.
+        data: conversations to train on; see `load_conversations`.
+        output: folder to make, with the trained model and its processor, or the adapter.
+        eval_data: conversations to evaluate on.
+        split, eval_split: of data sets on the Hub.
+        trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
+        lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
+            key of `LORA_TARGETS`.
+        max_text_tokens, max_image_tokens: budget of a packed sequence.
+        over_long: "raise" or "drop", for conversations that exceed the budget.
+        max_pixels, frame_max_pixels: limits of images and video frames; None for the processor's.
+        sequences_per_update: packed sequences per step of the optimizer, over all processes.
+        max_steps: steps of the optimizer; None where `epochs` says how long.
+        epochs: passes over the data, in place of `max_steps`.
+        lr_new, lr_existing: learning rates of what conversion has added and of the rest.
+        weight_decay: of matrices.
+        warmup, decay: the share of the steps in which rates rise from 0, and in which they fall to 0 in the end.
+        gradient_checkpointing: whether to recompute activations in the backward pass.
+        dtype: of the weights.
+        bf16: whether to compute in bfloat16; None: where a GPU can.
+        attn_implementation: attention back end; None for Transformers' choice.
+        generate: arguments of `generate`, to have evaluation compare answers; None for the loss alone.
+        seed: of the order of the data, and of adapters.
+        checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
+        resume: whether to go on from the last one there.
+        trainer: further arguments of `TrainingArguments`; they win.
+    """
+
+    model: str
+    data: str
+    output: str
+    eval_data: str | None = None
+    split: str = "train"
+    eval_split: str = "validation"
+    trainable: str | list[str] | None = None
+    lora: dict[str, Any] | None = None
+    max_text_tokens: int = 2_048
+    max_image_tokens: int = 20_480
+    over_long: str = "raise"
+    max_pixels: int | None = None
+    frame_max_pixels: int | None = None
+    sequences_per_update: int = 128
+    max_steps: int | None = 25_000
+    epochs: float | None = None
+    lr_new: float = 1e-4
+    lr_existing: float = 1e-5
+    weight_decay: float = 0.0
+    warmup: float = 0.02
+    decay: float = 0.1
+    gradient_checkpointing: bool = True
+    dtype: str = "float32"
+    bf16: bool | None = None
+    attn_implementation: str | None = None
+    generate: dict[str, Any] | None = None
+    seed: int = 0
+    checkpoints: str | None = None
+    resume: bool = False
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_update", "max_steps", "epochs", "lr_new", "lr_existing"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name}={value!r} must be a positive number.")
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r} must be a share of the steps, from 0 to 1.")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than all steps; lower one.")
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"max_steps={self.max_steps} and epochs={self.epochs}: give one of them and set the other to null."
+            )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
+        if self.lora is not None and self.trainable is not None:
+            raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
+
+    @classmethod
+    def from_dict(cls, content: Any) -> TrainingConfig:
+        """From a mapping such as a YAML file gives.
+
+        Raises:
+            ValueError: for unknown or missing settings.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"A training configuration is {type(content).__name__}; expected a mapping of settings.")
+        known = {f.name: f for f in fields(cls)}
+        for name in content:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}."
+                raise ValueError(
+                    f"The setting {name!r} is unknown; {hint} Arguments of TrainingArguments go under `trainer`."
+                )
+        required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in required if content.get(name) is None]:
+            raise ValueError(f"The training configuration doesn't say {', '.join(missing)}.")
+        return cls(**_with_numbers(content))
+
+    @classmethod
+    def from_yaml(cls, file: str | os.PathLike) -> TrainingConfig:
+        """From a YAML file; see `from_dict`.
+
+        Raises:
+            ValueError: if it isn't YAML, or for unknown or missing settings.
+            OSError: if it can't be read.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(file).read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} isn't valid YAML: {error}") from error
+        return cls.from_dict(content)
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a run has done.
+
+    Attributes:
+        output: the folder with the result.
+        parts: what was trained, by part of the model.
+        steps: steps of the optimizer in all.
+        sequences: packed sequences of the training data.
+        dropped: conversations left out for their length.
+        metrics: of the training and, with evaluation data, of the last evaluation.
+    """
+
+    output: Path
+    parts: list[Part]
+    steps: int
+    sequences: int
+    dropped: int
+    metrics: dict[str, float]
+
+
+def train(config: TrainingConfig, on_log: Callable[[dict[str, float]], None] | None = None) -> TrainingReport:
+    """Train a CASA model.
+
+    One process per device, as `accelerate launch` or `torchrun` start them; all call this.
+
+    Args:
+        config: of the run.
+        on_log: receives losses, rates and metrics as they come, in the first process.
+
+    Raises:
+        ValueError: for settings or data that don't fit; before anything is computed or written.
+        ImportError: without Accelerate, or without PEFT where `lora` asks for it.
+    """
+    for package, needed in (("accelerate", True), ("peft", config.lora is not None)):
+        if needed and find_spec(package) is None:
+            raise ImportError(f'Training needs the package {package}: pip install "casa_hf[train]".')
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    from .trainer import CasaTrainer
+
+    class _Report(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if on_log is not None and state.is_world_process_zero:
+                on_log(logs)
+
+    output = Path(config.output)
+    resumed = _check_folders(output, _checkpoints(config), config.resume)
+    limits = {"max_pixels": config.max_pixels, "frame_max_pixels": config.frame_max_pixels}
+    processor = CasaProcessor.from_pretrained(config.model, **{k: v for k, v in limits.items() if v is not None})
+    data = _pack(config, processor, config.data, config.split)
+    eval_data = None if config.eval_data is None else _pack(config, processor, config.eval_data, config.eval_split)
+    arguments = _arguments(config, len(data))
+
+    model: Any = CasaForConditionalGeneration.from_pretrained(
+        config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
+    )
+    if config.lora is None:
+        recipe = "paper-helium" if model.config.backbone.text_only else "paper-qwen"
+        freeze(model, config.trainable or recipe)
+    else:
+        torch.manual_seed(config.seed)
+        model = _with_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    parts = trainable_parts(model)
+
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=processor,
+        data_collator=CasaDataCollator(processor),
+        lr_new=config.lr_new,
+        lr_existing=config.lr_existing,
+        generate=config.generate,
+        callbacks=[_Report()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    metrics = dict(trainer.train(resume_from_checkpoint=resumed).metrics)
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+    _save(trainer, output, Path(config.model))
+    return TrainingReport(output, parts, trainer.state.global_step, len(data), data.num_dropped, metrics)
+
+
+def _checkpoints(config: TrainingConfig) -> Path:
+    return Path(config.checkpoints or f"{config.output}-checkpoints")
+
+
+def _check_folders(output: Path, checkpoints: Path, resume: bool) -> str | None:
+    """Refuse folders that hold something; the checkpoint to go on from, if there is one and it was asked for."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if output.exists():
+        raise ValueError(f"The output {output} exists; choose another folder, or remove it.")
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None and not resume:
+        raise ValueError(
+            f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from {Path(last).name}, choose "
+            "another folder, or remove it."
+        )
+    return last
+
+
+def _pack(config: TrainingConfig, processor: CasaProcessor, data: str, split: str) -> PackedDataset:
+    return PackedDataset(
+        load_conversations(data, split),
+        processor,
+        max_text_tokens=config.max_text_tokens,
+        max_image_tokens=config.max_image_tokens,
+        over_long=config.over_long,
+    )
+
+
+def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
+    """`TrainingArguments` of the run."""
+    from transformers import TrainingArguments
+
+    known = {f.name for f in fields(TrainingArguments)}
+    if unknown := sorted(config.trainer.keys() - known):
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"trainer.{unknown[0]} is no argument of TrainingArguments{hint}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_device = config.trainer.get("per_device_train_batch_size", 1)
+    accumulation, rest = divmod(config.sequences_per_update, per_device * processes)
+    if rest:
+        raise ValueError(
+            f"sequences_per_update={config.sequences_per_update} isn't a multiple of {processes} processes times "
+            f"{per_device} sequences (trainer.per_device_train_batch_size)."
+        )
+    steps = config.max_steps
+    if steps is None:
+        assert config.epochs is not None
+        steps = math.ceil(config.epochs * math.ceil(num_sequences / config.sequences_per_update))
+    use_bf16 = config.bf16
+    if use_bf16 is None:
+        use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return TrainingArguments(
+        **{
+            "output_dir": str(_checkpoints(config)),
+            "max_steps": steps,
+            "per_device_train_batch_size": per_device,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": accumulation,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "warmup_steps": math.ceil(config.warmup * steps),
+            "lr_scheduler_kwargs": {"num_decay_steps": math.ceil(config.decay * steps)},
+            "weight_decay": config.weight_decay,
+            "bf16": use_bf16,
+            "seed": config.seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "prediction_loss_only": True,
+            "ddp_find_unused_parameters": False,
+            **config.trainer,
+        }
+    )
+
+
+def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    known = {f.name for f in fields(LoraConfig)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"lora.{unknown[0]} is no argument of PEFT's LoraConfig, such as r and lora_alpha.")
+    targets = settings.get("target_modules", "fusion")
+    if isinstance(targets, str):
+        targets = LORA_TARGETS.get(targets, targets)
+    return get_peft_model(model, LoraConfig(**{**settings, "target_modules": targets}))
+
+
+def _save(trainer: Any, output: Path, source: Path) -> None:
+    """Write model and processor under another name, then give the folder its own."""
+    partial = output.with_name(f"{output.name}.incomplete")
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        for pattern in _KEPT_FILES:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copy(file, partial / file.name)
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        os.rename(partial, output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML reads 1e-4, without a point, as a text."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value

@@ -1,0 +1,101 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`CasaTrainer`: Transformers' Trainer with two learning rates and evaluation by generated answers.
+
+CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this adds what these have no argument for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .collator import CasaDataCollator
+from .evaluation import exact_match, generate_answers
+from .parameters import parameter_groups
+from .samples import Dialogue
+
+
+class CasaTrainer(Trainer):
+    """Trainer of CASA models.
+
+    Args:
+        *args, **kwargs: as for `Trainer`; `processing_class` is the model's `CasaProcessor`, and data sets hold
+            conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`).
+        lr_new, lr_existing: learning rates; see `parameter_groups`. `weight_decay` is that of the arguments.
+        generate: arguments of `generate` with which evaluation asks the model for the last answer of each conversation
+            of the evaluation set; None for the loss alone.
+        score: (answers, references) -> metrics by name, logged beside the loss.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        *args: Any,
+        lr_new: float = 1e-4,
+        lr_existing: float = 1e-5,
+        generate: Mapping[str, Any] | None = None,
+        score: Callable[[Sequence[str], Sequence[str]], dict[str, float]] = exact_match,
+        **kwargs: Any,
+    ):
+        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
+            kwargs["data_collator"] = CasaDataCollator(kwargs["processing_class"])
+        super().__init__(*args, **kwargs)
+        self.lr_new, self.lr_existing = lr_new, lr_existing
+        self.generate_kwargs, self.score = generate, score
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, with the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.lr_new, self.lr_existing, self.args.weight_decay)
+            self.optimizer = optimizer(groups, **kwargs)
+        return self.optimizer
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The loss, and the score of generated answers."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.generate_kwargs is not None:
+            answers, references = self._answers(_examples(dataloader.dataset))
+            scores = self.score(answers, references)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+    def _answers(self, examples: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+        """Answers and references; processes share the work, equally, since a sharded model needs all of them."""
+        from accelerate.utils import gather_object
+
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(rank, len(examples), processes))
+        while len(mine) < -(-len(examples) // processes):
+            mine.append(0)
+        answers = generate_answers(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            [examples[index] for index in mine],
+            batch_size=self.args.eval_batch_size,
+            **{"synced_gpus": processes > 1, **(self.generate_kwargs or {})},
+        )
+        by_index = dict(gather_object(list(zip(mine, answers, strict=True))))
+        references = [Dialogue.of(example).question()[1] for example in examples]
+        return [by_index[index] for index in range(len(examples))], references
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*(self._signature_columns or []), "messages", "images", "image", "videos", "video"]
+
+
+def _examples(dataset: Any) -> list[Mapping[str, Any]]:
+    """The conversations of a data set, packed or not."""
+    features = [dataset[index] for index in range(len(dataset))]
+    return [example for feature in features for example in ([feature] if isinstance(feature, Mapping) else feature)]

@@ -1,0 +1,145 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Conversations to tensors: what is trained on, in which forms conversations may come, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from casa_hf import CasaProcessor, convert_checkpoint
+from casa_hf.training.samples import Dialogue, encode, measure, unseen_image
+from examples.tiny_source import build_tiny_helium
+from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
+
+
+def trained_text(processor, example):
+    sample = encode(processor, example)
+    assert ((sample.labels == -100) | (sample.labels == sample.input_ids)).all()
+    return processor.tokenizer.decode(sample.input_ids[sample.labels != -100])
+
+
+def test_labels_are_the_answers_with_what_ends_them(processor):
+    assert trained_text(processor, CONVERSATIONS[0]) == "A small cat with amber eyes.<|im_end|>"
+    assert trained_text(processor, CONVERSATIONS[3]) == (
+        "A rocket before its launch.<|im_end|>A glass of water.<|im_end|>"
+    )
+
+
+def test_words_of_an_answer_that_the_question_has_too_are_told_apart(processor):
+    example = ask("Say: the cat.", "the cat.")
+    sample = encode(processor, example)
+    assert trained_text(processor, example) == "the cat.<|im_end|>"
+    assert (sample.labels[-2:] == torch.tensor([sample.input_ids[-2], -100])).all()
+
+
+def test_image_marks_in_an_answer_are_not_trained_on(converted):
+    processor = load_processor(converted("casa", num_gist_tokens=2))
+    example = ask("Show me a cat.", "")
+    example["messages"][1]["content"] = [
+        {"type": "text", "text": "Here:"},
+        {"type": "image", "path": str(PHOTOGRAPHS / "cat.jpg")},
+        {"type": "text", "text": "a cat."},
+    ]
+    sample = encode(processor, example)
+    assert "<|vision_start|><|vision_end|><|gist_0|><|gist_1|>" in processor.tokenizer.decode(sample.input_ids)
+    assert trained_text(processor, example) == "Here:a cat.<|im_end|>"
+
+
+def test_a_tokenizer_without_delimiters(source_folder, tmp_path):
+    helium = build_tiny_helium(tmp_path / "helium")
+    folder = convert_checkpoint(helium, tmp_path / "casa", vision_from=source_folder).output
+    processor = load_processor(folder)
+    assert trained_text(processor, CONVERSATIONS[0]).strip() == "A small cat with amber eyes.</s>"
+    assert measure(processor, CONVERSATIONS[3]) == size(encode(processor, CONVERSATIONS[3]))
+    unseen = unseen_image(processor)
+    assert processor.tokenizer.decode(unseen.input_ids) == "<|image|>"
+
+
+def size(sample):
+    return sample.num_tokens, sample.num_image_tokens
+
+
+@pytest.mark.parametrize("index", range(len(CONVERSATIONS)))
+def test_measured_without_pixels(processor, index):
+    assert measure(processor, CONVERSATIONS[index]) == size(encode(processor, CONVERSATIONS[index]))
+
+
+@pytest.mark.parametrize("shape", [(500, 40), (40, 500), (84, 84), (30, 29)])
+def test_measured_for_pictures_of_any_form(processor, shape, tmp_path):
+    Image.new("RGB", shape, "red").save(tmp_path / "picture.png")
+    for picture in (Image.new("RGB", shape), str(tmp_path / "picture.png")):
+        example = {**ask("What?", "Red."), "images": [picture]}
+        sample = encode(processor, example)
+        assert measure(processor, example) == size(sample) and sample.num_image_tokens > 0
+
+
+def test_measured_for_the_frames_of_a_clip(processor):
+    frames = [Image.new("RGB", (60 + 30 * i, 90), "blue") for i in range(3)]
+    example = {"messages": ask("What changed?", "Nothing.")["messages"], "videos": [frames]}
+    sample = encode(processor, example)
+    assert len(sample.image_grid_thw) == 3 and (sample.mm_token_type_ids == 2).sum() == 3
+    assert measure(processor, example) == size(sample)
+
+
+def test_forms_of_one_conversation_give_the_same(processor):
+    path = str(PHOTOGRAPHS / "cat.jpg")
+    expected = encode(processor, ask("What is this?", "A cat.", "cat"))
+    answer = {"role": "assistant", "content": "A cat."}
+    with open(path, "rb") as file:
+        stored = {"bytes": file.read(), "path": None}
+    forms = [
+        # No part is an image: the images come before the text of the first question.
+        {"messages": [{"role": "user", "content": "What is this?"}, answer], "images": [path]},
+        {"messages": [{"role": "user", "content": "What is this?"}, answer], "image": Image.open(path)},
+        {"messages": [{"role": "user", "content": "What is this?"}, answer], "images": [stored]},
+    ]
+    for source in ({"image": path}, {"path": path}, {"image_url": {"url": path}, "type": "image_url"}):
+        parts = [{"type": "image", **source}, {"type": "text", "text": "What is this?"}]
+        forms.append({"messages": [{"role": "user", "content": parts}, answer]})
+    # As a table stores them, each part with the fields of all others.
+    parts = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "What is this?", "image": None}]
+    forms.append({"messages": [{"role": "user", "content": parts}, answer], "images": [path], "videos": None})
+    for form in forms:
+        sample = encode(processor, form)
+        assert torch.equal(sample.input_ids, expected.input_ids)
+        assert torch.equal(sample.pixel_values, expected.pixel_values)
+
+
+def test_reading_leaves_the_example_as_it_is(processor):
+    example = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]}
+    example["images"] = [str(PHOTOGRAPHS / "cat.jpg")]
+    assert torch.equal(encode(processor, example).input_ids, encode(processor, example).input_ids)
+
+
+def test_the_question_of_a_conversation():
+    question, answer = Dialogue.of(CONVERSATIONS[3]).question()
+    assert answer == "A glass of water."
+    assert [turn["role"] for turn in question.messages] == ["user", "assistant", "user"]
+    assert len(question.images) == 2
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        ({"text": "x"}, ["text", "messages"]),
+        ({"messages": [{"role": "user", "content": "x"}]}, ["user", "answer"]),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "before it"]),
+        ({**ask("x", "y", "cat"), "images": []}, ["0 images", "more parts"]),
+        ({**ask("x", "y", "cat"), "images": ["a.jpg", "b.jpg"]}, ["2 images", "only 1"]),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, ["audio", "image or video"]),
+        ({"messages": ["x"]}, ["'x'", "role"]),
+        ({"messages": [{"role": "user", "content": 3}]}, ["3", "parts"]),
+    ],
+)
+def test_unusable_conversations_are_refused(example, words):
+    with pytest.raises(ValueError) as refused:
+        Dialogue.of(example)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(casa_folder):
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    processor.chat_template = "{% for m in messages %}{{ m.role if loop.last else '-' }}{% endfor %}"
+    with pytest.raises(ValueError, match="turn 1"):
+        encode(processor, CONVERSATIONS[3])

@@ -1,0 +1,182 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Transformers' Trainer as it is, TRL's SFTTrainer, and CasaTrainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.training import CasaDataCollator, CasaTrainer, PackedDataset, freeze, generate_answers
+from casa_hf.training.samples import Dialogue
+from tests.training.helpers import CONVERSATIONS, ask, load_model, loss_and_gradients
+
+
+def arguments(folder, **options):
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": 4,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "remove_unused_columns": False,
+            "use_cpu": True,
+            **options,
+        }
+    )
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fusion_model(folder, dtype=torch.float32):
+    model = load_model(folder, dtype)
+    freeze(model, "paper-qwen")
+    return model
+
+
+def test_accumulated_batches_count_tokens_not_batches(casa_folder, processor, tmp_path):
+    """One step over four unequal batches is the step over all of them."""
+    lengths = [int((CasaDataCollator(processor)([example])["labels"] != -100).sum()) for example in CONVERSATIONS]
+    assert len(set(lengths)) > 1
+    model = fusion_model(casa_folder, torch.float64)
+    before = weights(model)
+    _, gradients = loss_and_gradients(model, CasaDataCollator(processor)(CONVERSATIONS))
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, gradient_accumulation_steps=4, optim="sgd", max_grad_norm=0),
+        train_dataset=CONVERSATIONS,
+        data_collator=CasaDataCollator(processor),
+        processing_class=processor,
+    )
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    for name, value in weights(model).items():
+        step = (before[name] - value) / 1e-2
+        # The optimizer rounds the difference of nearly equal numbers, and the loss is in float32.
+        assert (step - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max(), name
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_plain_trainer_learns_and_keeps_frozen_weights(casa_folder, processor, tmp_path, bf16):
+    model = fusion_model(casa_folder)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=12, per_device_train_batch_size=4, bf16=bf16),
+        train_dataset=CONVERSATIONS,
+        eval_dataset=CONVERSATIONS,
+        data_collator=CasaDataCollator(processor, packing=True),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(casa_folder, processor, tmp_path):
+    def trainer(folder, steps):
+        return CasaTrainer(
+            model=fusion_model(casa_folder),
+            args=arguments(folder, max_steps=steps, save_strategy="steps", save_steps=3, seed=3),
+            train_dataset=PackedDataset(CONVERSATIONS, processor, max_text_tokens=70),
+            processing_class=processor,
+        )
+
+    unbroken = trainer(tmp_path / "a", 6)
+    unbroken.train()
+    first = trainer(tmp_path / "b", 3)
+    first.train()
+    checkpoint = tmp_path / "b" / "checkpoint-3"
+    assert (checkpoint / "preprocessor_config.json").exists() or (checkpoint / "processor_config.json").exists()
+    CasaProcessor.from_pretrained(checkpoint)
+    second = trainer(tmp_path / "b", 6)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in weights(unbroken.model).items():
+        assert torch.equal(weights(second.model)[name], value), name
+        assert not torch.equal(weights(first.model)[name], value), name
+
+
+def test_two_rates_and_evaluation_by_answers(casa_folder, processor, tmp_path):
+    model = load_model(casa_folder, torch.float32)
+    freeze(model, "paper-helium")
+    # One sure answer: what the model says by itself.
+    options = {"max_new_tokens": 5, "do_sample": False}
+    said = generate_answers(model, processor, CONVERSATIONS[:1], **options)[0]
+    evaluated = [ask("What is in this picture?", said, "cat"), *CONVERSATIONS[1:]]
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, learning_rate=1.0, weight_decay=0.1, per_device_eval_batch_size=3),
+        train_dataset=CONVERSATIONS,
+        eval_dataset=evaluated,
+        processing_class=processor,
+        lr_new=0.0,
+        lr_existing=1e-3,
+        generate=options,
+    )
+    assert trainer.evaluate()["eval_exact_match"] == trainer.state.log_history[-1]["eval_exact_match"] == 0.25
+    before = weights(model)
+    trainer.train()
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "casa_attn" not in name}
+
+
+def test_answers_in_batches_are_those_of_single_questions(casa_folder, processor):
+    model = load_model(casa_folder).train()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    single = []
+    for example in CONVERSATIONS:
+        question = Dialogue.of(example).question()[0]
+        inputs = processor(
+            text=[processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)],
+            images=question.images or None,
+            return_tensors="pt",
+        )
+        output = model.eval().generate(**inputs, **options)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        single.append(processor.decode(new, skip_special_tokens=True).strip())
+    model.train()
+    assert generate_answers(model, processor, CONVERSATIONS, batch_size=3, **options) == single
+    assert len(set(single)) > 1 and model.training
+
+
+def test_a_table_of_datasets_trains_without_further_arguments(casa_folder, processor, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(CONVERSATIONS[:1] + CONVERSATIONS[2:3])
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    trainer = CasaTrainer(
+        model=fusion_model(casa_folder),
+        args=arguments(tmp_path, max_steps=1, remove_unused_columns=True),
+        train_dataset=table,
+        processing_class=processor,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"].shape[0] > 0
+    expected = CasaDataCollator(processor)([CONVERSATIONS[0]])
+    found = CasaDataCollator(processor)([table[0]])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    trainer.train()
+
+
+def test_a_trained_model_loads_again(casa_folder, processor, tmp_path):
+    trainer = CasaTrainer(
+        model=fusion_model(casa_folder),
+        args=arguments(tmp_path / "run", max_steps=1),
+        train_dataset=CONVERSATIONS,
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = CasaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    batch = CasaDataCollator(CasaProcessor.from_pretrained(tmp_path / "saved"))(CONVERSATIONS)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
