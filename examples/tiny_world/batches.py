@@ -37,7 +37,8 @@ class Batcher:
         self._mark = self._tokenize(processor.image_mark)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """A batch padded on the right: `input_ids`, `attention_mask`, `labels`, `pixel_values`, `image_grid_thw`."""
+        """A batch padded on the right: `input_ids`, `attention_mask`, `labels`, and, where there are pictures,
+        `pixel_values` and `image_grid_thw`."""
         encoded = [self.encode(example) for example in examples]
         width = max(len(ids) for ids, _ in encoded)
         batch = {
@@ -49,7 +50,8 @@ class Batcher:
             batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][row, : len(ids)] = 1
             batch["labels"][row, : len(ids)] = torch.tensor(labels)
-        return {**batch, **self.pixels([picture for example in examples for picture in example.pictures])}
+        pictures = [picture for example in examples for picture in example.pictures]
+        return {**batch, **self.pixels(pictures)} if pictures else batch
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation, as the chat template writes it."""

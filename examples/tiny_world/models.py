@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration
 from examples.tiny_source import IMAGE_PROCESSOR, SPECIAL_TOKENS, TURNS_TEMPLATE
 
 from .drawing import TILE
-from .world import SPLITS, TASKS, examples
+from .world import LESSONS, TASKS
 
 _LEARNED_TOKENS = 512
 
@@ -46,7 +45,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def _texts() -> list[str]:
     """Every word that a conversation can have, many times."""
     texts = ["user\n", "assistant\n", "system\n"] * 50
-    for task in TASKS.values():
+    for task in (TASKS | LESSONS).values():
         for size in task.sizes:
             for example in (task.example(size, "train", index, seed=-1, turns=9) for index in range(40)):
                 texts += [part for part in example.lead if part is not None]

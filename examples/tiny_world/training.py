@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .batches import IGNORED, Batcher
-from .world import Example
+from .world import TASKS, Example
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,46 @@ def answers_right(model: Any, batcher: Batcher, examples: Iterable[Example], bat
     return right
 
 
-def by_task(examples: Sequence[Example], right: Sequence[bool]) -> dict[tuple[str, int], float]:
-    """The share of right answers by task and size."""
-    found: dict[tuple[str, int], list[bool]] = defaultdict(list)
-    for example, is_right in zip(examples, right, strict=True):
-        found[example.task, example.size].append(is_right)
-    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+@dataclass(frozen=True)
+class Scores:
+    """Shares of right answers.
+
+    Attributes:
+        by_size: of each task and size.
+        questions: number of questions in all.
+    """
+
+    by_size: dict[tuple[str, int], float]
+    questions: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], right: Sequence[bool]) -> Scores:
+        """From questions and whether they were answered rightly."""
+        found: dict[tuple[str, int], list[bool]] = defaultdict(list)
+        for example, is_right in zip(examples, right, strict=True):
+            found[example.task, example.size].append(is_right)
+        return cls({key: sum(values) / len(values) for key, values in found.items()}, len(examples))
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        """The mean over the sizes of each task."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for (task, _), score in self.by_size.items():
+            found[task].append(score)
+        return {task: sum(scores) / len(scores) for task, scores in found.items()}
+
+    @property
+    def overall(self) -> float:
+        """The mean over the tasks."""
+        return sum(self.by_task.values()) / len(self.by_task)
+
+
+def evaluate(model: Any, batcher: Batcher, examples: Sequence[Example]) -> Scores:
+    """Ask a model and count."""
+    return Scores.of(examples, answers_right(model, batcher, examples))
+
+
+def chance(examples: Sequence[Example]) -> Scores:
+    """What guessing gives."""
+    sizes = {(example.task, example.size) for example in examples}
+    return Scores({(task, size): TASKS[task].chance(size) for task, size in sorted(sizes)}, len(examples))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -68,6 +68,11 @@ class Example:
     def conversation(self) -> dict[str, Any]:
         """The example as `casa_hf.training` takes it."""
         return {"messages": self.messages, "images": list(self.pictures)}
+
+    @property
+    def blind(self) -> Example:
+        """The same conversation without its pictures."""
+        return replace(self, lead=tuple(part for part in self.lead if part is not None), pictures=())
 
 
 @dataclass(frozen=True)
@@ -135,18 +140,26 @@ class Task:
 
 
 def _pairs(camera: Camera, size: int, turns: int) -> Scene:
-    rng = camera.rng
-    cells = rng.sample([(row, column) for row in range(2 * _SIDE) for column in range(0, 2 * _SIDE, 2)], size)
-    numbers = {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
+    cells, numbers = _written(camera.rng, size)
+    asked = camera.rng.sample(sorted(numbers), min(turns, size))
+    questions = [(f"Which number does {key} have?", numbers[key]) for key in asked]
+    return (None,), [camera.take(_characters(cells, numbers))], questions
 
+
+def _written(rng: Random, size: int) -> tuple[list[tuple[int, int]], dict[str, str]]:
+    """Cells for pairs, and a number for each of as many keys."""
+    cells = rng.sample([(row, column) for row in range(2 * _SIDE) for column in range(0, 2 * _SIDE, 2)], size)
+    return cells, {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
+
+
+def _characters(cells: list[tuple[int, int]], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
     def draw(rng: Random) -> Image.Image:
         canvas = Canvas(LARGE, rng)
         for (row, column), (key, number) in zip(cells, numbers.items(), strict=True):
             canvas.characters(key + number, row, column)
         return canvas.image
 
-    asked = rng.sample(sorted(numbers), min(turns, size))
-    return (None,), [camera.take(draw)], [(f"Which number does {key} have?", numbers[key]) for key in asked]
+    return draw
 
 
 def _tiles(content: dict[tuple[int, int], Thing | str]) -> Callable[[Random], Image.Image]:
@@ -229,6 +242,21 @@ def _rule(camera: Camera, size: int, turns: int) -> Scene:
     rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
     picture = camera.take(lambda rng: scatter([things[shown]], SMALL, rng))
     return (rule, None), [picture], [("What does this mean?", numbers[shown])]
+
+
+def _describe(camera: Camera, size: int, turns: int) -> Scene:
+    content: dict[tuple[int, int], Thing | str] = {
+        place: any_thing(camera.rng) for place in camera.rng.sample(_PLACES, size)
+    }
+    answer = ", ".join(str(content.get(place, "nothing")) for place in _PLACES)
+    return (None,), [camera.take(_tiles(content))], [("What is in each row and column?", answer)]
+
+
+def _recite(camera: Camera, size: int, turns: int) -> Scene:
+    cells, numbers = _written(camera.rng, size)
+    in_order = sorted(zip(cells, numbers.items(), strict=True))
+    answer = " ".join(key + number for _, (key, number) in in_order)
+    return (None,), [camera.take(_characters(cells, numbers))], [("Which numbers are there?", answer)]
 
 
 def _colour(camera: Camera, size: int, turns: int) -> Scene:
@@ -339,6 +367,15 @@ TASKS = {
     )
 }
 
+# What models train on beside the tasks, since it tells them about every tile at once.
+LESSONS = {
+    task.name: task
+    for task in (
+        Task("describe", "everything", (4, 8, 16), (8, 16), 1, _describe, lambda size: 0.0),
+        Task("recite", "everything", (4, 8, 16), (8,), 1, _recite, lambda size: 0.0),
+    )
+}
+
 
 def examples(
     split: str,
@@ -360,7 +397,17 @@ def examples(
     index = start
     while True:
         number, which = divmod(index, len(tasks))
-        task = TASKS[tasks[which]]
+        task = (TASKS | LESSONS)[tasks[which]]
         size = task.standard[number % len(task.standard)]
         yield task.example(size, split, number, seed=seed, turns=1 if single else task.turns)
         index += 1
+
+
+def test_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+    """So many questions of each task and standard size, each about pictures of its own."""
+    return [
+        task.example(size, split, index, seed=seed)
+        for task in TASKS.values()
+        for size in task.standard
+        for index in range(number)
+    ]

@@ -1,0 +1,87 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Train the source model from scratch, adapt it to CASA, and measure both on held-out pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+
+from .batches import Batcher
+from .protocols import ADAPTATION, SOURCE, adapt, train_source
+from .training import Progress, Scores, chance, evaluate
+from .world import test_questions
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make `source`, `casa` and `results.json` in a folder."""
+    parser = argparse.ArgumentParser(prog="python -m examples.tiny_world", description=__doc__)
+    parser.add_argument("folder", type=Path, help="receives source/, casa/ and results.json")
+    parser.add_argument("--source-steps", type=int, default=SOURCE.steps, help="0 to use the source that is there")
+    parser.add_argument("--casa-steps", type=int, default=ADAPTATION.steps)
+    parser.add_argument("--questions", type=int, default=400, help="test questions of each task and size")
+    options = parser.parse_args(arguments)
+    disable_progress_bar()
+    seconds: dict[str, float] = {}
+    source, casa = options.folder / "source", options.folder / "casa"
+    if options.source_steps:
+        started = time.monotonic()
+        train_source(source, replace(SOURCE, steps=options.source_steps), report=_printer("source"))
+        seconds["source"] = round(time.monotonic() - started)
+    started = time.monotonic()
+    adapt(source, casa, recipe=replace(ADAPTATION, steps=options.casa_steps), report=_printer("casa"))
+    seconds["casa"] = round(time.monotonic() - started)
+
+    results = measure(source, casa, options.questions)
+    print(table(results))
+    content = {"questions": results["chance"].questions, "seconds": seconds}
+    for name, scores in results.items():
+        by_size = {f"{task} {size}": round(score, 4) for (task, size), score in scores.by_size.items()}
+        content[name] = {"overall": round(scores.overall, 4), **by_size}
+    (options.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(source: Path, casa: Path, questions: int) -> dict[str, Scores]:
+    """The scores of guessing, of the source without and with pictures, and of the adapted model, on test pictures."""
+    examples = test_questions(questions)
+    batcher = Batcher(CasaProcessor.from_pretrained(casa))
+    model = CasaForConditionalGeneration.from_pretrained(source, casa_variant="insertion")
+    scores = {
+        "chance": chance(examples),
+        "source, blind": evaluate(model, batcher, [example.blind for example in examples]),
+        "source": evaluate(model, batcher, examples),
+    }
+    model = CasaForConditionalGeneration.from_pretrained(casa)
+    return {**scores, "casa": evaluate(model, batcher, examples)}
+
+
+def table(results: dict[str, Scores]) -> str:
+    """The scores as a Markdown table, in percent."""
+    sizes = results["chance"].by_size
+    lines = [["task", "size", *results], ["---"] * (2 + len(results))]
+    for task, size in sizes:
+        lines.append([task, str(size), *(f"{100 * scores.by_size[task, size]:.1f}" for scores in results.values())])
+    lines.append(["all tasks", "", *(f"{100 * scores.overall:.1f}" for scores in results.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _printer(name: str) -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        print(
+            f"{name}: step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
+            f"{progress.seconds_left / 60:.0f} min left",
+            flush=True,
+        )
+
+    return show
+
+
+if __name__ == "__main__":
+    main()

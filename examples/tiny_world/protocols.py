@@ -1,0 +1,143 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How the models come about: a source trained from scratch, and CASA models made from it.
+
+- The source learns with token insertion: the variant `insertion` is the stock model, with the same parameters.
+- Protocol B (the paper's Table 3) takes that source, keeps its language model as it is, and trains the fusion layers
+  and the last blocks of the vision tower.
+- Protocol A (the paper's Table 2) takes a model that has only seen text, and trains each variant with everything
+  unfrozen.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
+from casa_hf.training import freeze, parameter_groups
+
+from .batches import Batcher
+from .models import build_tokenizer, source_config, write_source
+from .training import Progress, fit
+from .world import LESSONS, TASKS, Example, examples
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a model learns.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_size: conversations per step.
+        lr: of what is trained from scratch, or of fusion layers.
+        lr_existing: of trained parameters that are trained on.
+        lessons: share of the conversations that are lessons, at first; it falls linearly to a fifth of that.
+    """
+
+    steps: int
+    batch_size: int = 48
+    lr: float = 2e-3
+    lr_existing: float = 2e-3
+    lessons: float = 0.5
+
+
+SOURCE = Recipe(steps=6_000)
+ADAPTATION = Recipe(steps=2_000, lr=2e-3, lr_existing=5e-4, lessons=0.2)
+
+
+def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) -> Iterator[Example]:
+    """Conversations to learn from: tasks and, less and less often, lessons."""
+    rng = Random(f"{seed} curriculum")
+    tasks, lessons = (examples("train", tasks=names, seed=seed) for names in (only, tuple(LESSONS)))
+    total = recipe.steps * recipe.batch_size
+    for index in range(total):
+        share = recipe.lessons * (1 - 0.8 * index / total)
+        yield next(lessons if rng.random() < share else tasks)
+
+
+def train_source(folder: str | os.PathLike, recipe: Recipe = SOURCE, *, seed: int = 0, report: Report | None = None) -> Path:
+    """Train the source model from scratch and write it as a Qwen2.5-VL checkpoint.
+
+    Args:
+        folder: to write.
+        recipe: how.
+        seed: of the weights and of the data.
+        report: called now and then.
+    """
+    tokenizer = build_tokenizer()
+    config = source_config(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stock = Qwen2_5_VLForConditionalGeneration(config)
+    with tempfile.TemporaryDirectory(prefix="tiny-world-") as start:
+        write_source(start, stock, tokenizer)
+        model = CasaForConditionalGeneration.from_pretrained(start, casa_variant="insertion")
+        batcher = Batcher(CasaProcessor.from_source(start))
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        betas=(0.9, 0.98),
+    )
+    fit(
+        model,
+        batcher,
+        curriculum(recipe, seed),
+        [optimizer],
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        on_progress=report,
+    )
+    stock.load_state_dict(model.state_dict())
+    return write_source(folder, stock, tokenizer)
+
+
+def adapt(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    variant: str = "casa",
+    recipe: Recipe = ADAPTATION,
+    *,
+    seed: int = 1,
+    report: Report | None = None,
+) -> Path:
+    """Protocol B: convert a trained source and train what conversion has added, and the vision tower's last blocks.
+
+    Args:
+        source: folder of the source.
+        folder: to write; a complete CASA checkpoint.
+        variant: a variant with fusion layers of its own.
+        recipe, seed, report: see `train_source`.
+    """
+    converted = convert_checkpoint(source, folder, variant).output
+    model = CasaForConditionalGeneration.from_pretrained(converted)
+    processor = CasaProcessor.from_pretrained(converted)
+    freeze(model, "paper-qwen")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, lr_new=recipe.lr, lr_existing=recipe.lr_existing, weight_decay=0.01),
+        betas=(0.9, 0.98),
+    )
+    fit(
+        model,
+        Batcher(processor),
+        curriculum(recipe, seed),
+        [optimizer],
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        on_progress=report,
+    )
+    model.save_pretrained(converted)
+    return converted
