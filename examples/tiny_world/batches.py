@@ -98,9 +98,7 @@ class Batcher:
         normalised = (pictures - self.mean) / self.std
         patches = normalised.reshape(count, tiles, self.merge, self.patch, tiles, self.merge, self.patch, 3)
         patches = patches.permute(0, 1, 4, 2, 5, 7, 3, 6)[:, :, :, :, :, :, None]
-        return patches.expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1).reshape(
-            -1, 3 * self.frames * self.patch**2
-        )
+        return patches.expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1).reshape(-1, 3 * self.frames * self.patch**2)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

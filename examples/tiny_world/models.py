@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -16,13 +15,13 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration
 from examples.tiny_source import IMAGE_PROCESSOR, SPECIAL_TOKENS, TURNS_TEMPLATE
 
 from .drawing import TILE
 from .world import LESSONS, TASKS
 
 _LEARNED_TOKENS = 512
+_INITIALIZER_RANGE = 0.05  # narrow matrices need larger entries
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -75,6 +74,7 @@ def source_config(tokenizer: Qwen2Tokenizer, **overrides: Any) -> Qwen2_5_VLConf
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": True,
+        "initializer_range": _INITIALIZER_RANGE,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
         **text,
     }
@@ -88,6 +88,7 @@ def source_config(tokenizer: Qwen2Tokenizer, **overrides: Any) -> Qwen2_5_VLConf
         text_config={"max_window_layers": text["num_hidden_layers"], **text},
         vision_config={
             "depth": depth,
+            "initializer_range": _INITIALIZER_RANGE,
             "hidden_size": 96,
             "intermediate_size": 192,
             "num_heads": 4,
@@ -102,7 +103,9 @@ def source_config(tokenizer: Qwen2Tokenizer, **overrides: Any) -> Qwen2_5_VLConf
     )
 
 
-def write_source(folder: str | os.PathLike, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> Path:
+def write_source(
+    folder: str | os.PathLike, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer
+) -> Path:
     """Write a complete Qwen2.5-VL checkpoint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

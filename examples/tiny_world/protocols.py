@@ -13,11 +13,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +27,7 @@ from casa_hf.training import freeze, parameter_groups
 from .batches import Batcher
 from .models import build_tokenizer, source_config, write_source
 from .training import Progress, fit
-from .world import LESSONS, TASKS, Example, examples
+from .world import TASKS, Example, examples
 
 Report = Callable[[Progress], None]
 
@@ -43,6 +41,7 @@ class Recipe:
         batch_size: conversations per step.
         lr: of what is trained from scratch, or of fusion layers.
         lr_existing: of trained parameters that are trained on.
+        names: share of the conversations, the first ones, that ask for the name of a single object.
         lessons: share of the conversations that are lessons, at first; it falls linearly to a fifth of that.
     """
 
@@ -50,24 +49,32 @@ class Recipe:
     batch_size: int = 48
     lr: float = 2e-3
     lr_existing: float = 2e-3
+    names: float = 0.0
     lessons: float = 0.5
 
 
-SOURCE = Recipe(steps=6_000)
+SOURCE = Recipe(steps=6_000, lr=4e-3, names=0.04)
 ADAPTATION = Recipe(steps=2_000, lr=2e-3, lr_existing=5e-4, lessons=0.2)
 
 
 def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) -> Iterator[Example]:
-    """Conversations to learn from: tasks and, less and less often, lessons."""
+    """Conversations to learn from: one object at first, then tasks and, less and less often, lessons."""
     rng = Random(f"{seed} curriculum")
-    tasks, lessons = (examples("train", tasks=names, seed=seed) for names in (only, tuple(LESSONS)))
+    tasks, lessons, names = (
+        examples("train", tasks=tasks, seed=seed) for tasks in (only, ("describe", "recite"), ("name",))
+    )
     total = recipe.steps * recipe.batch_size
     for index in range(total):
         share = recipe.lessons * (1 - 0.8 * index / total)
-        yield next(lessons if rng.random() < share else tasks)
+        if index < recipe.names * total:
+            yield next(names)
+        else:
+            yield next(lessons if rng.random() < share else tasks)
 
 
-def train_source(folder: str | os.PathLike, recipe: Recipe = SOURCE, *, seed: int = 0, report: Report | None = None) -> Path:
+def train_source(
+    folder: str | os.PathLike, recipe: Recipe = SOURCE, *, seed: int = 0, report: Report | None = None
+) -> Path:
     """Train the source model from scratch and write it as a Qwen2.5-VL checkpoint.
 
     Args:
@@ -85,24 +92,28 @@ def train_source(folder: str | os.PathLike, recipe: Recipe = SOURCE, *, seed: in
         write_source(start, stock, tokenizer)
         model = CasaForConditionalGeneration.from_pretrained(start, casa_variant="insertion")
         batcher = Batcher(CasaProcessor.from_source(start))
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.lr,
-        betas=(0.9, 0.98),
-    )
     fit(
         model,
         batcher,
         curriculum(recipe, seed),
-        [optimizer],
+        _from_scratch(model, recipe.lr),
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         on_progress=report,
     )
     stock.load_state_dict(model.state_dict())
     return write_source(folder, stock, tokenizer)
+
+
+def _from_scratch(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, which learns in fewer steps, and AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed_tokens" not in name else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def adapt(

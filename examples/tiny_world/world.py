@@ -244,6 +244,11 @@ def _rule(camera: Camera, size: int, turns: int) -> Scene:
     return (rule, None), [picture], [("What does this mean?", numbers[shown])]
 
 
+def _name_it(camera: Camera, size: int, turns: int) -> Scene:
+    thing = any_thing(camera.rng)
+    return (None,), [camera.take(lambda rng: scatter([thing], SMALL, rng))], [("What is this?", str(thing))]
+
+
 def _describe(camera: Camera, size: int, turns: int) -> Scene:
     content: dict[tuple[int, int], Thing | str] = {
         place: any_thing(camera.rng) for place in camera.rng.sample(_PLACES, size)
@@ -359,7 +364,9 @@ TASKS = {
             _frames,
             lambda size: 1 / _NUM_THINGS,
         ),
-        Task("rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 1, _rule, lambda size: 1 / size),
+        Task(
+            "rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 1, _rule, lambda size: 1 / size
+        ),
         Task("colour", "everyday", (2, 3, 4, 5), (2, 4), 4, _colour, lambda size: 1 / len(COLOURS)),
         Task("shape", "everyday", (2, 3, 4, 5, 6), (2, 4), 4, _shape, lambda size: 1 / len(SHAPES)),
         Task("count", "everyday", (4, 6, 8), (4, 6), 1, _count, lambda size: 1 / (size // 2 + 1)),
@@ -371,6 +378,7 @@ TASKS = {
 LESSONS = {
     task.name: task
     for task in (
+        Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
         Task("describe", "everything", (4, 8, 16), (8, 16), 1, _describe, lambda size: 0.0),
         Task("recite", "everything", (4, 8, 16), (8,), 1, _recite, lambda size: 0.0),
     )

@@ -1,0 +1,120 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The short ways of the tiny world are those of the package: batches, evaluation, the source as `insertion`."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.training import CasaDataCollator, generate_answers
+from examples.tiny_world import __main__ as command
+from examples.tiny_world.asking import Source
+from examples.tiny_world.batches import Batcher
+from examples.tiny_world.models import build_tokenizer
+from examples.tiny_world.protocols import Recipe, curriculum, train_source
+from examples.tiny_world.training import answers_right, chance, trapezoid
+from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, test_questions
+
+CASA = Path(command.__file__).parent / "checkpoints" / "casa"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return CasaProcessor.from_pretrained(CASA)
+
+
+@pytest.mark.parametrize("task", (TASKS | LESSONS).values(), ids=TASKS | LESSONS)
+def test_batches_equal_those_of_the_collator(processor, task):
+    found = [task.example(size, "train", index, turns=index + 1) for index in range(2) for size in task.standard]
+    batch = Batcher(processor)(found)
+    expected = CasaDataCollator(processor)([example.conversation for example in found])
+    for name in ("input_ids", "attention_mask", "labels", "image_grid_thw"):
+        assert torch.equal(batch[name], expected[name]), name
+    torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-5)
+    assert (batch["labels"] != -100).any(1).all()
+
+
+def test_conversations_without_pictures_have_no_pixels(processor):
+    example = TASKS["frames"].example(2, "train", 0)
+    batch = Batcher(processor)([example.blind])
+    assert "pixel_values" not in batch
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert "Frame one:Frame two:What was" in text and "vision" not in text
+
+
+def test_words_are_tokens():
+    tokenizer = build_tokenizer()
+    for key in KEYS:
+        assert len(tokenizer.tokenize(f"Which number does {key} have?")) == 6
+    answers = {answer for example in islice(examples("train"), 400) for _, answer in example.turns}
+    assert max(len(tokenizer.tokenize(answer)) for answer in answers) == 2
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(build_tokenizer().backend_tokenizer.to_str())
+
+
+def test_the_evaluation_says_what_generation_says(processor):
+    model = CasaForConditionalGeneration.from_pretrained(CASA)
+    asked = test_questions(2, "validation")
+    right = answers_right(model, Batcher(processor), asked, batch_size=7)
+    said = generate_answers(
+        model, processor, [example.conversation for example in asked], max_new_tokens=6, do_sample=False
+    )
+    assert right == [answer == example.turns[0][1] for answer, example in zip(said, asked, strict=True)]
+    assert any(right) and not all(right)
+
+
+def test_the_curriculum_goes_from_one_object_to_the_tasks():
+    recipe = Recipe(steps=50, batch_size=10, names=0.2, lessons=0.5)
+    names = [example.task for example in curriculum(recipe, seed=0)]
+    assert len(names) == 500
+    assert set(names[:100]) == {"name"} and "name" not in names[100:]
+    lessons = [name in LESSONS for name in names[100:]]
+    assert sum(lessons[:150]) > sum(lessons[-150:]) > 0
+    assert set(names) == {*TASKS, *LESSONS}
+
+
+def test_the_rate_rises_stays_and_falls():
+    rates = [trapezoid(step, 100, warmup=0.1, decay=0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42
+    assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
+
+
+def test_training_learns_and_writes_a_stock_checkpoint(tmp_path):
+    seen = []
+    recipe = Recipe(steps=30, batch_size=16, lr=4e-3, names=1.0)
+    folder = train_source(tmp_path / "source", recipe, report=seen.append)
+    assert [progress.step for progress in seen] == [30]
+    again = train_source(tmp_path / "again", recipe)
+    first, second = (path.joinpath("model.safetensors").read_bytes() for path in (folder, again))
+    assert first == second
+    # The stock model and the variant that was trained are one: the same answer to the last bit that matters.
+    example = LESSONS["name"].example(1, "train", 0)
+    inputs = Source(folder).inputs(example.conversation)
+    with torch.no_grad():
+        stock = Source(folder).model(**inputs).logits[0, -1]
+        model = CasaForConditionalGeneration.from_pretrained(folder, casa_variant="insertion")
+        batch = Batcher(CasaProcessor.from_source(folder))([example])
+        answer = int((batch["labels"][0] != -100).nonzero()[0])
+        trained = model(**batch).logits[0, answer - 1]
+    torch.testing.assert_close(trained, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_trains_both_and_writes_their_scores(tmp_path, capsys):
+    arguments = [str(tmp_path), "--source-steps", "2", "--casa-steps", "2", "--questions", "2"]
+    command.main(arguments)
+    shown = capsys.readouterr().out
+    assert "source: step 2 of 2" in shown and "casa: step 2 of 2" in shown
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    guessing = chance(test_questions(1)).overall
+    assert results["chance"]["overall"] == pytest.approx(guessing, abs=1e-4)
+    assert results["questions"] == 2 * len(test_questions(1))
+    assert (tmp_path / "casa" / "model.safetensors").stat().st_size < 6_000_000
+    # Only the fusion layers and the vision tower have moved.
+    adapted = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").state_dict()
+    source = CasaForConditionalGeneration.from_pretrained(tmp_path / "source", casa_variant="insertion").state_dict()
+    moved = {name for name, tensor in source.items() if not torch.equal(tensor, adapted[name])}
+    assert moved and all("visual.blocks" in name for name in moved)
