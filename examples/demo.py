@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The whole way from a trained Qwen2.5-VL checkpoint to answers about pictures, in seconds and without a network.
 
-The checkpoint is a small one that ships with the repository (examples/tiny_world): it knows coloured shapes, arrows and
-characters, and nothing else. Its weights take the steps that those of a large checkpoint take.
+The checkpoint is a small one that ships with the repository (examples/tiny_world): it knows coloured shapes, arrows
+and characters, and nothing else. A large checkpoint takes the same steps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
             count = sum(answer == expected for answer, expected in zip(given, right, strict=True))
             print(f"   {name}: {count} of {len(right)} right")
         print(
-            "   `exact` needs no training; `converted` is `casa` before, `trained` after its fusion layers were trained."
+            "   `exact` needs no training; `converted` is `casa` before, `trained` after training its fusion layers."
         )
         print("   docs/results.md has the scores on thousands of questions.")
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """What pictures are made of: objects of one colour and shape, arrows, and characters.
 
-A picture is divided into tiles of 28 pixels, the size of one image token; nothing but the objects of a `scatter` crosses
-the border of a tile. Every drawing is slightly different: background, shade, size and place vary.
+A picture is divided into tiles of 28 pixels, the size of one image token; only the objects of a `scatter` cross the
+borders of tiles. Every drawing is slightly different: background, shade, size and place vary.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from casa_hf.training import freeze, parameter_groups
 from .batches import Batcher
 from .models import build_tokenizer, source_config, write_source
 from .training import Progress, fit
-from .world import TASKS, Example, examples
+from .world import LESSONS, TASKS, Example, examples
 
 Report = Callable[[Progress], None]
 
@@ -60,9 +60,7 @@ ADAPTATION = Recipe(steps=2_000, lr=2e-3, lr_existing=5e-4, lessons=0.2)
 def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) -> Iterator[Example]:
     """Conversations to learn from: one object at first, then tasks and, less and less often, lessons."""
     rng = Random(f"{seed} curriculum")
-    tasks, lessons, names = (
-        examples("train", tasks=tasks, seed=seed) for tasks in (only, ("describe", "recite"), ("name",))
-    )
+    tasks, lessons, names = (examples("train", tasks=tasks, seed=seed) for tasks in (only, tuple(LESSONS), ("name",)))
     total = recipe.steps * recipe.batch_size
     for index in range(total):
         share = recipe.lessons * (1 - 0.8 * index / total)

@@ -12,7 +12,7 @@ another split than the one wanted is drawn again, with the same content.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -27,7 +27,6 @@ KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ@#$%&+"
 CHANGES = ("colour", "shape", "place", "nothing")
 
 _DIGITS = "0123456789"
-_SIDE = LARGE // TILE  # tiles along an edge of a large picture
 _HELD_OUT = 8  # one picture in so many is for testing, another one for validation
 
 
@@ -89,6 +88,7 @@ class Camera:
         return picture
 
 
+Place = tuple[int, int]  # row and column
 Scene = tuple[Sequence["str | None"], Sequence[Image.Image], list[tuple[str, str]]]
 
 
@@ -146,15 +146,20 @@ def _pairs(camera: Camera, size: int, turns: int) -> Scene:
     return (None,), [camera.take(_characters(cells, numbers))], questions
 
 
-def _written(rng: Random, size: int) -> tuple[list[tuple[int, int]], dict[str, str]]:
-    """Cells for pairs, and a number for each of as many keys."""
-    cells = rng.sample([(row, column) for row in range(2 * _SIDE) for column in range(0, 2 * _SIDE, 2)], size)
-    return cells, {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
+def _written(rng: Random, size: int) -> tuple[list[Place], dict[str, str]]:
+    """Cells for pairs, and a number for each of as many keys. A tile has room for two pairs."""
+    across = _pairs_side(size) // (TILE // 2)
+    cells = [(row, column) for row in range(across) for column in range(0, across, 2)]
+    return rng.sample(cells, size), {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
 
 
-def _characters(cells: list[tuple[int, int]], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
+def _pairs_side(size: int) -> int:
+    return SMALL if size <= 8 else LARGE
+
+
+def _characters(cells: list[Place], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
     def draw(rng: Random) -> Image.Image:
-        canvas = Canvas(LARGE, rng)
+        canvas = Canvas(_pairs_side(len(cells)), rng)
         for (row, column), (key, number) in zip(cells, numbers.items(), strict=True):
             canvas.characters(key + number, row, column)
         return canvas.image
@@ -162,11 +167,11 @@ def _characters(cells: list[tuple[int, int]], numbers: dict[str, str]) -> Callab
     return draw
 
 
-def _tiles(content: dict[tuple[int, int], Thing | str]) -> Callable[[Random], Image.Image]:
-    """Draws objects and, for the name of a direction, arrows."""
+def _tiles(content: Mapping[Place, Thing | str]) -> Callable[[Random], Image.Image]:
+    """Draws objects and, for the name of a direction, arrows; one in each tile of a square."""
 
     def draw(rng: Random) -> Image.Image:
-        canvas = Canvas(LARGE, rng)
+        canvas = Canvas(max(content)[0] * TILE + TILE, rng)
         for place, what in content.items():
             if isinstance(what, Thing):
                 canvas.thing_in_tile(what, *place)
@@ -177,29 +182,31 @@ def _tiles(content: dict[tuple[int, int], Thing | str]) -> Callable[[Random], Im
     return draw
 
 
-def _name(place: tuple[int, int]) -> str:
+def _name(place: Place) -> str:
     return f"row {NUMBERS[place[0] + 1]}, column {NUMBERS[place[1] + 1]}"
 
 
-_PLACES = [(row, column) for row in range(_SIDE) for column in range(_SIDE)]
+def _places(side: int) -> list[Place]:
+    return [(row, column) for row in range(side) for column in range(side)]
 
 
 def _place(camera: Camera, size: int, turns: int) -> Scene:
-    content = {place: any_thing(camera.rng) for place in camera.rng.sample(_PLACES, size)}
-    asked = camera.rng.sample(sorted(content), min(turns, size))
+    content = {place: any_thing(camera.rng) for place in _places(size)}
+    asked = camera.rng.sample(sorted(content), min(turns, len(content)))
     questions = [(f"What is in {_name(place)}?", str(content[place])) for place in asked]
-    return (None,), [camera.take(_tiles(dict(content)))], questions
+    return (None,), [camera.take(_tiles(content))], questions
 
 
 def _arrows(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
+    places = _places(3 if size <= 2 else 4)
     while True:
         # Arrows never leave the picture; half of the tiles hold the objects that they may lead to.
-        content: dict[tuple[int, int], Thing | str] = {}
-        for place in _PLACES:
-            inside = [name for name in DIRECTIONS if _next(place, name) in _PLACES]
+        content: dict[Place, Thing | str] = {}
+        for place in places:
+            inside = [name for name in DIRECTIONS if _next(place, name) in places]
             content[place] = rng.choice(inside) if rng.random() < 0.5 else any_thing(rng)
-        ends = {place: _follow(content, place, size) for place in _PLACES}
+        ends = {place: _follow(content, place, size) for place in places}
         starts = [place for place, end in ends.items() if end is not None]
         if starts:
             break
@@ -208,12 +215,12 @@ def _arrows(camera: Camera, size: int, turns: int) -> Scene:
     return (None,), [camera.take(_tiles(content))], questions
 
 
-def _next(place: tuple[int, int], direction: str) -> tuple[int, int]:
+def _next(place: Place, direction: str) -> Place:
     down, right = DIRECTIONS[direction]
     return place[0] + down, place[1] + right
 
 
-def _follow(content: dict[tuple[int, int], Thing | str], place: tuple[int, int], steps: int) -> Thing | None:
+def _follow(content: Mapping[Place, Thing | str], place: Place, steps: int) -> Thing | None:
     """The object that exactly so many arrows lead to, if they do."""
     for _ in range(steps):
         what = content[place]
@@ -250,11 +257,8 @@ def _name_it(camera: Camera, size: int, turns: int) -> Scene:
 
 
 def _describe(camera: Camera, size: int, turns: int) -> Scene:
-    content: dict[tuple[int, int], Thing | str] = {
-        place: any_thing(camera.rng) for place in camera.rng.sample(_PLACES, size)
-    }
-    answer = ", ".join(str(content.get(place, "nothing")) for place in _PLACES)
-    return (None,), [camera.take(_tiles(content))], [("What is in each row and column?", answer)]
+    content = {place: any_thing(camera.rng) for place in _places(size)}
+    return (None,), [camera.take(_tiles(content))], [("What is there?", ", ".join(map(str, content.values())))]
 
 
 def _recite(camera: Camera, size: int, turns: int) -> Scene:
@@ -264,10 +268,14 @@ def _recite(camera: Camera, size: int, turns: int) -> Scene:
     return (None,), [camera.take(_characters(cells, numbers))], [("Which numbers are there?", answer)]
 
 
+def _scene_side(size: int) -> int:
+    return 3 * TILE if size <= 4 else LARGE
+
+
 def _colour(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     things = [Thing(rng.choice(tuple(COLOURS)), shape) for shape in rng.sample(SHAPES, size)]
-    picture = camera.take(lambda rng: scatter(things, LARGE, rng))
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
     asked = rng.sample(things, min(turns, size))
     return (None,), [picture], [(f"What colour is the {thing.shape}?", thing.colour) for thing in asked]
 
@@ -275,7 +283,7 @@ def _colour(camera: Camera, size: int, turns: int) -> Scene:
 def _shape(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     things = [Thing(colour, rng.choice(SHAPES)) for colour in rng.sample(tuple(COLOURS), size)]
-    picture = camera.take(lambda rng: scatter(things, LARGE, rng))
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
     asked = rng.sample(things, min(turns, size))
     return (None,), [picture], [(f"What shape is {thing.colour}?", thing.shape) for thing in asked]
 
@@ -289,7 +297,7 @@ def _count(camera: Camera, size: int, turns: int) -> Scene:
         thing = any_thing(rng)
         if (wanted in thing) == (len(things) < number):
             things.append(thing)
-    picture = camera.take(lambda rng: scatter(things, LARGE, rng))
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
     kind = f"{wanted} things" if wanted in COLOURS else {"cross": "crosses"}.get(wanted, f"{wanted}s")
     return (None,), [picture], [(f"How many {kind} are there?", NUMBERS[number])]
 
@@ -340,9 +348,9 @@ TASKS = {
         Task(
             "place",
             "where image tokens stand",
-            (4, 8, 12, 16),
-            (8, 16),
-            4,
+            (2, 3, 4),
+            (2, 3),
+            3,
             _place,
             lambda size: 1 / _NUM_THINGS,
         ),
@@ -351,7 +359,7 @@ TASKS = {
             "image tokens that have to mix",
             (1, 2, 3, 4),
             (1,),
-            3,
+            2,
             _arrows,
             lambda size: 1 / _NUM_THINGS,
         ),
@@ -379,8 +387,8 @@ LESSONS = {
     task.name: task
     for task in (
         Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
-        Task("describe", "everything", (4, 8, 16), (8, 16), 1, _describe, lambda size: 0.0),
-        Task("recite", "everything", (4, 8, 16), (8,), 1, _recite, lambda size: 0.0),
+        Task("describe", "every tile", (2, 3, 4), (2, 3), 1, _describe, lambda size: 0.0),
+        Task("recite", "every pair", (1, 2, 4, 8), (1, 2, 4, 8), 1, _recite, lambda size: 0.0),
     )
 }
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Answers questions by looking at pixels: connected areas, their colours and outlines; nothing of how they were drawn."""
+"""Answers questions by looking at pixels: connected areas, their colours and outlines."""
 
 from __future__ import annotations
 
