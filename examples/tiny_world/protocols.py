@@ -11,11 +11,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from casa_hf.training import freeze, parameter_groups
 
 from .batches import Batcher
 from .models import build_tokenizer, source_config, write_source
-from .training import Progress, fit
+from .training import Partner, Progress, fit
 from .world import LESSONS, TASKS, Example, examples
 
 Report = Callable[[Progress], None]
@@ -71,7 +73,13 @@ def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) 
 
 
 def train_source(
-    folder: str | os.PathLike, recipe: Recipe = SOURCE, *, seed: int = 0, report: Report | None = None
+    folder: str | os.PathLike,
+    recipe: Recipe = SOURCE,
+    *,
+    seed: int = 0,
+    blind: bool = False,
+    report: Report | None = None,
+    partner: Partner | None = None,
 ) -> Path:
     """Train the source model from scratch and write it as a Qwen2.5-VL checkpoint.
 
@@ -79,38 +87,103 @@ def train_source(
         folder: to write.
         recipe: how.
         seed: of the weights and of the data.
+        blind: whether to leave out all pictures, for a model that knows text alone.
         report: called now and then.
+        partner: the other process, if two train together.
     """
     tokenizer = build_tokenizer()
-    config = source_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stock = Qwen2_5_VLForConditionalGeneration(config)
+        stock = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer))
     with tempfile.TemporaryDirectory(prefix="tiny-world-") as start:
         write_source(start, stock, tokenizer)
         model = CasaForConditionalGeneration.from_pretrained(start, casa_variant="insertion")
         batcher = Batcher(CasaProcessor.from_source(start))
-    fit(
-        model,
-        batcher,
-        curriculum(recipe, seed),
-        _from_scratch(model, recipe.lr),
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        on_progress=report,
-    )
+    train_unfrozen(model, batcher, recipe, seed=seed, blind=blind, report=report, partner=partner)
     stock.load_state_dict(model.state_dict())
     return write_source(folder, stock, tokenizer)
 
 
-def _from_scratch(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def train_unfrozen(
+    model: Any,
+    batcher: Batcher,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    blind: bool = False,
+    report: Report | None = None,
+    partner: Partner | None = None,
+) -> None:
+    """Train all parameters, as the source and in protocol A. Runs of one seed see the same data in the same order.
+
+    Args:
+        model: a CASA model.
+        batcher: of its processor.
+        recipe, seed, blind, report, partner: see `train_source`.
+    """
+    stream = curriculum(recipe, seed)
+    if blind:
+        stream = (example.blind for example in stream)
+    _fit(model, batcher, stream, recipe, _optimizers(model, recipe), report, partner)
+
+
+def adapt_model(
+    model: Any,
+    batcher: Batcher,
+    recipe: Recipe = ADAPTATION,
+    *,
+    seed: int = 1,
+    report: Report | None = None,
+    partner: Partner | None = None,
+) -> None:
+    """Protocol B: train what is not frozen, at two rates.
+
+    Args:
+        model: a CASA model after `casa_hf.training.freeze`.
+        batcher: of its processor.
+        recipe, seed, report, partner: see `train_source`.
+    """
+    groups = parameter_groups(model, lr_new=recipe.lr, lr_existing=recipe.lr_existing, weight_decay=0.01)
+    _fit(
+        model,
+        batcher,
+        curriculum(recipe, seed),
+        recipe,
+        [torch.optim.AdamW(groups, betas=(0.9, 0.98))],
+        report,
+        partner,
+    )
+
+
+def _fit(
+    model: Any,
+    batcher: Batcher,
+    stream: Iterator[Example],
+    recipe: Recipe,
+    optimizers: list[torch.optim.Optimizer],
+    report: Report | None,
+    partner: Partner | None,
+) -> None:
+    fit(
+        model,
+        batcher,
+        stream,
+        optimizers,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        on_progress=report,
+        partner=partner,
+    )
+
+
+def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, which learns in fewer steps, and AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -122,31 +195,26 @@ def adapt(
     *,
     seed: int = 1,
     report: Report | None = None,
+    partner: Partner | None = None,
 ) -> Path:
-    """Protocol B: convert a trained source and train what conversion has added, and the vision tower's last blocks.
+    """Convert a trained source, and adapt the result by protocol B.
 
     Args:
         source: folder of the source.
         folder: to write; a complete CASA checkpoint.
         variant: a variant with fusion layers of its own.
-        recipe, seed, report: see `train_source`.
+        recipe, seed, report, partner: see `train_source`.
     """
-    converted = convert_checkpoint(source, folder, variant).output
-    model = CasaForConditionalGeneration.from_pretrained(converted)
-    processor = CasaProcessor.from_pretrained(converted)
-    freeze(model, "paper-qwen")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, lr_new=recipe.lr, lr_existing=recipe.lr_existing, weight_decay=0.01),
-        betas=(0.9, 0.98),
-    )
-    fit(
-        model,
-        Batcher(processor),
-        curriculum(recipe, seed),
-        [optimizer],
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        on_progress=report,
-    )
-    model.save_pretrained(converted)
-    return converted
+    with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
+        converted = convert_checkpoint(source, Path(place, "casa"), variant).output
+        model = CasaForConditionalGeneration.from_pretrained(converted)
+        freeze(model, "paper-qwen")
+        adapt_model(
+            model, Batcher(CasaProcessor.from_pretrained(converted)), recipe, seed=seed, report=report, partner=partner
+        )
+        model.save_pretrained(converted)
+        folder = Path(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(converted, folder)
+    return folder

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .batches import IGNORED, Batcher
@@ -45,6 +48,7 @@ def fit(
     decay: float = 0.5,
     on_progress: Callable[[Progress], None] | None = None,
     every: int = 50,
+    partner: Partner | None = None,
 ) -> None:
     """Train on a stream of examples; no picture comes twice.
 
@@ -58,25 +62,27 @@ def fit(
         steps: of the optimizers.
         batch_size: examples per step.
         on_progress: called after each `every` steps.
+        partner: the other process, if two train together.
     """
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: trapezoid(step, steps, warmup, decay))
         for optimizer in optimizers
     ]
     model.train()
-    started, total, tokens = time.monotonic(), 0.0, 0
-    for step in range(1, steps + 1):
-        answered, loss = _gradients(model, batcher, list(islice(stream, batch_size)))
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        total, tokens = total + loss, tokens + answered
-        if on_progress is not None and (step % every == 0 or step == steps):
-            left = (time.monotonic() - started) / step * (steps - step)
-            on_progress(Progress(step, steps, total / tokens, left))
-            total, tokens = 0.0, 0
+    with partner.together() if partner else nullcontext():
+        started, total, tokens = time.monotonic(), 0.0, 0
+        for step in range(1, steps + 1):
+            answered, loss = _gradients(model, batcher, list(islice(stream, batch_size)))
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            total, tokens = total + loss, tokens + answered
+            if on_progress is not None and (step % every == 0 or step == steps):
+                left = (time.monotonic() - started) / step * (steps - step)
+                on_progress(Progress(step, steps, total / tokens, left))
+                total, tokens = 0.0, 0
     model.eval()
 
 
@@ -88,18 +94,81 @@ def trapezoid(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def _gradients(model: Any, batcher: Batcher, examples: list[Example]) -> tuple[int, float]:
-    """Add the gradients of the mean loss over all answer tokens; their number and the sum of their losses."""
-    # Short and long conversations apart, since padding costs as much as text.
-    examples = sorted(examples, key=lambda example: len(batcher.encode(example)[0]))
-    middle = len(examples) // 2
-    batches = [batcher(half) for half in (examples[:middle], examples[middle:]) if half]
-    answered = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    total = 0.0
-    for batch in batches:
+    """Set the gradients of the mean loss over all answer tokens; their number and the sum of their losses."""
+    device = next(model.parameters()).device
+    lengths = {id(example): len(batcher.encode(example)[0]) for example in examples}
+    examples = sorted(examples, key=lambda example: lengths[id(example)])
+    answered = sum(label != IGNORED for example in examples for label in batcher.encode(example)[1])
+    cut = balanced_cut([lengths[id(example)] for example in examples])
+    parts = [part for part in (examples[:cut], examples[cut:]) if part]
+    if dist.is_initialized():
+        parts = parts[dist.get_rank() :][:1]
+    total = torch.zeros(1)
+    for part in parts:
+        batch = {name: tensor.to(device) for name, tensor in batcher(part).items()}
         loss = model(**batch, use_cache=False, num_items_in_batch=answered).loss
         loss.backward()
         total += float(loss.detach()) * answered
-    return answered, total
+    if dist.is_initialized():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        together = torch.cat([total, *(gradient.flatten() for gradient in gradients)])
+        dist.all_reduce(together)
+        total, *shared = together.split([1, *(gradient.numel() for gradient in gradients)])
+        for parameter, gradient in zip(trained, shared, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+    return answered, float(total)
+
+
+def balanced_cut(lengths: Sequence[int]) -> int:
+    """Where to cut conversations of rising length into two batches, since padding costs as much as text.
+
+    Returns:
+        How many are in the first batch, so that the larger of the two padded batches is as small as can be.
+    """
+    costs = [
+        max(cut * lengths[cut - 1] if cut else 0, (len(lengths) - cut) * lengths[-1]) for cut in range(len(lengths))
+    ]
+    return costs.index(min(costs))
+
+
+@dataclass(frozen=True)
+class Partner:
+    """One of two processes that train a model together.
+
+    Attributes:
+        rank: 0 or 1.
+        store: where they meet, as `torch.distributed` takes it.
+    """
+
+    rank: int
+    store: str
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While this is open, gradients are shared."""
+        dist.init_process_group("gloo", init_method=self.store, rank=self.rank, world_size=2)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def in_two_processes(function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a function that trains in two processes of one thread each, which share each step's examples.
+
+    Matrices of this size gain little from threads. Both draw the same examples and end with the same weights.
+
+    Args:
+        function: importable; called with a `Partner` for `fit`, and the arguments.
+    """
+    with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
+        torch.multiprocessing.spawn(_process, args=(f"file://{place}/store", function, arguments), nprocs=2)
+
+
+def _process(rank: int, store: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    function(Partner(rank, store), *arguments)
 
 
 @torch.no_grad()
@@ -113,10 +182,11 @@ def answers_right(model: Any, batcher: Batcher, examples: Iterable[Example], bat
         examples: with one question each.
     """
     model.eval()
+    device = next(model.parameters()).device
     right: list[bool] = []
     examples = iter(examples)
     while chunk := list(islice(examples, batch_size)):
-        batch = batcher(chunk)
+        batch = {name: tensor.to(device) for name, tensor in batcher(chunk).items()}
         labels = batch.pop("labels")[:, 1:]
         predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
         right += ((predicted == labels) | (labels == IGNORED)).all(-1).tolist()

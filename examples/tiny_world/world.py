@@ -419,6 +419,16 @@ def examples(
         index += 1
 
 
+def all_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+    """So many questions of each task and size, each about pictures of its own."""
+    return [
+        task.example(size, split, index, seed=seed)
+        for task in TASKS.values()
+        for size in task.sizes
+        for index in range(number)
+    ]
+
+
 def test_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
     """So many questions of each task and standard size, each about pictures of its own."""
     return [
