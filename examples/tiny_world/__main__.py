@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 
 from .batches import Batcher
-from .protocols import ADAPTATION, SOURCE, adapt, train_source
-from .training import Progress, Scores, chance, evaluate
+from .protocols import ADAPTATION, SOURCE, Recipe, adapt, train_source
+from .training import Partner, Progress, Scores, chance, evaluate, in_two_processes
 from .world import test_questions
 
 
@@ -33,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     source, casa = options.folder / "source", options.folder / "casa"
     if options.source_steps:
         started = time.monotonic()
-        train_source(source, replace(SOURCE, steps=options.source_steps), report=_printer("source"))
+        in_two_processes(_train_source, source, replace(SOURCE, steps=options.source_steps))
         seconds["source"] = round(time.monotonic() - started)
     started = time.monotonic()
-    adapt(source, casa, recipe=replace(ADAPTATION, steps=options.casa_steps), report=_printer("casa"))
+    in_two_processes(_adapt, source, casa, replace(ADAPTATION, steps=options.casa_steps))
     seconds["casa"] = round(time.monotonic() - started)
 
     results = measure(source, casa, options.questions)
@@ -46,6 +48,27 @@ def main(arguments: list[str] | None = None) -> None:
         by_size = {f"{task} {size}": round(score, 4) for (task, size), score in scores.by_size.items()}
         content[name] = {"overall": round(scores.overall, 4), **by_size}
     (options.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _train_source(partner: Partner, folder: Path, recipe: Recipe) -> None:
+    with _destination(partner, folder) as written:
+        train_source(written, recipe, report=_printer(partner, "source"), partner=partner)
+
+
+def _adapt(partner: Partner, source: Path, folder: Path, recipe: Recipe) -> None:
+    with _destination(partner, folder) as written:
+        adapt(source, written, recipe=recipe, report=_printer(partner, "casa"), partner=partner)
+
+
+@contextmanager
+def _destination(partner: Partner, folder: Path) -> Iterator[Path]:
+    """The folder for the first process; one that is thrown away for the second, which ends with the same model."""
+    disable_progress_bar()
+    if partner.rank == 0:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
+            yield Path(place, "same")
 
 
 def measure(source: Path, casa: Path, questions: int) -> dict[str, Scores]:
@@ -72,13 +95,14 @@ def table(results: dict[str, Scores]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _printer(name: str) -> Callable[[Progress], None]:
+def _printer(partner: Partner, name: str) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
-        print(
-            f"{name}: step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
-            f"{progress.seconds_left / 60:.0f} min left",
-            flush=True,
-        )
+        if partner.rank == 0:
+            print(
+                f"{name}: step {progress.step:,} of {progress.steps:,}, loss {progress.loss:.3f}, "
+                f"{progress.seconds_left / 60:.0f} min left",
+                flush=True,
+            )
 
     return show
 
