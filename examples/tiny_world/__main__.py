@@ -26,19 +26,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Make `source`, `casa` and `results.json` in a folder."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world", description=__doc__)
     parser.add_argument("folder", type=Path, help="receives source/, casa/ and results.json")
-    parser.add_argument("--source-steps", type=int, default=SOURCE.steps, help="0 to use the source that is there")
-    parser.add_argument("--casa-steps", type=int, default=ADAPTATION.steps)
+    parser.add_argument("--keep-source", action="store_true", help="adapt the source that is there")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, to try the command")
     parser.add_argument("--questions", type=int, default=400, help="test questions of each task and size")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     seconds: dict[str, float] = {}
     source, casa = options.folder / "source", options.folder / "casa"
-    if options.source_steps:
+    scale = options.scale
+    if not options.keep_source:
         started = time.monotonic()
-        in_two_processes(_train_source, source, replace(SOURCE, steps=options.source_steps))
+        in_two_processes(_train_source, source, [_scaled(recipe, scale) for recipe in SOURCE])
         seconds["source"] = round(time.monotonic() - started)
     started = time.monotonic()
-    in_two_processes(_adapt, source, casa, replace(ADAPTATION, steps=options.casa_steps))
+    in_two_processes(_adapt, source, casa, _scaled(ADAPTATION, scale))
     seconds["casa"] = round(time.monotonic() - started)
 
     results = measure(source, casa, options.questions)
@@ -50,9 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
     (options.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _train_source(partner: Partner, folder: Path, recipe: Recipe) -> None:
+def _scaled(recipe: Recipe, scale: float) -> Recipe:
+    return replace(recipe, steps=max(1, round(scale * recipe.steps)))
+
+
+def _train_source(partner: Partner, folder: Path, recipes: list[Recipe]) -> None:
     with _destination(partner, folder) as written:
-        train_source(written, recipe, report=_printer(partner, "source"), partner=partner)
+        train_source(written, recipes, report=_printer(partner, "source"), partner=partner)
 
 
 def _adapt(partner: Partner, source: Path, folder: Path, recipe: Recipe) -> None:

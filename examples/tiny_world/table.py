@@ -105,7 +105,7 @@ class Laboratory:
             return CHECKPOINTS / "source"
         folder = self.folder / "text"
         if not folder.exists():
-            train_source(folder, Recipe(steps=300, lr=4e-3), blind=True)
+            train_source(folder, [Recipe(steps=300, lr=4e-3)], blind=True)
         return folder
 
     def measure(self, run: Run) -> dict[str, float]:

@@ -68,7 +68,7 @@ def test_the_evaluation_says_what_generation_says(processor):
 
 
 def test_the_curriculum_goes_from_one_object_to_the_tasks():
-    recipe = Recipe(steps=50, batch_size=10, names=0.2, lessons=0.5)
+    recipe = Recipe(steps=50, batch_size=10, names=0.2, lessons=(0.6, 0.1))
     names = [example.task for example in curriculum(recipe, seed=0)]
     assert len(names) == 500
     assert set(names[:100]) == {"name"} and "name" not in names[100:]
@@ -86,9 +86,9 @@ def test_the_rate_rises_stays_and_falls():
 def test_training_learns_and_writes_a_stock_checkpoint(tmp_path):
     seen = []
     recipe = Recipe(steps=30, batch_size=16, lr=4e-3, names=1.0)
-    folder = train_source(tmp_path / "source", recipe, report=seen.append)
+    folder = train_source(tmp_path / "source", [recipe], report=seen.append)
     assert [progress.step for progress in seen] == [30]
-    again = train_source(tmp_path / "again", recipe)
+    again = train_source(tmp_path / "again", [recipe])
     first, second = (path.joinpath("model.safetensors").read_bytes() for path in (folder, again))
     assert first == second
     # The stock model and the variant that was trained are one: the same answer to the last bit that matters.
@@ -104,10 +104,10 @@ def test_training_learns_and_writes_a_stock_checkpoint(tmp_path):
 
 
 def test_the_command_trains_both_and_writes_their_scores(tmp_path, capsys):
-    arguments = [str(tmp_path), "--source-steps", "2", "--casa-steps", "2", "--questions", "2"]
+    arguments = [str(tmp_path), "--scale", "0.001", "--questions", "2"]
     command.main(arguments)
     shown = capsys.readouterr().out
-    assert "source: step 2 of 2" in shown and "casa: step 2 of 2" in shown
+    assert "source: step 1 of 1," in shown and "source: step 2 of 2," in shown and "casa: step 1 of 1," in shown
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     guessing = chance(test_questions(1)).overall
     assert results["chance"]["overall"] == pytest.approx(guessing, abs=1e-4)
