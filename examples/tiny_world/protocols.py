@@ -29,7 +29,7 @@ from casa_hf.training import freeze, parameter_groups
 from .batches import Batcher
 from .models import build_tokenizer, source_config, write_source
 from .training import Partner, Progress, fit
-from .world import LESSONS, TASKS, Example, examples
+from .world import TASKS, Example, examples
 
 Report = Callable[[Progress], None]
 
@@ -45,6 +45,7 @@ class Recipe:
         lr_existing: of trained parameters that are trained on.
         names: share of the conversations, the first ones, that ask for the name of a single object.
         lessons: share of the conversations that are lessons, at first and at last.
+        taught: names of these lessons.
         warmup, decay: see `fit`.
     """
 
@@ -54,6 +55,7 @@ class Recipe:
     lr_existing: float = 2e-3
     names: float = 0.0
     lessons: tuple[float, float] = (0.5, 0.1)
+    taught: tuple[str, ...] = ("name", "describe", "recite")
     warmup: float = 0.03
     decay: float = 0.5
 
@@ -61,7 +63,8 @@ class Recipe:
 # Lessons make a beginning; the tasks themselves then need most of the time.
 SOURCE = (
     Recipe(steps=1_200, lr=4e-3, names=0.125, lessons=(0.5, 0.34), warmup=0.075, decay=0.0),
-    Recipe(steps=2_200, lr=3e-3, lessons=(0.12, 0.04), warmup=0.02),
+    Recipe(steps=600, lr=3e-3, lessons=(0.12, 0.1), warmup=0.073, decay=0.0),
+    Recipe(steps=1_600, lr=3e-3, lessons=(0.7, 0.0), taught=("read", "recall", "recite"), decay=0.4),
 )
 ADAPTATION = Recipe(steps=500, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0))
 
@@ -69,7 +72,7 @@ ADAPTATION = Recipe(steps=500, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0))
 def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) -> Iterator[Example]:
     """Conversations to learn from: one object at first, then tasks and, less and less often, lessons."""
     rng = Random(f"{seed} curriculum")
-    tasks, lessons, names = (examples("train", tasks=tasks, seed=seed) for tasks in (only, tuple(LESSONS), ("name",)))
+    tasks, lessons, names = (examples("train", tasks=tasks, seed=seed) for tasks in (only, recipe.taught, ("name",)))
     total = recipe.steps * recipe.batch_size
     for index in range(total):
         first, last = recipe.lessons

@@ -272,6 +272,15 @@ def _scene_side(size: int) -> int:
     return 3 * TILE if size <= 4 else LARGE
 
 
+def _recall(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = rng.sample([Thing(colour, shape) for colour in COLOURS for shape in SHAPES], size)
+    numbers = rng.sample(_DIGITS, size)
+    rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
+    asked = rng.sample(range(size), min(turns, size))
+    return (rule,), [], [(f"What does {things[index]} mean?", numbers[index]) for index in asked]
+
+
 def _colour(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     things = [Thing(rng.choice(tuple(COLOURS)), shape) for shape in rng.sample(SHAPES, size)]
@@ -388,6 +397,8 @@ LESSONS = {
     for task in (
         Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
         Task("describe", "every tile", (2, 3, 4), (2, 3), 1, _describe, lambda size: 0.0),
+        Task("read", "one pair, then two", (1, 2), (1, 1, 2), 1, _recite, lambda size: 0.0),
+        Task("recall", "a rule, without a picture", (2, 4), (2, 4), 4, _recall, lambda size: 1 / size),
         Task("recite", "every pair", (1, 2, 4, 8), (1, 2, 4, 8), 1, _recite, lambda size: 0.0),
     )
 }
