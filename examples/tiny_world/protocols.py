@@ -64,15 +64,18 @@ class Recipe:
 SOURCE = (
     Recipe(steps=1_200, lr=4e-3, names=0.125, lessons=(0.5, 0.34), warmup=0.075, decay=0.0),
     Recipe(steps=600, lr=3e-3, lessons=(0.12, 0.1), warmup=0.073, decay=0.0),
-    Recipe(steps=1_600, lr=3e-3, lessons=(0.7, 0.0), taught=("read", "recall", "recite"), decay=0.4),
+    Recipe(steps=400, lr=3e-3, lessons=(0.7, 0.52), taught=("read", "recall", "recite"), decay=0.0),
+    Recipe(steps=400, lr=3e-3, lessons=(0.2, 0.0), taught=("read", "recall"), decay=0.9),
 )
-ADAPTATION = Recipe(steps=500, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0))
+ADAPTATION = Recipe(steps=300, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0))
 
 
-def curriculum(recipe: Recipe, seed: int, only: tuple[str, ...] = tuple(TASKS)) -> Iterator[Example]:
+def curriculum(recipe: Recipe, seed: int) -> Iterator[Example]:
     """Conversations to learn from: one object at first, then tasks and, less and less often, lessons."""
     rng = Random(f"{seed} curriculum")
-    tasks, lessons, names = (examples("train", tasks=tasks, seed=seed) for tasks in (only, recipe.taught, ("name",)))
+    tasks, lessons, names = (
+        examples("train", tasks=names, seed=seed) for names in (tuple(TASKS), recipe.taught, ("name",))
+    )
     total = recipe.steps * recipe.batch_size
     for index in range(total):
         first, last = recipe.lessons
