@@ -14,8 +14,8 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 .PHONY: help demo tiny-world tiny-world-table test test-all test-oldest test-oldest-torch lint quality style clean
 
 help:
-	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
-	@echo "make tiny-world         train that checkpoint and its CASA form again, in at most an hour on two cores"
+	@echo "make demo               convert a small checkpoint and generate on a photograph"
+	@echo "make tiny-world         train a small source that sees, and its CASA form"
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"

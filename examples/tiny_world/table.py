@@ -30,7 +30,6 @@ from .protocols import Recipe, adapt_model, train_source, train_unfrozen
 from .training import evaluate
 from .world import TASKS, all_questions
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
 BEGIN, END = "<!-- tables begin: make tiny-world-table -->", "<!-- tables end -->"
 
@@ -91,18 +90,19 @@ class Laboratory:
 
     Args:
         folder: of the results.
+        source: the trained source that protocol B starts from.
         questions: of each task and size.
         device: to train on.
     """
 
-    def __init__(self, folder: Path, questions: int, device: str):
-        self.folder, self.questions, self.device = folder, questions, device
+    def __init__(self, folder: Path, source: Path, questions: int, device: str):
+        self.folder, self.source, self.questions, self.device = folder, source, questions, device
         (folder / "runs").mkdir(parents=True, exist_ok=True)
 
     def start_of(self, protocol: str) -> Path:
         """The checkpoint that a protocol starts from: the source, or a model that has only seen text."""
         if protocol == "B":
-            return CHECKPOINTS / "source"
+            return self.source
         folder = self.folder / "text"
         if not folder.exists():
             train_source(folder, [Recipe(steps=300, lr=4e-3)], blind=True)
@@ -213,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and write the tables."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world.table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps the results of runs")
+    parser.add_argument("--source", type=Path, default=Path("tiny-world-output", "source"), help="for protocol B")
     parser.add_argument("--protocols", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--designs", nargs="+", help="those of each protocol by default")
     parser.add_argument("--seeds", type=int, default=5)
@@ -224,7 +225,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     disable_progress_bar()
     page = insert_tables(options.page.read_text("utf-8"), "")  # refused before any work
-    laboratory = Laboratory(options.folder, options.questions, options.device)
+    if "B" in options.protocols and not (options.source / "config.json").is_file():
+        parser.error(f"There is no source in {options.source}; train one with `make tiny-world`, or give --source.")
+    laboratory = Laboratory(options.folder, options.source, options.questions, options.device)
     steps = dict(zip(DESIGNS, options.steps, strict=True))
     started = time.monotonic()
     plan = [

@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 
 import pytest
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from examples.tiny_world import table
+from examples.tiny_world.models import build_tokenizer, source_config, write_source
 from examples.tiny_world.protocols import Recipe
 from examples.tiny_world.world import TASKS
 
@@ -57,7 +59,19 @@ def test_the_page_of_results_has_the_marks():
 def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     page = tmp_path / "page.md"
     page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
-    arguments = [str(tmp_path / "lab"), "--protocols", "B", "--designs", "insertion", "casa, 4 gists"]
+    tokenizer = build_tokenizer()
+    stock = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer))
+    source = write_source(tmp_path / "source", stock, tokenizer)
+    arguments = [
+        str(tmp_path / "lab"),
+        "--source",
+        str(source),
+        "--protocols",
+        "B",
+        "--designs",
+        "insertion",
+        "casa, 4 gists",
+    ]
     arguments += ["--seeds", "1", "--steps", "1", "1", "--questions", "1", "--lr", "0.001", "--device", "cpu"]
     arguments += ["--page", str(page)]
     table.main(arguments)
@@ -73,5 +87,8 @@ def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     files[0].write_text(json.dumps(content), encoding="utf-8")
     table.main(arguments)
     assert "| 100.0 |" in page.read_text("utf-8")
+    with pytest.raises(SystemExit):
+        table.main([*arguments, "--source", str(tmp_path / "none")])
+    assert "make tiny-world" in capsys.readouterr().err
     with pytest.raises(ValueError, match="1 questions per size, not 2; remove it"):
         table.main([*arguments, "--questions", "2"])
