@@ -19,7 +19,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from .batches import Batcher
 from .protocols import ADAPTATION, SOURCE, Recipe, adapt, train_source
 from .training import Partner, Progress, Scores, chance, evaluate, in_two_processes
-from .world import test_questions
+from .world import standard_questions
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,7 +78,7 @@ def _destination(partner: Partner, folder: Path) -> Iterator[Path]:
 
 def measure(source: Path, casa: Path, questions: int) -> dict[str, Scores]:
     """The scores of guessing, of the source without and with pictures, and of the adapted model, on test pictures."""
-    examples = test_questions(questions)
+    examples = standard_questions(questions)
     batcher = Batcher(CasaProcessor.from_pretrained(casa))
     model = CasaForConditionalGeneration.from_pretrained(source, casa_variant="insertion")
     scores = {

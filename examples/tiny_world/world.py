@@ -440,7 +440,7 @@ def all_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Ex
     ]
 
 
-def test_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+def standard_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
     """So many questions of each task and standard size, each about pictures of its own."""
     return [
         task.example(size, split, index, seed=seed)

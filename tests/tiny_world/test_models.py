@@ -18,7 +18,7 @@ from examples.tiny_world.batches import Batcher
 from examples.tiny_world.models import build_tokenizer, source_config, write_source
 from examples.tiny_world.protocols import Recipe, curriculum, train_source
 from examples.tiny_world.training import answers_right, chance, trapezoid
-from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, test_questions
+from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, standard_questions
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,9 @@ def test_the_command_trains_both_and_writes_their_scores(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "source: step 1 of 1," in shown and "source: step 2 of 2," in shown and "casa: step 1 of 1," in shown
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    guessing = chance(test_questions(1)).overall
+    guessing = chance(standard_questions(1)).overall
     assert results["chance"]["overall"] == pytest.approx(guessing, abs=1e-4)
-    assert results["questions"] == 2 * len(test_questions(1))
+    assert results["questions"] == 2 * len(standard_questions(1))
     assert (tmp_path / "casa" / "model.safetensors").stat().st_size < 6_000_000
     # Only the fusion layers and the vision tower have moved.
     adapted = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").state_dict()

