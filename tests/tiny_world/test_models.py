@@ -38,10 +38,12 @@ def processor(source):
 def test_batches_equal_those_of_the_collator(processor, task):
     found = [task.example(size, "train", index, turns=index + 1) for index in range(2) for size in task.standard]
     batch = Batcher(processor)(found)
-    expected = CasaDataCollator(processor)([example.conversation for example in found])
-    for name in ("input_ids", "attention_mask", "labels", "image_grid_thw"):
+    expected = CasaDataCollator(processor, always_image=False)([example.conversation for example in found])
+    assert batch.keys() == expected.keys() - {"mm_token_type_ids"}
+    for name in batch.keys() - {"pixel_values"}:
         assert torch.equal(batch[name], expected[name]), name
-    torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-5)
+    if found[0].pictures:
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-5)
     assert (batch["labels"] != -100).any(1).all()
 
 
@@ -81,7 +83,7 @@ def test_the_curriculum_goes_from_one_object_to_the_tasks():
     recipe = Recipe(steps=50, batch_size=10, names=0.2, lessons=(0.6, 0.1))
     names = [example.task for example in curriculum(recipe, seed=0)]
     assert len(names) == 500
-    assert set(names[:100]) == {"name"} and "name" not in names[100:]
+    assert set(names[:100]) == {"name"}
     lessons = [name in LESSONS for name in names[100:]]
     assert sum(lessons[:150]) > sum(lessons[-150:]) > 0
     assert set(names) == {*TASKS, *recipe.taught}
