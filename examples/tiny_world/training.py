@@ -8,8 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -143,13 +143,17 @@ class Partner:
 
     rank: int
     store: str
+    _meetings: Iterator[int] = field(default_factory=count, repr=False)
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """While this is open, gradients are shared."""
-        dist.init_process_group("gloo", init_method=self.store, rank=self.rank, world_size=2)
+        # A meeting place serves once.
+        place = f"{self.store}-{next(self._meetings)}"
+        dist.init_process_group("gloo", init_method=place, rank=self.rank, world_size=2)
         try:
             yield
+            dist.barrier()
         finally:
             dist.destroy_process_group()
 
