@@ -11,10 +11,13 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu lint quality style clean
+.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu lint
+.PHONY: quality style clean
 
 help:
 	@echo "make demo               convert a small checkpoint and generate on a photograph"
+	@echo "make tiny-world         train a small source that sees, and its CASA form"
+	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
@@ -28,6 +31,12 @@ help:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m examples.demo
+
+tiny-world: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m examples.tiny_world tiny-world-output
+
+tiny-world-table: $(VENV)/installed
+	$(VENV)/bin/python -m examples.tiny_world.table tiny-world-output/table
 
 test: $(VENV)/installed
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -70,7 +79,7 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) build dist demo-output
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) build dist tiny-world-output
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)

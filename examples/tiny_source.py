@@ -76,7 +76,7 @@ _DEFAULT_SYSTEM = """\
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
 """
-_TURNS = """\
+TURNS_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -102,7 +102,7 @@ _TURNS = """\
 {{- '<|im_start|>assistant\\n' if add_generation_prompt -}}
 """
 
-CHAT_TEMPLATE = _DEFAULT_SYSTEM + _TURNS
+CHAT_TEMPLATE = _DEFAULT_SYSTEM + TURNS_TEMPLATE
 
 IMAGE_PROCESSOR = {
     "min_pixels": 3136,
@@ -236,7 +236,7 @@ FAMILIES = {
         model=Qwen3VLForConditionalGeneration,
         text=_qwen3_text,
         vision=_qwen3_vision,
-        chat_template=_TURNS,
+        chat_template=TURNS_TEMPLATE,
         processor_files={
             "preprocessor_config.json": {
                 "size": {"longest_edge": 16777216, "shortest_edge": 65536},

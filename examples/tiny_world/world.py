@@ -1,0 +1,450 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tasks: what is shown, what is asked, and what the answer is.
+
+An example is determined by task, size, split, seed and index. Its answer is drawn uniformly and independently of the
+text that precedes it, and the picture is made to agree; so whoever doesn't see the picture can only guess, with the
+probability `Task.chance`. The size of a task is its difficulty: how many pairs, steps, frames, ... there are.
+
+Splits share no picture: which split a picture belongs to is a function of its pixels, and a picture that belongs to
+another split than the one wanted is drawn again, with the same content.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from .drawing import COLOURS, DIRECTIONS, LARGE, SHAPES, SMALL, TILE, Canvas, Thing, any_thing, scatter
+
+SPLITS = ("train", "validation", "test")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ@#$%&+"
+CHANGES = ("colour", "shape", "place", "nothing")
+
+_DIGITS = "0123456789"
+_HELD_OUT = 8  # one picture in so many is for testing, another one for validation
+
+
+def split_of(picture: Image.Image) -> str:
+    """The split that a picture belongs to: six in eight train."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(picture.tobytes()) % _HELD_OUT, "train")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation about pictures.
+
+    Attributes:
+        task, size: what it is an example of.
+        lead: what precedes the first question: texts, and None for each picture.
+        pictures: for these, in order.
+        turns: questions and answers.
+    """
+
+    task: str
+    size: int
+    lead: tuple[str | None, ...]
+    pictures: tuple[Image.Image, ...]
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as chat templates take it."""
+        messages: list[dict[str, Any]] = []
+        for index, (question, answer) in enumerate(self.turns):
+            lead = self.lead if index == 0 else ()
+            parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in lead]
+            messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return messages
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """The example as `casa_hf.training` takes it."""
+        return {"messages": self.messages, "images": list(self.pictures)}
+
+    @property
+    def blind(self) -> Example:
+        """The same conversation without its pictures."""
+        return replace(self, lead=tuple(part for part in self.lead if part is not None), pictures=())
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Takes pictures that belong to a split."""
+
+    rng: Random
+    split: str
+
+    def take(self, draw: Callable[[Random], Image.Image]) -> Image.Image:
+        """Draw until the picture belongs to the split; `draw` decides nothing but what answers don't depend on."""
+        while split_of(picture := draw(self.rng)) != self.split:
+            pass
+        return picture
+
+
+Place = tuple[int, int]  # row and column
+Scene = tuple[Sequence["str | None"], Sequence[Image.Image], list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question.
+
+    Attributes:
+        name: of the task.
+        shows: what its answers tell about a model.
+        sizes: the dial, from easy to hard.
+        standard: the sizes that models train on and are tested with.
+        turns: most questions about one picture while training.
+        build: (camera, size, most turns) -> lead, pictures, turns.
+        chance: size -> probability of a right answer without the picture.
+    """
+
+    name: str
+    shows: str
+    sizes: tuple[int, ...]
+    standard: tuple[int, ...]
+    turns: int
+    build: Callable[[Camera, int, int], Scene] = field(repr=False)
+    chance: Callable[[int], float] = field(repr=False)
+
+    def example(self, size: int, split: str, index: int, *, seed: int = 0, turns: int = 1) -> Example:
+        """An example; the same arguments give the same one.
+
+        Args:
+            size: one of `sizes`.
+            split: one of `SPLITS`.
+            index: of the example.
+            seed: of the whole data set.
+            turns: most questions about its pictures.
+
+        Raises:
+            ValueError: for an unknown size or split.
+        """
+        if size not in self.sizes:
+            raise ValueError(f"size={size} is no size of the task {self.name!r}; choose one of {self.sizes}.")
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+        rng = Random(f"{seed} {self.name} {size} {split} {index}")
+        lead, pictures, questions = self.build(Camera(rng, split), size, turns)
+        return Example(self.name, size, tuple(lead), tuple(pictures), tuple(questions))
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+def _pairs(camera: Camera, size: int, turns: int) -> Scene:
+    cells, numbers = _written(camera.rng, size)
+    asked = camera.rng.sample(sorted(numbers), min(turns, size))
+    questions = [(f"Which number does {key} have?", numbers[key]) for key in asked]
+    return (None,), [camera.take(_characters(cells, numbers))], questions
+
+
+def _written(rng: Random, size: int) -> tuple[list[Place], dict[str, str]]:
+    """Cells for pairs, and a number for each of as many keys. A tile has room for two pairs."""
+    across = _pairs_side(size) // (TILE // 2)
+    cells = [(row, column) for row in range(across) for column in range(0, across, 2)]
+    return rng.sample(cells, size), {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
+
+
+def _pairs_side(size: int) -> int:
+    return SMALL if size <= 8 else LARGE
+
+
+def _characters(cells: list[Place], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
+    def draw(rng: Random) -> Image.Image:
+        canvas = Canvas(_pairs_side(len(cells)), rng)
+        for (row, column), (key, number) in zip(cells, numbers.items(), strict=True):
+            canvas.characters(key + number, row, column)
+        return canvas.image
+
+    return draw
+
+
+def _tiles(content: Mapping[Place, Thing | str]) -> Callable[[Random], Image.Image]:
+    """Draws objects and, for the name of a direction, arrows; one in each tile of a square."""
+
+    def draw(rng: Random) -> Image.Image:
+        canvas = Canvas(max(content)[0] * TILE + TILE, rng)
+        for place, what in content.items():
+            if isinstance(what, Thing):
+                canvas.thing_in_tile(what, *place)
+            else:
+                canvas.arrow(what, *place)
+        return canvas.image
+
+    return draw
+
+
+def _name(place: Place) -> str:
+    return f"row {NUMBERS[place[0] + 1]}, column {NUMBERS[place[1] + 1]}"
+
+
+def _places(side: int) -> list[Place]:
+    return [(row, column) for row in range(side) for column in range(side)]
+
+
+def _place(camera: Camera, size: int, turns: int) -> Scene:
+    content = {place: any_thing(camera.rng) for place in _places(size)}
+    asked = camera.rng.sample(sorted(content), min(turns, len(content)))
+    questions = [(f"What is in {_name(place)}?", str(content[place])) for place in asked]
+    return (None,), [camera.take(_tiles(content))], questions
+
+
+def _arrows(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    places = _places(3 if size <= 2 else 4)
+    while True:
+        # Arrows never leave the picture; half of the tiles hold the objects that they may lead to.
+        content: dict[Place, Thing | str] = {}
+        for place in places:
+            inside = [name for name in DIRECTIONS if _next(place, name) in places]
+            content[place] = rng.choice(inside) if rng.random() < 0.5 else any_thing(rng)
+        ends = {place: _follow(content, place, size) for place in places}
+        starts = [place for place, end in ends.items() if end is not None]
+        if starts:
+            break
+    asked = rng.sample(starts, min(turns, len(starts)))
+    questions = [(f"Where do the arrows from {_name(place)} lead?", str(ends[place])) for place in asked]
+    return (None,), [camera.take(_tiles(content))], questions
+
+
+def _next(place: Place, direction: str) -> Place:
+    down, right = DIRECTIONS[direction]
+    return place[0] + down, place[1] + right
+
+
+def _follow(content: Mapping[Place, Thing | str], place: Place, steps: int) -> Thing | None:
+    """The object that exactly so many arrows lead to, if they do."""
+    for _ in range(steps):
+        what = content[place]
+        if isinstance(what, Thing):
+            return None
+        place = _next(place, what)
+    end = content[place]
+    return end if isinstance(end, Thing) else None
+
+
+def _frames(camera: Camera, size: int, turns: int) -> Scene:
+    things = [any_thing(camera.rng) for _ in range(size)]
+    lead: list[str | None] = []
+    for number in NUMBERS[1 : size + 1]:
+        lead += [f"Frame {number}:", None]
+    pictures = [camera.take(lambda rng, thing=thing: scatter([thing], SMALL, rng)) for thing in things]
+    asked = camera.rng.sample(range(size), min(turns, size))
+    return lead, pictures, [(f"What was in frame {NUMBERS[index + 1]}?", str(things[index])) for index in asked]
+
+
+def _rule(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = rng.sample([Thing(colour, shape) for colour in COLOURS for shape in SHAPES], size)
+    numbers = rng.sample(_DIGITS, size)
+    shown = rng.randrange(size)
+    rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
+    picture = camera.take(lambda rng: scatter([things[shown]], SMALL, rng))
+    return (rule, None), [picture], [("What does this mean?", numbers[shown])]
+
+
+def _name_it(camera: Camera, size: int, turns: int) -> Scene:
+    thing = any_thing(camera.rng)
+    return (None,), [camera.take(lambda rng: scatter([thing], SMALL, rng))], [("What is this?", str(thing))]
+
+
+def _describe(camera: Camera, size: int, turns: int) -> Scene:
+    content = {place: any_thing(camera.rng) for place in _places(size)}
+    return (None,), [camera.take(_tiles(content))], [("What is there?", ", ".join(map(str, content.values())))]
+
+
+def _recite(camera: Camera, size: int, turns: int) -> Scene:
+    cells, numbers = _written(camera.rng, size)
+    in_order = sorted(zip(cells, numbers.items(), strict=True))
+    answer = " ".join(key + number for _, (key, number) in in_order)
+    return (None,), [camera.take(_characters(cells, numbers))], [("Which numbers are there?", answer)]
+
+
+def _scene_side(size: int) -> int:
+    return 3 * TILE if size <= 4 else LARGE
+
+
+def _recall(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = rng.sample([Thing(colour, shape) for colour in COLOURS for shape in SHAPES], size)
+    numbers = rng.sample(_DIGITS, size)
+    rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
+    asked = rng.sample(range(size), min(turns, size))
+    return (rule,), [], [(f"What does {things[index]} mean?", numbers[index]) for index in asked]
+
+
+def _colour(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = [Thing(rng.choice(tuple(COLOURS)), shape) for shape in rng.sample(SHAPES, size)]
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
+    asked = rng.sample(things, min(turns, size))
+    return (None,), [picture], [(f"What colour is the {thing.shape}?", thing.colour) for thing in asked]
+
+
+def _shape(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = [Thing(colour, rng.choice(SHAPES)) for colour in rng.sample(tuple(COLOURS), size)]
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
+    asked = rng.sample(things, min(turns, size))
+    return (None,), [picture], [(f"What shape is {thing.colour}?", thing.shape) for thing in asked]
+
+
+def _count(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    wanted = rng.choice([*COLOURS, *SHAPES])
+    number = rng.randint(0, size // 2)
+    things: list[Thing] = []
+    while len(things) < size:
+        thing = any_thing(rng)
+        if (wanted in thing) == (len(things) < number):
+            things.append(thing)
+    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
+    kind = f"{wanted} things" if wanted in COLOURS else {"cross": "crosses"}.get(wanted, f"{wanted}s")
+    return (None,), [picture], [(f"How many {kind} are there?", NUMBERS[number])]
+
+
+def _change(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    answer = rng.choice(CHANGES)
+    before, after = any_thing(rng), any_thing(rng)
+    corners = [(x, y) for x in (TILE // 2, TILE + TILE // 2) for y in (TILE // 2, TILE + TILE // 2)]
+    places = rng.sample(corners, 2)
+    while before.colour == after.colour or before.shape == after.shape:
+        after = any_thing(rng)
+    later = {
+        "colour": (Thing(after.colour, before.shape), places[0]),
+        "shape": (Thing(before.colour, after.shape), places[0]),
+        "place": (before, places[1]),
+        "nothing": (before, places[0]),
+    }[answer]
+    changed = rng.randint(1, size - 1)
+    radius = rng.randint(8, 11)
+
+    def draw(thing: Thing, place: tuple[int, int]) -> Callable[[Random], Image.Image]:
+        def draw(rng: Random) -> Image.Image:
+            canvas = Canvas(SMALL, rng)
+            canvas.thing(thing, (place[0] + rng.randint(-1, 1), place[1] + rng.randint(-1, 1)), radius)
+            return canvas.image
+
+        return draw
+
+    pictures = [camera.take(draw(*((before, places[0]) if index < changed else later))) for index in range(size)]
+    return (None,) * size, pictures, [("What changed?", answer)]
+
+
+_NUM_THINGS = len(COLOURS) * len(SHAPES)
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "pairs",
+            "reading: one of many numbers",
+            (4, 8, 16, 24, 32),
+            (4, 8),
+            4,
+            _pairs,
+            lambda size: 1 / len(_DIGITS),
+        ),
+        Task(
+            "place",
+            "where image tokens stand",
+            (2, 3, 4),
+            (2, 3),
+            3,
+            _place,
+            lambda size: 1 / _NUM_THINGS,
+        ),
+        Task(
+            "arrows",
+            "image tokens that have to mix",
+            (1, 2, 3, 4),
+            (1,),
+            2,
+            _arrows,
+            lambda size: 1 / _NUM_THINGS,
+        ),
+        Task(
+            "frames",
+            "memory of earlier pictures, each a window of its own",
+            (2, 3, 4, 6, 8),
+            (2, 3),
+            2,
+            _frames,
+            lambda size: 1 / _NUM_THINGS,
+        ),
+        Task(
+            "rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 1, _rule, lambda size: 1 / size
+        ),
+        Task("colour", "everyday", (2, 3, 4, 5), (2, 4), 4, _colour, lambda size: 1 / len(COLOURS)),
+        Task("shape", "everyday", (2, 3, 4, 5, 6), (2, 4), 4, _shape, lambda size: 1 / len(SHAPES)),
+        Task("count", "everyday", (4, 6, 8), (4, 6), 1, _count, lambda size: 1 / (size // 2 + 1)),
+        Task("change", "a short clip", (2, 3, 4), (2, 3), 1, _change, lambda size: 1 / len(CHANGES)),
+    )
+}
+
+# What models train on beside the tasks, since it tells them about every tile at once.
+LESSONS = {
+    task.name: task
+    for task in (
+        Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
+        Task("describe", "every tile", (2, 3, 4), (2, 3), 1, _describe, lambda size: 0.0),
+        Task("read", "one pair, then two", (1, 2), (1, 1, 2), 1, _recite, lambda size: 0.0),
+        Task("recall", "a rule, without a picture", (2, 4), (2, 4), 4, _recall, lambda size: 1 / size),
+        Task("recite", "every pair", (1, 2, 4, 8), (1, 2, 4, 8), 1, _recite, lambda size: 0.0),
+    )
+}
+
+
+def examples(
+    split: str,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    seed: int = 0,
+    start: int = 0,
+    single: bool = False,
+) -> Iterator[Example]:
+    """Examples of all tasks in turn, of their standard sizes, without an end.
+
+    Args:
+        split: one of `SPLITS`.
+        tasks: names of the tasks.
+        seed: of the data set.
+        start: index of the first one.
+        single: whether to ask one question about each picture, instead of several where the task has them.
+    """
+    index = start
+    while True:
+        number, which = divmod(index, len(tasks))
+        task = (TASKS | LESSONS)[tasks[which]]
+        size = task.standard[number % len(task.standard)]
+        yield task.example(size, split, number, seed=seed, turns=1 if single else task.turns)
+        index += 1
+
+
+def all_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+    """So many questions of each task and size, each about pictures of its own."""
+    return [
+        task.example(size, split, index, seed=seed)
+        for task in TASKS.values()
+        for size in task.sizes
+        for index in range(number)
+    ]
+
+
+def standard_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+    """So many questions of each task and standard size, each about pictures of its own."""
+    return [
+        task.example(size, split, index, seed=seed)
+        for task in TASKS.values()
+        for size in task.standard
+        for index in range(number)
+    ]
