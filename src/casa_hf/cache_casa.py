@@ -79,7 +79,7 @@ class GrowingMemory:
         batch_size, heads, _, head_dim = parts[0].keys.shape
         length = sum(part.keys.shape[2] for part in parts)
         allocated = length + room + max(_SPARE_SLOTS, length // 4)
-        memory = cls(KeysValues(*(t.new_empty(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
+        memory = cls(KeysValues(*(t.new_zeros(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
         for part in parts:
             memory.append(part)
         return memory
