@@ -76,7 +76,7 @@ class Blocks:
         mask = is_key[:, None].expand(-1, len(queries), -1)
         if self.causal:
             mask = mask & (keys <= (k_lengths - q_lengths)[:, None, None] + queries[:, None])
-        needs_mask = (self.causal and len(queries) > 1) or not bool((k_lengths == len(keys)).all())
+        needs_mask = (self.causal and len(queries) > 1) or len({lengths[1][block] for block in blocks}) > 1
         return PaddedBlocks(
             query_index=torch.where(is_query, self.query_index[query_places], num_queries),
             key_index=torch.where(is_key, self.key_index[key_places], 0),

@@ -367,12 +367,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if attention_mask is None and state.padded:
             attention_mask = plan.next_state.valid
         everything_visible = (
-            state.only_row
-            and attention_mask is None
-            and not state.padded
-            and state.slots is None
-            and samples is None
-            and gist is None
+            state.only_row and attention_mask is None and state.slots is None and samples is None and gist is None
         )
         if is_varlen(self.config._attn_implementation):
             # These back ends keep neither packed samples nor the empty slots of a static cache apart by themselves.
