@@ -369,8 +369,20 @@ def build_tiny_helium(
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer with Qwen's pre-tokenisation and special tokens, which follow the learned ones."""
-    learned = Qwen2Tokenizer().train_new_from_iterator(CORPUS.splitlines(), vocab_size=1024, show_progress=False)
+    """The tokenizer of the small checkpoints."""
+    return train_tokenizer(CORPUS.splitlines(), 1024)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, chat_template: str | None = None, **training) -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer with Qwen's pre-tokenisation and special tokens, which follow the learned ones.
+
+    Args:
+        texts: to learn from.
+        vocab_size: number of learned tokens.
+        chat_template: of the tokenizer.
+        **training: further arguments of the trainer.
+    """
+    learned = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False, **training)
     bpe = json.loads(learned.backend_tokenizer.to_str())["model"]
     pieces = [piece for piece in bpe["vocab"] if piece not in SPECIAL_TOKENS]
     return Qwen2Tokenizer(
@@ -379,6 +391,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         eos_token="<|im_end|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=4096,
+        chat_template=chat_template,
     )
 
 

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from examples.tiny_source import IMAGE_PROCESSOR, SPECIAL_TOKENS, TURNS_TEMPLATE
+from examples.tiny_source import IMAGE_PROCESSOR, SPECIAL_TOKENS, TURNS_TEMPLATE, train_tokenizer
 
 from .drawing import TILE
 from .world import LESSONS, TASKS
@@ -26,19 +26,7 @@ _INITIALIZER_RANGE = 0.05  # narrow matrices need larger entries
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer that has learned the texts of all tasks, with Qwen's special tokens behind."""
-    learned = Qwen2Tokenizer().train_new_from_iterator(
-        _texts(), vocab_size=_LEARNED_TOKENS, show_progress=False, min_frequency=1
-    )
-    bpe = json.loads(learned.backend_tokenizer.to_str())["model"]
-    pieces = [piece for piece in bpe["vocab"] if piece not in SPECIAL_TOKENS]
-    return Qwen2Tokenizer(
-        vocab={piece: index for index, piece in enumerate((*pieces, *SPECIAL_TOKENS))},
-        merges=[tuple(merge) for merge in bpe["merges"]],
-        eos_token="<|im_end|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=4096,
-        chat_template=TURNS_TEMPLATE,
-    )
+    return train_tokenizer(_texts(), _LEARNED_TOKENS, TURNS_TEMPLATE, min_frequency=1)
 
 
 def _texts() -> list[str]:
