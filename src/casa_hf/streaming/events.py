@@ -1,0 +1,38 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a stream reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EventKind = Literal["text", "end", "answer", "dropped", "merged", "error"]
+
+
+@dataclass(frozen=True)
+class CaptionEvent:
+    """Something that happened in a stream.
+
+    Attributes:
+        kind: "text": a piece of caption, as soon as it is whole characters. "end": the frame is done; every frame that
+            the model looked at ends with exactly one, also if it had nothing to say. "answer": a piece of an answer to
+            a question. "dropped": the frame came too late and wasn't looked at. "merged": the frame was looked at
+            together with the next one. "error": the frame could not be used; the stream goes on without it.
+        frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers.
+        start: the frame's timestamp, in seconds.
+        end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
+        latency: seconds from pushing the frame, or asking, to this event.
+        text: the piece of text; for "end", all the text of the frame.
+        token_ids: the tokens that `text` was decoded from; for "end", all that the model emitted for the frame,
+            stop token included.
+        message: why, for "dropped", "merged" and "error".
+    """
+
+    kind: EventKind
+    frame_index: int
+    start: float
+    end: float
+    latency: float
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    message: str = ""
