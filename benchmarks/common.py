@@ -22,10 +22,11 @@ import torch
 import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Cache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf.cache_casa import KeysValues
 
 START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
 
@@ -302,6 +303,17 @@ def gate(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> flo
             "nothing is measured."
         )
     return error
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes of the memory that a cache holds, room for further tokens included; what is viewed twice counts once."""
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    for layer in cache.layers:
+        parts: list[KeysValues] = list(getattr(layer, "fusion", {}).values())
+        parts += [memory.tensors for memory in getattr(layer, "memory", {}).values()]
+        held += [tensor for part in parts for tensor in part]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in held)}
+    return sum(storages.values())
 
 
 def with_peak(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

@@ -48,6 +48,7 @@ from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
     WORDS,
+    allocated_bytes,
     begin,
     casa_model,
     choices,
@@ -509,7 +510,7 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
         return times[0], times[1]
 
     def held(name: str) -> int:
-        return weight_bytes(models[name].model) + sum(cache_nbytes(models[name].cache).values())
+        return weight_bytes(models[name].model) + allocated_bytes(models[name].cache)
 
     device = models[names[0]].model.device
     for turn in range(sizes.turns):

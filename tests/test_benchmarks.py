@@ -11,12 +11,21 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from benchmarks import layer, prefill, streaming, streams
-from benchmarks.common import TINY_TEXT, TINY_VISION, Stream, casa_model, random_source, source_config, weight_bytes
+from benchmarks.common import (
+    TINY_TEXT,
+    TINY_VISION,
+    Stream,
+    allocated_bytes,
+    casa_model,
+    random_source,
+    source_config,
+    weight_bytes,
+)
 from benchmarks.counting import (
     Dimensions,
     cache_bytes,
@@ -108,6 +117,19 @@ def test_bytes_and_flops_of_a_stream(variant, overrides, source, camera):
     counted = flops(lambda: contender.step(torch.tensor([[9]])))
     expected = text_flops(model.config, text + 1, TINY.answer + 1, SEEN) + head_flops(model.config)
     assert counted == expected
+
+
+def test_memory_with_its_room_is_counted_once(source):
+    """Windows are joined with their images, in one piece of memory with room for more; so is text."""
+    model = casa_model(source, "casa")
+    layers, cache = model.config.text_config.num_hidden_layers, DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.full((1, 7), 9), past_key_values=cache)
+        assert allocated_bytes(cache) == sum(cache_nbytes(cache).values())  # as long as nothing was appended
+        model(input_ids=torch.full((1, 1), 9), past_key_values=cache)
+    text = cache_nbytes(cache)["text"] // 8  # of one token
+    assert allocated_bytes(cache) == text * (7 + 1 + 64)
+    assert text == layers * 2 * 4 * cache.layers[0].keys.shape[1] * cache.layers[0].keys.shape[3]
 
 
 def test_insertions_stream_is_counted(source, camera):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -319,6 +320,55 @@ COSTS = [
     ({"casa_keys": "window", "casa_image_history": "latest", "casa_image_updates": "ffn"}, "4 4x2 2x4"),
     ({"casa_keys": "window", "casa_placement": "before"}, "4 4x2 2x4"),
 ]
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"casa_keys": "window"},
+        {"casa_keys": "context", "casa_share_projections": True, "casa_image_updates": "full"},
+        {"casa_keys": "window", "casa_image_history": "all", "casa_video_history": "all"},
+    ],
+    ids=str,
+)
+def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], back_end: str) -> None:
+    """What Accelerate moves from device to device arrives as a whole: in a call with images and in a step."""
+    needs(back_end)
+    config = wide_config(2, 1, 64, **fields)
+    model = kernels.use_back_end(CasaForConditionalGeneration(config).eval(), back_end)
+    seen: list[Any] = []
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda *call: seen.append(call[2]["fusion"]), with_kwargs=True)
+    case = Case(
+        config, [[wide_sample(script, config, seed)] for seed, script in enumerate(("3 2x3 2 1x2 3", "2x2 1"))]
+    )
+    with hook, torch.no_grad():
+        past = model(**{**case.inputs, "use_cache": True}, image_embeds=case.features).past_key_values
+        model(input_ids=torch.full((2, 1), 9), past_key_values=past)
+    for fusion in seen:
+        assert fusion.route is not None
+        before, after = tensors_in(fusion), tensors_in(fusion.to("meta"))
+        assert before.keys() == after.keys() and before
+        assert {path: (x.shape, x.dtype) for path, x in before.items()} == {
+            path: (x.shape, x.dtype) for path, x in after.items()
+        }
+        assert all(x.is_meta for x in after.values()), [path for path, x in after.items() if not x.is_meta]
+
+
+def tensors_in(value: Any, path: str = "") -> dict[str, Tensor]:
+    """All tensors in nested dataclasses and tuples, by where they are."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    parts: dict[Any, Any] = {}
+    if is_dataclass(value):
+        parts = {f.name: getattr(value, f.name) for f in dataclass_fields(value)}
+    elif isinstance(value, tuple):
+        parts = dict(enumerate(value))
+    found: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        found |= tensors_in(part, f"{path}.{name}")
+    return found
 
 
 def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tuple[Ledger, int, int]:

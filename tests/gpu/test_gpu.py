@@ -155,6 +155,8 @@ def no_waiting_in(layers: Any) -> Iterator[list[int]]:
 def test_layers_never_wait_for_the_device(device: str, variant: str, static: bool, back_end: str) -> None:
     """In prefill, at a new image, and in decoding steps, of a single row without padding."""
     skip_without(back_end)
+    if static and back_end == "flash_attention_2":
+        pytest.skip("its self-attention finds the empty slots of a static cache by waiting, in every layer")
     model = half_model(variant, device)
     model.set_attn_implementation(back_end)
     settings = {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
@@ -186,6 +188,7 @@ def on(device: str, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, 
 def test_static_decoding_equals_growing(device: str, variant: str) -> None:
     """On CUDA `generate` compiles its steps by itself, into CUDA graphs; in float64, so that tokens agree."""
     model = new_model(variant, casa_static_image_tokens=64).to(device)
+    torch._dynamo.utils.counters.clear()
     for rows in (
         [[*words(3, 1), IMAGES[0], *words(3, 2)], [IMAGES[1], *words(2, 2)]],
         [[*words(5, 1), IMAGES[2], *words(3, 2)], [IMAGES[1], *words(2, 2), IMAGES[0], 3]],
@@ -194,3 +197,6 @@ def test_static_decoding_equals_growing(device: str, variant: str) -> None:
         settings = {"max_new_tokens": 12 if device == "cuda" else 4, "do_sample": False}
         expected = model.generate(**inputs, **settings)
         assert torch.equal(model.generate(**inputs, **settings, cache_implementation="static"), expected)
+    if device == "cuda":
+        counted = torch._dynamo.utils.counters
+        assert counted["stats"]["unique_graphs"] and not counted["inductor"]["cudagraph_skips"]
