@@ -1,0 +1,117 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Where the memory of an earlier picture is: self-attention is cut, and what can still be answered tells.
+
+In a window a fusion layer lets text see the window's picture; later text can know of it only through self-attention to
+text that saw it. Cutting that to the *gists* (the token that the picture precedes, and gist tokens) shows how much of
+the memory they carry; cutting it to all text of the window must leave nothing, so that answers are guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .batches import IGNORED, Batcher
+from .world import NUMBERS, TASKS, Example
+
+CUTS = ("gists", "window")
+
+
+def window_of(ids: Sequence[int], mark: int, picture: int) -> range:
+    """The tokens of a picture's window.
+
+    Args:
+        ids: of the conversation.
+        mark: the token that a picture precedes.
+        picture: number of the picture, from 0; not the last one, whose window is still open.
+
+    Raises:
+        ValueError: if there is no such picture with another one after it.
+    """
+    marks = [index for index, token in enumerate(ids) if token == mark]
+    if not 0 <= picture < len(marks) - 1:
+        raise ValueError(f"picture={picture}: of {len(marks)} pictures, those before the last have a closed window.")
+    return range(marks[picture], marks[picture + 1])
+
+
+def cut_mask(ids: Sequence[int], config: Any, picture: int, what: str) -> torch.Tensor:
+    """The mask of self-attention in which text after a picture's window doesn't see a part of it.
+
+    Args:
+        ids: of the conversation.
+        config: of the CASA model.
+        picture: see `window_of`.
+        what: "gists", or "window" for all its text.
+
+    Returns:
+        (tokens, tokens), boolean: whether a query (first) sees a key.
+
+    Raises:
+        ValueError: for another `what`, or if images are updated by attention: then a later picture carries what its
+            tokens have read in the text before it.
+    """
+    if what not in CUTS:
+        raise ValueError(f"what={what!r} can't be cut; choose one of {CUTS}.")
+    if config.casa_image_updates == "full":
+        raise ValueError(
+            "casa_image_updates='full' lets pictures read earlier text, which no cut reaches; take another."
+        )
+    window = window_of(ids, config.image_token_id, picture)
+    gists = {config.image_token_id, *config.gist_token_ids}
+    keys = [index for index in window if what == "window" or ids[index] in gists]
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    mask[window.stop :, keys] = False
+    return mask
+
+
+def questions_of_memory(number: int, size: int, split: str = "test", *, seed: int = 0) -> list[tuple[Example, int]]:
+    """Questions of the task "frames" about any frame but the last, and the number of that frame, from 0."""
+    found: list[tuple[Example, int]] = []
+    index = 0
+    while len(found) < number:
+        example = TASKS["frames"].example(size, split, index, seed=seed)
+        asked = next(NUMBERS.index(word) - 1 for word in NUMBERS if example.turns[0][0].endswith(f" {word}?"))
+        if asked < size - 1:
+            found.append((example, asked))
+        index += 1
+    return found
+
+
+@torch.no_grad()
+def memory(
+    model: Any,
+    batcher: Batcher,
+    questions: Sequence[tuple[Example, int]],
+    cut: str | None = None,
+    batch_size: int = 64,
+) -> float:
+    """The share of right answers to questions about earlier pictures.
+
+    Args:
+        model: a CASA model.
+        batcher: of its processor.
+        questions: examples with one question each, and the number of the picture that it is about.
+        cut: one of `CUTS`, or None.
+        batch_size: questions per call.
+    """
+    model.eval()
+    right = 0
+    for start in range(0, len(questions), batch_size):
+        chunk = questions[start : start + batch_size]
+        batch = batcher([example for example, _ in chunk])
+        labels = batch.pop("labels")[:, 1:]
+        if cut is not None:
+            width = batch["input_ids"].shape[1]
+            seen = torch.ones(len(chunk), 1, width, width, dtype=torch.bool).tril()
+            for row, (example, picture) in enumerate(chunk):
+                ids = batcher.encode(example)[0]
+                seen[row, 0, : len(ids), : len(ids)] = cut_mask(ids, model.config, picture, cut)
+            floor = torch.finfo(model.dtype).min
+            batch["attention_mask"] = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, floor)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+        wanted = labels.to(model.device)
+        right += int(((predicted == wanted) | (wanted == IGNORED)).all(-1).sum())
+    return right / len(questions)
