@@ -87,7 +87,7 @@ class Page:
         return Starlette(routes=routes, middleware=[guard], lifespan=lifespan)
 
     async def events(self, request: Request) -> Response:
-        """Server-sent events: what is kept of the history after the last event that the page knows, and what follows."""
+        """Server-sent events: what is kept of the history after the last event that the page knows, and what comes."""
         run, _, number = request.headers.get("last-event-id", "").rpartition("-")
         after = int(number) if run == self._player.run and number.isdecimal() else 0
         self._player.begin()
@@ -110,7 +110,7 @@ class Page:
     async def video(self, request: Request) -> Response:
         """The file, or the ranges of it that are asked for."""
         assert self._file is not None
-        return FileResponse(self._file, headers=_HEADERS)
+        return FileResponse(self._file, headers=_HEADERS | {"Cache-Control": "no-cache"})
 
     def frame(self, request: Request) -> Response:
         """A frame as a JPEG; runs in a thread of the server's pool."""

@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """What happened lately, for readers that come and go.
 
-The thread of the model appends; every page follows at its own speed, from where it likes. Nobody waits for a reader, and
-a reader that is too slow misses entries rather than making them pile up.
+The thread of the model appends; every page follows at its own speed, from where it likes. Nobody waits for a reader,
+and a reader that is too slow misses entries rather than making them pile up.
 """
 
 from __future__ import annotations

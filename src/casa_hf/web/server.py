@@ -52,8 +52,8 @@ def create_app(
         title: of the page; None for the name of the file.
         max_new_tokens: length of an answer at most.
         max_history: events that are kept for pages that are opened later, or come back.
-        allowed_hosts: names under which a browser may ask for the page; None for any. Other sites whose name is made to
-            point to this machine are refused by it.
+        allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
+            names have been made to point to this machine.
 
     Raises:
         ValueError: if `video_file` isn't a file, or a number isn't positive.

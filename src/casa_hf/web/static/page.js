@@ -53,10 +53,8 @@ function connect() {
       run = session.run;
       clear();
     }
-    period = 1 / session.fps;
     document.title = session.title;
     element("title").textContent = session.title;
-    element("due").textContent = `a frame is due every ${seconds(period)}`;
     if (session.video && !video.src && !video.error) {
       video.src = "/video";
     }
@@ -67,10 +65,8 @@ function connect() {
     element("gap").hidden = false;
     element("gap").textContent = `${lost} earlier events are no longer kept.`;
   });
-  on("frame", ({ index, start }) => {
-    stream.latest = frameOf(index, start, start + period);
-  });
   on("caption", caption);
+  on("answer", answer);
   on("memory", ({ frame_index, text, image }) => {
     keep(stream.memory, { x: frame_index, first: text, second: image });
   });
@@ -96,30 +92,30 @@ function connect() {
 
 function caption(event) {
   const { kind } = event;
-  if (kind === "answer") {
-    stream.answer?.append(event.text);
-    return;
-  }
-  if (stream.answer && kind === "end") {
-    element("spoken").textContent = stream.answer.textContent;
-    element("asked").textContent = "";
-    stream.answer = null;
-    return;
-  }
-  const frame = frameOf(event.frame_index, event.start, event.end);
+  const frame = frameOf(event);
   if (kind === "text") {
     frame.text += event.text;
     line(frame).lastChild.append(event.text);
     return;
   }
   stream.counts[kind] += 1;
-  if (kind === "end") {
-    keep(stream.latency, { x: event.frame_index, first: event.latency });
-    if (event.text.trim()) {
-      element("spoken").textContent = event.text;
-    }
-  } else {
+  if (kind !== "end") {
     report(event);
+    return;
+  }
+  keep(stream.latency, { x: event.frame_index, first: event.latency });
+  if (event.text.trim()) {
+    element("spoken").textContent = event.text;
+  }
+}
+
+function answer({ kind, text }) {
+  if (kind === "answer") {
+    stream.answer?.append(text);
+  } else if (kind === "end") {
+    element("spoken").textContent = text;
+    element("asked").textContent = "";
+    stream.answer = null;
   }
 }
 
@@ -138,7 +134,7 @@ function showStatus(name, text) {
 
 // Captions
 
-function frameOf(index, start, end) {
+function frameOf({ kind, frame_index: index, start, end }) {
   let frame = stream.frames.get(index);
   if (!frame) {
     frame = { index, start, end, text: "", line: null };
@@ -147,6 +143,10 @@ function frameOf(index, start, end) {
       stream.frames.delete(stream.frames.keys().next().value);
     }
     stream.frontier = Math.max(stream.frontier, end);
+    period = end - start;
+  }
+  if (kind !== "dropped") {
+    stream.latest = frame;
   }
   return frame;
 }
@@ -255,6 +255,11 @@ function showTime() {
     }
     current = frame.line ?? current;
   }
+  const marked = element("captions").querySelector("[aria-current]");
+  if (marked !== current) {
+    marked?.removeAttribute("aria-current");
+    current?.setAttribute("aria-current", "time");
+  }
   const subtitle = element("subtitle");
   const shown = text.length > SUBTITLE_CHARACTERS ? `…${text.slice(-SUBTITLE_CHARACTERS)}` : text;
   if (subtitle.textContent !== shown.trim()) {
@@ -262,11 +267,6 @@ function showTime() {
     span.textContent = shown.trim();
     subtitle.replaceChildren(...(shown.trim() ? [span] : []));
   }
-  const marked = element("captions").querySelector("[aria-current]");
-  if (marked !== current?.line && marked !== current) {
-    marked?.removeAttribute("aria-current");
-  }
-  current?.setAttribute("aria-current", "time");
 }
 
 let loading = false;
@@ -355,6 +355,7 @@ function draw(target, points, { limit, format, label }) {
 
 function drawPlots() {
   if (stream.latency.length) {
+    element("due").textContent = `a frame is due every ${seconds(period)}`;
     const last = seconds(stream.latency.at(-1).first);
     element("latency-now").textContent = last;
     draw(element("latency-plot"), stream.latency, {
@@ -463,10 +464,10 @@ document.addEventListener("keydown", (event) => {
 element("ask").onsubmit = async (event) => {
   event.preventDefault();
   const question = element("question");
+  element("asked").textContent = "Asked; the answer comes after the current frame.";
   try {
     await send("/ask", { question: question.value });
     question.value = "";
-    element("asked").textContent ||= "Asked; the answer follows the current frame.";
   } catch (error) {
     element("asked").textContent = error.message;
   }
