@@ -28,10 +28,10 @@ _MAX_QUESTIONS = 16
 
 
 class _Report(NamedTuple):
-    """Something to tell before the next frame: a problem of the source, or `count` dropped frames."""
+    """Something to tell before the next frame: a problem of the source, or dropped frames."""
 
     timestamp: float
-    count: int
+    num_dropped: int
     problem: str = ""
 
 
@@ -152,25 +152,31 @@ class LiveCaptions:
                 elif self.paused:
                     self._rest(arriving)
                 else:
-                    with self._changed:
-                        more = self._collect(arriving)
-                        # What is dropped from now on is later than the frames that were taken.
-                        reports = list(self._reports)
-                        self._reports.clear()
+                    more, reports = self._collect(arriving)
                     yield from self._report(reports)
                     if self._waiting:
                         yield from self._look()
                     if not more:
                         return
 
-    def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> bool:
-        """Gather what has arrived, waiting for it if nothing has; whether there is or can be anything more."""
+    def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
+        """Gather what has arrived, waiting for it if nothing has.
+
+        Returns:
+            Whether there is or can be anything more; and what to tell before the frames that wait now.
+        """
         if self.real_time and not self.source.live:
-            return self._play(arriving)
+            return self._play(arriving), self._told()
         with self._changed:
             self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted())
-            self._sort(arriving.take(self.max_waiting if self.late == "merge" else 1))
-            return bool(self._waiting or self._reports or not arriving.ended)
+            for item in arriving.take(self.max_waiting if self.late == "merge" else 1):
+                if isinstance(item, VideoProblem):
+                    self._lost(item)
+                else:
+                    self._waiting.append(item)
+            more = bool(self._waiting or self._reports or not arriving.ended)
+            # Under the lock: what is dropped from now on is later than the frames that were taken.
+            return more, self._told()
 
     def _play(self, arriving: ReadAhead[Frame | VideoProblem]) -> bool:
         """The same for a recorded video: what is due by now has arrived."""
@@ -224,13 +230,6 @@ class LiveCaptions:
                 self._waiting.clear()
                 self._reports.clear()
 
-    def _sort(self, items: list[Frame | VideoProblem]) -> None:
-        for item in items:
-            if isinstance(item, VideoProblem):
-                self._lost(item)
-            else:
-                self._waiting.append(item)
-
     def _lost(self, item: Frame | VideoProblem) -> None:
         """Note a problem, or a frame that had to make room, whose picture is freed."""
         if isinstance(item, VideoProblem):
@@ -239,16 +238,23 @@ class LiveCaptions:
             self._reports.append(_Report(item.timestamp, 1))
         if len(self._reports) > _MAX_REPORTS:
             last, before = self._reports.pop(), self._reports.pop()
-            self._reports.append(_Report(last.timestamp, last.count + before.count, last.problem or before.problem))
+            self._reports.append(
+                _Report(last.timestamp, last.num_dropped + before.num_dropped, last.problem or before.problem)
+            )
+
+    def _told(self) -> list[_Report]:
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
 
     def _report(self, reports: list[_Report]) -> Iterator[CaptionEvent]:
         for report in reports:
             if report.problem:
-                index = max(0, self.stream.num_frames - 1)
+                index = self.stream.num_frames - 1
                 end = report.timestamp + 1 / self.stream.fps
                 yield CaptionEvent("error", index, report.timestamp, end, 0.0, message=report.problem)
-            if report.count:
-                others = f", and {report.count - 1} before it" if report.count > 1 else ""
+            if report.num_dropped:
+                others = f", and {report.num_dropped - 1} before it" if report.num_dropped > 1 else ""
                 message = f"the model was busy; at most {self.max_waiting} may wait{others}"
                 yield self.stream.drop(report.timestamp, message)
 
@@ -269,7 +275,7 @@ class LiveCaptions:
         try:
             answer = self.stream.ask(question, max_new_tokens)
         except ValueError as error:
-            index = max(0, self.stream.num_frames - 1)
+            index = self.stream.num_frames - 1
             yield CaptionEvent("error", index, 0.0, 0.0, 0.0, message=str(error))
             return
         yield from answer
