@@ -61,11 +61,10 @@ class ReadAhead(Generic[T]):
                 return self._items.popleft()
             raise self._take_error() or StopIteration
 
-    def take(self) -> list[T]:
-        """All items that wait, the oldest first; doesn't wait for any."""
+    def take(self, limit: int) -> list[T]:
+        """The oldest items that wait, at most `limit`; doesn't wait for any."""
         with self._changed:
-            items = list(self._items)
-            self._items.clear()
+            items = [self._items.popleft() for _ in range(min(limit, len(self._items)))]
             self._changed.notify_all()
             error = None if items else self._take_error()
         if error is not None:
