@@ -25,11 +25,17 @@ _OPTIONS = (
     "--disable-dev-shm-usage",
     "--disable-extensions",
     "--disable-background-networking",
+    "--hide-scrollbars",
     "--no-first-run",
     "--autoplay-policy=no-user-gesture-required",
 )
 # The protocol's fixed descriptors; another process is the simplest way of getting something there.
-_START = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
+_START = """
+import os, sys
+for number, place in zip(sys.argv[1:3], (3, 4)):
+    os.dup2(int(number), place)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -45,7 +51,7 @@ class Browser:
         timeout: seconds after which an answer is missed.
     """
 
-    def __init__(self, profile: Path, timeout: float = 10.0):
+    def __init__(self, profile: Path, timeout: float = 60.0):
         program = find()
         assert program is not None
         theirs_in, self._out = os.pipe()
@@ -164,7 +170,7 @@ class Tab:
             raise RuntimeError(f"{expression}: {json.dumps(result['exceptionDetails'])}")
         return result["result"].get("value")
 
-    def wait(self, condition: str, timeout: float = 10.0) -> Any:
+    def wait(self, condition: str, timeout: float = 30.0) -> Any:
         """The value of a JavaScript expression as soon as it is true; it is looked at in every animation frame."""
         found = self.evaluate(
             f"""new Promise((resolve) => {{
@@ -177,7 +183,9 @@ class Tab:
                 look();
             }})"""
         )
-        assert found, f"not within {timeout} s: {condition}; the page says {self.evaluate('document.body.innerText')!r}"
+        assert found, (
+            f"not within {timeout} s: {condition}; the page says {self.evaluate('document.body.innerText')!r}"
+        )
         return found
 
     def press(self, key: str, code: str, text: str = "") -> None:

@@ -6,17 +6,21 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils import logging
 
+from ..streaming.live import LiveCaptions
 from .history import History
 
 if TYPE_CHECKING:
     from ..streaming import CaptionEvent, CasaStream
+    from ..streaming.live import Late
+    from ..video import Frame, VideoSource
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +32,7 @@ _PICTURE_SIDE = 960
 
 
 class Player:
-    """Runs a stream on the frames of a source, and writes down what happens.
+    """Runs a stream on a video, and writes down what happens.
 
     Everything that touches the stream happens in one thread, which starts with `start` and waits for `begin`. A pause
     takes effect at once, after the token that is being generated. Questions are answered between two frames, also
@@ -36,7 +40,8 @@ class Player:
 
     Args:
         stream: a stream, or a function that makes one, called in the thread; what it makes is closed with the player.
-        source: (timestamp in seconds, image) in ascending order.
+        source: gives the frames.
+        real_time, late: see [`LiveCaptions`].
         max_history: entries that `history` keeps.
         max_new_tokens: length of an answer at most.
 
@@ -49,22 +54,28 @@ class Player:
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: Iterable[tuple[float, Any]],
+        source: VideoSource,
         *,
+        real_time: bool,
+        late: Late | None,
         max_history: int,
         max_new_tokens: int,
     ) -> None:
         self.history = History(max_history)
         self.run = secrets.token_hex(8)
         self.error: Exception | None = None
-        self._stream_or_make, self._source = stream, source
+        self._make_stream = stream if callable(stream) else None
+        self._source, self._real_time, self._late = source, real_time, late
         self._max_new_tokens = max_new_tokens
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
+        self._answering = False
         self._pictures: OrderedDict[int, Any] = OrderedDict()
-        self._begun = self._paused = self._closing = False
+        self._begun = self._closing = False
         self._state: State = "waiting"
         self._message = ""
+        # Made at once if possible: bad settings are the caller's to hear of.
+        self._captions = None if callable(stream) else self._captions_of(stream)
         self._thread = threading.Thread(target=self._run, name="casa-player")
 
     @property
@@ -111,18 +122,26 @@ class Player:
             if len(self._questions) >= MAX_QUESTIONS:
                 raise RuntimeError(f"{MAX_QUESTIONS} questions are waiting for an answer; ask again later.")
             self._questions.append(question)
+            if self._state != "finished":
+                assert self._captions is not None
+                self._captions.ask(question, self._max_new_tokens)
             self._changed.notify_all()
 
     def picture(self, frame_index: int) -> bytes | None:
-        """A recent frame as a JPEG; None where it is no longer kept."""
+        """A recent frame as a JPEG; None where it is no longer kept, or isn't a picture."""
         with self._changed:
             frame = self._pictures.get(frame_index)
-        return None if frame is None else _jpeg(frame)
+        try:
+            return None if frame is None else _jpeg(frame)
+        except (ValueError, TypeError):  # the stream has an event that says more
+            return None
 
     def hang_up(self) -> None:
         """Tell the pages that this was all. Doesn't wait for the thread."""
         with self._changed:
             self._closing = True
+            if self._captions is not None:
+                self._captions.stop()
             self._set_state("closed")
             self._changed.notify_all()
         self.history.close()
@@ -134,70 +153,77 @@ class Player:
             self._thread.join()
 
     def _run(self) -> None:
-        stream = None
         try:
             if self._wait(lambda: self._begun):
-                stream = self._make_stream()
-                self._follow(stream)
+                if self._make_stream is None:
+                    assert self._captions is not None
+                    self._follow(self._captions)
+                else:
+                    self._set_state("loading")
+                    with self._make_stream() as stream:
+                        self._follow(self._captions_of(stream))
         except Exception as error:
             logger.exception("An error has ended the stream.")
             self.error = error
             self._set_state("failed", f"{type(error).__name__}: {error}")
-        finally:
-            if stream is not None and stream is not self._stream_or_make:
-                stream.close()
 
-    def _make_stream(self) -> CasaStream:
-        if not callable(self._stream_or_make):
-            return self._stream_or_make
-        self._set_state("loading")
-        return self._stream_or_make()
-
-    def _follow(self, stream: CasaStream) -> None:
-        self._set_state("running")
-        for event in self._events(stream):
-            self._write("caption", event)
-            if event.kind == "end":
-                self._write_memory(stream)
-            # A question doesn't cut the text of a frame short; it has its turn between two.
-            if not self._wait(lambda: not self._paused or bool(self._questions)):
-                return
-            if event.kind in ("end", "error", "dropped"):
-                while self._questions:
-                    self._answer(stream)
-                if not self._wait(lambda: not self._paused):
-                    return
-        self._set_state("finished")
-        while self._wait(lambda: bool(self._questions)):
-            self._answer(stream)
-
-    def _events(self, stream: CasaStream) -> Iterator[CaptionEvent]:
-        for timestamp, frame in self._source:
+    def _captions_of(self, stream: CasaStream) -> LiveCaptions:
+        def show(frame: Frame) -> None:
             with self._changed:
-                self._pictures[stream.num_frames] = frame
+                # The frames of one turn come one after another before any of them is counted.
+                following = next(reversed(self._pictures), -1) + 1
+                self._pictures[max(stream.num_frames, following)] = frame.image
                 while len(self._pictures) > _MAX_PICTURES:
                     self._pictures.popitem(last=False)
-            yield from stream.push(frame, timestamp)
 
-    def _answer(self, stream: CasaStream) -> None:
-        question = self._questions.popleft()
-        self.history.append("question", {"text": question})
-        for event in stream.ask(question, max_new_tokens=self._max_new_tokens):
-            self._write("answer", event)
+        return LiveCaptions(
+            stream,
+            self._source,
+            real_time=self._real_time,
+            late=self._late,
+            on_frame=show,
+            on_question=self._begin_answer,
+        )
+
+    def _follow(self, captions: LiveCaptions) -> None:
+        with self._changed:
+            self._captions = captions
             if self._closing:
                 return
-        self._write_memory(stream)
+            self._set_state("running")
+        with closing(self._events(captions)) as events:
+            for event in events:
+                self._write(event, captions.stream)
+                # A question has its turn after the frame, whose text it doesn't cut short: so the frame goes on.
+                if not self._wait(lambda: not captions.paused or bool(self._questions)):
+                    return
 
-    def _write(self, name: str, event: CaptionEvent) -> None:
-        self.history.append(name, asdict(event))
+    def _events(self, captions: LiveCaptions) -> Generator[CaptionEvent, None, None]:
+        yield from iter(captions)
+        self._set_state("finished")
+        while self._wait(lambda: bool(self._questions)):
+            yield from captions.answer(self._questions[0], self._max_new_tokens)
 
-    def _write_memory(self, stream: CasaStream) -> None:
-        self.history.append("memory", {"frame_index": stream.num_frames - 1, **stream.nbytes})
+    def _begin_answer(self, question: str) -> None:
+        self._answering = True
+        self.history.append("question", {"text": question})
+
+    def _write(self, event: CaptionEvent, stream: CasaStream) -> None:
+        self.history.append("answer" if self._answering else "caption", asdict(event))
+        if event.kind == "end":
+            self.history.append("memory", {"frame_index": event.frame_index, **stream.nbytes})
+        if self._answering and event.kind in ("end", "error"):
+            self._answering = False
+            self._questions.popleft()
 
     def _switch(self, before: State, after: State) -> None:
         with self._changed:
             if self._state == before:
-                self._paused = after == "paused"
+                assert self._captions is not None
+                if after == "paused":
+                    self._captions.pause()
+                else:
+                    self._captions.resume()
                 self._set_state(after)
                 self._changed.notify_all()
             elif self._state != after:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..video import MediaSource, VideoSource
 from .player import Player
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from ..streaming import CasaStream
+    from ..streaming.live import Late
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -26,14 +28,16 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 # A browser that holds a video still keeps its download open; the end of the server doesn't wait for it.
 _SHUTDOWN_SECONDS = 1
 _MAX_CONNECTIONS = 256
+_LAST_PORT = 65_535
 
 
 def create_app(
     stream: CasaStream | Callable[[], CasaStream],
-    source: Iterable[tuple[float, Any]],
+    source: VideoSource,
     *,
-    video_file: str | os.PathLike[str] | None = None,
     title: str | None = None,
+    real_time: bool | None = None,
+    late: Late | None = None,
     max_new_tokens: int = 64,
     max_history: int = MAX_HISTORY,
     allowed_hosts: Iterable[str] | None = THIS_MACHINE,
@@ -46,17 +50,20 @@ def create_app(
     Args:
         stream: a stream that nobody else uses meanwhile; or a function that makes one, which the thread calls, and
             closes what it made.
-        source: (timestamp in seconds, image) one after another, such as `casa_hf.video.open_video` gives.
-        video_file: a file that the page plays beside the captions; `source` gives its frames. None: the page shows the
-            frames themselves.
-        title: of the page; None for the name of the file.
+        source: gives the frames, see [`open_video`]. A file is played by the page, with its sound; of anything else,
+            and of files that the browser can't play, the page shows the frames that the model has seen.
+        title: of the page; None for the name of the source.
+        real_time: whether a recorded video is played at its own speed. Default: true of a file. A page never plays on
+            beyond what the model has looked at.
+        late: what happens to frames when the model is late, see [`LiveCaptions`]. Default: frames of a live source are
+            dropped; a recorded one waits for the model.
         max_new_tokens: length of an answer at most.
         max_history: events that are kept for pages that are opened later, or come back.
         allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
             names have been made to point to this machine.
 
     Raises:
-        ValueError: if `video_file` isn't a file, or a number isn't positive.
+        ValueError: if a number isn't positive, or `late` and `real_time` don't go together.
         ImportError: without Starlette.
     """
     try:
@@ -66,13 +73,17 @@ def create_app(
     for name, value in (("max_new_tokens", max_new_tokens), ("max_history", max_history)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
-    file = None if video_file is None else Path(video_file).resolve()
-    if file is not None and not file.is_file():
-        raise ValueError(f"The video {str(video_file)!r} doesn't exist; give the path of a file, or no video_file.")
-    player = Player(stream, source, max_history=max_history, max_new_tokens=max_new_tokens)
-    app = Page(player, file, title or (file.name if file else "Live captions")).application(
-        ["*"] if allowed_hosts is None else list(allowed_hosts)
+    file = Path(source.name).resolve() if isinstance(source, MediaSource) and os.path.isfile(source.name) else None
+    player = Player(
+        stream,
+        source,
+        real_time=source.live or file is not None if real_time is None else real_time,
+        late=late or ("drop" if source.live else "wait"),
+        max_history=max_history,
+        max_new_tokens=max_new_tokens,
     )
+    page = Page(player, file, title or Path(source.name).name)
+    app = page.application(["*"] if allowed_hosts is None else list(allowed_hosts))
     app.state.player = player
     return app
 
@@ -90,14 +101,14 @@ class CaptionServer:
         url: where the page is.
 
     Raises:
-        ValueError: if the address can't be had, and as `create_app`.
+        ValueError: if the address can't be had, and where `create_app` does.
         ImportError: without Starlette or Uvicorn.
     """
 
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: Iterable[tuple[float, Any]],
+        source: VideoSource,
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -152,7 +163,7 @@ class CaptionServer:
 
 def serve(
     stream: CasaStream | Callable[[], CasaStream],
-    source: Iterable[tuple[float, Any]],
+    source: VideoSource,
     *,
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
@@ -183,6 +194,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= _LAST_PORT:
+        raise ValueError(f"port={port} must be from 0 to {_LAST_PORT}; 0 takes a free one.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -192,11 +205,12 @@ def _listen(host: str, port: int) -> socket.socket:
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # who comes before the server runs has to wait, not to try again
         except BaseException:
             listener.close()
             raise
         return listener
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(
-            f"The page can't be served at {host}:{port} ({error}); choose another --host or --port."
+            f"The page can't be served at {host}:{port} ({error}); choose another host or port."
         ) from error

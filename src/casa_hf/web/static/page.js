@@ -5,7 +5,7 @@ const KEPT_FRAMES = 600;
 const KEPT_LINES = 400;
 const KEPT_ANSWERS = 50;
 const SUBTITLE_SECONDS = 6;
-const SUBTITLE_CHARACTERS = 160;
+const SUBTITLE_CHARACTERS = 120;
 const SLACK_SECONDS = 0.05;
 const STATES = {
   waiting: "Waiting",
@@ -24,6 +24,7 @@ const picture = element("picture");
 let run = null; // identifies the server's stream; another one starts the page anew
 let state = "waiting";
 let period = 0.5; // seconds from frame to frame
+let playable = false; // whether there is a video that this browser plays
 let stream = fresh();
 
 function fresh() {
@@ -36,6 +37,7 @@ function fresh() {
     memory: [],
     counts: { end: 0, dropped: 0, merged: 0, error: 0 },
     answer: null, // where the answer goes that is being given
+    following: false, // whether the list of captions is to be scrolled to its end
   };
 }
 
@@ -46,6 +48,7 @@ function connect() {
   const on = (name, handle) =>
     source.addEventListener(name, (message) => {
       handle(JSON.parse(message.data));
+      keepInStep(); // also in a page that is hidden and isn't drawn
       refresh();
     });
   on("session", (session) => {
@@ -55,7 +58,8 @@ function connect() {
     }
     document.title = session.title;
     element("title").textContent = session.title;
-    if (session.video && !video.src && !video.error) {
+    if (session.video && !video.src) {
+      playable = true;
       video.src = "/video";
     }
     showState(session);
@@ -95,6 +99,7 @@ function caption(event) {
   const frame = frameOf(event);
   if (kind === "text") {
     frame.text += event.text;
+    followCaptions();
     line(frame).lastChild.append(event.text);
     return;
   }
@@ -109,14 +114,18 @@ function caption(event) {
   }
 }
 
-function answer({ kind, text }) {
+function answer({ kind, text, message }) {
   if (kind === "answer") {
     stream.answer?.append(text);
-  } else if (kind === "end") {
-    element("spoken").textContent = text;
-    element("asked").textContent = "";
-    stream.answer = null;
+    return;
   }
+  if (kind === "error") {
+    stream.answer?.classList.add("error");
+    stream.answer?.append(message);
+  }
+  element("spoken").textContent = text || message;
+  element("asked").textContent = "";
+  stream.answer = null;
 }
 
 function showState({ state: name, message }) {
@@ -161,13 +170,13 @@ function report({ kind, start, message }) {
 }
 
 function addLine(start, content) {
+  followCaptions();
   const list = element("captions");
-  const following = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
   const item = document.createElement("li");
   const time = document.createElement("time");
   time.dateTime = `PT${start.toFixed(3)}S`;
-  time.textContent = clock(start);
-  if (video.hidden) {
+  time.textContent = clock(start, period < 1 ? 1 : 0);
+  if (!playable) {
     item.append(time, content);
   } else {
     const button = document.createElement("button");
@@ -177,10 +186,16 @@ function addLine(start, content) {
     button.onclick = () => seek(start);
     item.append(button, content);
   }
+  element("none").hidden = true;
   list.append(item);
   trim(list, KEPT_LINES, "firstChild");
-  stream.following = following;
   return item;
+}
+
+// The list stays at its end while nobody has scrolled away from there.
+function followCaptions() {
+  const list = element("captions");
+  stream.following ||= list.scrollHeight - list.scrollTop - list.clientHeight < 40;
 }
 
 function paragraph(className, text) {
@@ -202,12 +217,13 @@ function clear() {
     element(id).replaceChildren();
   }
   element("gap").hidden = true;
+  element("none").hidden = false;
   element("spoken").textContent = "";
 }
 
 // The video, or the frames where there is none to play
 
-const now = () => (video.hidden ? (stream.latest?.start ?? 0) : video.currentTime);
+const now = () => (!playable ? (stream.latest?.start ?? 0) : video.currentTime);
 const atFrontier = () => video.currentTime >= stream.frontier + (state === "finished" ? period : 0) - SLACK_SECONDS;
 
 function keepInStep() {
@@ -243,7 +259,7 @@ function seek(time) {
 function showTime() {
   const time = now();
   element("clock").textContent = clock(time);
-  element("live").hidden = video.hidden || stream.frontier - time < 2 + 2 * period;
+  element("live").hidden = !playable || stream.frontier - time < 2 + 2 * period;
   let text = "";
   let current = null;
   for (const frame of stream.frames.values()) {
@@ -272,7 +288,7 @@ function showTime() {
 let loading = false;
 
 function showPicture() {
-  if (!video.hidden || loading || !stream.latest || picture.dataset.frame === String(stream.latest.index)) {
+  if (playable || loading || !stream.latest || picture.dataset.frame === String(stream.latest.index)) {
     return;
   }
   const frame = stream.latest;
@@ -297,16 +313,19 @@ function showPicture() {
 video.addEventListener("loadedmetadata", () => {
   video.hidden = false;
   picture.hidden = true;
-  element("mute").hidden = false;
+  element("sound").hidden = false;
   element("placeholder").hidden = true;
   stream.joined = false;
   refresh();
 });
 video.addEventListener("error", () => {
-  video.hidden = true; // a format that this browser doesn't play: the frames that the model sees are shown instead
+  // A format that this browser doesn't play: the frames that the model sees are shown instead.
+  playable = false;
+  video.hidden = true;
   refresh();
 });
 video.addEventListener("play", watch);
+video.addEventListener("timeupdate", keepInStep);
 video.addEventListener("seeked", showTime);
 
 // Plots
@@ -366,7 +385,9 @@ function drawPlots() {
   }
   if (stream.memory.length) {
     const { first, second } = stream.memory.at(-1);
-    element("memory-now").textContent = `text ${bytes(first)}, images ${bytes(second)}`;
+    element("memory-now").textContent = bytes(first + second);
+    element("text-now").textContent = bytes(first);
+    element("image-now").textContent = bytes(second);
     draw(element("memory-plot"), stream.memory, {
       format: bytes,
       label: `Memory of the cache, now ${bytes(first)} for text and ${bytes(second)} for images`,
@@ -379,11 +400,12 @@ function drawPlots() {
 
 // Formats
 
-function clock(time) {
+function clock(time, digits = 0) {
   const whole = Math.floor(time + 1e-6);
+  const fraction = digits ? (time - whole).toFixed(digits).slice(1) : "";
   const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   const two = (number) => String(number).padStart(2, "0");
-  return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+  return `${hours ? `${hours}:${two(minutes)}` : minutes}:${two(rest)}${fraction}`;
 }
 
 function seconds(time) {
@@ -442,10 +464,9 @@ function togglePause() {
 
 element("pause").onclick = togglePause;
 element("live").onclick = () => seek(stream.latest.start);
-element("mute").onclick = () => {
+element("sound").onclick = () => {
   video.muted = !video.muted;
-  element("mute").textContent = video.muted ? "Muted" : "Sound on";
-  element("mute").setAttribute("aria-pressed", String(video.muted));
+  element("sound").setAttribute("aria-pressed", String(!video.muted));
 };
 element("fullscreen").onclick = () => {
   if (document.fullscreenElement) {
