@@ -402,7 +402,7 @@ function drawPlots() {
 
 function clock(time, digits = 0) {
   const whole = Math.floor(time + 1e-6);
-  const fraction = digits ? (time - whole).toFixed(digits).slice(1) : "";
+  const fraction = digits ? `.${String(Math.floor((time - whole + 1e-6) * 10 ** digits)).padStart(digits, "0")}` : "";
   const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   const two = (number) => String(number).padStart(2, "0");
   return `${hours ? `${hours}:${two(minutes)}` : minutes}:${two(rest)}${fraction}`;
