@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .streaming import CaptionEvent
@@ -22,7 +21,8 @@ from .video import Frame, MediaSource, VideoProblem, VideoSource
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+# FFmpeg's name of the container by the file's ending.
+FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _TIME_BASE = Fraction(1, 90_000)
 _NOMINAL_FPS = 25
@@ -59,15 +59,12 @@ class OverlayWriter:
         start: float = 0.0,
         overwrite: bool = False,
     ):
-        self.path = Path(path)
-        if self.path.suffix.lower() not in _FORMATS:
-            raise ValueError(f"The name {os.fspath(path)!r} must end in one of {', '.join(_FORMATS)}.")
-        check_output(self.path, overwrite)
+        self.path = check_output(path, FORMATS, overwrite)
         try:
             import av
         except ImportError as error:
             raise ImportError("Writing a video needs PyAV: pip install casa_hf[video]") from error
-        format = _FORMATS[self.path.suffix.lower()]
+        format = FORMATS[self.path.suffix.lower()]
         options = {} if format == "matroska" else _FRAGMENTS
         self.note = ""
         self._start, self._last_pts = start, -1

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from fractions import Fraction
 from io import FileIO
@@ -85,8 +85,7 @@ class CaptionWriter(ABC):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False):
-        self.path = Path(path)
-        check_output(self.path, overwrite)
+        self.path = check_output(path, (Path(path).suffix.lower(),), overwrite)
         self._file = FileIO(self.path, "wb")
 
     @abstractmethod
@@ -252,24 +251,27 @@ def caption_writer(path: str | os.PathLike[str], *, words: bool = False, overwri
         ValueError: if the name has another ending, the file exists and isn't to be replaced, or its folder doesn't
             exist.
     """
-    kind = WRITERS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise ValueError(f"The name {os.fspath(path)!r} must end in one of {', '.join(WRITERS)}.")
+    kind = WRITERS[check_output(path, WRITERS, overwrite).suffix.lower()]
     if issubclass(kind, _CueWriter):
         return kind(path, words=words, overwrite=overwrite)
     return kind(path, overwrite=overwrite)
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: str | os.PathLike[str], endings: Iterable[str], overwrite: bool) -> Path:
     """Check that a file can be made.
 
     Raises:
-        ValueError: if it exists and isn't to be replaced, or its folder doesn't exist.
+        ValueError: if its name has none of these endings, it exists and isn't to be replaced, or its folder doesn't
+            exist.
     """
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"The name {str(path)!r} must end in {' or '.join(endings)}.")
     if path.exists() and not (overwrite and path.is_file()):
         raise ValueError(f"{str(path)!r} exists; choose another name, or have it replaced with overwrite.")
     if not path.parent.is_dir():
         raise ValueError(f"The folder {str(path.parent)!r} of {path.name!r} doesn't exist; make it first.")
+    return path
 
 
 class _Timed(NamedTuple):
