@@ -226,6 +226,7 @@ class MediaSource(VideoSource):
         **selection: for `VideoSource`.
 
     Attributes:
+        url: what FFmpeg opens.
         size: width and height in pixels, before any turning.
         rate: frames per second on average, as stated; None if not known.
 
@@ -243,7 +244,8 @@ class MediaSource(VideoSource):
         **selection: Any,
     ):
         super().__init__(url if format is None else f"{format}:{url}", **selection)
-        self._url, self._format = url, format
+        self.url = url
+        self._format = format
         self._options = dict(options or {})
         if url.startswith("rtsp"):
             self._options.setdefault("rtsp_transport", "tcp")  # over UDP lost packets are lost pictures
@@ -261,6 +263,12 @@ class MediaSource(VideoSource):
                 self.duration = self._opened.duration / _CONTAINER_TICKS
                 self._stated = self.duration if len(self._opened.streams) == 1 else None
 
+    def every_frame(self) -> MediaSource:
+        """The same video in the same range, opened once more, with every frame of it."""
+        return MediaSource(
+            self.url, format=self._format, options=self._options, start=self.start, end=self.end, live=self.live
+        )
+
     def close(self) -> None:
         if self._opened is not None:
             self._opened.close()
@@ -271,9 +279,9 @@ class MediaSource(VideoSource):
             import av
         except ImportError as error:
             raise ImportError(f"Reading the video {self.name!r} needs PyAV: pip install casa_hf[video]") from error
-        timeout = _SILENCE_SECONDS if "://" in self._url else None
+        timeout = _SILENCE_SECONDS if "://" in self.url else None
         try:
-            container = av.open(self._url, format=self._format, options=self._options, timeout=timeout)
+            container = av.open(self.url, format=self._format, options=self._options, timeout=timeout)
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise ValueError(f"The video {self.name!r} can't be used: {error}.{self._way_out()}") from error
         if not container.streams.video:
