@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from casa_hf.web import CaptionServer
 
-TIMEOUT = 30.0
+TIMEOUT = 60.0
 
 
 class Message(NamedTuple):

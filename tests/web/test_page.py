@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from casa_hf.streaming import CasaStream
 from casa_hf.video import open_video
 from casa_hf.web import CaptionServer
 
-from .pages import Listener, draw_clip, events, request, serving
+from .pages import TIMEOUT, Listener, draw_clip, events, request, serving
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -389,6 +392,52 @@ def test_an_error_is_shown_and_raised(make_stream: Callable[[], CasaStream]) -> 
         assert request(server.url, "POST", "/ask", {"question": "Why?"})[0] == 409
     assert heard[-1].data["message"] == "OSError: the camera was unplugged"
     assert any(event["kind"] == "end" for event in events(heard))
+
+
+def test_the_command(casa_folder: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ball.jsonl"
+    command = [sys.executable, "-m", "casa_hf", "caption", str(clip), "--model", str(casa_folder), "--out", str(out)]
+    with subprocess.Popen(
+        [*command, "--fps", "2", "--end", "1.5", "--web", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts it in the background would have it ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stderr is not None
+        try:
+            said = next(line for line in process.stderr if "http" in line)
+            url = re.search(r"http://127\.0\.0\.1:\d+/", said)
+            assert url is not None
+            page = Listener(url[0])
+            heard = page.until_state("finished")
+            assert request(url[0], "POST", "/ask", {"question": "What was it?"})[0] == 202
+            heard += page.until_answer()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(TIMEOUT) == 0
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+    written = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [event["kind"] for event in written] == [event["kind"] for event in events(heard, "caption", "answer")]
+    assert [event["text"] for event in written] == [event["text"] for event in events(heard, "caption", "answer")]
+    assert {event["start"] for event in written} == {0.0, 0.5, 1.0}
+
+
+def test_the_command_refuses_options_that_do_not_go_together() -> None:
+    from typer.testing import CliRunner
+
+    from casa_hf.cli import app
+
+    for arguments, expected in (
+        (["--web", "--ask", "What?"], "ask on the page"),
+        (["--web", "--overlay", "out.mp4"], "--overlay"),
+        (["--port", "80"], "are for --web"),
+        (["--host", "::1"], "are for --web"),
+    ):
+        result = CliRunner().invoke(app, ["caption", "x.mp4", "--model", "x", *arguments])
+        assert result.exit_code == 2
+        assert expected in " ".join(result.output.replace("│", " ").split())
 
 
 def test_arguments_are_checked_before_any_work(make_stream: Callable[[], CasaStream], clip: Path) -> None:

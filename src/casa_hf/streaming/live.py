@@ -275,7 +275,7 @@ class LiveCaptions:
             yield from self.stream.push([frame.image for frame in frames], [frame.timestamp for frame in frames])
 
     def answer(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
-        """The events of an answer, in the thread that iterates: what `ask` leads to, and a way to ask after the end."""
+        """What `ask` leads to; to be called in the thread that iterates, after the last event."""
         if self._on_question is not None:
             self._on_question(question)
         try:

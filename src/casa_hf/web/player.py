@@ -44,6 +44,7 @@ class Player:
         real_time, late: see [`LiveCaptions`].
         max_history: entries that `history` keeps.
         max_new_tokens: length of an answer at most.
+        on_event: called with every event of the stream, in the thread.
 
     Attributes:
         history: of "state", "caption", "memory", "question" and "answer"; `docs/streaming.md` describes them.
@@ -60,13 +61,14 @@ class Player:
         late: Late | None,
         max_history: int,
         max_new_tokens: int,
+        on_event: Callable[[CaptionEvent], None] | None = None,
     ) -> None:
         self.history = History(max_history)
         self.run = secrets.token_hex(8)
         self.error: Exception | None = None
         self._make_stream = stream if callable(stream) else None
         self._source, self._real_time, self._late = source, real_time, late
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._on_event = max_new_tokens, on_event
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
         self._answering = False
@@ -209,6 +211,8 @@ class Player:
         self.history.append("question", {"text": question})
 
     def _write(self, event: CaptionEvent, stream: CasaStream) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
         self.history.append("answer" if self._answering else "caption", asdict(event))
         if event.kind == "end":
             self.history.append("memory", {"frame_index": event.frame_index, **stream.nbytes})

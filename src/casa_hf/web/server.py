@@ -16,7 +16,7 @@ from .player import Player
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from ..streaming import CasaStream
+    from ..streaming import CaptionEvent, CasaStream
     from ..streaming.live import Late
 
 DEFAULT_HOST = "127.0.0.1"
@@ -40,6 +40,7 @@ def create_app(
     late: Late | None = None,
     max_new_tokens: int = 64,
     max_history: int = MAX_HISTORY,
+    on_event: Callable[[CaptionEvent], None] | None = None,
     allowed_hosts: Iterable[str] | None = THIS_MACHINE,
 ) -> Starlette:
     """The page as a Starlette application.
@@ -59,6 +60,7 @@ def create_app(
             dropped; a recorded one waits for the model.
         max_new_tokens: length of an answer at most.
         max_history: events that are kept for pages that are opened later, or come back.
+        on_event: called with every event of the stream, in the model's thread; to write captions to a file, say.
         allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
             names have been made to point to this machine.
 
@@ -81,6 +83,7 @@ def create_app(
         late=late or ("drop" if source.live else "wait"),
         max_history=max_history,
         max_new_tokens=max_new_tokens,
+        on_event=on_event,
     )
     page = Page(player, file, title or Path(source.name).name)
     app = page.application(["*"] if allowed_hosts is None else list(allowed_hosts))
@@ -151,14 +154,21 @@ class CaptionServer:
         """
         try:
             self._server.run(sockets=[self._socket])
+        except KeyboardInterrupt:
+            if self._player.error is None:
+                raise
         finally:
-            self._socket.close()
+            self.close()
         if self._player.error is not None:
             raise self._player.error
 
     def stop(self) -> None:
         """Let `run` return; may be called from any thread."""
         self._server.should_exit = True
+
+    def close(self) -> None:
+        """Give back the address of a server that isn't to run, or has run."""
+        self._socket.close()
 
 
 def serve(
