@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -370,6 +373,21 @@ def test_the_end_of_the_server_is_the_end_of_everything(make_stream: Callable[[]
     assert [message.data["state"] for message in heard if message.name == "state"] == ["loading", "running"]
     assert remaining[-1].data["state"] == "closed"
     assert made[0].closed
+
+
+def test_a_download_that_stands_still_does_not_hold_up_the_end(
+    make_stream: Callable[[], CasaStream], clip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / "long.webm"
+    shutil.copy(clip, long)
+    with long.open("r+b") as file:
+        file.truncate(64 << 20)  # more than the buffers on the way hold
+    with ExitStack() as held, serving(make_stream(), open_video(long, fps=2)) as server:
+        host, port = urlsplit(server.url).netloc.split(":")
+        connection = held.enter_context(socket.create_connection((host, int(port)), TIMEOUT))
+        connection.sendall(f"GET /video HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_stream_that_was_given_stays_open(make_stream: Callable[[], CasaStream]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from ..streaming import CaptionEvent, CasaStream
     from ..streaming.live import Late
+
+_server_log = logging.getLogger("uvicorn.error")
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -133,6 +136,7 @@ class CaptionServer:
         class Server(uvicorn.Server):
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 player.hang_up()  # pages listen for as long as there is something to hear
+                _server_log.setLevel(logging.CRITICAL)  # a download that is cut off isn't worth a traceback
                 await super().shutdown(sockets)
 
         self._server = Server(
@@ -152,12 +156,14 @@ class CaptionServer:
         Raises:
             Exception: what ended the stream, if an error did.
         """
+        level = _server_log.level
         try:
             self._server.run(sockets=[self._socket])
         except KeyboardInterrupt:
             if self._player.error is None:
                 raise
         finally:
+            _server_log.setLevel(level)
             self.close()
         if self._player.error is not None:
             raise self._player.error

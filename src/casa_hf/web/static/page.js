@@ -154,8 +154,8 @@ function frameOf({ kind, frame_index: index, start, end }) {
     stream.frontier = Math.max(stream.frontier, end);
     period = end - start;
   }
-  if (kind !== "dropped") {
-    stream.latest = frame;
+  if (kind === "text" || kind === "end") {
+    stream.latest = frame; // one that the model has looked at
   }
   return frame;
 }
