@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..streaming import CaptionEvent, CasaStream
     from ..streaming.live import Late
 
-_server_log = logging.getLogger("uvicorn.error")
-
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 # Two events for each word: an hour of a talkative model.
@@ -32,6 +30,7 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 _SHUTDOWN_SECONDS = 1
 _MAX_CONNECTIONS = 256
 _LAST_PORT = 65_535
+_server_log = logging.getLogger("uvicorn.error")
 
 
 def create_app(
@@ -82,7 +81,7 @@ def create_app(
     player = Player(
         stream,
         source,
-        real_time=source.live or file is not None if real_time is None else real_time,
+        real_time=(source.live or file is not None) if real_time is None else real_time,
         late=late or ("drop" if source.live else "wait"),
         max_history=max_history,
         max_new_tokens=max_new_tokens,
@@ -124,13 +123,12 @@ class CaptionServer:
             import uvicorn
         except ImportError as error:
             raise _missing() from error
-        options.setdefault("allowed_hosts", THIS_MACHINE if _is_loopback(host) else None)
+        shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+        options.setdefault("allowed_hosts", (*THIS_MACHINE, shown) if _is_loopback(host) else None)
         app = create_app(stream, source, **options)
         self._player: Player = app.state.player
         self._socket = _listen(host, port)
-        port = self._socket.getsockname()[1]
-        shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{port}/"
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}/"
         player = self._player
 
         class Server(uvicorn.Server):
@@ -164,6 +162,7 @@ class CaptionServer:
                 raise
         finally:
             _server_log.setLevel(level)
+            self._player.close()
             self.close()
         if self._player.error is not None:
             raise self._player.error

@@ -48,20 +48,23 @@ function connect() {
   const on = (name, handle) =>
     source.addEventListener(name, (message) => {
       handle(JSON.parse(message.data));
-      keepInStep(); // also in a page that is hidden and isn't drawn
+      if (stream.joined) {
+        keepInStep(); // also in a page that is hidden and isn't drawn
+      }
       refresh();
     });
   on("session", (session) => {
     if (run !== session.run) {
       run = session.run;
       clear();
+      playable = session.video;
+      video.hidden = true;
+      if (playable) {
+        video.src = "/video";
+      }
     }
     document.title = session.title;
     element("title").textContent = session.title;
-    if (session.video && !video.src) {
-      playable = true;
-      video.src = "/video";
-    }
     showState(session);
   });
   on("state", showState);
@@ -232,7 +235,8 @@ function keepInStep() {
   }
   if (!stream.joined) {
     stream.joined = true;
-    video.currentTime = stream.latest.start;
+    const [first] = stream.frames.values();
+    video.currentTime = (state === "finished" ? first : stream.latest).start;
   }
   // Nothing is shown before the model has begun to look at it; a slow model makes the video wait.
   const plays = (state === "running" || state === "finished") && !atFrontier();
