@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `casa-hf`: convert a checkpoint, look at one, train it, ask it about images, publish it.
+"""The command `casa-hf`: convert a checkpoint, look at one, train it, ask it about images and videos, publish it.
 
 Thin wrappers of library functions, which are imported when a command runs. Answers and results go to standard output,
 everything else to standard error. What goes wrong ends in one line and exit code 1; wrong usage in exit code 2.
@@ -11,14 +11,24 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_caption import caption
+from .cli_options import (
+    AttnOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelArgument,
+    load_model,
+    quiet_unless_terminal,
+)
+
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from .conversation import Conversation
@@ -38,25 +48,6 @@ CHAT_HELP = "/image FILE adds an image to the next message, /reset starts anew, 
 
 # Their messages say what to do; any other exception is a mistake of the program.
 _EXPLAINED = (ValueError, OSError, ImportError, NotImplementedError)
-
-
-class Dtype(StrEnum):
-    """Number formats of weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a CASA checkpoint.", show_default=False)]
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer at most, in tokens.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run, such as cpu or cuda:0. Default: a GPU if there is one.")
-]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format to run in. Default: the checkpoint's.")]
-AttnOption = Annotated[
-    str | None, typer.Option(help="Attention back end, such as sdpa or eager. Default: chosen by Transformers.")
-]
 
 
 @app.command()
@@ -110,7 +101,7 @@ def convert(
     """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
     if output is None and not dry_run:
         raise typer.BadParameter("name the folder to make, or look first with --dry-run.", param_hint="OUTPUT")
-    _quiet_unless_terminal()
+    quiet_unless_terminal()
     from .conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
 
     weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
@@ -235,7 +226,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
 ) -> None:
     """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
-    _quiet_unless_terminal()
+    quiet_unless_terminal()
     from rich.filesize import decimal
 
     from .publishing import push_checkpoint
@@ -277,7 +268,7 @@ def generate(
 ) -> None:
     """Answer one prompt, with or without images."""
     images = [_open_image(name) for name in image or []]
-    conversation = _load(model, device, dtype, attn)
+    conversation = _conversation(model, device, dtype, attn)
     if stream:
         conversation.ask(prompt, images, max_new_tokens=max_new_tokens, streamer=_streamer(conversation))
     else:
@@ -293,7 +284,7 @@ def chat(
     attn: AttnOption = None,
 ) -> None:
     """Talk in several turns, one line each; an image may come with any of them."""
-    conversation = _load(model, device, dtype, attn)
+    conversation = _conversation(model, device, dtype, attn)
     interactive = sys.stdin.isatty()
     if interactive:
         typer.echo(CHAT_HELP, err=True)
@@ -320,6 +311,9 @@ def chat(
             _complain(error)
 
 
+app.command()(caption)
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -328,7 +322,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Fine-tune a CASA checkpoint on conversations with images."""
-    _quiet_unless_terminal()
+    quiet_unless_terminal()
     from dataclasses import replace
 
     from .training import TrainingConfig, parts_table
@@ -402,54 +396,16 @@ def _open_image(name: str) -> Image:
         raise ValueError(f"{name!r} can't be read as an image ({error}); give a JPEG, PNG or WebP file.") from error
 
 
-def _load(name: str, device: str | None, dtype: Dtype | None, attn: str | None) -> Conversation:
-    _quiet_unless_terminal()
-    from safetensors import SafetensorError
-
-    from . import CasaForConditionalGeneration, CasaProcessor
+def _conversation(name: str, device: str | None, dtype: Dtype | None, attn: str | None) -> Conversation:
     from .conversation import Conversation
-    from .conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 
-    where = _device(device)
-    repository = hub_id(name, revision=None)
-    folder = Path(name) if repository is None else download(repository, None, (*SMALL_FILES, *WEIGHT_FILES))
-    processor = CasaProcessor.from_pretrained(folder)
-    try:
-        model = CasaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", attn_implementation=attn)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {name} are damaged ({error}); convert or download them again.") from error
-    return Conversation(model.to(where).eval(), processor)
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    here = [torch.device("cpu")]
-    if accelerator is not None:
-        here = [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())] + here
-    if name is None:
-        return here[0]
-    for device in here:
-        if name in (str(device), device.type):
-            return device
-    raise ValueError(f"--device {name!r} is not available here; choose one of {', '.join(map(str, here))}.")
+    return Conversation(*load_model(name, device, dtype, attn))
 
 
 def _streamer(conversation: Conversation) -> Any:
     from transformers import TextStreamer
 
     return TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _quiet_unless_terminal() -> None:
-    """Switch off the progress bars of the libraries where nobody watches."""
-    if not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bars()
-        disable_progress_bar()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .video import check_sampling, load_frames
+from .clips import check_sampling, load_frames
 
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"

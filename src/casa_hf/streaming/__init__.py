@@ -1,7 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Captions of frames as they come: a session over a model (`CasaStream`), and what it reports (`CaptionEvent`)."""
+"""Captions of frames as they come: a session over a model (`CasaStream`), its clock (`LiveCaptions`), and what they
+report (`CaptionEvent`)."""
 
 from .events import CaptionEvent
+from .live import LiveCaptions
 from .session import CasaStream
 
-__all__ = ["CaptionEvent", "CasaStream"]
+__all__ = ["CaptionEvent", "CasaStream", "LiveCaptions"]

@@ -1,0 +1,361 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf caption`: a video in, captions out while it plays.
+
+Captions and answers go to standard output, one line each; on a terminal, a view below them shows how it is going.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from .cli_options import AttnOption, DeviceOption, DtypeOption, load_model
+
+if TYPE_CHECKING:
+    from .streaming import CaptionEvent, CasaStream, LiveCaptions
+    from .video import VideoSource
+    from .web import CaptionServer
+
+# As shells report a program that Ctrl-C has ended.
+INTERRUPTED = 130
+# How many of the last frames the view's mean latency is taken over.
+_LATEST = 20
+
+
+class Late(StrEnum):
+    """What happens to frames that wait while the model is busy."""
+
+    DROP = "drop"
+    MERGE = "merge"
+    WAIT = "wait"
+
+
+class Question(NamedTuple):
+    """A question, and the time in the video when it is asked; None for the end."""
+
+    moment: float | None
+    text: str
+
+
+def _seconds(text: str | float) -> float:
+    """Seconds from "90", "1:30" or "0:01:30.5"."""
+    parts = str(text).split(":")
+    if len(parts) > 3 or not all(re.fullmatch(r"\d+(\.\d*)?", part) for part in parts):
+        raise typer.BadParameter(f"{text!r} is no time; write seconds, or 1:30, or 0:01:30.5.")
+    return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
+
+
+def _question(text: str) -> Question:
+    """A question from "What is it?" or "@1:30 What is it?"."""
+    moment, _, question = text.strip().partition(" ")
+    if not moment.startswith("@"):
+        return Question(None, text.strip())
+    if not question.strip():
+        raise typer.BadParameter(f"{text!r} has a time and no question; write @SECONDS QUESTION.")
+    return Question(_seconds(moment[1:]), question.strip())
+
+
+def caption(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Video file, URL, folder of images, or camera: camera, camera:1, /dev/video0, or FORMAT:DEVICE of "
+            "FFmpeg.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a CASA checkpoint.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to say about the video. Default: what happens.", show_default=False)
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second that the model sees.")] = 2.0,
+    start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
+    end: Annotated[
+        float | None, typer.Option(parser=_seconds, metavar="TIME", help="Default: the video's.", show_default=False)
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="File to write, .srt, .vtt or .jsonl; repeat for several.", show_default=False),
+    ] = None,
+    words: Annotated[bool, typer.Option("--words", help="Subtitles word by word.")] = False,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Video to write with the captions in the picture, .mp4, .mov or .mkv.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Play a file at its own speed; cameras always do.")] = False,
+    late: Annotated[
+        Late | None,
+        typer.Option(
+            help="Frames that wait while the model is busy: drop old ones, show them merged in one turn, or let them "
+            "wait. Default: drop when live, else wait.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds per frame after which its text goes on with the next one. Default: one frame's when live.",
+            show_default=False,
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Question for the end of the video, or "@1:30 QUESTION" for that moment; repeat for several.',
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text per frame at most.")] = 20,
+    text_window: Annotated[
+        int | None, typer.Option(min=1, help="Text tokens to remember; older ones are forgotten. Default: all.")
+    ] = None,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Show it on a page in the browser until Ctrl-C. A file plays at its own speed."),
+    ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of the page. Default: 127.0.0.1, this machine alone.", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one. Default: 8000.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    attn: AttnOption = None,
+) -> None:
+    """Caption a video while it plays: a file, a stream from the network, or a camera."""
+    questions = [_question(text) for text in ask or []]
+    if web and (questions or overlay is not None):
+        raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
+    if not web and (host is not None or port is not None):
+        raise typer.BadParameter("--host and --port are for --web.", param_hint="--host")
+    from .overlay import FORMATS, Overlay
+    from .streaming import CasaStream, LiveCaptions
+    from .subtitles import WRITERS, caption_writer, check_output
+    from .video import open_video
+
+    video = open_video(source, fps=fps, start=start, end=end)
+    real_time = live or video.live
+    if late not in (None, Late.WAIT) and not real_time:
+        raise typer.BadParameter(f"{late} needs --live: without a clock no frame is late.", param_hint="--late")
+    for path in out or []:
+        check_output(path, WRITERS, overwrite)
+    if overlay is not None:
+        check_output(overlay, FORMATS, overwrite)
+    budget = 1 / fps if budget is None and real_time and late is not Late.WAIT else budget
+
+    options: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    writers: list[Any] = []
+    loaded: list[CasaStream] = []
+    with ExitStack() as opened:
+        opened.enter_context(video)
+        server = None
+        if web:  # takes its port before the model is loaded
+            from .web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
+
+            server = CaptionServer(
+                loaded.pop,
+                video,
+                host=host or DEFAULT_HOST,
+                port=DEFAULT_PORT if port is None else port,
+                real_time=True if live else None,
+                late=None if late is None else late.value,
+                on_event=lambda event: _write_all(writers, event),
+            )
+            opened.callback(server.close)
+        stream = opened.enter_context(
+            CasaStream(
+                *load_model(model, device, dtype, attn),
+                fps=fps,
+                max_new_tokens_per_frame=max_new_tokens,
+                text_window=text_window,
+                frame_budget=budget,
+                **options,
+            )
+        )
+        writers += [opened.enter_context(caption_writer(path, words=words, overwrite=overwrite)) for path in out or []]
+        if server is not None:
+            loaded.append(stream)
+            _serve(server)
+            return
+        picture = Overlay(video, overlay, overwrite=overwrite) if overlay else None
+        captions = LiveCaptions(
+            stream,
+            video,
+            late=None if late is None else late.value,
+            real_time=real_time,
+            on_frame=None if picture is None else picture.show,
+        )
+        view = opened.enter_context(_View(stream, video, captions))
+        interrupted = completed = False
+        try:
+            for event in _events(captions, questions):
+                _write_all(writers, event)
+                if picture is not None:
+                    picture.write(event)
+                view.show(event)
+            completed = True
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if picture is not None:
+                picture.close(interrupted=not completed)
+        view.finish(interrupted, [*(out or []), *([overlay] if overlay else [])], picture.note if picture else "")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _write_all(writers: list[Any], event: CaptionEvent) -> None:
+    for writer in writers:
+        writer.write(event)
+
+
+def _serve(server: CaptionServer) -> None:
+    typer.echo(f"Captions at {server.url} until Ctrl-C.", err=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return
+
+
+def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[CaptionEvent]:
+    """What happens, with the questions asked in their time."""
+    timed = deque(sorted(question for question in questions if question.moment is not None))
+    for event in captions:
+        yield event
+        while event.kind == "end" and timed and event.start >= (timed[0].moment or 0.0):
+            captions.ask(timed.popleft().text)
+    for question in [*timed, *(question for question in questions if question.moment is None)]:
+        yield from captions.stream.ask(question.text)
+
+
+class _View(AbstractContextManager["_View"]):
+    """Shows events: lines on standard output, and on a terminal how it is going."""
+
+    def __init__(self, stream: CasaStream, source: VideoSource, captions: LiveCaptions):
+        self._stream, self._source, self._captions = stream, source, captions
+        self._begin = time.perf_counter()
+        self._counts: Counter[str] = Counter()
+        self._latencies: deque[float] = deque(maxlen=_LATEST)
+        self._text = self._answer = ""
+        self._position = 0.0
+        self._nbytes = stream.nbytes
+        self._live: Any = nullcontext()
+        self._watched = sys.stderr.isatty()
+        if self._watched:
+            from rich.console import Console
+            from rich.live import Live
+
+            # Standard output stays what it is: somebody may be reading it elsewhere.
+            self._live = Live(
+                console=Console(stderr=True),
+                get_renderable=self._panel,
+                refresh_per_second=8,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+
+    def __enter__(self) -> _View:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._live.__exit__(*exception)
+
+    def show(self, event: CaptionEvent) -> None:
+        self._position = event.start
+        if event.kind == "text":
+            self._text += event.text
+        elif event.kind == "answer":
+            self._answer += event.text
+        elif event.kind == "end" and self._answer:
+            self._line(f"[{_clock(event.start)}] answer: {_one_line(self._answer)}")
+            self._answer = ""
+        elif event.kind == "end":
+            self._counts["frames"] += 1
+            self._latencies.append(event.latency)
+            self._nbytes = self._stream.nbytes
+            if text := _one_line(self._text):
+                self._line(f"[{_clock(event.start)}] {text}")
+            self._text = ""
+        else:
+            self._counts[event.kind] += 1
+            self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
+
+    def finish(self, interrupted: bool, files: list[Path], note: str) -> None:
+        """Say what has been done."""
+        if text := _one_line(self._text):  # of the frame that was interrupted
+            self._line(f"[{_clock(self._position)}] {text}")
+            self._text = ""
+        seconds = time.perf_counter() - self._begin
+        counts = [f"{self._counts['frames']} frames"]
+        counts += [f"{self._counts[kind]} {kind}" for kind in ("dropped", "merged", "error") if self._counts[kind]]
+        written = f"; wrote {', '.join(map(str, files))}" if files else ""
+        ended = "Interrupted: " if interrupted else ""
+        if note:
+            self._remark(note)
+        self._remark(f"{ended}{', '.join(counts)} in {seconds:.1f} s{written}.")
+
+    def _line(self, text: str) -> None:
+        """A caption or an answer."""
+        if self._watched and sys.stdout.isatty():
+            self._remark(text)  # the view is on the same screen
+        else:
+            typer.echo(text)
+
+    def _remark(self, text: str) -> None:
+        if self._watched:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            typer.echo(text, err=True)
+
+    def _panel(self) -> Any:
+        from rich.console import Group
+        from rich.filesize import decimal
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        bound = [each for each in (self._source.duration, self._source.end) if each is not None]
+        rows = {
+            "time": _clock(self._position) + (f" of {_clock(min(bound))}" if bound else ""),
+            "frames": ", ".join(f"{self._counts[kind]} {kind}" for kind in ("frames", "dropped", "merged", "error")),
+            "latency": "",
+            "memory": f"{decimal(self._nbytes['text'])} text, {decimal(self._nbytes['image'])} image, "
+            f"{self._stream.num_text_tokens} text tokens",
+        }
+        if self._latencies:
+            mean = sum(self._latencies) / len(self._latencies)
+            rows["latency"] = f"{self._latencies[-1]:.2f} s, mean {mean:.2f} s"
+            if self._captions.real_time:
+                rows["latency"] += f", {self._captions.lag:.2f} s behind"
+        table = Table.grid(padding=(0, 2))
+        for label, value in rows.items():
+            table.add_row(label, value)
+        parts: list[Any] = [table]
+        if bound:
+            length = min(bound) - self._source.start
+            parts.append(ProgressBar(total=length, completed=self._position - self._source.start, width=60))
+        speaking = self._answer or self._text
+        return Group(*parts, Text(_one_line(speaking) or " ", style="bold", overflow="ellipsis", no_wrap=True))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{seconds:04.1f}"
+
+
+def _one_line(text: str) -> str:
+    """Text of a model or of an error without what would break lines or steer a terminal."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -1,0 +1,345 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A video with its captions drawn into the picture.
+
+The file is written under a temporary name and moved when it is closed. MP4 and MOV are written in fragments, and
+Matroska by its nature, so that what a killed process leaves under the temporary name can be played up to its last
+seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from .streaming import CaptionEvent
+from .subtitles import Caption, CaptionCollector, check_output
+from .video import Frame, MediaSource, VideoProblem, VideoSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# FFmpeg's name of the container by the file's ending.
+FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+_TIME_BASE = Fraction(1, 90_000)
+_NOMINAL_FPS = 25
+_KEYFRAME_SECONDS = 2
+# Of the picture's height.
+_LETTER_HEIGHT = 1 / 18
+_MIN_LETTER_PIXELS = 10
+_MAX_LINES = 3
+
+
+class OverlayWriter:
+    """Encodes frames with captions drawn at their lower edge.
+
+    Args:
+        path: of the video, ending in .mp4, .mov or .mkv.
+        audio: a video file or URL whose sound is copied, packet by packet, if its format can be in such a file.
+        start: seconds in the source at which the video begins.
+        overwrite: whether to replace a file that exists.
+
+    Attributes:
+        note: why there is no sound; empty where there is, or where the source has none.
+
+    Raises:
+        ValueError: if the name has another ending, or the file exists and isn't to be replaced, or its folder doesn't
+            exist.
+        ImportError: without PyAV.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        audio: str | None = None,
+        start: float = 0.0,
+        overwrite: bool = False,
+    ):
+        self.path = check_output(path, FORMATS, overwrite)
+        try:
+            import av
+        except ImportError as error:
+            raise ImportError("Writing a video needs PyAV: pip install casa_hf[video]") from error
+        format = FORMATS[self.path.suffix.lower()]
+        options = {} if format == "matroska" else _FRAGMENTS
+        self.note = ""
+        self._start, self._last_pts = start, -1
+        self._temporary = self.path.with_name(f".{self.path.stem}.incomplete{self.path.suffix}")
+        self._container: Any = av.open(str(self._temporary), "w", format=format, container_options=options)
+        self._video: Any = None
+        self._sound: _Sound | None = None
+        self._audio = audio
+
+    def write(self, frame: Frame, text: str) -> None:
+        """Add a frame.
+
+        Args:
+            frame: later than the one before; a picture of another size than the first one is fitted into that size.
+            text: drawn into it; nothing if empty.
+        """
+        import av
+
+        image = _picture(frame.image)
+        if self._video is None:
+            self._open_streams(image)
+        width, height = self._video.width, self._video.height
+        if image.size != (width, height):
+            image = _fitted(image, width, height)
+        pts = int((Fraction(frame.timestamp) - Fraction(self._start)) / _TIME_BASE + Fraction(1, 2))
+        if pts <= self._last_pts:
+            return
+        self._last_pts = pts
+        encoded = av.VideoFrame.from_image(captioned(image, text) if text else image)
+        encoded.pts, encoded.time_base = pts, _TIME_BASE
+        if self._sound is not None:
+            self._sound.copy_until(pts * _TIME_BASE)
+        self._container.mux(self._video.encode(encoded))
+
+    def close(self) -> None:
+        """Finish the video and give it its name; without any frame there will be none."""
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        try:
+            if self._video is not None:
+                container.mux(self._video.encode())
+                if self._sound is not None:
+                    self._sound.copy_until((self._last_pts + 1) * _TIME_BASE)
+        finally:
+            if self._sound is not None:
+                self._sound.close()
+            container.close()
+        if self._video is None:
+            self._temporary.unlink()
+        else:
+            os.replace(self._temporary, self.path)
+
+    def __enter__(self) -> OverlayWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open_streams(self, image: Image) -> None:
+        import av
+
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"q": "4"}
+        self._video = self._container.add_stream(codec, rate=_NOMINAL_FPS, options=options)
+        # Half as many pixels of colour need even sides.
+        self._video.width, self._video.height = (side + side % 2 for side in image.size)
+        self._video.pix_fmt = "yuv420p"
+        self._video.codec_context.time_base = self._video.time_base = _TIME_BASE
+        self._video.codec_context.max_b_frames = 0  # a fragment would begin later by as many frames
+        self._video.codec_context.gop_size = _KEYFRAME_SECONDS * _NOMINAL_FPS
+        if self._audio is not None:
+            self._sound, self.note = _Sound.open(self._audio, self._container, self._start)
+
+
+class Overlay:
+    """The frames of a source with the captions that a stream gives them.
+
+    Of a recorded source every frame is drawn, also those that the model doesn't look at: the source is read once more,
+    and a caption is drawn into the frames from its own one on until it ends. Of a live source, which can't be read
+    again, it is the frames that `show` is given.
+
+    Args:
+        source: what is captioned.
+        path: of the video, ending in .mp4, .mov or .mkv.
+        overwrite: whether to replace a file that exists.
+
+    Raises:
+        ValueError: for a path as `OverlayWriter` says.
+    """
+
+    def __init__(self, source: VideoSource, path: str | os.PathLike[str], *, overwrite: bool = False):
+        recorded = source if isinstance(source, MediaSource) and not source.live else None
+        audio = None if recorded is None else recorded.url
+        self._writer = OverlayWriter(path, audio=audio, start=source.start, overwrite=overwrite)
+        self._frames = None if recorded is None else _pictures(recorded.every_frame())
+        self._held: list[Frame] = []
+        self._captions = CaptionCollector()
+        self._caption: Caption | None = None
+        self._latest = -math.inf
+
+    @property
+    def note(self) -> str:
+        """Why there is no sound; empty where there is, or where the source has none."""
+        return self._writer.note
+
+    def show(self, frame: Frame) -> None:
+        """A frame that the model is about to see."""
+        if self._frames is None:
+            self._held.append(frame)
+
+    def write(self, event: CaptionEvent) -> None:
+        """Take one event of the stream; draws what has become certain by it."""
+        caption = self._captions.add(event)
+        if event.kind != "end" or event.start <= self._latest:  # of an answer
+            return
+        # Up to this frame it is the caption before that counts.
+        self._draw(event.start)
+        self._latest, self._caption = event.start, caption
+
+    def close(self, *, interrupted: bool = False) -> None:
+        """Draw what is left and finish the video.
+
+        Args:
+            interrupted: whether the video ends where the captions do, rather than with the source.
+        """
+        try:
+            caption = self._captions.finish()
+            if caption is not None:
+                self._draw(caption.start)
+                self._caption = caption
+            self._draw(self._caption.end if interrupted and self._caption is not None else None)
+        finally:
+            if self._frames is not None:
+                self._frames.close()
+            self._writer.close()
+
+    def _draw(self, until: float | None) -> None:
+        """Write the frames before a moment; None for all."""
+        for frame in self._frames_until(until):
+            caption = self._caption
+            shown = caption is not None and caption.start <= frame.timestamp < caption.end
+            self._writer.write(frame, caption.text if shown and caption is not None else "")
+
+    def _frames_until(self, until: float | None) -> Iterator[Frame]:
+        while True:
+            if not self._held and self._frames is not None:
+                self._held = [frame] if (frame := next(self._frames, None)) is not None else []
+            if not self._held or (until is not None and self._held[0].timestamp >= until):
+                return
+            yield self._held.pop(0)
+
+
+def captioned(image: Image, text: str) -> Image:
+    """A picture with a caption at its lower edge, on a dark ground, in the font that Pillow brings.
+
+    Long captions are broken into lines; of more than three lines the last three are drawn.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = max(_MIN_LETTER_PIXELS, round(image.height * _LETTER_HEIGHT))
+    font = ImageFont.load_default(size)
+    margin = size // 2
+    lines = _lines(text, image.width - 4 * margin, font.getlength)[-_MAX_LINES:]
+    block = "\n".join(lines)
+    drawn = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(ground)
+    x, y = image.width / 2, image.height - 2 * margin
+    left, top, right, bottom = draw.multiline_textbbox((x, y), block, font=font, anchor="md", align="center")
+    draw.rectangle((left - margin, top - margin, right + margin, bottom + margin), fill=(0, 0, 0, 160))
+    draw.multiline_text((x, y), block, font=font, anchor="md", align="center", fill=(255, 255, 255, 255))
+    return Image.alpha_composite(drawn, ground).convert("RGB")
+
+
+def _lines(text: str, width: float, length: Any) -> list[str]:
+    """Text broken so that each line is at most so long; a word that is longer stands alone."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and length(longer) > width:
+                lines.append(line)
+                line = word
+            else:
+                line = longer
+        lines += [line] if line else []
+    return lines
+
+
+class _Sound:
+    """Packets of the first audio stream of a file, copied into another."""
+
+    def __init__(self, container: Any, output: Any, target: Any, start: float):
+        self._container, self._output, self._target = container, output, target
+        self._stream = container.streams.audio[0]
+        first = container.streams.video[0].start_time
+        base = container.streams.video[0].time_base
+        # Time 0 is the first frame.
+        self._zero = (Fraction(first * base) if first is not None else Fraction(0)) + Fraction(start)
+        self._packets = container.demux(self._stream)
+        self._next: Any = None
+
+    @classmethod
+    def open(cls, url: str, output: Any, start: float) -> tuple[_Sound | None, str]:
+        """The sound of a file, or why it can't be copied (nothing if there is none)."""
+        import av
+
+        container = av.open(url)
+        if not container.streams.audio:
+            container.close()
+            return None, ""
+        stream = container.streams.audio[0]
+        codec = stream.codec_context.name
+        if codec not in output.supported_codecs:
+            container.close()
+            return None, f"the sound is {codec}, which {output.format.name} can't hold; the video is without sound"
+        try:
+            target = output.add_stream_from_template(stream)
+        except (ValueError, av.error.FFmpegError) as error:
+            container.close()
+            return None, f"the sound ({codec}) can't be copied: {error}; the video is without sound"
+        return cls(container, output, target, start), ""
+
+    def copy_until(self, moment: Fraction) -> None:
+        """Copy the packets before a moment, in seconds of the output."""
+        import av
+
+        while True:
+            if self._next is None:
+                try:
+                    self._next = next(self._packets, None)
+                except (OSError, av.error.FFmpegError):
+                    return  # the end is missing, as is that of the picture
+            packet = self._next
+            if packet is None or packet.dts is None:
+                return
+            base = Fraction(packet.time_base)
+            if packet.pts * base - self._zero >= moment:
+                return
+            self._next = None
+            if packet.pts * base < self._zero:
+                continue
+            shift = int(self._zero / base)
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = self._target
+            self._output.mux(packet)
+
+    def close(self) -> None:
+        self._container.close()
+
+
+def _pictures(source: VideoSource) -> Any:
+    """The frames of a source; problems were reported when the captions were made."""
+    return (item for item in source.read() if not isinstance(item, VideoProblem))
+
+
+def _picture(image: Any) -> Image:
+    from PIL import Image
+    from transformers.image_transforms import to_pil_image
+
+    return (image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB")
+
+
+def _fitted(image: Image, width: int, height: int) -> Image:
+    """A picture in the middle of a frame of this size."""
+    from PIL import Image
+
+    scale = min(width / image.width, height / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # One more row or column, for an even size, is no reason to scale.
+    if 0 <= width - image.width <= 1 and 0 <= height - image.height <= 1:
+        size = image.size
+    canvas = Image.new("RGB", (width, height))
+    scaled = image if size == image.size else image.resize(size)
+    canvas.paste(scaled, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas

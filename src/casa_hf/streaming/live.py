@@ -1,0 +1,287 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The clock of live captions: frames come at their times, whether the model is ready for them or not.
+
+What waits is bounded in every mode. A recorded video is played at its own speed: a frame is there when the clock says
+so. Frames of a live one are there when they come; a thread takes them. Without a clock, a recorded video is read as
+fast as the model goes, and no frame is lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Literal, NamedTuple, get_args
+
+from ..video import Frame, ReadAhead, VideoProblem, VideoSource
+from .events import CaptionEvent
+from .session import CasaStream
+
+Late = Literal["drop", "merge", "wait"]
+
+# How many frames wait at most, unless said: the newest one; as many as fit well into one turn; what decodes ahead.
+_MAX_WAITING = {"drop": 1, "merge": 4, "wait": 8}
+# Beyond these, dropped frames are reported several at a time, and questions refused.
+_MAX_REPORTS = 1000
+_MAX_QUESTIONS = 16
+
+
+class _Report(NamedTuple):
+    """Something to tell before the next frame: a problem of the source, or dropped frames."""
+
+    timestamp: float
+    num_dropped: int
+    problem: str = ""
+
+
+class LiveCaptions:
+    """Captions of a video as it plays. Iterating yields the events, once.
+
+    `ask`, `pause`, `resume` and `stop` may be called from other threads, and between events.
+
+    Args:
+        stream: says the captions. It is not closed.
+        source: gives the frames.
+        late: what happens to frames that wait while the model is busy. "drop": the newest ones are kept, older ones
+            dropped and reported. "merge": all that wait are shown in one turn and reported; more than `max_waiting`
+            are dropped. "wait": none is lost by this object, and captions may fall behind without limit. Default:
+            "drop" in real time, else "wait".
+        max_waiting: frames that wait at most. Default: 1 to drop, 4 to merge, 8 to wait.
+        real_time: whether a recorded video is played at its own speed. Default: false; live ones always are.
+        clock: seconds, ascending.
+        sleep: called with the seconds until the next frame is due. Default: waits for them, and wakes up early when
+            another thread asks or stops.
+        on_frame: called with every frame just before the model sees it.
+        on_question: called with every question just before the model is asked.
+
+    Attributes:
+        lag: seconds by which the frame that the model saw last was late at that moment, compared with the first one.
+
+    Raises:
+        ValueError: if `late` isn't known or needs real time, or `max_waiting` isn't positive.
+    """
+
+    def __init__(
+        self,
+        stream: CasaStream,
+        source: VideoSource,
+        *,
+        late: Late | None = None,
+        max_waiting: int | None = None,
+        real_time: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] | None = None,
+        on_frame: Callable[[Frame], None] | None = None,
+        on_question: Callable[[str], None] | None = None,
+    ):
+        real_time = source.live if real_time is None else real_time
+        late = late or ("drop" if real_time else "wait")
+        if late not in get_args(Late):
+            raise ValueError(f"late={late!r} is none of {', '.join(map(repr, get_args(Late)))}.")
+        if source.live and not real_time:
+            raise ValueError(f"real_time=False: {source.name} is live; leave real_time out.")
+        if late != "wait" and not real_time:
+            raise ValueError(f"late={late!r} needs real_time=True: without a clock no frame is late.")
+        max_waiting = _MAX_WAITING[late] if max_waiting is None else max_waiting
+        if max_waiting < 1:
+            raise ValueError(f"max_waiting={max_waiting} must be at least 1 frame.")
+        self.stream, self.source, self.late, self.max_waiting = stream, source, late, max_waiting
+        self.real_time = real_time
+        self.lag = 0.0
+        self._clock, self._sleep, self._on_frame = clock, sleep, on_frame
+        self._on_question = on_question
+        self._changed = threading.Condition()
+        self._waiting: deque[Frame] = deque()
+        self._reports: deque[_Report] = deque()
+        self._questions: deque[tuple[str, int]] = deque()
+        self._next: Frame | None = None
+        self._origin: float | None = None
+        self._paused_at: float | None = None
+        self._stopped = False
+
+    # ---------------------------------------------------------------- from outside
+
+    def ask(self, question: str, max_new_tokens: int = 64) -> None:
+        """Ask about what is going on; answered before the next frame, also while paused.
+
+        Raises:
+            ValueError: if too many questions wait already.
+        """
+        with self._changed:
+            if len(self._questions) >= _MAX_QUESTIONS:
+                raise ValueError(f"{_MAX_QUESTIONS} questions wait for an answer already; ask again later.")
+            self._questions.append((question, max_new_tokens))
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Stop playing after the current frame; a live source goes on without being watched."""
+        with self._changed:
+            if self._paused_at is None:
+                self._paused_at = self._clock()
+                self._changed.notify_all()
+
+    def resume(self) -> None:
+        """Go on: where it stood in a recorded video, with what comes next in a live one."""
+        with self._changed:
+            if self._paused_at is None:
+                return
+            if self._origin is not None and not self.source.live:
+                self._origin += self._clock() - self._paused_at
+            self._paused_at = None
+            self._changed.notify_all()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused_at is not None
+
+    def stop(self) -> None:
+        """End after the current frame."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    # ---------------------------------------------------------------- what happens
+
+    def __iter__(self) -> Generator[CaptionEvent, None, None]:
+        drops = self.source.live and self.late != "wait"
+        size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
+        with ReadAhead(
+            self.source.read, size, on_drop=self._lost if drops else None, condition=self._changed
+        ) as arriving:
+            while not self._stopped:
+                if self._questions:
+                    yield from self.answer(*self._questions.popleft())
+                elif self.paused:
+                    self._rest(arriving)
+                else:
+                    more, reports = self._collect(arriving)
+                    yield from self._report(reports)
+                    if self._waiting:
+                        yield from self._look()
+                    if not more:
+                        return
+
+    def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
+        """Gather what has arrived, waiting for it if nothing has.
+
+        Returns:
+            Whether there is or can be anything more; and what to tell before the frames that wait now.
+        """
+        if self.real_time and not self.source.live:
+            return self._play(arriving), self._told()
+        with self._changed:
+            self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted())
+            for item in arriving.take(self.max_waiting if self.late == "merge" else 1):
+                if isinstance(item, VideoProblem):
+                    self._lost(item)
+                else:
+                    self._waiting.append(item)
+            more = bool(self._waiting or self._reports or not arriving.ended)
+            # Under the lock: what is dropped from now on is later than the frames that were taken.
+            return more, self._told()
+
+    def _play(self, arriving: ReadAhead[Frame | VideoProblem]) -> bool:
+        """The same for a recorded video: what is due by now has arrived."""
+        now = self._clock()
+        while self._next is None or self._due(self._next) <= now:
+            if self._next is not None:
+                if self.late == "wait" and len(self._waiting) == self.max_waiting:
+                    return True
+                self._waiting.append(self._next)
+                self._next = None
+                if len(self._waiting) > self.max_waiting:
+                    self._lost(self._waiting.popleft())
+            with self._changed:
+                self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._stopped)
+            if not len(arriving) and (self._waiting or self._reports):
+                return True
+            for item in arriving.take(1):
+                if isinstance(item, VideoProblem):
+                    self._lost(item)
+                else:
+                    self._next = item
+                break
+            else:
+                return False
+        if not self._waiting and not self._reports:
+            self._wait(self._due(self._next) - now)
+        return True
+
+    def _due(self, frame: Frame) -> float:
+        """When a frame is there, by the clock."""
+        if self._origin is None:
+            self._origin = self._clock() - frame.timestamp
+        return self._origin + frame.timestamp
+
+    def _wait(self, seconds: float) -> None:
+        if self._sleep is not None:
+            self._sleep(seconds)
+            return
+        with self._changed:
+            self._changed.wait_for(self._interrupted, seconds)
+
+    def _interrupted(self) -> bool:
+        return bool(self._stopped or self.paused or self._questions)
+
+    def _rest(self, arriving: ReadAhead[Frame | VideoProblem]) -> None:
+        """Wait for the end of a pause, or a question; what a live source shows meanwhile passes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self.paused or self._questions)
+            if self.source.live:
+                arriving.take(len(arriving))
+                self._waiting.clear()
+                self._reports.clear()
+
+    def _lost(self, item: Frame | VideoProblem) -> None:
+        """Note a problem, or a frame that had to make room, whose picture is freed."""
+        if isinstance(item, VideoProblem):
+            self._reports.append(_Report(item.timestamp, 0, item.message))
+        else:
+            self._reports.append(_Report(item.timestamp, 1))
+        if len(self._reports) > _MAX_REPORTS:
+            last, before = self._reports.pop(), self._reports.pop()
+            self._reports.append(
+                _Report(last.timestamp, last.num_dropped + before.num_dropped, last.problem or before.problem)
+            )
+
+    def _told(self) -> list[_Report]:
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
+
+    def _report(self, reports: list[_Report]) -> Iterator[CaptionEvent]:
+        for report in reports:
+            if report.problem:
+                index = self.stream.num_frames - 1
+                end = report.timestamp + 1 / self.stream.fps
+                yield CaptionEvent("error", index, report.timestamp, end, 0.0, message=report.problem)
+            if report.num_dropped:
+                others = f", and {report.num_dropped - 1} before it" if report.num_dropped > 1 else ""
+                message = f"the model was busy; at most {self.max_waiting} may wait{others}"
+                yield self.stream.drop(report.timestamp, message)
+
+    def _look(self) -> Iterator[CaptionEvent]:
+        """Show the model one frame, or all that wait in one turn."""
+        frames = [self._waiting.popleft() for _ in range(len(self._waiting) if self.late == "merge" else 1)]
+        if self.real_time:
+            self.lag = max(0.0, self._clock() - self._due(frames[-1]))
+        if self._on_frame is not None:
+            for frame in frames:
+                self._on_frame(frame)
+        if len(frames) == 1:
+            yield from self.stream.push(frames[0].image, frames[0].timestamp)
+        else:
+            yield from self.stream.push([frame.image for frame in frames], [frame.timestamp for frame in frames])
+
+    def answer(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
+        """What `ask` leads to; to be called in the thread that iterates, after the last event."""
+        if self._on_question is not None:
+            self._on_question(question)
+        try:
+            answer = self.stream.ask(question, max_new_tokens)
+        except ValueError as error:
+            index = self.stream.num_frames - 1
+            yield CaptionEvent("error", index, 0.0, 0.0, 0.0, message=str(error))
+            return
+        yield from answer

@@ -1,0 +1,304 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Captions as subtitle files (SRT, WebVTT) and as JSON lines.
+
+A file is valid at every moment: each cue is appended whole. When the next frame comes before a cue was expected to
+end, that cue's end is set in place, as times have a fixed width. So a process that is killed leaves all that was
+captioned.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from fractions import Fraction
+from io import FileIO
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from .streaming import CaptionEvent
+
+_LINE_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_CONTROLS = re.compile(r"[\x00-\x09\x0e-\x1b\x1f\x7f]")
+# SRT has no way to write these; a reader would take them for styling or for the line of times.
+_SRT_MARKUP = re.compile(r"<(?=[/A-Za-z])|\{(?=\\)")
+_WORD_JOINER = "\u2060"
+_SHORTEST = Fraction(1, 1000)
+
+
+class Caption(NamedTuple):
+    """What was said to one frame.
+
+    Attributes:
+        start: seconds.
+        end: seconds; when the next frame is due.
+        text: not empty.
+    """
+
+    start: float
+    end: float
+    text: str
+
+
+class CaptionCollector:
+    """Puts the events of a stream together to captions, one per frame that has text.
+
+    Answers to questions are no captions.
+    """
+
+    def __init__(self) -> None:
+        self._pieces = ""
+        self._latest: CaptionEvent | None = None
+
+    def add(self, event: CaptionEvent) -> Caption | None:
+        """Take one event; the caption that it completes, if any."""
+        if event.kind == "text":
+            interrupted = self._latest is not None and self._latest.frame_index != event.frame_index
+            before = self.finish() if interrupted else None
+            self._pieces += event.text
+            self._latest = event
+            return before
+        # The end of an answer comes without pieces of a caption before it. So does that of a silent frame.
+        return self.finish() if event.kind == "end" else None
+
+    def finish(self) -> Caption | None:
+        """The caption of a frame that was interrupted, if any of it was said."""
+        event, text = self._latest, self._pieces.strip()
+        self._latest, self._pieces = None, ""
+        return Caption(event.start, event.end, text) if event is not None and text else None
+
+
+class CaptionWriter(ABC):
+    """Writes the events of a stream to a file while they come.
+
+    Args:
+        path: of the file.
+        overwrite: whether to replace a file that exists.
+
+    Raises:
+        ValueError: if the file exists and isn't to be replaced, or its folder doesn't exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False):
+        self.path = check_output(path, (Path(path).suffix.lower(),), overwrite)
+        self._file = FileIO(self.path, "wb")
+
+    @abstractmethod
+    def write(self, event: CaptionEvent) -> None:
+        """Take one event; what it completes is in the file when this returns."""
+
+    def close(self) -> None:
+        """Write what was said to a frame that was interrupted, and close the file."""
+        self._file.close()
+
+    def __enter__(self) -> CaptionWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class JsonLinesWriter(CaptionWriter):
+    """All events, one JSON object per line, with the fields of `CaptionEvent`; times are exact."""
+
+    def write(self, event: CaptionEvent) -> None:
+        self._file.write(json.dumps(asdict(event), ensure_ascii=False).encode() + b"\n")
+
+
+class _CueWriter(CaptionWriter):
+    """Captions as cues; see `VttWriter`."""
+
+    _header = ""
+
+    def __init__(self, path: str | os.PathLike[str], *, words: bool = False, overwrite: bool = False):
+        super().__init__(path, overwrite=overwrite)
+        self.words = words
+        self._captions = CaptionCollector()
+        self._num_cues = 0
+        # The last caption, where it stands in the file and how many cues came before it, as its end may change.
+        self._last: tuple[_Timed, int, int] | None = None
+        self._position = self._file.write(self._header.encode())
+
+    def write(self, event: CaptionEvent) -> None:
+        caption = self._captions.add(event)
+        if caption is not None:
+            self._append(caption)
+        if event.kind != "answer":
+            self._cut(Fraction(event.start))
+
+    def close(self) -> None:
+        if not self._file.closed:
+            caption = self._captions.finish()
+            if caption is not None:
+                self._append(caption)
+        super().close()
+
+    def _append(self, caption: Caption) -> None:
+        lines = (_CONTROLS.sub(" ", line).strip() for line in _LINE_BREAKS.split(caption.text))
+        text = "\n".join(line for line in lines if line)
+        if not text:
+            return
+        start = Fraction(caption.start)
+        self._cut(start)
+        if self._last is not None:
+            start = max(start, self._last[0].end)
+        timed = _Timed(start, max(Fraction(caption.end), start + _SHORTEST), text)
+        data, count = self._rendered(timed, self._num_cues)
+        self._file.seek(self._position)
+        self._file.write(data)
+        self._last = timed, self._position, self._num_cues
+        self._position += len(data)
+        self._num_cues += count
+
+    def _cut(self, moment: Fraction) -> None:
+        """Let the last caption end when the next frame comes."""
+        if self._last is None or not self._last[0].start + _SHORTEST <= moment < self._last[0].end:
+            return
+        timed, position, before = self._last
+        timed = timed._replace(end=moment)
+        data, count = self._rendered(timed, before)
+        if len(data) != self._position - position:  # fewer cues have room in the shorter time
+            self._file.truncate(position)
+        self._file.seek(position)
+        self._file.write(data)
+        self._last = timed, position, before
+        self._position = position + len(data)
+        self._num_cues = before + count
+
+    def _rendered(self, timed: _Timed, num_before: int) -> tuple[bytes, int]:
+        """A caption as bytes, and how many cues it takes."""
+        cues = list(self._cues(timed))
+        lines = [self._cue(num_before + number, cue) for number, cue in enumerate(cues, 1)]
+        return "".join(lines).encode(), len(cues)
+
+    @abstractmethod
+    def _cues(self, timed: _Timed) -> Iterator[_Timed]:
+        """The cues of a caption; their texts are as they stand in the file."""
+
+    @abstractmethod
+    def _cue(self, number: int, cue: _Timed) -> str:
+        """One cue as it stands in the file."""
+
+
+class SrtWriter(_CueWriter):
+    """SubRip subtitles; the arguments are those of `VttWriter`. Words appear as cues of their own."""
+
+    def _cues(self, timed: _Timed) -> Iterator[_Timed]:
+        # A reader would take the arrow for a line of times. Markup has no escape; an invisible character breaks it.
+        text = _SRT_MARKUP.sub(lambda match: match[0] + _WORD_JOINER, timed.text.replace("-->", "→"))
+        if not self.words:
+            yield timed._replace(text=text)
+            return
+        words, shown = _words(text), ""
+        moments = [*_word_times(timed, len(words)), timed.end]
+        for word, (start, end) in zip(words, pairwise(moments), strict=True):
+            shown += word
+            if _milliseconds(start) < _milliseconds(end):
+                yield _Timed(start, end, shown.rstrip())
+
+    def _cue(self, number: int, cue: _Timed) -> str:
+        return f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n\n"
+
+
+class VttWriter(_CueWriter):
+    """WebVTT subtitles, the form that browsers play.
+
+    A cue begins with its frame and ends when the next one is due, or earlier if one comes earlier.
+
+    Args:
+        path: of the file.
+        words: whether the words of a caption appear one after the other, evenly spaced over its time.
+        overwrite: whether to replace a file that exists.
+
+    Raises:
+        ValueError: if the file exists and isn't to be replaced, or its folder doesn't exist.
+    """
+
+    _header = "WEBVTT\n\n"
+
+    def _cues(self, timed: _Timed) -> Iterator[_Timed]:
+        words = [html.escape(word, quote=False) for word in _words(timed.text)]
+        if self.words:
+            moments = _word_times(timed, len(words))
+            # A time inside a cue has to be later than the ones before it.
+            words = [
+                f"<{_clock(moment, '.')}>{word}" if _milliseconds(moment) > _milliseconds(before) else word
+                for word, moment, before in zip(words, moments, [timed.start, *moments], strict=False)
+            ]
+        yield timed._replace(text="".join(words))
+
+    def _cue(self, number: int, cue: _Timed) -> str:
+        return f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n{cue.text}\n\n"
+
+
+WRITERS: dict[str, type[CaptionWriter]] = {".srt": SrtWriter, ".vtt": VttWriter, ".jsonl": JsonLinesWriter}
+
+
+def caption_writer(path: str | os.PathLike[str], *, words: bool = False, overwrite: bool = False) -> CaptionWriter:
+    """The writer for a file name that ends in .srt, .vtt or .jsonl.
+
+    Args:
+        path: of the file.
+        words: whether the words of a caption appear one after the other; in subtitles only.
+        overwrite: whether to replace a file that exists.
+
+    Raises:
+        ValueError: if the name has another ending, the file exists and isn't to be replaced, or its folder doesn't
+            exist.
+    """
+    kind = WRITERS[check_output(path, WRITERS, overwrite).suffix.lower()]
+    if issubclass(kind, _CueWriter):
+        return kind(path, words=words, overwrite=overwrite)
+    return kind(path, overwrite=overwrite)
+
+
+def check_output(path: str | os.PathLike[str], endings: Iterable[str], overwrite: bool) -> Path:
+    """Check that a file can be made.
+
+    Raises:
+        ValueError: if its name has none of these endings, it exists and isn't to be replaced, or its folder doesn't
+            exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"The name {str(path)!r} must end in {' or '.join(endings)}.")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise ValueError(f"{str(path)!r} exists; choose another name, or have it replaced with overwrite.")
+    if not path.parent.is_dir():
+        raise ValueError(f"The folder {str(path.parent)!r} of {path.name!r} doesn't exist; make it first.")
+    return path
+
+
+class _Timed(NamedTuple):
+    """A text with its exact time, in seconds."""
+
+    start: Fraction
+    end: Fraction
+    text: str
+
+
+def _milliseconds(seconds: Fraction) -> int:
+    """Halves are rounded up; times before 0 are 0."""
+    return max(0, int(seconds * 1000 + Fraction(1, 2)))
+
+
+def _clock(time: Fraction, point: str) -> str:
+    seconds, milliseconds = divmod(_milliseconds(time), 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{seconds:02}{point}{milliseconds:03}"
+
+
+def _words(text: str) -> list[str]:
+    """Words with the blanks behind them."""
+    return re.findall(r"\S+\s*", text)
+
+
+def _word_times(timed: _Timed, count: int) -> list[Fraction]:
+    """When each of `count` words appears."""
+    return [timed.start + index * (timed.end - timed.start) / count for index in range(count)]

@@ -1,0 +1,632 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Frames with their times, from files, URLs, cameras, folders of images, or whatever yields images.
+
+Times are seconds from the first frame, exact as the container states them: its integer stamps times its time base,
+rounded once to a float. What goes wrong on the way (a packet that can't be decoded, a file whose end is missing) is
+reported, and what can be had is delivered.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..clips import DEFAULT_FPS
+from .read_ahead import ReadAhead
+
+# Containers round times to their time base; a frame that starts this much late still counts as on time.
+TOLERANCE_SECONDS = 1e-3
+# How many decoded frames wait for the consumer.
+READ_AHEAD = 8
+# How much of the end may be missing before that is worth a word; headers aren't exact.
+_MISSING_SECONDS = 0.5
+# Times that jump back by more than this begin anew; frames that come back by less are duplicates or out of order.
+_RESTART_SECONDS = 1.0
+# A network or a device that is silent for so long has ended.
+_SILENCE_SECONDS = 10.0
+_BUSY_SECONDS = 0.005
+_CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
+_RAW_STREAM_FPS = 25
+
+# Names of FFmpeg's input devices that can stand before a colon in a source.
+_DEVICES = ("v4l2", "avfoundation", "dshow", "gdigrab", "x11grab", "lavfi", "decklink", "fbdev")
+_LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms")
+
+
+class Frame(NamedTuple):
+    """A picture of a video.
+
+    Attributes:
+        timestamp: when it appears, in seconds.
+        image: a PIL image, upright; from an iterator, whatever that yields.
+    """
+
+    timestamp: float
+    image: Any
+
+
+@dataclass(frozen=True)
+class VideoProblem:
+    """Something in a video that could not be used.
+
+    Attributes:
+        timestamp: where, in seconds; after the last frame where nothing more is known.
+        message: what and why.
+    """
+
+    timestamp: float
+    message: str
+
+
+class VideoWarning(UserWarning):
+    """A part of a video could not be used."""
+
+
+class _Shown(NamedTuple):
+    """A frame that is decoded, but not yet a picture."""
+
+    timestamp: float
+    duration: float | None
+    image: Callable[[], Any]
+
+
+class VideoSource:
+    """Frames of one video. Iterating decodes ahead in a thread that ends with the iteration.
+
+    A problem that doesn't end the video is a `VideoWarning`; `read` hands it over as an item instead.
+
+    Args:
+        name: for messages.
+        fps: what is on screen at `start`, `start` + 1/fps, `start` + 2/fps, ... is taken, none of it twice; None takes
+            every frame.
+        start: seconds; the first frame is the one that is on screen then.
+        end: seconds; frames that appear then or later are left out.
+        live: whether frames come when they come, so that one that isn't taken in time is lost.
+        read_ahead: decoded frames that wait at most.
+
+    Attributes:
+        duration: of the video, in seconds, before `start` and `end` are applied; None if not known.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fps: float | None = None,
+        start: float = 0.0,
+        end: float | None = None,
+        live: bool = False,
+        read_ahead: int = READ_AHEAD,
+    ):
+        if fps is not None and not _positive(fps):
+            raise ValueError(f"fps={fps!r} must be a positive number of frames per second, or None for every frame.")
+        if not (isinstance(start, int | float) and 0 <= start < math.inf):
+            raise ValueError(f"start={start!r} must be a number of seconds, 0 or more.")
+        if end is not None and not (isinstance(end, int | float) and end > start):
+            raise ValueError(f"end={end!r} must be a number of seconds above start={start}.")
+        if read_ahead < 1:
+            raise ValueError(f"read_ahead={read_ahead} must be at least 1 frame.")
+        if live and start:
+            raise ValueError(f"start={start}: {name} is live and has no past to start in; leave out start.")
+        self.name, self.fps, self.start, self.end, self.live, self.read_ahead = name, fps, start, end, live, read_ahead
+        self.duration: float | None = None
+
+    def read(self) -> Iterator[Frame | VideoProblem]:
+        """Frames and problems in order, decoded in the calling thread.
+
+        Raises:
+            ValueError: if there are no frames at all, or none in the range.
+        """
+        num_frames = 0
+        for item in self._picked():
+            if isinstance(item, VideoProblem):
+                yield item
+                continue
+            try:
+                frame = Frame(item.timestamp, item.image())
+            except Exception as error:
+                yield VideoProblem(item.timestamp, f"the frame can't be read: {error}")
+                continue
+            num_frames += 1
+            yield frame
+        if not num_frames:
+            until = "its end" if self.end is None else f"{self.end:g} s"
+            between = f" between {self.start:g} s and {until}" if self.start or self.end is not None else ""
+            raise ValueError(f"The video {self.name!r} has no frames{between} that can be decoded.")
+
+    def __iter__(self) -> Iterator[Frame]:
+        with ReadAhead(self.read, self.read_ahead) as items:
+            for item in items:
+                if isinstance(item, VideoProblem):
+                    warnings.warn(f"{self.name} at {item.timestamp:.3f} s: {item.message}", VideoWarning, stacklevel=2)
+                else:
+                    yield item
+
+    def close(self) -> None:
+        """Let go of what was opened and not read."""
+
+    def __enter__(self) -> VideoSource:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _frames(self) -> Iterator[_Shown | VideoProblem]:
+        """All frames from `start` or earlier, ascending in time."""
+        raise NotImplementedError
+
+    def _picked(self) -> Iterator[_Shown | VideoProblem]:
+        """The frames that `fps`, `start` and `end` choose.
+
+        Which frame is on screen at a moment is known when the next one appears; in a live video as soon as its stated
+        duration reaches that far.
+        """
+        held: _Shown | None = None
+        step = 0
+
+        def moment() -> float:
+            assert self.fps is not None
+            return self.start + step / self.fps + TOLERANCE_SECONDS
+
+        def wanted(until: float) -> bool:
+            """Whether the held frame, on screen until then, is taken; moves on to the next moment if so."""
+            nonlocal step
+            if self.fps is None:
+                return not self.start or until > self.start + TOLERANCE_SECONDS
+            if until <= moment():
+                return False
+            # The first guess avoids counting through a long pause step by step.
+            step = max(step, int((until - TOLERANCE_SECONDS - self.start) * self.fps) - 1)
+            while moment() < until:
+                step += 1
+            return True
+
+        for item in self._frames():
+            if isinstance(item, VideoProblem):
+                yield item
+                continue
+            if self.end is not None and item.timestamp >= self.end:
+                if held is not None and wanted(self.end):
+                    yield held
+                return
+            if held is not None and wanted(item.timestamp):
+                yield held
+            held = item
+            if self.live and item.duration and wanted(item.timestamp + item.duration):
+                yield held
+                held = None
+        if held is not None:
+            # The last frame is on screen at least at the moment of its appearance.
+            shown = max(held.duration or 0.0, 2 * TOLERANCE_SECONDS)
+            if wanted(held.timestamp + shown):
+                yield held
+
+
+class MediaSource(VideoSource):
+    """A file, a URL or a device that PyAV reads; URLs are streamed, not downloaded first.
+
+    Args:
+        url: what FFmpeg is to open.
+        format: of a device, as FFmpeg calls it, such as v4l2; None finds it out.
+        options: for FFmpeg, such as {"video_size": "640x480", "framerate": "30"}.
+        **selection: for `VideoSource`.
+
+    Attributes:
+        url: what FFmpeg opens.
+        size: width and height in pixels, before any turning.
+        rate: frames per second on average, as stated; None if not known.
+
+    Raises:
+        ValueError: if it can't be opened or has no video.
+        ImportError: without PyAV.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        format: str | None = None,
+        options: dict[str, str] | None = None,
+        **selection: Any,
+    ):
+        super().__init__(url if format is None else f"{format}:{url}", **selection)
+        self.url = url
+        self._format = format
+        self._options = dict(options or {})
+        if url.startswith("rtsp"):
+            self._options.setdefault("rtsp_transport", "tcp")  # over UDP lost packets are lost pictures
+        if format is None and "://" not in url and not os.path.isfile(url):
+            raise ValueError(f"The video {url!r} doesn't exist; give the path of a file, a URL or a camera.")
+        self._opened = self._open()
+        stream = self._opened.streams.video[0]
+        self.size = (stream.codec_context.width, stream.codec_context.height)
+        self.rate = float(stream.average_rate) if stream.average_rate else None
+        # Of several streams, the longest one makes the duration of the container.
+        self._stated = float(stream.duration * stream.time_base) if stream.duration else None
+        if not self.live:
+            self.duration = self._stated
+            if self.duration is None and self._opened.duration:
+                self.duration = self._opened.duration / _CONTAINER_TICKS
+                self._stated = self.duration if len(self._opened.streams) == 1 else None
+
+    def every_frame(self) -> MediaSource:
+        """The same video in the same range, opened once more, with every frame of it."""
+        return MediaSource(
+            self.url, format=self._format, options=self._options, start=self.start, end=self.end, live=self.live
+        )
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _open(self) -> Any:
+        try:
+            import av
+        except ImportError as error:
+            raise ImportError(f"Reading the video {self.name!r} needs PyAV: pip install casa_hf[video]") from error
+        timeout = _SILENCE_SECONDS if "://" in self.url else None
+        try:
+            container = av.open(self.url, format=self._format, options=self._options, timeout=timeout)
+        except (OSError, ValueError, av.error.FFmpegError) as error:
+            raise ValueError(f"The video {self.name!r} can't be used: {error}.{self._way_out()}") from error
+        if not container.streams.video:
+            container.close()
+            raise ValueError(f"The video {self.name!r} can't be used: it has no video stream.")
+        if not self.live:  # threads that decode whole frames hold some of them back
+            container.streams.video[0].thread_type = "AUTO"
+        return container
+
+    def _way_out(self) -> str:
+        if self._format is None or self._format == "lavfi":
+            return ""
+        from av.device import enumerate_input_devices
+
+        try:
+            found = [f"{device.name} ({device.description})" for device in enumerate_input_devices(self._format)]
+        except (OSError, ValueError):
+            return f" This build of FFmpeg doesn't know the device {self._format!r}."
+        return f" Devices here: {', '.join(found) or 'none that FFmpeg lists'}."
+
+    def _frames(self) -> Iterator[_Shown | VideoProblem]:
+        container, self._opened = self._opened or self._open(), None
+        opened = [container]
+        try:
+            yield from self._timed(self._from_start(opened))
+        finally:
+            for each in opened:
+                each.close()
+
+    def _from_start(self, opened: list[Any]) -> Iterator[Any]:
+        """Decoded frames from the first one on, or from one that isn't after `start`, behind the first one.
+
+        The first frame says what time 0 is. Whether seeking has led to the right place is seen by its result; where
+        it has not, everything is decoded.
+        """
+        frames = _decoded(opened[0])
+        if not self.start:
+            yield from frames
+            return
+        before = []
+        for first in frames:
+            before.append(first)
+            if not isinstance(first, VideoProblem):
+                break
+        else:
+            yield from before
+            return
+        yield from before
+        if first.pts is not None and self._seek(opened[0], first):
+            sought = _decoded(opened[0])
+            landed = next((frame for frame in sought if not isinstance(frame, VideoProblem)), None)
+            tolerance = self.start + TOLERANCE_SECONDS
+            if landed is not None and landed.pts is not None and _seconds(landed, first.pts) <= tolerance:
+                if landed.pts > first.pts:
+                    yield landed
+                yield from sought
+                return
+        opened.append(self._open())
+        again = _decoded(opened[-1])
+        for frame in again:
+            if not isinstance(frame, VideoProblem):
+                break
+        yield from again
+
+    def _seek(self, container: Any, first: Any) -> bool:
+        import av
+
+        target = first.pts + int(Fraction(self.start) / Fraction(first.time_base))
+        try:
+            container.seek(target, stream=container.streams.video[0])
+        except (OSError, av.error.FFmpegError):
+            return False
+        return True
+
+    def _timed(self, frames: Iterable[Any]) -> Iterator[_Shown | VideoProblem]:
+        """Frames with ascending times from 0, and a word about an end that is missing."""
+        origin: Fraction | None = None
+        offset = Fraction(0)
+        last: Fraction | None = None
+        count = 0
+        period = Fraction(1) / Fraction(self.rate or _RAW_STREAM_FPS).limit_denominator(1001000)
+        length = Fraction(0)
+        for frame in frames:
+            if isinstance(frame, VideoProblem):
+                yield VideoProblem(float(last or 0), frame.message)
+                continue
+            stamp = count * period if frame.pts is None else frame.pts * Fraction(frame.time_base)
+            count += 1
+            origin = stamp if origin is None else origin
+            seconds = stamp - origin + offset
+            length = frame.duration * Fraction(frame.time_base) if frame.duration else period
+            if last is not None and seconds <= last:
+                if last - seconds < _RESTART_SECONDS:
+                    continue
+                offset += last + period - seconds
+                message = f"times jump back by {float(last - seconds):.3f} s; they run on instead"
+                yield VideoProblem(float(last), message)
+                seconds = last + period
+            last = seconds
+            yield _Shown(float(seconds), float(length), partial(_upright, frame))
+        if last is not None and self._stated is not None:
+            missing = self._stated - float(last + length)
+            if missing > max(_MISSING_SECONDS, 2 * float(period)):
+                yield VideoProblem(
+                    float(last),
+                    f"the video ends after {float(last + length):.3f} s of the {self._stated:.3f} s that its header "
+                    "states; the end is missing",
+                )
+
+
+class ImageFolder(VideoSource):
+    """The images of a folder in natural order ("frame 9" before "frame 10").
+
+    Args:
+        folder: holds images that Pillow reads; other files are left out.
+        rate: images per second; `fps`, or 2, unless given.
+        **selection: for `VideoSource`.
+
+    Raises:
+        ValueError: if the folder holds no images, or `rate` isn't positive.
+    """
+
+    def __init__(self, folder: str | Path, *, rate: float | None = None, **selection: Any):
+        from PIL import Image
+
+        super().__init__(str(folder), **selection)
+        self.rate = _rate(rate, self.fps)
+        endings = set(Image.registered_extensions())
+        files = [file for file in Path(folder).iterdir() if file.is_file() and not file.name.startswith(".")]
+        self.files = sorted((file for file in files if file.suffix.lower() in endings), key=_natural)
+        if not self.files:
+            raise ValueError(f"The folder {str(folder)!r} holds no images; give one with JPEG, PNG or WebP files.")
+        self.duration = len(self.files) / self.rate
+
+    def _frames(self) -> Iterator[_Shown | VideoProblem]:
+        for index, file in enumerate(self.files):
+            yield _Shown(index / self.rate, 1 / self.rate, partial(_image_file, file))
+
+
+class FrameIterator(VideoSource):
+    """Frames that an iterator yields: images, or pairs (timestamp in seconds, image).
+
+    It can be iterated once if the iterator can. The iterator is asked from another thread, ahead of time.
+
+    Args:
+        frames: yields images of any kind that the image processor takes.
+        rate: of images without times, in frames per second; `fps`, or 2, unless given. Of a live iterator they get the
+            time of their arrival.
+        clock: seconds, for these times.
+        **selection: for `VideoSource`.
+
+    Raises:
+        ValueError: if `rate` isn't positive; while iterating, if timestamps don't ascend.
+    """
+
+    def __init__(
+        self,
+        frames: Iterable[Any],
+        *,
+        rate: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        name: str = "frames",
+        **selection: Any,
+    ):
+        super().__init__(name, **selection)
+        self.rate = _rate(rate, self.fps)
+        self._source, self._clock = frames, clock
+
+    def _frames(self) -> Iterator[_Shown | VideoProblem]:
+        begin, last = None, -math.inf
+        for index, item in enumerate(self._source):
+            duration = None
+            if isinstance(item, tuple) and len(item) == 2:
+                timestamp, image = item
+            elif self.live:
+                now = self._clock()
+                begin = now if begin is None else begin
+                timestamp, image = now - begin, item
+            else:
+                timestamp, image, duration = index / self.rate, item, 1 / self.rate
+            if not timestamp > last:
+                raise ValueError(f"Frame {index} of {self.name} is at {timestamp} s, which isn't after {last} s.")
+            last = timestamp
+            yield _Shown(float(timestamp), duration, partial(_given, image))
+
+
+def open_video(
+    source: Any,
+    *,
+    fps: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    rate: float | None = None,
+    live: bool | None = None,
+    options: dict[str, str] | None = None,
+    read_ahead: int = READ_AHEAD,
+) -> VideoSource:
+    """A video of any kind.
+
+    Args:
+        source: path of a video file or of a folder of images; URL; a camera, as "camera", "camera:1" or "/dev/video0";
+            any other device of FFmpeg as "FORMAT:DEVICE", such as "v4l2:/dev/video2", "dshow:video=Webcam" or
+            "lavfi:testsrc"; or an iterable of images or of pairs (timestamp, image).
+        fps: what is on screen at `start`, `start` + 1/fps, ... is taken; None takes every frame.
+        start: seconds; the first frame is the one that is on screen then. Times stay those of the whole video.
+        end: seconds; frames that appear then or later are left out.
+        rate: images per second of a folder, or of an iterable without times; asked of a camera. Default: of folders
+            and iterables `fps`, or 2.
+        live: whether a frame that isn't taken in time is lost. Default: true of cameras, devices and URLs of the kind
+            of rtsp://.
+        options: for FFmpeg, such as {"video_size": "640x480"}.
+        read_ahead: decoded frames that wait at most.
+
+    Raises:
+        ValueError: if the source can't be used, or a number is out of its range.
+        ImportError: if it needs PyAV, which isn't installed.
+    """
+    selection: dict[str, Any] = {"fps": fps, "start": start, "end": end, "read_ahead": read_ahead}
+    if isinstance(source, VideoSource):
+        raise ValueError(f"{source.name!r} is an open video already; give its path or iterate it.")
+    if not isinstance(source, str | os.PathLike):
+        if not isinstance(source, Iterable):
+            raise ValueError(f"{source!r} is no video; give a path, a URL, a camera, or an iterable of images.")
+        return FrameIterator(source, rate=rate, live=bool(live), **selection)
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        return ImageFolder(name, rate=rate, live=bool(live), **selection)
+    device = _device(name)
+    if device is not None:
+        format, name = device
+        asked = {} if rate is None else {"framerate": f"{rate:g}"}
+        selection["live"] = True if live is None else live
+        return MediaSource(name, format=format, options=asked | (options or {}), **selection)
+    if rate is not None:
+        raise ValueError(f"rate={rate}: {name} states its own; leave rate out.")
+    selection["live"] = name.partition("://")[0] in _LIVE_SCHEMES if live is None else live
+    return MediaSource(name, options=options, **selection)
+
+
+def _device(name: str) -> tuple[str, str] | None:
+    """FFmpeg's format and name of a camera or device; None for anything else."""
+    kind, _, rest = name.partition(":")
+    if kind in _DEVICES and rest:
+        return kind, rest
+    if re.fullmatch(r"/dev/video\d+", name):
+        return "v4l2", name
+    numbered = re.fullmatch(r"camera(?::(\d+))?", name)
+    if numbered is None:
+        return None
+    index = int(numbered[1] or 0)
+    if sys.platform == "darwin":
+        return "avfoundation", str(index)
+    if sys.platform == "win32":
+        return "dshow", _windows_camera(index)
+    return "v4l2", f"/dev/video{index}"
+
+
+def _windows_camera(index: int) -> str:
+    # DirectShow knows its cameras by name only.
+    from av.device import enumerate_input_devices
+
+    names = [device.description for device in enumerate_input_devices("dshow") if "video" in device.media_types]
+    if index >= len(names):
+        raise ValueError(f"There is no camera:{index}; cameras here: {', '.join(names) or 'none'}.")
+    return f"video={names[index]}"
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    """Frames of the first video stream; a run of packets that can't be decoded is one problem."""
+    import av
+
+    stream = container.streams.video[0]
+    broken = False
+    silent = 0.0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+            silent = 0.0
+        except StopIteration:
+            return
+        except BlockingIOError:  # a device that has nothing yet
+            if silent > _SILENCE_SECONDS:
+                yield VideoProblem(0.0, f"nothing came for {_SILENCE_SECONDS:g} s")
+                return
+            time.sleep(_BUSY_SECONDS)
+            silent += _BUSY_SECONDS
+            packets = container.demux(stream)
+            continue
+        except (OSError, av.error.FFmpegError) as error:
+            yield from chain(_flushed(stream), [VideoProblem(0.0, f"reading ended early: {error}")])
+            return
+        try:
+            frames = packet.decode()
+        except (OSError, ValueError, av.error.FFmpegError) as error:
+            if not broken:
+                yield VideoProblem(0.0, f"a part can't be decoded: {error}")
+            broken = True
+            continue
+        broken = broken and not frames
+        yield from frames
+
+
+def _flushed(stream: Any) -> list[Any]:
+    """The frames that the decoder still holds."""
+    import av
+
+    try:
+        return stream.decode(None)
+    except (OSError, av.error.FFmpegError):
+        return []
+
+
+def _seconds(frame: Any, first_pts: int) -> float:
+    return float((frame.pts - first_pts) * Fraction(frame.time_base))
+
+
+def _upright(frame: Any) -> Any:
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _given(image: Any) -> Any:
+    return image
+
+
+def _image_file(file: Path) -> Any:
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _natural(file: Path) -> list[tuple[int, int, str]]:
+    """Sorts numbers in a name by their value."""
+    parts = re.split(r"(\d+)", file.name)
+    return [(1, int(part), "") if part.isdigit() else (2, 0, part.lower()) for part in parts]
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, int | float) and 0 < number < math.inf
+
+
+def _rate(rate: float | None, fps: float | None) -> float:
+    rate = rate if rate is not None else fps if fps is not None else DEFAULT_FPS
+    if not _positive(rate):
+        raise ValueError(f"rate={rate!r} must be a positive number of images per second.")
+    return rate
