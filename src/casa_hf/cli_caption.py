@@ -23,6 +23,7 @@ from .cli_options import AttnOption, DeviceOption, DtypeOption, load_model
 if TYPE_CHECKING:
     from .streaming import CaptionEvent, CasaStream, LiveCaptions
     from .video import VideoSource
+    from .web import CaptionServer
 
 # As shells report a program that Ctrl-C has ended.
 INTERRUPTED = 130
@@ -117,12 +118,27 @@ def caption(
     text_window: Annotated[
         int | None, typer.Option(min=1, help="Text tokens to remember; older ones are forgotten. Default: all.")
     ] = None,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Show it on a page in the browser until Ctrl-C. A file plays at its own speed."),
+    ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of the page. Default: 127.0.0.1, this machine alone.", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one. Default: 8000.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
     """Caption a video while it plays: a file, a stream from the network, or a camera."""
     questions = [_question(text) for text in ask or []]
+    if web and (questions or overlay is not None):
+        raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
+    if not web and (host is not None or port is not None):
+        raise typer.BadParameter("--host and --port are for --web.", param_hint="--host")
     from .overlay import FORMATS, Overlay
     from .streaming import CasaStream, LiveCaptions
     from .subtitles import WRITERS, caption_writer, check_output
@@ -139,8 +155,24 @@ def caption(
     budget = 1 / fps if budget is None and real_time and late is not Late.WAIT else budget
 
     options: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    writers: list[Any] = []
+    loaded: list[CasaStream] = []
     with ExitStack() as opened:
         opened.enter_context(video)
+        server = None
+        if web:  # takes its port before the model is loaded
+            from .web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
+
+            server = CaptionServer(
+                loaded.pop,
+                video,
+                host=host or DEFAULT_HOST,
+                port=DEFAULT_PORT if port is None else port,
+                real_time=True if live else None,
+                late=None if late is None else late.value,
+                on_event=lambda event: _write_all(writers, event),
+            )
+            opened.callback(server.close)
         stream = opened.enter_context(
             CasaStream(
                 *load_model(model, device, dtype, attn),
@@ -151,7 +183,11 @@ def caption(
                 **options,
             )
         )
-        writers = [opened.enter_context(caption_writer(path, words=words, overwrite=overwrite)) for path in out or []]
+        writers += [opened.enter_context(caption_writer(path, words=words, overwrite=overwrite)) for path in out or []]
+        if server is not None:
+            loaded.append(stream)
+            _serve(server)
+            return
         picture = Overlay(video, overlay, overwrite=overwrite) if overlay else None
         captions = LiveCaptions(
             stream,
@@ -164,8 +200,7 @@ def caption(
         interrupted = completed = False
         try:
             for event in _events(captions, questions):
-                for writer in writers:
-                    writer.write(event)
+                _write_all(writers, event)
                 if picture is not None:
                     picture.write(event)
                 view.show(event)
@@ -178,6 +213,19 @@ def caption(
         view.finish(interrupted, [*(out or []), *([overlay] if overlay else [])], picture.note if picture else "")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _write_all(writers: list[Any], event: CaptionEvent) -> None:
+    for writer in writers:
+        writer.write(event)
+
+
+def _serve(server: CaptionServer) -> None:
+    typer.echo(f"Captions at {server.url} until Ctrl-C.", err=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return
 
 
 def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[CaptionEvent]:

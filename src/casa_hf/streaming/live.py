@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Literal, NamedTuple, get_args
 
 from ..video import Frame, ReadAhead, VideoProblem, VideoSource
@@ -53,6 +53,7 @@ class LiveCaptions:
         sleep: called with the seconds until the next frame is due. Default: waits for them, and wakes up early when
             another thread asks or stops.
         on_frame: called with every frame just before the model sees it.
+        on_question: called with every question just before the model is asked.
 
     Attributes:
         lag: seconds by which the frame that the model saw last was late at that moment, compared with the first one.
@@ -72,6 +73,7 @@ class LiveCaptions:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] | None = None,
         on_frame: Callable[[Frame], None] | None = None,
+        on_question: Callable[[str], None] | None = None,
     ):
         real_time = source.live if real_time is None else real_time
         late = late or ("drop" if real_time else "wait")
@@ -88,6 +90,7 @@ class LiveCaptions:
         self.real_time = real_time
         self.lag = 0.0
         self._clock, self._sleep, self._on_frame = clock, sleep, on_frame
+        self._on_question = on_question
         self._changed = threading.Condition()
         self._waiting: deque[Frame] = deque()
         self._reports: deque[_Report] = deque()
@@ -140,7 +143,7 @@ class LiveCaptions:
 
     # ---------------------------------------------------------------- what happens
 
-    def __iter__(self) -> Iterator[CaptionEvent]:
+    def __iter__(self) -> Generator[CaptionEvent, None, None]:
         drops = self.source.live and self.late != "wait"
         size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
         with ReadAhead(
@@ -148,7 +151,7 @@ class LiveCaptions:
         ) as arriving:
             while not self._stopped:
                 if self._questions:
-                    yield from self._answer(*self._questions.popleft())
+                    yield from self.answer(*self._questions.popleft())
                 elif self.paused:
                     self._rest(arriving)
                 else:
@@ -271,7 +274,10 @@ class LiveCaptions:
         else:
             yield from self.stream.push([frame.image for frame in frames], [frame.timestamp for frame in frames])
 
-    def _answer(self, question: str, max_new_tokens: int) -> Iterator[CaptionEvent]:
+    def answer(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
+        """What `ask` leads to; to be called in the thread that iterates, after the last event."""
+        if self._on_question is not None:
+            self._on_question(question)
         try:
             answer = self.stream.ask(question, max_new_tokens)
         except ValueError as error:

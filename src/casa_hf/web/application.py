@@ -1,0 +1,174 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the page's server answers.
+
+A request chooses among fixed answers: nothing in it becomes the name of a file. The page is told what happens by
+server-sent events, and asks for something with small POST requests in JSON. Another site can't send these for a person
+who visits it: a browser asks first whether it may, and is never told so.
+
+Imported where Starlette is known to be installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from .history import Entry
+from .player import Player
+
+MAX_QUESTION_CHARACTERS = 1000
+
+_MAX_BODY_BYTES = 8192
+_KEEP_ALIVE_SECONDS = 15.0
+_RETRY_MILLISECONDS = 1000
+_STATIC = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+class Page:
+    """The answers to the requests of a page.
+
+    Args:
+        player: runs the model.
+        file: the video that the page plays; None where it shows frames.
+        title: of the page.
+    """
+
+    def __init__(self, player: Player, file: Path | None, title: str) -> None:
+        self._player, self._file = player, file
+        self._session = {"run": player.run, "title": title, "video": file is not None}
+
+    def application(self, allowed_hosts: list[str]) -> Starlette:
+        """The application; the player's thread lives as long as it runs."""
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            self._player.start()
+            try:
+                yield
+            finally:
+                await run_in_threadpool(self._player.close)
+
+        routes = [
+            *(Route(path, _static(*content)) for path, content in _STATIC.items()),
+            Route("/events", self.events),
+            Route("/frames/{run}/{index:int}.jpg", self.frame),
+            Route("/pause", self.pause, methods=["POST"]),
+            Route("/resume", self.resume, methods=["POST"]),
+            Route("/ask", self.ask, methods=["POST"]),
+        ]
+        if self._file is not None:
+            routes.append(Route("/video", self.video))
+        guard = Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
+        return Starlette(routes=routes, middleware=[guard], lifespan=lifespan)
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: what is kept of the history after the last event that the page knows, and what comes."""
+        run, _, number = request.headers.get("last-event-id", "").rpartition("-")
+        after = int(number) if run == self._player.run and number.isdecimal() else 0
+        self._player.begin()
+        return StreamingResponse(self._told(after), media_type="text/event-stream", headers=_HEADERS)
+
+    async def _told(self, after: int) -> AsyncIterator[str]:
+        yield f"retry: {_RETRY_MILLISECONDS}\n\n" + _event("session", json.dumps(self._session | self._player.state))
+        async for entries in self._player.history.follow(after, patience=_KEEP_ALIVE_SECONDS):
+            if not entries:
+                yield ": still here\n\n"  # a connection that is gone shows when something is sent
+                continue
+            lost = entries[0].number - after - 1
+            after = entries[-1].number
+            gap = _event("gap", json.dumps({"lost": lost})) if lost else ""
+            yield gap + "".join(self._numbered(entry) for entry in entries)
+
+    def _numbered(self, entry: Entry) -> str:
+        return f"id: {self._player.run}-{entry.number}\n" + _event(entry.name, entry.data)
+
+    async def video(self, request: Request) -> Response:
+        """The file, or the ranges of it that are asked for."""
+        assert self._file is not None
+        return FileResponse(self._file, headers=_HEADERS | {"Cache-Control": "no-cache"})
+
+    def frame(self, request: Request) -> Response:
+        """A frame as a JPEG; runs in a thread of the server's pool."""
+        index = request.path_params["index"]
+        picture = self._player.picture(index) if request.path_params["run"] == self._player.run else None
+        if picture is None:
+            return _refusal(404, f"Frame {index} is not kept.")
+        return Response(picture, media_type="image/jpeg", headers=_HEADERS)
+
+    async def pause(self, request: Request) -> Response:
+        return await _command(request, lambda content: self._player.pause())
+
+    async def resume(self, request: Request) -> Response:
+        return await _command(request, lambda content: self._player.resume())
+
+    async def ask(self, request: Request) -> Response:
+        def ask(content: dict[str, Any]) -> None:
+            question = content.get("question")
+            if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION_CHARACTERS:
+                raise ValueError(f"Ask a question of 1 to {MAX_QUESTION_CHARACTERS} characters.")
+            self._player.ask(question.strip())
+
+        return await _command(request, ask)
+
+
+def _static(name: str, media_type: str) -> Callable[[Request], Any]:
+    content = files(__package__).joinpath("static", name).read_bytes()
+
+    async def respond(request: Request) -> Response:
+        return Response(content, media_type=media_type, headers=_HEADERS)
+
+    return respond
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"
+
+
+def _refusal(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status, _HEADERS)
+
+
+async def _command(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
+    """Do what the content of a POST request asks for; a ValueError or RuntimeError says why not."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return _refusal(415, "Send JSON, with the content type application/json.")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes.")
+    try:
+        content = json.loads(body)
+        if not isinstance(content, dict):
+            raise ValueError(f"Send a JSON object, not {type(content).__name__}.")
+        act(content)
+    except ValueError as error:
+        return _refusal(400, str(error))
+    except RuntimeError as error:
+        return _refusal(409, str(error))
+    return JSONResponse({}, 202, _HEADERS)

@@ -1,0 +1,258 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The one thread that runs the model of a page, and what pages may ask of it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers.utils import logging
+
+from ..streaming.live import LiveCaptions
+from .history import History
+
+if TYPE_CHECKING:
+    from ..streaming import CaptionEvent, CasaStream
+    from ..streaming.live import Late
+    from ..video import Frame, VideoSource
+
+logger = logging.get_logger(__name__)
+
+State = Literal["waiting", "loading", "running", "paused", "finished", "failed", "closed"]
+
+MAX_QUESTIONS = 8
+_MAX_PICTURES = 8
+_PICTURE_SIDE = 960
+
+
+class Player:
+    """Runs a stream on a video, and writes down what happens.
+
+    Everything that touches the stream happens in one thread, which starts with `start` and waits for `begin`. A pause
+    takes effect at once, after the token that is being generated. Questions are answered between two frames, also
+    during a pause and after the last frame.
+
+    Args:
+        stream: a stream, or a function that makes one, called in the thread; what it makes is closed with the player.
+        source: gives the frames.
+        real_time, late: see [`LiveCaptions`].
+        max_history: entries that `history` keeps.
+        max_new_tokens: length of an answer at most.
+        on_event: called with every event of the stream, in the thread.
+
+    Attributes:
+        history: of "state", "caption", "memory", "question" and "answer"; `docs/streaming.md` describes them.
+        run: names this player among all, so that a page notices that the server is another one.
+        error: what ended the stream, if an error did.
+    """
+
+    def __init__(
+        self,
+        stream: CasaStream | Callable[[], CasaStream],
+        source: VideoSource,
+        *,
+        real_time: bool,
+        late: Late | None,
+        max_history: int,
+        max_new_tokens: int,
+        on_event: Callable[[CaptionEvent], None] | None = None,
+    ) -> None:
+        self.history = History(max_history)
+        self.run = secrets.token_hex(8)
+        self.error: Exception | None = None
+        self._make_stream = stream if callable(stream) else None
+        self._source, self._real_time, self._late = source, real_time, late
+        self._max_new_tokens, self._on_event = max_new_tokens, on_event
+        self._changed = threading.Condition()
+        self._questions: deque[str] = deque()
+        self._answering = False
+        self._pictures: OrderedDict[int, Any] = OrderedDict()
+        self._begun = self._closing = False
+        self._state: State = "waiting"
+        self._message = ""
+        # Made at once if possible: bad settings are the caller's to hear of.
+        self._captions = None if callable(stream) else self._captions_of(stream)
+        self._thread = threading.Thread(target=self._run, name="casa-player")
+
+    @property
+    def state(self) -> dict[str, str]:
+        """What the thread is doing, as pages are told."""
+        with self._changed:
+            return {"state": self._state, "message": self._message}
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Let the stream begin; later calls do nothing."""
+        with self._changed:
+            self._begun = True
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Stop the model; nothing happens where it is paused already.
+
+        Raises:
+            RuntimeError: if the stream isn't running.
+        """
+        self._switch("running", "paused")
+
+    def resume(self) -> None:
+        """Let the model go on; nothing happens where it isn't paused.
+
+        Raises:
+            RuntimeError: if the stream isn't running.
+        """
+        self._switch("paused", "running")
+
+    def ask(self, question: str) -> None:
+        """Queue a question.
+
+        Raises:
+            RuntimeError: if too many questions wait, or no stream can answer.
+        """
+        with self._changed:
+            if self._state not in ("running", "paused", "finished"):
+                raise RuntimeError(f"Nobody can answer: the stream is {self._state}.")
+            if len(self._questions) >= MAX_QUESTIONS:
+                raise RuntimeError(f"{MAX_QUESTIONS} questions are waiting for an answer; ask again later.")
+            self._questions.append(question)
+            if self._state != "finished":
+                assert self._captions is not None
+                self._captions.ask(question, self._max_new_tokens)
+            self._changed.notify_all()
+
+    def picture(self, frame_index: int) -> bytes | None:
+        """A recent frame as a JPEG; None where it is no longer kept, or isn't a picture."""
+        with self._changed:
+            frame = self._pictures.get(frame_index)
+        try:
+            return None if frame is None else _jpeg(frame)
+        except (ValueError, TypeError):  # the stream has an event that says more
+            return None
+
+    def hang_up(self) -> None:
+        """Tell the pages that this was all. Doesn't wait for the thread."""
+        with self._changed:
+            self._closing = True
+            if self._captions is not None:
+                self._captions.stop()
+            self._set_state("closed")
+            self._changed.notify_all()
+        self.history.close()
+
+    def close(self) -> None:
+        """End the thread, which finishes the token that it is generating."""
+        self.hang_up()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if self._wait(lambda: self._begun):
+                if self._make_stream is None:
+                    assert self._captions is not None
+                    self._follow(self._captions)
+                else:
+                    self._set_state("loading")
+                    with self._make_stream() as stream:
+                        self._follow(self._captions_of(stream))
+        except Exception as error:
+            logger.exception("An error has ended the stream.")
+            self.error = error
+            self._set_state("failed", f"{type(error).__name__}: {error}")
+
+    def _captions_of(self, stream: CasaStream) -> LiveCaptions:
+        def show(frame: Frame) -> None:
+            with self._changed:
+                # The frames of one turn come one after another before any of them is counted.
+                following = next(reversed(self._pictures), -1) + 1
+                self._pictures[max(stream.num_frames, following)] = frame.image
+                while len(self._pictures) > _MAX_PICTURES:
+                    self._pictures.popitem(last=False)
+
+        return LiveCaptions(
+            stream,
+            self._source,
+            real_time=self._real_time,
+            late=self._late,
+            on_frame=show,
+            on_question=self._begin_answer,
+        )
+
+    def _follow(self, captions: LiveCaptions) -> None:
+        with self._changed:
+            self._captions = captions
+            if self._closing:
+                return
+            self._set_state("running")
+        with closing(self._events(captions)) as events:
+            for event in events:
+                self._write(event, captions.stream)
+                # A question has its turn after the frame, whose text it doesn't cut short: so the frame goes on.
+                if not self._wait(lambda: not captions.paused or bool(self._questions)):
+                    return
+
+    def _events(self, captions: LiveCaptions) -> Generator[CaptionEvent, None, None]:
+        yield from iter(captions)
+        self._set_state("finished")
+        while self._wait(lambda: bool(self._questions)):
+            yield from captions.answer(self._questions[0], self._max_new_tokens)
+
+    def _begin_answer(self, question: str) -> None:
+        self._answering = True
+        self.history.append("question", {"text": question})
+
+    def _write(self, event: CaptionEvent, stream: CasaStream) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+        self.history.append("answer" if self._answering else "caption", asdict(event))
+        if event.kind == "end":
+            self.history.append("memory", {"frame_index": event.frame_index, **stream.nbytes})
+        if self._answering and event.kind in ("end", "error"):
+            self._answering = False
+            self._questions.popleft()
+
+    def _switch(self, before: State, after: State) -> None:
+        with self._changed:
+            if self._state == before:
+                assert self._captions is not None
+                if after == "paused":
+                    self._captions.pause()
+                else:
+                    self._captions.resume()
+                self._set_state(after)
+                self._changed.notify_all()
+            elif self._state != after:
+                raise RuntimeError(f"The stream is {self._state}; only a running one can be paused.")
+
+    def _set_state(self, state: State, message: str = "") -> None:
+        with self._changed:
+            if self._state != "closed":
+                self._state, self._message = state, message
+                self.history.append("state", {"state": state, "message": message})
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition; False if the player is closing instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or condition())
+            return not self._closing
+
+
+def _jpeg(frame: Any) -> bytes:
+    from PIL.Image import Image
+    from transformers.image_transforms import to_pil_image
+
+    image = frame if isinstance(frame, Image) else to_pil_image(frame)
+    image = image.convert("RGB")
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

@@ -1,0 +1,231 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The page as an ASGI application, and a server for it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..video import MediaSource, VideoSource
+from .player import Player
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from ..streaming import CaptionEvent, CasaStream
+    from ..streaming.live import Late
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+# Two events for each word: an hour of a talkative model.
+MAX_HISTORY = 20_000
+THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+
+# A browser that holds a video still keeps its download open; the end of the server doesn't wait for it.
+_SHUTDOWN_SECONDS = 1
+_MAX_CONNECTIONS = 256
+_LAST_PORT = 65_535
+_server_log = logging.getLogger("uvicorn.error")
+
+
+def create_app(
+    stream: CasaStream | Callable[[], CasaStream],
+    source: VideoSource,
+    *,
+    title: str | None = None,
+    real_time: bool | None = None,
+    late: Late | None = None,
+    max_new_tokens: int = 64,
+    max_history: int = MAX_HISTORY,
+    on_event: Callable[[CaptionEvent], None] | None = None,
+    allowed_hosts: Iterable[str] | None = THIS_MACHINE,
+) -> Starlette:
+    """The page as a Starlette application.
+
+    One thread runs the model; it starts and ends with the application, and takes the first frame when the first page
+    is opened.
+
+    Args:
+        stream: a stream that nobody else uses meanwhile; or a function that makes one, which the thread calls, and
+            closes what it made.
+        source: gives the frames, see [`open_video`]. A file is played by the page, with its sound; of anything else,
+            and of files that the browser can't play, the page shows the frames that the model has seen.
+        title: of the page; None for the name of the source.
+        real_time: whether a recorded video is played at its own speed. Default: true of a file. A page never plays on
+            beyond what the model has looked at.
+        late: what happens to frames when the model is late, see [`LiveCaptions`]. Default: frames of a live source are
+            dropped; a recorded one waits for the model.
+        max_new_tokens: length of an answer at most.
+        max_history: events that are kept for pages that are opened later, or come back.
+        on_event: called with every event of the stream, in the model's thread; to write captions to a file, say.
+        allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
+            names have been made to point to this machine.
+
+    Raises:
+        ValueError: if a number isn't positive, or `late` and `real_time` don't go together.
+        ImportError: without Starlette.
+    """
+    try:
+        from .application import Page
+    except ImportError as error:
+        raise _missing() from error
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_history", max_history)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
+    file = Path(source.name).resolve() if isinstance(source, MediaSource) and os.path.isfile(source.name) else None
+    player = Player(
+        stream,
+        source,
+        real_time=(source.live or file is not None) if real_time is None else real_time,
+        late=late or ("drop" if source.live else "wait"),
+        max_history=max_history,
+        max_new_tokens=max_new_tokens,
+        on_event=on_event,
+    )
+    page = Page(player, file, title or Path(source.name).name)
+    app = page.application(["*"] if allowed_hosts is None else list(allowed_hosts))
+    app.state.player = player
+    return app
+
+
+class CaptionServer:
+    """An HTTP server for the page of a stream.
+
+    Args:
+        stream, source, **options: see [`create_app`].
+        host: address to listen on. Anything but this machine's own addresses lets others watch, pause and ask:
+            there is no password and no encryption.
+        port: 0 takes a free one.
+
+    Attributes:
+        url: where the page is.
+
+    Raises:
+        ValueError: if the address can't be had, and where `create_app` does.
+        ImportError: without Starlette or Uvicorn.
+    """
+
+    def __init__(
+        self,
+        stream: CasaStream | Callable[[], CasaStream],
+        source: VideoSource,
+        *,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        **options: Any,
+    ) -> None:
+        try:
+            import uvicorn
+        except ImportError as error:
+            raise _missing() from error
+        shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+        options.setdefault("allowed_hosts", (*THIS_MACHINE, shown) if _is_loopback(host) else None)
+        app = create_app(stream, source, **options)
+        self._player: Player = app.state.player
+        self._socket = _listen(host, port)
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}/"
+        player = self._player
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                player.hang_up()  # pages listen for as long as there is something to hear
+                _server_log.setLevel(logging.CRITICAL)  # a download that is cut off isn't worth a traceback
+                await super().shutdown(sockets)
+
+        self._server = Server(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_level="warning",
+                limit_concurrency=_MAX_CONNECTIONS,
+                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+                server_header=False,
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until `stop`, or a signal that ends the process; then the thread of the model has ended.
+
+        Raises:
+            Exception: what ended the stream, if an error did.
+        """
+        level = _server_log.level
+        try:
+            self._server.run(sockets=[self._socket])
+        except KeyboardInterrupt:
+            if self._player.error is None:
+                raise
+        finally:
+            _server_log.setLevel(level)
+            self._player.close()
+            self.close()
+        if self._player.error is not None:
+            raise self._player.error
+
+    def stop(self) -> None:
+        """Let `run` return; may be called from any thread."""
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        """Give back the address of a server that isn't to run, or has run."""
+        self._socket.close()
+
+
+def serve(
+    stream: CasaStream | Callable[[], CasaStream],
+    source: VideoSource,
+    *,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    on_start: Callable[[str], None] | None = None,
+    **options: Any,
+) -> None:
+    """Serve the page of a stream until Ctrl-C.
+
+    Args:
+        stream, source, host, port, **options: see [`CaptionServer`].
+        on_start: told the page's URL before it is served.
+    """
+    server = CaptionServer(stream, source, host=host, port=port, **options)
+    if on_start is not None:
+        on_start(server.url)
+    server.run()
+
+
+def _missing() -> ImportError:
+    return ImportError("The page needs Starlette and Uvicorn: pip install casa_hf[web]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= _LAST_PORT:
+        raise ValueError(f"port={port} must be from 0 to {_LAST_PORT}; 0 takes a free one.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()  # who comes before the server runs has to wait, not to try again
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+    except OSError as error:
+        raise ValueError(
+            f"The page can't be served at {host}:{port} ({error}); choose another host or port."
+        ) from error

@@ -1,0 +1,141 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The page in a real browser, from the video on the screen to the tokens of a real stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.streaming import CasaStream
+from casa_hf.video import open_video
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from .browser import PROGRAMS, Browser, Tab, find
+from .pages import Listener, draw_clip, events, serving
+
+pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(PROGRAMS)}")
+
+QUESTION = "Is <img src=x onerror=alert(1)> shown?"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def make_stream(casa_folder: Path) -> Callable[[], CasaStream]:
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    return lambda: CasaStream(model, processor, fps=4, max_new_tokens_per_frame=4, do_sample=True, seed=1)
+
+
+def shown_captions(tab: Tab) -> list[str]:
+    return tab.evaluate("[...document.querySelectorAll('#captions li p')].map((line) => line.textContent)")
+
+
+def points(tab: Tab, plot: str, line: str) -> int:
+    path = tab.evaluate(f"document.querySelector('#{plot} path.{line}')?.getAttribute('d') ?? ''")
+    return len(re.findall(r"[ML]", path))
+
+
+def assert_tidy(tab: Tab, url: str) -> None:
+    """Nothing went wrong, nothing came from elsewhere, nothing is wider than the screen, everything has a name."""
+    assert not tab.complaints
+    assert {urlsplit(asked)[:2] for asked in tab.requests} == {urlsplit(url)[:2]}
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    widgets = [node for node in nodes if node.get("role", {}).get("value") in ("button", "textbox", "Video", "list")]
+    assert len(widgets) >= 4
+    assert all(node["name"]["value"] for node in widgets if not node.get("ignored"))
+
+
+def test_a_video_with_its_captions(browser: Browser, make_stream: Callable[[], CasaStream], tmp_path: Path) -> None:
+    clip = draw_clip(tmp_path / "ball.webm", 300)  # long enough to be in the middle of it however slow the machine
+    with serving(make_stream(), open_video(clip, fps=4), max_new_tokens=6) as server:
+        tab = browser.open(server.url)
+        tab.wait("document.title === 'ball.webm'")
+
+        # Captions appear while the video plays; both plots grow.
+        tab.wait("document.querySelectorAll('#captions li').length >= 2 && video.currentTime > 0.2")
+        tab.wait("document.querySelector('#subtitle').textContent")
+        before = [points(tab, "latency-plot", "first"), points(tab, "memory-plot", "second")]
+        tab.wait(f"Number(document.querySelector('#count-end').textContent) >= {max(before) + 2}")
+        assert points(tab, "latency-plot", "first") > before[0]
+        assert points(tab, "memory-plot", "second") > before[1]
+
+        # A press on the button stops model and video.
+        tab.click("#pause")
+        tab.wait("document.querySelector('#status').dataset.state === 'paused' && video.paused")
+        assert tab.evaluate("document.querySelector('#pause').textContent") == "Resume"
+
+        # A question, written on the keyboard, is answered during the pause; what looks like HTML stays text.
+        tab.click("#question")
+        tab.type(QUESTION)
+        tab.press("Enter", "Enter", "\r")
+        tab.wait(
+            "document.querySelector('#answers .answer')?.textContent && "
+            "!document.querySelector('#asked').textContent && video.paused"
+        )
+        assert tab.evaluate("document.querySelector('#answers .question').textContent") == QUESTION
+        assert tab.evaluate("document.querySelectorAll('#answers img').length") == 0
+
+        # What is shown is what was generated.
+        heard = Listener(server.url).until_answer()
+        captions: dict[int, str] = {}
+        for event in events(heard):
+            captions[event["frame_index"]] = captions.get(event["frame_index"], "") + event["text"] * (
+                event["kind"] == "text"
+            )
+        seen = [text for text in captions.values() if text]
+        assert len(seen) > 2
+        assert shown_captions(tab) == seen
+        answer = "".join(event["text"] for event in events(heard, "answer") if event["kind"] == "answer")
+        assert tab.evaluate("document.querySelector('#answers .answer').textContent") == answer
+        # The video isn't ahead of the captions.
+        stopped = tab.evaluate("video.currentTime")
+        assert stopped <= events(heard)[-1]["end"] + 0.1
+
+        # A page that is loaded again knows what happened; so does another one, on a dark telephone.
+        tab.call("Page.reload")
+        tab.wait("document.querySelector('#answers .answer')?.textContent && !video.hidden")
+        assert shown_captions(tab) == seen
+        phone = browser.open(server.url, width=360, height=740, features={"prefers-color-scheme": "dark"})
+        phone.wait("document.querySelector('#answers .answer')?.textContent && !video.hidden")
+        assert shown_captions(phone) == seen
+        assert phone.evaluate("document.querySelector('#status').dataset.state") == "paused"
+        for name, page, width in (("wide", tab, 1280), ("narrow", phone, 360)):
+            assert_tidy(page, server.url)
+            page.screenshot(tmp_path / f"{name}.png")
+            assert Image.open(tmp_path / f"{name}.png").width == width
+
+        # The space bar goes on; a caption's time leads back to its moment.
+        tab.call("Page.bringToFront")
+        tab.press(" ", "Space", " ")
+        tab.wait(f"document.querySelectorAll('#captions li').length > {len(seen)} && video.currentTime > {stopped}")
+        tab.click("#captions li button")
+        tab.wait(f"video.currentTime < {stopped}")
+        assert_tidy(tab, server.url)
+
+
+def test_frames_where_there_is_no_video_to_play(browser: Browser, make_stream: Callable[[], CasaStream]) -> None:
+    images = [Image.new("RGB", (84, 56), colour) for colour in ("navy", "olive", "teal")]
+    with serving(make_stream(), open_video(images, fps=4), title="Camera") as server:
+        tab = browser.open(server.url)
+        tab.wait("document.querySelector('#status').dataset.state === 'finished'")
+        tab.wait("picture.alt === 'Frame at 0:00' && picture.complete && picture.dataset.frame === '2'")
+        assert tab.evaluate("[picture.naturalWidth, picture.naturalHeight, video.hidden]") == [84, 56, True]
+        assert tab.evaluate("document.querySelector('h1').textContent") == "Camera"
+        assert_tidy(tab, server.url)
+
+    # The server has ended; the page says so.
+    tab.wait("['closed', 'lost'].includes(document.querySelector('#status').dataset.state)")
