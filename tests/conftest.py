@@ -1,9 +1,14 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fixtures that several test files use: a small source checkpoint of random weights and its CASA form."""
+"""Fixtures that several test files use: a small source checkpoint of random weights, its CASA form, a web server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from transformers.utils.logging import disable_progress_bar
@@ -26,3 +31,25 @@ def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def casa_folder(source_folder: Path) -> Path:
     """The same as a CASA checkpoint of the variant `casa`; read only."""
     return convert_checkpoint(source_folder, source_folder.with_name("casa")).output
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    """Serve a folder over HTTP on this machine: folder -> address of the folder."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(folder)))
+        servers.append(server)
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

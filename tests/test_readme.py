@@ -48,7 +48,8 @@ def test_commands(workplace, monkeypatch):
 
     from casa_hf.cli import app
 
-    assert [command.split()[0] for command in COMMANDS] == ["convert"] * 4 + ["inspect", "generate", "chat", "push"]
+    others = ["inspect", "generate", "chat", "caption", "push"]
+    assert [command.split()[0] for command in COMMANDS] == ["convert"] * 4 + others
     for command in COMMANDS[:-1]:  # `push` needs a Hub: see hub/test_docs.py
         arguments = re.findall(r'"([^"]*)"|(\S+)', command)
         result = CliRunner().invoke(app, [quoted or plain for quoted, plain in arguments], input="Hello\n/quit\n")
@@ -56,3 +57,5 @@ def test_commands(workplace, monkeypatch):
     made = {path.name for path in workplace.iterdir() if (path / "config.json").is_file()}
     assert {"my-casa-model", "my-gated-model", "my-qwen-model"} <= made
     assert "not-written" not in made
+    assert (workplace / "captions.srt").read_text("utf-8").startswith("1\n00:00:00,000 --> ")
+    assert (workplace / "captioned.mp4").is_file()

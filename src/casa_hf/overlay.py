@@ -196,7 +196,8 @@ class Overlay:
             if caption is not None:
                 self._draw(caption.start)
                 self._caption = caption
-            self._draw(self._caption.end if interrupted and self._caption is not None else None)
+            last = self._latest if self._caption is None else self._caption.end
+            self._draw(last if interrupted else None)
         finally:
             if self._frames is not None:
                 self._frames.close()

@@ -1,13 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A processor made from a small Qwen2.5-VL checkpoint, its stock parts to compare with, real photographs, a server."""
+"""A processor made from a small Qwen2.5-VL checkpoint, its stock parts to compare with, real photographs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -53,25 +49,3 @@ def tokenizer(source: Path) -> Any:
 @pytest.fixture(scope="session")
 def photos() -> dict[str, Image.Image]:
     return {name: Image.open(PHOTOS / f"{name}.jpg").convert("RGB") for name in ("cat", "coffee", "rocket")}
-
-
-class _QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    """Serve a folder over HTTP on this machine: folder -> address of the folder."""
-    servers = []
-
-    def start(folder: Path) -> str:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(folder)))
-        servers.append(server)
-        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()

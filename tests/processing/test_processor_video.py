@@ -1,12 +1,11 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Videos: which frames are taken from real files, and that a frame is an image of its own.
 
-The frames of a written clip show their number: eight bars, white for a bit that is set.
+The frames of a written clip show their number.
 """
 
 from __future__ import annotations
 
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,11 @@ import torch
 
 from casa_hf.processing_casa import CasaProcessor
 from casa_hf.video import load_frames, sample_indices
+from tests.clips import numbers, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-
-
-def write_clip(path: Path, count: int, rate: int, codec: str = "libx264", times: list[int] | None = None) -> Path:
-    """A clip of `count` frames at `rate` frames per second, or with frames at these multiples of 1/rate seconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for index in range(count):
-            bits = np.array([index >> bit & 1 for bit in range(8)], np.uint8)
-            bars = np.broadcast_to(255 * bits.repeat(8)[None, :, None], (48, 64, 3))
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(bars), format="rgb24")
-            frame.pts = index if times is None else times[index]
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def numbers(frames: list[Any]) -> list[int]:
-    """Which frames of a written clip these are."""
-    centres = [np.asarray(frame).mean(axis=(0, 2))[4::8] > 128 for frame in frames]
-    return [sum(1 << bit for bit in range(8) if bars[bit]) for bars in centres]
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +87,7 @@ def test_which_moments_are_sampled():
 
 
 def test_a_clip_filmed_upright_is_turned(tmp_path):
-    clip = tmp_path / "clip.mp4"
-    left_white = np.zeros((48, 64, 3), np.uint8)
-    left_white[:, :32] = 255
-    with av.open(str(clip), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(left_white, format="rgb24")))
-        container.mux(stream.encode())
-    data = bytearray(clip.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 16  # name; version and flags; times, track, duration; layer, volume
-    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    assert data[matrix : matrix + 36] == identity
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    clip.write_bytes(data)
+    clip = write_turned_clip(tmp_path / "clip.mp4")
     (frame,) = load_frames(clip)
     assert frame.size == (48, 64)
     assert np.asarray(frame)[:24].mean() > 250 and np.asarray(frame)[40:].mean() < 5

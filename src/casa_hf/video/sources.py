@@ -186,7 +186,7 @@ class VideoSource:
             """Whether the held frame, on screen until then, is taken; moves on to the next moment if so."""
             nonlocal step
             if self.fps is None:
-                return not self.start or until > self.start + TOLERANCE_SECONDS
+                return until > self.start + TOLERANCE_SECONDS
             if until <= moment():
                 return False
             # The first guess avoids counting through a long pause step by step.
@@ -206,6 +206,10 @@ class VideoSource:
             if held is not None and wanted(item.timestamp):
                 yield held
             held = item
+            if self.fps is None and held.timestamp >= self.start:
+                yield held
+                held = None
+                continue
             if self.live and item.duration and wanted(item.timestamp + item.duration):
                 yield held
                 held = None
@@ -260,7 +264,9 @@ class MediaSource(VideoSource):
         if not self.live:
             self.duration = self._stated
             if self.duration is None and self._opened.duration:
-                self.duration = self._opened.duration / _CONTAINER_TICKS
+                # Matroska states when it ends, the others how long they are.
+                begin = self._opened.start_time or 0 if "matroska" in self._opened.format.name else 0
+                self.duration = (self._opened.duration - begin) / _CONTAINER_TICKS
                 self._stated = self.duration if len(self._opened.streams) == 1 else None
 
     def every_frame(self) -> MediaSource:
@@ -287,8 +293,8 @@ class MediaSource(VideoSource):
         if not container.streams.video:
             container.close()
             raise ValueError(f"The video {self.name!r} can't be used: it has no video stream.")
-        if not self.live:  # threads that decode whole frames hold some of them back
-            container.streams.video[0].thread_type = "AUTO"
+        # Threads work on slices of a frame, PyAV's default: those that each decode a whole one would hold frames back,
+        # and lose good ones beside one that is damaged.
         return container
 
     def _way_out(self) -> str:
@@ -366,7 +372,10 @@ class MediaSource(VideoSource):
         length = Fraction(0)
         for frame in frames:
             if isinstance(frame, VideoProblem):
-                yield VideoProblem(float(last or 0), frame.message)
+                where = float(last or 0)
+                if origin is not None and math.isfinite(frame.timestamp):
+                    where = max(0.0, float(frame.timestamp - origin + offset))
+                yield VideoProblem(where, frame.message)
                 continue
             stamp = count * period if frame.pts is None else frame.pts * Fraction(frame.time_base)
             count += 1
@@ -550,7 +559,10 @@ def _windows_camera(index: int) -> str:
 
 
 def _decoded(container: Any) -> Iterator[Any]:
-    """Frames of the first video stream; a run of packets that can't be decoded is one problem."""
+    """Frames of the first video stream; a run of packets that can't be decoded is one problem.
+
+    The times of problems are the container's, or NaN where that says nothing.
+    """
     import av
 
     stream = container.streams.video[0]
@@ -565,20 +577,22 @@ def _decoded(container: Any) -> Iterator[Any]:
             return
         except BlockingIOError:  # a device that has nothing yet
             if silent > _SILENCE_SECONDS:
-                yield VideoProblem(0.0, f"nothing came for {_SILENCE_SECONDS:g} s")
+                yield VideoProblem(math.nan, f"nothing came for {_SILENCE_SECONDS:g} s")
                 return
             time.sleep(_BUSY_SECONDS)
             silent += _BUSY_SECONDS
             packets = container.demux(stream)
             continue
         except (OSError, av.error.FFmpegError) as error:
-            yield from chain(_flushed(stream), [VideoProblem(0.0, f"reading ended early: {error}")])
+            yield from chain(_flushed(stream), [VideoProblem(math.nan, f"reading ended early: {error}")])
             return
         try:
             frames = packet.decode()
         except (OSError, ValueError, av.error.FFmpegError) as error:
             if not broken:
-                yield VideoProblem(0.0, f"a part can't be decoded: {error}")
+                stamp = packet.dts if packet.pts is None else packet.pts
+                place = math.nan if stamp is None else float(stamp * packet.time_base)
+                yield VideoProblem(place, f"a part can't be decoded: {error}")
             broken = True
             continue
         broken = broken and not frames

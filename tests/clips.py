@@ -1,0 +1,83 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Clips whose frames show their number: eight bars, white for a bit that is set."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
+    """The frame with this number, (height, width, 3)."""
+    bits = np.array([number >> bit & 1 for bit in range(8)], np.uint8)
+    columns = np.arange(width) * 8 // width
+    return np.ascontiguousarray(np.broadcast_to(255 * bits[columns][None, :, None], (height, width, 3)))
+
+
+def numbers(frames: list[Any]) -> list[int]:
+    """Which frames of a written clip these are."""
+    found = []
+    for frame in frames:
+        columns = np.asarray(frame).mean(axis=(0, 2))
+        centres = columns[[(2 * bar + 1) * len(columns) // 16 for bar in range(8)]] > 128
+        found.append(sum(1 << bit for bit in range(8) if centres[bit]))
+    return found
+
+
+def write_clip(
+    path: Path,
+    count: int,
+    rate: int,
+    codec: str = "libx264",
+    times: list[int] | None = None,
+    size: tuple[int, int] = (64, 48),
+    sound: str | None = None,
+    header: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """A clip of `count` frames at `rate` frames per second, or with frames at these multiples of 1/rate seconds.
+
+    `sound` is the codec of a tone beside it, `header` are options of the container, `options` those of the encoder.
+    """
+    import av
+
+    with av.open(str(path), "w", options=header or {}) as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p" if not (size[0] % 2 or size[1] % 2) else "yuv444p"
+        audio = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24")
+            frame.pts = index if times is None else times[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if audio is not None:
+            wave = np.sin(np.arange(48_000 * count // rate) * 440 * 2 * np.pi / 48_000)
+            tone = av.AudioFrame.from_ndarray((8_000 * wave).astype(np.int16)[None], format="s16", layout="mono")
+            tone.rate = 48_000
+            container.mux(audio.encode(tone))
+            container.mux(audio.encode())
+    return path
+
+
+def write_turned_clip(path: Path) -> Path:
+    """One frame, whose left half is white, filmed with the camera upright: shown as it should be, the top is white."""
+    import av
+
+    left_white = np.zeros((48, 64, 3), np.uint8)
+    left_white[:, :32] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(left_white, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 16  # name; version and flags; times, track, duration; layer, volume
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    assert data[matrix : matrix + 36] == identity
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path

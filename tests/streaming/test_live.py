@@ -1,0 +1,316 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Live captions: what happens to frames that come while the model is busy.
+
+A clock that the tests turn stands for the time that the model takes, so every decision can be foretold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from casa_hf import CaptionEvent, CasaStream
+from casa_hf.streaming import LiveCaptions
+from casa_hf.video import FrameIterator, VideoSource, open_video
+from tests.clips import picture
+
+FPS = 10
+
+
+class Clock:
+    """Seconds, which pass when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def stream(model: Any, processor: Any) -> Iterator[CasaStream]:
+    with CasaStream(model("casa"), processor, fps=FPS, max_new_tokens_per_frame=2) as opened:
+        yield opened
+
+
+def recorded(count: int) -> VideoSource:
+    """Frames at 0, 0.1, 0.2, ... seconds."""
+    return open_video([picture(index) for index in range(count)], rate=FPS)
+
+
+def ticks(seconds: float) -> int:
+    return round(seconds * FPS)
+
+
+def run(captions: LiveCaptions, clock: Clock, busy: dict[int, float]) -> list[tuple[str, int]]:
+    """Kinds and places of the events but texts; `busy` says how many seconds the model takes for a frame."""
+    found = []
+    for event in captions:
+        if event.kind == "end":
+            clock.now += busy.get(ticks(event.start), 0.0)
+        if event.kind != "text":
+            found.append((event.kind, ticks(event.start)))
+    return found
+
+
+BUSY = {2: 0.35, 7: 0.95}
+
+
+def foretold(late: str, max_waiting: int, count: int) -> list[tuple[str, int]]:
+    """What the policies mean, tick by tick: frame i is there at i; the model is busy for so many ticks."""
+    found: list[tuple[str, int]] = []
+    waiting: list[int] = []
+    now, arrived = 0.0, 0
+    while arrived < count or waiting:
+        while arrived < count and arrived <= now + 1e-9:
+            waiting.append(arrived)
+            arrived += 1
+            if late != "wait" and len(waiting) > max_waiting:
+                found.append(("dropped", waiting.pop(0)))
+        if not waiting:
+            now = float(arrived)
+            continue
+        shown = waiting if late == "merge" else waiting[:1]
+        waiting = waiting[len(shown) :]
+        found += [("merged", index) for index in shown[:-1]] + [("end", shown[-1])]
+        now += FPS * BUSY.get(shown[-1], 0.0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("late", "max_waiting"), [("drop", 1), ("drop", 3), ("merge", 4), ("merge", 2), ("wait", 8), ("wait", 2)]
+)
+def test_late_frames_of_a_video_that_plays_at_its_own_speed(stream, late, max_waiting):
+    clock = Clock()
+    captions = LiveCaptions(
+        stream, recorded(24), late=late, max_waiting=max_waiting, real_time=True, clock=clock, sleep=clock.sleep
+    )
+    expected = foretold(late, max_waiting, 24)
+    assert run(captions, clock, BUSY) == expected
+    kinds = {kind for kind, _ in expected}
+    assert kinds == {"drop": {"end", "dropped"}, "merge": {"end", "merged", "dropped"}, "wait": {"end"}}[late]
+    assert stream.num_frames == 24, "every frame is accounted for"
+    assert clock.now >= 1000.0 + 2.3
+
+
+def test_without_a_clock_nothing_is_lost_and_the_texts_are_those_of_the_stream_alone(model, processor):
+    def events(of: Any) -> list[Any]:
+        return [(event.kind, event.frame_index, event.start, event.token_ids) for event in of]
+
+    frames = [picture(index) for index in range(6)]
+    alone = CasaStream(model("casa"), processor, fps=FPS)
+    expected = [event for index, frame in enumerate(frames) for event in events(alone.push(frame, index / FPS))]
+    captions = LiveCaptions(CasaStream(model("casa"), processor, fps=FPS), open_video(frames, rate=FPS))
+    assert captions.late == "wait" and not captions.real_time
+    assert events(captions) == expected
+    assert sum(kind == "text" for kind, *_ in expected) > 6
+
+
+def test_lag_is_how_late_the_newest_frame_was(stream):
+    clock = Clock()
+    captions = LiveCaptions(stream, recorded(5), late="wait", real_time=True, clock=clock, sleep=clock.sleep)
+    lags = []
+    for event in captions:
+        if event.kind == "end":
+            lags.append(round(captions.lag, 6))
+            clock.now += 0.25
+    assert lags == [0, 0.15, 0.3, 0.45, 0.6]
+
+
+class Camera:
+    """A live source in the hands of a test: `show` returns when the frame has arrived."""
+
+    def __init__(self) -> None:
+        self._shown, self._taken = threading.Semaphore(0), threading.Semaphore(0)
+        self._items: list[Any] = []
+        self._first = True
+
+    def show(self, *indices: int) -> None:
+        for index in indices:
+            self._items.append((index / FPS, picture(index)))
+            self._shown.release()
+            # The next one is asked for when this one has been put.
+            assert self._taken.acquire(timeout=30)
+
+    def end(self) -> None:
+        self._items.append(None)
+        self._shown.release()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            if not self._first:
+                self._taken.release()
+            self._first = False
+            self._shown.acquire()
+            item = self._items.pop(0)
+            if item is None:
+                return
+            yield item
+
+
+def live(camera: Camera) -> VideoSource:
+    return FrameIterator(camera, live=True)
+
+
+@pytest.mark.parametrize(
+    ("late", "max_waiting", "expected"),
+    [
+        ("drop", 1, [("end", 0), ("dropped", 1), ("dropped", 2), ("end", 3), ("end", 4)]),
+        ("drop", 2, [("end", 0), ("dropped", 1), ("end", 2), ("end", 3), ("end", 4)]),
+        ("merge", 4, [("end", 0), ("merged", 1), ("merged", 2), ("end", 3), ("end", 4)]),
+        ("merge", 2, [("end", 0), ("dropped", 1), ("merged", 2), ("end", 3), ("end", 4)]),
+    ],
+)
+def test_late_frames_of_a_camera(stream, late, max_waiting, expected):
+    camera = Camera()
+    captions = LiveCaptions(stream, live(camera), late=late, max_waiting=max_waiting)
+    found = []
+    feeder = threading.Thread(target=camera.show, args=(0,))
+    feeder.start()
+    for event in captions:
+        if event.kind == "text":
+            continue
+        found.append((event.kind, ticks(event.start)))
+        if found[-1] == ("end", 0):
+            feeder.join()
+            camera.show(1, 2, 3)  # while the model is still at frame 0
+        if found[-1] == ("end", 3):
+            camera.show(4)
+            camera.end()
+    assert found == expected
+    assert stream.num_frames == 5
+
+
+def test_a_pause_holds_a_recorded_video_and_passes_over_a_live_one(stream):
+    clock = Clock()
+    captions = LiveCaptions(stream, recorded(6), real_time=True, clock=clock, sleep=clock.sleep)
+    found = []
+    for event in captions:
+        if event.kind == "end":
+            found.append((ticks(event.start), round(clock.now - 1000, 6)))
+            if ticks(event.start) == 2:
+                captions.pause()
+                assert captions.paused
+                clock.now += 60
+                captions.resume()
+    assert found == [(0, 0), (1, 0.1), (2, 0.2), (3, 60.3), (4, 60.4), (5, 60.5)]
+
+    camera = Camera()
+    captions = LiveCaptions(stream.fork(), live(camera))
+    captions.stream.reset()
+    feeder = threading.Thread(target=camera.show, args=(0,))
+    feeder.start()
+    found = []
+    for event in captions:
+        if event.kind == "end":
+            found.append(ticks(event.start))
+            if found == [0]:
+                feeder.join()
+                captions.pause()
+                camera.show(1, 2, 3)
+                threading.Timer(0.05, lambda: (captions.resume(), camera.show(4), camera.end())).start()
+        assert event.kind != "dropped", "what passes during a pause isn't late"
+    assert found == [0, 4]
+
+
+def test_questions_are_answered_between_frames_and_during_a_pause(stream):
+    captions = LiveCaptions(stream, recorded(4))
+    kinds = []
+    for event in captions:
+        kinds.append(event.kind)
+        if event.kind == "end" and kinds.count("end") == 2:
+            captions.pause()
+            captions.ask("What is it?", max_new_tokens=3)
+            captions.ask("What <|vision_start|><|vision_end|> is it?")
+        if event.kind == "error":
+            captions.resume()
+    ends = [index for index, kind in enumerate(kinds) if kind == "end"]
+    assert len(ends) == 5
+    assert "error" in kinds[ends[2] :], "a question that can't be asked ends nothing"
+    with pytest.raises(ValueError, match="16 questions wait"):
+        for _ in range(17):
+            captions.ask("And now?")
+
+
+def test_stop_ends_after_the_frame_and_leaves_no_thread(stream):
+    captions = LiveCaptions(stream, open_video("lavfi:testsrc=size=64x48:rate=100,realtime", fps=50))
+    ends = 0
+    for event in captions:
+        ends += event.kind == "end"
+        if ends == 2:
+            captions.stop()
+    assert ends == 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "casa-read-ahead"]
+
+
+def test_a_broken_place_is_an_error_event_and_the_stream_goes_on(stream, tmp_path):
+    from PIL import Image
+
+    for index in range(4):
+        Image.fromarray(picture(index)).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    events = [event for event in LiveCaptions(stream, open_video(tmp_path, rate=FPS)) if event.kind != "text"]
+    assert [(event.kind, ticks(event.start)) for event in events] == [("end", 0), ("error", 1), ("end", 2), ("end", 3)]
+    assert "1.png" in events[1].message
+
+
+def test_an_image_that_is_none_is_an_error_of_the_stream(stream):
+    frames = [picture(0), np.full((2, 2), np.nan), picture(2)]
+    kinds = [event.kind for event in LiveCaptions(stream, open_video(frames, rate=FPS)) if event.kind != "text"]
+    assert kinds == ["end", "error", "end"]
+
+
+def test_what_is_reported_is_bounded(stream):
+    """A model that sleeps for an hour costs a bounded number of reports, which still count every frame."""
+    clock = Clock()
+    frames = ((index / 100, picture(0)) for index in range(5000))
+    captions = LiveCaptions(stream, open_video(frames), late="drop", real_time=True, clock=clock, sleep=clock.sleep)
+    events = []
+    for event in captions:
+        events.append(event)
+        if event.kind == "end":
+            clock.now += 3600
+    dropped = [event for event in events if event.kind == "dropped"]
+    assert len(dropped) == 1000
+    assert dropped[-1].message.endswith("and 3998 before it")
+    assert [event.start for event in events if event.kind == "end"] == [0.0, 49.99]
+
+
+def test_an_error_of_the_source_comes_after_what_it_gave(stream):
+    def frames() -> Iterator[Any]:
+        yield picture(0)
+        raise OSError("the cable is out")
+
+    for real_time in (False, True):
+        clock = Clock()
+        events: list[CaptionEvent] = []
+        stream.reset()
+        captions = LiveCaptions(
+            stream, open_video(frames(), rate=FPS), real_time=real_time, clock=clock, sleep=clock.sleep
+        )
+        with pytest.raises(OSError, match="the cable is out"):
+            for event in captions:
+                events.append(event)
+        assert [event.kind for event in events if event.kind != "text"] == ["end"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"late": "never"}, "late='never' is none of 'drop', 'merge', 'wait'"),
+        ({"late": "drop"}, "late='drop' needs real_time=True"),
+        ({"max_waiting": 0}, "max_waiting=0 must be at least 1"),
+    ],
+)
+def test_wrong_options(stream, options, message):
+    with pytest.raises(ValueError, match=message):
+        LiveCaptions(stream, recorded(1), **options)
+    with pytest.raises(ValueError, match=r"real_time=False: .* is live"):
+        LiveCaptions(stream, live(Camera()), real_time=False)
