@@ -335,9 +335,7 @@ def _line(sample: Sample, masks: _Masks, epoch: int) -> list[tuple[str, int]]:
             for kind, index in line[begin:end]
             if seen
             and (
-                seen[0] <= index < seen[-1]
-                if kind == "text"
-                else seen[0] <= sample.images[index].position <= seen[-1]
+                seen[0] <= index < seen[-1] if kind == "text" else seen[0] <= sample.images[index].position <= seen[-1]
             )
         ]
     return line

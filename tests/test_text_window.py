@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Evicted text against the dense reference, which masks it and numbers positions anew, in float64 and without a cache."""
+"""Evicted text against the dense reference, which masks it and counts positions anew, in float64, without a cache."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_rows_forget_by_their_own_tokens(variant, fields):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
-    """M-RoPE in sections and interleaved, 1-D rotary of neighbours; two designs with text keys of their own and none."""
+    """M-RoPE in sections and interleaved, 1-D rotary of neighbours; with text keys of their own, and shared ones."""
     for fields in (
         {"casa_video_history": "latest"},
         {"casa_video_history": "latest", "casa_keys": "context", "casa_share_projections": True}

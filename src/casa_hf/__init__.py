@@ -21,6 +21,7 @@ from .export import add_code
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
 from .processing_casa import CasaProcessor
 from .publishing import PublishingError, push_checkpoint
+from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
@@ -29,10 +30,13 @@ AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
 __all__ = [
+    "CaptionEvent",
     "CasaConfig",
     "CasaForConditionalGeneration",
     "CasaModel",
     "CasaProcessor",
+    "CasaStream",
+    "CasaStreamBatch",
     "Conversation",
     "ConversionError",
     "PublishingError",

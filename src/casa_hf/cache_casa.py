@@ -8,8 +8,8 @@ reaches the layers one by one and so reaches this state too. Layer 0 also owns t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import cache as memoize
 from typing import Any, NamedTuple
 
@@ -260,6 +260,20 @@ class CasaLayerMixin:
         if not self._without_text:
             super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
+    def append_empty_rows(self, number: int) -> None:
+        """Add rows without text and images to those that are held."""
+        self._require_dynamic("append_empty_rows")
+
+        def longer(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor.new_zeros(number, *tensor.shape[1:])])
+
+        self._map_fusion(longer)
+        if not self._without_text:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = longer(self.keys), longer(self.values)
+        if self.window_state is not None:
+            self.window_state = self.window_state.append_empty_rows(number)
+
     def _require_dynamic(self, operation: str) -> None:
         """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
         if not isinstance(self, DynamicLayer) or hasattr(self, "_quantized_keys"):
@@ -479,6 +493,55 @@ def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int)
             f"The static cache has {layer.max_cache_len} slots, but the text has {length + num_tokens} tokens now. "
             "Make it with a larger max_cache_len."
         )
+
+
+def cache_state(cache: Cache) -> dict[str, Any]:
+    """Everything that a growing cache holds, as tensors of their own and numbers; `restore_cache` takes it back.
+
+    Args:
+        cache: prepared by `prepare_cache`, of growing layers.
+    """
+    layers = []
+    for layer in cache.layers:
+        layer._require_dynamic("cache_state")
+        layers.append(
+            {
+                "text": [] if layer.keys is None else [layer.keys.clone(), layer.values.clone()],
+                "fusion": {name: [tensor.clone() for tensor in stored] for name, stored in layer.fusion.items()},
+                "joined": "window" in layer.memory,
+            }
+        )
+    state = cache.layers[0].window_state
+    windows = {field.name: getattr(state, field.name) for field in fields(state)}
+    copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in windows.items()}
+    return {"layers": layers, "windows": copied}
+
+
+def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.device]) -> None:
+    """Fill an empty cache with what `cache_state` gave.
+
+    Args:
+        cache: of as many growing layers as the state has, empty.
+        state: from `cache_state`; it isn't changed and shares nothing with the cache.
+        devices: of the decoder blocks.
+    """
+    prepare_cache(cache, len(state["layers"]))
+    for layer, stored, device in zip(cache.layers, state["layers"], devices, strict=True):
+        if stored["text"]:
+            text = KeysValues(*(tensor.to(device, copy=True) for tensor in stored["text"]))
+            layer.lazy_initialization(*text)
+            layer.keys, layer.values = text
+        layer.fusion = {
+            name: KeysValues(*(tensor.to(device, copy=True) for tensor in tensors))
+            for name, tensors in stored["fusion"].items()
+        }
+        if stored["joined"] and {"image", "window"} <= layer.fusion.keys():
+            layer._join(layer.fusion["image"], layer.fusion["window"])
+    windows: dict[str, Any] = {
+        name: value.to(devices[0], copy=True) if isinstance(value, torch.Tensor) else value
+        for name, value in state["windows"].items()
+    }
+    cache.layers[0].window_state = WindowState(**windows)
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:

@@ -48,7 +48,7 @@ from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
-from .text_window import KeyRotation, evict_text
+from .text_window import KeyRotation, check_history, evict_text
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
@@ -422,11 +422,19 @@ class CasaTextModel(CasaPreTrainedModel):
         )
 
     def evict_text(
-        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int = 4
+        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
         """See [`CasaForConditionalGeneration.evict_text`]."""
-        rotation = KeyRotation(self.rotary_emb, self.rotate_keys)
-        return evict_text(past_key_values, self.window_rules, rotation, keep, num_sink_tokens)
+        return evict_text(past_key_values, self.window_rules, self.key_rotation(), keep, num_sink_tokens)
+
+    def key_rotation(self) -> KeyRotation:
+        """What moves stored keys to other positions.
+
+        Raises:
+            ValueError: if this model's keys can't be moved, or its images are kept for ever.
+        """
+        check_history(self.window_rules)
+        return KeyRotation(self.rotary_emb, self.rotate_keys)
 
     def _packed_samples(
         self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, past_key_values: Cache | None
@@ -870,7 +878,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def evict_text(
-        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int = 4
+        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
         """Forget text between the first tokens and the most recent ones, so that a cache can be used for ever.
 
@@ -881,7 +889,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         Args:
             past_key_values: a cache that this model has filled.
             keep: number of text tokens that each row keeps, the first ones included; one number, or (batch,).
-            num_sink_tokens: number of first tokens to keep.
+            num_sink_tokens: number of first tokens to keep; one number, or (batch,).
 
         Returns:
             (batch, length) the old slot of each text slot that is there now, -1 for padding; None if nothing changed.

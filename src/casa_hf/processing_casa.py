@@ -341,6 +341,14 @@ class CasaProcessor(ProcessorMixin):
                 patches += self.image_processor.get_number_of_image_patches(height, width, limits)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
+    def count_marks(self, text: str) -> int:
+        """Number of images and videos that a prompt has marks for.
+
+        Raises:
+            ValueError: if `text` isn't a string, or has a placeholder outside of a mark.
+        """
+        return len(_marks(text, self._notation))
+
     @property
     def image_mark(self) -> str:
         """An image as it is written in a prompt."""

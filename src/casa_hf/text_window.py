@@ -125,7 +125,7 @@ class TextEviction:
 
 
 def plan_eviction(
-    state: WindowState, rules: WindowRules, keep: torch.Tensor, num_sink_tokens: int
+    state: WindowState, rules: WindowRules, keep: torch.Tensor, num_sink_tokens: torch.Tensor
 ) -> TextEviction | None:
     """Choose what stays.
 
@@ -133,7 +133,7 @@ def plan_eviction(
         state: the windows of the cache.
         rules: who sees whom.
         keep: (batch,) number of text tokens that each row keeps, sinks included.
-        num_sink_tokens: number of first tokens that stay.
+        num_sink_tokens: (batch,) number of first tokens that stay.
 
     Returns:
         The plan; None if all would stay where it is. The delimiters between the images of a group stay or go together.
@@ -150,7 +150,7 @@ def plan_eviction(
     first_image, last_image = text_before(state.window_start), text_before(state.last_image)
     has_image = state.image_tokens > 0
     # Text [first, cut) of each row goes, as indices into its text.
-    first = count.clamp(max=num_sink_tokens)
+    first = count.minimum(num_sink_tokens)
     first = torch.where(has_image & (first_image < first) & (first <= last_image), last_image + 1, first)
     cut = (count - (keep - num_sink_tokens)).maximum(first)
     cut = torch.where(has_image & (first <= first_image) & (first_image < cut) & (cut <= last_image), first_image, cut)
@@ -216,7 +216,7 @@ def evict_text(
     rules: WindowRules,
     rotation: KeyRotation,
     keep: int | torch.Tensor,
-    num_sink_tokens: int = 4,
+    num_sink_tokens: int | torch.Tensor = 4,
 ) -> torch.Tensor | None:
     """Drop the text between the first tokens and the most recent ones from every layer of a cache, in place.
 
@@ -225,11 +225,11 @@ def evict_text(
 
     Args:
         cache: a cache that a CASA model has filled, growing or static.
-        rules: who sees whom.
+        rules: who sees whom; see `check_history`.
         rotation: of the model's keys.
         keep: number of text tokens that stay in each row, sinks included; one number, or (batch,). A row that holds
             fewer keeps all.
-        num_sink_tokens: number of first tokens that stay.
+        num_sink_tokens: number of first tokens that stay; one number, or (batch,).
 
     Returns:
         (batch, length) the old slot of each slot that is there now, -1 for padding (on the left of rows with fewer
@@ -238,7 +238,7 @@ def evict_text(
     Raises:
         NotImplementedError: for quantised cache layers.
         TypeError: if the cache isn't one that a CASA model has filled.
-        ValueError: if no recent token would stay, or the history "all" keeps every image for ever.
+        ValueError: if no recent token would stay.
     """
     if not cache.layers or not isinstance(cache.layers[0], CasaLayerMixin) or cache.layers[0].window_state is None:
         raise TypeError(
@@ -246,15 +246,14 @@ def evict_text(
             "the past_key_values of a forward or generate call."
         )
     state: WindowState = cache.layers[0].window_state
-    keep = torch.as_tensor(keep, device=state.valid.device)
-    check_text_window(int(keep.min()), num_sink_tokens)
-    check_history(rules)
-    if keep.ndim > 1 or (keep.ndim and len(keep) != state.batch_size):
-        raise ValueError(f"keep has shape {tuple(keep.shape)}; expected a number, or one for each of the "
-                         f"{state.batch_size} rows.")
+    keep, sinks = (
+        _per_row(name, value, state) for name, value in (("keep", keep), ("num_sink_tokens", num_sink_tokens))
+    )
+    for tokens, num_sinks in torch.stack([keep, sinks], dim=1).tolist():
+        check_text_window(tokens, num_sinks)
     for layer in cache.layers:
         layer.require_evictable()
-    plan = plan_eviction(state, rules, keep.expand(state.batch_size), num_sink_tokens)
+    plan = plan_eviction(state, rules, keep, sinks)
     if plan is None:
         return None
     text = None if not bool(plan.shift.any()) else rotation.tables(plan.shift)
@@ -303,6 +302,15 @@ def check_history(rules: WindowRules) -> None:
             'Text can\'t be evicted where casa_image_history or casa_video_history is "all": every image is kept for '
             'ever, so memory grows without bound all the same. Use "latest" or "group".'
         )
+
+
+def _per_row(name: str, value: int | torch.Tensor, state: WindowState) -> torch.Tensor:
+    numbers = torch.as_tensor(value, device=state.valid.device)
+    if numbers.ndim > 1 or (numbers.ndim and len(numbers) != state.batch_size):
+        raise ValueError(
+            f"{name} has shape {tuple(numbers.shape)}; expected a number, or one for each of {state.batch_size} rows."
+        )
+    return numbers.expand(state.batch_size)
 
 
 def _gather(stored: KeysValues, slots: torch.Tensor) -> KeysValues:

@@ -173,6 +173,17 @@ class WindowState:
         """The state with each row repeated."""
         return self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
 
+    def append_empty_rows(self, number: int) -> WindowState:
+        """The state, a growing one, with further rows of which every slot so far is padding."""
+        assert isinstance(self.length, int)
+        new = WindowState.empty(number, self.valid.device, length=self.length)
+        own = new._tensors() | {"valid": torch.zeros_like(new.valid), "positions": torch.zeros_like(new.positions)}
+        own["next_position"] = torch.zeros_like(new.next_position)
+        if self.pinned is not None:
+            own["pinned"] = self.pinned.new_zeros(number, self.image_columns)
+        rows: dict[str, Any] = {name: torch.cat([value, own[name]]) for name, value in self._tensors().items()}
+        return replace(self, padded=self.padded or self.length > 0, only_row=False, **rows)
+
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
         rows: dict[str, Any] = {name: change(value) for name, value in self._tensors().items() if value.ndim}
         changed = replace(replace(self, only_row=False), **rows)

@@ -1,0 +1,214 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Repetition control for text without an end: logits processors for streams, and for `generate` as well.
+
+Captions of a stream run on for hours, so that what was said must be allowed again after a while: counts decay, and
+n-grams are blocked within a window. The processors keep nothing between calls. All that they need is in the last
+tokens of `input_ids`, so that beams may be reordered and streams copied, saved or batched, and the cost of a step
+doesn't depend on what was said before. Everything happens on the device of the scores, row by row; nothing waits for
+it. A negative id in `input_ids` is no token: rows of different lengths are filled with them from the left.
+
+Stop tokens are exempt: silence must stay possible however often there was silence before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+# With a decay of 0.99 a token counts 1e-9 after this many others.
+_COUNTED_TOKENS = 2048
+
+
+class _TokenSet:
+    """Token ids as a tensor that goes where it is needed."""
+
+    def __init__(self, token_ids: Sequence[int] | int | None):
+        ids = [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        self.ids = torch.tensor(ids, dtype=torch.long)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """(tokens,) the ids; copied once per device."""
+        if self.ids.device != device:
+            self.ids = self.ids.to(device)
+        return self.ids
+
+
+class DecayingRepetitionPenalty(LogitsProcessor):
+    """Penalise tokens by how often they occurred, where occurrences fade.
+
+    With x_0 the last token, x_1 the one before it, and so on over the last `window` tokens,
+
+        n_v = sum over i of decay^i [x_i = v]        f_v = penalty^min(n_v, clamp)
+
+    and a logit s of token v becomes s / f_v if it is positive, s * f_v if not: for penalty > 1 it falls either way.
+
+    Args:
+        penalty: above 1 discourages repetition, below 1 encourages it.
+        decay: what an occurrence loses with every further token, in (0, 1]; 1 for plain counts.
+        clamp: the count beyond which the penalty grows no more.
+        exempt_token_ids: tokens that are never penalised, such as stop tokens.
+        window: number of last tokens that are counted.
+        prompt_ignore_length: number of first tokens of `input_ids` that aren't counted, such as those of a prompt.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        penalty: float,
+        decay: float = 0.99,
+        clamp: float = 5.0,
+        exempt_token_ids: Sequence[int] | int | None = None,
+        window: int = _COUNTED_TOKENS,
+        prompt_ignore_length: int = 0,
+    ):
+        _check("penalty", penalty, penalty > 0, "a positive number (1.0 penalises nothing)")
+        _check("decay", decay, 0 < decay <= 1, "in (0, 1] (1.0 counts without fading)")
+        _check("clamp", clamp, clamp > 0, "a positive number")
+        _check("window", window, window > 0, "a positive number of tokens")
+        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
+        self.penalty = penalty
+        self.decay = decay
+        self.clamp = clamp
+        self.window = window
+        self.prompt_ignore_length = prompt_ignore_length
+        self._exempt = _TokenSet(exempt_token_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Penalised scores.
+
+        Args:
+            input_ids: (batch, tokens) the text so far; negative ids are no tokens.
+            scores: (batch, vocabulary).
+        """
+        ids = input_ids[:, self.prompt_ignore_length :][:, -self.window :]
+        precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        ages = torch.arange(ids.shape[1] - 1, -1, -1, device=ids.device, dtype=precise.dtype)
+        weights = self.decay**ages * (ids >= 0)
+        counts = torch.zeros_like(precise).scatter_add(1, ids.clamp(min=0), weights)
+        counts = counts.index_fill(1, self._exempt.on(scores.device), 0.0)
+        factors = self.penalty ** counts.clamp(max=self.clamp)
+        return torch.where(precise > 0, precise / factors, precise * factors).to(scores.dtype)
+
+
+class WindowedNoRepeatNGram(LogitsProcessor):
+    """Forbid tokens that would complete an n-gram which occurs among the last tokens.
+
+    Token v gets the score -inf where the last `window` tokens x hold x_j ... x_(j+n-1) with x_(j+n-1) = v and
+    x_j ... x_(j+n-2) equal to the last n - 1 tokens.
+
+    Args:
+        ngram_size: n; 1 forbids every token of the window.
+        window: number of last tokens that are searched; at least n.
+        exempt_token_ids: tokens that are never forbidden, such as stop tokens.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    def __init__(self, ngram_size: int, window: int = 60, exempt_token_ids: Sequence[int] | int | None = None):
+        _check("ngram_size", ngram_size, ngram_size > 0, "a positive number of tokens")
+        _check("window", window, window >= ngram_size, f"at least ngram_size={ngram_size} tokens")
+        self.ngram_size = ngram_size
+        self.window = window
+        self._exempt = _TokenSet(exempt_token_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with -inf for what is forbidden.
+
+        Args:
+            input_ids: (batch, tokens) the text so far; negative ids are no tokens.
+            scores: (batch, vocabulary).
+        """
+        ids = input_ids[:, -self.window :]
+        if ids.shape[1] < self.ngram_size:
+            return scores
+        ngrams = ids.unfold(1, self.ngram_size, 1)  # (batch, n-grams, n)
+        last = ids[:, ids.shape[1] - self.ngram_size + 1 :]
+        repeats = (ngrams[..., :-1] == last[:, None]).all(-1) & (ngrams >= 0).all(-1)
+        # What isn't forbidden goes to a column of its own, behind the vocabulary.
+        vocabulary = scores.shape[1]
+        forbidden = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
+        forbidden = forbidden.scatter(1, torch.where(repeats, ngrams[..., -1], vocabulary), True)[:, :vocabulary]
+        forbidden = forbidden.index_fill(1, self._exempt.on(scores.device), False)
+        return scores.masked_fill(forbidden, -torch.inf)
+
+
+class StopBias(LogitsProcessor):
+    """Make stop tokens likelier or less likely by a factor on their logits.
+
+    A positive logit is multiplied by `bias`, a negative one divided: bias < 1 lowers it either way, so that a stream
+    says more, and bias > 1 raises it.
+
+    Args:
+        stop_token_ids: the tokens.
+        bias: the factor.
+
+    Raises:
+        ValueError: if `bias` isn't positive.
+    """
+
+    def __init__(self, stop_token_ids: Sequence[int] | int, bias: float):
+        _check("bias", bias, bias > 0, "a positive number (1.0 changes nothing)")
+        self.bias = bias
+        self._stops = _TokenSet(stop_token_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with biased stop tokens.
+
+        Args:
+            input_ids: not looked at.
+            scores: (batch, vocabulary).
+        """
+        stops = self._stops.on(scores.device)
+        logits = scores[:, stops]
+        return scores.index_copy(1, stops, torch.where(logits > 0, logits * self.bias, logits / self.bias))
+
+
+def caption_processors(
+    stop_token_ids: Sequence[int] | int,
+    *,
+    repetition_penalty: float | None = 1.15,
+    repetition_decay: float = 0.99,
+    repetition_clamp: float = 5.0,
+    no_repeat_ngram_size: int | None = 4,
+    no_repeat_ngram_window: int = 60,
+    stop_bias: float | None = 0.95,
+) -> LogitsProcessorList:
+    """The processors that keep live captions varied, in the order in which they are to be applied.
+
+    The defaults are those of the authors' live captioner. 1.0 or None switches the penalty and the bias off, 0 or None
+    the n-gram block.
+
+    Args:
+        stop_token_ids: tokens that end a caption; exempt from the first two.
+        repetition_penalty, repetition_decay, repetition_clamp: of [`DecayingRepetitionPenalty`].
+        no_repeat_ngram_size, no_repeat_ngram_window: of [`WindowedNoRepeatNGram`].
+        stop_bias: of [`StopBias`].
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+    processors = LogitsProcessorList()
+    if repetition_penalty is not None and repetition_penalty != 1.0:
+        processors.append(
+            DecayingRepetitionPenalty(repetition_penalty, repetition_decay, repetition_clamp, stop_token_ids)
+        )
+    if no_repeat_ngram_size:
+        processors.append(WindowedNoRepeatNGram(no_repeat_ngram_size, no_repeat_ngram_window, stop_token_ids))
+    if stop_bias is not None and stop_bias != 1.0:
+        processors.append(StopBias(stop_token_ids, stop_bias))
+    return processors
+
+
+def history_length(processors: Sequence[LogitsProcessor]) -> int:
+    """Number of last tokens that these processors look at."""
+    return max((getattr(processor, "window", 0) for processor in processors), default=0)
+
+
+def _check(name: str, value: float, allowed: bool, expected: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value!r} must be {expected}.")

@@ -1,0 +1,699 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`CasaStream`: captions of frames as they come, for as long as they come.
+
+A stream is one long assistant turn on one cache. Each frame is one forward of the public model: the token that ended
+the last frame's text, which the cache doesn't hold yet, and the frame's delimiters with its pixels. Every further
+token is one more. What was emitted stays token for token as it was; it is never decoded and tokenized again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+
+from ..cache_casa import cache_nbytes, cache_state, restore_cache
+from ..configuration_casa import DESIGN_FIELDS
+from ..logits_process import caption_processors, history_length
+from ..processing_casa import FRAME_TYPE
+from .events import CaptionEvent, EventKind
+from .pieces import TextPieces
+from .turns import StreamTurns
+
+if TYPE_CHECKING:
+    from ..modeling_casa import CasaForConditionalGeneration
+    from ..processing_casa import CasaProcessor
+
+DEFAULT_PROMPT = "Describe what happens in the video as it happens. Say only what can be seen."
+
+# Fields of the text configuration that decide whether a cache fits a model.
+_GEOMETRY = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "head_dim",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward that a stream has to wait for.
+
+    Attributes:
+        ids: new text.
+        images: image inputs with it, as for a batch of this row alone.
+        processors: what the logits of the next token go through.
+        history: and the text that they look at.
+    """
+
+    ids: list[int]
+    images: dict[str, torch.Tensor]
+    processors: LogitsProcessorList
+    history: History
+
+
+# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token.
+Steps = Generator[CaptionEvent | Forward, torch.Tensor, None]
+
+
+class CasaStream:
+    """Live captions of frames with one model, which other streams may use too.
+
+    All state is in this object and its cache. The text of a frame ends with a stop token, after
+    `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and goes on with the next frame; a frame may
+    have no text.
+
+    Args:
+        model: captions the frames.
+        processor: the model's.
+        system: the system message; None for what the chat template writes without one.
+        prompt: what the user asks for, before the first frame.
+        prefix: text behind the first frame that the captions begin with, such as "In this video"; not reported.
+        fps: frames per second that are to be expected; says when a frame ends, and spaces frames without timestamps.
+        max_new_tokens_per_frame: tokens that a frame's text may have, its stop token included.
+        do_sample: whether tokens are drawn at random; False takes the likeliest.
+        temperature: divides the logits before tokens are drawn; 1.0 or None changes nothing.
+        top_k: number of likeliest tokens that are drawn from; 0 or None for all.
+        repetition_penalty, repetition_decay, repetition_clamp: penalty on tokens that the captions had before; see
+            [`DecayingRepetitionPenalty`]. A penalty of 1.0 or None switches it off.
+        no_repeat_ngram_size, no_repeat_ngram_window: n-grams that the last tokens of the captions, over all frames,
+            had are not repeated; see [`WindowedNoRepeatNGram`]. A size of 0 or None switches this off.
+        stop_bias: factor on the logits of stop tokens while captioning; see [`StopBias`]. 1.0 or None for none.
+        text_window: text tokens that the cache may hold before a forward; beyond that the oldest quarter is evicted,
+            and positions are counted anew. None keeps all.
+        num_sink_tokens: first tokens that are always kept; None for the prompt.
+        frame_budget: seconds after `push` from which on a frame gets no further token; it gets at least one. None for
+            no limit.
+        seed: of the random numbers; None for a new one. The global random state is neither used nor changed.
+
+    Attributes:
+        stop_token_ids: the tokens that end the text of a frame: `model.generation_config.eos_token_id`.
+
+    Raises:
+        ValueError: if a value is out of its range, a text has marks of images, or model and processor don't fit.
+    """
+
+    # The state of the stream. `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
+    # `_begun` says whether a frame was shown, `_answered` whether the last token belongs to an answer. `_open` are the
+    # events of the last call, which may not all be taken yet.
+    _cache: DynamicCache | None
+    _pending: list[int]
+    _history: History
+    _generator: torch.Generator | None
+    _num_frames: int
+    _last_timestamp: float | None
+    _begun: bool
+    _answered: bool
+    _open: weakref.ref[Any] | None
+
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        *,
+        system: str | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        prefix: str = "",
+        fps: float = 2.0,
+        max_new_tokens_per_frame: int = 20,
+        do_sample: bool = False,
+        temperature: float | None = 0.4,
+        top_k: int | None = 256,
+        repetition_penalty: float | None = 1.15,
+        repetition_decay: float = 0.99,
+        repetition_clamp: float = 5.0,
+        no_repeat_ngram_size: int | None = 4,
+        no_repeat_ngram_window: int = 60,
+        stop_bias: float | None = 0.95,
+        text_window: int | None = None,
+        num_sink_tokens: int | None = None,
+        frame_budget: float | None = None,
+        seed: int | None = None,
+    ):
+        _check_positive("fps", fps)
+        _check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
+        if frame_budget is not None:
+            _check_positive("frame_budget", frame_budget)
+        _check_pair(model, processor)
+        self.model = model
+        self.processor = processor
+        self.fps = fps
+        self.max_new_tokens_per_frame = max_new_tokens_per_frame
+        self.frame_budget = frame_budget
+        self.seed = seed
+        self.do_sample = do_sample
+        self.stop_token_ids = _stop_tokens(model)
+        self.turns = StreamTurns(processor, system, prompt, prefix)
+        self.text_window = text_window
+        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens
+        _check_window(text_window, self.num_sink_tokens)
+        if text_window is not None:
+            model.model.language_model.key_rotation()  # or says why not
+
+        controls: dict[str, Any] = {
+            "repetition_penalty": repetition_penalty,
+            "repetition_decay": repetition_decay,
+            "repetition_clamp": repetition_clamp,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "no_repeat_ngram_window": no_repeat_ngram_window,
+        }
+        warpers: list[Any] = []
+        if do_sample and temperature is not None and temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if do_sample and top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        stops = self.stop_token_ids
+        self._caption_processors = LogitsProcessorList(
+            [*caption_processors(stops, stop_bias=stop_bias, **controls), *warpers]
+        )
+        self._answer_processors = LogitsProcessorList(
+            [*caption_processors(stops, stop_bias=None, **controls), *warpers]
+        )
+        self._history_length = history_length(self._caption_processors)
+        self._pieces = TextPieces(processor.tokenizer)
+        self._closed = False
+        self._open = None
+        self.reset()
+
+    # ---------------------------------------------------------------- what goes on
+
+    def push(self, frame: Any, timestamp: float | Sequence[float] | None = None) -> Iterator[CaptionEvent]:
+        """Show the stream a frame and receive what the model says to it.
+
+        Arguments are checked at once; the model works while the events are taken. Events that aren't taken aren't
+        generated: the frame's text then ends where it is, or the frame isn't looked at if none was taken. The next
+        `push` or `ask` ends what is open.
+
+        Args:
+            frame: a PIL image, an array or tensor (height, width, channels) or (channels, height, width), or a file;
+                or a list of such frames, which are shown one after the other in one forward, with text after the last.
+            timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
+                it (0 at first). For a list of frames, the timestamps of all, or that of the last.
+
+        Yields:
+            "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
+            one "end". A frame that can't be used yields "error" instead and changes nothing: its events are all there
+            are, unless other frames of the list can be used.
+
+        Raises:
+            ValueError: if timestamps don't ascend, or the list of frames is empty.
+            RuntimeError: if the stream is closed.
+        """
+        pushed = time.perf_counter()
+        frames, timestamps = self._checked(frame, timestamp)
+        self._end_open()
+        first = self._num_frames
+        self._num_frames += len(frames)
+        self._last_timestamp = timestamps[-1]
+        return self._opened(self._caption(frames, timestamps, first, pushed))
+
+    def ask(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
+        """Ask about what is going on; the captions go on with the next frame.
+
+        The assistant's turn is closed as the chat template closes it, and the answer begins one of its own. It sees
+        what a caption here would see. Repetition is controlled within the answer, not against the captions, and stop
+        tokens aren't biased.
+
+        Args:
+            question: the user's message.
+            max_new_tokens: tokens that the answer may have, its stop token included.
+
+        Yields:
+            "answer" whenever further characters are whole; at the end one "end".
+
+        Raises:
+            ValueError: if the question has marks of images, or `max_new_tokens` isn't a positive integer.
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        pushed = time.perf_counter()
+        _check_count("max_new_tokens", max_new_tokens)
+        ids = self.turns.question(question)
+        self._end_open()
+        return self._opened(self._answer(ids, max_new_tokens, pushed))
+
+    def drop(self, timestamp: float, message: str) -> CaptionEvent:
+        """Count a frame that isn't looked at.
+
+        Args:
+            timestamp: when it was taken, in seconds, later than the one before.
+            message: why it isn't looked at.
+
+        Returns:
+            The event "dropped".
+
+        Raises:
+            ValueError: if timestamps don't ascend.
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        [start] = self._timestamps(timestamp, 1)
+        index = self._num_frames
+        self._num_frames += 1
+        self._last_timestamp = start
+        return self._event("dropped", index, start, time.perf_counter(), message=message)
+
+    # ---------------------------------------------------------------- the stream as a whole
+
+    def reset(self) -> None:
+        """Forget everything and begin anew with the prompt and, if a seed was given, the same random numbers.
+
+        Raises:
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        self._end_open()
+        self._begin()
+
+    def fork(self) -> CasaStream:
+        """A second stream that goes on from here by itself, with a copy of the cache and the same model.
+
+        Given the same frames, both say the same, also where tokens are drawn at random.
+
+        Raises:
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        other = copy.copy(self)
+        other._open = None
+        other._pieces = TextPieces(self.processor.tokenizer)
+        other._cache = copy.deepcopy(self._cache)
+        other._generator = self._new_generator()
+        other._load_text(self._text_state())
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
+
+        The settings aren't part of it: `load_state_dict` belongs to a stream that was made with the same ones.
+
+        Raises:
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        cached = self._cache is not None and self._cache.get_seq_length() > 0
+        return {
+            "design": self._design(),
+            "cache": cache_state(self._cache) if cached else None,
+            **self._text_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the stream that gave this state stood, with the same tokens as that one.
+
+        Args:
+            state: from `state_dict`, as it is or read by `torch.load(..., weights_only=True)`, on any device.
+
+        Raises:
+            ValueError: if the state is of another design, size or precision of model; the stream stays as it was.
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        self._check_state(state)
+        self._end_open()
+        cache = self._new_cache()
+        if state["cache"] is not None:
+            blocks = self.model.model.language_model.layers
+            restore_cache(cache, state["cache"], [next(block.parameters()).device for block in blocks])
+        self._load_text(state)
+        self._cache = cache
+
+    def close(self) -> None:
+        """Free the cache; of what comes later, only the properties and `close` work."""
+        self._end_open()
+        self._cache = None
+        self._closed = True
+
+    def __enter__(self) -> CasaStream:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that were pushed or dropped."""
+        return self._num_frames
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Text tokens that the cache holds."""
+        return 0 if self._cache is None else self._cache.get_seq_length()
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that the cache holds, by part: "text" and "image"."""
+        return {"text": 0, "image": 0} if self._cache is None else cache_nbytes(self._cache)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # ---------------------------------------------------------------- frames and answers
+
+    def _caption(self, frames: list[Any], timestamps: list[float], first: int, pushed: float) -> Steps:
+        """The steps of frames with indices from `first` on, shown in one forward."""
+        numbered = list(zip(range(first, first + len(frames)), timestamps, strict=True))
+        usable, errors = {}, {}
+        for (index, _), frame in zip(numbered, frames, strict=True):
+            try:
+                usable[index] = self.turns.pixels(frame)
+            except Exception as error:  # as many kinds as there are broken pictures
+                errors[index] = f"{type(error).__name__}: {error}"
+        last = max(usable, default=None)
+        for index, start in numbered:
+            if index in errors:
+                yield self._event("error", index, start, pushed, message=errors[index])
+            elif index != last:
+                yield self._event("merged", index, start, pushed, message=f"shown together with frame {last}")
+        if last is None:
+            return
+        start = timestamps[last - first]
+
+        ids, images = self._shown_frames(list(usable.values()))
+        forward = Forward(ids, images, self._caption_processors, self._history)
+        deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
+        event = functools.partial(self._event, index=last, start=start, pushed=pushed)
+        yield from self._speak(forward, "text", event, self._pieces, self.max_new_tokens_per_frame, deadline)
+
+    def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
+        """The steps of an answer to the question with these ids."""
+        start = 0.0 if self._last_timestamp is None else self._last_timestamp
+        ids = self._without_stop(self._pending) + ids
+        self._answered = True
+        forward = Forward(ids, {}, self._answer_processors, self._new_history())
+        event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
+        pieces = TextPieces(self.processor.tokenizer)
+        yield from self._speak(forward, "answer", event, pieces, max_new_tokens, math.inf)
+
+    def _shown_frames(self, frames: list[dict[str, torch.Tensor]]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Text ids and image inputs of a forward with new frames."""
+        ids = self._pending
+        if self._answered:
+            ids = self._without_stop(ids) + self.turns.resumption
+            self._pieces.reset()
+        # The places are told: a mark that the model itself has written is text.
+        size = len(self.turns.frame)
+        places = [len(ids) + number * size + self.turns.image_index for number in range(len(frames))]
+        ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
+        self._answered, self._begun = False, True
+        types = torch.zeros(1, len(ids), dtype=torch.long)
+        types[0, places] = FRAME_TYPE
+        images = {name: torch.cat([frame[name] for frame in frames]) for name in ("pixel_values", "image_grid_thw")}
+        images |= {"image_positions": torch.tensor([[0, place] for place in places]), "mm_token_type_ids": types}
+        return ids, images
+
+    def _speak(
+        self,
+        forward: Forward,
+        kind: EventKind,
+        event: Callable[..., CaptionEvent],
+        pieces: TextPieces,
+        limit: int,
+        deadline: float,
+    ) -> Steps:
+        """The steps from a forward to the end of the text that follows it.
+
+        After this forward the stream is always in a state to go on from: the cache holds everything before the last
+        token, and the token waits to be folded into the next forward, whichever that is.
+        """
+        emitted: list[int] = []
+        text = ""
+        while True:
+            token = yield forward
+            token_id = int(token)
+            stops = token_id in self.stop_token_ids
+            if not stops:
+                forward.history.add(token)
+            self._pending = [token_id]
+            emitted.append(token_id)
+            piece, token_ids = self._text_of(token_id, pieces)
+            if piece:
+                text += piece
+                yield event(kind, text=piece, token_ids=token_ids)
+            if stops or len(emitted) == limit or time.perf_counter() >= deadline:
+                break
+            forward = replace(forward, ids=[token_id], images={})
+        yield event("end", text=text, token_ids=tuple(emitted))
+
+    def _served(self, steps: Steps) -> Iterator[CaptionEvent]:
+        """The events of these steps, whose forwards are run."""
+        token: Any = None
+        while True:
+            try:
+                step = steps.send(token)
+            except StopIteration:
+                return
+            token = None
+            if isinstance(step, Forward):
+                token = self._next_token(step)
+            else:
+                yield step
+
+    @torch.no_grad()
+    def _next_token(self, forward: Forward) -> torch.Tensor:
+        """Run a forward of the model; the token (1, 1) that follows."""
+        try:
+            self._bound_text()
+            output = self.model(
+                input_ids=torch.tensor([forward.ids], device=self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: value.to(self.model.device) for name, value in forward.images.items()},
+            )
+        except BaseException:
+            self._begin()  # the cache may hold a part of this forward by now
+            raise
+        ids = forward.history.ids
+        scores = forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32))
+        return self._drawn(scores)
+
+    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """The token (1, 1) for the scores (1, vocabulary)."""
+        if self._generator is None:
+            return scores.argmax(-1, keepdim=True)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+
+    def _bound_text(self) -> None:
+        """Keep the cached text within `text_window`; called before every forward."""
+        if self.text_window is not None and self.num_text_tokens > self.text_window:
+            assert self._cache is not None
+            self.model.evict_text(self._cache, self._kept_tokens, self.num_sink_tokens)
+
+    @property
+    def _kept_tokens(self) -> int:
+        """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
+        evictions are rare, and a key is turned to another position four times at most."""
+        assert self.text_window is not None
+        return self.text_window - (self.text_window - self.num_sink_tokens) // 4
+
+    def _text_of(self, token_id: int, pieces: TextPieces) -> tuple[str, tuple[int, ...]]:
+        """The text that this token completes; a stop token is none, even where the tokenizer has text for it."""
+        return ("", ()) if token_id in self.stop_token_ids else pieces.add(token_id)
+
+    def _without_stop(self, ids: list[int]) -> list[int]:
+        """What waits for the next forward, before the template closes the turn: that repeats the stop token."""
+        return ids[:-1] if ids[-1] in self.stop_token_ids else list(ids)
+
+    # ---------------------------------------------------------------- state
+
+    def _begin(self) -> None:
+        """The state before the first frame."""
+        self._cache = self._new_cache()
+        self._pending = list(self.turns.opening)
+        self._history = self._new_history()
+        self._generator = self._new_generator()
+        self._num_frames = 0
+        self._last_timestamp = None
+        self._begun = self._answered = False
+        self._pieces.reset()
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    def _new_history(self) -> History:
+        return History(self._history_length, self.model.device)
+
+    def _new_generator(self) -> torch.Generator | None:
+        if not self.do_sample:
+            return None
+        generator = torch.Generator(self.model.device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+    def _text_state(self) -> dict[str, Any]:
+        """Everything but the cache."""
+        return {
+            "pending": list(self._pending),
+            "history": self._history.tokens(),
+            "num_frames": self._num_frames,
+            "last_timestamp": self._last_timestamp,
+            "begun": self._begun,
+            "answered": self._answered,
+            "pieces": self._pieces.state(),
+            "random": None if self._generator is None else self._generator.get_state(),
+        }
+
+    def _load_text(self, state: dict[str, Any]) -> None:
+        self._pending = list(state["pending"])
+        self._history = self._new_history()
+        self._history.add(state["history"].to(self.model.device))
+        self._num_frames, self._last_timestamp = state["num_frames"], state["last_timestamp"]
+        self._begun, self._answered = state["begun"], state["answered"]
+        self._pieces.load(state["pieces"])
+        if self._generator is not None:
+            self._generator.set_state(state["random"])
+
+    def _design(self) -> dict[str, Any]:
+        """What a cache must have been made with to fit the model."""
+        config, text = self.model.config, self.model.config.get_text_config()
+        fields = {name: getattr(config, name) for name in DESIGN_FIELDS}
+        fields |= {"casa_layers": list(config.fusion_layers), "model_type": text.model_type}
+        fields |= {name: getattr(text, name, None) for name in _GEOMETRY}
+        return fields | {"dtype": str(self.model.dtype)}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or "design" not in state:
+            raise ValueError("The state is no stream's; give what state_dict() of a CasaStream returned.")
+        own, given = self._design(), state["design"]
+        differing = [name for name in own if given.get(name) != own[name]]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"The state is of a model with {name}={given.get(name)!r}; this one has {name}={own[name]!r}"
+                f"{' and differs in ' + ', '.join(differing[1:]) if differing[1:] else ''}. Load it into a stream of "
+                "the model that it was saved with."
+            )
+        if self._generator is not None:
+            random = state["random"]
+            if random is None or random.shape != self._generator.get_state().shape:
+                raise ValueError(
+                    f"The state has {'no random numbers' if random is None else 'random numbers of another device'}, "
+                    f"but this stream draws tokens at random on {self.model.device}. Make both streams with the same "
+                    "do_sample, on the same kind of device."
+                )
+
+    # ---------------------------------------------------------------- small things
+
+    def _opened(self, steps: Steps) -> Iterator[Any]:
+        events = self._served(steps)
+        self._open = weakref.ref(events)  # the events refer to the stream already
+        return events
+
+    def _end_open(self) -> None:
+        """End the events of the last call."""
+        events: Any = None if self._open is None else self._open()
+        self._open = None
+        if events is not None:
+            events.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("The stream is closed; make a new CasaStream.")
+
+    def _checked(self, frame: Any, timestamp: float | Sequence[float] | None) -> tuple[list[Any], list[float]]:
+        """The frames that `push` was given, and their timestamps."""
+        self._require_open()
+        frames = list(frame) if isinstance(frame, list | tuple) else [frame]
+        if not frames:
+            raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
+        return frames, self._timestamps(timestamp, len(frames))
+
+    def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
+        """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
+        last, step = self._last_timestamp, 1 / self.fps
+        if given is None:
+            begin = 0.0 if last is None else last + step
+            return [begin + number * step for number in range(count)]
+        if not isinstance(given, Sequence):
+            if last is not None:
+                step = (float(given) - last) / count
+            timestamps = [float(given) - number * step for number in reversed(range(count))]
+        else:
+            timestamps = [float(timestamp) for timestamp in given]
+            if len(timestamps) != count:
+                raise ValueError(f"timestamp has {len(timestamps)} values for {count} frames; give one for each.")
+        previous = -math.inf if last is None else last
+        for timestamp in timestamps:
+            if not previous < timestamp < math.inf:
+                raise ValueError(
+                    f"timestamp={given} must be a finite number of seconds, later than {previous} of the frame before."
+                )
+            previous = timestamp
+        return timestamps
+
+    def _event(self, kind: EventKind, index: int, start: float, pushed: float, **content: Any) -> CaptionEvent:
+        latency = time.perf_counter() - pushed
+        return CaptionEvent(kind, index, start, start + 1 / self.fps, latency, **content)
+
+
+class History:
+    """The last tokens of a text, for logits processors: (1, length) `ids` on a device, -1 before its beginning."""
+
+    def __init__(self, length: int, device: torch.device):
+        self.ids = torch.full((1, length), -1, dtype=torch.long, device=device)
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Append (1, tokens) ids."""
+        length = self.ids.shape[1]
+        self.ids = torch.cat([self.ids, tokens], dim=1)[:, tokens.shape[1] :][:, -length:] if length else self.ids
+
+    def tokens(self) -> torch.Tensor:
+        """(1, tokens) the ids since the beginning."""
+        return self.ids[:, self.ids[0] >= 0]
+
+
+def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
+    ends = model.generation_config.eos_token_id
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _check_pair(model: Any, processor: Any) -> None:
+    config = model.config
+    if config.model_type != "casa":
+        raise ValueError(f"model is a {type(model).__name__}; a stream needs a CasaForConditionalGeneration.")
+    own = (config.image_token_id, list(config.gist_token_ids or []))
+    given = (processor.image_token_id, list(processor.gist_token_ids))
+    if own != given:
+        raise ValueError(
+            f"The processor writes images with token {given[0]} and gist tokens {given[1]}, the model reads {own[0]} "
+            f"and {own[1]}. Load both from the same checkpoint."
+        )
+
+
+def _check_window(text_window: int | None, num_sink_tokens: int) -> None:
+    if num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens={num_sink_tokens} must be 0 or more, or None for the prompt.")
+    if text_window is not None and text_window <= num_sink_tokens:
+        raise ValueError(
+            f"text_window={text_window} must be larger than the {num_sink_tokens} first tokens that are always kept "
+            "(num_sink_tokens, by default the prompt), or None for all text."
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a positive number.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
