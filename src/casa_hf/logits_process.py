@@ -5,7 +5,8 @@ Captions of a stream run on for hours, so that what was said must be allowed aga
 n-grams are blocked within a window. The processors keep nothing between calls. All that they need is in the last
 tokens of `input_ids`, so that beams may be reordered and streams copied, saved or batched, and the cost of a step
 doesn't depend on what was said before. Everything happens on the device of the scores, row by row; nothing waits for
-it. A negative id in `input_ids` is no token: rows of different lengths are filled with them from the left.
+it. A negative id in `input_ids` is no token: rows of different lengths can be filled with them from the left. Any
+other id counts, that of padding too; give it among the exempt ones where a prompt is padded with it.
 
 Stop tokens are exempt: silence must stay possible however often there was silence before.
 """

@@ -1,0 +1,687 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A stream says what one call on everything it was told and has said would say."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from casa_hf import CaptionEvent, CasaStream, cache_nbytes
+from casa_hf.configuration_casa import VARIANTS
+from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
+
+PROMPT = "What do you see?"
+OPENING = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    f"{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+)
+QUESTION = "<|im_end|>\n<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n"
+RESUMPTION = "<|im_end|>\n<|im_start|>assistant\n"
+# Of different sizes, as when a camera is turned or a source changes its resolution.
+PICTURES = [picture(seed, width, height) for seed, (width, height) in enumerate([(84, 56), (56, 112), (84, 84)] * 3)]
+
+
+def stream_of(model: Any, processor: Any, **settings: Any) -> CasaStream:
+    return CasaStream(model, processor, **{"prompt": PROMPT, "max_new_tokens_per_frame": 8, **settings})
+
+
+@contextmanager
+def forwards(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """The inputs of every forward."""
+    seen: list[dict[str, Any]] = []
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------ one call
+
+
+@pytest.mark.parametrize("controls", [CONTROLS, {}], ids=["controls", "plain"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_are_those_of_one_call_on_the_whole_sequence(model, processor, variant, controls):
+    model = model(variant)
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    waiting = list(transcript.ids)
+    mark = processor.tokenizer("<|vision_start|><|vision_end|>")["input_ids"]
+    ends = set()
+    with stream_of(model, processor, **({} if controls else OFF)) as stream, forwards(model) as seen:
+        for shown in PICTURES:
+            seen.clear()
+            tokens = emitted(stream.push(shown))
+            transcript.frame(shown)
+            transcript.caption(tokens)
+            # One forward for the frame, into which the very token that ended the last one is folded, and one for
+            # each further token; none for the token that ends it.
+            fed = [inputs["input_ids"][0].tolist() for inputs in seen]
+            assert fed == [waiting + mark, *([token] for token in tokens[:-1])]
+            assert not set(tokens[:-1]) & set(transcript.stops)
+            assert tokens[-1] in transcript.stops or len(tokens) == 8
+            ends.add((tokens[-1] in transcript.stops, len(tokens) > 1))
+            waiting = [tokens[-1]]
+        assert stream.num_text_tokens == len(transcript.ids) - 1
+        assert stream.num_frames == len(PICTURES)
+    transcript.check(**controls)
+    assert (True, True) in ends, "no text ended with a stop token"
+    assert len(set(transcript.captions)) > 8, "a model that always says the same would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "gists"), [("qwen2_vl", 0), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("helium", 0), ("helium", 2)]
+)
+def test_every_family_is_told_what_its_template_says(family, name, gists):
+    model, processor = family(name, gists)
+    default = "" if name == "qwen3_vl" else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    opening = default + OPENING[OPENING.index("<|im_start|>user") :]
+    question, resumption = QUESTION, RESUMPTION
+    if name == "helium":
+        opening = f"<s>User: {PROMPT}\nAssistant:"
+        question, resumption = "</s>\nUser: Who is it?\nAssistant:", "</s>\nAssistant:"
+    transcript = Transcript(model, processor)
+    transcript.text(opening)
+    with stream_of(model, processor, prefix="In this video") as stream:
+        for index, shown in enumerate(PICTURES[:4]):
+            if index == 2:
+                transcript.text(question)
+                transcript.answer(emitted(stream.ask("Who is it?", max_new_tokens=6)))
+                transcript.text(resumption)
+            transcript.frame(shown, prefix="In this video" if index == 0 else "")
+            transcript.caption(emitted(stream.push(shown)))
+        assert stream.num_text_tokens == len(transcript.ids) - 1
+    transcript.check(**CONTROLS)
+
+
+def test_a_system_message_comes_first(model, processor):
+    model = model("casa")
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING.replace("You are a helpful assistant.", "Be brief."))
+    stream = stream_of(model, processor, system="Be brief.")
+    transcript.frame(PICTURES[0])
+    transcript.caption(emitted(stream.push(PICTURES[0])))
+    transcript.check(**CONTROLS)
+
+
+@pytest.mark.parametrize("variant", ["casa", "exact"])
+def test_questions_before_between_and_after_one_another(model, processor, variant):
+    """Also before the first frame, twice in a row, and after a text that was cut rather than ended."""
+    model = model(variant)
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    stream = stream_of(model, processor, max_new_tokens_per_frame=4)
+    endings = set()
+    for index, asks in enumerate([2, 0, 1, 1, 1, 1, 1, 2]):
+        for _ in range(asks):
+            endings.add(transcript.ids[-1] in transcript.stops)
+            transcript.text(QUESTION)
+            transcript.answer(emitted(stream.ask("Who is it?", max_new_tokens=5)))
+        if asks:
+            transcript.text(RESUMPTION)
+        transcript.frame(PICTURES[index])
+        transcript.caption(emitted(stream.push(PICTURES[index])))
+    assert endings == {False, True}, "turns must be closed after a stop token and without one"
+    transcript.check(**CONTROLS)
+
+
+def test_several_frames_in_one_turn(model, processor):
+    model = model("casa")
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    stream = stream_of(model, processor)
+    for shown in ([0], [1, 2, 3], [4, 5]):
+        with forwards(model) as seen:
+            events = list(stream.push([PICTURES[index] for index in shown]))
+        assert [len(inputs.get("image_grid_thw", ())) for inputs in seen if "pixel_values" in inputs] == [len(shown)]
+        merged = [event for event in events if event.kind == "merged"]
+        assert [event.frame_index for event in merged] == shown[:-1]
+        assert [event.start for event in merged] == [index / 2 for index in shown[:-1]]
+        assert all(event.frame_index == shown[-1] for event in events if event.kind != "merged")
+        for index in shown:
+            transcript.frame(PICTURES[index])
+        transcript.caption(emitted(events))
+    assert stream.num_frames == 6
+    transcript.check(**CONTROLS)
+
+
+def test_marks_that_the_model_writes_are_text(new_model, processor):
+    """Its delimiters are folded into the next frame's forward as any other token is."""
+    model = new_model("casa")
+    ids = [model.config.vision_start_token_id, model.config.image_token_id]
+    with torch.no_grad():  # a head that knows nothing but delimiters
+        others = torch.ones(len(model.lm_head.weight), dtype=torch.bool)
+        others[ids] = False
+        model.lm_head.weight[others] = 1e-3 * model.lm_head.weight[others]
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    stream = stream_of(model, processor, max_new_tokens_per_frame=3, **OFF)
+    for shown in PICTURES[:5]:
+        transcript.frame(shown)
+        tokens = emitted(stream.push(shown))
+        transcript.caption(tokens)
+    assert model.config.image_token_id in transcript.captions
+    transcript.check()
+
+
+# ------------------------------------------------------------------------------------ events
+
+
+def test_events_report_text_as_it_comes(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor, fps=4, max_new_tokens_per_frame=20)
+    tokenizer, texts, every = processor.tokenizer, [], []
+    for index, shown in enumerate(PICTURES):
+        events = list(stream.push(shown, timestamp=10 + index))
+        *pieces, end = events
+        assert [event.kind for event in events] == ["text"] * len(pieces) + ["end"]
+        assert {(event.frame_index, event.start, event.end) for event in events} == {
+            (index, 10 + index, 10.25 + index)
+        }
+        assert end.text == "".join(event.text for event in pieces)
+        assert all(event.text and event.token_ids for event in pieces)
+        latencies = [event.latency for event in events]
+        assert latencies == sorted(latencies) and latencies[0] > 0
+        texts.append(end.text)
+        every += [token for token in end.token_ids if token not in stream.stop_token_ids]
+    whole = tokenizer.decode(every, skip_special_tokens=True)
+    assert whole.startswith("".join(texts)) and len(whole) - len("".join(texts)) <= 1
+    assert any(texts)
+
+
+def test_silence_is_possible(new_model, processor):
+    """A frame whose first token is a stop token has no text and costs one forward."""
+    model = new_model("casa")
+    model.generation_config.eos_token_id = list(range(model.config.get_text_config().vocab_size))
+    stream = stream_of(model, processor)
+    with forwards(model) as seen:
+        events = [list(stream.push(shown)) for shown in PICTURES[:3]]
+    assert [[(event.kind, event.text, len(event.token_ids)) for event in frame] for frame in events] == [
+        [("end", "", 1)]
+    ] * 3
+    assert [inputs["input_ids"].shape[1] for inputs in seen][1:] == [3, 3], "the stop token and two delimiters"
+
+
+BROKEN = [b"no picture", None, np.zeros((2, 3, 4, 3), np.uint8), np.zeros((8, 0, 3), np.uint8), "missing.jpg"]
+
+
+@pytest.mark.parametrize(
+    "broken", BROKEN, ids=lambda broken: type(broken).__name__ + str(getattr(broken, "shape", ""))
+)
+def test_a_broken_frame_changes_nothing(model, processor, broken):
+    model = model("casa")
+    disturbed, undisturbed = stream_of(model, processor), stream_of(model, processor)
+    assert say(disturbed, PICTURES[:1]) == say(undisturbed, PICTURES[:1])
+    before = disturbed.nbytes
+    [event] = disturbed.push(broken, timestamp=1.0)
+    assert (event.kind, event.frame_index, event.start, event.text) == ("error", 1, 1.0, "")
+    assert event.message
+    assert disturbed.nbytes == before
+    events = list(disturbed.push([PICTURES[1], broken, PICTURES[2], broken], timestamp=2.0))
+    assert [(event.kind, event.frame_index) for event in events if event.kind in ("error", "merged")] == [
+        ("merged", 2),
+        ("error", 3),
+        ("error", 5),
+    ]
+    assert events[-1].frame_index == 4 and events[-1].start == pytest.approx(1.75)
+    assert emitted(events) == emitted(undisturbed.push([PICTURES[1], PICTURES[2]]))
+    assert say(disturbed, PICTURES[3:5]) == say(undisturbed, PICTURES[3:5])
+    assert disturbed.num_frames == 8
+
+
+def test_a_truncated_file_is_a_broken_frame(model, processor, tmp_path):
+    PICTURES[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:600])
+    stream = stream_of(model("casa"), processor)
+    assert [event.kind for event in stream.push(tmp_path / "cut.jpg")] == ["error"]
+    assert emitted(stream.push(tmp_path / "whole.jpg"))
+
+
+def test_a_spent_budget_cuts_the_text_which_goes_on_with_the_next_frame(model, processor):
+    model = model("casa")
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    stream = stream_of(model, processor, frame_budget=1e-9)
+    for shown in PICTURES[:6]:
+        tokens = emitted(stream.push(shown))
+        assert len(tokens) == 1
+        transcript.frame(shown)
+        transcript.caption(tokens)
+    transcript.check(**CONTROLS)
+    unhurried = [say(stream_of(model, processor, frame_budget=budget), PICTURES[:3]) for budget in (None, 1e6)]
+    assert unhurried[0] == unhurried[1]
+
+
+@pytest.mark.parametrize("end", ["push", "ask", "close", "forget", "drop it"])
+def test_events_that_are_not_taken_are_not_generated(model, processor, end):
+    """The text ends where it is, and the stream is in a state to go on from."""
+    model = model("casa")
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    stream = stream_of(model, processor)
+    transcript.frame(PICTURES[0])
+    events = stream.push(PICTURES[0])
+    transcript.caption(next(event.token_ids for event in events if event.kind == "text"))
+    if end == "close":
+        events.close()
+    elif end == "forget":
+        del events
+    elif end == "drop it":
+        stream.drop(0.25, "late")
+    if end == "ask":
+        transcript.text(QUESTION)
+        answer = stream.ask("Who is it?", max_new_tokens=6)
+        transcript.answer(next(event.token_ids for event in answer if event.kind == "answer"))
+        transcript.text(RESUMPTION)
+    transcript.frame(PICTURES[1])
+    transcript.caption(emitted(stream.push(PICTURES[1])))
+    transcript.check(**CONTROLS)
+    if end in ("push", "ask"):
+        assert list(events) == [], "what a later call has ended stays ended"
+
+
+def test_a_frame_whose_events_nobody_takes_is_not_looked_at(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    with forwards(model) as seen:
+        stream.push(PICTURES[5])
+        tokens = say(stream, PICTURES[:3])
+    assert len(seen) == sum(map(len, tokens))
+    assert tokens == say(stream_of(model, processor), PICTURES[:3])
+    assert stream.num_frames == 4
+
+
+def test_a_dropped_frame_is_counted(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    tokens = say(stream, PICTURES[:1])
+    event = stream.drop(0.75, "the model is late")
+    assert isinstance(event, CaptionEvent)
+    assert (event.kind, event.frame_index, event.start, event.end) == ("dropped", 1, 0.75, 1.25)
+    assert event.message == "the model is late"
+    events = list(stream.push(PICTURES[1]))
+    assert (events[-1].frame_index, events[-1].start) == (2, 1.25)
+    assert [*tokens, emitted(events)] == say(stream_of(model, processor), PICTURES[:2])
+    assert stream.num_frames == 3
+
+
+# ------------------------------------------------------------------------------------ state
+
+
+def test_interleaved_sessions_equal_separate_ones(model, processor):
+    """With other settings, questions and random numbers, on one model."""
+    model = model("casa")
+    settings = [{}, {"do_sample": True, "seed": 3, "temperature": 1.0}, {"prompt": "Say it all.", **OFF}]
+
+    def turn(stream: CasaStream, index: int, shift: int) -> list[tuple[int, ...]]:
+        said = say(stream, [PICTURES[index + shift]])
+        if (index + shift) % 3 == 1:
+            said.append(emitted(stream.ask("Who is it?", max_new_tokens=5)))
+        return said
+
+    separate = []
+    for shift, chosen in enumerate(settings):
+        stream = stream_of(model, processor, **chosen)
+        separate.append([turn(stream, index, shift) for index in range(5)])
+    streams = [stream_of(model, processor, **chosen) for chosen in settings]
+    interleaved: list[Any] = [[], [], []]
+    for index in range(5):
+        for shift, stream in enumerate(streams):
+            interleaved[shift].append(turn(stream, index, shift))
+    assert interleaved == separate
+    assert len({str(said) for said in separate}) == 3
+
+
+def test_two_sessions_may_be_open_at_once(model, processor):
+    model = model("casa")
+    first, second = stream_of(model, processor), stream_of(model, processor, prompt="Say it all.")
+    expected = [say(first.fork(), PICTURES[:1]), say(second.fork(), PICTURES[1:2])]
+    both = zip_longest_events(first.push(PICTURES[0]), second.push(PICTURES[1]))
+    assert [[emitted(events)] for events in both] == expected
+
+
+def zip_longest_events(*streams: Iterator[CaptionEvent]) -> list[list[CaptionEvent]]:
+    """All events, one of each stream in turn."""
+    taken: list[list[CaptionEvent]] = [[] for _ in streams]
+    for events in zip_longest(*streams):
+        for kept, event in zip(taken, events, strict=True):
+            kept += [] if event is None else [event]
+    return taken
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-replace", "exact", "insertion"])
+def test_a_fork_and_its_original_go_their_own_ways(model, processor, variant, sampled):
+    model = model(variant)
+    settings = {"do_sample": True, "seed": 0} if sampled else {}
+    stream = stream_of(model, processor, **settings)
+    unforked = stream_of(model, processor, **settings)
+    assert say(stream, PICTURES[:3]) == say(unforked, PICTURES[:3])
+    fork = stream.fork()
+    early = unforked.fork()
+    assert tensors_of(stream).isdisjoint(tensors_of(fork))
+    assert fork.nbytes == stream.nbytes and fork.num_frames == 3
+    # In turns, so that each would meet what the other has written.
+    others = PICTURES[6:9]
+    first = [say(stream, [one]) + say(fork, [other]) for one, other in zip(PICTURES[3:6], others, strict=True)]
+    assert [said[0] for said in first] == say(unforked, PICTURES[3:6])
+    assert [said[1] for said in first] == say(early, others)
+    assert [said[0] for said in first] != [said[1] for said in first]
+
+
+def tensors_of(stream: CasaStream) -> set[int]:
+    """Where the memory of all tensors of the cache begins."""
+    layers = stream._cache.layers
+    kept = [tensor for layer in layers for stored in layer.fusion.values() for tensor in stored]
+    kept += [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    kept += [tensor for layer in layers for memory in layer.memory.values() for tensor in memory.tensors]
+    return {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel()}
+
+
+def test_a_fork_can_be_made_while_text_comes(model, processor):
+    model = model("casa")
+    stream, calm = stream_of(model, processor), stream_of(model, processor)
+    events = stream.push(PICTURES[0])
+    taken = [next(events)]
+    fork = stream.fork()
+    taken += events
+    assert [emitted(taken), *say(stream, PICTURES[1:3])] == say(calm, PICTURES[:3])
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    transcript.frame(PICTURES[0])
+    transcript.caption(taken[0].token_ids)
+    transcript.frame(PICTURES[3])
+    transcript.caption(emitted(fork.push(PICTURES[3])))
+    transcript.check(**CONTROLS)
+
+
+@pytest.mark.parametrize("moment", ["new", "cut", "frames", "answer"])
+@pytest.mark.parametrize("variant", ["casa", "ca", "casa-replace", "exact", "insertion"])
+def test_a_saved_session_continues_with_identical_tokens(model, processor, variant, moment, tmp_path):
+    model = model(variant)
+    settings = {"do_sample": True, "seed": 5, "temperature": 1.0}
+    stream = stream_of(model, processor, **settings)
+    if moment != "new":
+        say(stream, PICTURES[:3])
+    if moment == "answer":
+        emitted(stream.ask("Who is it?", max_new_tokens=5))
+    if moment == "cut":
+        next(stream.push(PICTURES[3]))
+    torch.save(stream.state_dict(), tmp_path / "session.pt")
+    size = (tmp_path / "session.pt").stat().st_size
+    assert size < sum(stream.nbytes.values()) + 60_000, "the room behind growing keys/values isn't saved"
+    loaded = stream_of(model, processor, **{**settings, "seed": 6})
+    say(loaded, PICTURES[4:5])
+    loaded.load_state_dict(torch.load(tmp_path / "session.pt", weights_only=True))
+    assert (loaded.num_frames, loaded.num_text_tokens, loaded.nbytes) == (
+        stream.num_frames,
+        stream.num_text_tokens,
+        stream.nbytes,
+    )
+    expected = say(stream, PICTURES[4:8])
+    assert say(loaded, PICTURES[4:8]) == expected
+    again = stream_of(model, processor, **settings)
+    again.load_state_dict(torch.load(tmp_path / "session.pt", weights_only=True))
+    assert say(again, PICTURES[4:8]) == expected
+    with pytest.raises(ValueError, match="later than"):
+        again.push(PICTURES[0], timestamp=0.5)
+
+
+def test_a_state_is_a_copy(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    say(stream, PICTURES[:2])
+    state = stream.state_dict()
+    expected = say(stream, PICTURES[2:4])
+    for _ in range(2):
+        loaded = stream_of(model, processor)
+        loaded.load_state_dict(state)
+        assert say(loaded, PICTURES[2:4]) == expected
+
+
+def test_states_of_other_models_are_refused(new_model, model, processor, family):
+    states = {
+        "casa_keys='image'": stream_of(model("ca"), processor).state_dict(),
+        "dtype='torch.float32'": stream_of(new_model("casa").float(), processor).state_dict(),
+        "casa_layers": stream_of(new_model("casa", casa_layers=[0, 2]), processor).state_dict(),
+        "model_type='qwen2_vl_text'": stream_of(*family("qwen2_vl")).state_dict(),
+        "no stream's": {"pending": []},
+    }
+    stream = stream_of(model("casa"), processor)
+    say(stream, PICTURES[:2])
+    expected = say(stream.fork(), PICTURES[2:4])
+    for message, state in states.items():
+        with pytest.raises(ValueError, match=message):
+            stream.load_state_dict(state)
+    assert say(stream, PICTURES[2:4]) == expected
+    sampled = stream_of(model("casa"), processor, do_sample=True)
+    with pytest.raises(ValueError, match="do_sample"):
+        sampled.load_state_dict(stream.state_dict())
+
+
+def test_a_reset_stream_is_a_new_one(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor, do_sample=True, seed=2)
+    first = say(stream, PICTURES[:3])
+    emitted(stream.ask("Who is it?", max_new_tokens=4))
+    stream.reset()
+    assert (stream.num_frames, stream.num_text_tokens) == (0, 0)
+    assert say(stream, PICTURES[:3]) == first
+    assert list(stream.push(PICTURES[3]))[-1].start == 1.5
+
+
+def test_a_failure_of_the_model_resets(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    first = say(stream, PICTURES[:3])
+
+    def fail(module: Any, *_: Any) -> None:
+        raise OSError("the device has gone")
+
+    handle = model.model.language_model.layers[1].register_forward_hook(fail)
+    try:
+        with pytest.raises(OSError, match="the device has gone"):
+            list(stream.push(PICTURES[3]))
+    finally:
+        handle.remove()
+    assert stream.num_frames == 0
+    assert say(stream, PICTURES[:3]) == first
+
+
+def test_closing_frees_the_cache(model, processor):
+    model = model("casa")
+    with stream_of(model, processor) as stream:
+        say(stream, PICTURES[:2])
+        assert sum(stream.nbytes.values()) > 0
+        keys = weakref.ref(stream._cache.layers[0].keys)
+        open_events = stream.push(PICTURES[2])
+        next(open_events)
+    gc.collect()
+    assert keys() is None
+    assert stream.closed and stream.nbytes == {"text": 0, "image": 0} and stream.num_text_tokens == 0
+    assert list(open_events) == []
+    stream.close()
+    calls = {
+        "push": lambda: stream.push(PICTURES[0]),
+        "ask": lambda: stream.ask("Who is it?"),
+        "drop": lambda: stream.drop(9.0, "late"),
+        "reset": stream.reset,
+        "fork": stream.fork,
+        "state_dict": stream.state_dict,
+        "load_state_dict": lambda: stream.load_state_dict({}),
+        "with": stream.__enter__,
+    }
+    for call in calls.values():
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+
+
+def test_a_forgotten_stream_is_freed_at_once(model, processor):
+    stream = stream_of(model("casa"), processor)
+    say(stream, PICTURES[:2])
+    next(stream.push(PICTURES[2]))
+    cache = weakref.ref(stream._cache)
+    gc.disable()
+    try:
+        del stream
+        assert cache() is None, "streams and their events must not keep each other"
+    finally:
+        gc.enable()
+
+
+def test_nothing_stays_on_model_and_processor(model, processor):
+    model = model("casa")
+
+    def held() -> dict[str, Any]:
+        modules = {name: {**vars(module)} for name, module in model.named_modules()}
+        return {name: {key: repr(value) for key, value in values.items()} for name, values in modules.items()}
+
+    before, random = held(), torch.get_rng_state()
+    stream = stream_of(model, processor, do_sample=True)
+    say(stream, PICTURES[:3])
+    assert held() == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+
+
+def test_memory_is_that_of_the_text_and_one_image(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    shown = PICTURES[0]
+    images = set()
+    for _ in range(4):
+        say(stream, [shown])
+        assert stream.nbytes == cache_nbytes(stream._cache)
+        images.add(stream.nbytes["image"])
+    assert len(images) == 1 and images.pop() > 0
+
+
+# ------------------------------------------------------------------------------------ random numbers
+
+
+def test_drawn_tokens_are_among_the_likeliest_and_follow_the_seed(model, processor):
+    model = model("casa")
+    settings = {"do_sample": True, "temperature": 2.0, "top_k": 3, "max_new_tokens_per_frame": 20}
+    said = [say(stream_of(model, processor, seed=seed, **settings), PICTURES[:5]) for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+    transcript = Transcript(model, processor)
+    transcript.text(OPENING)
+    for shown, tokens in zip(PICTURES[:5], said[0], strict=True):
+        transcript.frame(shown)
+        transcript.caption(tokens)
+    ranks = set()
+    logits = transcript.logits()
+    for place, token, history, _ in transcript.said:
+        scores = naive_scores(logits[place - 1].tolist(), history, transcript.stops, **CONTROLS)
+        ranks.add(sum(score > scores[token] for score in scores))
+    assert ranks == {0, 1, 2}
+    one = {"do_sample": True, "top_k": 1}
+    assert say(stream_of(model, processor, **one), PICTURES[:3]) == say(stream_of(model, processor), PICTURES[:3])
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("timestamps", [(1.0, 1.0), (1.0, 0.5), (0.0, math.nan), (0.0, math.inf), (2.0, None, 2.5)])
+def test_timestamps_must_ascend(model, processor, timestamps):
+    stream = stream_of(model("casa"), processor)
+    *good, bad = timestamps
+    for timestamp in good:
+        list(stream.push(PICTURES[0], timestamp))
+    frames = stream.num_frames
+    for call in (lambda: stream.push(PICTURES[1], bad), lambda: stream.drop(bad, "late")):
+        with pytest.raises(ValueError, match=f"timestamp={bad}"):
+            call()
+    assert stream.num_frames == frames
+
+
+def test_timestamps_of_several_frames(model, processor):
+    stream = stream_of(model("casa"), processor, max_new_tokens_per_frame=1)
+
+    def starts(count: int, timestamp: Any) -> list[float]:
+        events = stream.push(PICTURES[:count], timestamp)
+        return [event.start for event in events if event.kind in ("merged", "end")]
+
+    assert starts(2, None) == [0.0, 0.5]
+    assert starts(2, 2.5) == [1.5, 2.5]
+    assert starts(3, [3, 5, 5.5]) == [3.0, 5.0, 5.5]
+    assert starts(1, [7.0]) == [7.0]
+    stream.reset()
+    assert starts(2, 0.0) == [-0.5, 0.0]
+    for bad, message in (([1.0], "1 values for 2"), ([2.0, 1.0], "timestamp"), ([-1.0, 1.0], "later than 0.0")):
+        with pytest.raises(ValueError, match=message):
+            stream.push(PICTURES[:2], bad)
+    with pytest.raises(ValueError, match="empty list"):
+        stream.push([])
+
+
+MARK = "<|vision_start|><|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fps": 0}, "fps=0"),
+        ({"fps": math.nan}, "fps=nan"),
+        ({"max_new_tokens_per_frame": 0}, "max_new_tokens_per_frame=0"),
+        ({"max_new_tokens_per_frame": 2.5}, "max_new_tokens_per_frame=2.5"),
+        ({"frame_budget": 0}, "frame_budget=0"),
+        ({"frame_budget": -1.0}, "frame_budget=-1.0"),
+        ({"repetition_penalty": -1.0}, "penalty=-1.0"),
+        ({"repetition_decay": 1.5}, "decay=1.5"),
+        ({"repetition_clamp": 0}, "clamp=0"),
+        ({"no_repeat_ngram_size": 5, "no_repeat_ngram_window": 4}, "window=4"),
+        ({"stop_bias": 0.0}, "bias=0.0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "top_k": -1}, "top_k"),
+        ({"text_window": 5}, "text_window=5"),
+        ({"text_window": 100, "num_sink_tokens": 100}, "text_window=100"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens=-1"),
+        ({"prompt": f"What is {MARK}?"}, "1 marks"),
+        ({"system": MARK}, "1 marks"),
+        ({"prefix": MARK}, "1 marks"),
+        ({"prompt": None}, "text must be a string"),
+        ({"prompt": "<|video_pad|>"}, "outside of a mark"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_named(model, processor, settings, message):
+    with pytest.raises(ValueError, match=message.replace("(", "\\(")):
+        stream_of(model("casa"), processor, **settings)
+
+
+def test_questions_that_cannot_be_leave_the_stream_as_it_was(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    events = stream.push(PICTURES[0])
+    taken = [next(events)]
+    for question, limit, message in ((MARK, 5, "1 marks"), ("Who?", 0, "max_new_tokens=0")):
+        with pytest.raises(ValueError, match=message):
+            stream.ask(question, max_new_tokens=limit)
+    with pytest.raises(ValueError, match="timestamp"):
+        stream.push(PICTURES[1], timestamp=0.0)
+    taken += events
+    assert [emitted(taken)] == say(stream_of(model, processor), PICTURES[:1]), "the open events are still open"
+
+
+def test_a_processor_of_another_model_is_refused(model, family):
+    _, other = family("qwen2_5_vl", 2)
+    with pytest.raises(ValueError, match="gist tokens"):
+        CasaStream(model("casa"), other)
+
+
+def test_a_model_of_another_kind_is_refused(processor, source_folder):
+    from transformers import AutoModelForImageTextToText
+
+    source = AutoModelForImageTextToText.from_pretrained(source_folder)
+    with pytest.raises(ValueError, match="CasaForConditionalGeneration"):
+        CasaStream(source, processor)
