@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from casa_hf import CasaForConditionalGeneration
+from casa_hf.cache_casa import KeysValues
+from casa_hf.text_window import KeyRotation, TextEviction, plan_eviction
 from tests import tiny
 from tests.reference import Eviction, Sample, reference_logits
 from tests.test_equalities import FAMILIES, randomised
@@ -195,3 +198,213 @@ def test_any_design_and_any_text(seed):
             evictions[call] = (sinks + random.randint(1, 6), sinks)
     rows = run(model_of(config), samples, turns, evictions)
     check(rows, config, tiny.random_weights(config))
+
+
+MISTAKES = {
+    "keys stay rotated": ("text_window.KeyRotation.turn", lambda self, keys, tables: keys),
+    "image keys stay rotated": (
+        "text_window.KeyRotation.turn",
+        lambda self, keys, tables, turn=KeyRotation.turn: (
+            keys if tables[0].shape[1] == 1 else turn(self, keys, tables)
+        ),
+    ),
+    "turned the wrong way": (
+        "text_window.KeyRotation.tables",
+        lambda self, shift, tables=KeyRotation.tables: tables(self, -shift),
+    ),
+    "one sink too many": (
+        "text_window.plan_eviction",
+        lambda state, rules, keep, sinks: plan_eviction(state, rules, keep, sinks + 1),
+    ),
+    "positions go on as before": (
+        "text_window.TextEviction.state",
+        lambda self, state, after=TextEviction.state: replace(after(self, state), next_position=state.next_position),
+    ),
+    "windows begin one token later": (
+        "text_window.TextEviction.state",
+        lambda self, state, after=TextEviction.state: replace(
+            after(self, state), window_start=after(self, state).window_start + 1
+        ),
+    ),
+    "fusion layers keep other text": (
+        "text_window.TextEviction.window",
+        lambda self, stored, window=TextEviction.window: KeysValues(*(t.roll(1, 2) for t in window(self, stored))),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_would_show(mistake, monkeypatch):
+    name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(f"casa_hf.{name}", wrong)
+    config, one = tiny.casa_config("casa"), tiny.sample("6 f2x3 30 f1x2 8")
+    rows = run(model_of(config), [one], in_turns([one], [5]), {4: (14, 4), 6: (12, 4)})
+    held = [t for t in range(25) if t < 4 or t >= 15]
+    if rows[0].evictions[0].text != [t for t in range(25) if t not in held]:
+        return  # what stays isn't what was asked for
+    [expected] = reference_logits(config, tiny.random_weights(config), [rows[0].done])
+    assert error(torch.cat(rows[0].logits), expected) > 1e-3
+
+
+def test_what_stays_are_the_first_tokens_and_the_last(source_rows=((20, 8, 3), (5, 8, 3), (9, 9, 0))):
+    model = model_of(tiny.casa_config("casa"))
+    for length, keep, sinks in source_rows:
+        cache = DynamicCache(config=model.config)
+        model(torch.arange(3, 3 + length)[None], past_key_values=cache)
+        kept = model.evict_text(cache, keep, sinks)
+        if length <= keep:
+            assert kept is None
+        else:
+            assert kept.tolist() == [[*range(sinks), *range(length - keep + sinks, length)]]
+            assert cache.layers[0].window_state.positions.tolist() == [list(range(keep))]
+            assert cache.layers[0].window_state.next_position.tolist() == [keep]
+            assert not cache.layers[0].window_state.padded
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-replace", "exact"])
+def test_a_static_cache_forgets_in_place(variant):
+    config = tiny.casa_config(variant, casa_static_image_tokens=8)
+    samples = [tiny.sample(script, seed) for seed, script in enumerate(SCRIPTS[:2])]
+    model, turns = model_of(config), in_turns(samples, (6, 7))
+    cache = StaticCache(config=config.get_text_config(), max_cache_len=32)
+    model(torch.tensor([[5], [6]]), past_key_values=cache)
+    cache.reset()
+    addresses = [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
+    rows = run(model, samples, turns, {2: (11, 3), 4: (12, 4), 6: (9, 4)}, cache)
+    check(rows, config, tiny.random_weights(config))
+    assert addresses == [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
+def test_moved_keys_are_those_of_their_new_position(rope_type, dtype):
+    """In the first block a key depends on its token and its position alone: on a cache that never held more, it is the
+    same. With an attention scaling that isn't 1, for images too."""
+    config = tiny.casa_config("casa")
+    scaled = {"factor": 3.0, "original_max_position_embeddings": 32}
+    scaled |= {"attention_factor": 1.3} if rope_type == "yarn" else {}
+    scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope_type == "llama3" else {}
+    rope = config.text_config.rope_parameters
+    config.text_config.rope_parameters = {**rope, "rope_type": rope_type, **scaled}
+    model = model_of(config).to(dtype)
+    images = {"image_grid_thw": torch.tensor([[1, 4, 6]])}
+    images["image_embeds"] = tiny.features(2, 3, seed=1).to(dtype)
+    ids = torch.tensor([[*range(3, 43), tiny.START, tiny.END, *range(10, 20)]])
+    moved, fresh = DynamicCache(config=config), DynamicCache(config=config)
+    model(ids, past_key_values=moved, **images)
+    kept = model.evict_text(moved, 40, 4)
+    kept = kept[0, model.evict_text(moved, 30, 4)[0]]
+    model(ids[:, kept], past_key_values=fresh, **images)
+    bar = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for name in ("image", "window"):
+        assert error(moved.layers[0].fusion[name].keys, fresh.layers[0].fusion[name].keys) < bar
+    assert error(moved.layers[0].keys, fresh.layers[0].keys) < bar
+    stayed = model_of(config).to(dtype)(ids, past_key_values=DynamicCache(config=config), **images).past_key_values
+    assert error(stayed.layers[0].keys[:, :, kept], fresh.layers[0].keys) > 10 * bar
+
+
+def test_a_key_that_moves_through_a_window_loses_little():
+    """As in a stream: every eviction moves it by a quarter of the window, so four times at most."""
+    frequencies = 1e6 ** -(torch.arange(0, 128, 2).double() / 128)
+    rotary = torch.nn.Module()
+    rotary.inv_freq = frequencies.float()
+    rotation = KeyRotation(rotary, apply_rotary_pos_emb)
+    keys = torch.randn(1, 1, 512, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def turned(positions, keys, dtype):
+        """As the model forms keys: float32 angles, the rest in its own type; or all in float64."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = positions[:, None].to(wide) * rotary.inv_freq.to(wide)
+        cos, sin = (f(torch.cat([angles, angles], -1))[None].to(dtype) for f in (torch.cos, torch.sin))
+        return apply_rotary_pos_emb(keys.to(dtype), keys[:, :0].to(dtype), cos, sin)[0]
+
+    positions = torch.arange(3584, 4096)
+    loss = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        stored = turned(positions, keys, dtype)
+        at = [stored]
+        for _ in range(4):
+            stored = rotation.turn(stored, rotation.tables(torch.full((1, 512), 896)))
+            at.append(stored)
+        true = [turned(positions - 896 * times, keys, torch.float64) for times in range(5)]
+        loss[dtype] = [
+            float((own.double() - expected).norm() / expected.norm()) for own, expected in zip(at, true, strict=True)
+        ]
+    # Of what a float32 angle loses where the key was made, nothing is added; bfloat16 is rounded four times more.
+    assert loss[torch.float32][4] < 1.01 * loss[torch.float32][0] < 3e-5
+    assert loss[torch.bfloat16][4] < 2 * loss[torch.bfloat16][0] < 8e-3
+    assert loss[torch.bfloat16][4] > loss[torch.bfloat16][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_why_positions_must_stay_small(family):
+    """The rotary tables of a stream that has counted to 2,000,000, against float64."""
+    model = family().model
+    rotary = getattr(model, "language_model", model).rotary_emb
+    true_frequencies = 1e6 ** -(torch.arange(0, 128, 2).double() / 128)
+    rotary.inv_freq = true_frequencies.float()
+    rotary.mrope_section = [16, 24, 24]
+    loss = {}
+    for position in (1_000, 2_000_000):
+        places = torch.full((3, 1, 1) if hasattr(model, "language_model") else (1, 1), position)
+        cos, _ = rotary(torch.zeros(1, 1, 1), places)
+        angles = torch.cat([position * true_frequencies] * 2)
+        loss[position] = float((cos.double() - angles.cos()).abs().max())
+    assert loss[1_000] < 1e-4
+    assert loss[2_000_000] > 2e-2
+
+
+def test_generate_and_crop_go_on_after_an_eviction():
+    """`generate` is given the ids that are there now; its tokens are those of steps by hand."""
+    config, one = tiny.casa_config("casa"), tiny.sample("6 f2x3 30")
+    model = model_of(config)
+    model.generation_config.eos_token_id = None
+
+    def filled() -> tuple[DynamicCache, torch.Tensor]:
+        cache = DynamicCache(config=config)
+        ids = torch.tensor([one.input_ids])
+        types = torch.where(ids == tiny.END, 2, 0)
+        model(ids, past_key_values=cache, mm_token_type_ids=types, **features(one.images))
+        return cache, ids[:, model.evict_text(cache, 16, 4)[0]]
+
+    cache, _ = filled()
+    token, by_hand = 7, []
+    for _ in range(5):
+        token = int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
+        by_hand.append(token)
+    cache, ids = filled()
+    output = model.generate(
+        torch.cat([ids, torch.tensor([[7]])], dim=1), past_key_values=cache, max_new_tokens=5, do_sample=False
+    )
+    assert output[0, -5:].tolist() == by_hand
+    cache.crop(-4)  # the 7 and what followed it, the last token having never been fed
+    cache.crop(-1)
+    again = model(torch.tensor([[7]]), past_key_values=cache).logits[0, -1].argmax()
+    assert int(again) == by_hand[0]
+
+
+def test_what_cannot_be_evicted_is_refused_and_left_alone():
+    model = model_of(tiny.casa_config("casa"))
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(TypeError, match="a CASA model has filled; this DynamicCache is none"):
+        model.evict_text(cache, 8)
+    model(torch.arange(3, 23)[None].repeat(2, 1), past_key_values=cache)
+    for arguments, message in (
+        ((4, 4), "window of 4 text tokens with 4 sink tokens"),
+        ((4, -1), "at least 0 sinks"),
+        ((torch.tensor([9, 9, 9]), 4), r"keep has shape \(3,\); expected a number, or one for each of 2 rows"),
+        ((torch.tensor([9, 4]), torch.tensor([0, 4])), "window of 4 text tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.evict_text(cache, *arguments)
+    assert cache.get_seq_length() == 20
+    kept = model.evict_text(cache, torch.tensor([9, 6]), torch.tensor([0, 4]))
+    assert kept.tolist() == [list(range(11, 20)), [-1, -1, -1, 0, 1, 2, 3, 18, 19]]
+    insertion = model_of(tiny.casa_config("insertion"))
+    cache = DynamicCache(config=insertion.config)
+    insertion(torch.arange(3, 23)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match='is "all"'):
+        insertion.evict_text(cache, 8)
+    model.model.language_model.rotary_emb.rope_type = "longrope"
+    with pytest.raises(ValueError, match="rope_type='longrope'"):
+        model.evict_text(cache, 8)
