@@ -28,7 +28,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_python_blocks(workplace, capsys):
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
@@ -39,6 +39,7 @@ def test_python_blocks(workplace, capsys):
     new = names["inputs"]["input_ids"].shape[1]
     assert names["answer"][0].tolist() == names["output"].sequences[0].tolist()
     assert len(names["answer"][0]) > new
+    assert (names["event"].kind, names["stream"].num_frames, names["stream"].closed) == ("end", 3, True)
     assert CasaForConditionalGeneration.from_pretrained("my-finetuned-model").config.variant == "casa"
 
 

@@ -83,7 +83,7 @@ class Transcript:
 
     def text(self, text: str) -> None:
         """Text that the stream is told; a stop token at its start takes the place of the one that was said."""
-        if self.ids and self.ids[-1] in self.stops:
+        if self.said and self.said[-1][0] == len(self.ids) - 1 and self.ids[-1] in self.stops:
             self.ids.pop()
         self.ids += self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 

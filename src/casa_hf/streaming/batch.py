@@ -288,21 +288,26 @@ class CasaStreamBatch:
         try:
             self._bound_text()
             output = self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
+            tokens = self._drawn(output.logits[:, -1])
         except BaseException:
             self._begin_anew()  # the cache may hold a part of this forward by now
             raise
+        for stream, forward in self._forwards.items():
+            self._rows[stream].held += len(forward.ids)
+        return tokens
+
+    def _drawn(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
+        """By stream that waits, the token (1, 1) for its row of the logits (rows, vocabulary)."""
         tokens = {}
-        # The processors work on all rows that share them at once.
         waiting = [(number, stream) for number, stream in enumerate(self._rows) if stream in self._forwards]
+        # The processors work on all rows that share them at once.
         for processors in {id(own.processors): own.processors for own in self._forwards.values()}.values():
             group = [(number, stream) for number, stream in waiting if self._forwards[stream].processors is processors]
             history = torch.cat([self._forwards[stream].history.ids for _, stream in group])
-            logits = output.logits[[number for number, _ in group], -1]
-            scores = processors(history, logits.to(history.device, torch.float32))
+            own_logits = logits[[number for number, _ in group]]
+            scores = processors(history, own_logits.to(history.device, torch.float32))
             for (_, stream), own in zip(group, scores, strict=True):
                 tokens[stream] = self._rows[stream].drawn(own[None])
-        for _, stream in waiting:
-            self._rows[stream].held += len(self._forwards[stream].ids)
         return tokens
 
     def _inputs(self) -> dict[str, torch.Tensor]:

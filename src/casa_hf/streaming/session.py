@@ -324,7 +324,7 @@ class CasaStream:
         self._end_open()
         cache = self._new_cache()
         if state["cache"] is not None:
-            blocks = self.model.model.language_model.layers
+            blocks = self.model.get_decoder().layers
             restore_cache(cache, state["cache"], [next(block.parameters()).device for block in blocks])
         self._load_text(state)
         self._cache = cache
@@ -393,7 +393,7 @@ class CasaStream:
     def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
         """The steps of an answer to the question with these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
-        ids = self._without_stop(self._pending) + ids
+        ids = self._turn_to_close() + ids
         self._answered = True
         forward = Forward(ids, {}, self._answer_processors, self._new_history())
         event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
@@ -404,7 +404,7 @@ class CasaStream:
         """Text ids and image inputs of a forward with new frames."""
         ids = self._pending
         if self._answered:
-            ids = self._without_stop(ids) + self.turns.resumption
+            ids = self._turn_to_close() + self.turns.resumption
             self._pieces.reset()
         # The places are told: a mark that the model itself has written is text.
         size = len(self.turns.frame)
@@ -476,12 +476,11 @@ class CasaStream:
                 logits_to_keep=1,
                 **{name: value.to(self.model.device) for name, value in forward.images.items()},
             )
+            ids = forward.history.ids
+            return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
         except BaseException:
             self._begin()  # the cache may hold a part of this forward by now
             raise
-        ids = forward.history.ids
-        scores = forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32))
-        return self._drawn(scores)
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""
@@ -506,9 +505,11 @@ class CasaStream:
         """The text that this token completes; a stop token is none, even where the tokenizer has text for it."""
         return ("", ()) if token_id in self.stop_token_ids else pieces.add(token_id)
 
-    def _without_stop(self, ids: list[int]) -> list[int]:
-        """What waits for the next forward, before the template closes the turn: that repeats the stop token."""
-        return ids[:-1] if ids[-1] in self.stop_token_ids else list(ids)
+    def _turn_to_close(self) -> list[int]:
+        """What waits for the next forward where the template closes the turn, which it does with a stop token of its
+        own: one that was emitted gives way to it. The prompt stays as it is."""
+        emitted = self.num_text_tokens > 0
+        return [] if emitted and self._pending[-1] in self.stop_token_ids else list(self._pending)
 
     # ---------------------------------------------------------------- state
 
@@ -560,7 +561,7 @@ class CasaStream:
         self._begun, self._answered = state["begun"], state["answered"]
         self._pieces.load(state["pieces"])
         if self._generator is not None:
-            self._generator.set_state(state["random"])
+            self._generator.set_state(state["random"].cpu())
 
     def _design(self) -> dict[str, Any]:
         """What a cache must have been made with to fit the model."""
