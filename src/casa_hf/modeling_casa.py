@@ -425,7 +425,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
         """See [`CasaForConditionalGeneration.evict_text`]."""
-        return evict_text(past_key_values, self.window_rules, self.key_rotation(), keep, num_sink_tokens)
+        return evict_text(past_key_values, self.window_rules, self.key_rotation, keep, num_sink_tokens)
 
     def key_rotation(self) -> KeyRotation:
         """What moves stored keys to other positions.
@@ -898,8 +898,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         Raises:
             NotImplementedError: for quantised caches.
             TypeError: if the cache isn't one that this model has filled.
-            ValueError: if no recent token would stay, every image is kept for ever (the history "all"), or the
-                frequencies of the rotary embedding depend on the length of the text.
+            ValueError: if no recent token would stay. Where text is to go, also if every image is kept for ever (the
+                history "all"), or the frequencies of the rotary embedding depend on the length of the text.
         """
         return self.model.language_model.evict_text(past_key_values, keep, num_sink_tokens)
 

@@ -72,6 +72,7 @@ class TextEviction:
     """Which text slots stay in a cache, and by how much what stays is moved.
 
     Attributes:
+        drops: whether any text goes, and not only padding.
         length: number of slots afterwards.
         slots: (batch, length) the slot that each of them was; rows with fewer tokens are padded on the left.
         valid: (batch, length) False for that padding.
@@ -82,6 +83,7 @@ class TextEviction:
         old_text_start: the same before, in old slots.
     """
 
+    drops: bool
     length: int
     slots: torch.Tensor
     valid: torch.Tensor
@@ -158,7 +160,8 @@ def plan_eviction(
     kept = valid & ((index < first[:, None]) | (index >= cut[:, None]))
     num_kept = kept.sum(1)
     new_length = int(num_kept.max())
-    if new_length == length and not bool((cut > first).any()):
+    drops = bool((cut > first).any())
+    if new_length == length and not drops:
         return None
 
     # Stable sorting by "kept" moves the kept slots to the end of each row, in their order.
@@ -169,6 +172,7 @@ def plan_eviction(
     needed = torch.where(has_image | rules.text_windows, state.window_start, length)
     needed = moved.gather(1, needed.clamp(max=length)[:, None])
     return TextEviction(
+        drops=drops,
         length=new_length,
         slots=slots,
         valid=kept.gather(1, slots),
@@ -214,7 +218,7 @@ def _shifts(
 def evict_text(
     cache: Cache,
     rules: WindowRules,
-    rotation: KeyRotation,
+    rotation: Callable[[], KeyRotation],
     keep: int | torch.Tensor,
     num_sink_tokens: int | torch.Tensor = 4,
 ) -> torch.Tensor | None:
@@ -225,8 +229,8 @@ def evict_text(
 
     Args:
         cache: a cache that a CASA model has filled, growing or static.
-        rules: who sees whom; see `check_history`.
-        rotation: of the model's keys.
+        rules: who sees whom.
+        rotation: gives that of the model's keys, or refuses; asked if text is to go, and not only padding.
         keep: number of text tokens that stay in each row, sinks included; one number, or (batch,). A row that holds
             fewer keeps all.
         num_sink_tokens: number of first tokens that stay; one number, or (batch,).
@@ -256,13 +260,16 @@ def evict_text(
     plan = plan_eviction(state, rules, keep, sinks)
     if plan is None:
         return None
-    text = None if not bool(plan.shift.any()) else rotation.tables(plan.shift)
-    images = None if not bool(plan.image_shift.any()) else rotation.tables(plan.image_shift[:, None])
-    window = None if text is None else (text[0][:, plan.text_start :], text[1][:, plan.text_start :])
+    turn = rotation() if plan.drops else None
+
+    def tables(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return turn.tables(shift) if turn is not None and bool(shift.any()) else None
 
     def turned(stored: KeysValues, tables: tuple[torch.Tensor, torch.Tensor] | None) -> KeysValues:
-        return stored if tables is None else stored._replace(keys=rotation.turn(stored.keys, tables))
+        return stored._replace(keys=turn.turn(stored.keys, tables)) if turn is not None and tables else stored
 
+    text, images = tables(plan.shift), tables(plan.image_shift[:, None])
+    window = None if text is None else (text[0][:, plan.text_start :], text[1][:, plan.text_start :])
     for layer in cache.layers:
         new = dict(layer.fusion)
         for name, stored in layer.fusion.items():
