@@ -18,7 +18,8 @@ class CaptionEvent:
             the model looked at ends with exactly one, also if it had nothing to say. "answer": a piece of an answer to
             a question. "dropped": the frame came too late and wasn't looked at. "merged": the frame was looked at
             together with the next one. "error": the frame could not be used; the stream goes on without it.
-        frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers.
+        frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers, -1 before
+            the first.
         start: the frame's timestamp, in seconds.
         end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
