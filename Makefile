@@ -11,8 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu lint
-.PHONY: quality style clean
+.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu
+.PHONY: bench-forever lint quality style clean
 
 help:
 	@echo "make demo               convert a small checkpoint and generate on a photograph"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA against its rivals on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
+	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
 	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
@@ -58,6 +59,10 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.prefill --plot docs/images/prefill-cpu.svg
 	$(VENV)/bin/python -m benchmarks.layer --plot docs/images/layer-cpu.svg
 	$(VENV)/bin/python -m benchmarks.streams --plot docs/images/streams-cpu.svg
+
+# An hour or more: 10,000 frames, several times.
+bench-forever: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 
 GPU := --device cuda --attn torch_varlen
 

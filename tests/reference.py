@@ -46,6 +46,19 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Eviction:
+    """Text that is forgotten at some moment.
+
+    Attributes:
+        before: index of the text token that is the first to come afterwards.
+        text: indices of the text tokens that go, with no remaining text between them.
+    """
+
+    before: int
+    text: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Sample:
     """Text and the images in it, in reading order.
 
@@ -53,11 +66,13 @@ class Sample:
         input_ids: T token ids.
         images: by position; images at the same position in the order in which they are read.
         positions: (A, T) positions that replace those of the configuration, or None.
+        evictions: in the order in which they happen.
     """
 
     input_ids: Sequence[int]
     images: Sequence[Image] = field(default=())
     positions: Tensor | None = None
+    evictions: Sequence[Eviction] = field(default=())
 
 
 def reference_logits(config: Any, state_dict: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[Tensor]:
@@ -80,7 +95,7 @@ def _logits(config: Any, parameters: Mapping[str, Tensor], sample: Sample) -> Te
     assert all(len(image.features) == image.grid[0] * image.grid[1] for image in sample.images)
     embedding = parameters["model.language_model.embed_tokens.weight"]
     masks = _Masks(config, sample)
-    rotary = _Rotary(config, sample)
+    rotary = [_Rotary(config, sample, masks, epoch) for epoch in range(len(sample.evictions) + 1)]
     text = embedding[torch.tensor(list(sample.input_ids))]
     images = torch.cat([embedding.new_zeros(0, embedding.shape[1]), *(i.features.double() for i in sample.images)])
     for index in range(config.text_config.num_hidden_layers):
@@ -109,10 +124,12 @@ class _Masks:
         self_attention: text token t sees text up to t.
         fusion: what text token t sees in a fusion layer; empty for a token that the layer leaves alone.
         image_updates: what an image token sees in self-attention under "full" updates, by its number.
+        text_epochs, image_epochs: for each text or image token, how many evictions there have been when it comes.
     """
 
     def __init__(self, config: Any, sample: Sample) -> None:
         self.config = config
+        self.sample = sample
         self.ids = list(sample.input_ids)
         self.images = list(sample.images)
         self.windows = self._windows()
@@ -121,17 +138,30 @@ class _Masks:
         tokens = range(len(self.ids))
         count = len(image_tokens)
 
-        self.self_attention = [[s for s in tokens if s <= t] for t in tokens]
+        self.text_epochs = [sum(eviction.before <= t for eviction in sample.evictions) for t in tokens]
+        self.image_epochs = [self.text_epochs[self.images[j].position] for j, _ in image_tokens]
+        self.self_attention = [[s for s in tokens if s <= t and self._is_there(s, t)] for t in tokens]
         self.fusion = [
             [key for key, (j, _) in enumerate(image_tokens) if self._text_sees_image(t, j)]
-            + [count + s for s in tokens if self._text_sees_text(t, s)]
+            + [count + s for s in tokens if self._text_sees_text(t, s) and self._is_there(s, t)]
             for t in tokens
         ]
         self.image_updates = [
             [key for key, other in enumerate(image_tokens) if self._image_token_sees(token, other)]
-            + [count + s for s in tokens if s < self.images[token[0]].position]
+            + [count + s for s in tokens if s < (place := self.images[token[0]].position) and self._is_there(s, place)]
             for token in image_tokens
         ]
+
+    def _is_there(self, s: int, t: int) -> bool:
+        """Whether text token s hasn't been evicted when text token t comes."""
+        return not any(s in eviction.text and eviction.before <= t for eviction in self.sample.evictions)
+
+    def current_images(self, t: int) -> list[int]:
+        """The images of the window that text token t belongs to."""
+        newest = self.newest[t]
+        if newest is None:
+            return []
+        return [j for j in range(newest + 1) if self.windows[j] == self.windows[newest]]
 
     def _history(self, j: int) -> str:
         return self.config.casa_video_history if self.images[j].is_frame else self.config.casa_image_history
@@ -192,14 +222,15 @@ class _Masks:
 class _Rotary:
     """Cosines and sines of all positions of a sample, float32 tables cast to float64.
 
-    `text` and `images` turn queries or keys (tokens, heads, D) of all text tokens, or of all image tokens.
+    `text` and `images` turn queries or keys (tokens, heads, D) of all text tokens, or of all image tokens, to the
+    positions that they have in an epoch: after a number of evictions.
     """
 
-    def __init__(self, config: Any, sample: Sample) -> None:
+    def __init__(self, config: Any, sample: Sample, masks: _Masks, epoch: int) -> None:
         rope = config.text_config.rope_parameters
         assert rope["rope_type"] == "default"
         axes = 3 if "mrope_section" in rope else 1
-        text, images = _positions(config, sample, axes)
+        text, images = _positions(config, sample, axes, masks, epoch)
         head_dim = getattr(config.text_config, "head_dim", None) or (
             config.text_config.hidden_size // config.text_config.num_attention_heads
         )
@@ -239,30 +270,36 @@ def _axis_of_pair(rope: Mapping[str, Any], pairs: int) -> list[int]:
     return [axis for axis in range(3) for _ in range(sections[axis])]
 
 
-def _positions(config: Any, sample: Sample, axes: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Positions of the text tokens and of the image tokens, each a tuple of `axes` numbers."""
+def _positions(
+    config: Any, sample: Sample, axes: int, masks: _Masks, epoch: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Positions of the text tokens and of the image tokens in an epoch, each a tuple of `axes` numbers."""
     grids = [image.grid for image in sample.images]
     advance = [max(grid) if axes == 3 else grid[0] * grid[1] for grid in grids]
     insertion, before = config.casa_positions == "insertion", config.casa_image_positions == "before"
+    text, starts = [(0,) * axes] * len(sample.input_ids), [(0,) * axes] * len(grids)
     if sample.positions is not None:
+        assert not sample.evictions
         text = [tuple(column) for column in sample.positions.T.tolist()]
-    else:
-        text, cursor = [], 0
-        for t in range(len(sample.input_ids)):
+        for j, image in enumerate(sample.images):
+            back = 0  # from the image's start to the token that it precedes
             if insertion:
-                cursor += sum(advance[j] for j, image in enumerate(sample.images) if image.position == t)
-            text.append((cursor,) * axes)
-            cursor += 1
+                back = sum(advance[i] for i in range(j, len(grids)) if sample.images[i].position == image.position)
+            elif before:
+                back = advance[j]
+            starts[j] = tuple(p - back for p in text[image.position])
+    else:
+        cursor = 0
+        for kind, index in _line(sample, masks, epoch):
+            if kind == "text":
+                text[index] = (cursor,) * axes
+                cursor += 1
+            else:
+                starts[index] = (cursor - advance[index] if before and not insertion else cursor,) * axes
+                cursor += advance[index] if insertion else 0
 
     images: list[tuple[int, ...]] = []
-    for j, image in enumerate(sample.images):
-        back = 0  # from the image's start to the token that it precedes
-        if insertion:
-            back = sum(advance[i] for i in range(j, len(grids)) if sample.images[i].position == image.position)
-        elif before:
-            back = advance[j]
-        start = [p - back for p in text[image.position]]
-        height, width = image.grid
+    for start, (height, width) in zip(starts, grids, strict=True):
         for row in range(height):
             for column in range(width):
                 if axes == 3:
@@ -272,11 +309,43 @@ def _positions(config: Any, sample: Sample, axes: int) -> tuple[list[tuple[int, 
     return text, images
 
 
+def _line(sample: Sample, masks: _Masks, epoch: int) -> list[tuple[str, int]]:
+    """What takes up positions in an epoch, in order: ("image", its number) and ("text", its index).
+
+    Evicted text leaves the line, and with it the images around it up to the text that remains, but for those that are
+    seen at that moment. What stands between these stays too, and images before the same token as the first of them.
+    """
+    line = []
+    for t in range(len(sample.input_ids)):
+        line += [("image", j) for j, image in enumerate(sample.images) if image.position == t]
+        line.append(("text", t))
+    gone: set[int] = set()
+    for eviction in sample.evictions[:epoch]:
+        if not eviction.text:
+            continue
+        gone |= set(eviction.text)
+        seen = [sample.images[j].position for j in masks.current_images(eviction.before - 1)]
+        begin = end = line.index(("text", eviction.text[0]))
+        while begin > 0 and (line[begin - 1][0] == "image" or line[begin - 1][1] in gone):
+            begin -= 1
+        while line[end][0] == "image" or line[end][1] in gone:
+            end += 1
+        line[begin:end] = [
+            (kind, index)
+            for kind, index in line[begin:end]
+            if seen
+            and (
+                seen[0] <= index < seen[-1] if kind == "text" else seen[0] <= sample.images[index].position <= seen[-1]
+            )
+        ]
+    return line
+
+
 class _Block:
     """One decoder block: text and image states in, text and image states out."""
 
     def __init__(
-        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, rotary: _Rotary
+        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, rotary: list[_Rotary]
     ) -> None:
         self.config, self.parameters, self.masks, self.rotary = config, parameters, masks, rotary
         self.prefix = f"model.language_model.layers.{index}."
@@ -316,19 +385,25 @@ class _Block:
             normed = self.norm("input_layernorm", images)
             q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
             text_k, text_v = (self.heads("self_attn", p, normed_text) for p in "kv")
-            attended = _attend(
-                self.rotary.images(q),
-                torch.cat([self.rotary.images(k), self.rotary.text(text_k)]),
-                torch.cat([v, text_v]),
-                self.masks.image_updates,
-            )
+            attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
+            for epoch, rotary in enumerate(self.rotary):
+                attended += _attend(
+                    rotary.images(q),
+                    torch.cat([rotary.images(k), rotary.text(text_k)]),
+                    torch.cat([v, text_v]),
+                    _of_epoch(self.masks.image_updates, self.masks.image_epochs, epoch),
+                )
             images = images + self.out("self_attn", attended)
         return images + self.mlp(self.norm("post_attention_layernorm", images))
 
     def self_attention(self, normed: Tensor) -> Tensor:
         """Causal attention over the text, (T, H * D), before the output projection."""
         q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
-        return _attend(self.rotary.text(q), self.rotary.text(k), v, self.masks.self_attention)
+        attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
+        for epoch, rotary in enumerate(self.rotary):
+            seen = _of_epoch(self.masks.self_attention, self.masks.text_epochs, epoch)
+            attended += _attend(rotary.text(q), rotary.text(k), v, seen)
+        return attended
 
     def fusion(self, normed: Tensor, images: Tensor) -> Tensor:
         """Attention to image tokens and, as the masks say, text; (T, H * D), before the output projection."""
@@ -336,9 +411,15 @@ class _Block:
         normed_images = self.norm(image_norm, images)
         q, text_k, text_v = (self.heads(self.fusion_module, p, normed) for p in "qkv")
         image_k, image_v = (self.heads(self.fusion_module, p, normed_images) for p in "kv")
-        if self.config.casa_keys != "image":
-            q, text_k, image_k = self.rotary.text(q), self.rotary.text(text_k), self.rotary.images(image_k)
-        return _attend(q, torch.cat([image_k, text_k]), torch.cat([image_v, text_v]), self.masks.fusion)
+        values = torch.cat([image_v, text_v])
+        if self.config.casa_keys == "image":
+            return _attend(q, torch.cat([image_k, text_k]), values, self.masks.fusion)
+        attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
+        for epoch, rotary in enumerate(self.rotary):
+            keys = torch.cat([rotary.images(image_k), rotary.text(text_k)])
+            seen = _of_epoch(self.masks.fusion, self.masks.text_epochs, epoch)
+            attended += _attend(rotary.text(q), keys, values, seen)
+        return attended
 
     def fusion_output(self, attended: Tensor) -> Tensor:
         """What a fusion layer adds to the text: exactly 0, without even a bias, where a token sees nothing."""
@@ -375,6 +456,11 @@ class _Block:
         assert self.config.text_config.hidden_act == "silu"
         gate = self.linear("mlp.gate_proj", x)
         return self.linear("mlp.down_proj", gate * gate.sigmoid() * self.linear("mlp.up_proj", x))
+
+
+def _of_epoch(seen: list[list[int]], epochs: list[int], epoch: int) -> list[list[int]]:
+    """What queries of an epoch see; nothing for the others."""
+    return [keys if own == epoch else [] for keys, own in zip(seen, epochs, strict=True)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:

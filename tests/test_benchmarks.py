@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from benchmarks import layer, prefill, streaming, streams
+from benchmarks import forever, layer, prefill, streaming, streams
 from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
@@ -267,6 +267,39 @@ def test_bars_are_judged_on_the_side_they_stand(source):
     }
 
 
+# ---------------------------------------------------------------- a stream without an end
+
+
+def test_a_line_is_that_of_least_squares_with_student_s_interval():
+    """Against the normal equations, and tables of Student's t."""
+    values = [
+        3.0 + 0.25 * turn + noise for turn, noise in enumerate([0.5, -1.0, 0.25, 2.0, -0.5, 1.0, -2.0, 0.75] * 5)
+    ]
+    found = forever.line(values, blocks=20)
+    means = torch.tensor(values, dtype=torch.float64).view(20, 2).mean(1)
+    places = torch.stack([torch.arange(20, dtype=torch.float64) * 2 + 1, torch.ones(20, dtype=torch.float64)], dim=1)
+    solution = torch.linalg.lstsq(places, means[:, None]).solution[:, 0]
+    variance = float((means - places @ solution).pow(2).sum()) / 18
+    error = float((variance * torch.linalg.inv(places.T @ places))[0, 0]) ** 0.5
+    assert found.slope == pytest.approx(float(solution[0]))
+    assert found.high - found.slope == found.slope - found.low == pytest.approx(2.101 * error, rel=1e-3)
+    assert not found.flat and forever.line([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0], 7).flat
+    for freedom, quantile in ((1, 12.706), (3, 3.182), (8, 2.306), (48, 2.011)):
+        assert forever.student_t(freedom) == pytest.approx(quantile, rel=5e-3)
+
+
+def test_bounded_text_stays_and_unbounded_text_grows_as_predicted():
+    sizes = replace(forever.SIZES["tiny"], turns=30)
+    bounded, unbounded = (
+        forever.run(forever.contender(name, "casa", sizes, torch.device("cpu"), "sdpa"), sizes, sizes.turns)
+        for name in ("bounded", "unbounded")
+    )
+    assert unbounded.cache[-1] == unbounded.predicted
+    assert unbounded.kv_tokens == sizes.prompt + 30 * sizes.turn_text - 1
+    assert max(bounded.cache[8:]) == max(bounded.cache[-8:]) < unbounded.cache[-1] / 2
+    assert bounded.kv_tokens <= sizes.text_window + sizes.turn_text
+
+
 # ---------------------------------------------------------------- programs
 
 PROGRAMS = {
@@ -274,6 +307,7 @@ PROGRAMS = {
     prefill: ["--variants", "casa", "--backends", "eager,sdpa", "--windows", "1,8,64", "--rounds", "1"],
     layer: ["--rounds", "1", "--windows", "2"],
     streams: ["--streams", "2", "--turns", "3"],
+    forever: ["--turns", "24"],
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 
@@ -299,6 +333,8 @@ def test_program(program, device, monkeypatch, capsys, tmp_path):
         (streaming, ["--windows", "4,none"], "--windows '4,none': 'none' must be a whole number of at least 1"),
         (prefill, ["--backends", "sdpb"], "--backends: unknown name 'sdpb'; choose from eager"),
         (layer, ["--variants", "ca-shared"], "--variants: unknown name 'ca-shared'; choose from casa"),
+        (forever, ["--turns", "8"], "--turns 8 must be at least 12"),
+        (forever, ["--text-window", "9"], "--text-window 9 must be at least 10: the prompt and the text of a turn."),
         (streams, ["--turns", "2"], "--turns 2 must be more than --period 2"),
         (streams, ["--plot", "no/drawing.svg"], "there is no folder no; make it first."),
         (streams, ["--plot", "drawing.png"], "the name must end in .svg"),

@@ -21,7 +21,7 @@ from .export import add_code
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
 from .processing_casa import CasaProcessor
 from .publishing import PublishingError, push_checkpoint
-from .streaming import CaptionEvent, CasaStream
+from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)
 AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
@@ -36,6 +36,7 @@ __all__ = [
     "CasaModel",
     "CasaProcessor",
     "CasaStream",
+    "CasaStreamBatch",
     "Conversation",
     "ConversionError",
     "PublishingError",

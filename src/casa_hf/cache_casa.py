@@ -206,6 +206,25 @@ class CasaLayerMixin:
             window = self.fusion["window"]
             self.fusion["window"] = window.slots(0, max(0, window.keys.shape[2] - removed))
 
+    def require_evictable(self) -> None:
+        """Refuse what text can't be evicted from, before anything has changed."""
+        self._require_dynamic("evict_text")
+
+    def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
+        """Hold other keys/values from now on, those of `length` text slots.
+
+        Args:
+            text: of self-attention; None in a layer without.
+            fusion: of the fusion layer, as in `fusion`.
+            length: number of text slots.
+        """
+        self.memory = {}
+        if text is not None:
+            self.keys, self.values = text
+        self.fusion = fusion
+        if "image" in fusion and "window" in fusion and not torch.is_grad_enabled():
+            self._join(fusion["image"], fusion["window"])
+
     def reset(self) -> None:
         self._reset_fusion()
         if isinstance(self, DynamicLayer):
@@ -240,6 +259,20 @@ class CasaLayerMixin:
             self.window_state = self.window_state.repeat_interleave(repeats)
         if not self._without_text:
             super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def append_empty_rows(self, number: int) -> None:
+        """Add rows without text and images to those that are held."""
+        self._require_dynamic("append_empty_rows")
+
+        def longer(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor.new_zeros(number, *tensor.shape[1:])])
+
+        self._map_fusion(longer)
+        if not self._without_text:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = longer(self.keys), longer(self.values)
+        if self.window_state is not None:
+            self.window_state = self.window_state.append_empty_rows(number)
 
     def _require_dynamic(self, operation: str) -> None:
         """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
@@ -302,6 +335,21 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
 
     def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
         return self.update_images("image", None, plan), self.update_window(new, plan)
+
+    def require_evictable(self) -> None:
+        pass
+
+    def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
+        changes = [(self.fusion[name], new) for name, new in fusion.items()]
+        if text is not None:
+            assert self.keys is not None and self.values is not None
+            changes.append((KeysValues(self.keys, self.values), text))
+            self.cumulative_length.fill_(length)
+        for slots, new in changes:
+            for slot, tensor in zip(slots, new, strict=True):
+                num_kept = tensor.shape[2]
+                slot[:, :, :num_kept].copy_(tensor)
+                slot[:, :, num_kept:].zero_()
 
     def _slots(self, name: str, like: torch.Tensor, number: int) -> KeysValues:
         """Zeroed keys/values for a number of slots, or those that are there."""
@@ -407,7 +455,8 @@ def window_state(
         state = WindowState.empty(batch_size, device, length=int(length))
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and state.length:
             valid = attention_mask[:, : state.length].bool().to(device)
-            state = replace(state, valid=valid, next_position=valid.sum(-1), padded=True)
+            positions = (valid.cumsum(-1) - 1).clamp(min=0)
+            state = replace(state, valid=valid, positions=positions, next_position=valid.sum(-1), padded=True)
         if isinstance(cache.layers[0], CasaStaticLayer):
             state = replace(state, text_start=0, reserved_columns=reserved_columns)
         return state

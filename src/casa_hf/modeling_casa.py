@@ -48,6 +48,7 @@ from .configuration_casa import CasaConfig
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
+from .text_window import KeyRotation, check_history, evict_text
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
@@ -296,6 +297,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
+        self.rotate_keys = config.backbone.load("apply_rotary")
         self.gradient_checkpointing = False
         self.post_init()
         if not text_config.base_model_tp_plan:
@@ -418,6 +420,21 @@ class CasaTextModel(CasaPreTrainedModel):
             if output_attentions and any(w is not None for w in cross_attentions)
             else None,
         )
+
+    def evict_text(
+        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
+    ) -> torch.Tensor | None:
+        """See [`CasaForConditionalGeneration.evict_text`]."""
+        return evict_text(past_key_values, self.window_rules, self.key_rotation, keep, num_sink_tokens)
+
+    def key_rotation(self) -> KeyRotation:
+        """What moves stored keys to other positions.
+
+        Raises:
+            ValueError: if this model's keys can't be moved, or its images are kept for ever.
+        """
+        check_history(self.window_rules)
+        return KeyRotation(self.rotary_emb, self.rotate_keys)
 
     def _packed_samples(
         self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, past_key_values: Cache | None
@@ -859,6 +876,32 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See [`CasaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def evict_text(
+        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
+    ) -> torch.Tensor | None:
+        """Forget text between the first tokens and the most recent ones, so that a cache can be used for ever.
+
+        In place and in every layer; positions run on from the first tokens without a gap, and relative positions of
+        recent text, images and what comes next stay the same. Images stay as long as they are seen. Text that pads
+        rows of a batch goes too. Later calls pass masks for what is there now, or for their new tokens alone.
+
+        Args:
+            past_key_values: a cache that this model has filled.
+            keep: number of text tokens that each row keeps, the first ones included; one number, or (batch,).
+            num_sink_tokens: number of first tokens to keep; one number, or (batch,).
+
+        Returns:
+            (batch, length) the old slot of each text slot that is there now, -1 for padding; None if nothing changed.
+            To go on with `generate`, gather ids and mask with it.
+
+        Raises:
+            NotImplementedError: for quantised caches.
+            TypeError: if the cache isn't one that this model has filled.
+            ValueError: if no recent token would stay. Where text is to go, also if every image is kept for ever (the
+                history "all"), or the frequencies of the rotary embedding depend on the length of the text.
+        """
+        return self.model.language_model.evict_text(past_key_values, keep, num_sink_tokens)
 
     @can_return_tuple
     def forward(

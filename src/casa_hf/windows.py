@@ -19,6 +19,9 @@ import torch
 # Slot of the first text after an image while there is none: the image's window is still open.
 OPEN = torch.iinfo(torch.long).max
 
+# Fields of `WindowState` with an entry for every text slot.
+_PER_SLOT = ("valid", "positions")
+
 
 @dataclass(frozen=True)
 class WindowRules:
@@ -103,6 +106,7 @@ class WindowState:
         length: text slots so far, the same for all rows; a tensor without dimensions if `slots` is given.
         valid: (batch, length or slots) whether a slot holds text rather than padding.
         padded: whether any call came with a padding mask.
+        positions: (batch, length or slots) position of the text in each slot, the largest of its axes; 0 for padding.
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
         image_tokens: (batch,) image tokens of the current window, 0 before the first image.
@@ -121,6 +125,7 @@ class WindowState:
     length: int | torch.Tensor
     valid: torch.Tensor
     padded: bool
+    positions: torch.Tensor
     next_position: torch.Tensor
     image_columns: int
     image_tokens: torch.Tensor
@@ -142,6 +147,7 @@ class WindowState:
             length=length,
             valid=torch.ones(batch_size, length, dtype=torch.bool, device=device),
             padded=False,
+            positions=torch.arange(length, device=device).expand(batch_size, -1),
             next_position=zeros + length,
             image_columns=0,
             image_tokens=zeros,
@@ -166,6 +172,17 @@ class WindowState:
     def repeat_interleave(self, repeats: int) -> WindowState:
         """The state with each row repeated."""
         return self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def append_empty_rows(self, number: int) -> WindowState:
+        """The state, a growing one, with further rows of which every slot so far is padding."""
+        assert isinstance(self.length, int)
+        new = WindowState.empty(number, self.valid.device, length=self.length)
+        own = new._tensors() | {"valid": torch.zeros_like(new.valid), "positions": torch.zeros_like(new.positions)}
+        own["next_position"] = torch.zeros_like(new.next_position)
+        if self.pinned is not None:
+            own["pinned"] = self.pinned.new_zeros(number, self.image_columns)
+        rows: dict[str, Any] = {name: torch.cat([value, own[name]]) for name, value in self._tensors().items()}
+        return replace(self, padded=self.padded or self.length > 0, only_row=False, **rows)
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
         rows: dict[str, Any] = {name: change(value) for name, value in self._tensors().items() if value.ndim}
@@ -198,6 +215,7 @@ class WindowState:
             self,
             length=length,
             valid=self.valid[:, :length],
+            positions=self.positions[:, :length],
             next_position=self.next_position - self.valid[:, length:].sum(-1),
             closed_at=torch.where(self.closed_at < length, self.closed_at, OPEN),
             text_start=min(self.text_start, length),
@@ -208,24 +226,33 @@ class WindowState:
         addresses stay, so that a compiled decoding step can change them in place."""
         own: dict[str, Any] = {name: value.clone() for name, value in self._tensors().items()}
         own["length"] = torch.tensor(int(self.length), device=self.valid.device)
-        own["valid"] = torch.nn.functional.pad(self.valid, (0, slots - self.valid.shape[1]))
+        for name in _PER_SLOT:
+            own[name] = torch.nn.functional.pad(own[name], (0, slots - own[name].shape[1]))
         for tensor in own.values():
             torch._dynamo.mark_static_address(tensor)
         return replace(replace(self, text_start=0, slots=slots), **own)
 
     def valid_with(self, token_valid: torch.Tensor) -> torch.Tensor:
         """(batch, slots) validity of all slots once those of new tokens are filled."""
+        return self._with_new(self.valid, token_valid)
+
+    def positions_with(self, positions: torch.Tensor) -> torch.Tensor:
+        """(batch, slots) positions of all slots once those of new tokens are filled."""
+        return self._with_new(self.positions, positions)
+
+    def _with_new(self, per_slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if self.slots is None:
-            return torch.cat([self.valid, token_valid], dim=1)
-        places = torch.arange(token_valid.shape[1], device=token_valid.device) + self.length
-        return self.valid.index_copy(1, places, token_valid)
+            return torch.cat([per_slot, new], dim=1)
+        places = torch.arange(new.shape[1], device=new.device) + self.length
+        return per_slot.index_copy(1, places, new)
 
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
         if self.slots is None:
             return self
         length = int(self.length)
-        return replace(self, length=length, valid=self.valid[:, :length], slots=None)
+        per_slot: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _PER_SLOT}
+        return replace(self, length=length, slots=None, **per_slot)
 
     def assign(self, new: WindowState) -> WindowState:
         """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
@@ -233,9 +260,9 @@ class WindowState:
         if new.pinned is None:
             mine["pinned"] = None
         for name, value in new._tensors().items():
-            if name == "valid" and new.slots is None:
-                self.valid[:, : value.shape[1]].copy_(value)
-                self.valid[:, value.shape[1] :].zero_()
+            if name in _PER_SLOT and new.slots is None:
+                mine[name][:, : value.shape[1]].copy_(value)
+                mine[name][:, value.shape[1] :].zero_()
             elif name in mine and mine[name].shape == value.shape:
                 mine[name].copy_(value)
             else:
@@ -468,6 +495,7 @@ def plan_windows(
             state,
             length=length,
             valid=state.valid_with(token_valid),
+            positions=state.positions_with(positions),
             next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
             closed_at=_close(state, closes_window, state.closed_at),
         ),

@@ -16,6 +16,8 @@ SECTIONS = (
     "Controls",
     "When the model is late",
     "Questions",
+    "For ever",
+    "Many streams",
     "Fork, save, start over",
 )
 

@@ -9,10 +9,12 @@ token is one more. What was emitted stays token for token as it was; it is never
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,27 @@ _GEOMETRY = (
 )
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A forward that a stream has to wait for.
+
+    Attributes:
+        ids: new text.
+        images: image inputs with it, as for a batch of this row alone.
+        processors: what the logits of the next token go through.
+        history: and the text that they look at.
+    """
+
+    ids: list[int]
+    images: dict[str, torch.Tensor]
+    processors: LogitsProcessorList
+    history: History
+
+
+# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token.
+Steps = Generator[CaptionEvent | Forward, torch.Tensor, None]
+
+
 class CasaStream:
     """Live captions of frames with one model, which other streams may use too.
 
@@ -67,7 +90,8 @@ class CasaStream:
         no_repeat_ngram_size, no_repeat_ngram_window: n-grams that the last tokens of the captions, over all frames,
             had are not repeated; see [`WindowedNoRepeatNGram`]. A size of 0 or None switches this off.
         stop_bias: factor on the logits of stop tokens while captioning; see [`StopBias`]. 1.0 or None for none.
-        text_window: text tokens that the cache keeps; older ones are dropped between frames. None keeps all.
+        text_window: text tokens that the cache may hold before a forward; beyond that the oldest quarter is evicted,
+            and positions are counted anew. None keeps all.
         num_sink_tokens: first tokens that are always kept; None for the prompt.
         frame_budget: seconds after `push` from which on a frame gets no further token; it gets at least one. None for
             no limit.
@@ -85,7 +109,7 @@ class CasaStream:
     # events of the last call, which may not all be taken yet.
     _cache: DynamicCache | None
     _pending: list[int]
-    _history: _History
+    _history: History
     _generator: torch.Generator | None
     _num_frames: int
     _last_timestamp: float | None
@@ -134,6 +158,8 @@ class CasaStream:
         self.text_window = text_window
         self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens
         _check_window(text_window, self.num_sink_tokens)
+        if text_window is not None:
+            model.model.language_model.key_rotation()  # or says why not
 
         controls: dict[str, Any] = {
             "repetition_penalty": repetition_penalty,
@@ -184,12 +210,8 @@ class CasaStream:
             ValueError: if timestamps don't ascend, or the list of frames is empty.
             RuntimeError: if the stream is closed.
         """
-        self._require_open()
         pushed = time.perf_counter()
-        frames = list(frame) if isinstance(frame, list | tuple) else [frame]
-        if not frames:
-            raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
-        timestamps = self._timestamps(timestamp, len(frames))
+        frames, timestamps = self._checked(frame, timestamp)
         self._end_open()
         first = self._num_frames
         self._num_frames += len(frames)
@@ -343,10 +365,8 @@ class CasaStream:
 
     # ---------------------------------------------------------------- frames and answers
 
-    def _caption(
-        self, frames: list[Any], timestamps: list[float], first: int, pushed: float
-    ) -> Iterator[CaptionEvent]:
-        """The events of frames with indices from `first` on, shown in one forward."""
+    def _caption(self, frames: list[Any], timestamps: list[float], first: int, pushed: float) -> Steps:
+        """The steps of frames with indices from `first` on, shown in one forward."""
         numbered = list(zip(range(first, first + len(frames)), timestamps, strict=True))
         usable, errors = {}, {}
         for (index, _), frame in zip(numbered, frames, strict=True):
@@ -364,41 +384,21 @@ class CasaStream:
             return
         start = timestamps[last - first]
 
-        self._bound_text()
-        tokens = self._generate(
-            *self._shown_frames(list(usable.values())),
-            self._caption_processors,
-            self._history,
-            limit=self.max_new_tokens_per_frame,
-            deadline=math.inf if self.frame_budget is None else pushed + self.frame_budget,
-        )
-        emitted, text = [], ""
-        for token_id in tokens:
-            emitted.append(token_id)
-            piece, token_ids = self._text_of(token_id, self._pieces)
-            if piece:
-                text += piece
-                yield self._event("text", last, start, pushed, text=piece, token_ids=token_ids)
-        yield self._event("end", last, start, pushed, text=text, token_ids=tuple(emitted))
+        ids, images = self._shown_frames(list(usable.values()))
+        forward = Forward(ids, images, self._caption_processors, self._history)
+        deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
+        event = functools.partial(self._event, index=last, start=start, pushed=pushed)
+        yield from self._speak(forward, "text", event, self._pieces, self.max_new_tokens_per_frame, deadline)
 
-    def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Iterator[CaptionEvent]:
-        """The events of an answer to the question with these ids."""
-        index = self._num_frames - 1
+    def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
+        """The steps of an answer to the question with these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
-        self._bound_text()
         ids = self._turn_to_close() + ids
         self._answered = True
+        forward = Forward(ids, {}, self._answer_processors, self._new_history())
+        event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
         pieces = TextPieces(self.processor.tokenizer)
-        emitted, text = [], ""
-        for token_id in self._generate(
-            ids, {}, self._answer_processors, self._new_history(), limit=max_new_tokens, deadline=math.inf
-        ):
-            emitted.append(token_id)
-            piece, token_ids = self._text_of(token_id, pieces)
-            if piece:
-                text += piece
-                yield self._event("answer", index, start, pushed, text=piece, token_ids=token_ids)
-        yield self._event("end", index, start, pushed, text=text, token_ids=tuple(emitted))
+        yield from self._speak(forward, "answer", event, pieces, max_new_tokens, math.inf)
 
     def _shown_frames(self, frames: list[dict[str, torch.Tensor]]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """Text ids and image inputs of a forward with new frames."""
@@ -415,51 +415,91 @@ class CasaStream:
         types[0, places] = FRAME_TYPE
         images = {name: torch.cat([frame[name] for frame in frames]) for name in ("pixel_values", "image_grid_thw")}
         images |= {"image_positions": torch.tensor([[0, place] for place in places]), "mm_token_type_ids": types}
-        return ids, {name: value.to(self.model.device) for name, value in images.items()}
+        return ids, images
 
-    def _generate(
+    def _speak(
         self,
-        ids: list[int],
-        images: dict[str, torch.Tensor],
-        processors: LogitsProcessorList,
-        history: _History,
+        forward: Forward,
+        kind: EventKind,
+        event: Callable[..., CaptionEvent],
+        pieces: TextPieces,
         limit: int,
         deadline: float,
-    ) -> Iterator[int]:
-        """The tokens that follow `ids`, up to a stop token.
+    ) -> Steps:
+        """The steps from a forward to the end of the text that follows it.
 
-        Whenever a token is given out, the stream is in a state to go on from: the cache holds everything before this
+        After this forward the stream is always in a state to go on from: the cache holds everything before the last
         token, and the token waits to be folded into the next forward, whichever that is.
         """
-        token = self._next_token(torch.tensor([ids], device=self.model.device), processors, history, **images)
-        for number in range(1, limit + 1):
+        emitted: list[int] = []
+        text = ""
+        while True:
+            token = yield forward
             token_id = int(token)
             stops = token_id in self.stop_token_ids
             if not stops:
-                history.add(token)
+                forward.history.add(token)
             self._pending = [token_id]
-            yield token_id
-            if stops or number == limit or time.perf_counter() >= deadline:
+            emitted.append(token_id)
+            piece, token_ids = self._text_of(token_id, pieces)
+            if piece:
+                text += piece
+                yield event(kind, text=piece, token_ids=token_ids)
+            if stops or len(emitted) == limit or time.perf_counter() >= deadline:
+                break
+            forward = replace(forward, ids=[token_id], images={})
+        yield event("end", text=text, token_ids=tuple(emitted))
+
+    def _served(self, steps: Steps) -> Iterator[CaptionEvent]:
+        """The events of these steps, whose forwards are run."""
+        token: Any = None
+        while True:
+            try:
+                step = steps.send(token)
+            except StopIteration:
                 return
-            token = self._next_token(token, processors, history)
+            token = None
+            if isinstance(step, Forward):
+                token = self._next_token(step)
+            else:
+                yield step
 
     @torch.no_grad()
-    def _next_token(
-        self, ids: torch.Tensor, processors: LogitsProcessorList, history: _History, **images: torch.Tensor
-    ) -> torch.Tensor:
-        """One forward of (1, tokens) new ids; the token (1, 1) that follows."""
+    def _next_token(self, forward: Forward) -> torch.Tensor:
+        """Run a forward of the model; the token (1, 1) that follows."""
         try:
-            output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **images)
-            scores = processors(history.ids, output.logits[:, -1].to(history.ids.device, torch.float32))
-            if self._generator is None:
-                return scores.argmax(-1, keepdim=True)
-            return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+            self._bound_text()
+            output = self.model(
+                input_ids=torch.tensor([forward.ids], device=self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: value.to(self.model.device) for name, value in forward.images.items()},
+            )
+            ids = forward.history.ids
+            return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
         except BaseException:
             self._begin()  # the cache may hold a part of this forward by now
             raise
 
+    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """The token (1, 1) for the scores (1, vocabulary)."""
+        if self._generator is None:
+            return scores.argmax(-1, keepdim=True)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+
     def _bound_text(self) -> None:
-        """Keep the cached text within `text_window`; called before a forward with a frame or a question."""
+        """Keep the cached text within `text_window`; called before every forward."""
+        if self.text_window is not None and self.num_text_tokens > self.text_window:
+            assert self._cache is not None
+            self.model.evict_text(self._cache, self._kept_tokens, self.num_sink_tokens)
+
+    @property
+    def _kept_tokens(self) -> int:
+        """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
+        evictions are rare, and a key is turned to another position four times at most."""
+        assert self.text_window is not None
+        return self.text_window - (self.text_window - self.num_sink_tokens) // 4
 
     def _text_of(self, token_id: int, pieces: TextPieces) -> tuple[str, tuple[int, ...]]:
         """The text that this token completes; a stop token is none, even where the tokenizer has text for it."""
@@ -487,8 +527,8 @@ class CasaStream:
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config())
 
-    def _new_history(self) -> _History:
-        return _History(self._history_length, self.model.device)
+    def _new_history(self) -> History:
+        return History(self._history_length, self.model.device)
 
     def _new_generator(self) -> torch.Generator | None:
         if not self.do_sample:
@@ -554,7 +594,8 @@ class CasaStream:
 
     # ---------------------------------------------------------------- small things
 
-    def _opened(self, events: Iterator[CaptionEvent]) -> Iterator[CaptionEvent]:
+    def _opened(self, steps: Steps) -> Iterator[Any]:
+        events = self._served(steps)
         self._open = weakref.ref(events)  # the events refer to the stream already
         return events
 
@@ -568,6 +609,14 @@ class CasaStream:
     def _require_open(self) -> None:
         if self._closed:
             raise RuntimeError("The stream is closed; make a new CasaStream.")
+
+    def _checked(self, frame: Any, timestamp: float | Sequence[float] | None) -> tuple[list[Any], list[float]]:
+        """The frames that `push` was given, and their timestamps."""
+        self._require_open()
+        frames = list(frame) if isinstance(frame, list | tuple) else [frame]
+        if not frames:
+            raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
+        return frames, self._timestamps(timestamp, len(frames))
 
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
         """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
@@ -597,7 +646,7 @@ class CasaStream:
         return CaptionEvent(kind, index, start, start + 1 / self.fps, latency, **content)
 
 
-class _History:
+class History:
     """The last tokens of a text, for logits processors: (1, length) `ids` on a device, -1 before its beginning."""
 
     def __init__(self, length: int, device: torch.device):

@@ -1,0 +1,437 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`CasaStreamBatch`: many streams of one model, served together.
+
+Each stream is a `CasaStream` without a cache of its own: it has a row of the batch's. Streams that need a forward at
+the same time share it; the others wait. What pads their rows meanwhile is masked, and closed up when there is much.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from ..cache_casa import cache_nbytes
+from .events import CaptionEvent
+from .session import DEFAULT_PROMPT, CasaStream, Forward, Steps
+
+if TYPE_CHECKING:
+    from ..modeling_casa import CasaForConditionalGeneration
+    from ..processing_casa import CasaProcessor
+
+# Padding is closed up when there are this many slots more than a quarter above the tokens of the longest row.
+_SPARE_SLOTS = 64
+
+
+class CasaStreamBatch:
+    """Live captions of many streams with one model; each says what a `CasaStream` of its own would say.
+
+    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text.
+
+    Args:
+        model: captions the frames.
+        processor: the model's.
+        text_window: text tokens that each stream may hold before a forward, as in [`CasaStream`].
+        num_sink_tokens: first tokens that are always kept; None for each stream's prompt.
+        **controls: what else all streams share, as in [`CasaStream`]: `fps`, `max_new_tokens_per_frame`, sampling,
+            repetition control, `frame_budget`.
+
+    Raises:
+        TypeError: for an unknown setting, or one that belongs to a stream.
+        ValueError: if a value is out of its range, or model and processor don't fit.
+    """
+
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        *,
+        text_window: int | None = None,
+        num_sink_tokens: int | None = None,
+        **controls: Any,
+    ):
+        own = [name for name in ("system", "prompt", "prefix", "seed") if name in controls]
+        if own:
+            raise TypeError(f"{own[0]} belongs to each stream: give it to add(), not to CasaStreamBatch.")
+        self.model = model
+        self.processor = processor
+        self._settings: dict[str, Any] = {**controls, "text_window": text_window, "num_sink_tokens": num_sink_tokens}
+        self._pattern = _Row(model, processor, **self._settings)  # refuses what is wrong
+        self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
+        self._cache = self._new_cache()
+        self._next_id = 0
+        self._closed = False
+        # Texts in the making: their steps, the forwards that some of them wait for, and events to be given out.
+        self._steps: dict[int, Steps] = {}
+        self._forwards: dict[int, Forward] = {}
+        self._events: deque[tuple[int, CaptionEvent]] = deque()
+
+    # ---------------------------------------------------------------- streams come and go
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Ids of the streams in the batch."""
+        return tuple(self._rows)
+
+    def add(
+        self, *, system: str | None = None, prompt: str = DEFAULT_PROMPT, prefix: str = "", seed: int | None = None
+    ) -> int:
+        """Let a stream join; arguments as in [`CasaStream`].
+
+        Returns:
+            Its id, which no other stream of this batch has or had.
+
+        Raises:
+            ValueError: as [`CasaStream`] does.
+            RuntimeError: if the batch is closed.
+        """
+        self._require_open()
+        texts = {"system": system, "prompt": prompt, "prefix": prefix, "seed": seed}
+        row = _Row(self.model, self.processor, **{**self._settings, **texts})
+        row.share_processors(self._pattern)
+        self._append_empty_row()
+        return self._named(row)
+
+    def remove(self, stream: int) -> None:
+        """Let a stream leave, with its events that haven't been taken; what it holds is freed.
+
+        Raises:
+            ValueError: if there is no such stream.
+        """
+        self._row(stream)
+        self._end(stream)
+        self._events = deque(event for event in self._events if event[0] != stream)
+        self._select([other for other in self._rows if other != stream])
+        del self._rows[stream]
+
+    def fork(self, stream: int) -> int:
+        """Add a stream that goes on by itself from where this one is.
+
+        Returns:
+            The new stream's id.
+
+        Raises:
+            ValueError: if there is no such stream.
+        """
+        other = self._row(stream).fork()
+        assert isinstance(other, _Row)
+        self._select([*self._rows, stream])
+        return self._named(other)
+
+    def reset(self, stream: int) -> None:
+        """Let a stream forget everything and begin anew with its prompt.
+
+        Raises:
+            ValueError: if there is no such stream.
+        """
+        row = self._row(stream)
+        self._end(stream)
+        row.reset()
+        self._select([other for other in self._rows if other != stream])
+        del self._rows[stream]
+        self._append_empty_row()
+        self._rows[stream] = row
+
+    def close(self) -> None:
+        """End all streams and free the cache; of what comes later, only `close` and the properties work."""
+        for stream in self._rows:
+            self._end(stream)
+        self._rows = {}
+        self._events.clear()
+        self._cache = self._new_cache()
+        self._closed = True
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __enter__(self) -> CasaStreamBatch:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- what goes on
+
+    def push(self, frames: Mapping[int, Any]) -> Iterator[tuple[int, CaptionEvent]]:
+        """Show streams their next frames, and receive what the model says in these and in other open streams.
+
+        Arguments are checked at once; the model works while events are taken. A text that is still in the making when
+        its stream is given the next frame, or a question, ends there. The texts of other streams go on with this call;
+        events that weren't taken from an earlier one are given out by this one.
+
+        Args:
+            frames: by stream, the frame, a list of frames, or a tuple (frame or frames, timestamp); as in
+                [`CasaStream.push`].
+
+        Yields:
+            (stream, event); the events of each stream are those of `CasaStream.push`.
+
+        Raises:
+            ValueError: if there is no such stream, timestamps don't ascend, or a list of frames is empty. Then nothing
+                was pushed.
+            RuntimeError: if the batch is closed.
+        """
+        self._require_open()
+        given = {}
+        for stream, frame in frames.items():
+            pair = frame if isinstance(frame, tuple) else (frame, None)
+            if len(pair) != 2:
+                raise ValueError(
+                    f"frames[{stream}] is a tuple of {len(pair)}; give a frame, a list of frames, or (frame, "
+                    "timestamp)."
+                )
+            self._row(stream).check(*pair)
+            given[stream] = pair
+        for stream, pair in given.items():
+            self._start(stream, self._rows[stream].push(*pair))
+        return self._serve()
+
+    def ask(self, questions: Mapping[int, str], max_new_tokens: int = 64) -> Iterator[tuple[int, CaptionEvent]]:
+        """Ask about what is going on in streams, and receive what the model says in these and in other open streams.
+
+        Args:
+            questions: by stream.
+            max_new_tokens: tokens that an answer may have; as in [`CasaStream.ask`].
+
+        Yields:
+            (stream, event); the events of each stream are those of `CasaStream.ask`.
+
+        Raises:
+            ValueError: if there is no such stream, a question has marks of images, or `max_new_tokens` isn't a
+                positive integer. Then nothing was asked.
+            RuntimeError: if the batch is closed.
+        """
+        self._require_open()
+        steps = {stream: self._row(stream).ask(question, max_new_tokens) for stream, question in questions.items()}
+        for stream, own in steps.items():
+            self._start(stream, own)
+        return self._serve()
+
+    def drop(self, stream: int, timestamp: float, message: str) -> CaptionEvent:
+        """Count a frame that isn't looked at; as [`CasaStream.drop`].
+
+        Raises:
+            ValueError: if there is no such stream, or timestamps don't ascend.
+        """
+        return self._row(stream).drop(timestamp, message)
+
+    def num_frames(self, stream: int) -> int:
+        """Frames that were pushed to a stream or dropped."""
+        return self._row(stream).num_frames
+
+    def num_text_tokens(self, stream: int) -> int:
+        """Text tokens that a stream holds."""
+        return self._row(stream).num_text_tokens
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image"."""
+        return cache_nbytes(self._cache)
+
+    # ---------------------------------------------------------------- texts in the making
+
+    def _start(self, stream: int, steps: Any) -> None:
+        self._end(stream)
+        self._steps[stream] = steps
+
+    def _end(self, stream: int) -> None:
+        """End the text that a stream is in the midst of."""
+        self._forwards.pop(stream, None)
+        steps = self._steps.pop(stream, None)
+        if steps is not None:
+            steps.close()
+
+    def _serve(self) -> Iterator[tuple[int, CaptionEvent]]:
+        """The events of all open streams; whoever takes them makes the model work."""
+        while self._events or self._steps:
+            if self._events:
+                yield self._events.popleft()
+            else:
+                self._step()
+
+    def _step(self) -> None:
+        """One forward for all streams with a text in the making.
+
+        A stream that isn't in the midst of this is always in a state to go on from, like a single one.
+        """
+        for stream in [stream for stream in self._steps if stream not in self._forwards]:
+            self._advance(stream, None)
+        if self._forwards:
+            for stream, token in self._next_tokens().items():
+                self._advance(stream, token)
+
+    def _advance(self, stream: int, token: Any) -> None:
+        """Let a stream go on, with the token that it waited for, until it needs another forward or is done."""
+        self._forwards.pop(stream, None)
+        steps = self._steps[stream]
+        try:
+            step = steps.send(token)
+            while not isinstance(step, Forward):
+                self._events.append((stream, step))
+                step = next(steps)
+        except StopIteration:
+            del self._steps[stream]
+        else:
+            self._forwards[stream] = step
+
+    @torch.no_grad()
+    def _next_tokens(self) -> dict[int, torch.Tensor]:
+        """Run the forward that streams wait for; by stream, the token (1, 1) that follows."""
+        try:
+            self._bound_text()
+            output = self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
+            tokens = self._drawn(output.logits[:, -1])
+        except BaseException:
+            self._begin_anew()  # the cache may hold a part of this forward by now
+            raise
+        for stream, forward in self._forwards.items():
+            self._rows[stream].held += len(forward.ids)
+        return tokens
+
+    def _drawn(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
+        """By stream that waits, the token (1, 1) for its row of the logits (rows, vocabulary)."""
+        tokens = {}
+        waiting = [(number, stream) for number, stream in enumerate(self._rows) if stream in self._forwards]
+        # The processors work on all rows that share them at once.
+        for processors in {id(own.processors): own.processors for own in self._forwards.values()}.values():
+            group = [(number, stream) for number, stream in waiting if self._forwards[stream].processors is processors]
+            history = torch.cat([self._forwards[stream].history.ids for _, stream in group])
+            own_logits = logits[[number for number, _ in group]]
+            scores = processors(history, own_logits.to(history.device, torch.float32))
+            for (_, stream), own in zip(group, scores, strict=True):
+                tokens[stream] = self._rows[stream].drawn(own[None])
+        return tokens
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        """Inputs of the forward that streams wait for: new ids at the end of each row, padding before them."""
+        width = max(len(forward.ids) for forward in self._forwards.values())
+        ids = torch.zeros(len(self._rows), width, dtype=torch.long)
+        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+        images: dict[str, list[torch.Tensor]] = {}
+        for number, stream in enumerate(self._rows):
+            forward = self._forwards.get(stream)
+            if forward is None:
+                continue
+            first = width - len(forward.ids)
+            ids[number, first:] = torch.tensor(forward.ids)
+            mask[number, first:] = 1
+            for name, value in forward.images.items():
+                if name == "mm_token_type_ids":
+                    types[number, first:] = value[0]
+                    continue
+                if name == "image_positions":
+                    value = value + torch.tensor([number, first])
+                images.setdefault(name, []).append(value)
+        inputs = {"input_ids": ids, **{name: torch.cat(values) for name, values in images.items()}}
+        if images:
+            inputs["mm_token_type_ids"] = types
+        if not bool(mask.all()):
+            inputs["attention_mask"] = mask
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+    # ---------------------------------------------------------------- rows of the cache
+
+    def _bound_text(self) -> None:
+        """Keep the text of streams that go on within their window, and close up padding where there is much of it."""
+        if not self._holds_text:
+            return
+        keep = [row.tokens_to_keep(stream in self._forwards) for stream, row in self._rows.items()]
+        held = [row.held for row in self._rows.values()]
+        if keep == held and self._cache.get_seq_length() <= max(held) * 5 // 4 + _SPARE_SLOTS:
+            return
+        sinks = torch.tensor([row.num_sink_tokens for row in self._rows.values()])
+        # A row that has no more than its sinks yet keeps them.
+        slots = self.model.evict_text(self._cache, torch.tensor(keep).maximum(sinks + 1), sinks)
+        if slots is not None:
+            for row, number in zip(self._rows.values(), (slots >= 0).sum(1).tolist(), strict=True):
+                row.held = number
+
+    @property
+    def _holds_text(self) -> bool:
+        return bool(self._cache.layers) and self._cache.get_seq_length() > 0
+
+    def _select(self, streams: list[int]) -> None:
+        """Let the cache have the rows of these streams, in this order."""
+        if not streams:
+            self._cache = self._new_cache()
+        elif self._holds_text:
+            index = {stream: number for number, stream in enumerate(self._rows)}
+            rows = torch.tensor([index[stream] for stream in streams], device=self.model.device)
+            self._cache.batch_select_indices(rows)
+
+    def _append_empty_row(self) -> None:
+        if self._holds_text:
+            for layer in self._cache.layers:
+                layer.append_empty_rows(1)
+
+    def _named(self, row: _Row) -> int:
+        stream = self._next_id
+        self._next_id += 1
+        self._rows[stream] = row
+        return stream
+
+    def _row(self, stream: int) -> _Row:
+        self._require_open()
+        if stream not in self._rows:
+            raise ValueError(f"There is no stream {stream!r} in the batch; it holds {list(self._rows)}. See add().")
+        return self._rows[stream]
+
+    def _begin_anew(self) -> None:
+        for stream, row in self._rows.items():
+            self._end(stream)
+            row.reset()
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("The batch is closed; make a new CasaStreamBatch.")
+
+
+class _Row(CasaStream):
+    """A stream whose forwards the batch runs: `push` and `ask` return its steps instead of its events.
+
+    Attributes:
+        held: text tokens in its row of the cache.
+    """
+
+    held: int
+
+    def share_processors(self, other: _Row) -> None:
+        """Take the logits processors of another row, so that they work on both at once."""
+        self._caption_processors, self._answer_processors = other._caption_processors, other._answer_processors
+
+    def check(self, frame: Any, timestamp: Any) -> None:
+        """Refuse what `push` would refuse."""
+        self._checked(frame, timestamp)
+
+    def drawn(self, scores: torch.Tensor) -> torch.Tensor:
+        """The token (1, 1) for the scores (1, vocabulary)."""
+        return self._drawn(scores)
+
+    def tokens_to_keep(self, goes_on: bool) -> int:
+        """How much of its text the stream keeps if it is about to go on, or not."""
+        full = self.text_window is not None and goes_on and self.held > self.text_window
+        return self._kept_tokens if full else self.held
+
+    @property
+    def num_text_tokens(self) -> int:
+        return self.held
+
+    def _served(self, steps: Steps) -> Any:
+        return steps
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._cache = None
+        self.held = 0

@@ -1,0 +1,250 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Streams in one batch say what sessions of their own say, whoever joins, leaves or waits beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from casa_hf import CaptionEvent, CasaStreamBatch
+from tests.streaming.helpers import OFF, emitted, say
+from tests.streaming.test_session import PICTURES, forwards, stream_of
+
+PROMPTS = ("What do you see?", "Say it.", "Describe all that moves, and nothing else.")
+SETTINGS: dict[str, Any] = {"max_new_tokens_per_frame": 8}
+# Designs, and text windows.
+SCENARIOS: list[tuple[str, int | None]] = [
+    ("casa", None),
+    ("casa", 70),
+    ("ca-shared", None),
+    ("casa-shared", 70),
+    ("casa-replace", 70),
+    ("exact", 70),
+    ("insertion", None),
+]
+
+
+def batch_of(model: Any, processor: Any, **settings: Any) -> CasaStreamBatch:
+    return CasaStreamBatch(model, processor, **{**SETTINGS, **settings})
+
+
+def by_stream(events: Any) -> dict[int, list[CaptionEvent]]:
+    taken: dict[int, list[CaptionEvent]] = {}
+    for stream, event in events:
+        taken.setdefault(stream, []).append(event)
+    return taken
+
+
+def untimed(events: Any) -> list[CaptionEvent]:
+    return [replace(event, latency=0.0) for event in events]
+
+
+@pytest.mark.parametrize(("variant", "window"), SCENARIOS)
+def test_streams_that_come_and_go_equal_separate_sessions(model, processor, variant, window):
+    """Frames at different turns, several at once, a broken one, questions, a stream that joins late, one that goes."""
+    model = model(variant)
+    settings = {"text_window": window, "num_sink_tokens": 4}
+    batch = batch_of(model, processor, **settings)
+    alone = {}
+
+    def add(number: int) -> int:
+        stream = batch.add(prompt=PROMPTS[number])
+        alone[stream] = stream_of(model, processor, prompt=PROMPTS[number], **SETTINGS, **settings)
+        return stream
+
+    def push(frames: dict[int, Any]) -> None:
+        events = by_stream(batch.push(frames))
+        assert events.keys() == frames.keys()
+        for stream, frame in frames.items():
+            expected = alone[stream].push(*(frame if isinstance(frame, tuple) else (frame,)))
+            assert untimed(events[stream]) == untimed(expected)
+            assert batch.num_text_tokens(stream) == alone[stream].num_text_tokens
+            assert batch.num_frames(stream) == alone[stream].num_frames
+
+    first, second = add(0), add(1)
+    push({first: PICTURES[0]})
+    push({first: (PICTURES[1], 1.5), second: [PICTURES[2], PICTURES[3]]})
+    third = add(2)
+    push({second: PICTURES[4]})
+    push({third: PICTURES[5], first: [PICTURES[6], "no picture"]})
+    answers = by_stream(batch.ask({second: "Who is it?", third: "Where?"}, max_new_tokens=5))
+    assert untimed(answers[second]) == untimed(alone[second].ask("Who is it?", 5))
+    assert untimed(answers[third]) == untimed(alone[third].ask("Where?", 5))
+    push({first: PICTURES[7], second: PICTURES[8], third: PICTURES[0]})
+    batch.remove(first)
+    assert batch.streams == (second, third)
+    for shown in PICTURES[1:4]:
+        push({third: shown})
+    fourth = add(0)
+    push({fourth: PICTURES[1], second: PICTURES[2], third: "no picture"})
+    push({fourth: PICTURES[3], second: PICTURES[4], third: PICTURES[5]})
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_frames_that_come_while_other_streams_speak(model, processor, sampled):
+    """Each stream is given its next frame two events after the last one's end, whatever the others are at."""
+    model = model("casa")
+    settings: dict[str, Any] = {**SETTINGS, "do_sample": sampled}
+    batch = batch_of(model, processor, **settings)
+    streams = [batch.add(prompt=prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
+    taken: dict[int, list[CaptionEvent]] = {stream: [] for stream in streams}
+    shown = {stream: iter(PICTURES[stream : stream + 4]) for stream in streams}
+    idle = {stream: stream for stream in streams}  # and for how many events
+    events = batch.push({})
+    together = set()
+    while idle or any(batch._steps):
+        ready = {stream: frame for stream in idle if not idle[stream] and (frame := next(shown[stream], None))}
+        idle = {stream: max(0, left - 1) for stream, left in idle.items() if stream not in ready}
+        events = batch.push(ready) if ready else events
+        together.add(frozenset(batch._forwards))
+        if (pair := next(events, None)) is None:
+            idle = {stream: left for stream, left in idle.items() if left}
+            events = batch.push({})
+            continue
+        taken[pair[0]].append(pair[1])
+        if pair[1].kind == "end":
+            idle[pair[0]] = 2
+    assert {len(streams) for streams in together} >= {1, 2}
+    for number, stream in enumerate(streams):
+        alone = stream_of(model, processor, prompt=PROMPTS[number], seed=number, **settings)
+        expected = [event for shown in PICTURES[stream : stream + 4] for event in alone.push(shown)]
+        assert untimed(taken[stream]) == untimed(expected)
+
+
+@torch.no_grad()
+def test_texts_that_are_ended_by_the_next_frame(model, processor):
+    """Frames come faster than texts end. What each row was fed, in one call, is what its tokens follow from."""
+    model = model("casa")
+    batch = batch_of(model, processor, **OFF)
+    streams = [batch.add(prompt=prompt) for prompt in PROMPTS]
+    with forwards(model) as seen:
+        for turn in range(9):
+            events = batch.push({streams[n]: PICTURES[turn] for n in range(3) if (turn + n) % 3 or turn == 0})
+            for _ in range(2 + turn):
+                next(events, None)
+        list(batch.push({}))
+    for row in range(3):
+        ids, generated, places, pixels, grids = [], [], [], [], []
+        for inputs in seen:
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[row].bool()
+            own = inputs["input_ids"][row, mask].tolist()
+            marks = inputs.get("image_positions", torch.zeros(0, 2, dtype=torch.long))
+            parts = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist()) if len(marks) else ()
+            for (number, place), part, grid in zip(
+                marks.tolist(), parts, inputs.get("image_grid_thw", ()), strict=True
+            ):
+                if number == row:
+                    places.append([0, len(ids) + place - int((~mask).sum())])
+                    pixels.append(part)
+                    grids.append(grid)
+            if own and ids:
+                generated.append(len(ids))
+            ids += own
+        types = torch.zeros(1, len(ids), dtype=torch.long)
+        types[0, [place for _, place in places]] = 2
+        logits = model(
+            input_ids=torch.tensor([ids]),
+            pixel_values=torch.cat(pixels),
+            image_grid_thw=torch.stack(grids),
+            image_positions=torch.tensor(places),
+            mm_token_type_ids=types,
+            use_cache=False,
+        ).logits[0]
+        assert all(ids[place] == int(logits[place - 1].argmax()) for place in generated)
+        assert 3 < len(places) < len(generated) and len(ids) == batch.num_text_tokens(streams[row])
+
+
+def test_waiting_streams_do_not_pile_up_padding(model, processor, monkeypatch):
+    """Streams that take turns: each has a row full of padding."""
+    monkeypatch.setattr("casa_hf.streaming.batch._SPARE_SLOTS", 8)
+    model, settings = model("casa"), {"max_new_tokens_per_frame": 5}
+    batch = batch_of(model, processor, **settings)
+    streams = [batch.add(prompt=PROMPTS[0]) for _ in range(3)]
+    alone = [stream_of(model, processor, prompt=PROMPTS[0], **settings) for _ in streams]
+    lengths = []
+    for turn in range(6):
+        for number, stream in enumerate(streams):
+            shown = PICTURES[turn + number]
+            assert emitted(event for _, event in batch.push({stream: shown})) == emitted(alone[number].push(shown))
+            longest = max(map(batch.num_text_tokens, streams))
+            lengths.append(batch._cache.get_seq_length())
+            assert longest <= lengths[-1]
+            assert turn == 0 or lengths[-1] <= longest * 5 // 4 + 8 + 3
+    assert any(after < before for before, after in pairwise(lengths)), "nothing was closed up"
+
+
+@pytest.mark.parametrize("variant", ["casa", "exact"])
+def test_a_fork_goes_its_own_way_and_a_reset_stream_begins_anew(model, processor, variant):
+    model = model(variant)
+    batch = batch_of(model, processor)
+    first, second = batch.add(prompt=PROMPTS[0]), batch.add(prompt=PROMPTS[1])
+    alone = stream_of(model, processor, prompt=PROMPTS[0], **SETTINGS)
+    beginning = say(alone, PICTURES[:2])
+    for shown in PICTURES[:2]:
+        list(batch.push({first: shown, second: shown}))
+    other, alone_other = batch.fork(first), alone.fork()
+    for left, right in zip(PICTURES[2:5], PICTURES[5:8], strict=True):
+        events = by_stream(batch.push({first: left, other: right}))
+        assert emitted(events[first]) == emitted(alone.push(left))
+        assert emitted(events[other]) == emitted(alone_other.push(right))
+    batch.reset(first)
+    assert batch.num_text_tokens(first) == batch.num_frames(first) == 0
+    assert [emitted(event for _, event in batch.push({first: shown})) for shown in PICTURES[:2]] == beginning
+    assert emitted(event for _, event in batch.push({other: PICTURES[8]})) == emitted(alone_other.push(PICTURES[8]))
+
+
+def test_the_last_stream_frees_the_memory_when_it_leaves(model, processor):
+    batch = batch_of(model("casa"), processor)
+    stream = batch.add()
+    list(batch.push({stream: PICTURES[0]}))
+    assert sum(batch.nbytes.values()) > 0
+    batch.remove(stream)
+    assert batch.nbytes == {"text": 0, "image": 0} and batch.streams == ()
+    assert batch.add() != stream
+
+
+def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    first, second = batch.add(), batch.add()
+    said = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
+
+    def fail(module: Any, *_: Any) -> None:
+        raise OSError("the device has gone")
+
+    handle = model.model.language_model.layers[1].register_forward_hook(fail)
+    try:
+        with pytest.raises(OSError, match="the device has gone"):
+            list(batch.push({second: PICTURES[2]}))
+    finally:
+        handle.remove()
+    assert batch.num_frames(first) == batch.num_frames(second) == 0
+    again = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
+    assert [untimed(own[first]) for own in again] == [untimed(own[first]) for own in said]
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    first, second = batch.add(), batch.add()
+    for frames, message in (
+        ({first: PICTURES[0], 7: PICTURES[0]}, "no stream 7"),
+        ({first: PICTURES[0], second: (PICTURES[0], 1.0, 2.0)}, "a tuple of 3"),
+        ({first: PICTURES[0], second: []}, "empty list"),
+        ({first: PICTURES[0], second: (PICTURES[0], float("nan"))}, "timestamp=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch.push(frames)
+        assert batch.num_frames(first) == batch.num_frames(second) == 0
+    with pytest.raises(TypeError, match="prompt belongs to each stream"):
+        batch_of(model, processor, prompt="What?")
+    with pytest.raises(ValueError, match="fps=0"):
+        batch_of(model, processor, fps=0)
+    batch.close()
+    for call in (batch.add, lambda: batch.push({}), lambda: batch.ask({}), lambda: batch.remove(first)):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
