@@ -15,7 +15,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 .PHONY: bench-forever lint quality style clean
 
 help:
-	@echo "make demo               convert a small checkpoint and generate on a photograph"
+	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
 	@echo "make tiny-world         train a small source that sees, and its CASA form"
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"

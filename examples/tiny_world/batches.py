@@ -60,7 +60,7 @@ class Batcher:
         for turn, (question, answer) in enumerate(example.turns):
             # Texts with no picture between them are tokenised together.
             pieces = ["<|im_start|>user\n"]
-            for part in (*(example.lead if turn == 0 else ()), question):
+            for part in (*example.before(turn), question):
                 if part is None:
                     pieces.append("")
                 else:

@@ -1,13 +1,12 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """What pictures are made of: objects of one colour and shape, arrows, and characters.
 
-A picture is divided into tiles of 28 pixels, the size of one image token; only the objects of a `scatter` cross the
+A picture is divided into tiles of 28 pixels, the size of one image token; only the object of a `scatter` crosses the
 borders of tiles. Every drawing is slightly different: background, shade, size and place vary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from random import Random
 from typing import NamedTuple
@@ -15,8 +14,6 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 28
-LARGE = 4 * TILE
-SMALL = 2 * TILE
 
 # Red, green and blue are far enough apart that shades of two colours never meet.
 COLOURS = {
@@ -32,8 +29,7 @@ DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 _SHADE = 12  # largest change of a colour channel
 _LIGHTEST, _DARKEST = 255, 225  # of a background
-_GLYPH = (6, 11)
-_CELL = 14  # a character's share of a tile, which is a patch
+_GLYPH = (12, 22)  # twice the font's size
 
 
 class Thing(NamedTuple):
@@ -112,11 +108,11 @@ class Canvas:
             fill=colour,
         )
 
-    def characters(self, text: str, row: int, column: int) -> None:
-        """Write characters from left to right, each into a cell of 14 x 14 pixels; row and column count cells."""
-        for offset, character in enumerate(text):
-            x = (column + offset) * _CELL + (_CELL - _GLYPH[0]) // 2 + self.rng.randint(-1, 1)
-            y = row * _CELL + (_CELL - _GLYPH[1]) // 2 + self.rng.randint(-1, 1)
+    def pair(self, key: str, number: str, row: int, column: int) -> None:
+        """Write two characters into a tile, one in each half."""
+        for offset, character in enumerate((key, number)):
+            x = column * TILE + offset * TILE // 2 + (TILE // 2 - _GLYPH[0]) // 2 + self.rng.randint(-1, 1)
+            y = row * TILE + (TILE - _GLYPH[1]) // 2 + self.rng.randint(-2, 2)
             self.image.paste(self._shade((35, 35, 35)), (x, y), glyph(character))
 
     def _shade(self, colour: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -128,28 +124,15 @@ class Canvas:
 def glyph(character: str) -> Image.Image:
     """The mask of a character, in Pillow's built-in bitmap font: the same on every machine."""
     font = ImageFont.load_default_imagefont()
-    mask = Image.new("L", _GLYPH, 0)
+    mask = Image.new("L", (_GLYPH[0] // 2, _GLYPH[1] // 2), 0)
     ImageDraw.Draw(mask).text((0, 0), character, fill=255, font=font)
-    return mask
+    return mask.resize(_GLYPH, Image.Resampling.NEAREST)
 
 
-def scatter(things: Sequence[Thing], side: int, rng: Random) -> Image.Image:
-    """A picture of objects at places of their own choice that don't touch.
-
-    Each takes another cell of a grid that is shifted as a whole, and moves within its cell.
-    """
-    canvas = Canvas(side, rng)
-    cells = side // (TILE + 9) or 1
-    pitch = side // cells
-    for place, thing in zip(rng.sample(range(cells**2), len(things)), things, strict=True):
-        radius = rng.randint(8, 12)
-        slack = pitch // 2 - radius - 1
-        canvas.thing(
-            thing,
-            (
-                place % cells * pitch + pitch // 2 + rng.randint(-slack, slack),
-                place // cells * pitch + pitch // 2 + rng.randint(-slack, slack),
-            ),
-            radius,
-        )
+def scatter(thing: Thing, rng: Random) -> Image.Image:
+    """A picture of two by two tiles with one object anywhere."""
+    canvas = Canvas(2 * TILE, rng)
+    radius = rng.randint(8, 12)
+    slack = TILE - radius - 1
+    canvas.thing(thing, (TILE + rng.randint(-slack, slack), TILE + rng.randint(-slack, slack)), radius)
     return canvas.image

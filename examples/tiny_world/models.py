@@ -63,7 +63,7 @@ def source_config(tokenizer: Qwen2Tokenizer, **overrides: Any) -> Qwen2_5_VLConf
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": True,
         "initializer_range": _INITIALIZER_RANGE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
         **text,
     }
     depth = vision.get("depth", 3)

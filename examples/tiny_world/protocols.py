@@ -46,6 +46,7 @@ class Recipe:
         names: share of the conversations, the first ones, that ask for the name of a single object.
         lessons: share of the conversations that are lessons, at first and at last.
         taught: names of these lessons.
+        tasks: names of the tasks, in turn; one that stands there twice comes twice as often.
         warmup, decay: see `fit`.
     """
 
@@ -56,25 +57,59 @@ class Recipe:
     names: float = 0.0
     lessons: tuple[float, float] = (0.5, 0.1)
     taught: tuple[str, ...] = ("name", "describe", "recite")
+    tasks: tuple[str, ...] = tuple(TASKS)
     warmup: float = 0.03
     decay: float = 0.5
 
 
-# Lessons make a beginning; the tasks themselves then need most of the time.
+# Seeing comes first, then looking things up; at last the tasks themselves, those that are learnt slowly more often.
 SOURCE = (
-    Recipe(steps=1_200, lr=4e-3, names=0.125, lessons=(0.5, 0.34), warmup=0.075, decay=0.0),
-    Recipe(steps=600, lr=3e-3, lessons=(0.12, 0.1), warmup=0.073, decay=0.0),
-    Recipe(steps=400, lr=3e-3, lessons=(0.7, 0.52), taught=("read", "recall", "recite"), decay=0.0),
-    Recipe(steps=400, lr=3e-3, lessons=(0.2, 0.0), taught=("read", "recall"), decay=0.9),
+    Recipe(
+        steps=1_200,
+        lr=4e-3,
+        names=0.06,
+        lessons=(0.5, 0.33),
+        taught=("describe", "recite", "recall"),
+        tasks=(*TASKS, "pairs", "change", "count", "rule"),
+        warmup=0.06,
+        decay=0.0,
+    ),
+    Recipe(
+        steps=600,
+        lr=4e-3,
+        lessons=(0.5, 0.4),
+        taught=("seek", "recall all", "describe", "seek", "recall all"),
+        tasks=(*TASKS, "colour", "change", "count", "rule"),
+        warmup=0.08,
+        decay=0.0,
+    ),
+    Recipe(
+        steps=600,
+        lr=4e-3,
+        lessons=(0.5, 0.41),
+        taught=("recall more", "colours", "recall more", "seek", "recall more", "recall"),
+        tasks=(*TASKS, "rule", "colour", "change", "change", "count", "arrows"),
+        warmup=0.09,
+        decay=0.0,
+    ),
+    Recipe(
+        steps=1_900,
+        lr=4e-3,
+        lessons=(0.16, 0.05),
+        taught=("colours", "seek", "describe", "recall all"),
+        tasks=(*TASKS, "arrows", "count", "change", "change", "count", "arrows", "change"),
+        warmup=0.02,
+        decay=0.75,
+    ),
 )
-ADAPTATION = Recipe(steps=300, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0))
+ADAPTATION = Recipe(steps=400, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0), taught=("describe", "seek"))
 
 
 def curriculum(recipe: Recipe, seed: int) -> Iterator[Example]:
     """Conversations to learn from: one object at first, then tasks and, less and less often, lessons."""
     rng = Random(f"{seed} curriculum")
     tasks, lessons, names = (
-        examples("train", tasks=names, seed=seed) for names in (tuple(TASKS), recipe.taught, ("name",))
+        examples("train", tasks=names, seed=seed) for names in (recipe.tasks, recipe.taught, ("name",))
     )
     total = recipe.steps * recipe.batch_size
     for index in range(total):

@@ -96,13 +96,12 @@ def trapezoid(step: int, steps: int, warmup: float, decay: float) -> float:
 def _gradients(model: Any, batcher: Batcher, examples: list[Example]) -> tuple[int, float]:
     """Set the gradients of the mean loss over all answer tokens; their number and the sum of their losses."""
     device = next(model.parameters()).device
-    lengths = {id(example): len(batcher.encode(example)[0]) for example in examples}
-    examples = sorted(examples, key=lambda example: lengths[id(example)])
     answered = sum(label != IGNORED for example in examples for label in batcher.encode(example)[1])
-    cut = balanced_cut([lengths[id(example)] for example in examples])
-    parts = [part for part in (examples[:cut], examples[cut:]) if part]
+    examples = sorted(examples, key=lambda example: len(batcher.encode(example)[0]))
     if dist.is_initialized():
-        parts = parts[dist.get_rank() :][:1]
+        examples = examples[dist.get_rank() :: dist.get_world_size()]
+    first, second = cuts([len(batcher.encode(example)[0]) for example in examples])
+    parts = [part for part in (examples[:first], examples[first:second], examples[second:]) if part]
     total = torch.zeros(1)
     for part in parts:
         batch = {name: tensor.to(device) for name, tensor in batcher(part).items()}
@@ -120,16 +119,19 @@ def _gradients(model: Any, batcher: Batcher, examples: list[Example]) -> tuple[i
     return answered, float(total)
 
 
-def balanced_cut(lengths: Sequence[int]) -> int:
-    """Where to cut conversations of rising length into two batches, since padding costs as much as text.
+def cuts(lengths: Sequence[int]) -> tuple[int, int]:
+    """Where to cut conversations of rising length into three batches, since padding costs as much as text.
 
     Returns:
-        How many are in the first batch, so that the larger of the two padded batches is as small as can be.
+        Where the second and the third batch begin, so that the padded batches together are as small as can be.
     """
-    costs = [
-        max(cut * lengths[cut - 1] if cut else 0, (len(lengths) - cut) * lengths[-1]) for cut in range(len(lengths))
-    ]
-    return costs.index(min(costs))
+    number = len(lengths)
+
+    def padded(start: int, stop: int) -> int:
+        return (stop - start) * lengths[stop - 1] if stop > start else 0
+
+    places = [(first, second) for first in range(number + 1) for second in range(first, number + 1)]
+    return min(places, key=lambda cut: padded(0, cut[0]) + padded(*cut) + padded(cut[1], number))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ another split than the one wanted is drawn again, with the same content.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,10 @@ from typing import Any
 
 from PIL import Image
 
-from .drawing import COLOURS, DIRECTIONS, LARGE, SHAPES, SMALL, TILE, Canvas, Thing, any_thing, scatter
+from .drawing import COLOURS, DIRECTIONS, SHAPES, TILE, Canvas, Thing, any_thing, scatter
 
 SPLITS = ("train", "validation", "test")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ@#$%&+"
 CHANGES = ("colour", "shape", "place", "nothing")
 
@@ -42,7 +43,7 @@ class Example:
     Attributes:
         task, size: what it is an example of.
         lead: what precedes the first question: texts, and None for each picture.
-        pictures: for these, in order.
+        pictures: for these, in order; if there are more, each later question has one of its own.
         turns: questions and answers.
     """
 
@@ -57,11 +58,17 @@ class Example:
         """The conversation as chat templates take it."""
         messages: list[dict[str, Any]] = []
         for index, (question, answer) in enumerate(self.turns):
-            lead = self.lead if index == 0 else ()
+            lead = self.before(index)
             parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in lead]
             messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
+
+    def before(self, turn: int) -> tuple[str | None, ...]:
+        """What precedes a question: texts, and None for each picture."""
+        if turn == 0:
+            return self.lead
+        return (None,) if len(self.pictures) > self.lead.count(None) else ()
 
     @property
     def conversation(self) -> dict[str, Any]:
@@ -142,36 +149,36 @@ class Task:
 def _pairs(camera: Camera, size: int, turns: int) -> Scene:
     cells, numbers = _written(camera.rng, size)
     asked = camera.rng.sample(sorted(numbers), min(turns, size))
-    questions = [(f"Which number does {key} have?", numbers[key]) for key in asked]
+    questions = [(f"Which pair has {key} in it?", key + numbers[key]) for key in asked]
     return (None,), [camera.take(_characters(cells, numbers))], questions
 
 
 def _written(rng: Random, size: int) -> tuple[list[Place], dict[str, str]]:
-    """Cells for pairs, and a number for each of as many keys. A tile has room for two pairs."""
-    across = _pairs_side(size) // (TILE // 2)
-    cells = [(row, column) for row in range(across) for column in range(0, across, 2)]
-    return rng.sample(cells, size), {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
+    """Tiles for pairs, and a number for each of as many keys."""
+    tiles = rng.sample(_places(_pairs_across(size)), size)
+    return tiles, {key: rng.choice(_DIGITS) for key in rng.sample(KEYS, size)}
 
 
-def _pairs_side(size: int) -> int:
-    return SMALL if size <= 8 else LARGE
+def _pairs_across(size: int) -> int:
+    """Tiles in a row of the smallest square that has room, of two at least."""
+    return max(2, math.isqrt(size - 1) + 1)
 
 
-def _characters(cells: list[Place], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
+def _characters(tiles: list[Place], numbers: dict[str, str]) -> Callable[[Random], Image.Image]:
     def draw(rng: Random) -> Image.Image:
-        canvas = Canvas(_pairs_side(len(cells)), rng)
-        for (row, column), (key, number) in zip(cells, numbers.items(), strict=True):
-            canvas.characters(key + number, row, column)
+        canvas = Canvas(_pairs_across(len(tiles)) * TILE, rng)
+        for place, (key, number) in zip(tiles, numbers.items(), strict=True):
+            canvas.pair(key, number, *place)
         return canvas.image
 
     return draw
 
 
-def _tiles(content: Mapping[Place, Thing | str]) -> Callable[[Random], Image.Image]:
-    """Draws objects and, for the name of a direction, arrows; one in each tile of a square."""
+def _tiles(content: Mapping[Place, Thing | str], across: int) -> Callable[[Random], Image.Image]:
+    """Draws objects and, for the name of a direction, arrows; each in a tile of its own."""
 
     def draw(rng: Random) -> Image.Image:
-        canvas = Canvas(max(content)[0] * TILE + TILE, rng)
+        canvas = Canvas(across * TILE, rng)
         for place, what in content.items():
             if isinstance(what, Thing):
                 canvas.thing_in_tile(what, *place)
@@ -194,12 +201,13 @@ def _place(camera: Camera, size: int, turns: int) -> Scene:
     content = {place: any_thing(camera.rng) for place in _places(size)}
     asked = camera.rng.sample(sorted(content), min(turns, len(content)))
     questions = [(f"What is in {_name(place)}?", str(content[place])) for place in asked]
-    return (None,), [camera.take(_tiles(content))], questions
+    return (None,), [camera.take(_tiles(content, size))], questions
 
 
 def _arrows(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
-    places = _places(3 if size <= 2 else 4)
+    across = 3 if size <= 2 else 4
+    places = _places(across)
     while True:
         # Arrows never leave the picture; half of the tiles hold the objects that they may lead to.
         content: dict[Place, Thing | str] = {}
@@ -212,7 +220,7 @@ def _arrows(camera: Camera, size: int, turns: int) -> Scene:
             break
     asked = rng.sample(starts, min(turns, len(starts)))
     questions = [(f"Where do the arrows from {_name(place)} lead?", str(ends[place])) for place in asked]
-    return (None,), [camera.take(_tiles(content))], questions
+    return (None,), [camera.take(_tiles(content, across))], questions
 
 
 def _next(place: Place, direction: str) -> Place:
@@ -233,68 +241,102 @@ def _follow(content: Mapping[Place, Thing | str], place: Place, steps: int) -> T
 
 def _frames(camera: Camera, size: int, turns: int) -> Scene:
     things = [any_thing(camera.rng) for _ in range(size)]
-    lead: list[str | None] = []
-    for number in NUMBERS[1 : size + 1]:
-        lead += [f"Frame {number}:", None]
-    pictures = [camera.take(lambda rng, thing=thing: scatter([thing], SMALL, rng)) for thing in things]
+    pictures = [camera.take(lambda rng, thing=thing: scatter(thing, rng)) for thing in things]
     asked = camera.rng.sample(range(size), min(turns, size))
-    return lead, pictures, [(f"What was in frame {NUMBERS[index + 1]}?", str(things[index])) for index in asked]
+    return _clip(size), pictures, [(f"What was in frame {NUMBERS[index + 1]}?", str(things[index])) for index in asked]
+
+
+def _clip(frames: int) -> list[str | None]:
+    """What introduces so many frames, with the frames."""
+    return [part for number in NUMBERS[1 : frames + 1] for part in (f"Frame {number}:", None)]
 
 
 def _rule(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
+    entries, things = _any_rule(rng, size)
+    shown = [rng.randrange(size) for _ in range(turns)]
+    pictures = [camera.take(lambda rng, index=index: scatter(things[index], rng)) for index in shown]
+    return (_rule_text(entries), None), pictures, [("What does this mean?", entries[index]) for index in shown]
+
+
+def _any_rule(rng: Random, size: int) -> tuple[list[str], list[Thing]]:
+    """What different objects mean, and the objects."""
     things = rng.sample([Thing(colour, shape) for colour in COLOURS for shape in SHAPES], size)
-    numbers = rng.sample(_DIGITS, size)
-    shown = rng.randrange(size)
-    rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
-    picture = camera.take(lambda rng: scatter([things[shown]], SMALL, rng))
-    return (rule, None), [picture], [("What does this mean?", numbers[shown])]
+    numbers = rng.sample(NUMBERS, size)
+    return [f"{thing} {number}" for thing, number in zip(things, numbers, strict=True)], things
+
+
+def _rule_text(entries: Sequence[str]) -> str:
+    return f"Rule: {', '.join(entries)}."
 
 
 def _name_it(camera: Camera, size: int, turns: int) -> Scene:
     thing = any_thing(camera.rng)
-    return (None,), [camera.take(lambda rng: scatter([thing], SMALL, rng))], [("What is this?", str(thing))]
+    return (None,), [camera.take(lambda rng: scatter(thing, rng))], [("What is this?", str(thing))]
 
 
 def _describe(camera: Camera, size: int, turns: int) -> Scene:
     content = {place: any_thing(camera.rng) for place in _places(size)}
-    return (None,), [camera.take(_tiles(content))], [("What is there?", ", ".join(map(str, content.values())))]
+    return (None,), [camera.take(_tiles(content, size))], [("What is there?", ", ".join(map(str, content.values())))]
 
 
 def _recite(camera: Camera, size: int, turns: int) -> Scene:
     cells, numbers = _written(camera.rng, size)
     in_order = sorted(zip(cells, numbers.items(), strict=True))
-    answer = " ".join(key + number for _, (key, number) in in_order)
-    return (None,), [camera.take(_characters(cells, numbers))], [("Which numbers are there?", answer)]
+    answer = "".join(key + number for _, (key, number) in in_order)
+    return (None,), [camera.take(_characters(cells, numbers))], [("Which pairs are there?", answer)]
 
 
-def _scene_side(size: int) -> int:
-    return 3 * TILE if size <= 4 else LARGE
+def _scene(things: Sequence[Thing], camera: Camera) -> Image.Image:
+    """Objects, each in another tile."""
+    across = 3 if len(things) <= 4 else 4
+    content = dict(zip(camera.rng.sample(_places(across), len(things)), things, strict=True))
+    return camera.take(_tiles(content, across))
+
+
+def _seek(camera: Camera, size: int, turns: int) -> Scene:
+    cells, numbers = _written(camera.rng, size)
+    asked = camera.rng.sample(sorted(numbers), size)
+    question = f"{', '.join(asked)}: Which pairs are there?"
+    answer = "".join(key + numbers[key] for key in asked)
+    return (None,), [camera.take(_characters(cells, numbers))], [(question, answer)]
 
 
 def _recall(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
-    things = rng.sample([Thing(colour, shape) for colour in COLOURS for shape in SHAPES], size)
-    numbers = rng.sample(_DIGITS, size)
-    rule = " ".join(f"{thing} means {number}." for thing, number in zip(things, numbers, strict=True))
+    entries, things = _any_rule(rng, size)
     asked = rng.sample(range(size), min(turns, size))
-    return (rule,), [], [(f"What does {things[index]} mean?", numbers[index]) for index in asked]
+    return (_rule_text(entries),), [], [(f"What does {things[index]} mean?", entries[index]) for index in asked]
+
+
+def _recall_all(camera: Camera, size: int, turns: int) -> Scene:
+    entries, things = _any_rule(camera.rng, size)
+    order = camera.rng.sample(range(size), size)
+    asked, answer = (", ".join(str(part[index]) for index in order) for part in (things, entries))
+    return (_rule_text(entries),), [], [(f"What do {asked} mean?", answer)]
 
 
 def _colour(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     things = [Thing(rng.choice(tuple(COLOURS)), shape) for shape in rng.sample(SHAPES, size)]
-    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
     asked = rng.sample(things, min(turns, size))
-    return (None,), [picture], [(f"What colour is the {thing.shape}?", thing.colour) for thing in asked]
+    questions = [(f"What colour is the {thing.shape}?", f"{thing.shape} {thing.colour}") for thing in asked]
+    return (None,), [_scene(things, camera)], questions
 
 
 def _shape(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     things = [Thing(colour, rng.choice(SHAPES)) for colour in rng.sample(tuple(COLOURS), size)]
-    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
     asked = rng.sample(things, min(turns, size))
-    return (None,), [picture], [(f"What shape is {thing.colour}?", thing.shape) for thing in asked]
+    return (None,), [_scene(things, camera)], [(f"What shape is {thing.colour}?", thing.shape) for thing in asked]
+
+
+def _colours(camera: Camera, size: int, turns: int) -> Scene:
+    rng = camera.rng
+    things = [Thing(rng.choice(tuple(COLOURS)), shape) for shape in rng.sample(SHAPES, size)]
+    asked = ", ".join(thing.shape for thing in things)
+    answer = ", ".join(f"{thing.shape} {thing.colour}" for thing in things)
+    return (None,), [_scene(things, camera)], [(f"{asked}: What colour?", answer)]
 
 
 def _count(camera: Camera, size: int, turns: int) -> Scene:
@@ -306,17 +348,22 @@ def _count(camera: Camera, size: int, turns: int) -> Scene:
         thing = any_thing(rng)
         if (wanted in thing) == (len(things) < number):
             things.append(thing)
-    picture = camera.take(lambda rng: scatter(things, _scene_side(size), rng))
-    kind = f"{wanted} things" if wanted in COLOURS else {"cross": "crosses"}.get(wanted, f"{wanted}s")
-    return (None,), [picture], [(f"How many {kind} are there?", NUMBERS[number])]
+    # Numbers of all else aren't uniform; so only the first question serves for measuring.
+    others = rng.sample([kind for kind in (*COLOURS, *SHAPES) if kind != wanted], turns - 1)
+    asked = [(kind, sum(kind in thing for thing in things)) for kind in (wanted, *others)]
+    questions = [(f"How many {_plural(kind)} are there?", NUMBERS[number]) for kind, number in asked]
+    return (None,), [_scene(things, camera)], questions
+
+
+def _plural(kind: str) -> str:
+    return f"{kind} things" if kind in COLOURS else {"cross": "crosses"}.get(kind, f"{kind}s")
 
 
 def _change(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     answer = rng.choice(CHANGES)
     before, after = any_thing(rng), any_thing(rng)
-    corners = [(x, y) for x in (TILE // 2, TILE + TILE // 2) for y in (TILE // 2, TILE + TILE // 2)]
-    places = rng.sample(corners, 2)
+    places = rng.sample(_places(2), 2)
     while before.colour == after.colour or before.shape == after.shape:
         after = any_thing(rng)
     later = {
@@ -326,18 +373,9 @@ def _change(camera: Camera, size: int, turns: int) -> Scene:
         "nothing": (before, places[0]),
     }[answer]
     changed = rng.randint(1, size - 1)
-    radius = rng.randint(8, 11)
-
-    def draw(thing: Thing, place: tuple[int, int]) -> Callable[[Random], Image.Image]:
-        def draw(rng: Random) -> Image.Image:
-            canvas = Canvas(SMALL, rng)
-            canvas.thing(thing, (place[0] + rng.randint(-1, 1), place[1] + rng.randint(-1, 1)), radius)
-            return canvas.image
-
-        return draw
-
-    pictures = [camera.take(draw(*((before, places[0]) if index < changed else later))) for index in range(size)]
-    return (None,) * size, pictures, [("What changed?", answer)]
+    clip = [(before, places[0]) if index < changed else later for index in range(size)]
+    pictures = [camera.take(_tiles({place: thing}, 2)) for thing, place in clip]
+    return _clip(size), pictures, [("What changed?", answer)]
 
 
 _NUM_THINGS = len(COLOURS) * len(SHAPES)
@@ -350,7 +388,7 @@ TASKS = {
             "reading: one of many numbers",
             (4, 8, 16, 24, 32),
             (4, 8),
-            4,
+            8,
             _pairs,
             lambda size: 1 / len(_DIGITS),
         ),
@@ -359,7 +397,7 @@ TASKS = {
             "where image tokens stand",
             (2, 3, 4),
             (2, 3),
-            3,
+            4,
             _place,
             lambda size: 1 / _NUM_THINGS,
         ),
@@ -368,7 +406,7 @@ TASKS = {
             "image tokens that have to mix",
             (1, 2, 3, 4),
             (1,),
-            2,
+            4,
             _arrows,
             lambda size: 1 / _NUM_THINGS,
         ),
@@ -377,17 +415,17 @@ TASKS = {
             "memory of earlier pictures, each a window of its own",
             (2, 3, 4, 6, 8),
             (2, 3),
-            2,
+            3,
             _frames,
             lambda size: 1 / _NUM_THINGS,
         ),
         Task(
-            "rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 1, _rule, lambda size: 1 / size
+            "rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 3, _rule, lambda size: 1 / size
         ),
         Task("colour", "everyday", (2, 3, 4, 5), (2, 4), 4, _colour, lambda size: 1 / len(COLOURS)),
         Task("shape", "everyday", (2, 3, 4, 5, 6), (2, 4), 4, _shape, lambda size: 1 / len(SHAPES)),
-        Task("count", "everyday", (4, 6, 8), (4, 6), 1, _count, lambda size: 1 / (size // 2 + 1)),
-        Task("change", "a short clip", (2, 3, 4), (2, 3), 1, _change, lambda size: 1 / len(CHANGES)),
+        Task("count", "everyday", (4, 6, 8), (4,), 4, _count, lambda size: 1 / (size // 2 + 1)),
+        Task("change", "a short clip", (2, 3, 4), (2,), 1, _change, lambda size: 1 / len(CHANGES)),
     )
 }
 
@@ -397,8 +435,11 @@ LESSONS = {
     for task in (
         Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
         Task("describe", "every tile", (2, 3, 4), (2, 3), 1, _describe, lambda size: 0.0),
-        Task("read", "one pair, then two", (1, 2), (1, 1, 2), 1, _recite, lambda size: 0.0),
         Task("recall", "a rule, without a picture", (2, 4), (2, 4), 4, _recall, lambda size: 1 / size),
+        Task("recall all", "a rule in another order", (2, 4, 6), (2, 4, 6), 1, _recall_all, lambda size: 0.0),
+        Task("recall more", "a long rule in another order", (4, 8), (4, 8), 1, _recall_all, lambda size: 0.0),
+        Task("seek", "every pair in another order", (2, 4, 8), (2, 4, 8), 1, _seek, lambda size: 0.0),
+        Task("colours", "every shape's colour", (2, 3, 4, 5), (2, 4, 5), 1, _colours, lambda size: 0.0),
         Task("recite", "every pair", (1, 2, 4, 8), (1, 2, 4, 8), 1, _recite, lambda size: 0.0),
     )
 }
@@ -416,15 +457,17 @@ def examples(
 
     Args:
         split: one of `SPLITS`.
-        tasks: names of the tasks.
+        tasks: names of the tasks; one that stands there twice comes twice as often.
         seed: of the data set.
         start: index of the first one.
         single: whether to ask one question about each picture, instead of several where the task has them.
     """
     index = start
     while True:
-        number, which = divmod(index, len(tasks))
+        turn, which = divmod(index, len(tasks))
         task = (TASKS | LESSONS)[tasks[which]]
+        # A task that stands there more than once has another example each time.
+        number = turn * tasks.count(task.name) + tasks[:which].count(task.name)
         size = task.standard[number % len(task.standard)]
         yield task.example(size, split, number, seed=seed, turns=1 if single else task.turns)
         index += 1

@@ -43,7 +43,7 @@ def read(example: Example) -> str:
     first = pictures[0]
     match example.task:
         case "pairs":
-            return characters(example.pictures[0])[words[3]]
+            return words[3] + characters(example.pictures[0])[words[3]]
         case "place":
             return _name(_tile(first, numbers[0] - 1, numbers[1] - 1))
         case "arrows":
@@ -58,11 +58,11 @@ def read(example: Example) -> str:
             return _name(pictures[numbers[0] - 1][0])
         case "rule":
             rule = example.lead[0]
-            assert rule is not None and len(re.findall(r"means", rule)) == example.size
-            return re.search(rf"{_name(first[0])} means (\d)", rule)[1]
+            assert rule is not None and rule.count(",") + 1 == example.size
+            return re.search(rf"{_name(first[0])} \w+", rule)[0]
         case "colour":
             [found] = [area for area in first if area.shape == words[4]]
-            return found.colour
+            return f"{found.shape} {found.colour}"
         case "shape":
             [found] = [area for area in first if area.colour == words[3]]
             return found.shape
@@ -72,7 +72,7 @@ def read(example: Example) -> str:
             return next(word for word, number in WORDS.items() if number == len(found))
         case "change":
             before, after = pictures[0][0], pictures[-1][0]
-            moved = abs(before.row - after.row) + abs(before.column - after.column) > 10
+            moved = [before.row // 28, before.column // 28] != [after.row // 28, after.column // 28]
             differences = {
                 "colour": before.colour != after.colour,
                 "shape": before.shape != after.shape,
@@ -104,17 +104,17 @@ def areas(picture: Image.Image) -> list[Area]:
 
 
 def characters(picture: Image.Image) -> dict[str, str]:
-    """The character to the right of each, by comparing cells of 14 x 14 pixels with every character of the font."""
+    """The character to the right of each, by comparing halves of tiles with every character of the font, enlarged."""
     font = ImageFont.load_default_imagefont()
     alphabet = {}
     for character in map(chr, range(33, 127)):
-        mask = np.array(font.getmask(character)).reshape(11, 6) > 0
-        alphabet[_trim(mask).tobytes(), _trim(mask).shape] = character
+        mask = _trim(np.array(font.getmask(character)).reshape(11, 6) > 0).repeat(2, 0).repeat(2, 1)
+        alphabet[mask.tobytes(), mask.shape] = character
     ink = _foreground(np.asarray(picture).astype(int))
     found = {}
-    for row in range(0, ink.shape[0], 14):
+    for row in range(0, ink.shape[0], 28):
         for column in range(0, ink.shape[1], 28):
-            pair = [ink[row : row + 14, start : start + 14] for start in (column, column + 14)]
+            pair = [ink[row : row + 28, start : start + 14] for start in (column, column + 14)]
             if pair[0].any() or pair[1].any():
                 key, number = (alphabet[_trim(cell).tobytes(), _trim(cell).shape] for cell in pair)
                 assert key not in found

@@ -13,11 +13,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.training import CasaDataCollator, generate_answers
 from examples.tiny_world import __main__ as command
+from examples.tiny_world import training
 from examples.tiny_world.asking import Source
 from examples.tiny_world.batches import Batcher
 from examples.tiny_world.models import build_tokenizer, source_config, write_source
 from examples.tiny_world.protocols import SOURCE, Recipe, curriculum, train_source
-from examples.tiny_world.training import answers_right, chance, trapezoid
+from examples.tiny_world.training import answers_right, chance, cuts, trapezoid
 from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, standard_questions
 
 
@@ -58,9 +59,11 @@ def test_conversations_without_pictures_have_no_pixels(processor):
 def test_words_are_tokens():
     tokenizer = build_tokenizer()
     for key in KEYS:
-        assert len(tokenizer.tokenize(f"Which number does {key} have?")) == 6
+        assert len(tokenizer.tokenize(f"Which pair has {key} in it?")) == 7
     answers = {answer for example in islice(examples("train"), 400) for _, answer in example.turns}
-    assert max(len(tokenizer.tokenize(answer)) for answer in answers) == 2
+    for answer in answers:
+        pair = len(answer) == 2
+        assert len(tokenizer.tokenize(answer)) == (2 if pair else len(answer.split()))
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(build_tokenizer().backend_tokenizer.to_str())
 
 
@@ -87,6 +90,27 @@ def test_the_curriculum_goes_from_one_object_to_the_tasks():
     lessons = [name in LESSONS for name in names[100:]]
     assert sum(lessons[:150]) > sum(lessons[-150:]) > 0
     assert set(names) == {*TASKS, *recipe.taught}
+
+
+def test_batches_are_cut_where_they_need_least_padding():
+    assert cuts([1, 1, 1, 9, 9, 20]) == (3, 5)
+    assert cuts([7, 7]) in [(0, 0), (0, 2), (2, 2), (0, 1), (1, 2), (1, 1)]
+
+
+def test_cut_batches_have_the_gradients_of_the_whole(source, processor):
+    batcher = Batcher(processor)
+    found = list(islice(examples("train", tasks=("pairs", "rule", "change", "recall")), 12))
+    model = CasaForConditionalGeneration.from_pretrained(source, casa_variant="insertion")
+    batch = batcher(found)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    answered, total = training._gradients(model, batcher, found)
+    assert answered == int((batch["labels"] != -100).sum())
+    assert total == pytest.approx(answered * float(loss), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6)
 
 
 def test_the_rate_rises_stays_and_falls():
