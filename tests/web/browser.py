@@ -51,7 +51,7 @@ class Browser:
         timeout: seconds after which an answer is missed.
     """
 
-    def __init__(self, profile: Path, timeout: float = 60.0):
+    def __init__(self, profile: Path, timeout: float = 180.0):
         program = find()
         assert program is not None
         theirs_in, self._out = os.pipe()
@@ -170,7 +170,7 @@ class Tab:
             raise RuntimeError(f"{expression}: {json.dumps(result['exceptionDetails'])}")
         return result["result"].get("value")
 
-    def wait(self, condition: str, timeout: float = 30.0) -> Any:
+    def wait(self, condition: str, timeout: float = 90.0) -> Any:
         """The value of a JavaScript expression as soon as it is true; it is looked at in every animation frame."""
         found = self.evaluate(
             f"""new Promise((resolve) => {{
