@@ -281,7 +281,7 @@ class _Sound:
             container.close()
             return None, ""
         stream = container.streams.audio[0]
-        codec = stream.codec_context.name
+        codec = stream.codec_context.codec.canonical_name  # decoders of one format have several names
         if codec not in output.supported_codecs:
             container.close()
             return None, f"the sound is {codec}, which {output.format.name} can't hold; the video is without sound"
