@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -62,7 +63,7 @@ def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_
     assert events[-1]["kind"] == "end" and events[-2]["kind"] == "answer"
 
     assert outcome.out.count("answer: ") == 2
-    assert outcome.out.startswith("[0:00:01.0] ")
+    assert re.match(r"\[0:00:0[1-3]\.[05]\] ", outcome.out)
     assert "6 frames in " in outcome.err and outcome.err.count("\n") == 1
     for file in files[:2]:
         with av.open(str(file)) as container:
@@ -78,7 +79,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
     assert outcome.code == 0, outcome.err
     for part in ("time", "of 0:00:04.0", "6 frames", "latency", "mean", "behind", "memory", "text tokens"):
         assert part in outcome.err, part
-    assert outcome.out.startswith("[0:00:01.0] ") and "latency" not in outcome.out
+    assert re.match(r"\[0:00:0[1-3]\.[05]\] ", outcome.out) and "latency" not in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,7 @@ def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[st
     assert complaint in " ".join(outcome.err.split())
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_captioned(checkpoint: Path, tmp_path: Path) -> None:
     """A camera that never ends, in a process of its own."""
     srt, video = tmp_path / "a.srt", tmp_path / "a.mp4"

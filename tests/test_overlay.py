@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
+import multiprocessing
+from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +90,15 @@ def test_the_sound_is_copied_packet_by_packet(red, tmp_path):
         assert len(copied) > 90
         expected = [(time - begin, data) for time, data in original if time >= begin][: len(copied)]
         assert [data for _, data in copied] == [data for _, data in expected]
-        assert np.allclose([time for time, _ in copied], [time for time, _ in expected], atol=1e-3)
+        # The first packet of a fragmented file begins at 0.
+        assert np.allclose([time for time, _ in copied], [time for time, _ in expected], atol=0.01)
 
 
 def test_sound_that_does_not_fit_is_left_out_and_said(tmp_path):
-    clip = write_clip(tmp_path / "clip.mkv", 10, 10, sound="pcm_s16le")
+    clip = write_clip(tmp_path / "clip.avi", 10, 10, "mpeg4", sound="pcm_mulaw")
     overlay = Overlay(open_video(clip, fps=2), tmp_path / "out.mp4")
     overlay.close()
-    assert "pcm_s16le" in overlay.note and "without sound" in overlay.note
+    assert "pcm_mulaw" in overlay.note and "without sound" in overlay.note
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert not container.streams.audio
     assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == list(range(10))
@@ -140,27 +141,23 @@ def test_long_captions_are_broken_into_lines_inside_the_picture():
     assert np.array_equal(short[:100], np.asarray(image)[:100])
 
 
-KILLED = """
-import sys
-from casa_hf.overlay import OverlayWriter
-from casa_hf.video import Frame
-from tests.clips import picture
-writer = OverlayWriter(sys.argv[1])
-for index in range(100_000):
-    writer.write(Frame(index / 10, picture(index % 256)), "")
-    if index == 300:
-        print("go", flush=True)
-"""
+def write_for_ever(path: str, go: Connection) -> None:
+    writer = OverlayWriter(path)
+    for index in count():
+        writer.write(Frame(index / 10, picture(index % 256)), "")
+        if index == 300:
+            go.send("go")
 
 
 def test_a_process_that_is_killed_leaves_a_video_that_plays(tmp_path):
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "out.mp4")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
-    assert process.stdout is not None and process.stdout.readline() == "go\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    here, there = multiprocessing.Pipe()
+    target = multiprocessing.get_context("fork").Process(
+        target=write_for_ever, args=(str(tmp_path / "out.mp4"), there)
+    )
+    target.start()
+    assert here.recv() == "go"
+    target.kill()
+    target.join()
     (left,) = tmp_path.iterdir()
     assert left.name == ".out.incomplete.mp4"
     frames = decoded(left)

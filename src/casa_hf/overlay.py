@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+_FLUSHED = {"flush_packets": "1"}
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _TIME_BASE = Fraction(1, 90_000)
 _NOMINAL_FPS = 25
@@ -65,7 +66,7 @@ class OverlayWriter:
         except ImportError as error:
             raise ImportError("Writing a video needs PyAV: pip install casa_hf[video]") from error
         format = FORMATS[self.path.suffix.lower()]
-        options = {} if format == "matroska" else _FRAGMENTS
+        options = _FLUSHED if format == "matroska" else _FLUSHED | _FRAGMENTS
         self.note = ""
         self._start, self._last_pts = start, -1
         self._temporary = self.path.with_name(f".{self.path.stem}.incomplete{self.path.suffix}")
@@ -114,7 +115,7 @@ class OverlayWriter:
                 self._sound.close()
             container.close()
         if self._video is None:
-            self._temporary.unlink()
+            self._temporary.unlink(missing_ok=True)
         else:
             os.replace(self._temporary, self.path)
 
@@ -280,7 +281,7 @@ class _Sound:
             container.close()
             return None, ""
         stream = container.streams.audio[0]
-        codec = stream.codec_context.name
+        codec = stream.codec_context.codec.canonical_name  # decoders of one format have several names
         if codec not in output.supported_codecs:
             container.close()
             return None, f"the sound is {codec}, which {output.format.name} can't hold; the video is without sound"

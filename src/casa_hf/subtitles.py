@@ -25,8 +25,8 @@ from .streaming import CaptionEvent
 
 _LINE_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _CONTROLS = re.compile(r"[\x00-\x09\x0e-\x1b\x1f\x7f]")
-# SRT has no way to write these; a reader would take them for styling or for the line of times.
-_SRT_MARKUP = re.compile(r"<(?=[/A-Za-z])|\{(?=\\)")
+# SRT has no way to write this; a reader would take it for styling.
+_SRT_MARKUP = re.compile(r"<(?=[/A-Za-z])")
 _WORD_JOINER = "\u2060"
 _SHORTEST = Fraction(1, 1000)
 
@@ -157,9 +157,12 @@ class _CueWriter(CaptionWriter):
 
     def _cut(self, moment: Fraction) -> None:
         """Let the last caption end when the next frame comes."""
-        if self._last is None or not self._last[0].start + _SHORTEST <= moment < self._last[0].end:
+        if self._last is None or moment <= self._last[0].start:
             return
         timed, position, before = self._last
+        moment = max(moment, timed.start + _SHORTEST)
+        if moment >= timed.end:
+            return
         timed = timed._replace(end=moment)
         data, count = self._rendered(timed, before)
         if len(data) != self._position - position:  # fewer cues have room in the shorter time
@@ -196,10 +199,14 @@ class SrtWriter(_CueWriter):
             return
         words, shown = _words(text), ""
         moments = [*_word_times(timed, len(words)), timed.end]
+        cues: list[_Timed] = []
         for word, (start, end) in zip(words, pairwise(moments), strict=True):
             shown += word
             if _milliseconds(start) < _milliseconds(end):
-                yield _Timed(start, end, shown.rstrip())
+                cues.append(_Timed(start, end, shown.rstrip()))
+        # Words that have no time of their own appear with the next one, the last ones with the one before.
+        yield from cues[:-1]
+        yield cues[-1]._replace(text=text)
 
     def _cue(self, number: int, cue: _Timed) -> str:
         return f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n\n"
