@@ -122,7 +122,8 @@ def test_questions_before_between_and_after_one_another(model, processor, varian
     model = model(variant)
     transcript = Transcript(model, processor)
     transcript.text(OPENING)
-    stream = stream_of(model, processor, max_new_tokens_per_frame=4)
+    # A bias that would end answers early, were it theirs too.
+    stream = stream_of(model, processor, max_new_tokens_per_frame=4, stop_bias=3.0)
     endings = set()
     for index, asks in enumerate([2, 0, 1, 1, 1, 1, 1, 2]):
         for _ in range(asks):
@@ -134,7 +135,17 @@ def test_questions_before_between_and_after_one_another(model, processor, varian
         transcript.frame(PICTURES[index])
         transcript.caption(emitted(stream.push(PICTURES[index])))
     assert endings == {False, True}, "turns must be closed after a stop token and without one"
-    transcript.check(**CONTROLS)
+    transcript.check(**{**CONTROLS, "bias": 3.0})
+
+
+def test_a_question_before_the_first_frame_follows_the_whole_prompt(new_model, processor):
+    """Also where the prompt ends with a token that would end a caption: nobody has said it."""
+    model = new_model("casa")
+    prompt, question = (processor.tokenizer(text)["input_ids"] for text in (OPENING, QUESTION))
+    model.generation_config.eos_token_id = prompt[-1]
+    with forwards(model) as seen:
+        list(stream_of(model, processor).ask("Who is it?", max_new_tokens=1))
+    assert [inputs["input_ids"][0].tolist() for inputs in seen] == [prompt + question]
 
 
 def test_several_frames_in_one_turn(model, processor):
