@@ -282,7 +282,8 @@ def test_a_line_is_that_of_least_squares_with_student_s_interval():
     variance = float((means - places @ solution).pow(2).sum()) / 18
     error = float((variance * torch.linalg.inv(places.T @ places))[0, 0]) ** 0.5
     assert found.slope == pytest.approx(float(solution[0]))
-    assert found.high - found.slope == found.slope - found.low == pytest.approx(2.101 * error, rel=1e-3)
+    half = pytest.approx(2.101 * error, rel=1e-3)
+    assert found.high - found.slope == half and found.slope - found.low == half
     assert not found.flat and forever.line([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0], 7).flat
     for freedom, quantile in ((1, 12.706), (3, 3.182), (8, 2.306), (48, 2.011)):
         assert forever.student_t(freedom) == pytest.approx(quantile, rel=5e-3)

@@ -17,12 +17,12 @@ from tests.streaming.test_session import PICTURES, forwards, stream_of
 PROMPTS = ("What do you see?", "Say it.", "Describe all that moves, and nothing else.")
 SETTINGS: dict[str, Any] = {"max_new_tokens_per_frame": 8}
 # Designs, and text windows.
-SCENARIOS: list[tuple[str, int | None]] = [
+SCENARIOS = [
     ("casa", None),
     ("casa", 70),
-    ("ca-shared", None),
-    ("casa-shared", 70),
-    ("casa-replace", 70),
+    pytest.param("ca-shared", None, marks=pytest.mark.slow),
+    pytest.param("casa-shared", 70, marks=pytest.mark.slow),
+    pytest.param("casa-replace", 70, marks=pytest.mark.slow),
     ("exact", 70),
     ("insertion", None),
 ]
