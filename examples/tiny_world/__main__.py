@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import tempfile
 import time
@@ -113,4 +114,5 @@ def _printer(partner: Partner, name: str) -> Callable[[Progress], None]:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its full name, since spawned processes look for the functions there: none of them runs as `__main__`.
+    importlib.import_module("examples.tiny_world.__main__").main()
