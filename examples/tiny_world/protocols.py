@@ -129,6 +129,7 @@ def train_source(
     blind: bool = False,
     report: Report | None = None,
     partner: Partner | None = None,
+    **config: Any,
 ) -> Path:
     """Train the source model from scratch and write it as a Qwen2.5-VL checkpoint.
 
@@ -139,11 +140,12 @@ def train_source(
         blind: whether to leave out all pictures, for a model that knows text alone.
         report: called now and then.
         partner: the other process, if two train together.
+        **config: overrides for `source_config`.
     """
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stock = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer))
+        stock = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer, **config))
     with tempfile.TemporaryDirectory(prefix="tiny-world-") as start:
         write_source(start, stock, tokenizer)
         model = CasaForConditionalGeneration.from_pretrained(start, casa_variant="insertion")

@@ -26,6 +26,8 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpo
 from casa_hf.training import freeze
 
 from .batches import Batcher
+from .cutting import CUTS, memory, questions_of_memory
+from .drawing import TILE
 from .protocols import Recipe, adapt_model, train_source, train_unfrozen
 from .training import evaluate
 from .world import TASKS, all_questions
@@ -43,6 +45,9 @@ DESIGNS: dict[str, dict[str, dict[str, Any]]] = {
         "casa-replace": {},
         "ca-replace": {},
         "casa, full updates": {"variant": "casa", "casa_image_updates": "full"},
+        "insertion, local tower": {"variant": "insertion", "tower": "local"},
+        "casa, local tower": {"variant": "casa", "tower": "local"},
+        "casa, full updates, local tower": {"variant": "casa", "casa_image_updates": "full", "tower": "local"},
     },
     "B": {
         "insertion": {},
@@ -53,6 +58,12 @@ DESIGNS: dict[str, dict[str, dict[str, Any]]] = {
         "casa-ffn": {},
         "casa, 4 gists": {"variant": "casa", "num_gist_tokens": 4},
     },
+}
+# Overrides of the source's configuration. In the local tower no attention goes beyond an image token's own patches, so
+# that image tokens can mix in the language model alone.
+TOWERS: dict[str, dict[str, Any]] = {
+    "global": {},
+    "local": {"vision_window_size": TILE, "vision_fullatt_block_indexes": []},
 }
 RATES = (1e-3, 2e-3, 4e-3)
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
@@ -99,13 +110,13 @@ class Laboratory:
         self.folder, self.source, self.questions, self.device = folder, source, questions, device
         (folder / "runs").mkdir(parents=True, exist_ok=True)
 
-    def start_of(self, protocol: str) -> Path:
+    def start_of(self, protocol: str, tower: str) -> Path:
         """The checkpoint that a protocol starts from: the source, or a model that has only seen text."""
         if protocol == "B":
             return self.source
-        folder = self.folder / "text"
+        folder = self.folder / f"text-{tower}-tower"
         if not folder.exists():
-            train_source(folder, [Recipe(steps=300, lr=4e-3)], blind=True)
+            train_source(folder, [Recipe(steps=300, lr=4e-3)], blind=True, **TOWERS[tower])
         return folder
 
     def measure(self, run: Run) -> dict[str, float]:
@@ -133,9 +144,10 @@ class Laboratory:
 
     def _train(self, run: Run) -> dict[str, float]:
         design = dict(DESIGNS[run.protocol][run.design])
-        variant = design.pop("variant", run.design)
+        variant, tower = design.pop("variant", run.design), design.pop("tower", "global")
         with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
-            folder = convert_checkpoint(self.start_of(run.protocol), Path(place, "model"), variant, **design).output
+            start = self.start_of(run.protocol, tower)
+            folder = convert_checkpoint(start, Path(place, "model"), variant, **design).output
             model: Any = CasaForConditionalGeneration.from_pretrained(folder).to(self.device)
             batcher = Batcher(CasaProcessor.from_pretrained(folder))
         if run.protocol == "A":
@@ -145,7 +157,12 @@ class Laboratory:
             freeze(model, _VISION_BLOCKS if run.design == "insertion" else "paper-qwen")
             adapt_model(model, batcher, run.recipe, seed=run.seed)
         scores = evaluate(model, batcher, all_questions(self.questions, run.split))
-        return {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
+        found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
+        if model.config.casa_image_updates != "full":  # else pictures carry what no cut reaches
+            for size in TASKS["frames"].standard:
+                questions = questions_of_memory(self.questions, size, run.split)
+                found |= {_memory(size, cut): memory(model, batcher, questions, cut) for cut in (None, *CUTS)}
+        return found
 
 
 def overall(scores: Mapping[str, float]) -> float:
@@ -193,7 +210,31 @@ def tables(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
                 curve = [statistics.mean(scores[f"{task.name} {size}"] for scores in runs) for size in task.sizes]
                 lines.append(_row([design, *map(_percent, curve)]))
             lines.append("")
+        lines += _memory_table(designs)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """What is left of earlier frames when self-attention to them is cut."""
+    shown = [(size, cut) for size in TASKS["frames"].standard for cut in (None, *CUTS)]
+    with_memory = {name: runs for name, runs in designs.items() if _memory(*shown[0]) in runs[0]}
+    if not with_memory:
+        return []
+    names = [f"{size} frames, {'nothing cut' if cut is None else f'cut: {cut}'}" for size, cut in shown]
+    lines = [
+        "Questions about any frame but the last, with self-attention cut to the frame's gists or its whole window.",
+        "",
+    ]
+    lines += _table(["design", *names])
+    lines.append(_row(["chance", *(_percent(TASKS["frames"].chance(size)) for size, _ in shown)]))
+    for name, runs in with_memory.items():
+        scores = [statistics.mean(run[_memory(size, cut)] for run in runs) for size, cut in shown]
+        lines.append(_row([name, *map(_percent, scores)]))
+    return [*lines, ""]
+
+
+def _memory(size: int, cut: str | None) -> str:
+    return f"memory {size}" if cut is None else f"memory {size} without {cut}"
 
 
 def insert_tables(page: str, text: str) -> str:

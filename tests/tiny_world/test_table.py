@@ -8,9 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from casa_hf import CasaProcessor
 from examples.tiny_world import table
+from examples.tiny_world.batches import Batcher
 from examples.tiny_world.models import build_tokenizer, source_config, write_source
 from examples.tiny_world.protocols import Recipe
 from examples.tiny_world.world import TASKS
@@ -56,6 +59,27 @@ def test_the_page_of_results_has_the_marks():
     table.insert_tables(page, "")
 
 
+def test_a_local_tower_sees_each_image_token_by_itself(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    towers = {}
+    for name, fields in table.TOWERS.items():
+        torch.manual_seed(0)
+        towers[name] = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer, **fields)).eval()
+    folder = write_source(tmp_path, next(iter(towers.values())), tokenizer)
+    inputs = Batcher(CasaProcessor.from_source(folder)).pixels(TASKS["place"].example(3, "train", 0).pictures)
+    changed = inputs["pixel_values"].clone()
+    changed[:4] += 1  # the patches of the first image token
+
+    for name, model in towers.items():
+        with torch.no_grad():
+            before, after = (
+                model.model.get_image_features(pixels, inputs["image_grid_thw"]).pooler_output[0]
+                for pixels in (inputs["pixel_values"], changed)
+            )
+        moved = (before != after).any(-1).tolist()
+        assert moved == ([True] * 9 if name == "global" else [True] + [False] * 8)
+
+
 def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     page = tmp_path / "page.md"
     page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
@@ -82,7 +106,9 @@ def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert len(files) == 2
     # A result that is there is taken as it is.
     content = json.loads(files[0].read_text("utf-8"))
-    assert set(content["scores"]) == set(SIZES)
+    memory = {f"memory {size}{cut}" for size in (2, 3) for cut in ("", " without gists", " without window")}
+    assert set(content["scores"]) == set(SIZES) | memory
+    assert "| 2 frames, nothing cut | 2 frames, cut: gists | 2 frames, cut: window | 3 frames" in written
     content["scores"] = dict.fromkeys(SIZES, 1.0)
     files[0].write_text(json.dumps(content), encoding="utf-8")
     table.main(arguments)
