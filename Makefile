@@ -12,7 +12,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu
-.PHONY: bench-forever lint quality style clean
+.PHONY: bench-forever soak lint quality style clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA against its rivals on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
+	@echo "make soak               two hours of live captions of a camera that does everything wrong"
 	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
 	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
 	@echo "make style              format the code and apply ruff's fixes"
@@ -61,6 +62,9 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.streams --plot docs/images/streams-cpu.svg
 
 # An hour or more: 10,000 frames, several times.
+soak: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.soak
+
 bench-forever: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 
