@@ -102,7 +102,7 @@ SOURCE = (
         decay=0.75,
     ),
 )
-ADAPTATION = Recipe(steps=400, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0), taught=("describe", "seek"))
+ADAPTATION = Recipe(steps=300, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0), taught=("describe", "seek"))
 
 
 def curriculum(recipe: Recipe, seed: int) -> Iterator[Example]:
