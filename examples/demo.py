@@ -52,9 +52,8 @@ def main() -> None:
         for name, given in said.items():
             count = sum(answer == expected for answer, expected in zip(given, right, strict=True))
             print(f"   {name}: {count} of {len(right)} right")
-        print(
-            "   `exact` needs no training; `converted` is `casa` before, `trained` after training its fusion layers."
-        )
+        print("   `exact` needs no training to equal the source on single pictures, not on several;")
+        print("   `converted` is `casa` as converted, `trained` the same with its fusion layers trained.")
         print("   docs/results.md has the scores on thousands of questions.")
 
     print("3. A photograph takes the same steps")

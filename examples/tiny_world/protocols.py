@@ -102,7 +102,16 @@ SOURCE = (
         decay=0.75,
     ),
 )
-ADAPTATION = Recipe(steps=400, lr=2e-3, lr_existing=1e-3, lessons=(0.1, 0.0), taught=("describe", "seek"))
+ADAPTATION = Recipe(
+    steps=800,
+    lr=3e-3,
+    lr_existing=2e-3,
+    lessons=(0.25, 0.05),
+    taught=("describe",),
+    tasks=(*TASKS, "place", "arrows", "change", "place", "arrows", "change"),
+    warmup=0.05,
+    decay=0.7,
+)
 
 
 def curriculum(recipe: Recipe, seed: int) -> Iterator[Example]:
