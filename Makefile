@@ -61,10 +61,10 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.layer --plot docs/images/layer-cpu.svg
 	$(VENV)/bin/python -m benchmarks.streams --plot docs/images/streams-cpu.svg
 
-# An hour or more: 10,000 frames, several times.
 soak: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.soak
 
+# An hour or more: 10,000 frames, several times.
 bench-forever: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 
