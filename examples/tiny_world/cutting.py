@@ -59,7 +59,7 @@ def cut_mask(ids: Sequence[int], config: Any, picture: int, what: str) -> torch.
             "casa_image_updates='full' lets pictures read earlier text, which no cut reaches; take another."
         )
     window = window_of(ids, config.image_token_id, picture)
-    gists = {config.image_token_id, *config.gist_token_ids}
+    gists = {config.image_token_id, *(config.gist_token_ids or ())}
     keys = [index for index in window if what == "window" or ids[index] in gists]
     mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     mask[window.stop :, keys] = False

@@ -187,7 +187,7 @@ def train_unfrozen(
     stream = curriculum(recipe, seed)
     if blind:
         stream = (example.blind for example in stream)
-    _fit(model, batcher, stream, recipe, _optimizers(model, recipe), report, partner)
+    _fit(model, batcher, stream, recipe, optimizers(model, recipe.lr), report, partner)
 
 
 def adapt_model(
@@ -241,14 +241,16 @@ def _fit(
     )
 
 
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, which learns in fewer steps, and AdamW for the rest."""
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, which learns in fewer steps, and AdamW for the rest of what trains."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
