@@ -3,9 +3,9 @@
 
     python -m examples.tiny_world.live FOLDER    # train the captioner from the bundled `casa` checkpoint
 
-A clip shows one object, somewhere else in every frame; now and then it is another one. The captioner names the object in
-the first frame and whenever it has changed, and is silent otherwise. Of what it saw before it knows what it has said.
-As in the paper's last stage for live captions, the vision tower stays as it is.
+A clip shows one object, somewhere else in every frame; now and then it is another one. The captioner names the object
+in the first frame and whenever it has changed, and is silent otherwise. Of what it saw before it knows what it has
+said. As in the paper's last stage for live captions, the vision tower stays as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from casa_hf.processing_casa import FRAME_TYPE
 from casa_hf.streaming.turns import StreamTurns
 
 from .batches import IGNORED, Batcher
-from .drawing import Thing, any_thing, scatter
+from .drawing import any_thing, scatter
 from .protocols import optimizers
 from .training import trapezoid
 from .world import Camera
@@ -133,7 +133,7 @@ def train(folder: Path, steps: int = 500, batch_size: int = 32, frames: int = 8,
             optimizer.zero_grad()
             scheduler.step()
         if step % 50 == 0 or step == steps:
-            print(f"step {step} of {steps}, loss {float(loss):.3f}", flush=True)
+            print(f"step {step} of {steps}, loss {loss.item():.3f}", flush=True)
     with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
         written = Path(place, "live")
         model.eval().save_pretrained(written)

@@ -72,21 +72,23 @@ def test_the_captioner_sees_changes():
 def test_short_training_writes_a_captioner(tmp_path, capsys):
     folder = live.train(tmp_path / "live", steps=2, batch_size=2, frames=2)
     assert "step 2 of 2" in capsys.readouterr().out
-    trained, start = (dict(CasaForConditionalGeneration.from_pretrained(f).named_parameters()) for f in (folder, live._START))
+    trained, start = (
+        dict(CasaForConditionalGeneration.from_pretrained(f).named_parameters()) for f in (folder, live._START)
+    )
     moved = {name for name in trained if not torch.equal(trained[name], start[name])}
     assert not any(name.startswith("model.visual.") for name in moved)
     assert any("casa_attn" in name for name in moved) and any("mlp" in name for name in moved)
 
 
-def encoded(one: live.Clip, path, side: int) -> list[float]:
+def encoded(one: live.Clip, path) -> list[float]:
     """A video of the clip, each frame shown for half a second; when what it shows becomes something else."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "12"})
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
+        stream.width, stream.height = one.frames[0].size
+        stream.pix_fmt = "yuv444p"
         for frame in one.frames:
             for _ in range(int(RATE * FRAME_SECONDS)):
-                picture = av.VideoFrame.from_image(frame.resize((side, side), 0))
+                picture = av.VideoFrame.from_image(frame)
                 container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return [index * FRAME_SECONDS for index, caption in enumerate(one.captions) if caption]
@@ -98,7 +100,7 @@ def test_videos_of_known_content_are_captioned_in_time(tmp_path):
     changes = right = 0
     for index in range(6):
         one = live.clip(100 + index, 12)
-        times = encoded(one, tmp_path / f"{index}.mp4", 112)
+        times = encoded(one, tmp_path / f"{index}.mp4")
         with live.new_stream(model, processor, fps=2) as stream:
             events = list(LiveCaptions(stream, open_video(tmp_path / f"{index}.mp4", fps=2)))
         ends = [event for event in events if event.kind == "end"]
