@@ -106,7 +106,7 @@ class StreamBatcher:
         return ids, labels, types
 
 
-def train(folder: Path, steps: int = 500, batch_size: int = 32, frames: int = 8, lr: float = 2e-3) -> Path:
+def train(folder: Path, steps: int = 600, batch_size: int = 32, frames: int = 8, lr: float = 2e-3) -> Path:
     """Train the captioner from the bundled `casa` checkpoint and write it.
 
     Args:
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train and measure."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world.live", description="Train the captioner.")
     parser.add_argument("folder", type=Path, help="to write")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args(arguments)
     disable_progress_bar()
     folder = train(options.folder, options.steps)
