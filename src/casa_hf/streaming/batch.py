@@ -210,9 +210,10 @@ class CasaStreamBatch:
             RuntimeError: if the batch is closed.
         """
         self._require_open()
-        steps = {stream: self._row(stream).ask(question, max_new_tokens) for stream, question in questions.items()}
-        for stream, own in steps.items():
-            self._start(stream, own)
+        for stream, question in questions.items():
+            self._row(stream).check_question(question, max_new_tokens)
+        for stream, question in questions.items():
+            self._start(stream, self._rows[stream].ask(question, max_new_tokens))
         return self._serve()
 
     def drop(self, stream: int, timestamp: float, message: str) -> CaptionEvent:
@@ -414,6 +415,10 @@ class _Row(CasaStream):
     def check(self, frame: Any, timestamp: Any) -> None:
         """Refuse what `push` would refuse."""
         self._checked(frame, timestamp)
+
+    def check_question(self, question: str, max_new_tokens: int) -> None:
+        """Refuse what `ask` would refuse."""
+        self._asked(question, max_new_tokens)
 
     def drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""

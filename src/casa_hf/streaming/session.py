@@ -236,10 +236,8 @@ class CasaStream:
             ValueError: if the question has marks of images, or `max_new_tokens` isn't a positive integer.
             RuntimeError: if the stream is closed.
         """
-        self._require_open()
         pushed = time.perf_counter()
-        _check_count("max_new_tokens", max_new_tokens)
-        ids = self.turns.question(question)
+        ids = self._asked(question, max_new_tokens)
         self._end_open()
         return self._opened(self._answer(ids, max_new_tokens, pushed))
 
@@ -394,7 +392,6 @@ class CasaStream:
         """The steps of an answer to the question with these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
         ids = self._turn_to_close() + ids
-        self._answered = True
         forward = Forward(ids, {}, self._answer_processors, self._new_history())
         event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
         pieces = TextPieces(self.processor.tokenizer)
@@ -410,7 +407,6 @@ class CasaStream:
         size = len(self.turns.frame)
         places = [len(ids) + number * size + self.turns.image_index for number in range(len(frames))]
         ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
-        self._answered, self._begun = False, True
         types = torch.zeros(1, len(ids), dtype=torch.long)
         types[0, places] = FRAME_TYPE
         images = {name: torch.cat([frame[name] for frame in frames]) for name in ("pixel_values", "image_grid_thw")}
@@ -436,6 +432,8 @@ class CasaStream:
         while True:
             token = yield forward
             token_id = int(token)
+            # Only now: a batch may end a text before its first forward, and then nothing was told.
+            self._answered, self._begun = kind == "answer", self._begun or kind == "text"
             stops = token_id in self.stop_token_ids
             if not stops:
                 forward.history.add(token)
@@ -617,6 +615,12 @@ class CasaStream:
         if not frames:
             raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
         return frames, self._timestamps(timestamp, len(frames))
+
+    def _asked(self, question: str, max_new_tokens: int) -> list[int]:
+        """Ids of the question that `ask` was given."""
+        self._require_open()
+        _check_count("max_new_tokens", max_new_tokens)
+        return self.turns.question(question)
 
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
         """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
