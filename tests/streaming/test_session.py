@@ -492,6 +492,56 @@ def test_states_of_other_models_are_refused(new_model, model, processor, family)
         sampled.load_state_dict(stream.state_dict())
 
 
+def without(state: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The state without what these names lead to."""
+    *outer, last = names
+    rest = {name: value for name, value in state.items() if name != (outer[0] if outer else last)}
+    return {**rest, outer[0]: without(state[outer[0]], *outer[1:], last)} if outer else rest
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "Say it."}, "begins with '.*What do you see.*'; this one begins with '.*Say it"),
+        ({"system": "Be brief."}, "Be brief.*the system message and the prompt"),
+        ({"text_window": 80}, "text_window=None; this one has text_window=80. Make it with text_window=None"),
+        ({"num_sink_tokens": 4}, "num_sink_tokens=[0-9]+; this one has num_sink_tokens=4"),
+    ],
+    ids=str,
+)
+def test_states_of_streams_with_other_settings_are_refused(model, processor, settings, message):
+    state = stream_of(model("casa"), processor).state_dict()
+    with pytest.raises(ValueError, match=message):
+        stream_of(model("casa"), processor, **settings).load_state_dict(state)
+
+
+def test_a_state_that_is_not_whole_changes_nothing(model, processor):
+    stream = stream_of(model("casa"), processor, do_sample=True, seed=3)
+    say(stream, PICTURES[:2])
+    events = stream.push(PICTURES[2])
+    taken = [next(events)]
+    other = stream_of(model("casa"), processor, do_sample=True, seed=4)
+    say(other, PICTURES[5:7])
+    state = other.state_dict()
+    layers = state["cache"]["layers"]
+    damaged = [
+        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 1"),
+        (without(state, "version"), "version None"),
+        *((without(state, name), f"has no {name}") for name in state if name not in ("version", "design")),
+        ({**state, "cache": {**state["cache"], "layers": layers[:-1]}}, f"{len(layers) - 1} layers"),
+        ({**state, "cache": {**state["cache"], "layers": [*layers[:-1], {}]}}, "damaged .KeyError: 'text'"),
+        (without(state, "cache", "windows", "valid"), "damaged .TypeError"),
+        (without(state, "pieces", "waiting"), "damaged .KeyError: 'waiting'"),
+        ({**state, "history": None}, "damaged .AttributeError"),
+    ]
+    for given, message in damaged:
+        with pytest.raises(ValueError, match=message):
+            stream.load_state_dict(given)
+    taken += events
+    twin = stream_of(model("casa"), processor, do_sample=True, seed=3)
+    assert [emitted(taken), *say(stream, PICTURES[3:5])] == say(twin, PICTURES[:5])[2:]
+
+
 def test_a_reset_stream_is_a_new_one(model, processor):
     model = model("casa")
     stream = stream_of(model, processor, do_sample=True, seed=2)

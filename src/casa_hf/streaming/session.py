@@ -46,6 +46,10 @@ _GEOMETRY = (
 )
 
 
+# Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
+_STATE_VERSION = 1
+
+
 @dataclass(frozen=True)
 class Forward:
     """A forward that a stream has to wait for.
@@ -285,16 +289,15 @@ class CasaStream:
         self._require_open()
         other = copy.copy(self)
         other._open = None
-        other._pieces = TextPieces(self.processor.tokenizer)
         other._cache = copy.deepcopy(self._cache)
-        other._generator = self._new_generator()
         other._load_text(self._text_state())
         return other
 
     def state_dict(self) -> dict[str, Any]:
         """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
 
-        The settings aren't part of it: `load_state_dict` belongs to a stream that was made with the same ones.
+        Of the settings, it has those that the cache was made with: the ids of system message and prompt,
+        `text_window` and `num_sink_tokens`. The others are those of the stream that loads it.
 
         Raises:
             RuntimeError: if the stream is closed.
@@ -302,7 +305,9 @@ class CasaStream:
         self._require_open()
         cached = self._cache is not None and self._cache.get_seq_length() > 0
         return {
+            "version": _STATE_VERSION,
             "design": self._design(),
+            "settings": self._cache_settings(),
             "cache": cache_state(self._cache) if cached else None,
             **self._text_state(),
         }
@@ -314,18 +319,27 @@ class CasaStream:
             state: from `state_dict`, as it is or read by `torch.load(..., weights_only=True)`, on any device.
 
         Raises:
-            ValueError: if the state is of another design, size or precision of model; the stream stays as it was.
+            ValueError: if the state is of another version, or of another design, size or precision of model, if the
+                stream that gave it had another system message, prompt, `text_window` or `num_sink_tokens`, or if
+                something is missing from it. The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
         self._check_state(state)
+        other = copy.copy(self)  # made whole before anything of this one changes
+        other._cache = self._new_cache()
+        try:
+            if state["cache"] is not None:
+                blocks = self.model.get_decoder().layers
+                restore_cache(other._cache, state["cache"], [next(block.parameters()).device for block in blocks])
+            other._load_text(state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The state is damaged ({type(error).__name__}: {error}); give what state_dict() of a CasaStream "
+                "returned."
+            ) from error
         self._end_open()
-        cache = self._new_cache()
-        if state["cache"] is not None:
-            blocks = self.model.get_decoder().layers
-            restore_cache(cache, state["cache"], [next(block.parameters()).device for block in blocks])
-        self._load_text(state)
-        self._cache = cache
+        self.__dict__.update(other.__dict__, _open=None)
 
     def close(self) -> None:
         """Free the cache; of what comes later, only the properties and `close` work."""
@@ -557,9 +571,19 @@ class CasaStream:
         self._history.add(state["history"].to(self.model.device))
         self._num_frames, self._last_timestamp = state["num_frames"], state["last_timestamp"]
         self._begun, self._answered = state["begun"], state["answered"]
+        self._pieces = TextPieces(self.processor.tokenizer)
         self._pieces.load(state["pieces"])
+        self._generator = self._new_generator()
         if self._generator is not None:
             self._generator.set_state(state["random"].cpu())
+
+    def _cache_settings(self) -> dict[str, Any]:
+        """Settings that what is cached depends on."""
+        return {
+            "opening": list(self.turns.opening),
+            "text_window": self.text_window,
+            "num_sink_tokens": self.num_sink_tokens,
+        }
 
     def _design(self) -> dict[str, Any]:
         """What a cache must have been made with to fit the model."""
@@ -572,6 +596,16 @@ class CasaStream:
     def _check_state(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or "design" not in state:
             raise ValueError("The state is no stream's; give what state_dict() of a CasaStream returned.")
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"The state has version {state.get('version')!r}; this release of casa_hf reads version "
+                f"{_STATE_VERSION}. Go on with the release that saved it, or begin a new stream."
+            )
+        missing = [name for name in ("settings", "cache", *self._text_state()) if name not in state]
+        if missing:
+            raise ValueError(
+                f"The state has no {', '.join(missing)}; give all of what state_dict() of a CasaStream returned."
+            )
         own, given = self._design(), state["design"]
         differing = [name for name in own if given.get(name) != own[name]]
         if differing:
@@ -581,6 +615,13 @@ class CasaStream:
                 f"{' and differs in ' + ', '.join(differing[1:]) if differing[1:] else ''}. Load it into a stream of "
                 "the model that it was saved with."
             )
+        held, blocks = state["cache"], len(self.model.get_decoder().layers)
+        if held is not None and len(held["layers"]) != blocks:
+            raise ValueError(
+                f"The state has a cache of {len(held['layers'])} layers; the model has {blocks}. It isn't whole; give "
+                "all of what state_dict() of a CasaStream returned."
+            )
+        self._check_settings(state["settings"])
         if self._generator is not None:
             random = state["random"]
             if random is None or random.shape != self._generator.get_state().shape:
@@ -588,6 +629,21 @@ class CasaStream:
                     f"The state has {'no random numbers' if random is None else 'random numbers of another device'}, "
                     f"but this stream draws tokens at random on {self.model.device}. Make both streams with the same "
                     "do_sample, on the same kind of device."
+                )
+
+    def _check_settings(self, given: dict[str, Any]) -> None:
+        own = self._cache_settings()
+        if given.get("opening") != own["opening"]:
+            opened, other = (self.processor.tokenizer.decode(ids or []) for ids in (own["opening"], given.get("opening")))
+            raise ValueError(
+                f"The state is of a stream that begins with {other!r}; this one begins with {opened!r}. Make it with "
+                "the system message and the prompt of the other one."
+            )
+        for name in ("text_window", "num_sink_tokens"):
+            if given.get(name) != own[name]:
+                raise ValueError(
+                    f"The state is of a stream with {name}={given.get(name)!r}; this one has {name}={own[name]!r}. "
+                    f"Make it with {name}={given.get(name)!r}."
                 )
 
     # ---------------------------------------------------------------- small things
