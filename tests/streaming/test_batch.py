@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from casa_hf import CaptionEvent, CasaStreamBatch
+from casa_hf.streaming.session import DEFAULT_PROMPT
 from tests.streaming.helpers import OFF, emitted, say
 from tests.streaming.test_session import MARK, PICTURES, forwards, stream_of
 
@@ -207,6 +208,18 @@ def test_the_last_stream_frees_the_memory_when_it_leaves(model, processor):
     assert batch.add() != stream
 
 
+def test_a_reset_stream_reports_nothing_of_before(model, processor):
+    batch = batch_of(model("casa"), processor)
+    first, second = batch.add(), batch.add()
+    frames = [PICTURES[0], PICTURES[1], PICTURES[2]]
+    assert next(batch.push({first: frames, second: frames}))[0] == first
+    batch.reset(first)
+    events = by_stream(batch.push({first: PICTURES[3]}))
+    assert [event.kind for event in events[second]][:2] == ["merged", "merged"]
+    alone = stream_of(model("casa"), processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    assert untimed(events[first]) == untimed(alone.push(PICTURES[3]))
+
+
 def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
@@ -216,12 +229,16 @@ def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
     def fail(module: Any, *_: Any) -> None:
         raise OSError("the device has gone")
 
+    events = batch.push({first: [PICTURES[2], PICTURES[3]], second: [PICTURES[2], PICTURES[3]]})
+    assert next(events)[1].kind == "merged"  # the other one waits
     handle = model.model.language_model.layers[1].register_forward_hook(fail)
     try:
-        with pytest.raises(OSError, match="the device has gone"):
-            list(batch.push({second: PICTURES[2]}))
+        with pytest.raises(OSError, match="the device has gone") as caught:
+            list(batch.push({second: PICTURES[4]}))
     finally:
         handle.remove()
+    assert "streams of the batch have been reset" in caught.value.__notes__[0]
+    assert list(batch.push({})) == []
     assert batch.num_frames(first) == batch.num_frames(second) == 0
     again = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
     assert [untimed(own[first]) for own in again] == [untimed(own[first]) for own in said]

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from casa_hf import CaptionEvent, CasaStream, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
+from casa_hf.streaming.session import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
 
 PROMPT = "What do you see?"
@@ -553,22 +555,88 @@ def test_a_reset_stream_is_a_new_one(model, processor):
     assert list(stream.push(PICTURES[3]))[-1].start == 1.5
 
 
-def test_a_failure_of_the_model_resets(model, processor):
+@contextmanager
+def during_forwards(model: Any, happens: Callable[[], Any]) -> Iterator[None]:
+    """Something that happens within every forward."""
+    handle = model.model.language_model.layers[1].register_forward_hook(lambda *_: happens() and None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [OSError("the device has gone"), KeyboardInterrupt()], ids=repr)
+def test_what_ends_a_forward_resets_and_says_so(model, processor, error):
     model = model("casa")
     stream = stream_of(model, processor)
     first = say(stream, PICTURES[:3])
-
-    def fail(module: Any, *_: Any) -> None:
-        raise OSError("the device has gone")
-
-    handle = model.model.language_model.layers[1].register_forward_hook(fail)
-    try:
-        with pytest.raises(OSError, match="the device has gone"):
-            list(stream.push(PICTURES[3]))
-    finally:
-        handle.remove()
+    with during_forwards(model, failing(error)), pytest.raises(type(error)) as caught:
+        list(stream.push(PICTURES[3]))
+    assert "the stream has been reset" in caught.value.__notes__[0]
     assert stream.num_frames == 0
     assert say(stream, PICTURES[:3]) == first
+
+
+def test_an_interrupt_while_the_token_is_read_resets(model, processor):
+    """By then the cache holds what the stream would feed again: on a GPU, reading waits for the forward."""
+    stream = stream_of(model("casa"), processor)
+    first = say(stream, PICTURES[:2])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(History, "add", lambda self, tokens: failing(KeyboardInterrupt())())
+        list(stream.push(PICTURES[2]))
+    assert stream.num_text_tokens == 0
+    assert say(stream, PICTURES[:2]) == first
+
+
+def test_an_interrupt_between_forwards_changes_nothing(model, processor):
+    stream, twin = (stream_of(model("casa"), processor) for _ in range(2))
+    assert emitted(stream.push(PICTURES[0])) == emitted(twin.push(PICTURES[0]))
+    events, own = stream.push(PICTURES[1]), twin.push(PICTURES[1])
+    with pytest.raises(KeyboardInterrupt):
+        for event in events:
+            assert event.kind == "text" and next(own).text == event.text
+            raise KeyboardInterrupt
+    assert say(stream, PICTURES[2:4]) == say(twin, PICTURES[2:4])
+
+
+def test_another_thread_is_refused_during_a_forward(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    expected = say(stream_of(model, processor), PICTURES[:2])
+    state = stream.state_dict()
+    calls: list[Callable[[], Any]] = [
+        lambda: stream.push(PICTURES[2]),
+        lambda: stream.ask("Who is it?"),
+        stream.reset,
+        stream.fork,
+        stream.state_dict,
+        lambda: stream.load_state_dict(state),
+        stream.close,
+    ]
+    refused: list[str] = []
+
+    def call_all() -> None:
+        for call in calls:
+            with pytest.raises(RuntimeError, match="being read by another thread"):
+                call()
+            refused.append("")
+
+    def from_a_thread() -> None:
+        thread = threading.Thread(target=call_all)
+        thread.start()
+        thread.join()
+
+    with during_forwards(model, from_a_thread):
+        said = say(stream, PICTURES[:1])
+    assert len(refused) == len(calls) * len(said[0])
+    assert said + say(stream, PICTURES[1:2]) == expected
 
 
 def test_closing_frees_the_cache(model, processor):

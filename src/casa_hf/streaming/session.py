@@ -46,6 +46,9 @@ _GEOMETRY = (
 )
 
 
+# Told with what has interrupted a forward, of which the cache may hold a part.
+ANEW = "This came in the midst of a forward of the model; the {} been reset."
+
 # Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
 _STATE_VERSION = 1
 
@@ -77,6 +80,10 @@ class CasaStream:
     All state is in this object and its cache. The text of a frame ends with a stop token, after
     `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and goes on with the next frame; a frame may
     have no text.
+
+    Between forwards the stream may be called from any thread; during one, a call from another thread is refused. If a
+    forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and the stream begins anew, as
+    after `reset`; the exception has a note of that. What interrupts the program between forwards changes nothing.
 
     Args:
         model: captions the frames.
@@ -284,9 +291,10 @@ class CasaStream:
         Given the same frames, both say the same, also where tokens are drawn at random.
 
         Raises:
-            RuntimeError: if the stream is closed.
+            RuntimeError: if the stream is closed, or being read by another thread.
         """
         self._require_open()
+        self._require_idle()
         other = copy.copy(self)
         other._open = None
         other._cache = copy.deepcopy(self._cache)
@@ -300,9 +308,10 @@ class CasaStream:
         `text_window` and `num_sink_tokens`. The others are those of the stream that loads it.
 
         Raises:
-            RuntimeError: if the stream is closed.
+            RuntimeError: if the stream is closed, or being read by another thread.
         """
         self._require_open()
+        self._require_idle()
         cached = self._cache is not None and self._cache.get_seq_length() > 0
         return {
             "version": _STATE_VERSION,
@@ -464,35 +473,33 @@ class CasaStream:
 
     def _served(self, steps: Steps) -> Iterator[CaptionEvent]:
         """The events of these steps, whose forwards are run."""
-        token: Any = None
-        while True:
-            try:
-                step = steps.send(token)
-            except StopIteration:
-                return
-            token = None
-            if isinstance(step, Forward):
-                token = self._next_token(step)
-            else:
+        step = next(steps, None)
+        while step is not None:
+            if not isinstance(step, Forward):
                 yield step
+                step = next(steps, None)
+                continue
+            try:
+                # As one: between them the cache holds tokens that still wait to be read.
+                step = steps.send(self._next_token(step))
+            except BaseException as error:
+                error.add_note(ANEW.format("stream has"))
+                self._begin()
+                raise
 
     @torch.no_grad()
     def _next_token(self, forward: Forward) -> torch.Tensor:
         """Run a forward of the model; the token (1, 1) that follows."""
-        try:
-            self._bound_text()
-            output = self.model(
-                input_ids=torch.tensor([forward.ids], device=self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: value.to(self.model.device) for name, value in forward.images.items()},
-            )
-            ids = forward.history.ids
-            return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
-        except BaseException:
-            self._begin()  # the cache may hold a part of this forward by now
-            raise
+        self._bound_text()
+        output = self.model(
+            input_ids=torch.tensor([forward.ids], device=self.model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: value.to(self.model.device) for name, value in forward.images.items()},
+        )
+        ids = forward.history.ids
+        return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""
@@ -655,10 +662,20 @@ class CasaStream:
 
     def _end_open(self) -> None:
         """End the events of the last call."""
+        self._require_idle()
         events: Any = None if self._open is None else self._open()
-        self._open = None
         if events is not None:
             events.close()
+        self._open = None
+
+    def _require_idle(self) -> None:
+        """Refuse what can't be done during a forward that another thread waits for."""
+        events: Any = None if self._open is None else self._open()
+        if events is not None and events.gi_running:
+            raise RuntimeError(
+                "The stream is being read by another thread; call it when that has taken its event, or make one "
+                "stream for each thread."
+            )
 
     def _require_open(self) -> None:
         if self._closed:
