@@ -291,6 +291,17 @@ def test_an_interrupt_before_a_forward_changes_nothing(model, processor, told):
     assert said == say(alone, PICTURES[1:3])
 
 
+def test_only_prompts_of_streams_need_room_in_the_window(model, processor):
+    batch = batch_of(model("casa"), processor, text_window=45)  # the default prompt has more tokens
+    assert batch.add(prompt="Say it.") == 0
+    with pytest.raises(ValueError, match="text_window=45 must be larger"):
+        batch.add()
+    assert batch.streams == (0,)
+    for settings in ({"text_window": 0}, {"text_window": 50, "num_sink_tokens": 50}, {"text_window": 45.5}):
+        with pytest.raises(ValueError, match="text_window="):
+            batch_of(model("casa"), processor, **settings)
+
+
 def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)

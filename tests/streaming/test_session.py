@@ -9,6 +9,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
@@ -759,11 +761,35 @@ def test_timestamps_of_several_frames(model, processor):
     assert starts(1, [7.0]) == [7.0]
     stream.reset()
     assert starts(2, 0.0) == [-0.5, 0.0]
-    for bad, message in (([1.0], "1 values for 2"), ([2.0, 1.0], "timestamp"), ([-1.0, 1.0], "later than 0.0")):
+    assert starts(2, np.array([0.5, 1.0])) == [0.5, 1.0]
+    assert starts(2, torch.tensor([2.0, 3.0])) == [2.0, 3.0]
+    assert [*starts(1, Fraction(7, 2)), *starts(1, np.float32(4.0))] == [3.5, 4.0]
+    assert starts(1, torch.tensor(5.0)) == [5.0]
+    stream.reset()
+    starts(1, 0.0)
+    for bad, message in (
+        ([1.0], "1 values for 2"),
+        ([2.0, 1.0], "timestamp"),
+        ([-1.0, 1.0], "later than 0.0"),
+        ("12", "timestamp='12' must be a finite number of seconds"),
+        (["1", "2"], "must be a finite number of seconds"),
+        (True, "timestamp=True must be"),
+        ([[1.0], [2.0]], "must be a finite"),
+    ):
         with pytest.raises(ValueError, match=message):
             stream.push(PICTURES[:2], bad)
     with pytest.raises(ValueError, match="empty list"):
         stream.push([])
+
+
+def test_numbers_of_all_kinds(model, processor):
+    kinds = {"fps": Fraction(5, 2), "max_new_tokens_per_frame": np.int64(3), "text_window": np.int32(80)}
+    stream = stream_of(model("casa"), processor, **kinds)
+    twin = stream_of(model("casa"), processor, fps=2.5, max_new_tokens_per_frame=3, text_window=80)
+    ends = [list(own.push(PICTURES[0]))[-1] for own in (stream, twin)]
+    assert ends[0] == replace(ends[1], latency=ends[0].latency)
+    assert type(ends[0].end) is float
+    twin.load_state_dict(stream.state_dict())
 
 
 MARK = "<|vision_start|><|vision_end|>"
@@ -788,6 +814,13 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"text_window": 5}, "text_window=5"),
         ({"text_window": 100, "num_sink_tokens": 100}, "text_window=100"),
         ({"num_sink_tokens": -1}, "num_sink_tokens=-1"),
+        ({"num_sink_tokens": 3.0}, "num_sink_tokens=3.0 must be an integer"),
+        ({"num_sink_tokens": True}, "num_sink_tokens=True"),
+        ({"text_window": 99.5}, "text_window=99.5 must be an integer"),
+        ({"text_window": "99"}, "text_window='99' must be an integer"),
+        ({"fps": True}, "fps=True"),
+        ({"fps": "2"}, "fps='2'"),
+        ({"max_new_tokens_per_frame": True}, "max_new_tokens_per_frame=True"),
         ({"prompt": f"What is {MARK}?"}, "1 marks"),
         ({"system": MARK}, "1 marks"),
         ({"prefix": MARK}, "1 marks"),

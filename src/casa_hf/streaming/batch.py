@@ -63,7 +63,9 @@ class CasaStreamBatch:
         self.model = model
         self.processor = processor
         self._settings: dict[str, Any] = {**controls, "text_window": text_window, "num_sink_tokens": num_sink_tokens}
-        self._pattern = _Row(model, processor, **self._settings)  # refuses what is wrong
+        # Refuses what is wrong for every stream. Whether a prompt leaves room in the window is seen when it comes.
+        sinks = 0 if num_sink_tokens is None else num_sink_tokens
+        self._pattern = _Row(model, processor, **{**self._settings, "num_sink_tokens": sinks})
         self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
         self._cache = self._new_cache()
         self._next_id = 0

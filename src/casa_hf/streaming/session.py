@@ -13,8 +13,9 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -159,16 +160,16 @@ class CasaStream:
         _check_pair(model, processor)
         self.model = model
         self.processor = processor
-        self.fps = fps
-        self.max_new_tokens_per_frame = max_new_tokens_per_frame
-        self.frame_budget = frame_budget
+        self.fps = float(fps)
+        self.max_new_tokens_per_frame = int(max_new_tokens_per_frame)
+        self.frame_budget = None if frame_budget is None else float(frame_budget)
         self.seed = seed
         self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
         self.turns = StreamTurns(processor, system, prompt, prefix)
-        self.text_window = text_window
-        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens
-        _check_window(text_window, self.num_sink_tokens)
+        _check_window(text_window, len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens)
+        self.text_window = None if text_window is None else int(text_window)
+        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else int(num_sink_tokens)
         if text_window is not None:
             model.model.language_model.key_rotation()  # or says why not
 
@@ -210,7 +211,7 @@ class CasaStream:
             frame: a PIL image, an array or tensor (height, width, channels) or (channels, height, width), or a file;
                 or a list of such frames, which are shown one after the other in one forward, with text after the last.
             timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
-                it (0 at first). For a list of frames, the timestamps of all, or that of the last.
+                it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.
 
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
@@ -701,19 +702,21 @@ class CasaStream:
         if given is None:
             begin = 0.0 if last is None else last + step
             return [begin + number * step for number in range(count)]
-        if not isinstance(given, Sequence):
+        seconds = _seconds(given)
+        if isinstance(seconds, float):
             if last is not None:
-                step = (float(given) - last) / count
-            timestamps = [float(given) - number * step for number in reversed(range(count))]
+                step = (seconds - last) / count
+            timestamps = [seconds - number * step for number in reversed(range(count))]
         else:
-            timestamps = [float(timestamp) for timestamp in given]
+            timestamps = seconds
             if len(timestamps) != count:
                 raise ValueError(f"timestamp has {len(timestamps)} values for {count} frames; give one for each.")
         previous = -math.inf if last is None else last
         for timestamp in timestamps:
             if not previous < timestamp < math.inf:
                 raise ValueError(
-                    f"timestamp={given} must be a finite number of seconds, later than {previous} of the frame before."
+                    f"timestamp={given!r} must be a finite number of seconds, later than {previous} of the frame "
+                    "before."
                 )
             previous = timestamp
         return timestamps
@@ -757,21 +760,40 @@ def _check_pair(model: Any, processor: Any) -> None:
         )
 
 
-def _check_window(text_window: int | None, num_sink_tokens: int) -> None:
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens={num_sink_tokens} must be 0 or more, or None for the prompt.")
-    if text_window is not None and text_window <= num_sink_tokens:
+def _seconds(given: Any) -> float | list[float]:
+    """A timestamp or several, as numbers; what is none becomes one that is refused as timestamps are."""
+    if _is_number(given, Real) or getattr(given, "ndim", None) == 0:
+        return float(given)
+    if isinstance(given, bool | str | bytes) or not isinstance(given, Iterable):
+        return math.nan
+    several = [_seconds(timestamp) for timestamp in given]
+    return [timestamp if isinstance(timestamp, float) else math.nan for timestamp in several]
+
+
+def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
+    if not _is_number(num_sink_tokens, Integral) or num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens={num_sink_tokens!r} must be an integer of 0 or more, or None for the prompt.")
+    if text_window is None:
+        return
+    if not _is_number(text_window, Integral):
+        raise ValueError(f"text_window={text_window!r} must be an integer, or None for all text.")
+    if text_window <= num_sink_tokens:
         raise ValueError(
             f"text_window={text_window} must be larger than the {num_sink_tokens} first tokens that are always kept "
             "(num_sink_tokens, by default the prompt), or None for all text."
         )
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether this is a number of a kind of `numbers`, NumPy's included, and none of True and False."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not _is_number(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r} must be a positive number.")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not _is_number(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer.")
