@@ -240,7 +240,10 @@ class CasaStreamBatch:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image"."""
+        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image".
+
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        """
         return cache_nbytes(self._cache)
 
     # ---------------------------------------------------------------- texts in the making

@@ -215,7 +215,7 @@ class CasaStream:
 
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
-            one "end". A frame that can't be used yields "error" instead and changes nothing: its events are all there
+            one "end", unless the text is cut short. A frame that can't be used yields "error" instead and changes nothing: its events are all there
             are, unless other frames of the list can be used.
 
         Raises:
@@ -378,7 +378,10 @@ class CasaStream:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds, by part: "text" and "image"."""
+        """Bytes that the cache holds, by part: "text" and "image".
+
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        """
         return {"text": 0, "image": 0} if self._cache is None else cache_nbytes(self._cache)
 
     @property
@@ -517,7 +520,7 @@ class CasaStream:
     @property
     def _kept_tokens(self) -> int:
         """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
-        evictions are rare, and a key is turned to another position four times at most."""
+        evictions are rare, and a key is turned to another position four times at most, unless it is one of the current picture."""
         assert self.text_window is not None
         return self.text_window - (self.text_window - self.num_sink_tokens) // 4
 
