@@ -645,7 +645,9 @@ class CasaStream:
     def _check_settings(self, given: dict[str, Any]) -> None:
         own = self._cache_settings()
         if given.get("opening") != own["opening"]:
-            opened, other = (self.processor.tokenizer.decode(ids or []) for ids in (own["opening"], given.get("opening")))
+            opened, other = (
+                self.processor.tokenizer.decode(ids or []) for ids in (own["opening"], given.get("opening"))
+            )
             raise ValueError(
                 f"The state is of a stream that begins with {other!r}; this one begins with {opened!r}. Make it with "
                 "the system message and the prompt of the other one."
@@ -775,7 +777,9 @@ def _seconds(given: Any) -> float | list[float]:
 
 def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
     if not _is_number(num_sink_tokens, Integral) or num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens={num_sink_tokens!r} must be an integer of 0 or more, or None for the prompt.")
+        raise ValueError(
+            f"num_sink_tokens={num_sink_tokens!r} must be an integer of 0 or more, or None for the prompt."
+        )
     if text_window is None:
         return
     if not _is_number(text_window, Integral):
