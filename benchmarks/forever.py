@@ -16,7 +16,10 @@ this one). Slopes are least
 squares over the means of blocks of turns: neighbouring turns share the machine's moods, and a window of text fills and
 empties many times within a block. Intervals are those of Student's t at 95 %. The first turns, in which the window
 fills, aren't part of a slope. Nothing is measured before the streams have given the logits of one call on everything,
-and the keys that an eviction moved are those of a cache that never held more. The last line is JSON.
+and the keys that an eviction moved are those of a cache that never held more. The memory that is measured is what the
+process has in use; with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The exit
+code is 1 if something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line is
+JSON.
 
     python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 """
@@ -25,7 +28,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import statistics
+import sys
 from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +48,7 @@ from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
     WORDS,
+    allocated_bytes,
     begin,
     gate,
     positive,
@@ -54,12 +60,12 @@ from benchmarks.common import (
 from benchmarks.counting import cache_bytes
 from benchmarks.streaming import Camera, CasaContender, Contender, check, contenders, run_turn
 from benchmarks.streaming import Sizes as StreamSizes
-from casa_hf import CasaForConditionalGeneration, cache_nbytes
+from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
 
 CHECKED_TURNS = 6
 KEPT_FRAMES = 4
 PICTURES = 8  # shown in turn
-PAGE = 4096
+SPARE_SLOTS = 64  # that growing keys and values have behind them, or a quarter of their own
 
 
 @dataclass(frozen=True)
@@ -123,23 +129,38 @@ class Record:
 
     Attributes:
         turn_ms: milliseconds from a frame's pixels to the last of its tokens.
-        cache: bytes of the cache after the turn.
-        resident: bytes of the process; 0 where the system doesn't say, or memory is a GPU's.
+        cache: bytes of the cache's content after the turn.
+        allocated: bytes of the memory that holds it, room for more included.
+        resident: bytes of memory in use: of the process, or allocated on the GPU; 0 where the system doesn't say.
         kv_tokens: tokens in the sequence after the last turn.
-        predicted: bytes that the cache must have after the last turn, all text kept; 0 for insertion.
+        predicted: bytes of content that the cache must have after the last turn, all text kept; 0 for insertion.
+        most: bytes that may be allocated after any turn, room included; 0 for insertion.
     """
 
     turn_ms: list[float]
     cache: list[int]
+    allocated: list[int]
     resident: list[int]
     kv_tokens: int = 0
     predicted: int = 0
+    most: int = 0
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use; 0 where /proc doesn't tell."""
+def resident_bytes(device: torch.device) -> int:
+    """Memory that is in use: allocated on the GPU, or of this process; 0 where /proc doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * PAGE if statm.exists() else 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def most_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image: int) -> int:
+    """Bytes that a growing cache may allocate for so many tokens: a quarter more, or room for 64.
+
+    Arguments as in `cache_bytes`.
+    """
+    spare = cache_bytes(config, itemsize, SPARE_SLOTS, SPARE_SLOTS, 0)
+    return cache_bytes(config, itemsize, text, window, image) * 5 // 4 + spare
 
 
 @torch.no_grad()
@@ -152,17 +173,22 @@ def run(contender: Contender, sizes: Sizes, turns: int) -> Record:
     contender.begin(prompt.to(model.device))
     token = prompt[:, -1:].to(model.device)
     # Places that are there from the start: what is measured is the memory of the stream, not of its record.
-    turn_ms, cache, resident = (array("d", [1.0]) * turns for _ in range(3))
+    turn_ms, cache, allocated, resident = (array("d", [1.0]) * turns for _ in range(4))
     for turn in range(turns):
         token, first, per_token = run_turn(contender, token, pixels[turn % PICTURES], sizes.answer)
         turn_ms[turn] = first + (sizes.answer - 1) * per_token
         cache[turn] = sum(cache_nbytes(contender.cache).values())
-        resident[turn] = resident_bytes()
-    record = Record(list(turn_ms), [int(held) for held in cache], [int(held) for held in resident])
+        allocated[turn] = allocated_bytes(contender.cache)
+        resident[turn] = resident_bytes(model.device)
+    record = Record(list(turn_ms), *([int(held) for held in counted] for counted in (cache, allocated, resident)))
     record.kv_tokens = contender.kv_tokens()
     if isinstance(contender, CasaContender):
         text = sizes.prompt + turns * sizes.turn_text - 1
-        record.predicted = cache_bytes(model.config, model.dtype.itemsize, text, sizes.answer, sizes.frame_tokens)
+        rest = (sizes.answer, sizes.frame_tokens)
+        record.predicted = cache_bytes(model.config, model.dtype.itemsize, text, *rest)
+        if isinstance(contender, BoundedContender):
+            text = min(text, sizes.text_window + sizes.turn_text)
+        record.most = most_bytes(model.config, model.dtype.itemsize, text, *rest)
     return record
 
 
@@ -257,21 +283,37 @@ def lines(records: dict[str, Record], sizes: Sizes) -> dict[str, dict[str, Line]
     found = {}
     for name, record in records.items():
         skipped = min(sizes.settled, len(record.turn_ms) // 4)
-        figures = {"turn_ms": record.turn_ms, "cache": record.cache, "resident": record.resident}
+        figures = {name: getattr(record, name) for name in ("turn_ms", "cache", "allocated", "resident")}
         found[name] = {key: line(values[skipped:], sizes.blocks) for key, values in figures.items()}
     return found
 
 
-def judgements(records: dict[str, Record], found: dict[str, dict[str, Line]]) -> list[tuple[str, str, bool]]:
-    """What must hold: contender, what, and whether it does."""
+def judgements(
+    records: dict[str, Record], found: dict[str, dict[str, Line]], slopes: bool
+) -> list[tuple[str, str, bool]]:
+    """What must hold: contender, what, and whether it does.
+
+    Args:
+        records: by contender.
+        found: their lines.
+        slopes: whether the streams were long enough to judge slopes. Memory in use is judged where it was measured,
+            and of `unbounded`, which may grow, never.
+    """
     bounded, unbounded = found["bounded"], records["unbounded"]
     last = unbounded.cache[-1]
-    return [
-        ("bounded", "time per turn: slope not different from 0", bounded["turn_ms"].flat),
-        ("bounded", "cache: slope not different from 0", bounded["cache"].flat),
-        ("bounded", "memory of the process: slope not different from 0", bounded["resident"].flat),
-        ("unbounded", f"cache of {last:,} bytes: {unbounded.predicted:,} predicted", last == unbounded.predicted),
+    figures = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room", "resident": "memory"}
+    judged = [
+        ("bounded", f"{what}: slope not different from 0", bounded[key].flat)
+        for key, what in figures.items()
+        if slopes and bounded[key].mean
     ]
+    judged.append(
+        ("unbounded", f"cache of {last:,} bytes: {unbounded.predicted:,} predicted", last == unbounded.predicted)
+    )
+    for name in ("bounded", "unbounded"):
+        most, allowed = max(records[name].allocated), records[name].most
+        judged.append((name, f"at most {most:,} bytes allocated: {allowed:,} allowed", most <= allowed))
+    return judged
 
 
 def lines_table(records: dict[str, Record], found: dict[str, dict[str, Line]], turns: int, absolute: bool) -> str:
@@ -282,7 +324,7 @@ def lines_table(records: dict[str, Record], found: dict[str, dict[str, Line]], t
         extrapolated = "" if own["turn_ms"].turns > turns / 2 else ", extrapolated"
         rises = [
             f"{rise:+.1%} [{low:+.1%}, {high:+.1%}]{extrapolated}"
-            for rise, low, high in (own[key].over(turns) for key in ("turn_ms", "cache", "resident"))
+            for rise, low, high in (own[key].over(turns) for key in ("turn_ms", "cache", "allocated", "resident"))
         ]
         record = records[name]
         first, last = own["turn_ms"].mean / unit, own["turn_ms"].slope / unit
@@ -291,7 +333,8 @@ def lines_table(records: dict[str, Record], found: dict[str, dict[str, Line]], t
     what = "ms" if absolute else "bounded = 1"
     over = f"rise over {turns:,} turns, part of the mean [95 %]"
     header = ["contender", "turns", f"time per turn, {what}", "per 1,000 turns", "KV tokens", "cache, MB"]
-    return table([*header, f"time: {over}", "cache", "process"], rows)
+    memory = "allocated on the GPU" if absolute else "process"
+    return table([*header, f"time: {over}", "cache", "cache with its room", memory], rows)
 
 
 def plot(
@@ -366,7 +409,7 @@ def main() -> None:
     found = lines(records, sizes)
     absolute = arguments.device == "cuda"
     print(lines_table(records, found, sizes.turns, absolute))
-    judged = judgements(records, found)
+    judged = judgements(records, found, slopes=not arguments.tiny)
     print(table(["contender", "must hold", ""], [[f"`{n}`", what, "yes" if ok else "no"] for n, what, ok in judged]))
     if arguments.plot:
         plot(records, found, sizes, absolute, arguments.plot)
@@ -380,9 +423,13 @@ def main() -> None:
         lines={name: {key: asdict(own) for key, own in figures.items()} for name, figures in found.items()},
         kv_tokens={name: record.kv_tokens for name, record in records.items()},
         cache_bytes={name: record.cache[-1] for name, record in records.items()},
+        allocated_bytes={name: max(record.allocated) for name, record in records.items()},
+        memory="torch.cuda.memory_allocated" if absolute else "resident",
         predicted_bytes=records["unbounded"].predicted,
         judged=[{"contender": name, "what": what, "holds": ok} for name, what, ok in judged],
     )
+    if not all(ok for _, _, ok in judged):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -299,6 +299,37 @@ def test_bounded_text_stays_and_unbounded_text_grows_as_predicted():
     assert unbounded.kv_tokens == sizes.prompt + 30 * sizes.turn_text - 1
     assert max(bounded.cache[8:]) == max(bounded.cache[-8:]) < unbounded.cache[-1] / 2
     assert bounded.kv_tokens <= sizes.text_window + sizes.turn_text
+    for record in (bounded, unbounded):
+        assert all(held < own for held, own in zip(record.cache[1:], record.allocated[1:], strict=True))
+        assert max(record.allocated) <= record.most
+    assert bounded.most < unbounded.most
+
+
+def test_what_must_hold_is_judged_and_memory_of_an_unbounded_stream_is_not():
+    level = forever.Record([2.0, 1.0] * 15, [6, 7] * 15, [8, 9] * 15, [20, 21] * 15, predicted=7, most=9)
+    rising = replace(level, resident=list(range(20, 50)), cache=[*range(29), 7])
+    sizes = replace(forever.SIZES["tiny"], turns=30)
+
+    def broken(**records: forever.Record) -> list[str]:
+        given = {"bounded": level, "unbounded": level, **records}
+        judged = forever.judgements(given, forever.lines(given, sizes), slopes=True)
+        assert len(judged) == 7 - (not records.get("bounded", level).resident[0])
+        return [what.split(":")[0] for _, what, holds in judged if not holds]
+
+    assert broken() == broken(unbounded=rising) == broken(bounded=replace(level, resident=[0] * 30)) == []
+    assert broken(bounded=rising) == ["cache", "memory"]
+    assert broken(bounded=replace(level, most=8)) == ["at most 9 bytes allocated"]
+    assert broken(unbounded=replace(level, predicted=8)) == ["cache of 7 bytes"]
+
+
+def test_a_run_in_which_something_does_not_hold_ends_with_1(monkeypatch, capsys):
+    monkeypatch.setattr(forever, "most_bytes", lambda *_: 1)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--tiny", "--turns", "24"])
+    with pytest.raises(SystemExit) as ended:
+        forever.main()
+    assert ended.value.code == 1
+    judged = json.loads(capsys.readouterr().out.splitlines()[-1])["judged"]
+    assert [own["holds"] for own in judged] == [True, False, False]
 
 
 # ---------------------------------------------------------------- programs

@@ -95,6 +95,22 @@ def test_the_last_tokens_alone_are_counted_and_a_prompt_is_not():
         assert processor(ids, scores)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("prompt", [0, 1, 9, 31, 40, 50])
+def test_a_prompt_is_neither_counted_nor_searched(prompt):
+    """Few words, so that n-grams of the prompt, and such as begin in it, recur."""
+    generator = torch.Generator().manual_seed(prompt)
+    text = torch.randint(5, 8, (40,), generator=generator).tolist()
+    _, scores = rows([1], 3)
+    settings = {**CONTROLS, "ngram": 3, "window": 20}
+    processors = caption_processors(
+        STOPS, no_repeat_ngram_size=3, no_repeat_ngram_window=20, prompt_ignore_length=prompt
+    )
+    expected = naive_scores(scores[0].tolist(), text[prompt:], STOPS, **settings)
+    assert processors(torch.tensor([text]), scores[:1])[0].tolist() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="prompt_ignore_length=-1"):
+        WindowedNoRepeatNGram(3, prompt_ignore_length=-1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_keep_their_precision(dtype):
     texts, scores = rows([50], 2)

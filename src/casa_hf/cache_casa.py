@@ -547,6 +547,8 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
 def cache_nbytes(cache: Cache) -> dict[str, int]:
     """Bytes that a cache holds, by part; quantised text counts only as far as it isn't quantised yet.
 
+    That is the content. A growing cache has room for more behind it: at most a quarter, at least 64 tokens.
+
     Returns:
         "text": keys/values of self-attention and of the current windows' text in fusion layers.
         "image": keys/values of the visible images.

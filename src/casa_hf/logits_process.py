@@ -105,16 +105,26 @@ class WindowedNoRepeatNGram(LogitsProcessor):
         ngram_size: n; 1 forbids every token of the window.
         window: number of last tokens that are searched; at least n.
         exempt_token_ids: tokens that are never forbidden, such as stop tokens.
+        prompt_ignore_length: number of first tokens of `input_ids` that aren't searched, such as those of a prompt;
+            n-grams that begin among them don't count.
 
     Raises:
         ValueError: if a value is out of its range.
     """
 
-    def __init__(self, ngram_size: int, window: int = 60, exempt_token_ids: Sequence[int] | int | None = None):
+    def __init__(
+        self,
+        ngram_size: int,
+        window: int = 60,
+        exempt_token_ids: Sequence[int] | int | None = None,
+        prompt_ignore_length: int = 0,
+    ):
         _check("ngram_size", ngram_size, ngram_size > 0, "a positive number of tokens")
         _check("window", window, window >= ngram_size, f"at least ngram_size={ngram_size} tokens")
         self.ngram_size = ngram_size
         self.window = window
+        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
+        self.prompt_ignore_length = prompt_ignore_length
         self._exempt = _TokenSet(exempt_token_ids)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
@@ -124,7 +134,7 @@ class WindowedNoRepeatNGram(LogitsProcessor):
             input_ids: (batch, tokens) the text so far; negative ids are no tokens.
             scores: (batch, vocabulary).
         """
-        ids = input_ids[:, -self.window :]
+        ids = input_ids[:, self.prompt_ignore_length :][:, -self.window :]
         if ids.shape[1] < self.ngram_size:
             return scores
         ngrams = ids.unfold(1, self.ngram_size, 1)  # (batch, n-grams, n)
@@ -178,6 +188,7 @@ def caption_processors(
     no_repeat_ngram_size: int | None = 4,
     no_repeat_ngram_window: int = 60,
     stop_bias: float | None = 0.95,
+    prompt_ignore_length: int = 0,
 ) -> LogitsProcessorList:
     """The processors that keep live captions varied, in the order in which they are to be applied.
 
@@ -189,6 +200,8 @@ def caption_processors(
         repetition_penalty, repetition_decay, repetition_clamp: of [`DecayingRepetitionPenalty`].
         no_repeat_ngram_size, no_repeat_ngram_window: of [`WindowedNoRepeatNGram`].
         stop_bias: of [`StopBias`].
+        prompt_ignore_length: first tokens of `input_ids` that the first two don't look at: the prompt's, in `generate`
+            with every row padded to this length from the left. A stream looks at its captions alone.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -196,10 +209,18 @@ def caption_processors(
     processors = LogitsProcessorList()
     if repetition_penalty is not None and repetition_penalty != 1.0:
         processors.append(
-            DecayingRepetitionPenalty(repetition_penalty, repetition_decay, repetition_clamp, stop_token_ids)
+            DecayingRepetitionPenalty(
+                repetition_penalty,
+                repetition_decay,
+                repetition_clamp,
+                stop_token_ids,
+                prompt_ignore_length=prompt_ignore_length,
+            )
         )
     if no_repeat_ngram_size:
-        processors.append(WindowedNoRepeatNGram(no_repeat_ngram_size, no_repeat_ngram_window, stop_token_ids))
+        processors.append(
+            WindowedNoRepeatNGram(no_repeat_ngram_size, no_repeat_ngram_window, stop_token_ids, prompt_ignore_length)
+        )
     if stop_bias is not None and stop_bias != 1.0:
         processors.append(StopBias(stop_token_ids, stop_bias))
     return processors

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from casa_hf import CaptionEvent, CasaStreamBatch
+from casa_hf.streaming.session import DEFAULT_PROMPT
 from tests.streaming.helpers import OFF, emitted, say
-from tests.streaming.test_session import PICTURES, forwards, stream_of
+from tests.streaming.test_session import MARK, PICTURES, forwards, stream_of
 
 PROMPTS = ("What do you see?", "Say it.", "Describe all that moves, and nothing else.")
 SETTINGS: dict[str, Any] = {"max_new_tokens_per_frame": 8}
@@ -207,6 +208,18 @@ def test_the_last_stream_frees_the_memory_when_it_leaves(model, processor):
     assert batch.add() != stream
 
 
+def test_a_reset_stream_reports_nothing_of_before(model, processor):
+    batch = batch_of(model("casa"), processor)
+    first, second = batch.add(), batch.add()
+    frames = [PICTURES[0], PICTURES[1], PICTURES[2]]
+    assert next(batch.push({first: frames, second: frames}))[0] == first
+    batch.reset(first)
+    events = by_stream(batch.push({first: PICTURES[3]}))
+    assert [event.kind for event in events[second]][:2] == ["merged", "merged"]
+    alone = stream_of(model("casa"), processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    assert untimed(events[first]) == untimed(alone.push(PICTURES[3]))
+
+
 def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
@@ -216,15 +229,77 @@ def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
     def fail(module: Any, *_: Any) -> None:
         raise OSError("the device has gone")
 
+    events = batch.push({first: [PICTURES[2], PICTURES[3]], second: [PICTURES[2], PICTURES[3]]})
+    assert next(events)[1].kind == "merged"  # the other one waits
     handle = model.model.language_model.layers[1].register_forward_hook(fail)
     try:
-        with pytest.raises(OSError, match="the device has gone"):
-            list(batch.push({second: PICTURES[2]}))
+        with pytest.raises(OSError, match="the device has gone") as caught:
+            list(batch.push({second: PICTURES[4]}))
     finally:
         handle.remove()
+    assert "streams of the batch have been reset" in caught.value.__notes__[0]
+    assert list(batch.push({})) == []
     assert batch.num_frames(first) == batch.num_frames(second) == 0
     again = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
     assert [untimed(own[first]) for own in again] == [untimed(own[first]) for own in said]
+
+
+def test_a_refused_question_leaves_the_texts_in_the_making_as_they_are(model, processor):
+    model = model("casa")
+    expected, said = {}, {}
+    for refused in (False, True):
+        batch = batch_of(model, processor)
+        first, second = batch.add(prompt=PROMPTS[0]), batch.add(prompt=PROMPTS[1])
+        events = batch.push({first: PICTURES[0], second: PICTURES[1]})
+        taken = [next(events)]
+        if refused:
+            for questions, limit, message in (
+                ({first: "Who is it?", second: MARK}, 5, "1 marks"),
+                ({first: "Who is it?", 7: "Who is it?"}, 5, "no stream 7"),
+                ({first: "Who is it?"}, 0, "max_new_tokens=0"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    batch.ask(questions, max_new_tokens=limit)
+        taken += events
+        taken += batch.push({first: PICTURES[2], second: PICTURES[3]})
+        said = {stream: untimed(own) for stream, own in by_stream(taken).items()}
+        expected = expected or said
+    assert said == expected and max(len(event.token_ids) for event in said[first]) > 1
+
+
+class Interrupting:
+    """A frame during whose preparation Ctrl-C is pressed."""
+
+    @property
+    def shape(self) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("told", ["frame", "question"])
+def test_an_interrupt_before_a_forward_changes_nothing(model, processor, told):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    first, second = batch.add(prompt=PROMPTS[0], prefix="In this video"), batch.add()
+    if told == "frame":
+        batch.push({first: PICTURES[0]})
+    else:
+        batch.ask({first: "Who is it?"})
+    with pytest.raises(KeyboardInterrupt):
+        list(batch.push({second: Interrupting()}))
+    said = [emitted(by_stream(batch.push({first: shown}))[first]) for shown in PICTURES[1:3]]
+    alone = stream_of(model, processor, prompt=PROMPTS[0], prefix="In this video", **SETTINGS)
+    assert said == say(alone, PICTURES[1:3])
+
+
+def test_only_prompts_of_streams_need_room_in_the_window(model, processor):
+    batch = batch_of(model("casa"), processor, text_window=45)  # the default prompt has more tokens
+    assert batch.add(prompt="Say it.") == 0
+    with pytest.raises(ValueError, match="text_window=45 must be larger"):
+        batch.add()
+    assert batch.streams == (0,)
+    for settings in ({"text_window": 0}, {"text_window": 50, "num_sink_tokens": 50}, {"text_window": 45.5}):
+        with pytest.raises(ValueError, match="text_window="):
+            batch_of(model("casa"), processor, **settings)
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 
 from casa_hf import CaptionEvent, CasaStream, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
+from casa_hf.streaming.session import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
 
 PROMPT = "What do you see?"
@@ -492,6 +496,56 @@ def test_states_of_other_models_are_refused(new_model, model, processor, family)
         sampled.load_state_dict(stream.state_dict())
 
 
+def without(state: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The state without what these names lead to."""
+    *outer, last = names
+    rest = {name: value for name, value in state.items() if name != (outer[0] if outer else last)}
+    return {**rest, outer[0]: without(state[outer[0]], *outer[1:], last)} if outer else rest
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "Say it."}, "begins with '.*What do you see.*'; this one begins with '.*Say it"),
+        ({"system": "Be brief."}, "Be brief.*the system message and the prompt"),
+        ({"text_window": 80}, "text_window=None; this one has text_window=80. Make it with text_window=None"),
+        ({"num_sink_tokens": 4}, "num_sink_tokens=[0-9]+; this one has num_sink_tokens=4"),
+    ],
+    ids=str,
+)
+def test_states_of_streams_with_other_settings_are_refused(model, processor, settings, message):
+    state = stream_of(model("casa"), processor).state_dict()
+    with pytest.raises(ValueError, match=message):
+        stream_of(model("casa"), processor, **settings).load_state_dict(state)
+
+
+def test_a_state_that_is_not_whole_changes_nothing(model, processor):
+    stream = stream_of(model("casa"), processor, do_sample=True, seed=3)
+    say(stream, PICTURES[:2])
+    events = stream.push(PICTURES[2])
+    taken = [next(events)]
+    other = stream_of(model("casa"), processor, do_sample=True, seed=4)
+    say(other, PICTURES[5:7])
+    state = other.state_dict()
+    layers = state["cache"]["layers"]
+    damaged = [
+        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 1"),
+        (without(state, "version"), "version None"),
+        *((without(state, name), f"has no {name}") for name in state if name not in ("version", "design")),
+        ({**state, "cache": {**state["cache"], "layers": layers[:-1]}}, f"{len(layers) - 1} layers"),
+        ({**state, "cache": {**state["cache"], "layers": [*layers[:-1], {}]}}, "damaged .KeyError: 'text'"),
+        (without(state, "cache", "windows", "valid"), "damaged .TypeError"),
+        (without(state, "pieces", "waiting"), "damaged .KeyError: 'waiting'"),
+        ({**state, "history": None}, "damaged .AttributeError"),
+    ]
+    for given, message in damaged:
+        with pytest.raises(ValueError, match=message):
+            stream.load_state_dict(given)
+    taken += events
+    twin = stream_of(model("casa"), processor, do_sample=True, seed=3)
+    assert [emitted(taken), *say(stream, PICTURES[3:5])] == say(twin, PICTURES[:5])[2:]
+
+
 def test_a_reset_stream_is_a_new_one(model, processor):
     model = model("casa")
     stream = stream_of(model, processor, do_sample=True, seed=2)
@@ -503,22 +557,88 @@ def test_a_reset_stream_is_a_new_one(model, processor):
     assert list(stream.push(PICTURES[3]))[-1].start == 1.5
 
 
-def test_a_failure_of_the_model_resets(model, processor):
+@contextmanager
+def during_forwards(model: Any, happens: Callable[[], Any]) -> Iterator[None]:
+    """Something that happens within every forward."""
+    handle = model.model.language_model.layers[1].register_forward_hook(lambda *_: happens() and None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [OSError("the device has gone"), KeyboardInterrupt()], ids=repr)
+def test_what_ends_a_forward_resets_and_says_so(model, processor, error):
     model = model("casa")
     stream = stream_of(model, processor)
     first = say(stream, PICTURES[:3])
-
-    def fail(module: Any, *_: Any) -> None:
-        raise OSError("the device has gone")
-
-    handle = model.model.language_model.layers[1].register_forward_hook(fail)
-    try:
-        with pytest.raises(OSError, match="the device has gone"):
-            list(stream.push(PICTURES[3]))
-    finally:
-        handle.remove()
+    with during_forwards(model, failing(error)), pytest.raises(type(error)) as caught:
+        list(stream.push(PICTURES[3]))
+    assert "the stream has been reset" in caught.value.__notes__[0]
     assert stream.num_frames == 0
     assert say(stream, PICTURES[:3]) == first
+
+
+def test_an_interrupt_while_the_token_is_read_resets(model, processor):
+    """By then the cache holds what the stream would feed again: on a GPU, reading waits for the forward."""
+    stream = stream_of(model("casa"), processor)
+    first = say(stream, PICTURES[:2])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(History, "add", lambda self, tokens: failing(KeyboardInterrupt())())
+        list(stream.push(PICTURES[2]))
+    assert stream.num_text_tokens == 0
+    assert say(stream, PICTURES[:2]) == first
+
+
+def test_an_interrupt_between_forwards_changes_nothing(model, processor):
+    stream, twin = (stream_of(model("casa"), processor) for _ in range(2))
+    assert emitted(stream.push(PICTURES[0])) == emitted(twin.push(PICTURES[0]))
+    events, own = stream.push(PICTURES[1]), twin.push(PICTURES[1])
+    with pytest.raises(KeyboardInterrupt):
+        for event in events:
+            assert event.kind == "text" and next(own).text == event.text
+            raise KeyboardInterrupt
+    assert say(stream, PICTURES[2:4]) == say(twin, PICTURES[2:4])
+
+
+def test_another_thread_is_refused_during_a_forward(model, processor):
+    model = model("casa")
+    stream = stream_of(model, processor)
+    expected = say(stream_of(model, processor), PICTURES[:2])
+    state = stream.state_dict()
+    calls: list[Callable[[], Any]] = [
+        lambda: stream.push(PICTURES[2]),
+        lambda: stream.ask("Who is it?"),
+        stream.reset,
+        stream.fork,
+        stream.state_dict,
+        lambda: stream.load_state_dict(state),
+        stream.close,
+    ]
+    refused: list[str] = []
+
+    def call_all() -> None:
+        for call in calls:
+            with pytest.raises(RuntimeError, match="being read by another thread"):
+                call()
+            refused.append("")
+
+    def from_a_thread() -> None:
+        thread = threading.Thread(target=call_all)
+        thread.start()
+        thread.join()
+
+    with during_forwards(model, from_a_thread):
+        said = say(stream, PICTURES[:1])
+    assert len(refused) == len(calls) * len(said[0])
+    assert said + say(stream, PICTURES[1:2]) == expected
 
 
 def test_closing_frees_the_cache(model, processor):
@@ -641,11 +761,35 @@ def test_timestamps_of_several_frames(model, processor):
     assert starts(1, [7.0]) == [7.0]
     stream.reset()
     assert starts(2, 0.0) == [-0.5, 0.0]
-    for bad, message in (([1.0], "1 values for 2"), ([2.0, 1.0], "timestamp"), ([-1.0, 1.0], "later than 0.0")):
+    assert starts(2, np.array([0.5, 1.0])) == [0.5, 1.0]
+    assert starts(2, torch.tensor([2.0, 3.0])) == [2.0, 3.0]
+    assert [*starts(1, Fraction(7, 2)), *starts(1, np.float32(4.0))] == [3.5, 4.0]
+    assert starts(1, torch.tensor(5.0)) == [5.0]
+    stream.reset()
+    starts(1, 0.0)
+    for bad, message in (
+        ([1.0], "1 values for 2"),
+        ([2.0, 1.0], "timestamp"),
+        ([-1.0, 1.0], "later than 0.0"),
+        ("12", "timestamp='12' must be a finite number of seconds"),
+        (["1", "2"], "must be a finite number of seconds"),
+        (True, "timestamp=True must be"),
+        ([[1.0], [2.0]], "must be a finite"),
+    ):
         with pytest.raises(ValueError, match=message):
             stream.push(PICTURES[:2], bad)
     with pytest.raises(ValueError, match="empty list"):
         stream.push([])
+
+
+def test_numbers_of_all_kinds(model, processor):
+    kinds = {"fps": Fraction(5, 2), "max_new_tokens_per_frame": np.int64(3), "text_window": np.int32(80)}
+    stream = stream_of(model("casa"), processor, **kinds)
+    twin = stream_of(model("casa"), processor, fps=2.5, max_new_tokens_per_frame=3, text_window=80)
+    ends = [list(own.push(PICTURES[0]))[-1] for own in (stream, twin)]
+    assert ends[0] == replace(ends[1], latency=ends[0].latency)
+    assert type(ends[0].end) is float
+    twin.load_state_dict(stream.state_dict())
 
 
 MARK = "<|vision_start|><|vision_end|>"
@@ -670,6 +814,13 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"text_window": 5}, "text_window=5"),
         ({"text_window": 100, "num_sink_tokens": 100}, "text_window=100"),
         ({"num_sink_tokens": -1}, "num_sink_tokens=-1"),
+        ({"num_sink_tokens": 3.0}, "num_sink_tokens=3.0 must be an integer"),
+        ({"num_sink_tokens": True}, "num_sink_tokens=True"),
+        ({"text_window": 99.5}, "text_window=99.5 must be an integer"),
+        ({"text_window": "99"}, "text_window='99' must be an integer"),
+        ({"fps": True}, "fps=True"),
+        ({"fps": "2"}, "fps='2'"),
+        ({"max_new_tokens_per_frame": True}, "max_new_tokens_per_frame=True"),
         ({"prompt": f"What is {MARK}?"}, "1 marks"),
         ({"system": MARK}, "1 marks"),
         ({"prefix": MARK}, "1 marks"),

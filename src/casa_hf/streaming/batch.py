@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from ..cache_casa import cache_nbytes
 from .events import CaptionEvent
-from .session import DEFAULT_PROMPT, CasaStream, Forward, Steps
+from .session import ANEW, DEFAULT_PROMPT, CasaStream, Forward, Steps
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -30,7 +30,10 @@ _SPARE_SLOTS = 64
 class CasaStreamBatch:
     """Live captions of many streams with one model; each says what a `CasaStream` of its own would say.
 
-    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text.
+    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. A batch is
+    for one thread. If a forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and all streams
+    begin anew, as after `reset`, without the events that weren't taken; the exception has a note of that. What
+    interrupts the program between forwards changes nothing.
 
     Args:
         model: captions the frames.
@@ -60,7 +63,9 @@ class CasaStreamBatch:
         self.model = model
         self.processor = processor
         self._settings: dict[str, Any] = {**controls, "text_window": text_window, "num_sink_tokens": num_sink_tokens}
-        self._pattern = _Row(model, processor, **self._settings)  # refuses what is wrong
+        # Refuses what is wrong for every stream. Whether a prompt leaves room in the window is seen when it comes.
+        sinks = 0 if num_sink_tokens is None else num_sink_tokens
+        self._pattern = _Row(model, processor, **{**self._settings, "num_sink_tokens": sinks})
         self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
         self._cache = self._new_cache()
         self._next_id = 0
@@ -104,7 +109,7 @@ class CasaStreamBatch:
         """
         self._row(stream)
         self._end(stream)
-        self._events = deque(event for event in self._events if event[0] != stream)
+        self._discard_events(stream)
         self._select([other for other in self._rows if other != stream])
         del self._rows[stream]
 
@@ -123,13 +128,14 @@ class CasaStreamBatch:
         return self._named(other)
 
     def reset(self, stream: int) -> None:
-        """Let a stream forget everything and begin anew with its prompt.
+        """Let a stream forget everything, its events that haven't been taken too, and begin anew with its prompt.
 
         Raises:
             ValueError: if there is no such stream.
         """
         row = self._row(stream)
         self._end(stream)
+        self._discard_events(stream)
         row.reset()
         self._select([other for other in self._rows if other != stream])
         del self._rows[stream]
@@ -210,9 +216,10 @@ class CasaStreamBatch:
             RuntimeError: if the batch is closed.
         """
         self._require_open()
-        steps = {stream: self._row(stream).ask(question, max_new_tokens) for stream, question in questions.items()}
-        for stream, own in steps.items():
-            self._start(stream, own)
+        for stream, question in questions.items():
+            self._row(stream).check_question(question, max_new_tokens)
+        for stream, question in questions.items():
+            self._start(stream, self._rows[stream].ask(question, max_new_tokens))
         return self._serve()
 
     def drop(self, stream: int, timestamp: float, message: str) -> CaptionEvent:
@@ -233,7 +240,10 @@ class CasaStreamBatch:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image"."""
+        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image".
+
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        """
         return cache_nbytes(self._cache)
 
     # ---------------------------------------------------------------- texts in the making
@@ -248,6 +258,9 @@ class CasaStreamBatch:
         steps = self._steps.pop(stream, None)
         if steps is not None:
             steps.close()
+
+    def _discard_events(self, stream: int) -> None:
+        self._events = deque(event for event in self._events if event[0] != stream)
 
     def _serve(self) -> Iterator[tuple[int, CaptionEvent]]:
         """The events of all open streams; whoever takes them makes the model work."""
@@ -264,9 +277,16 @@ class CasaStreamBatch:
         """
         for stream in [stream for stream in self._steps if stream not in self._forwards]:
             self._advance(stream, None)
-        if self._forwards:
+        if not self._forwards:
+            return
+        try:
+            # As one: between them the cache holds tokens that still wait to be read.
             for stream, token in self._next_tokens().items():
                 self._advance(stream, token)
+        except BaseException as error:
+            error.add_note(ANEW.format("streams of the batch have"))
+            self._begin_anew()
+            raise
 
     def _advance(self, stream: int, token: Any) -> None:
         """Let a stream go on, with the token that it waited for, until it needs another forward or is done."""
@@ -285,13 +305,9 @@ class CasaStreamBatch:
     @torch.no_grad()
     def _next_tokens(self) -> dict[int, torch.Tensor]:
         """Run the forward that streams wait for; by stream, the token (1, 1) that follows."""
-        try:
-            self._bound_text()
-            output = self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
-            tokens = self._drawn(output.logits[:, -1])
-        except BaseException:
-            self._begin_anew()  # the cache may hold a part of this forward by now
-            raise
+        self._bound_text()
+        output = self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
+        tokens = self._drawn(output.logits[:, -1])
         for stream, forward in self._forwards.items():
             self._rows[stream].held += len(forward.ids)
         return tokens
@@ -388,6 +404,7 @@ class CasaStreamBatch:
         for stream, row in self._rows.items():
             self._end(stream)
             row.reset()
+        self._events.clear()
         self._cache = self._new_cache()
 
     def _new_cache(self) -> DynamicCache:
@@ -414,6 +431,10 @@ class _Row(CasaStream):
     def check(self, frame: Any, timestamp: Any) -> None:
         """Refuse what `push` would refuse."""
         self._checked(frame, timestamp)
+
+    def check_question(self, question: str, max_new_tokens: int) -> None:
+        """Refuse what `ask` would refuse."""
+        self._asked(question, max_new_tokens)
 
     def drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""

@@ -15,7 +15,8 @@ class CaptionEvent:
 
     Attributes:
         kind: "text": a piece of caption, as soon as it is whole characters. "end": the frame is done; every frame that
-            the model looked at ends with exactly one, also if it had nothing to say. "answer": a piece of an answer to
+            the model looked at ends with exactly one, also if it had nothing to say, unless the next `push` or `ask`
+            cut its text short, or its events were closed. "answer": a piece of an answer to
             a question. "dropped": the frame came too late and wasn't looked at. "merged": the frame was looked at
             together with the next one. "error": the frame could not be used; the stream goes on without it.
         frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers, -1 before
@@ -23,7 +24,8 @@ class CaptionEvent:
         start: the frame's timestamp, in seconds.
         end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
-        text: the piece of text; for "end", all the text of the frame.
+        text: the piece of text; for "end", all the text of the frame. A character that the frame ends within is in the
+            text of the next frame, unless a question comes between.
         token_ids: the tokens that `text` was decoded from; for "end", all that the model emitted for the frame,
             stop token included.
         message: why, for "dropped", "merged" and "error".

@@ -13,8 +13,9 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,13 @@ _GEOMETRY = (
 )
 
 
+# Told with what has interrupted a forward, of which the cache may hold a part.
+ANEW = "This came in the midst of a forward of the model; the {} been reset."
+
+# Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
+_STATE_VERSION = 1
+
+
 @dataclass(frozen=True)
 class Forward:
     """A forward that a stream has to wait for.
@@ -73,6 +81,10 @@ class CasaStream:
     All state is in this object and its cache. The text of a frame ends with a stop token, after
     `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and goes on with the next frame; a frame may
     have no text.
+
+    Between forwards the stream may be called from any thread; during one, a call from another thread is refused. If a
+    forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and the stream begins anew, as
+    after `reset`; the exception has a note of that. What interrupts the program between forwards changes nothing.
 
     Args:
         model: captions the frames.
@@ -148,16 +160,16 @@ class CasaStream:
         _check_pair(model, processor)
         self.model = model
         self.processor = processor
-        self.fps = fps
-        self.max_new_tokens_per_frame = max_new_tokens_per_frame
-        self.frame_budget = frame_budget
+        self.fps = float(fps)
+        self.max_new_tokens_per_frame = int(max_new_tokens_per_frame)
+        self.frame_budget = None if frame_budget is None else float(frame_budget)
         self.seed = seed
         self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
         self.turns = StreamTurns(processor, system, prompt, prefix)
-        self.text_window = text_window
-        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens
-        _check_window(text_window, self.num_sink_tokens)
+        _check_window(text_window, len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens)
+        self.text_window = None if text_window is None else int(text_window)
+        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else int(num_sink_tokens)
         if text_window is not None:
             model.model.language_model.key_rotation()  # or says why not
 
@@ -199,11 +211,11 @@ class CasaStream:
             frame: a PIL image, an array or tensor (height, width, channels) or (channels, height, width), or a file;
                 or a list of such frames, which are shown one after the other in one forward, with text after the last.
             timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
-                it (0 at first). For a list of frames, the timestamps of all, or that of the last.
+                it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.
 
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
-            one "end". A frame that can't be used yields "error" instead and changes nothing: its events are all there
+            one "end", unless the text is cut short. A frame that can't be used yields "error" instead and changes nothing: its events are all there
             are, unless other frames of the list can be used.
 
         Raises:
@@ -236,10 +248,8 @@ class CasaStream:
             ValueError: if the question has marks of images, or `max_new_tokens` isn't a positive integer.
             RuntimeError: if the stream is closed.
         """
-        self._require_open()
         pushed = time.perf_counter()
-        _check_count("max_new_tokens", max_new_tokens)
-        ids = self.turns.question(question)
+        ids = self._asked(question, max_new_tokens)
         self._end_open()
         return self._opened(self._answer(ids, max_new_tokens, pushed))
 
@@ -282,29 +292,32 @@ class CasaStream:
         Given the same frames, both say the same, also where tokens are drawn at random.
 
         Raises:
-            RuntimeError: if the stream is closed.
+            RuntimeError: if the stream is closed, or being read by another thread.
         """
         self._require_open()
+        self._require_idle()
         other = copy.copy(self)
         other._open = None
-        other._pieces = TextPieces(self.processor.tokenizer)
         other._cache = copy.deepcopy(self._cache)
-        other._generator = self._new_generator()
         other._load_text(self._text_state())
         return other
 
     def state_dict(self) -> dict[str, Any]:
         """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
 
-        The settings aren't part of it: `load_state_dict` belongs to a stream that was made with the same ones.
+        Of the settings, it has those that the cache was made with: the ids of system message and prompt,
+        `text_window` and `num_sink_tokens`. The others are those of the stream that loads it.
 
         Raises:
-            RuntimeError: if the stream is closed.
+            RuntimeError: if the stream is closed, or being read by another thread.
         """
         self._require_open()
+        self._require_idle()
         cached = self._cache is not None and self._cache.get_seq_length() > 0
         return {
+            "version": _STATE_VERSION,
             "design": self._design(),
+            "settings": self._cache_settings(),
             "cache": cache_state(self._cache) if cached else None,
             **self._text_state(),
         }
@@ -316,18 +329,27 @@ class CasaStream:
             state: from `state_dict`, as it is or read by `torch.load(..., weights_only=True)`, on any device.
 
         Raises:
-            ValueError: if the state is of another design, size or precision of model; the stream stays as it was.
+            ValueError: if the state is of another version, or of another design, size or precision of model, if the
+                stream that gave it had another system message, prompt, `text_window` or `num_sink_tokens`, or if
+                something is missing from it. The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
         self._check_state(state)
+        other = copy.copy(self)  # made whole before anything of this one changes
+        other._cache = self._new_cache()
+        try:
+            if state["cache"] is not None:
+                blocks = self.model.get_decoder().layers
+                restore_cache(other._cache, state["cache"], [next(block.parameters()).device for block in blocks])
+            other._load_text(state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The state is damaged ({type(error).__name__}: {error}); give what state_dict() of a CasaStream "
+                "returned."
+            ) from error
         self._end_open()
-        cache = self._new_cache()
-        if state["cache"] is not None:
-            blocks = self.model.get_decoder().layers
-            restore_cache(cache, state["cache"], [next(block.parameters()).device for block in blocks])
-        self._load_text(state)
-        self._cache = cache
+        self.__dict__.update(other.__dict__, _open=None)
 
     def close(self) -> None:
         """Free the cache; of what comes later, only the properties and `close` work."""
@@ -356,7 +378,10 @@ class CasaStream:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds, by part: "text" and "image"."""
+        """Bytes that the cache holds, by part: "text" and "image".
+
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        """
         return {"text": 0, "image": 0} if self._cache is None else cache_nbytes(self._cache)
 
     @property
@@ -394,7 +419,6 @@ class CasaStream:
         """The steps of an answer to the question with these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
         ids = self._turn_to_close() + ids
-        self._answered = True
         forward = Forward(ids, {}, self._answer_processors, self._new_history())
         event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
         pieces = TextPieces(self.processor.tokenizer)
@@ -410,7 +434,6 @@ class CasaStream:
         size = len(self.turns.frame)
         places = [len(ids) + number * size + self.turns.image_index for number in range(len(frames))]
         ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
-        self._answered, self._begun = False, True
         types = torch.zeros(1, len(ids), dtype=torch.long)
         types[0, places] = FRAME_TYPE
         images = {name: torch.cat([frame[name] for frame in frames]) for name in ("pixel_values", "image_grid_thw")}
@@ -436,6 +459,8 @@ class CasaStream:
         while True:
             token = yield forward
             token_id = int(token)
+            # Only now: a batch may end a text before its first forward, and then nothing was told.
+            self._answered, self._begun = kind == "answer", self._begun or kind == "text"
             stops = token_id in self.stop_token_ids
             if not stops:
                 forward.history.add(token)
@@ -452,35 +477,33 @@ class CasaStream:
 
     def _served(self, steps: Steps) -> Iterator[CaptionEvent]:
         """The events of these steps, whose forwards are run."""
-        token: Any = None
-        while True:
-            try:
-                step = steps.send(token)
-            except StopIteration:
-                return
-            token = None
-            if isinstance(step, Forward):
-                token = self._next_token(step)
-            else:
+        step = next(steps, None)
+        while step is not None:
+            if not isinstance(step, Forward):
                 yield step
+                step = next(steps, None)
+                continue
+            try:
+                # As one: between them the cache holds tokens that still wait to be read.
+                step = steps.send(self._next_token(step))
+            except BaseException as error:
+                error.add_note(ANEW.format("stream has"))
+                self._begin()
+                raise
 
     @torch.no_grad()
     def _next_token(self, forward: Forward) -> torch.Tensor:
         """Run a forward of the model; the token (1, 1) that follows."""
-        try:
-            self._bound_text()
-            output = self.model(
-                input_ids=torch.tensor([forward.ids], device=self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: value.to(self.model.device) for name, value in forward.images.items()},
-            )
-            ids = forward.history.ids
-            return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
-        except BaseException:
-            self._begin()  # the cache may hold a part of this forward by now
-            raise
+        self._bound_text()
+        output = self.model(
+            input_ids=torch.tensor([forward.ids], device=self.model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: value.to(self.model.device) for name, value in forward.images.items()},
+        )
+        ids = forward.history.ids
+        return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""
@@ -497,7 +520,7 @@ class CasaStream:
     @property
     def _kept_tokens(self) -> int:
         """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
-        evictions are rare, and a key is turned to another position four times at most."""
+        evictions are rare, and a key is turned to another position four times at most, unless it is one of the current picture."""
         assert self.text_window is not None
         return self.text_window - (self.text_window - self.num_sink_tokens) // 4
 
@@ -559,9 +582,19 @@ class CasaStream:
         self._history.add(state["history"].to(self.model.device))
         self._num_frames, self._last_timestamp = state["num_frames"], state["last_timestamp"]
         self._begun, self._answered = state["begun"], state["answered"]
+        self._pieces = TextPieces(self.processor.tokenizer)
         self._pieces.load(state["pieces"])
+        self._generator = self._new_generator()
         if self._generator is not None:
             self._generator.set_state(state["random"].cpu())
+
+    def _cache_settings(self) -> dict[str, Any]:
+        """Settings that what is cached depends on."""
+        return {
+            "opening": list(self.turns.opening),
+            "text_window": self.text_window,
+            "num_sink_tokens": self.num_sink_tokens,
+        }
 
     def _design(self) -> dict[str, Any]:
         """What a cache must have been made with to fit the model."""
@@ -574,6 +607,16 @@ class CasaStream:
     def _check_state(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or "design" not in state:
             raise ValueError("The state is no stream's; give what state_dict() of a CasaStream returned.")
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"The state has version {state.get('version')!r}; this release of casa_hf reads version "
+                f"{_STATE_VERSION}. Go on with the release that saved it, or begin a new stream."
+            )
+        missing = [name for name in ("settings", "cache", *self._text_state()) if name not in state]
+        if missing:
+            raise ValueError(
+                f"The state has no {', '.join(missing)}; give all of what state_dict() of a CasaStream returned."
+            )
         own, given = self._design(), state["design"]
         differing = [name for name in own if given.get(name) != own[name]]
         if differing:
@@ -583,6 +626,13 @@ class CasaStream:
                 f"{' and differs in ' + ', '.join(differing[1:]) if differing[1:] else ''}. Load it into a stream of "
                 "the model that it was saved with."
             )
+        held, blocks = state["cache"], len(self.model.get_decoder().layers)
+        if held is not None and len(held["layers"]) != blocks:
+            raise ValueError(
+                f"The state has a cache of {len(held['layers'])} layers; the model has {blocks}. It isn't whole; give "
+                "all of what state_dict() of a CasaStream returned."
+            )
+        self._check_settings(state["settings"])
         if self._generator is not None:
             random = state["random"]
             if random is None or random.shape != self._generator.get_state().shape:
@@ -590,6 +640,23 @@ class CasaStream:
                     f"The state has {'no random numbers' if random is None else 'random numbers of another device'}, "
                     f"but this stream draws tokens at random on {self.model.device}. Make both streams with the same "
                     "do_sample, on the same kind of device."
+                )
+
+    def _check_settings(self, given: dict[str, Any]) -> None:
+        own = self._cache_settings()
+        if given.get("opening") != own["opening"]:
+            opened, other = (
+                self.processor.tokenizer.decode(ids or []) for ids in (own["opening"], given.get("opening"))
+            )
+            raise ValueError(
+                f"The state is of a stream that begins with {other!r}; this one begins with {opened!r}. Make it with "
+                "the system message and the prompt of the other one."
+            )
+        for name in ("text_window", "num_sink_tokens"):
+            if given.get(name) != own[name]:
+                raise ValueError(
+                    f"The state is of a stream with {name}={given.get(name)!r}; this one has {name}={own[name]!r}. "
+                    f"Make it with {name}={given.get(name)!r}."
                 )
 
     # ---------------------------------------------------------------- small things
@@ -601,10 +668,20 @@ class CasaStream:
 
     def _end_open(self) -> None:
         """End the events of the last call."""
+        self._require_idle()
         events: Any = None if self._open is None else self._open()
-        self._open = None
         if events is not None:
             events.close()
+        self._open = None
+
+    def _require_idle(self) -> None:
+        """Refuse what can't be done during a forward that another thread waits for."""
+        events: Any = None if self._open is None else self._open()
+        if events is not None and events.gi_running:
+            raise RuntimeError(
+                "The stream is being read by another thread; call it when that has taken its event, or make one "
+                "stream for each thread."
+            )
 
     def _require_open(self) -> None:
         if self._closed:
@@ -618,25 +695,33 @@ class CasaStream:
             raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
         return frames, self._timestamps(timestamp, len(frames))
 
+    def _asked(self, question: str, max_new_tokens: int) -> list[int]:
+        """Ids of the question that `ask` was given."""
+        self._require_open()
+        _check_count("max_new_tokens", max_new_tokens)
+        return self.turns.question(question)
+
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
         """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
         last, step = self._last_timestamp, 1 / self.fps
         if given is None:
             begin = 0.0 if last is None else last + step
             return [begin + number * step for number in range(count)]
-        if not isinstance(given, Sequence):
+        seconds = _seconds(given)
+        if isinstance(seconds, float):
             if last is not None:
-                step = (float(given) - last) / count
-            timestamps = [float(given) - number * step for number in reversed(range(count))]
+                step = (seconds - last) / count
+            timestamps = [seconds - number * step for number in reversed(range(count))]
         else:
-            timestamps = [float(timestamp) for timestamp in given]
+            timestamps = seconds
             if len(timestamps) != count:
                 raise ValueError(f"timestamp has {len(timestamps)} values for {count} frames; give one for each.")
         previous = -math.inf if last is None else last
         for timestamp in timestamps:
             if not previous < timestamp < math.inf:
                 raise ValueError(
-                    f"timestamp={given} must be a finite number of seconds, later than {previous} of the frame before."
+                    f"timestamp={given!r} must be a finite number of seconds, later than {previous} of the frame "
+                    "before."
                 )
             previous = timestamp
         return timestamps
@@ -680,21 +765,42 @@ def _check_pair(model: Any, processor: Any) -> None:
         )
 
 
-def _check_window(text_window: int | None, num_sink_tokens: int) -> None:
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens={num_sink_tokens} must be 0 or more, or None for the prompt.")
-    if text_window is not None and text_window <= num_sink_tokens:
+def _seconds(given: Any) -> float | list[float]:
+    """A timestamp or several, as numbers; what is none becomes one that is refused as timestamps are."""
+    if _is_number(given, Real) or getattr(given, "ndim", None) == 0:
+        return float(given)
+    if isinstance(given, bool | str | bytes) or not isinstance(given, Iterable):
+        return math.nan
+    several = [_seconds(timestamp) for timestamp in given]
+    return [timestamp if isinstance(timestamp, float) else math.nan for timestamp in several]
+
+
+def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
+    if not _is_number(num_sink_tokens, Integral) or num_sink_tokens < 0:
+        raise ValueError(
+            f"num_sink_tokens={num_sink_tokens!r} must be an integer of 0 or more, or None for the prompt."
+        )
+    if text_window is None:
+        return
+    if not _is_number(text_window, Integral):
+        raise ValueError(f"text_window={text_window!r} must be an integer, or None for all text.")
+    if text_window <= num_sink_tokens:
         raise ValueError(
             f"text_window={text_window} must be larger than the {num_sink_tokens} first tokens that are always kept "
             "(num_sink_tokens, by default the prompt), or None for all text."
         )
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether this is a number of a kind of `numbers`, NumPy's included, and none of True and False."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not _is_number(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r} must be a positive number.")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not _is_number(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer.")
