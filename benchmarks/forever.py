@@ -17,9 +17,9 @@ squares over the means of blocks of turns: neighbouring turns share the machine'
 empties many times within a block. Intervals are those of Student's t at 95 %. The first turns, in which the window
 fills, aren't part of a slope. Nothing is measured before the streams have given the logits of one call on everything,
 and the keys that an eviction moved are those of a cache that never held more. The memory that is measured is what the
-process has in use; with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The exit
-code is 1 if something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line is
-JSON.
+process has in use; with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The
+exit code is 1 if something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line
+is JSON.
 
     python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 """

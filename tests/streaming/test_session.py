@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
@@ -214,6 +215,29 @@ def test_events_report_text_as_it_comes(model, processor):
     whole = tokenizer.decode(every, skip_special_tokens=True)
     assert whole.startswith("".join(texts)) and len(whole) - len("".join(texts)) <= 1
     assert any(texts)
+
+
+class Script(LogitsProcessor):
+    """Lets a stream say these tokens."""
+
+    def __init__(self, token_ids: list[int]):
+        self.left = iter(token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1.0).index_fill(1, torch.tensor([next(self.left)]), 1.0)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_character_that_a_frame_ends_within_is_in_the_text_of_the_next(model, processor, asked):
+    first, second, third = processor.tokenizer("木", add_special_tokens=False)["input_ids"]
+    [letter] = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+    stream = stream_of(model("casa"), processor, max_new_tokens_per_frame=2)
+    stream._caption_processors[:] = [Script([first, second, letter if asked else third, letter])]
+    texts = [list(stream.push(PICTURES[0]))[-1].text]
+    if asked:
+        list(stream.ask("Who is it?", max_new_tokens=2))
+    texts.append(list(stream.push(PICTURES[1]))[-1].text)
+    assert texts == ["", "aa" if asked else "木a"]
 
 
 def test_silence_is_possible(new_model, processor):

@@ -30,9 +30,9 @@ _SPARE_SLOTS = 64
 class CasaStreamBatch:
     """Live captions of many streams with one model; each says what a `CasaStream` of its own would say.
 
-    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. A batch is
-    for one thread. If a forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and all streams
-    begin anew, as after `reset`, without the events that weren't taken; the exception has a note of that. What
+    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. A batch
+    is for one thread. If a forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and all
+    streams begin anew, as after `reset`, without the events that weren't taken; the exception has a note of that. What
     interrupts the program between forwards changes nothing.
 
     Args:

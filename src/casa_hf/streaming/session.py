@@ -215,8 +215,8 @@ class CasaStream:
 
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
-            one "end", unless the text is cut short. A frame that can't be used yields "error" instead and changes nothing: its events are all there
-            are, unless other frames of the list can be used.
+            one "end", unless the text is cut short. A frame that can't be used yields "error" instead and changes
+            nothing: its events are all there are, unless other frames of the list can be used.
 
         Raises:
             ValueError: if timestamps don't ascend, or the list of frames is empty.
@@ -520,7 +520,7 @@ class CasaStream:
     @property
     def _kept_tokens(self) -> int:
         """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
-        evictions are rare, and a key is turned to another position four times at most, unless it is one of the current picture."""
+        evictions are rare, and a key of text is turned to another position four times at most."""
         assert self.text_window is not None
         return self.text_window - (self.text_window - self.num_sink_tokens) // 4
 
