@@ -222,6 +222,29 @@ def test_a_pause_holds_a_recorded_video_and_passes_over_a_live_one(stream):
     assert found == [0, 4]
 
 
+@pytest.mark.parametrize(("late", "max_waiting"), [("wait", 2), ("drop", 1), ("merge", 2)])
+def test_after_a_pause_of_a_camera_nothing_is_late(stream, late, max_waiting):
+    """Also where the thread that iterates is held between two events during the pause."""
+    camera = Camera()
+    captions = LiveCaptions(stream, live(camera), late=late, max_waiting=max_waiting)
+    feeder = threading.Thread(target=camera.show, args=(0,))
+    feeder.start()
+    found = []
+    for event in captions:
+        if event.kind == "text":
+            continue
+        found.append((event.kind, ticks(event.start)))
+        if found == [("end", 0)]:
+            feeder.join()
+            camera.show(1)  # waits when the pause begins
+            captions.pause()
+            camera.show(2, 3, 4, 5, 6)
+            captions.resume()
+            camera.show(7)
+            camera.end()
+    assert found == [("end", 0), ("end", 7)]
+
+
 def test_questions_are_answered_between_frames_and_during_a_pause(stream):
     captions = LiveCaptions(stream, recorded(4))
     kinds = []
