@@ -264,6 +264,29 @@ def test_questions_are_answered_between_frames_and_during_a_pause(stream):
             captions.ask("And now?")
 
 
+def test_a_source_that_stalls_holds_up_neither_its_last_frame_nor_a_question(stream):
+    """A recorded one in real time: what comes next decides, but doesn't come until both are done."""
+    done = threading.Event()
+    in_time = []
+
+    def frames() -> Iterator[Any]:
+        yield picture(0)
+        in_time.append(done.wait(20))
+        yield picture(1)
+
+    captions = LiveCaptions(stream, open_video(frames(), rate=FPS), real_time=True, late="wait")
+    found = []
+    for event in captions:
+        if event.kind != "end":
+            continue
+        found.append(ticks(event.start))
+        if found == [0]:
+            threading.Timer(0.3, captions.ask, ("What is it?", 2)).start()
+        if found == [0, 0]:
+            done.set()
+    assert in_time == [True] and found == [0, 0, 1]
+
+
 def test_stop_ends_after_the_frame_and_leaves_no_thread(stream):
     captions = LiveCaptions(stream, open_video("lavfi:testsrc=size=64x48:rate=100,realtime", fps=50))
     ends = 0

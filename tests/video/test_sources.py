@@ -396,6 +396,19 @@ def test_an_image_folder(tmp_path):
         open_video(tmp_path / "none")
 
 
+def test_files_beside_the_images_of_a_folder_are_no_frames(tmp_path):
+    """Pillow has names for their endings, and can't read them."""
+    endings = ("png", "jpg", "mpo", "webp", "tiff")
+    for index, ending in enumerate(endings):
+        format = "jpeg" if ending == "mpo" else None
+        Image.fromarray(picture(index)).save(tmp_path / f"{index}.{ending}", format=format)
+    for ending in ("pdf", "mpg", "mpeg", "h5", "hdf", "grib", "wmf", "eps", "palm"):
+        (tmp_path / f"0.{ending}").write_bytes(b"no image")
+    source = open_video(tmp_path, rate=4)
+    assert [file.name for file in source.files] == [f"{index}.{ending}" for index, ending in enumerate(endings)]
+    assert [time for time, _ in seen(source)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_iterators_of_images_and_of_pairs():
     images = [Image.fromarray(picture(index)) for index in range(6)]
     assert seen(open_video(images, fps=4)) == [(index / 4, index) for index in range(6)]

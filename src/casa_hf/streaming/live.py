@@ -25,6 +25,8 @@ _MAX_WAITING = {"drop": 1, "merge": 4, "wait": 8}
 # Beyond these, dropped frames are reported several at a time, and questions refused.
 _MAX_REPORTS = 1000
 _MAX_QUESTIONS = 16
+# A recorded source that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
+_STALL_SECONDS = 0.1
 
 
 class _Report(NamedTuple):
@@ -161,7 +163,7 @@ class LiveCaptions:
                     yield from self._report(reports)
                     if self._waiting and not self.paused:
                         yield from self._look()
-                    if not more:
+                    if not more and not self._questions:
                         return
 
     def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
@@ -197,8 +199,9 @@ class LiveCaptions:
                 if len(self._waiting) > self.max_waiting:
                     self._lost(self._waiting.popleft())
             with self._changed:
-                self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._stopped)
-            if not len(arriving) and (self._waiting or self._reports):
+                patience = _STALL_SECONDS if self._waiting or self._reports else None
+                self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted(), patience)
+            if not len(arriving) and (self._waiting or self._reports or not arriving.ended):
                 return True
             for item in arriving.take(1):
                 if isinstance(item, VideoProblem):

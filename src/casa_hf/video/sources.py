@@ -490,11 +490,9 @@ class ImageFolder(VideoSource):
     """
 
     def __init__(self, folder: str | Path, *, rate: float | None = None, **selection: Any):
-        from PIL import Image
-
         super().__init__(str(folder), **selection)
         self.rate = _rate(rate, self.fps)
-        endings = set(Image.registered_extensions())
+        endings = _image_endings()
         files = [file for file in Path(folder).iterdir() if file.is_file() and not file.name.startswith(".")]
         self.files = sorted((file for file in files if file.suffix.lower() in endings), key=_natural)
         if not self.files:
@@ -712,6 +710,19 @@ def _upright(frame: Any) -> Any:
 
 def _given(image: Any) -> Any:
     return image
+
+
+def _image_endings() -> set[str]:
+    """Endings of files that Pillow reads by itself: it knows others that it only writes or recognises."""
+    from PIL import Image, ImageFile
+
+    formats = Image.registered_extensions()  # loads all of them
+    readable = {"MPO"}  # opened as JPEG
+    for name, (factory, _) in Image.OPEN.items():
+        stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+        if not stub and name not in ("MPEG", "EPS"):  # a film; a document that takes another program
+            readable.add(name)
+    return {ending for ending, name in formats.items() if name in readable}
 
 
 def _image_file(file: Path) -> Any:
