@@ -9,7 +9,9 @@ The camera gives 20 frames per second in real time, to a small model of random w
 is forked, and the fork used and closed; or it is saved, closed, and a new one goes on from what was saved.
 
 Progress goes to standard error. The last line on standard output is a verdict as JSON, and the exit code is 1 unless
-it is good: no exception, and every frame that the camera gave accounted for by an event.
+all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, every
+restored stream going on with the tokens of the saved one, and the cache within the text window. Of ten minutes or more
+also: every accident has happened, and the memory of the process doesn't grow by more than 64 MiB per hour.
 """
 
 from __future__ import annotations
@@ -42,38 +44,45 @@ SIZES = ((64, 48), (48, 64), (112, 84), (65, 49))
 MISSING, BURST, CORRUPT, RESIZE, FORK, RESTORE = 0.02, 0.005, 0.01, 0.005, 0.01, 0.01
 SAMPLE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
+# Shorter runs don't show whether memory grows, nor every accident.
+LONG_SECONDS = 600.0
+# A picture that stays behind with every frame makes ten times as much, a cache with every restored stream five times.
+MAX_GROWTH = 64 * 2**20
+ACCIDENTS = ("missing", "bursts", "corrupt", "resized", "fork", "restore")
 
 
 class Camera:
     """Frames in real time, with accidents; counts what it has given."""
 
-    def __init__(self, seconds: float, fps: float, seed: int):
-        self.seconds, self.fps = seconds, fps
+    def __init__(self, seconds: float, fps: float, seed: int, trouble: float):
+        self.seconds, self.fps, self.trouble = seconds, fps, trouble
         self.given: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._noise = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         begin = time.monotonic()
-        size, burst = SIZES[0], 0
+        size = SIZES[0]
+        held_until = 0
         for index in range(int(self.seconds * self.fps)):
-            if self._random.random() < MISSING:
+            if self._happens(MISSING):
                 self.given["missing"] += 1
                 continue
-            if self._random.random() < RESIZE:
+            if self._happens(RESIZE):
                 size = self._random.choice(SIZES)
                 self.given["resized"] += 1
-            if not burst and self._random.random() < BURST:
-                burst = self._random.randint(5, 20)
+            if index > held_until and self._happens(BURST):
+                held_until = index + self._random.randint(5, 20)
                 self.given["bursts"] += 1
-            if burst:  # held back, and then all at once
-                burst -= 1
-            else:
-                time.sleep(max(0.0, begin + index / self.fps - time.monotonic()))
-            corrupt = self._random.random() < CORRUPT
+            # The frames of a burst are held back until the last of them is there, and then come all at once.
+            time.sleep(max(0.0, begin + max(index, held_until) / self.fps - time.monotonic()))
+            corrupt = self._happens(CORRUPT)
             self.given["corrupt"] += corrupt
             self.given["frames"] += 1
             yield index / self.fps, np.full((2, 2), np.nan) if corrupt else self._picture(index, size)
+
+    def _happens(self, chance: float) -> bool:
+        return self._random.random() < chance * self.trouble
 
     def _picture(self, index: int, size: tuple[int, int]) -> np.ndarray:
         width, height = size
@@ -96,18 +105,23 @@ class Soak:
             "do_sample": True,
             "seed": arguments.seed,
         }
-        self.camera = Camera(arguments.seconds, arguments.fps, arguments.seed)
+        self.camera = Camera(arguments.seconds, arguments.fps, arguments.seed, arguments.trouble)
+        self.trouble = arguments.trouble
         self.late = arguments.late
         self.random = random.Random(arguments.seed + 1)
         self.events: Counter[str] = Counter()
         self.samples: list[tuple[float, int, int]] = []
         self.exceptions: list[str] = []
+        self.num_restored_alike = 0
+        self.most_text_tokens = 0
 
     def run(self) -> dict[str, Any]:
         begin = time.monotonic()
         stream = CasaStream(self.model, self.processor, **self.settings)
         source = FrameIterator(self.camera, live=True, name="camera")
         captions = LiveCaptions(stream, source, late=self.late)
+        # A stream evicts before a forward, which then adds the last token and the frames of a turn.
+        self.text_limit = self.settings["text_window"] + 1 + captions.max_waiting * len(stream.turns.frame)
         sampled = reported = begin
         try:
             for event in captions:
@@ -120,6 +134,7 @@ class Soak:
                     reported = now
                     print(f"{now - begin:.0f} s: {dict(self.events)}", file=sys.stderr)
                 if event.kind == "end":
+                    self.most_text_tokens = max(self.most_text_tokens, captions.stream.num_text_tokens)
                     self._disturb(captions)
         except Exception as error:
             self.exceptions.append(f"{type(error).__name__}: {error}")
@@ -129,20 +144,29 @@ class Soak:
     def _disturb(self, captions: LiveCaptions) -> None:
         """Now and then fork the stream, or go on with one that was saved and restored."""
         stream = captions.stream
-        if self.random.random() < FORK:
+        if self.random.random() < FORK * self.trouble:
             with stream.fork() as aside:
                 self.events["fork"] += 1
-                answer = [event.kind for event in aside.ask("What is it?", max_new_tokens=4)]
-                if answer[-1] != "end":
-                    self.exceptions.append(f"a fork answered {answer}")
-        if self.random.random() < RESTORE:
+                self._answer(aside)
+        if self.random.random() < RESTORE * self.trouble:
             saved = io.BytesIO()
             torch.save(stream.state_dict(), saved)
+            with stream.fork() as aside:
+                expected = self._answer(aside)
             stream.close()
             saved.seek(0)
             captions.stream = CasaStream(self.model, self.processor, **self.settings)
             captions.stream.load_state_dict(torch.load(saved, weights_only=True))
             self.events["restore"] += 1
+            with captions.stream.fork() as aside:
+                self.num_restored_alike += self._answer(aside) == expected
+
+    def _answer(self, stream: CasaStream) -> tuple[int, ...]:
+        """The tokens of an answer."""
+        *_, end = stream.ask("What is it?", max_new_tokens=4)
+        if end.kind != "end" or not end.token_ids:
+            self.exceptions.append(f"a fork answered with {end}")
+        return end.token_ids
 
     def _verdict(self, seconds: float) -> dict[str, Any]:
         accounted = sum(self.events[kind] for kind in ("end", "dropped", "merged", "error"))
@@ -150,6 +174,17 @@ class Soak:
         # The first quarter is warm-up: allocators and caches fill.
         steady = np.array(self.samples[len(self.samples) // 4 :], float).reshape(-1, 3)
         given = self.camera.given
+        seen = given + self.events
+        checks = {
+            "no_exception": not self.exceptions,
+            "no_thread_left": not threads,
+            "every_frame_accounted_for": accounted == given["frames"] > 0,
+            "restored_streams_go_on_alike": self.num_restored_alike == self.events["restore"],
+            "cache_within_text_window": self.most_text_tokens <= self.text_limit,
+        }
+        if seconds >= LONG_SECONDS:
+            checks["every_accident_seen"] = all(seen[name] for name in ACCIDENTS)
+            checks["memory_level"] = is_level(steady[:, 0], steady[:, 1])
         return {
             "seconds": round(seconds, 1),
             "camera": dict(given),
@@ -157,9 +192,11 @@ class Soak:
             "resident_bytes_per_hour": slope(steady[:, 0], steady[:, 1]),
             "cache_bytes_per_hour": slope(steady[:, 0], steady[:, 2]),
             "cache_bytes": int(steady[-1, 2]) if len(steady) else None,
+            "text_tokens_at_most": self.most_text_tokens,
             "threads_left": threads,
             "exceptions": self.exceptions,
-            "ok": not self.exceptions and not threads and accounted == given["frames"] > 0,
+            "checks": checks,
+            "ok": all(checks.values()),
         }
 
 
@@ -183,12 +220,19 @@ def slope(seconds: np.ndarray, values: np.ndarray) -> dict[str, float] | None:
     return {"slope": round(rate, 1), "standard_error": round(error, 1)}
 
 
+def is_level(seconds: np.ndarray, values: np.ndarray) -> bool:
+    """Whether the slope, two standard errors included, is at most `MAX_GROWTH` per hour."""
+    found = slope(seconds, values)
+    return found is not None and found["slope"] + 2 * found["standard_error"] <= MAX_GROWTH
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, prog="soak", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=7200.0)
     parser.add_argument("--fps", type=float, default=20.0, help="of the camera and of the stream")
+    parser.add_argument("--trouble", type=float, default=1.0, help="factor on the chances of all accidents")
     parser.add_argument("--late", choices=("drop", "merge"), default="drop")
     parser.add_argument("--text-window", type=int, default=512, help="text tokens that the stream remembers")
     parser.add_argument("--max-new-tokens", type=int, default=4, help="per frame")

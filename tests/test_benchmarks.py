@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from benchmarks import forever, layer, prefill, streaming, streams
+from benchmarks import forever, layer, prefill, soak, streaming, streams
 from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
@@ -385,3 +386,31 @@ def test_missing_device_is_said(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         streaming.main()
     assert "--device cuda: this torch sees no CUDA device" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_short_soak_has_every_accident_and_a_good_verdict():
+    verdict = soak.main(["--seconds", "3", "--trouble", "12", "--text-window", "150", "--seed", "1"])
+    assert verdict["ok"] and all(verdict["checks"].values()) and len(verdict["checks"]) == 5, verdict
+    seen = verdict["camera"] | verdict["events"]
+    assert all(seen.get(name) for name in soak.ACCIDENTS), seen
+    assert verdict["text_tokens_at_most"] > 100, "text was evicted"
+
+
+def test_a_soak_tells_a_leak_from_noise():
+    seconds = np.arange(600.0)
+    noise = np.random.default_rng(0).normal(0, 2**20, 600)
+    assert soak.is_level(seconds, noise) and not soak.is_level(seconds[:2], noise[:2])
+    assert not soak.is_level(seconds, noise + seconds * 2 * soak.MAX_GROWTH / 3600)
+
+
+def test_a_burst_is_held_back_and_comes_at_once(monkeypatch):
+    """By a clock that only sleeping moves."""
+    now = [0.0]
+    monkeypatch.setattr(soak.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(soak.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    for name in ("MISSING", "CORRUPT", "RESIZE"):
+        monkeypatch.setattr(soak, name, 0.0)
+    camera = soak.Camera(10, 20, seed=0, trouble=20)
+    late = [now[0] - timestamp for timestamp, _ in camera]
+    assert camera.given["bursts"] > 3 and min(late) > -1e-9
+    assert max(late) > 0.2 and sum(each < 1e-9 for each in late) > 20

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
+from casa_hf.cli_caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
 from tests.test_cli import Cli, cli  # noqa: F401
@@ -74,6 +75,22 @@ def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_
         assert container.streams.audio
 
 
+def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None:
+    class Brief(LiveCaptions):
+        """Has answers of one token."""
+
+        def ask(self, question: str, max_new_tokens: int = 1) -> None:
+            super().ask(question, max_new_tokens)
+
+    model = CasaForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = CasaProcessor.from_pretrained(checkpoint)
+    stream = CasaStream(model, processor, fps=2, max_new_tokens_per_frame=1)
+    captions = Brief(stream, open_video(BUNNY, fps=2, end=0.6))
+    questions = [Question(0.0, f"{index}?") for index in range(20)]
+    ends = [event.start for event in _events(captions, questions) if event.kind == "end"]
+    assert ends == [0.0] * 21 + [0.48], "all of them are answered before the next frame"
+
+
 def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F811
     outcome = cli("caption", BUNNY, "--model", checkpoint, *ARGUMENTS, "--live", "--late", "wait", terminal=True)
     assert outcome.code == 0, outcome.err
@@ -93,6 +110,9 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
         ([BUNNY, "--fps", "0"], ["fps=0", "positive"]),
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
         (["lavfi:testsrc", "--start", "3"], ["start=3", "live"]),
+        ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
+        ([BUNNY, "--out", "a.srt", "--ask", "<|vision_start|><|image_pad|><|vision_end|>?"], ["marks of images"]),
+        ([BUNNY, "--out", "a.srt", "--out", "a.vtt", "--start", "100"], ["no frames between 100 s"]),
     ],
 )
 def test_it_fails_in_one_line_before_any_work(
@@ -114,6 +134,7 @@ def test_it_fails_in_one_line_before_any_work(
     [
         (["--start", "soon"], "'soon' is no time"),
         (["--ask", "@2"], "has a time and no question"),
+        (["--ask", " "], "a question is empty"),
         (["--late", "drop"], "needs --live"),
         (["--late", "never"], "merge"),
     ],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import weakref
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_frames_of_a_live_source_are_those_that_were_shown(tmp_path):
     assert [round(time, 2) for time, _ in frames] == [0.0, 0.1, 0.2]
     assert [image.shape for _, image in frames] == [(122, 160, 3)] * 3, "even sides; later sizes are fitted"
     assert numbers([frames[2][1][:121, :159]]) == [5]
+
+
+def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
+    source = open_video([picture(0)], fps=10)
+    overlay = Overlay(source, tmp_path / "out.mp4")
+    kept = []
+
+    def corrupt(index: int) -> None:
+        frame = Frame(index / 10, np.full((2, 2), np.nan))
+        kept.append(weakref.ref(frame.image))
+        overlay.show(frame)
+        overlay.write(CaptionEvent("error", index, frame.timestamp, frame.timestamp + 0.1, 0.1, message="no picture"))
+
+    corrupt(0)
+    overlay.show(Frame(0.1, picture(1)))
+    tell(overlay, 1, 0.1, "words", fps=10)
+    # A problem of the source, at the time of the last frame.
+    overlay.write(CaptionEvent("error", 1, 0.1, 0.2, 0.0, message="a part can't be decoded"))
+    for index in range(2, 8):
+        corrupt(index)
+        assert [reference() for reference in kept] == [None] * index
+    overlay.show(Frame(0.8, np.full((2, 2), np.nan)))  # whatever the stream makes of it
+    tell(overlay, 8, 0.8, "", fps=10)
+    overlay.show(Frame(0.9, picture(9)))
+    tell(overlay, 9, 0.9, "", fps=10)
+    overlay.close()
+    frames = decoded(tmp_path / "out.mp4")
+    # A fragmented file begins at 0.
+    assert [round(time, 2) for time, _ in frames] == [0.0, 0.8]
+    assert numbers([frames[1][1]]) == [9]
 
 
 def test_long_captions_are_broken_into_lines_inside_the_picture():

@@ -22,6 +22,7 @@ from .cli_options import AttnOption, DeviceOption, DtypeOption, load_model
 
 if TYPE_CHECKING:
     from .streaming import CaptionEvent, CasaStream, LiveCaptions
+    from .subtitles import CaptionWriter
     from .video import VideoSource
     from .web import CaptionServer
 
@@ -57,6 +58,8 @@ def _seconds(text: str | float) -> float:
 def _question(text: str) -> Question:
     """A question from "What is it?" or "@1:30 What is it?"."""
     moment, _, question = text.strip().partition(" ")
+    if not text.strip():
+        raise typer.BadParameter("a question is empty; write QUESTION or @SECONDS QUESTION.")
     if not moment.startswith("@"):
         return Question(None, text.strip())
     if not question.strip():
@@ -141,24 +144,30 @@ def caption(
         raise typer.BadParameter("--host and --port are for --web.", param_hint="--host")
     from .overlay import FORMATS, Overlay
     from .streaming import CasaStream, LiveCaptions
-    from .subtitles import WRITERS, caption_writer, check_output
+    from .subtitles import WRITERS, check_output
     from .video import open_video
 
     video = open_video(source, fps=fps, start=start, end=end)
     real_time = live or video.live
     if late not in (None, Late.WAIT) and not real_time:
         raise typer.BadParameter(f"{late} needs --live: without a clock no frame is late.", param_hint="--late")
-    for path in out or []:
+    outs = out or []
+    for path in outs:
         check_output(path, WRITERS, overwrite)
     if overlay is not None:
         check_output(overlay, FORMATS, overwrite)
+    resolved = [path.resolve() for path in outs]
+    for path, place in zip(outs, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise ValueError(f"--out {str(path)!r} is given {resolved.count(place)} times; name each file once.")
     budget = 1 / fps if budget is None and real_time and late is not Late.WAIT else budget
 
     options: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
-    writers: list[Any] = []
+    files = _Files(outs, words, overwrite)
     loaded: list[CasaStream] = []
     with ExitStack() as opened:
         opened.enter_context(video)
+        opened.enter_context(files)
         server = None
         if web:  # takes its port before the model is loaded
             from .web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
@@ -170,7 +179,7 @@ def caption(
                 port=DEFAULT_PORT if port is None else port,
                 real_time=True if live else None,
                 late=None if late is None else late.value,
-                on_event=lambda event: _write_all(writers, event),
+                on_event=files.write,
             )
             opened.callback(server.close)
         stream = opened.enter_context(
@@ -183,7 +192,8 @@ def caption(
                 **options,
             )
         )
-        writers += [opened.enter_context(caption_writer(path, words=words, overwrite=overwrite)) for path in out or []]
+        for question in questions:
+            stream.turns.question(question.text)  # or says what is wrong with it, hours before it is asked
         if server is not None:
             loaded.append(stream)
             _serve(server)
@@ -200,7 +210,7 @@ def caption(
         interrupted = completed = False
         try:
             for event in _events(captions, questions):
-                _write_all(writers, event)
+                files.write(event)
                 if picture is not None:
                     picture.write(event)
                 view.show(event)
@@ -210,14 +220,37 @@ def caption(
         finally:
             if picture is not None:
                 picture.close(interrupted=not completed)
-        view.finish(interrupted, [*(out or []), *([overlay] if overlay else [])], picture.note if picture else "")
+        view.finish(interrupted, [*files.made, *([overlay] if overlay else [])], picture.note if picture else "")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def _write_all(writers: list[Any], event: CaptionEvent) -> None:
-    for writer in writers:
-        writer.write(event)
+class _Files(AbstractContextManager["_Files"]):
+    """Caption files; they are made when there is something to write.
+
+    Attributes:
+        made: those that have been made.
+    """
+
+    def __init__(self, paths: list[Path], words: bool, overwrite: bool):
+        self._paths, self._words, self._overwrite = paths, words, overwrite
+        self._opened = ExitStack()
+        self._writers: list[CaptionWriter] = []
+        self.made: list[Path] = []
+
+    def __exit__(self, *exception: Any) -> None:
+        self._opened.close()
+
+    def write(self, event: CaptionEvent) -> None:
+        if not self._writers:
+            from .subtitles import caption_writer
+
+            for path in self._paths:
+                writer = caption_writer(path, words=self._words, overwrite=self._overwrite)
+                self._writers.append(self._opened.enter_context(writer))
+                self.made.append(path)
+        for writer in self._writers:
+            writer.write(event)
 
 
 def _serve(server: CaptionServer) -> None:
@@ -233,7 +266,8 @@ def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[Capti
     timed = deque(sorted(question for question in questions if question.moment is not None))
     for event in captions:
         yield event
-        while event.kind == "end" and timed and event.start >= (timed[0].moment or 0.0):
+        # The end of its answer asks the next one of the same moment, so there is always room for it.
+        if event.kind == "end" and timed and event.start >= (timed[0].moment or 0.0):
             captions.ask(timed.popleft().text)
     for question in [*timed, *(question for question in questions if question.moment is None)]:
         yield from captions.stream.ask(question.text)

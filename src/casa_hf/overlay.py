@@ -146,7 +146,7 @@ class Overlay:
 
     Of a recorded source every frame is drawn, also those that the model doesn't look at: the source is read once more,
     and a caption is drawn into the frames from its own one on until it ends. Of a live source, which can't be read
-    again, it is the frames that `show` is given.
+    again, it is the frames that `show` is given, but for those that the stream couldn't use.
 
     Args:
         source: what is captioned.
@@ -179,6 +179,9 @@ class Overlay:
 
     def write(self, event: CaptionEvent) -> None:
         """Take one event of the stream; draws what has become certain by it."""
+        if event.kind == "error":
+            self._leave_out(event.start)
+            return
         caption = self._captions.add(event)
         if event.kind != "end" or event.start <= self._latest:  # of an answer
             return
@@ -204,9 +207,20 @@ class Overlay:
                 self._frames.close()
             self._writer.close()
 
+    def _leave_out(self, start: float) -> None:
+        """A frame that was shown couldn't be used; frames before it wait for nothing any more."""
+        if self._frames is None and start > self._latest:  # else a problem of the source, not of a frame
+            self._draw(start)
+            if self._held and self._held[0].timestamp == start:
+                self._held.pop(0)
+
     def _draw(self, until: float | None) -> None:
-        """Write the frames before a moment; None for all."""
+        """Write the frames before a moment; None for all. What is no picture is left out."""
         for frame in self._frames_until(until):
+            try:
+                frame = frame._replace(image=_picture(frame.image))
+            except Exception:  # of many kinds; the stream has an event that says more
+                continue
             caption = self._caption
             shown = caption is not None and caption.start <= frame.timestamp < caption.end
             self._writer.write(frame, caption.text if shown and caption is not None else "")

@@ -222,6 +222,29 @@ def test_a_pause_holds_a_recorded_video_and_passes_over_a_live_one(stream):
     assert found == [0, 4]
 
 
+@pytest.mark.parametrize(("late", "max_waiting"), [("wait", 2), ("drop", 1), ("merge", 2)])
+def test_after_a_pause_of_a_camera_nothing_is_late(stream, late, max_waiting):
+    """Also where the thread that iterates is held between two events during the pause."""
+    camera = Camera()
+    captions = LiveCaptions(stream, live(camera), late=late, max_waiting=max_waiting)
+    feeder = threading.Thread(target=camera.show, args=(0,))
+    feeder.start()
+    found = []
+    for event in captions:
+        if event.kind == "text":
+            continue
+        found.append((event.kind, ticks(event.start)))
+        if found == [("end", 0)]:
+            feeder.join()
+            camera.show(1)  # waits when the pause begins
+            captions.pause()
+            camera.show(2, 3, 4, 5, 6)
+            captions.resume()
+            camera.show(7)
+            camera.end()
+    assert found == [("end", 0), ("end", 7)]
+
+
 def test_questions_are_answered_between_frames_and_during_a_pause(stream):
     captions = LiveCaptions(stream, recorded(4))
     kinds = []
@@ -239,6 +262,29 @@ def test_questions_are_answered_between_frames_and_during_a_pause(stream):
     with pytest.raises(ValueError, match="16 questions wait"):
         for _ in range(17):
             captions.ask("And now?")
+
+
+def test_a_source_that_stalls_holds_up_neither_its_last_frame_nor_a_question(stream):
+    """A recorded one in real time: what comes next decides, but doesn't come until both are done."""
+    done = threading.Event()
+    in_time = []
+
+    def frames() -> Iterator[Any]:
+        yield picture(0)
+        in_time.append(done.wait(20))
+        yield picture(1)
+
+    captions = LiveCaptions(stream, open_video(frames(), rate=FPS), real_time=True, late="wait")
+    found = []
+    for event in captions:
+        if event.kind != "end":
+            continue
+        found.append(ticks(event.start))
+        if found == [0]:
+            threading.Timer(0.3, captions.ask, ("What is it?", 2)).start()
+        if found == [0, 0]:
+            done.set()
+    assert in_time == [True] and found == [0, 0, 1]
 
 
 def test_stop_ends_after_the_frame_and_leaves_no_thread(stream):

@@ -162,6 +162,18 @@ def test_a_size_that_changes_on_the_way(tmp_path):
     assert all(one.timestamp < other.timestamp for one, other in pairwise(frames))
 
 
+def test_a_short_clip_that_begins_anew_loses_no_frame(tmp_path):
+    """Less than a second back: what tells it from a duplicate is that times ascend from there."""
+    parts = [write_clip(tmp_path / f"{index}.ts", 8, 10) for index in range(2)]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    items = list(open_video(tmp_path / "both.ts").read())
+    frames = [item for item in items if isinstance(item, Frame)]
+    assert numbers([frame.image for frame in frames]) == [*range(8), *range(8)]
+    assert [frame.timestamp for frame in frames] == pytest.approx([index / 10 for index in range(16)])
+    (problem,) = [item for item in items if isinstance(item, VideoProblem)]
+    assert "times jump back by 0.700 s" in problem.message and problem.timestamp == pytest.approx(0.7)
+
+
 def test_a_real_film():
     source = open_video(BUNNY, fps=2)
     frames = list(source)
@@ -384,6 +396,19 @@ def test_an_image_folder(tmp_path):
         open_video(tmp_path / "none")
 
 
+def test_files_beside_the_images_of_a_folder_are_no_frames(tmp_path):
+    """Pillow has names for their endings, and can't read them."""
+    endings = ("png", "jpg", "mpo", "webp", "tiff")
+    for index, ending in enumerate(endings):
+        format = "jpeg" if ending == "mpo" else None
+        Image.fromarray(picture(index)).save(tmp_path / f"{index}.{ending}", format=format)
+    for ending in ("pdf", "mpg", "mpeg", "h5", "hdf", "grib", "wmf", "eps", "palm"):
+        (tmp_path / f"0.{ending}").write_bytes(b"no image")
+    source = open_video(tmp_path, rate=4)
+    assert [file.name for file in source.files] == [f"{index}.{ending}" for index, ending in enumerate(endings)]
+    assert [time for time, _ in seen(source)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_iterators_of_images_and_of_pairs():
     images = [Image.fromarray(picture(index)) for index in range(6)]
     assert seen(open_video(images, fps=4)) == [(index / 4, index) for index in range(6)]
@@ -403,6 +428,47 @@ def test_a_live_iterator_is_stamped_on_arrival():
     clock = iter([100.0, 100.25, 101.5])
     source = FrameIterator([picture(0), picture(1), picture(2)], live=True, clock=lambda: next(clock))
     assert seen(source) == [(0.0, 0), (0.25, 1), (1.5, 2)]
+
+
+def test_a_frame_of_a_live_iterator_is_taken_when_it_comes():
+    """Not when the next one does; on average at the rate that was asked for, whatever the camera's is."""
+    given: list[int] = []
+
+    def camera(rate: int, count: int) -> Iterator[Any]:
+        given.clear()
+        for index in range(count):
+            given.append(index)
+            yield (index / rate, picture(index))
+
+    for rate, fps, expected in (
+        (4, 2, [0, 2, 4, 6]),
+        (1, 2, [0, 1, 2, 3, 4, 5, 6, 7]),  # slower than asked for
+        (3, 2, [0, 2, 3, 5, 6]),
+        (4, None, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ):
+        found = []
+        for frame in open_video(camera(rate, 8), fps=fps, live=True).read():
+            assert isinstance(frame, Frame) and frame.timestamp == given[-1] / rate
+            found.append(given[-1])
+        assert found == expected
+    stamps = [0.0, 0.9, 1.0, 1.1, 1.4]
+    late = open_video([(stamp, picture(0)) for stamp in stamps], fps=2, live=True)
+    assert [frame.timestamp for frame in late] == [0.0, 0.9, 1.4], "after a gap there is no haste"
+
+
+def test_times_of_a_live_iterator_count_from_its_first_frame_and_may_be_wrong():
+    epoch = 1_700_000_000
+    stamps = [0.0, 0.5, 0.5, 0.25, 1.0, math.nan, 1.5, -60.0, -59.5]
+    source = open_video([(epoch + stamp, picture(index)) for index, stamp in enumerate(stamps)], rate=2, live=True)
+    items = list(source.read())
+    frames = [(item.timestamp, numbers([item.image])[0]) for item in items if isinstance(item, Frame)]
+    assert frames == [(0.0, 0), (0.5, 1), (1.0, 4), (1.5, 6), (2.0, 7), (2.5, 8)]
+    problems = [item for item in items if isinstance(item, VideoProblem)]
+    assert [problem.timestamp for problem in problems] == [0.5, 1.0, 1.5]
+    for problem, part in zip(
+        problems, ["2 frames whose times", "frame 5 is at nan s", "back by 61.500 s"], strict=True
+    ):
+        assert part in problem.message
 
 
 # ------------------------------------------------------------------------------------ the thread

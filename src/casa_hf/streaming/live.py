@@ -25,6 +25,8 @@ _MAX_WAITING = {"drop": 1, "merge": 4, "wait": 8}
 # Beyond these, dropped frames are reported several at a time, and questions refused.
 _MAX_REPORTS = 1000
 _MAX_QUESTIONS = 16
+# A recorded source that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
+_STALL_SECONDS = 0.1
 
 
 class _Report(NamedTuple):
@@ -95,6 +97,7 @@ class LiveCaptions:
         self._waiting: deque[Frame] = deque()
         self._reports: deque[_Report] = deque()
         self._questions: deque[tuple[str, int]] = deque()
+        self._arriving: ReadAhead[Frame | VideoProblem] | None = None
         self._next: Frame | None = None
         self._origin: float | None = None
         self._paused_at: float | None = None
@@ -119,6 +122,7 @@ class LiveCaptions:
         with self._changed:
             if self._paused_at is None:
                 self._paused_at = self._clock()
+                self._pass_over()
                 self._changed.notify_all()
 
     def resume(self) -> None:
@@ -128,6 +132,7 @@ class LiveCaptions:
                 return
             if self._origin is not None and not self.source.live:
                 self._origin += self._clock() - self._paused_at
+            self._pass_over()
             self._paused_at = None
             self._changed.notify_all()
 
@@ -146,20 +151,19 @@ class LiveCaptions:
     def __iter__(self) -> Generator[CaptionEvent, None, None]:
         drops = self.source.live and self.late != "wait"
         size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
-        with ReadAhead(
-            self.source.read, size, on_drop=self._lost if drops else None, condition=self._changed
-        ) as arriving:
+        with ReadAhead(self._watch, size, on_drop=self._lost if drops else None, condition=self._changed) as arriving:
+            self._arriving = arriving
             while not self._stopped:
                 if self._questions:
                     yield from self.answer(*self._questions.popleft())
                 elif self.paused:
-                    self._rest(arriving)
+                    self._rest()
                 else:
                     more, reports = self._collect(arriving)
                     yield from self._report(reports)
-                    if self._waiting:
+                    if self._waiting and not self.paused:
                         yield from self._look()
-                    if not more:
+                    if not more and not self._questions:
                         return
 
     def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
@@ -172,6 +176,8 @@ class LiveCaptions:
             return self._play(arriving), self._told()
         with self._changed:
             self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted())
+            if self.paused:
+                return True, self._told()
             for item in arriving.take(self.max_waiting if self.late == "merge" else 1):
                 if isinstance(item, VideoProblem):
                     self._lost(item)
@@ -193,8 +199,9 @@ class LiveCaptions:
                 if len(self._waiting) > self.max_waiting:
                     self._lost(self._waiting.popleft())
             with self._changed:
-                self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._stopped)
-            if not len(arriving) and (self._waiting or self._reports):
+                patience = _STALL_SECONDS if self._waiting or self._reports else None
+                self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted(), patience)
+            if not len(arriving) and (self._waiting or self._reports or not arriving.ended):
                 return True
             for item in arriving.take(1):
                 if isinstance(item, VideoProblem):
@@ -224,14 +231,27 @@ class LiveCaptions:
     def _interrupted(self) -> bool:
         return bool(self._stopped or self.paused or self._questions)
 
-    def _rest(self, arriving: ReadAhead[Frame | VideoProblem]) -> None:
-        """Wait for the end of a pause, or a question; what a live source shows meanwhile passes."""
+    def _watch(self) -> Generator[Frame | VideoProblem, None, None]:
+        """What the source gives, read in a thread; what a live one shows during a pause passes.
+
+        The thread that iterates may be held between two events meanwhile, and can't see to it.
+        """
+        for item in self.source.read():
+            if not (self.source.live and self.paused):
+                yield item
+
+    def _pass_over(self) -> None:
+        """Forget what a live source has shown, and what was to be told of it; under the lock."""
+        if self.source.live:
+            if self._arriving is not None:
+                self._arriving.clear()
+            self._waiting.clear()
+            self._reports.clear()
+
+    def _rest(self) -> None:
+        """Wait for the end of a pause, or a question."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or not self.paused or self._questions)
-            if self.source.live:
-                arriving.take(len(arriving))
-                self._waiting.clear()
-                self._reports.clear()
 
     def _lost(self, item: Frame | VideoProblem) -> None:
         """Note a problem, or a frame that had to make room, whose picture is freed."""
@@ -263,7 +283,11 @@ class LiveCaptions:
 
     def _look(self) -> Iterator[CaptionEvent]:
         """Show the model one frame, or all that wait in one turn."""
-        frames = [self._waiting.popleft() for _ in range(len(self._waiting) if self.late == "merge" else 1)]
+        with self._changed:
+            num_shown = len(self._waiting) if self.late == "merge" else min(1, len(self._waiting))
+            frames = [self._waiting.popleft() for _ in range(num_shown)]
+        if not frames:  # a pause has passed over them
+            return
         if self.real_time:
             self.lag = max(0.0, self._clock() - self._due(frames[-1]))
         if self._on_frame is not None:

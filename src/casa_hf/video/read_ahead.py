@@ -71,6 +71,12 @@ class ReadAhead(Generic[T]):
             raise error
         return items
 
+    def clear(self) -> None:
+        """Forget what waits."""
+        with self._changed:
+            self._items.clear()
+            self._changed.notify_all()
+
     @property
     def ended(self) -> bool:
         """Whether nothing more will come, apart from what waits."""

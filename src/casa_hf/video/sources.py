@@ -76,8 +76,8 @@ class VideoWarning(UserWarning):
 class _Shown(NamedTuple):
     """A frame that is decoded, but not yet a picture."""
 
-    timestamp: float
-    duration: float | None
+    timestamp: Fraction | float
+    duration: Fraction | float | None
     image: Callable[[], Any]
 
 
@@ -88,8 +88,8 @@ class VideoSource:
 
     Args:
         name: for messages.
-        fps: what is on screen at `start`, `start` + 1/fps, `start` + 2/fps, ... is taken, none of it twice; None takes
-            every frame.
+        fps: what is on screen at `start`, `start` + 1/fps, `start` + 2/fps, ... is taken, none of it twice; of a live
+            video what comes first from then on, as soon as it comes. None takes every frame.
         start: seconds; the first frame is the one that is on screen then.
         end: seconds; frames that appear then or later are left out.
         live: whether frames come when they come, so that one that isn't taken in time is lost.
@@ -137,9 +137,9 @@ class VideoSource:
                 yield item
                 continue
             try:
-                frame = Frame(item.timestamp, item.image())
+                frame = Frame(float(item.timestamp), item.image())
             except Exception as error:
-                yield VideoProblem(item.timestamp, f"the frame can't be read: {error}")
+                yield VideoProblem(float(item.timestamp), f"the frame can't be read: {error}")
                 continue
             num_frames += 1
             yield frame
@@ -172,9 +172,11 @@ class VideoSource:
     def _picked(self) -> Iterator[_Shown | VideoProblem]:
         """The frames that `fps`, `start` and `end` choose.
 
-        Which frame is on screen at a moment is known when the next one appears; in a live video as soon as its stated
-        duration reaches that far.
+        Which frame is on screen at a moment is known when the next one appears.
         """
+        if self.live:
+            yield from self._picked_live()
+            return
         held: _Shown | None = None
         step = 0
 
@@ -203,21 +205,104 @@ class VideoSource:
                 if held is not None and wanted(self.end):
                     yield held
                 return
-            if held is not None and wanted(item.timestamp):
+            if held is not None and wanted(float(item.timestamp)):
                 yield held
             held = item
             if self.fps is None and held.timestamp >= self.start:
                 yield held
                 held = None
                 continue
-            if self.live and item.duration and wanted(item.timestamp + item.duration):
-                yield held
-                held = None
         if held is not None:
             # The last frame is on screen at least at the moment of its appearance.
             shown = max(held.duration or 0.0, 2 * TOLERANCE_SECONDS)
-            if wanted(held.timestamp + shown):
+            if wanted(float(held.timestamp + shown)):
                 yield held
+
+    def _picked_live(self) -> Iterator[_Shown | VideoProblem]:
+        """The same of a live video, without waiting for what comes next."""
+        period = 0.0 if self.fps is None else 1 / self.fps
+        due = -math.inf
+        for item in self._frames():
+            if isinstance(item, VideoProblem):
+                yield item
+                continue
+            if self.end is not None and item.timestamp >= self.end:
+                return
+            if item.timestamp < due - TOLERANCE_SECONDS:
+                continue
+            # On average one per period, also where the camera's own is no part of it; after a gap without haste.
+            due = max(due + period, item.timestamp + (period if due == -math.inf else period / 2))
+            yield item
+
+
+class _Timeline:
+    """Lets the times of frames ascend.
+
+    Times that jump back run on from where they were: if they jump by a second or more, or if a second frame ascends
+    from there. A frame that comes back alone is a duplicate, or out of order, and left out.
+
+    Args:
+        period: seconds between frames, where the times don't say.
+
+    Attributes:
+        last: the time of the last frame that was taken; None before the first.
+        end: when that one ends.
+    """
+
+    def __init__(self, period: Fraction | float):
+        self._period = period
+        self._offset: Fraction | float = 0
+        self.last: Fraction | float | None = None
+        self.end: Fraction | float = 0
+
+    def follow(self, items: Iterable[_Shown | VideoProblem]) -> Iterator[_Shown | VideoProblem]:
+        """Frames and problems with ascending times; every change and every run of frames left out is a problem."""
+        doubtful: _Shown | None = None
+        num_skipped = 0
+        for item in items:
+            if isinstance(item, VideoProblem):
+                known = self.last is not None and math.isfinite(item.timestamp)
+                where = max(0.0, float(item.timestamp + self._offset)) if known else float(self.last or 0)
+                yield VideoProblem(where, item.message)
+                continue
+            behind = -1.0 if self.last is None else self.last - item.timestamp - self._offset
+            if behind >= 0:
+                if behind >= _RESTART_SECONDS:
+                    first = item
+                elif doubtful is not None and doubtful.timestamp < item.timestamp:
+                    first, doubtful = doubtful, None
+                else:
+                    num_skipped += doubtful is not None
+                    doubtful = item
+                    continue
+                yield self._run_on(first)
+                if first is not item:
+                    yield self._taken(first)
+            num_skipped += doubtful is not None
+            doubtful = None
+            if num_skipped:
+                yield self._skipped(num_skipped)
+                num_skipped = 0
+            yield self._taken(item)
+        num_skipped += doubtful is not None
+        if num_skipped:
+            yield self._skipped(num_skipped)
+
+    def _taken(self, item: _Shown) -> _Shown:
+        self.last = item.timestamp + self._offset
+        self.end = self.last + (item.duration or self._period)
+        return _Shown(float(self.last), None if item.duration is None else float(item.duration), item.image)
+
+    def _run_on(self, item: _Shown) -> VideoProblem:
+        assert self.last is not None
+        jump = self.last - item.timestamp - self._offset
+        self._offset += jump + self._period
+        return VideoProblem(float(self.last), f"times jump back by {float(jump):.3f} s; they run on instead")
+
+    def _skipped(self, number: int) -> VideoProblem:
+        assert self.last is not None
+        frames = "1 frame whose time isn't" if number == 1 else f"{number} frames whose times aren't"
+        return VideoProblem(float(self.last), f"{frames} after that of the one before; left out")
 
 
 class MediaSource(VideoSource):
@@ -364,41 +449,32 @@ class MediaSource(VideoSource):
 
     def _timed(self, frames: Iterable[Any]) -> Iterator[_Shown | VideoProblem]:
         """Frames with ascending times from 0, and a word about an end that is missing."""
-        origin: Fraction | None = None
-        offset = Fraction(0)
-        last: Fraction | None = None
-        count = 0
         period = Fraction(1) / Fraction(self.rate or _RAW_STREAM_FPS).limit_denominator(1001000)
-        length = Fraction(0)
+        timeline = _Timeline(period)
+        yield from timeline.follow(self._counted(frames, period))
+        if timeline.last is not None and self._stated is not None:
+            end = float(timeline.end)
+            missing = self._stated - end
+            if missing > max(_MISSING_SECONDS, 2 * float(period)):
+                yield VideoProblem(
+                    float(timeline.last),
+                    f"the video ends after {end:.3f} s of the {self._stated:.3f} s that its header states; the end is "
+                    "missing",
+                )
+
+    def _counted(self, frames: Iterable[Any], period: Fraction) -> Iterator[_Shown | VideoProblem]:
+        """Frames with the times of the container, counted from the first one."""
+        origin: Fraction | None = None
+        count = 0
         for frame in frames:
             if isinstance(frame, VideoProblem):
-                where = float(last or 0)
-                if origin is not None and math.isfinite(frame.timestamp):
-                    where = max(0.0, float(frame.timestamp - origin + offset))
-                yield VideoProblem(where, frame.message)
+                yield frame if origin is None else VideoProblem(frame.timestamp - float(origin), frame.message)
                 continue
             stamp = count * period if frame.pts is None else frame.pts * Fraction(frame.time_base)
             count += 1
             origin = stamp if origin is None else origin
-            seconds = stamp - origin + offset
             length = frame.duration * Fraction(frame.time_base) if frame.duration else period
-            if last is not None and seconds <= last:
-                if last - seconds < _RESTART_SECONDS:
-                    continue
-                offset += last + period - seconds
-                message = f"times jump back by {float(last - seconds):.3f} s; they run on instead"
-                yield VideoProblem(float(last), message)
-                seconds = last + period
-            last = seconds
-            yield _Shown(float(seconds), float(length), partial(_upright, frame))
-        if last is not None and self._stated is not None:
-            missing = self._stated - float(last + length)
-            if missing > max(_MISSING_SECONDS, 2 * float(period)):
-                yield VideoProblem(
-                    float(last),
-                    f"the video ends after {float(last + length):.3f} s of the {self._stated:.3f} s that its header "
-                    "states; the end is missing",
-                )
+            yield _Shown(stamp - origin, length, partial(_upright, frame))
 
 
 class ImageFolder(VideoSource):
@@ -414,11 +490,9 @@ class ImageFolder(VideoSource):
     """
 
     def __init__(self, folder: str | Path, *, rate: float | None = None, **selection: Any):
-        from PIL import Image
-
         super().__init__(str(folder), **selection)
         self.rate = _rate(rate, self.fps)
-        endings = set(Image.registered_extensions())
+        endings = _image_endings()
         files = [file for file in Path(folder).iterdir() if file.is_file() and not file.name.startswith(".")]
         self.files = sorted((file for file in files if file.suffix.lower() in endings), key=_natural)
         if not self.files:
@@ -435,6 +509,9 @@ class FrameIterator(VideoSource):
 
     It can be iterated once if the iterator can. The iterator is asked from another thread, ahead of time.
 
+    Times of a live iterator are counted from its first frame, whatever its clock counts from. Where they don't ascend,
+    that is reported, and the stream goes on.
+
     Args:
         frames: yields images of any kind that the image processor takes.
         rate: of images without times, in frames per second; `fps`, or 2, unless given. Of a live iterator they get the
@@ -443,7 +520,7 @@ class FrameIterator(VideoSource):
         **selection: for `VideoSource`.
 
     Raises:
-        ValueError: if `rate` isn't positive; while iterating, if timestamps don't ascend.
+        ValueError: if `rate` isn't positive; while iterating, if timestamps of one that isn't live don't ascend.
     """
 
     def __init__(
@@ -460,21 +537,33 @@ class FrameIterator(VideoSource):
         self._source, self._clock = frames, clock
 
     def _frames(self) -> Iterator[_Shown | VideoProblem]:
-        begin, last = None, -math.inf
+        if self.live:
+            yield from _Timeline(1 / self.rate).follow(self._arriving())
+            return
+        last = -math.inf
         for index, item in enumerate(self._source):
             duration = None
             if isinstance(item, tuple) and len(item) == 2:
                 timestamp, image = item
-            elif self.live:
-                now = self._clock()
-                begin = now if begin is None else begin
-                timestamp, image = now - begin, item
             else:
                 timestamp, image, duration = index / self.rate, item, 1 / self.rate
             if not timestamp > last:
                 raise ValueError(f"Frame {index} of {self.name} is at {timestamp} s, which isn't after {last} s.")
             last = timestamp
             yield _Shown(float(timestamp), duration, partial(_given, image))
+
+    def _arriving(self) -> Iterator[_Shown | VideoProblem]:
+        """Frames of a live iterator, with times from the first one."""
+        begin: float | None = None
+        for index, item in enumerate(self._source):
+            stamped = isinstance(item, tuple) and len(item) == 2
+            timestamp, image = item if stamped else (self._clock(), item)
+            timestamp = float(timestamp)
+            if not math.isfinite(timestamp):
+                yield VideoProblem(math.nan, f"frame {index} is at {timestamp} s, which is no time")
+                continue
+            begin = timestamp if begin is None else begin
+            yield _Shown(timestamp - begin, None, partial(_given, image))
 
 
 def open_video(
@@ -494,7 +583,8 @@ def open_video(
         source: path of a video file or of a folder of images; URL; a camera, as "camera", "camera:1" or "/dev/video0";
             any other device of FFmpeg as "FORMAT:DEVICE", such as "v4l2:/dev/video2", "dshow:video=Webcam" or
             "lavfi:testsrc"; or an iterable of images or of pairs (timestamp, image).
-        fps: what is on screen at `start`, `start` + 1/fps, ... is taken; None takes every frame.
+        fps: what is on screen at `start`, `start` + 1/fps, ... is taken, of a live video what comes first from then
+            on; None takes every frame.
         start: seconds; the first frame is the one that is on screen then. Times stay those of the whole video.
         end: seconds; frames that appear then or later are left out.
         rate: images per second of a folder, or of an iterable without times; asked of a camera. Default: of folders
@@ -620,6 +710,19 @@ def _upright(frame: Any) -> Any:
 
 def _given(image: Any) -> Any:
     return image
+
+
+def _image_endings() -> set[str]:
+    """Endings of files that Pillow reads by itself: it knows others that it only writes or recognises."""
+    from PIL import Image, ImageFile
+
+    formats = Image.registered_extensions()  # loads all of them
+    readable = {"MPO"}  # opened as JPEG
+    for name, (factory, _) in Image.OPEN.items():
+        stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+        if not stub and name not in ("MPEG", "EPS"):  # a film; a document that takes another program
+            readable.add(name)
+    return {ending for ending, name in formats.items() if name in readable}
 
 
 def _image_file(file: Path) -> Any:

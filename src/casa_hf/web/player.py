@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ class Player:
     """Runs a stream on a video, and writes down what happens.
 
     Everything that touches the stream happens in one thread, which starts with `start` and waits for `begin`. A pause
-    takes effect at once, after the token that is being generated. Questions are answered between two frames, also
+    takes effect at once, after the token that is being generated, and isn't part of the frame's latency. Questions are answered between two frames, also
     during a pause and after the last frame.
 
     Args:
@@ -72,6 +73,8 @@ class Player:
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
         self._answering = False
+        self._paused_at: float | None = None
+        self._held = 0.0  # seconds for which the frame that is in work was paused
         self._pictures: OrderedDict[int, Any] = OrderedDict()
         self._begun = self._closing = False
         self._state: State = "waiting"
@@ -195,10 +198,24 @@ class Player:
             self._set_state("running")
         with closing(self._events(captions)) as events:
             for event in events:
-                self._write(event, captions.stream)
-                # A question has its turn after the frame, whose text it doesn't cut short: so the frame goes on.
-                if not self._wait(lambda: not captions.paused or bool(self._questions)):
+                self._write(replace(event, latency=max(0.0, event.latency - self._held)), captions.stream)
+                if not self._hold(captions):
                     return
+                if event.kind in ("end", "dropped", "error"):
+                    self._held = 0.0  # what is next begins after the pause
+
+    def _hold(self, captions: LiveCaptions) -> bool:
+        """Wait for the end of a pause; False if the player is closing instead."""
+        with self._changed:
+            begin = self._paused_at
+            # A question has its turn after the frame, whose text it doesn't cut short: so the frame goes on.
+            goes_on = self._wait(lambda: not captions.paused or bool(self._questions))
+            if begin is not None:
+                now = time.perf_counter()
+                self._held += now - begin
+                if self._paused_at is not None:
+                    self._paused_at = now
+            return goes_on
 
     def _events(self, captions: LiveCaptions) -> Generator[CaptionEvent, None, None]:
         yield from iter(captions)
@@ -226,8 +243,10 @@ class Player:
                 assert self._captions is not None
                 if after == "paused":
                     self._captions.pause()
+                    self._paused_at = time.perf_counter()
                 else:
                     self._captions.resume()
+                    self._paused_at = None
                 self._set_state(after)
                 self._changed.notify_all()
             elif self._state != after:

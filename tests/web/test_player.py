@@ -1,0 +1,68 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The thread that runs a page's model, without a page."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream
+from casa_hf.video import FrameIterator
+from casa_hf.web.player import Player
+from tests.streaming.test_live import FPS, Camera, ticks
+
+TIMEOUT = 30.0
+
+
+def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
+    casa_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is held between two tokens of a frame, and can't look at what the camera gives.
+
+    Nor does the pause make the frame slow: while it lasts, a clock jumps by an hour.
+    """
+    camera = Camera()
+    clock, skipped = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + skipped[0])
+    paused, ended = threading.Event(), threading.Event()
+    seen: list[tuple[str, int]] = []
+
+    def on_event(event: CaptionEvent) -> None:
+        seen.append((event.kind, ticks(event.start)))
+        if len(seen) == 1:
+            player.pause()
+            paused.set()
+        if seen[-1] == ("end", 4):
+            ended.set()
+
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    settings: dict[str, Any] = {"real_time": True, "late": "drop", "max_history": 100, "max_new_tokens": 4}
+    with CasaStream(model, processor, fps=FPS, max_new_tokens_per_frame=6, do_sample=True, seed=1) as stream:
+        player = Player(stream, FrameIterator(camera, live=True), on_event=on_event, **settings)
+        player.start()
+        player.begin()
+        try:
+            camera.show(0)
+            assert paused.wait(TIMEOUT)
+            camera.show(1, 2, 3)
+            assert len(seen) == 1 and seen[0] == ("text", 0), "in the midst of a frame"
+            skipped[0] = 3600.0
+            player.resume()
+            camera.show(4)
+            assert ended.wait(TIMEOUT)
+        finally:
+            player.hang_up()
+            camera.end()
+            player.close()
+    told = [json.loads(entry.data) for entry in player.history.since(0) if entry.name == "caption"]
+    assert [(event["kind"], ticks(event["start"])) for event in told if event["kind"] != "text"] == [
+        ("end", 0),
+        ("end", 4),
+    ]
+    assert all(0 < event["latency"] < 1800 for event in told)
