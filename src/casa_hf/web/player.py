@@ -36,8 +36,8 @@ class Player:
     """Runs a stream on a video, and writes down what happens.
 
     Everything that touches the stream happens in one thread, which starts with `start` and waits for `begin`. A pause
-    takes effect at once, after the token that is being generated, and isn't part of the frame's latency. Questions are answered between two frames, also
-    during a pause and after the last frame.
+    takes effect at once, after the token that is being generated, and isn't part of the frame's latency. Questions are
+    answered between two frames, also during a pause and after the last frame.
 
     Args:
         stream: a stream, or a function that makes one, called in the thread; what it makes is closed with the player.
