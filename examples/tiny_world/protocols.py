@@ -280,6 +280,7 @@ def adapt(
             model, Batcher(CasaProcessor.from_pretrained(converted)), recipe, seed=seed, report=report, partner=partner
         )
         model.save_pretrained(converted)
+        (converted / "README.md").unlink()  # describes a model that has just been converted
         folder = Path(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
