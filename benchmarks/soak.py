@@ -109,6 +109,7 @@ class Soak:
         self.trouble = arguments.trouble
         self.late = arguments.late
         self.random = random.Random(arguments.seed + 1)
+        self.threads_before = threading.enumerate()
         self.events: Counter[str] = Counter()
         self.samples: list[tuple[float, int, int]] = []
         self.exceptions: list[str] = []
@@ -170,7 +171,7 @@ class Soak:
 
     def _verdict(self, seconds: float) -> dict[str, Any]:
         accounted = sum(self.events[kind] for kind in ("end", "dropped", "merged", "error"))
-        threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        threads = [thread.name for thread in threading.enumerate() if thread not in self.threads_before]
         # The first quarter is warm-up: allocators and caches fill.
         steady = np.array(self.samples[len(self.samples) // 4 :], float).reshape(-1, 3)
         given = self.camera.given
