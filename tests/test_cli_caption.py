@@ -151,7 +151,14 @@ def test_ctrl_c_keeps_what_was_captioned(checkpoint: Path, tmp_path: Path) -> No
     srt, video = tmp_path / "a.srt", tmp_path / "a.mp4"
     command = [sys.executable, "-u", "-m", "casa_hf", "caption", "lavfi:testsrc=size=64x48:rate=20,realtime"]
     command += ["--model", str(checkpoint), "--max-new-tokens", "3", "--out", str(srt), "--overlay", str(video)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     shown = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)

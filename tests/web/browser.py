@@ -176,7 +176,8 @@ class Tab:
             f"""new Promise((resolve) => {{
                 const until = performance.now() + {1000 * timeout};
                 const look = () => {{
-                    const value = ({condition});
+                    let value = false;
+                    try {{ value = ({condition}); }} catch (error) {{ /* not there yet */ }}
                     if (value || performance.now() > until) resolve(value);
                     else requestAnimationFrame(look);
                 }};
