@@ -316,6 +316,12 @@ def allocated_bytes(cache: Cache) -> int:
     return sum(storages.values())
 
 
+def process_bytes() -> int:
+    """Memory of this process; 0 where the system has no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
 def with_peak(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     """The function's result, and the most that was allocated on a GPU meanwhile above what was before."""
     synchronize(device)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 from array import array
@@ -52,6 +51,7 @@ from benchmarks.common import (
     begin,
     gate,
     positive,
+    process_bytes,
     report,
     save_figure,
     start,
@@ -150,8 +150,7 @@ def resident_bytes(device: torch.device) -> int:
     """Memory that is in use: allocated on the GPU, or of this process; 0 where /proc doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return process_bytes()
 
 
 def most_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image: int) -> int:

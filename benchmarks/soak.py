@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.common import process_bytes
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, convert_checkpoint
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import FrameIterator
@@ -130,7 +130,7 @@ class Soak:
                 now = time.monotonic()
                 if now - sampled >= SAMPLE_SECONDS:
                     sampled = now
-                    self.samples.append((now - begin, resident_bytes(), sum(captions.stream.nbytes.values())))
+                    self.samples.append((now - begin, process_bytes(), sum(captions.stream.nbytes.values())))
                 if now - reported >= REPORT_SECONDS:
                     reported = now
                     print(f"{now - begin:.0f} s: {dict(self.events)}", file=sys.stderr)
@@ -199,15 +199,6 @@ class Soak:
             "checks": checks,
             "ok": all(checks.values()),
         }
-
-
-def resident_bytes() -> int:
-    """Memory of this process; 0 where the system has no /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def slope(seconds: np.ndarray, values: np.ndarray) -> dict[str, float] | None:

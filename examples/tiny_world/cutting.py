@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .batches import IGNORED, Batcher
+from .batches import Batcher
+from .training import answers_right
 from .world import NUMBERS, TASKS, Example
 
 CUTS = ("gists", "window")
@@ -79,7 +80,6 @@ def questions_of_memory(number: int, size: int, split: str = "test", *, seed: in
     return found
 
 
-@torch.no_grad()
 def memory(
     model: Any,
     batcher: Batcher,
@@ -96,22 +96,17 @@ def memory(
         cut: one of `CUTS`, or None.
         batch_size: questions per call.
     """
-    model.eval()
-    right = 0
-    for start in range(0, len(questions), batch_size):
-        chunk = questions[start : start + batch_size]
-        batch = batcher([example for example, _ in chunk])
-        labels = batch.pop("labels")[:, 1:]
-        if cut is not None:
-            width = batch["input_ids"].shape[1]
-            seen = torch.ones(len(chunk), 1, width, width, dtype=torch.bool).tril()
-            for row, (example, picture) in enumerate(chunk):
-                ids = batcher.encode(example)[0]
-                seen[row, 0, : len(ids), : len(ids)] = cut_mask(ids, model.config, picture, cut)
-            floor = torch.finfo(model.dtype).min
-            batch["attention_mask"] = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, floor)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-        wanted = labels.to(model.device)
-        right += int(((predicted == wanted) | (wanted == IGNORED)).all(-1).sum())
-    return right / len(questions)
+    pictures = {id(example): picture for example, picture in questions}
+
+    def cut_batch(chunk: Sequence[Example]) -> dict[str, torch.Tensor]:
+        batch = batcher(chunk)
+        width = batch["input_ids"].shape[1]
+        seen = torch.ones(len(chunk), 1, width, width, dtype=torch.bool).tril()
+        for row, example in enumerate(chunk):
+            ids = batcher.encode(example)[0]
+            seen[row, 0, : len(ids), : len(ids)] = cut_mask(ids, model.config, pictures[id(example)], cut)
+        floor = torch.finfo(model.dtype).min
+        return {**batch, "attention_mask": torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, floor)}
+
+    examples = [example for example, _ in questions]
+    return sum(answers_right(model, cut_batch if cut else batcher, examples, batch_size)) / len(questions)

@@ -178,7 +178,9 @@ def _process(rank: int, store: str, function: Callable[..., Any], arguments: Seq
 
 
 @torch.no_grad()
-def answers_right(model: Any, batcher: Batcher, examples: Iterable[Example], batch_size: int = 64) -> list[bool]:
+def answers_right(
+    model: Any, batcher: Callable[..., Any], examples: Iterable[Example], batch_size: int = 64
+) -> list[bool]:
     """Whether greedy decoding would give the answer of each example, to its end.
 
     A model says what it is asked to say exactly if each token of the answer is the most likely one after those before

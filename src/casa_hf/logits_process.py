@@ -36,7 +36,21 @@ class _TokenSet:
         return self.ids
 
 
-class DecayingRepetitionPenalty(LogitsProcessor):
+class _WindowedProcessor(LogitsProcessor):
+    """What processors share that look at the last `window` tokens behind a prompt."""
+
+    def __init__(self, window: int, exempt_token_ids: Sequence[int] | int | None, prompt_ignore_length: int):
+        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
+        self.window = window
+        self.prompt_ignore_length = prompt_ignore_length
+        self._exempt = _TokenSet(exempt_token_ids)
+
+    def _last(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, at most `window`) the tokens to look at."""
+        return input_ids[:, self.prompt_ignore_length :][:, -self.window :]
+
+
+class DecayingRepetitionPenalty(_WindowedProcessor):
     """Penalise tokens by how often they occurred, where occurrences fade.
 
     With x_0 the last token, x_1 the one before it, and so on over the last `window` tokens,
@@ -70,13 +84,10 @@ class DecayingRepetitionPenalty(LogitsProcessor):
         _check("decay", decay, 0 < decay <= 1, "in (0, 1] (1.0 counts without fading)")
         _check("clamp", clamp, clamp > 0, "a positive number")
         _check("window", window, window > 0, "a positive number of tokens")
-        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
+        super().__init__(window, exempt_token_ids, prompt_ignore_length)
         self.penalty = penalty
         self.decay = decay
         self.clamp = clamp
-        self.window = window
-        self.prompt_ignore_length = prompt_ignore_length
-        self._exempt = _TokenSet(exempt_token_ids)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Penalised scores.
@@ -85,7 +96,7 @@ class DecayingRepetitionPenalty(LogitsProcessor):
             input_ids: (batch, tokens) the text so far; negative ids are no tokens.
             scores: (batch, vocabulary).
         """
-        ids = input_ids[:, self.prompt_ignore_length :][:, -self.window :]
+        ids = self._last(input_ids)
         precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
         ages = torch.arange(ids.shape[1] - 1, -1, -1, device=ids.device, dtype=precise.dtype)
         weights = self.decay**ages * (ids >= 0)
@@ -95,7 +106,7 @@ class DecayingRepetitionPenalty(LogitsProcessor):
         return torch.where(precise > 0, precise / factors, precise * factors).to(scores.dtype)
 
 
-class WindowedNoRepeatNGram(LogitsProcessor):
+class WindowedNoRepeatNGram(_WindowedProcessor):
     """Forbid tokens that would complete an n-gram which occurs among the last tokens.
 
     Token v gets the score -inf where the last `window` tokens x hold x_j ... x_(j+n-1) with x_(j+n-1) = v and
@@ -121,11 +132,8 @@ class WindowedNoRepeatNGram(LogitsProcessor):
     ):
         _check("ngram_size", ngram_size, ngram_size > 0, "a positive number of tokens")
         _check("window", window, window >= ngram_size, f"at least ngram_size={ngram_size} tokens")
+        super().__init__(window, exempt_token_ids, prompt_ignore_length)
         self.ngram_size = ngram_size
-        self.window = window
-        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
-        self.prompt_ignore_length = prompt_ignore_length
-        self._exempt = _TokenSet(exempt_token_ids)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores with -inf for what is forbidden.
@@ -134,7 +142,7 @@ class WindowedNoRepeatNGram(LogitsProcessor):
             input_ids: (batch, tokens) the text so far; negative ids are no tokens.
             scores: (batch, vocabulary).
         """
-        ids = input_ids[:, self.prompt_ignore_length :][:, -self.window :]
+        ids = self._last(input_ids)
         if ids.shape[1] < self.ngram_size:
             return scores
         ngrams = ids.unfold(1, self.ngram_size, 1)  # (batch, n-grams, n)
