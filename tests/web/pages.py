@@ -6,7 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,15 +130,24 @@ def request(url: str, method: str, path: str, body: Any = None, **headers: str) 
 
 def draw_clip(file: Path, num_frames: int, rate: int = 10) -> Path:
     """A film of a ball that rolls from left to right below a number."""
+    images = []
+    for index in range(num_frames):
+        image = Image.new("RGB", (320, 180), (20, 30, 60))
+        draw = ImageDraw.Draw(image)
+        left = 270 * index // num_frames
+        draw.ellipse((left, 60, left + 50, 110), fill=(240, 120, 40))
+        draw.text((10, 10), str(index), fill="white", font_size=24)
+        images.append(image)
+    return encode(file, images, rate)
+
+
+def encode(file: Path, images: Sequence[Image.Image], rate: int) -> Path:
+    """A film of images that browsers play."""
     with av.open(str(file), "w") as container:
-        stream = container.add_stream("libvpx", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
-        for index in range(num_frames):
-            image = Image.new("RGB", (320, 180), (20, 30, 60))
-            draw = ImageDraw.Draw(image)
-            left = 270 * index // num_frames
-            draw.ellipse((left, 60, left + 50, 110), fill=(240, 120, 40))
-            draw.text((10, 10), str(index), fill="white", font_size=24)
+        stream = container.add_stream("libvpx", rate=rate, options={"b": "4M", "crf": "4"})
+        stream.width, stream.height = images[0].size
+        stream.pix_fmt = "yuv420p"
+        for image in images:
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return file

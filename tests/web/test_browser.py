@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The page in a real browser, from the video on the screen to the tokens of a real stream."""
+"""The page in a real browser, from the video on the screen to the captions of the bundled captioner."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from PIL import Image
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.streaming import CasaStream
 from casa_hf.video import open_video
+from examples.tiny_world import live
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from .browser import PROGRAMS, Browser, Tab, find
-from .pages import Listener, draw_clip, events, serving
+from .pages import Listener, encode, events, serving
 
 pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(PROGRAMS)}")
 
 QUESTION = "Is <img src=x onerror=alert(1)> shown?"
+FRAME_SECONDS = 0.5
+RATE = 10  # frames per second of the video
+FRAMES = 60  # long enough to be in the middle of the video however slow the machine
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def make_stream(casa_folder: Path) -> Callable[[], CasaStream]:
-    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
-    processor = CasaProcessor.from_pretrained(casa_folder)
-    return lambda: CasaStream(model, processor, fps=4, max_new_tokens_per_frame=4, do_sample=True, seed=1)
+def make_stream() -> Callable[[], CasaStream]:
+    model = CasaForConditionalGeneration.from_pretrained(live.CHECKPOINT).eval()
+    processor = CasaProcessor.from_pretrained(live.CHECKPOINT)
+    return lambda: live.new_stream(model, processor, fps=1 / FRAME_SECONDS)
 
 
 def shown_captions(tab: Tab) -> list[str]:
@@ -60,10 +64,12 @@ def assert_tidy(tab: Tab, url: str) -> None:
 
 
 def test_a_video_with_its_captions(browser: Browser, make_stream: Callable[[], CasaStream], tmp_path: Path) -> None:
-    clip = draw_clip(tmp_path / "ball.webm", 300)  # long enough to be in the middle of it however slow the machine
-    with serving(make_stream(), open_video(clip, fps=4), max_new_tokens=6) as server:
+    content = live.clip(200, FRAMES)
+    repeats = int(RATE * FRAME_SECONDS)
+    clip = encode(tmp_path / "things.webm", [frame for frame in content.frames for _ in range(repeats)], RATE)
+    with serving(make_stream(), open_video(clip, fps=1 / FRAME_SECONDS), max_new_tokens=6) as server:
         tab = browser.open(server.url)
-        tab.wait("document.title === 'ball.webm'")
+        tab.wait("document.title === 'things.webm'")
 
         # Captions appear while the video plays; both plots grow.
         tab.wait("document.querySelectorAll('#captions li').length >= 2 && video.currentTime > 0.2")
@@ -99,6 +105,13 @@ def test_a_video_with_its_captions(browser: Browser, make_stream: Callable[[], C
         seen = [text for text in captions.values() if text]
         assert len(seen) > 2
         assert shown_captions(tab) == seen
+        # And it is what the video shows, within one frame; the model is silent while nothing changes.
+        changes = {frame: name for frame, name in enumerate(content.captions[: max(captions) + 1]) if name}
+        right = [
+            any(captions.get(frame + late, "").strip() == name for late in (0, 1)) for frame, name in changes.items()
+        ]
+        assert sum(right) >= 0.9 * len(changes) > 2
+        assert len(seen) <= len(changes) + 1
         answer = "".join(event["text"] for event in events(heard, "answer") if event["kind"] == "answer")
         assert tab.evaluate("document.querySelector('#answers .answer').textContent") == answer
         # The video isn't ahead of the captions.
