@@ -303,6 +303,24 @@ def test_a_spent_budget_cuts_the_text_which_goes_on_with_the_next_frame(model, p
     assert unhurried[0] == unhurried[1]
 
 
+def test_a_budget_can_be_extended(model, processor):
+    """In the midst of a frame, for this one alone."""
+    model = model("casa")
+    expected = emitted(stream_of(model, processor).push(PICTURES[0]))
+    assert len(expected) > 1
+    stream = stream_of(model, processor, frame_budget=1e-9)
+    events = []
+    for event in stream.push(PICTURES[0]):
+        events.append(event)
+        stream.extend_budget(1e6)
+    assert events[0].token_ids == expected[:1], "the budget was extended before it was looked at"
+    assert emitted(events) == expected
+    assert len(emitted(stream.push(PICTURES[1]))) == 1
+    for seconds in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"seconds={seconds}"):
+            stream.extend_budget(seconds)
+
+
 @pytest.mark.parametrize("end", ["push", "ask", "close", "forget", "drop it"])
 def test_events_that_are_not_taken_are_not_generated(model, processor, end):
     """The text ends where it is, and the stream is in a state to go on from."""

@@ -14,7 +14,7 @@ import pytest
 from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream
 from casa_hf.video import FrameIterator
 from casa_hf.web.player import Player
-from tests.streaming.test_live import FPS, Camera, ticks
+from tests.streaming.test_live import FPS, Camera, picture, ticks
 
 TIMEOUT = 30.0
 
@@ -24,7 +24,7 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
 ) -> None:
     """The thread is held between two tokens of a frame, and can't look at what the camera gives.
 
-    Nor does the pause make the frame slow: while it lasts, a clock jumps by an hour.
+    Nor does the pause make the frame slow or use up its budget: while it lasts, a clock jumps by an hour.
     """
     camera = Camera()
     clock, skipped = time.perf_counter, [0.0]
@@ -43,7 +43,9 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
     settings: dict[str, Any] = {"real_time": True, "late": "drop", "max_history": 100, "max_new_tokens": 4}
-    with CasaStream(model, processor, fps=FPS, max_new_tokens_per_frame=6, do_sample=True, seed=1) as stream:
+    said: dict[str, Any] = {"max_new_tokens_per_frame": 6, "do_sample": True, "seed": 1}
+    with CasaStream(model, processor, fps=FPS, frame_budget=1800.0, **said) as stream:
+        undisturbed = list(CasaStream(model, processor, fps=FPS, **said).push(picture(0)))
         player = Player(stream, FrameIterator(camera, live=True), on_event=on_event, **settings)
         player.start()
         player.begin()
@@ -66,3 +68,6 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
         ("end", 4),
     ]
     assert all(0 < event["latency"] < 1800 for event in told)
+    whole = next(event for event in told if event["kind"] == "end")
+    assert tuple(whole["token_ids"]) == undisturbed[-1].token_ids
+    assert len(whole["token_ids"]) == 6, "or a frame that is cut after its first tokens would pass"

@@ -196,6 +196,7 @@ class CasaStream:
         self._pieces = TextPieces(processor.tokenizer)
         self._closed = False
         self._open = None
+        self._deadline = math.inf  # of the text that is being generated
         self.reset()
 
     # ---------------------------------------------------------------- what goes on
@@ -273,6 +274,21 @@ class CasaStream:
         self._num_frames += 1
         self._last_timestamp = start
         return self._event("dropped", index, start, time.perf_counter(), message=message)
+
+    def extend_budget(self, seconds: float) -> None:
+        """Give the frame that is being captioned more time than its `frame_budget`: that of a pause, for example.
+
+        Without such a frame nothing happens. It may be called from another thread.
+
+        Args:
+            seconds: to add.
+
+        Raises:
+            ValueError: if they are negative or not finite.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds={seconds!r} must be a finite number, 0 or more.")
+        self._deadline += seconds
 
     # ---------------------------------------------------------------- the stream as a whole
 
@@ -411,9 +427,9 @@ class CasaStream:
 
         ids, images = self._shown_frames(list(usable.values()))
         forward = Forward(ids, images, self._caption_processors, self._history)
-        deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
+        self._deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
         event = functools.partial(self._event, index=last, start=start, pushed=pushed)
-        yield from self._speak(forward, "text", event, self._pieces, self.max_new_tokens_per_frame, deadline)
+        yield from self._speak(forward, "text", event, self._pieces, self.max_new_tokens_per_frame)
 
     def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
         """The steps of an answer to the question with these ids."""
@@ -422,7 +438,8 @@ class CasaStream:
         forward = Forward(ids, {}, self._answer_processors, self._new_history())
         event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
         pieces = TextPieces(self.processor.tokenizer)
-        yield from self._speak(forward, "answer", event, pieces, max_new_tokens, math.inf)
+        self._deadline = math.inf
+        yield from self._speak(forward, "answer", event, pieces, max_new_tokens)
 
     def _shown_frames(self, frames: list[dict[str, torch.Tensor]]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """Text ids and image inputs of a forward with new frames."""
@@ -447,7 +464,6 @@ class CasaStream:
         event: Callable[..., CaptionEvent],
         pieces: TextPieces,
         limit: int,
-        deadline: float,
     ) -> Steps:
         """The steps from a forward to the end of the text that follows it.
 
@@ -470,7 +486,7 @@ class CasaStream:
             if piece:
                 text += piece
                 yield event(kind, text=piece, token_ids=token_ids)
-            if stops or len(emitted) == limit or time.perf_counter() >= deadline:
+            if stops or len(emitted) == limit or time.perf_counter() >= self._deadline:
                 break
             forward = replace(forward, ids=[token_id], images={})
         yield event("end", text=text, token_ids=tuple(emitted))

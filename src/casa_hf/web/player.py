@@ -213,6 +213,7 @@ class Player:
             if begin is not None:
                 now = time.perf_counter()
                 self._held += now - begin
+                captions.stream.extend_budget(now - begin)
                 if self._paused_at is not None:
                     self._paused_at = now
             return goes_on
