@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train the source model from scratch, adapt it to CASA, and measure both on held-out pictures."""
+"""Train a source that sees, a text model, and the CASA form of the source; measure them on held-out pictures."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ from transformers.utils.logging import disable_progress_bar
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 
 from .batches import Batcher
-from .protocols import ADAPTATION, SOURCE, Recipe, adapt, train_source
+from .protocols import ADAPTATION, SOURCE, TEXT, Recipe, adapt, train_source
 from .training import Partner, Progress, Scores, chance, evaluate, in_two_processes
 from .world import standard_questions
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make `source`, `casa` and `results.json` in a folder."""
+    """Make `source`, `text`, `casa` and `results.json` in a folder."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world", description=__doc__)
-    parser.add_argument("folder", type=Path, help="receives source/, casa/ and results.json")
-    parser.add_argument("--keep-source", action="store_true", help="adapt the source that is there")
+    parser.add_argument("folder", type=Path, help="receives source/, text/, casa/ and results.json")
+    parser.add_argument("--keep", action="store_true", help="take the source and the text model that are there")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, to try the command")
     parser.add_argument("--questions", type=int, default=400, help="test questions of each task and size")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     seconds: dict[str, float] = {}
-    source, casa = options.folder / "source", options.folder / "casa"
-    scale = options.scale
-    if not options.keep_source:
-        started = time.monotonic()
-        in_two_processes(_train_source, source, [_scaled(recipe, scale) for recipe in SOURCE])
-        seconds["source"] = round(time.monotonic() - started)
+    folder, scale = options.folder, options.scale
+    for name, recipes in {"source": SOURCE, "text": TEXT}.items():
+        if not (options.keep and (folder / name).exists()):
+            started = time.monotonic()
+            in_two_processes(_train, folder / name, [_scaled(recipe, scale) for recipe in recipes])
+            seconds[name] = round(time.monotonic() - started)
     started = time.monotonic()
-    in_two_processes(_adapt, source, casa, _scaled(ADAPTATION, scale))
+    in_two_processes(_adapt, folder / "source", folder / "casa", _scaled(ADAPTATION, scale))
     seconds["casa"] = round(time.monotonic() - started)
 
-    results = measure(source, casa, options.questions)
+    results = measure(folder, options.questions)
     print(table(results))
     content = {"questions": results["chance"].questions, "seconds": seconds}
     for name, scores in results.items():
         by_size = {f"{task} {size}": round(score, 4) for (task, size), score in scores.by_size.items()}
         content[name] = {"overall": round(scores.overall, 4), **by_size}
-    (options.folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:
     return replace(recipe, steps=max(1, round(scale * recipe.steps)))
 
 
-def _train_source(partner: Partner, folder: Path, recipes: list[Recipe]) -> None:
+def _train(partner: Partner, folder: Path, recipes: list[Recipe]) -> None:
+    name = folder.name
     with _destination(partner, folder) as written:
-        train_source(written, recipes, report=_printer(partner, "source"), partner=partner)
+        train_source(written, recipes, blind=name == "text", report=_printer(partner, name), partner=partner)
 
 
 def _adapt(partner: Partner, source: Path, folder: Path, recipe: Recipe) -> None:
@@ -77,18 +78,23 @@ def _destination(partner: Partner, folder: Path) -> Iterator[Path]:
             yield Path(place, "same")
 
 
-def measure(source: Path, casa: Path, questions: int) -> dict[str, Scores]:
-    """The scores of guessing, of the source without and with pictures, and of the adapted model, on test pictures."""
+def measure(folder: Path, questions: int) -> dict[str, Scores]:
+    """The scores on test pictures of guessing, of the text model, of the source without and with pictures, and of the
+    adapted model."""
     examples = standard_questions(questions)
-    batcher = Batcher(CasaProcessor.from_pretrained(casa))
-    model = CasaForConditionalGeneration.from_pretrained(source, casa_variant="insertion")
-    scores = {
+    blind = [example.blind for example in examples]
+    batcher = Batcher(CasaProcessor.from_pretrained(folder / "casa"))
+    text, source = (
+        CasaForConditionalGeneration.from_pretrained(folder / name, casa_variant="insertion")
+        for name in ("text", "source")
+    )
+    return {
         "chance": chance(examples),
-        "source, blind": evaluate(model, batcher, [example.blind for example in examples]),
-        "source": evaluate(model, batcher, examples),
+        "text only": evaluate(text, batcher, blind),
+        "source, blind": evaluate(source, batcher, blind),
+        "source": evaluate(source, batcher, examples),
+        "casa": evaluate(CasaForConditionalGeneration.from_pretrained(folder / "casa"), batcher, examples),
     }
-    model = CasaForConditionalGeneration.from_pretrained(casa)
-    return {**scores, "casa": evaluate(model, batcher, examples)}
 
 
 def table(results: dict[str, Scores]) -> str:

@@ -2,10 +2,11 @@
 """How the models come about: a source trained from scratch, and CASA models made from it.
 
 - The source learns with token insertion: the variant `insertion` is the stock model, with the same parameters.
-- Protocol B (the paper's Table 3) takes that source, keeps its language model as it is, and trains the fusion layers
+- A text model learns the same tasks without the pictures, and to look things up in a text.
+- Protocol B (the paper's Table 3) takes the source, keeps its language model as it is, and trains the fusion layers
   and the last blocks of the vision tower.
-- Protocol A (the paper's Table 2) takes a model that has only seen text, and trains each variant with everything
-  unfrozen.
+- Protocol A (the paper's Table 2) gives the text model the tower of a model that sees, and trains each variant with
+  the language model unfrozen. The tower's blocks stay as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
 from casa_hf.training import freeze, parameter_groups
@@ -60,6 +61,10 @@ class Recipe:
     tasks: tuple[str, ...] = tuple(TASKS)
     warmup: float = 0.03
     decay: float = 0.5
+
+    def at(self, lr: float) -> Recipe:
+        """The same with all rates at one value."""
+        return replace(self, lr=lr, lr_existing=lr)
 
 
 # Seeing comes first, then looking things up; at last the tasks themselves, those that are learnt slowly more often.
@@ -100,6 +105,17 @@ SOURCE = (
         tasks=(*TASKS, "arrows", "count", "change", "change", "count", "arrows", "change"),
         warmup=0.02,
         decay=0.75,
+    ),
+)
+# The tasks without their pictures, for what answers look like; looking up is learned from the lessons.
+TEXT = (
+    Recipe(
+        steps=1_200,
+        lr=4e-3,
+        lessons=(0.75, 0.5),
+        taught=("recall", "recall all", "recall more"),
+        warmup=0.05,
+        decay=0.5,
     ),
 )
 ADAPTATION = Recipe(
@@ -165,6 +181,20 @@ def train_source(
     return write_source(folder, stock, tokenizer)
 
 
+def give_sight(text: str | os.PathLike, seeing: str | os.PathLike, folder: str | os.PathLike) -> Path:
+    """Put a text model behind the vision tower of another model.
+
+    Args:
+        text: checkpoint with the language model.
+        seeing: checkpoint with the vision tower.
+        folder: to write; a complete Qwen2.5-VL checkpoint.
+    """
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(seeing)
+    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(text)
+    model.model.language_model.load_state_dict(reader.model.language_model.state_dict())
+    return write_source(folder, model, Qwen2Tokenizer.from_pretrained(text))
+
+
 def train_unfrozen(
     model: Any,
     batcher: Batcher,
@@ -175,7 +205,9 @@ def train_unfrozen(
     report: Report | None = None,
     partner: Partner | None = None,
 ) -> None:
-    """Train all parameters, as the source and in protocol A. Runs of one seed see the same data in the same order.
+    """Train all parameters that aren't frozen, as the source and in protocol A.
+
+    Runs of one seed see the same data in the same order.
 
     Args:
         model: a CASA model.

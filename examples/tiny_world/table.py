@@ -3,19 +3,23 @@
 
     python -m examples.tiny_world.table FOLDER
 
-Every run leaves a file in FOLDER/runs and is not repeated; stop the command at any time and start it again.
+Every run leaves a file in FOLDER/runs and is not repeated; stop the command at any time and start it again. Runs are
+made seed by seed, so that with fewer `--seeds` there are tables of what is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from casa_hf.training import freeze
 from .batches import Batcher
 from .cutting import CUTS, memory, questions_of_memory
 from .drawing import TILE
-from .protocols import Recipe, adapt_model, train_source, train_unfrozen
+from .protocols import ADAPTATION, SOURCE, Recipe, adapt_model, give_sight, train_source, train_unfrozen
 from .training import evaluate
 from .world import TASKS, all_questions
 
@@ -66,8 +70,11 @@ TOWERS: dict[str, dict[str, Any]] = {
     "local": {"vision_window_size": TILE, "vision_fullatt_block_indexes": []},
 }
 RATES = (1e-3, 2e-3, 4e-3)
+# How they learn; `--steps` says how long.
+RECIPES = {"A": Recipe(steps=0, names=0.1), "B": ADAPTATION}
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
 _VISION_BLOCKS = r"visual\.blocks\."
+_ALL_BUT_TOWER = r"^(?!.*visual\.(patch_embed|blocks)\.)"
 
 
 @dataclass(frozen=True)
@@ -101,22 +108,32 @@ class Laboratory:
 
     Args:
         folder: of the results.
-        source: the trained source that protocol B starts from.
+        models: folder of the trained source, and of the text model, that protocols start from.
         questions: of each task and size.
         device: to train on.
     """
 
-    def __init__(self, folder: Path, source: Path, questions: int, device: str):
-        self.folder, self.source, self.questions, self.device = folder, source, questions, device
+    def __init__(self, folder: Path, models: Path, questions: int, device: str):
+        self.folder, self.models, self.questions, self.device = folder, models, questions, device
         (folder / "runs").mkdir(parents=True, exist_ok=True)
 
     def start_of(self, protocol: str, tower: str) -> Path:
-        """The checkpoint that a protocol starts from: the source, or a model that has only seen text."""
+        """The checkpoint that a protocol starts from: the source, or the text model with a tower that sees."""
         if protocol == "B":
-            return self.source
-        folder = self.folder / f"text-{tower}-tower"
+            return self.models / "source"
+        if tower == "global":
+            seeing = self.models / "source"
+        else:
+            # Its tower learns what is in a tile, which is all that it will ever see.
+            seeing = self._made(f"source-{tower}", lambda to: train_source(to, SOURCE[:1], **TOWERS[tower]))
+        return self._made(f"start-{tower}", lambda to: give_sight(self.models / "text", seeing, to))
+
+    def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
+        folder = self.folder / name
         if not folder.exists():
-            train_source(folder, [Recipe(steps=300, lr=4e-3)], blind=True, **TOWERS[tower])
+            with tempfile.TemporaryDirectory(dir=self.folder) as place:
+                make(Path(place, name))
+                os.replace(Path(place, name), folder)
         return folder
 
     def measure(self, run: Run) -> dict[str, float]:
@@ -124,7 +141,7 @@ class Laboratory:
         file = self.folder / "runs" / run.file
         if not file.exists():
             started = time.monotonic()
-            scores = self._train(run)
+            scores = self._scores(run)
             content = {"scores": scores, "questions": self.questions, "seconds": round(time.monotonic() - started)}
             _write(file, json.dumps(content, indent=2))
         content = json.loads(file.read_text("utf-8"))
@@ -134,28 +151,49 @@ class Laboratory:
             )
         return content["scores"]
 
-    def rate(self, protocol: str, design: str, recipe: Recipe) -> float:
-        """The learning rate that is best on validation pictures after a third of the steps."""
-        short = replace(recipe, steps=max(1, recipe.steps // 3))
-        trials = {
-            lr: self.measure(Run(protocol, design, _TRIAL_SEED, replace(short, lr=lr), "validation")) for lr in RATES
-        }
-        return max(trials, key=lambda lr: overall(trials[lr]))
+    def measure_all(self, runs: Sequence[Run], jobs: int) -> None:
+        """Make the runs that aren't done yet, several at a time in a process each if there are several jobs."""
+        missing = [run for run in runs if not (self.folder / "runs" / run.file).exists()]
+        for tower in {_design(run)[1] for run in missing if run.protocol == "A"}:
+            self.start_of("A", tower)  # once, before all need it at the same time
+        started = time.monotonic()
+        with _workers(jobs) as measured:
+            for done, run in enumerate(measured(partial(_measure, self), missing), start=1):
+                left = (time.monotonic() - started) / done * (len(missing) - done)
+                print(f"{run.file}: {done} of {len(missing)}, about {left / 60:.0f} min left", flush=True)
 
-    def _train(self, run: Run) -> dict[str, float]:
-        design = dict(DESIGNS[run.protocol][run.design])
-        variant, tower = design.pop("variant", run.design), design.pop("tower", "global")
+    def trials(self, protocol: str, design: str, recipe: Recipe) -> dict[float, Run]:
+        """The runs that choose a design's learning rate: a third of the steps, on validation pictures."""
+        short = replace(recipe, steps=max(1, recipe.steps // 3))
+        return {lr: Run(protocol, design, _TRIAL_SEED, short.at(lr), "validation") for lr in RATES}
+
+    def rate(self, protocol: str, design: str, recipe: Recipe) -> float:
+        """The learning rate whose trial was best."""
+        scores = {lr: overall(self.measure(run)) for lr, run in self.trials(protocol, design, recipe).items()}
+        return max(scores, key=lambda lr: scores[lr])
+
+    def model_of(self, run: Run) -> tuple[Any, Batcher]:
+        """The model that a run starts with, and what makes its batches."""
+        variant, tower, design = _design(run)
         with tempfile.TemporaryDirectory(prefix="tiny-world-") as place:
             start = self.start_of(run.protocol, tower)
             folder = convert_checkpoint(start, Path(place, "model"), variant, **design).output
             model: Any = CasaForConditionalGeneration.from_pretrained(folder).to(self.device)
-            batcher = Batcher(CasaProcessor.from_pretrained(folder))
+            return model, Batcher(CasaProcessor.from_pretrained(folder))
+
+    def train(self, run: Run, model: Any, batcher: Batcher) -> None:
+        """Train a model as the protocol of the run says."""
         if run.protocol == "A":
+            freeze(model, _ALL_BUT_TOWER)
             train_unfrozen(model, batcher, run.recipe, seed=run.seed)
         else:
             # The control has no fusion layers: its vision tower is trained on as long as the others'.
             freeze(model, _VISION_BLOCKS if run.design == "insertion" else "paper-qwen")
             adapt_model(model, batcher, run.recipe, seed=run.seed)
+
+    def _scores(self, run: Run) -> dict[str, float]:
+        model, batcher = self.model_of(run)
+        self.train(run, model, batcher)
         scores = evaluate(model, batcher, all_questions(self.questions, run.split))
         found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
         if model.config.casa_image_updates != "full":  # else pictures carry what no cut reaches
@@ -163,6 +201,32 @@ class Laboratory:
                 questions = questions_of_memory(self.questions, size, run.split)
                 found |= {_memory(size, cut): memory(model, batcher, questions, cut) for cut in (None, *CUTS)}
         return found
+
+
+def _design(run: Run) -> tuple[str, str, dict[str, Any]]:
+    """The variant of a run, its tower, and overrides of its configuration."""
+    fields = dict(DESIGNS[run.protocol][run.design])
+    return fields.pop("variant", run.design), fields.pop("tower", "global"), fields
+
+
+def _measure(laboratory: Laboratory, run: Run) -> Run:
+    laboratory.measure(run)
+    return run
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[Callable[[Run], Run], Sequence[Run]], Iterator[Run]]]:
+    """Maps over runs, in so many processes of one thread each, or, with a single job, in this one."""
+    if jobs == 1:
+        yield map
+    else:
+        with multiprocessing.get_context("spawn").Pool(jobs, _begin_worker) as pool:
+            yield pool.imap_unordered
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bar()
 
 
 def overall(scores: Mapping[str, float]) -> float:
@@ -254,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and write the tables."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world.table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps the results of runs")
-    parser.add_argument("--source", type=Path, default=Path("tiny-world-output", "source"), help="for protocol B")
+    parser.add_argument("--models", type=Path, default=Path("tiny-world-output"), help="has source/ and text/")
     parser.add_argument("--protocols", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--designs", nargs="+", help="those of each protocol by default")
     parser.add_argument("--seeds", type=int, default=5)
@@ -262,29 +326,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=160, help="test questions of each task and size")
     parser.add_argument("--lr", type=float, help="of all designs; by default each has three trials")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, help="runs at the same time; as many as cores, but 1 on a GPU")
     parser.add_argument("--page", type=Path, default=RESULTS, help="receives the tables")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     page = insert_tables(options.page.read_text("utf-8"), "")  # refused before any work
-    if "B" in options.protocols and not (options.source / "config.json").is_file():
-        parser.error(f"There is no source in {options.source}; train one with `make tiny-world`, or give --source.")
-    laboratory = Laboratory(options.folder, options.source, options.questions, options.device)
-    steps = dict(zip(DESIGNS, options.steps, strict=True))
-    started = time.monotonic()
+    for name in ("source", "text"):
+        if not (options.models / name / "config.json").is_file():
+            parser.error(f"There is no {name} model in {options.models}; make it with `make tiny-world`.")
+    jobs = options.jobs or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
+    laboratory = Laboratory(options.folder, options.models, options.questions, options.device)
+    recipes = {
+        protocol: replace(recipe, steps=steps)
+        for (protocol, recipe), steps in zip(RECIPES.items(), options.steps, strict=True)
+    }
     plan = [
         (protocol, design)
         for protocol in options.protocols
         for design in DESIGNS[protocol]
         if options.designs is None or design in options.designs
     ]
+    if options.lr is None:
+        trials = [laboratory.trials(protocol, design, recipes[protocol]) for protocol, design in plan]
+        laboratory.measure_all([run for runs in trials for run in runs.values()], jobs)
+    rates = {
+        (protocol, design): options.lr or laboratory.rate(protocol, design, recipes[protocol])
+        for protocol, design in plan
+    }
+    runs = [
+        Run(protocol, design, seed, recipes[protocol].at(rates[protocol, design]))
+        for seed in range(options.seeds)
+        for protocol, design in plan
+    ]
+    laboratory.measure_all(runs, jobs)
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for done, (protocol, design) in enumerate(plan, start=1):
-        recipe = Recipe(steps=steps[protocol], names=0.1 if protocol == "A" else 0.0)
-        lr = options.lr or laboratory.rate(protocol, design, recipe)
-        runs = [Run(protocol, design, seed, replace(recipe, lr=lr)) for seed in range(options.seeds)]
-        results.setdefault(protocol, {})[design] = [laboratory.measure(run) for run in runs]
-        left = (time.monotonic() - started) / done * (len(plan) - done)
-        print(f"{protocol}, {design}: {done} of {len(plan)} designs, about {left / 60:.0f} min left", flush=True)
+    for run in runs:
+        results.setdefault(run.protocol, {}).setdefault(run.design, []).append(laboratory.measure(run))
     _write(options.page, insert_tables(page, tables(results)))
 
 

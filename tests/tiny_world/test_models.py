@@ -17,7 +17,7 @@ from examples.tiny_world import training
 from examples.tiny_world.asking import Source
 from examples.tiny_world.batches import Batcher
 from examples.tiny_world.models import build_tokenizer, source_config, write_source
-from examples.tiny_world.protocols import SOURCE, Recipe, curriculum, train_source
+from examples.tiny_world.protocols import SOURCE, TEXT, Recipe, curriculum, train_source
 from examples.tiny_world.training import answers_right, chance, cuts, trapezoid
 from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, standard_questions
 
@@ -144,7 +144,8 @@ def test_the_command_trains_both_and_writes_their_scores(tmp_path, capfd):
     arguments = [str(tmp_path), "--scale", "0.001", "--questions", "2"]
     command.main(arguments)
     shown = capfd.readouterr().out
-    assert shown.count("source: step 1 of 1,") == len(SOURCE) and shown.count("casa: step 1 of 1,") == 1
+    for name, stages in {"source": len(SOURCE), "text": len(TEXT), "casa": 1}.items():
+        assert shown.count(f"{name}: step 1 of 1,") == stages
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     guessing = chance(standard_questions(1)).overall
     assert results["chance"]["overall"] == pytest.approx(guessing, abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -80,26 +81,58 @@ def test_a_local_tower_sees_each_image_token_by_itself(tmp_path: Path):
         assert moved == ([True] * 9 if name == "global" else [True] + [False] * 8)
 
 
-def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make tiny-world` makes, of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = build_tokenizer()
+    for seed, name in enumerate(("source", "text")):
+        torch.manual_seed(seed)
+        write_source(folder / name, Qwen2_5_VLForConditionalGeneration(source_config(tokenizer)), tokenizer)
+    return folder
+
+
+def test_protocol_a_starts_with_the_text_model_and_the_tower_of_the_source(models: Path, tmp_path: Path):
+    laboratory = table.Laboratory(tmp_path, models, 1, "cpu")
+    assert laboratory.start_of("B", "global") == models / "source"
+    weights = {
+        folder: Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (models / "source", models / "text", laboratory.start_of("A", "global"))
+    }
+    source, text, start = weights.values()
+    for name, tensor in start.items():
+        assert torch.equal(tensor, (source if ".visual." in name else text)[name]), name
+    assert not torch.equal(source["lm_head.weight"], text["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "design", "still"),
+    [
+        ("A", "insertion", r"visual\.(patch_embed|blocks)"),
+        ("A", "casa-replace", r"visual\.(patch_embed|blocks)"),
+        ("B", "insertion", r"language_model|lm_head|visual\.(patch_embed|merger)"),
+        ("B", "casa-ffn", r"language_model(?!.*casa_attn)|lm_head|visual\.(patch_embed|merger)"),
+    ],
+)
+def test_what_trains(models: Path, tmp_path: Path, protocol: str, design: str, still: str):
+    laboratory = table.Laboratory(tmp_path, models, 1, "cpu")
+    run = table.Run(protocol, design, 0, Recipe(steps=2, batch_size=12, warmup=0.0, lr=1e-3))
+    model, batcher = laboratory.model_of(run)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    laboratory.train(run, model, batcher)
+    moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if not re.search(still, name)}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_are_resumed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: int):
     page = tmp_path / "page.md"
     page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
-    tokenizer = build_tokenizer()
-    stock = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer))
-    source = write_source(tmp_path / "source", stock, tokenizer)
-    arguments = [
-        str(tmp_path / "lab"),
-        "--source",
-        str(source),
-        "--protocols",
-        "B",
-        "--designs",
-        "insertion",
-        "casa, 4 gists",
-    ]
-    arguments += ["--seeds", "1", "--steps", "1", "1", "--questions", "1", "--lr", "0.001", "--device", "cpu"]
-    arguments += ["--page", str(page)]
+    arguments = [str(tmp_path / "lab"), "--models", str(models), "--protocols", "B"]
+    arguments += ["--designs", "insertion", "casa, 4 gists", "--seeds", "1", "--steps", "1", "1", "--questions", "1"]
+    arguments += ["--lr", "0.001", "--device", "cpu", "--jobs", str(jobs), "--page", str(page)]
     table.main(arguments)
-    assert "2 of 2 designs" in capsys.readouterr().out
+    assert ": 2 of 2, about 0 min left" in capsys.readouterr().out
     written = page.read_text("utf-8")
     assert "### Protocol B" in written and "casa, 4 gists" in written
     files = sorted((tmp_path / "lab" / "runs").iterdir())
@@ -112,9 +145,23 @@ def test_runs_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     content["scores"] = dict.fromkeys(SIZES, 1.0)
     files[0].write_text(json.dumps(content), encoding="utf-8")
     table.main(arguments)
-    assert "| 100.0 |" in page.read_text("utf-8")
-    with pytest.raises(SystemExit):
-        table.main([*arguments, "--source", str(tmp_path / "none")])
-    assert "make tiny-world" in capsys.readouterr().err
+    assert "| 100.0 |" in page.read_text("utf-8") and "of 2" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 questions per size, not 2; remove it"):
         table.main([*arguments, "--questions", "2"])
+
+
+def test_models_that_are_missing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        table.main([str(tmp_path / "lab"), "--models", str(tmp_path / "none")])
+    assert "no source model in" in capsys.readouterr().err
+
+
+def test_the_rate_of_the_best_trial_is_taken(models: Path, tmp_path: Path):
+    laboratory = table.Laboratory(tmp_path, models, 1, "cpu")
+    recipe = Recipe(steps=9)
+    trials = laboratory.trials("B", "casa", recipe)
+    assert {(run.recipe.steps, run.split) for run in trials.values()} == {(3, "validation")}
+    for lr, run in trials.items():
+        content = {"scores": dict.fromkeys(SIZES, 0.9 if lr == 2e-3 else 0.5), "questions": 1}
+        (tmp_path / "runs" / run.file).write_text(json.dumps(content), encoding="utf-8")
+    assert laboratory.rate("B", "casa", recipe) == 2e-3
