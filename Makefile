@@ -12,7 +12,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu
-.PHONY: bench-forever soak lint quality style clean
+.PHONY: bench-forever bench-captions soak lint quality style clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-gpu          the same on a CUDA device"
 	@echo "make soak               two hours of live captions of a camera that does everything wrong"
 	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
+	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
 	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
@@ -67,6 +68,10 @@ soak: $(VENV)/installed
 # An hour or more: 10,000 frames, several times.
 bench-forever: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.forever --plot docs/images/forever-cpu.svg
+
+# Half an hour: 100,000 frames.
+bench-captions: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks.captions --plot docs/images/captions-cpu.svg
 
 GPU := --device cuda --attn torch_varlen
 

@@ -11,15 +11,14 @@ short and the frames are small, because what grows, if anything does, is the tex
 | `insertion` | 256 | token insertion; what lies beyond its turns is drawn as a line through them, and marked so |
 | `unbounded` | all | CASA; all text stays |
 
-They run one after the other, each in a process of its own, so that nobody's memory is another's (with `--tiny` in
-this one). Slopes are least
-squares over the means of blocks of turns: neighbouring turns share the machine's moods, and a window of text fills and
-empties many times within a block. Intervals are those of Student's t at 95 %. The first turns, in which the window
-fills, aren't part of a slope. Nothing is measured before the streams have given the logits of one call on everything,
-and the keys that an eviction moved are those of a cache that never held more. The memory that is measured is what the
-process has in use; with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The
-exit code is 1 if something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line
-is JSON.
+They run one after the other, each in a process of its own, so that nobody's memory is another's (with `--tiny` in this
+one). Slopes are least squares over the means of blocks of turns: neighbouring turns share the machine's moods, and a
+window of text fills and empties many times in a block. Intervals are those of Student's t at 95 %; what must be flat
+is judged by wider ones, which hold together at 95 %. The first turns, in which the window fills, are no part of a
+slope. Nothing is measured before the streams have given the logits of one call on everything, and the keys that an
+eviction moved are those of a cache that never held more. The memory that is measured is what the process has in use;
+with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The exit code is 1 if
+something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line is JSON.
 
     python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 """
@@ -223,6 +222,7 @@ class Line:
     Attributes:
         slope: per turn.
         low, high: ends of its 95 % interval.
+        widest: half the width of an interval by which several lines are judged that together hold at 95 %.
         mean: of the values.
         turns: that the values cover.
     """
@@ -230,21 +230,27 @@ class Line:
     slope: float
     low: float
     high: float
+    widest: float
     mean: float
     turns: int
 
     @property
     def flat(self) -> bool:
         """Whether the slope isn't different from 0."""
-        return self.low <= 0 <= self.high
+        return abs(self.slope) <= self.widest
 
     def over(self, turns: int) -> tuple[float, float, float]:
         """What the line and the ends of its interval rise by over so many turns, in parts of the mean."""
         return tuple(value * turns / self.mean if self.mean else 0.0 for value in (self.slope, self.low, self.high))
 
 
-def line(values: list[float] | list[int], blocks: int) -> Line:
+def line(values: list[float] | list[int], blocks: int, judged: int = 1) -> Line:
     """The line through values by turn.
+
+    Args:
+        values: by turn.
+        blocks: number of means that the line is laid through.
+        judged: number of lines that are judged together, that together hold at 95 %.
 
     Raises:
         ValueError: if there are fewer than three blocks.
@@ -258,15 +264,21 @@ def line(values: list[float] | list[int], blocks: int) -> Line:
     residual = sum((mean - intercept - slope * place) ** 2 for place, mean in zip(places, means, strict=True))
     spread = sum((place - statistics.fmean(places)) ** 2 for place in places)
     freedom = len(means) - 2
-    half = student_t(freedom) * math.sqrt(residual / freedom / spread)
-    return Line(slope, slope - half, slope + half, statistics.fmean(means), len(values))
+    error = math.sqrt(residual / freedom / spread)
+    half, widest = (student_t(freedom, 0.05 / tests) * error for tests in (1, judged))
+    return Line(slope, slope - half, slope + half, widest, statistics.fmean(means), len(values))
 
 
-def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t, by its expansion around the normal one (Abramowitz and Stegun, 26.7.5)."""
-    if freedom <= 2:
-        return (12.706, 4.303)[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
+def student_t(freedom: int, outside: float = 0.05) -> float:
+    """The point of Student's t beyond which, on both sides together, a share of `outside` lies.
+
+    Exact for 1 and 2 degrees of freedom, else by the expansion around the normal one (Abramowitz and Stegun, 26.7.5).
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (1 - outside) / 2)
+    if freedom == 2:
+        return (1 - outside) * math.sqrt(2 / (1 - (1 - outside) ** 2))
+    z = statistics.NormalDist().inv_cdf(1 - outside / 2)
     terms = (
         z,
         (z**3 + z) / 4,
@@ -283,7 +295,7 @@ def lines(records: dict[str, Record], sizes: Sizes) -> dict[str, dict[str, Line]
     for name, record in records.items():
         skipped = min(sizes.settled, len(record.turn_ms) // 4)
         figures = {name: getattr(record, name) for name in ("turn_ms", "cache", "allocated", "resident")}
-        found[name] = {key: line(values[skipped:], sizes.blocks) for key, values in figures.items()}
+        found[name] = {key: line(values[skipped:], sizes.blocks, len(figures)) for key, values in figures.items()}
     return found
 
 

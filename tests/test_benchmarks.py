@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from benchmarks import forever, layer, prefill, soak, streaming, streams
+from benchmarks import captions, forever, layer, prefill, soak, streaming, streams
 from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
@@ -41,6 +42,7 @@ from benchmarks.prefill import Prompt
 from benchmarks.streaming import SIZES, Camera, CasaContender, InsertionContender
 from benchmarks.variants import Contestant
 from casa_hf import CasaConfig, cache_nbytes
+from tests.tiny_world.reader import areas
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = SIZES["tiny"]
@@ -286,8 +288,18 @@ def test_a_line_is_that_of_least_squares_with_student_s_interval():
     half = pytest.approx(2.101 * error, rel=1e-3)
     assert found.high - found.slope == half and found.slope - found.low == half
     assert not found.flat and forever.line([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0], 7).flat
-    for freedom, quantile in ((1, 12.706), (3, 3.182), (8, 2.306), (48, 2.011)):
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (3, 3.182), (8, 2.306), (48, 2.011)):
         assert forever.student_t(freedom) == pytest.approx(quantile, rel=5e-3)
+    for freedom, quantile in ((1, 63.657), (2, 9.925), (8, 3.355), (48, 2.682)):
+        assert forever.student_t(freedom, 0.01) == pytest.approx(quantile, rel=5e-3)
+
+
+def test_lines_that_are_judged_together_have_wider_intervals():
+    values = [0.0, 1.0, 0.5, 2.0, 1.0, 2.5, 0.0, 3.0]
+    alone, one_of_ten = (forever.line(values, 8, judged) for judged in (1, 10))
+    error = (alone.high - alone.slope) / forever.student_t(6)
+    assert one_of_ten.high == alone.high and alone.widest == pytest.approx(alone.high - alone.slope)
+    assert one_of_ten.widest == pytest.approx(forever.student_t(6, 0.005) * error)
 
 
 def test_bounded_text_stays_and_unbounded_text_grows_as_predicted():
@@ -323,6 +335,28 @@ def test_what_must_hold_is_judged_and_memory_of_an_unbounded_stream_is_not():
     assert broken(unbounded=replace(level, predicted=8)) == ["cache of 7 bytes"]
 
 
+def test_an_endless_clip_is_silent_while_its_object_stays():
+    shown = list(islice(captions.endless(), 4 * captions.CLIP))
+    names = [f"{area.colour} {area.shape}" for frame, _ in shown for area in areas(frame)]
+    before = ["", *names[:-1]]
+    expected = ["" if name == last else name for name, last in zip(names, before, strict=True)]
+    assert [caption for _, caption in shown] == expected
+
+
+def test_captions_that_become_worse_or_dearer_are_noticed():
+    sizes = captions.Sizes(frames=400)
+    level, rising = [1.0, 2.0] * 200, [float(frame) for frame in range(400)]
+    record = captions.Record(level, level, level, [1.0, 1.0, 0.0, 1.0] * 100)
+
+    def broken(**figures: list[float]) -> list[str]:
+        judged = captions.judgements(captions.lines(replace(record, **figures), sizes))
+        return [what.split(":")[0] for what, holds in judged.items() if not holds]
+
+    assert broken() == broken(right=rising) == []
+    assert broken(latency_ms=rising) == ["latency"] and broken(cache=rising) == ["cache"]
+    assert broken(memory=rising) == ["memory"] and broken(right=rising[::-1]) == ["captions"]
+
+
 def test_a_run_in_which_something_does_not_hold_ends_with_1(monkeypatch, capsys):
     monkeypatch.setattr(forever, "most_bytes", lambda *_: 1)
     monkeypatch.setattr("sys.argv", ["benchmark", "--tiny", "--turns", "24"])
@@ -341,6 +375,7 @@ PROGRAMS = {
     layer: ["--rounds", "1", "--windows", "2"],
     streams: ["--streams", "2", "--turns", "3"],
     forever: ["--turns", "24"],
+    captions: ["--frames", "100"],
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 
@@ -368,6 +403,7 @@ def test_program(program, device, monkeypatch, capsys, tmp_path):
         (layer, ["--variants", "ca-shared"], "--variants: unknown name 'ca-shared'; choose from casa"),
         (forever, ["--turns", "8"], "--turns 8 must be at least 12"),
         (forever, ["--text-window", "9"], "--text-window 9 must be at least 10: the prompt and the text of a turn."),
+        (captions, ["--frames", "99"], "--frames 99 must be at least 100, for lines with intervals."),
         (streams, ["--turns", "2"], "--turns 2 must be more than --period 2"),
         (streams, ["--plot", "no/drawing.svg"], "there is no folder no; make it first."),
         (streams, ["--plot", "drawing.png"], "the name must end in .svg"),
