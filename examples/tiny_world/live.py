@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,6 +38,7 @@ from .world import Camera
 PROMPT = "Say what there is when it changes."
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "live"
 _START = Path(__file__).parent / "checkpoints" / "casa"
+_LR = 2e-3
 _CHANGES = 0.3  # share of frames in which the object is another one
 
 
@@ -106,26 +107,27 @@ class StreamBatcher:
         return ids, labels, types
 
 
-def train(folder: Path, steps: int = 600, batch_size: int = 32, frames: int = 8, lr: float = 2e-3) -> Path:
+def train(folder: Path, steps: int = 600, frames: int = 256, lengths: Sequence[int] = (8, 8, 16, 32)) -> Path:
     """Train the captioner from the bundled `casa` checkpoint and write it.
 
     Args:
         folder: to write.
         steps: of the optimizers.
-        batch_size: clips per step.
-        frames: of a clip.
-        lr: highest learning rate.
+        frames: of all clips of a step together.
+        lengths: of the clips, in turn: short ones say more often how to begin, long ones how to go on.
     """
     model: Any = CasaForConditionalGeneration.from_pretrained(_START)
     processor = CasaProcessor.from_pretrained(_START)
     for parameter in model.model.visual.parameters():
         parameter.requires_grad_(False)
-    made = optimizers(model, lr)
+    made = optimizers(model, _LR)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda s: trapezoid(s, steps, 0.05, 0.6)) for one in made]
-    batcher, clips = StreamBatcher(processor), _clips(frames)
+    batcher, numbers = StreamBatcher(processor), count()
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**batcher(list(islice(clips, batch_size))), use_cache=False).loss
+        length = lengths[step % len(lengths)]
+        clips = [clip(next(numbers), length, "train") for _ in range(max(1, frames // length))]
+        loss = model(**batcher(clips), use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
         for optimizer, scheduler in zip(made, schedulers, strict=True):
@@ -142,13 +144,6 @@ def train(folder: Path, steps: int = 600, batch_size: int = 32, frames: int = 8,
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(written, folder)
     return folder
-
-
-def _clips(frames: int) -> Iterator[Clip]:
-    index = 0
-    while True:
-        yield clip(index, frames, "train")
-        index += 1
 
 
 def scores(model: Any, processor: CasaProcessor, number: int, frames: int, split: str = "test") -> dict[str, float]:

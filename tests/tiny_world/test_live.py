@@ -70,7 +70,7 @@ def test_the_captioner_sees_changes():
 
 
 def test_short_training_writes_a_captioner(tmp_path, capsys):
-    folder = live.train(tmp_path / "live", steps=2, batch_size=2, frames=2)
+    folder = live.train(tmp_path / "live", steps=2, frames=4, lengths=(2, 4))
     assert "step 2 of 2" in capsys.readouterr().out
     trained, start = (
         dict(CasaForConditionalGeneration.from_pretrained(f).named_parameters()) for f in (folder, live._START)
