@@ -92,6 +92,25 @@ def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None
     assert [event.kind for event in ends] == ["end", *["answered"] * 20, "end"]
 
 
+def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    silent = tmp_path / "silent"
+    shutil.copytree(checkpoint, silent)
+    settings = json.loads((silent / "generation_config.json").read_text("utf-8"))
+    model = json.loads((silent / "config.json").read_text("utf-8"))
+    settings["eos_token_id"] = list(range(model["text_config"]["vocab_size"]))
+    (silent / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    file = tmp_path / "events.jsonl"
+    questions = ["--ask", "@2 Who?", "--ask", "@2 What?", "--ask", "Where?"]
+    outcome = cli("caption", BUNNY, "--model", silent, *ARGUMENTS, *questions, "--out", file)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == [f"[0:00:0{time}] answer: (silence)" for time in ("2.0", "2.0", "3.5")]
+    assert "6 frames in " in outcome.err
+    events = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [event["kind"] for event in events] == [*["end"] * 3, *["answered"] * 2, *["end"] * 3, "answered"]
+    answered = [event["question"] for event in events if event["kind"] == "answered"]
+    assert sorted(answered[:2]) == ["What?", "Who?"] and answered[2] == "Where?"
+
+
 def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F811
     outcome = cli("caption", BUNNY, "--model", checkpoint, *ARGUMENTS, "--live", "--late", "wait", terminal=True)
     assert outcome.code == 0, outcome.err

@@ -294,7 +294,7 @@ def test_a_broken_frame_changes_nothing(model, processor, broken):
 
 
 def test_the_same_picture_in_every_kind_of_numbers(model, processor):
-    """Floating values are in [0, 1]; without the last bits of 16-bit floats, too."""
+    """Floating values are in [0, 1], of 16 bits, too."""
     turns = stream_of(model("casa"), processor).turns
     pixels = np.asarray(PICTURES[0])
     expected = turns.pixels(PICTURES[0])["pixel_values"]
@@ -306,7 +306,7 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
         "int64": pixels.astype(np.int64),
         "tensor": torch.tensor(pixels),
         **{str(kind): (pixels / 255).astype(kind) for kind in (np.float16, np.float32, np.float64)},
-        **{str(kind): floats.to(kind) for kind in (torch.float16, torch.float32, torch.float64)},
+        **{str(kind): floats.to(kind) for kind in (torch.float16, torch.bfloat16, torch.float32)},
         "floats, channels first": floats.permute(2, 0, 1),
         "with a gradient": floats.clone().requires_grad_(),
         "resized": floats + torch.tensor([-1e-3, 0.0, 1e-3]),  # has left [0, 1] by less than half a step
@@ -314,8 +314,6 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
     assert pixels.min() == 0 and pixels.max() == 255
     for name, given in kinds.items():
         assert torch.equal(turns.pixels(given)["pixel_values"], expected), name
-    coarse = turns.pixels(floats.bfloat16())["pixel_values"]
-    assert 0 < (coarse - expected).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -668,7 +666,10 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
             }.items()
         ),
         *(
-            ({**state, "cache": {**state["cache"], "layers": [layers[0], {**layers[1], **part}, *layers[2:]]}}, message)
+            (
+                {**state, "cache": {**state["cache"], "layers": [layers[0], {**layers[1], **part}, *layers[2:]]}},
+                message,
+            )
             for part, message in [
                 ({"text": []}, "a part of layer 1 is missing"),
                 ({"fusion": {}}, "a part of layer 1 is missing"),
