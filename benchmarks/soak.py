@@ -165,7 +165,7 @@ class Soak:
     def _answer(self, stream: CasaStream) -> tuple[int, ...]:
         """The tokens of an answer."""
         *_, end = stream.ask("What is it?", max_new_tokens=4)
-        if end.kind != "end" or not end.token_ids:
+        if end.kind != "answered" or not end.token_ids:
             self.exceptions.append(f"a fork answered with {end}")
         return end.token_ids
 

@@ -61,7 +61,7 @@ def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_
     found = [{key: event[key] for key in ("kind", "start", "text")} for event in events[:first_answer]]
     expected = events_of(checkpoint)
     assert found == expected[: len(found)] and len(found) > 6
-    assert events[-1]["kind"] == "end" and events[-2]["kind"] == "answer"
+    assert events[-1]["kind"] == "answered" and events[-2]["kind"] == "answer"
 
     assert outcome.out.count("answer: ") == 2
     assert re.match(r"\[0:00:0[1-3]\.[05]\] ", outcome.out)
@@ -87,8 +87,28 @@ def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None
     stream = CasaStream(model, processor, fps=2, max_new_tokens_per_frame=1)
     captions = Brief(stream, open_video(BUNNY, fps=2, end=0.6))
     questions = [Question(0.0, f"{index}?") for index in range(20)]
-    ends = [event.start for event in _events(captions, questions) if event.kind == "end"]
-    assert ends == [0.0] * 21 + [0.48], "all of them are answered before the next frame"
+    ends = [event for event in _events(captions, questions) if event.kind in ("end", "answered")]
+    assert [event.start for event in ends] == [0.0] * 21 + [0.48], "all of them are answered before the next frame"
+    assert [event.kind for event in ends] == ["end", *["answered"] * 20, "end"]
+
+
+def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    silent = tmp_path / "silent"
+    shutil.copytree(checkpoint, silent)
+    settings = json.loads((silent / "generation_config.json").read_text("utf-8"))
+    model = json.loads((silent / "config.json").read_text("utf-8"))
+    settings["eos_token_id"] = list(range(model["text_config"]["vocab_size"]))
+    (silent / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    file = tmp_path / "events.jsonl"
+    questions = ["--ask", "@2 Who?", "--ask", "@2 What?", "--ask", "Where?"]
+    outcome = cli("caption", BUNNY, "--model", silent, *ARGUMENTS, *questions, "--out", file)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == [f"[0:00:0{time}] answer: (silence)" for time in ("2.0", "2.0", "3.5")]
+    assert "6 frames in " in outcome.err
+    events = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [event["kind"] for event in events] == [*["end"] * 3, *["answered"] * 2, *["end"] * 3, "answered"]
+    answered = [event["question"] for event in events if event["kind"] == "answered"]
+    assert sorted(answered[:2]) == ["What?", "Who?"] and answered[2] == "Where?"
 
 
 def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F811

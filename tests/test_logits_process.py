@@ -222,11 +222,22 @@ def test_reordered_beams_keep_their_own_counts():
         (lambda: DecayingRepetitionPenalty(1.1, clamp=-1.0), "clamp=-1.0"),
         (lambda: DecayingRepetitionPenalty(1.1, window=0), "window=0"),
         (lambda: DecayingRepetitionPenalty(1.1, prompt_ignore_length=-1), "prompt_ignore_length=-1"),
+        (lambda: DecayingRepetitionPenalty("a"), "penalty='a' must be a positive number"),
+        (lambda: DecayingRepetitionPenalty(math.inf), "penalty=inf"),
+        (lambda: DecayingRepetitionPenalty(1.1, decay="a"), "decay='a'"),
+        (lambda: DecayingRepetitionPenalty(1.1, clamp=None), "clamp=None"),
+        (lambda: DecayingRepetitionPenalty(1.1, window=2.5), "window=2.5"),
+        (lambda: WindowedNoRepeatNGram(2.5), "ngram_size=2.5 must be a positive integer"),
+        (lambda: WindowedNoRepeatNGram(True), "ngram_size=True"),
+        (lambda: WindowedNoRepeatNGram("4"), "ngram_size='4'"),
+        (lambda: WindowedNoRepeatNGram(4, window=60.5), "window=60.5 must be an integer of at least ngram_size=4"),
+        (lambda: StopBias(STOPS, "a"), "bias='a'"),
+        (lambda: StopBias(STOPS, math.inf), "bias=inf"),
         (lambda: WindowedNoRepeatNGram(0), "ngram_size=0"),
         (lambda: WindowedNoRepeatNGram(4, window=3), "window=3"),
         (lambda: StopBias(STOPS, 0.0), "bias=0.0"),
     ],
-    ids=range(10),
+    ids=range(21),
 )
 def test_settings_out_of_range_are_named(make, message):
     with pytest.raises(ValueError, match=message):

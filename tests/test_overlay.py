@@ -146,8 +146,8 @@ def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
     corrupt(0)
     overlay.show(Frame(0.1, picture(1)))
     tell(overlay, 1, 0.1, "words", fps=10)
-    # A problem of the source, at the time of the last frame.
-    overlay.write(CaptionEvent("error", 1, 0.1, 0.2, 0.0, message="a part can't be decoded"))
+    # A problem of the source, which may be later than the next frame.
+    overlay.write(CaptionEvent("error", -1, 0.3, 0.4, 0.0, message="a part can't be decoded"))
     for index in range(2, 8):
         corrupt(index)
         assert [reference() for reference in kept] == [None] * index

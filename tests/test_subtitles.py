@@ -160,8 +160,8 @@ def test_interrupted_frames_answers_and_frames_without_captions(tmp_path):
     """An answer is no caption; what was said before an interruption is."""
     events: list[CaptionEvent] = [
         *frame(0, 0.0, "first")[:-1],  # no end: the frame was cut short
-        CaptionEvent("answer", 0, 0.0, 0.5, 0.1, "an answer"),
-        CaptionEvent("end", 0, 0.0, 0.5, 0.1, "an answer"),
+        CaptionEvent("answer", 0, 0.0, 0.5, 0.1, "an answer", question="What?"),
+        CaptionEvent("answered", 0, 0.0, 0.5, 0.1, "an answer", question="What?"),
         CaptionEvent("dropped", 1, 0.5, 1.0, 0.0, message="late"),
         CaptionEvent("error", 2, 1.0, 1.5, 0.0, message="broken"),
         *frame(3, 1.5, "second")[:-1],

@@ -524,6 +524,9 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
         cache: of as many growing layers as the state has, empty.
         state: from `cache_state`; it isn't changed and shares nothing with the cache.
         devices: of the decoder blocks.
+
+    Raises:
+        ValueError: if what it holds has lengths that don't fit together.
     """
     prepare_cache(cache, len(state["layers"]))
     for layer, stored, device in zip(cache.layers, state["layers"], devices, strict=True):
@@ -542,6 +545,27 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
         for name, value in state["windows"].items()
     }
     cache.layers[0].window_state = WindowState(**windows)
+    _check_lengths(cache)
+
+
+def _check_lengths(cache: Cache) -> None:
+    state: WindowState = cache.layers[0].window_state
+    state.check()
+    lengths = {"text": state.length, "window": state.length - state.text_start}
+    lengths |= dict.fromkeys(("image", "update"), state.image_columns)
+    like: torch.Tensor | None = None
+    for number, layer in enumerate(cache.layers):
+        text = {} if layer.keys is None else {"text": KeysValues(layer.keys, layer.values)}
+        for name, stored in (text | layer.fusion).items():
+            for tensor in stored:
+                like = tensor if like is None else like
+                batch_size, heads, length, head_dim = tensor.shape
+                fits = (batch_size, heads, head_dim) == (state.batch_size, like.shape[1], like.shape[3])
+                if not fits or length != lengths[name] or tensor.dtype != like.dtype:
+                    raise ValueError(
+                        f"The state is damaged: {name} of layer {number} is {tensor.dtype} of shape "
+                        f"{tuple(tensor.shape)}, which doesn't fit the rest; give all of it, as it was saved."
+                    )
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:

@@ -267,10 +267,10 @@ def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[Capti
     for event in captions:
         yield event
         # The end of its answer asks the next one of the same moment, so there is always room for it.
-        if event.kind == "end" and timed and event.start >= (timed[0].moment or 0.0):
+        if event.kind in ("end", "answered") and timed and event.start >= (timed[0].moment or 0.0):
             captions.ask(timed.popleft().text)
     for question in [*timed, *(question for question in questions if question.moment is None)]:
-        yield from captions.stream.ask(question.text)
+        yield from captions.answer(question.text)
 
 
 class _View(AbstractContextManager["_View"]):
@@ -312,8 +312,8 @@ class _View(AbstractContextManager["_View"]):
             self._text += event.text
         elif event.kind == "answer":
             self._answer += event.text
-        elif event.kind == "end" and self._answer:
-            self._line(f"[{_clock(event.start)}] answer: {_one_line(self._answer)}")
+        elif event.kind == "answered":
+            self._line(f"[{_clock(event.start)}] answer: {_one_line(event.text) or '(silence)'}")
             self._answer = ""
         elif event.kind == "end":
             self._counts["frames"] += 1

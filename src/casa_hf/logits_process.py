@@ -14,9 +14,12 @@ Stop tokens are exempt: silence must stay possible however often there was silen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+
+from .checks import check_count, check_number, check_positive
 
 # With a decay of 0.99 a token counts 1e-9 after this many others.
 _COUNTED_TOKENS = 2048
@@ -40,8 +43,14 @@ class _WindowedProcessor(LogitsProcessor):
     """What processors share that look at the last `window` tokens behind a prompt."""
 
     def __init__(self, window: int, exempt_token_ids: Sequence[int] | int | None, prompt_ignore_length: int):
-        _check("prompt_ignore_length", prompt_ignore_length, prompt_ignore_length >= 0, "0 or more tokens")
-        self.window = window
+        check_number(
+            "prompt_ignore_length",
+            prompt_ignore_length,
+            Integral,
+            lambda number: number >= 0,
+            "an integer of 0 or more",
+        )
+        self.window = int(window)
         self.prompt_ignore_length = prompt_ignore_length
         self._exempt = _TokenSet(exempt_token_ids)
 
@@ -80,14 +89,14 @@ class DecayingRepetitionPenalty(_WindowedProcessor):
         window: int = _COUNTED_TOKENS,
         prompt_ignore_length: int = 0,
     ):
-        _check("penalty", penalty, penalty > 0, "a positive number (1.0 penalises nothing)")
-        _check("decay", decay, 0 < decay <= 1, "in (0, 1] (1.0 counts without fading)")
-        _check("clamp", clamp, clamp > 0, "a positive number")
-        _check("window", window, window > 0, "a positive number of tokens")
+        check_positive("penalty", penalty, "a positive number (1.0 penalises nothing)")
+        check_number("decay", decay, Real, lambda share: 0 < share <= 1, "in (0, 1] (1.0 counts without fading)")
+        check_number("clamp", clamp, Real, lambda count: count > 0, "a positive number (infinity for no bound)")
+        check_count("window", window)
         super().__init__(window, exempt_token_ids, prompt_ignore_length)
-        self.penalty = penalty
-        self.decay = decay
-        self.clamp = clamp
+        self.penalty = float(penalty)
+        self.decay = float(decay)
+        self.clamp = float(clamp)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Penalised scores.
@@ -130,10 +139,11 @@ class WindowedNoRepeatNGram(_WindowedProcessor):
         exempt_token_ids: Sequence[int] | int | None = None,
         prompt_ignore_length: int = 0,
     ):
-        _check("ngram_size", ngram_size, ngram_size > 0, "a positive number of tokens")
-        _check("window", window, window >= ngram_size, f"at least ngram_size={ngram_size} tokens")
+        check_count("ngram_size", ngram_size)
+        expected = f"an integer of at least ngram_size={ngram_size}"
+        check_number("window", window, Integral, lambda number: number >= ngram_size, expected)
         super().__init__(window, exempt_token_ids, prompt_ignore_length)
-        self.ngram_size = ngram_size
+        self.ngram_size = int(ngram_size)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores with -inf for what is forbidden.
@@ -171,8 +181,8 @@ class StopBias(LogitsProcessor):
     """
 
     def __init__(self, stop_token_ids: Sequence[int] | int, bias: float):
-        _check("bias", bias, bias > 0, "a positive number (1.0 changes nothing)")
-        self.bias = bias
+        check_positive("bias", bias, "a positive number (1.0 changes nothing)")
+        self.bias = float(bias)
         self._stops = _TokenSet(stop_token_ids)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
@@ -237,8 +247,3 @@ def caption_processors(
 def history_length(processors: Sequence[LogitsProcessor]) -> int:
     """Number of last tokens that these processors look at."""
     return max((getattr(processor, "window", 0) for processor in processors), default=0)
-
-
-def _check(name: str, value: float, allowed: bool, expected: str) -> None:
-    if not allowed:
-        raise ValueError(f"{name}={value!r} must be {expected}.")

@@ -180,10 +180,11 @@ class Overlay:
     def write(self, event: CaptionEvent) -> None:
         """Take one event of the stream; draws what has become certain by it."""
         if event.kind == "error":
-            self._leave_out(event.start)
+            if event.frame_index >= 0:  # else a problem of the source, not of a frame
+                self._leave_out(event.start)
             return
         caption = self._captions.add(event)
-        if event.kind != "end" or event.start <= self._latest:  # of an answer
+        if event.kind != "end":
             return
         # Up to this frame it is the caption before that counts.
         self._draw(event.start)
@@ -209,7 +210,7 @@ class Overlay:
 
     def _leave_out(self, start: float) -> None:
         """A frame that was shown couldn't be used; frames before it wait for nothing any more."""
-        if self._frames is None and start > self._latest:  # else a problem of the source, not of a frame
+        if self._frames is None:
             self._draw(start)
             if self._held and self._held[0].timestamp == start:
                 self._held.pop(0)

@@ -63,7 +63,6 @@ class CaptionCollector:
             self._pieces += event.text
             self._latest = event
             return before
-        # The end of an answer comes without pieces of a caption before it. So does that of a silent frame.
         return self.finish() if event.kind == "end" else None
 
     def finish(self) -> Caption | None:
@@ -128,7 +127,7 @@ class _CueWriter(CaptionWriter):
         caption = self._captions.add(event)
         if caption is not None:
             self._append(caption)
-        if event.kind != "answer":
+        if event.question is None:
             self._cut(Fraction(event.start))
 
     def close(self) -> None:

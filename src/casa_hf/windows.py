@@ -164,6 +164,29 @@ class WindowState:
     def batch_size(self) -> int:
         return self.valid.shape[0]
 
+    def check(self) -> None:
+        """Refuse a growing state whose fields don't fit together, as one that was read from a file may be.
+
+        Raises:
+            ValueError: with the name of the field.
+        """
+        like = WindowState.empty(self.batch_size, self.valid.device, self.valid.shape[1])
+        expected: dict[str, Any] = {field.name: getattr(like, field.name) for field in fields(like)}
+        if self.pinned is not None:
+            expected["pinned"] = like.is_frame[:, None].expand(-1, self.image_columns)
+        for name, other in expected.items():
+            own = getattr(self, name)
+            fits = type(own) is type(other)
+            if fits and isinstance(own, torch.Tensor):
+                fits = own.dtype == other.dtype and own.shape == other.shape
+            elif fits and isinstance(own, int):
+                fits = own == other if name == "length" else own >= 0
+            if not fits:
+                raise ValueError(
+                    f"The state is damaged: {name} of its windows doesn't fit the rest; give all of it, as it was "
+                    "saved."
+                )
+
     def select(self, rows: torch.Tensor) -> WindowState:
         """The state with the given rows, in their order."""
         rows = rows.to(self.valid.device)

@@ -141,8 +141,8 @@ class Transcript:
 
 
 def emitted(events: Iterable[CaptionEvent]) -> tuple[int, ...]:
-    """The tokens of the one "end" among these events."""
-    [end] = [event for event in events if event.kind == "end"]
+    """The tokens of the one end of a frame or an answer among these events."""
+    [end] = [event for event in events if event.kind in ("end", "answered")]
     return end.token_ids
 
 

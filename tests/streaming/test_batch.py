@@ -311,10 +311,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
         ({first: PICTURES[0], second: (PICTURES[0], 1.0, 2.0)}, "a tuple of 3"),
         ({first: PICTURES[0], second: []}, "empty list"),
         ({first: PICTURES[0], second: (PICTURES[0], float("nan"))}, "timestamp=nan"),
+        ([PICTURES[0], PICTURES[1]], "frames is a list; give a dict"),
+        (PICTURES[0], "frames is a Image; give a dict"),
     ):
         with pytest.raises(ValueError, match=message):
             batch.push(frames)
         assert batch.num_frames(first) == batch.num_frames(second) == 0
+    with pytest.raises(ValueError, match="questions is a str; give a dict with the question of each stream"):
+        batch.ask("What do you see?")
     with pytest.raises(TypeError, match="prompt belongs to each stream"):
         batch_of(model, processor, prompt="What?")
     with pytest.raises(ValueError, match="fps=0"):

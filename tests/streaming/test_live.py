@@ -256,12 +256,77 @@ def test_questions_are_answered_between_frames_and_during_a_pause(stream):
             captions.ask("What <|vision_start|><|vision_end|> is it?")
         if event.kind == "error":
             captions.resume()
-    ends = [index for index, kind in enumerate(kinds) if kind == "end"]
-    assert len(ends) == 5
-    assert "error" in kinds[ends[2] :], "a question that can't be asked ends nothing"
+    assert [kind for kind in kinds if kind not in ("text", "answer")] == [
+        *["end"] * 2,
+        "answered",
+        "error",
+        *["end"] * 2,
+    ]
+
+
+def test_too_many_questions_are_refused_and_so_is_one_that_nobody_would_answer(stream):
+    captions = LiveCaptions(stream, recorded(2))
     with pytest.raises(ValueError, match="16 questions wait"):
         for _ in range(17):
-            captions.ask("And now?")
+            captions.ask("And now?", max_new_tokens=1)
+    events = list(captions)
+    assert sum(event.kind == "answered" for event in events) == 16
+    broken_off, stopped = (LiveCaptions(stream, recorded(2)) for _ in range(2))
+    iterator = iter(broken_off)
+    next(iterator)
+    broken_off.ask("And now?")
+    iterator.close()
+    stopped.stop()
+    for ended in (captions, broken_off, stopped):
+        with pytest.raises(RuntimeError, match=r"have ended.* answer\(\)"):
+            ended.ask("And now?")
+    *_, event = captions.answer("And now?", 1)
+    assert (event.kind, event.question, ticks(event.start)) == ("answered", "And now?", 1)
+
+
+def test_a_question_after_the_last_frame_is_still_answered(stream):
+    captions = LiveCaptions(stream, recorded(2))
+    kinds = []
+    for event in captions:
+        kinds.append(event.kind)
+        if kinds.count("end") == 2 and "answered" not in kinds:
+            captions.ask("And now?", max_new_tokens=1)
+            kinds.append("answered")
+    assert kinds.count("answered") == 2
+
+
+@pytest.mark.parametrize(
+    ("late", "options"), [("wait", {}), ("merge", {"max_waiting": 2}), ("drop", {"max_waiting": 1})]
+)
+def test_a_further_source_runs_on_in_the_stream_and_keeps_its_own_times(stream, late, options):
+    """After a first source, and in a stream that was saved and restored; also where the source begins later."""
+
+    def told(of: CasaStream, source: VideoSource) -> tuple[LiveCaptions, list[tuple[str, int, float, float]]]:
+        clock = Clock()
+        captions = LiveCaptions(of, source, late=late, real_time=True, clock=clock, sleep=clock.sleep, **options)
+        events = []
+        for event in captions:
+            if event.kind == "end":
+                clock.now += BUSY.get(ticks(event.start), 0.0)
+                if ticks(event.start) == 7:
+                    captions.ask("What is it?", 1)
+            if event.kind not in ("text", "answer"):
+                events.append((event.kind, event.frame_index, event.start, event.end))
+        return captions, events
+
+    first, expected = told(stream, recorded(14))
+    assert first.shift == 0.0 and stream.last_timestamp == 1.3
+    assert {"end", "answered"} < {kind for kind, *_ in expected} or late == "wait"
+    restored = CasaStream(stream.model, stream.processor, fps=FPS, max_new_tokens_per_frame=1)
+    restored.load_state_dict(stream.state_dict())
+    second, events = told(restored, recorded(14))
+    assert events == [(kind, index + 14, start, end) for kind, index, start, end in expected], "times to the last bit"
+    assert second.shift == pytest.approx(1.4) and restored.last_timestamp == pytest.approx(2.7)
+    third, events = told(restored, open_video([picture(index) for index in range(14)], rate=FPS, start=0.5))
+    assert ticks(events[0][2]) == 5 and third.shift == pytest.approx(2.3)
+    assert restored.last_timestamp == pytest.approx(2.3 + 1.3)
+    with pytest.raises(ValueError, match="later than"):
+        restored.push(picture(0), 1.4)
 
 
 def test_a_source_that_stalls_holds_up_neither_its_last_frame_nor_a_question(stream):
@@ -277,14 +342,14 @@ def test_a_source_that_stalls_holds_up_neither_its_last_frame_nor_a_question(str
     captions = LiveCaptions(stream, open_video(frames(), rate=FPS), real_time=True, late="wait")
     found = []
     for event in captions:
-        if event.kind != "end":
+        if event.kind not in ("end", "answered"):
             continue
-        found.append(ticks(event.start))
-        if found == [0]:
+        found.append((event.kind, ticks(event.start)))
+        if len(found) == 1:
             threading.Timer(0.3, captions.ask, ("What is it?", 2)).start()
-        if found == [0, 0]:
+        if len(found) == 2:
             done.set()
-    assert in_time == [True] and found == [0, 0, 1]
+    assert in_time == [True] and found == [("end", 0), ("answered", 0), ("end", 1)]
 
 
 def test_stop_ends_after_the_frame_and_leaves_no_thread(stream):
@@ -307,12 +372,13 @@ def test_a_broken_place_is_an_error_event_and_the_stream_goes_on(stream, tmp_pat
     events = [event for event in LiveCaptions(stream, open_video(tmp_path, rate=FPS)) if event.kind != "text"]
     assert [(event.kind, ticks(event.start)) for event in events] == [("end", 0), ("error", 1), ("end", 2), ("end", 3)]
     assert "1.png" in events[1].message
+    assert [event.frame_index for event in events] == [0, -1, 1, 2], "the source's error is no frame's"
 
 
 def test_an_image_that_is_none_is_an_error_of_the_stream(stream):
     frames = [picture(0), np.full((2, 2), np.nan), picture(2)]
-    kinds = [event.kind for event in LiveCaptions(stream, open_video(frames, rate=FPS)) if event.kind != "text"]
-    assert kinds == ["end", "error", "end"]
+    events = [event for event in LiveCaptions(stream, open_video(frames, rate=FPS)) if event.kind != "text"]
+    assert [(event.kind, event.frame_index) for event in events] == [("end", 0), ("error", 1), ("end", 2)]
 
 
 def test_what_is_reported_is_bounded(stream):
@@ -354,7 +420,8 @@ def test_an_error_of_the_source_comes_after_what_it_gave(stream):
     [
         ({"late": "never"}, "late='never' is none of 'drop', 'merge', 'wait'"),
         ({"late": "drop"}, "late='drop' needs real_time=True"),
-        ({"max_waiting": 0}, "max_waiting=0 must be at least 1"),
+        ({"max_waiting": 0}, "max_waiting=0 must be a positive integer"),
+        ({"max_waiting": 1.5}, "max_waiting=1.5 must be a positive integer"),
     ],
 )
 def test_wrong_options(stream, options, message):

@@ -240,6 +240,19 @@ def test_a_character_that_a_frame_ends_within_is_in_the_text_of_the_next(model, 
     assert texts == ["", "aa" if asked else "木a"]
 
 
+def test_a_silent_answer_has_an_end_of_its_own(new_model, processor):
+    model = new_model("casa")
+    model.generation_config.eos_token_id = list(range(model.config.get_text_config().vocab_size))
+    stream = stream_of(model, processor)
+    events = [*stream.push(PICTURES[0]), *stream.ask("Who is it?"), *stream.push(PICTURES[1])]
+    assert [(event.kind, event.frame_index, event.text, event.question) for event in events] == [
+        ("end", 0, "", None),
+        ("answered", 0, "", "Who is it?"),
+        ("end", 1, "", None),
+    ]
+    assert stream.last_timestamp == 0.5
+
+
 def test_silence_is_possible(new_model, processor):
     """A frame whose first token is a stop token has no text and costs one forward."""
     model = new_model("casa")
@@ -278,6 +291,49 @@ def test_a_broken_frame_changes_nothing(model, processor, broken):
     assert emitted(events) == emitted(undisturbed.push([PICTURES[1], PICTURES[2]]))
     assert say(disturbed, PICTURES[3:5]) == say(undisturbed, PICTURES[3:5])
     assert disturbed.num_frames == 8
+
+
+def test_the_same_picture_in_every_kind_of_numbers(model, processor):
+    """Floating values are in [0, 1], of 16 bits, too."""
+    turns = stream_of(model("casa"), processor).turns
+    pixels = np.asarray(PICTURES[0])
+    expected = turns.pixels(PICTURES[0])["pixel_values"]
+    floats = torch.tensor(pixels) / 255
+    kinds = {
+        "uint8": pixels,
+        "channels first": pixels.transpose(2, 0, 1),
+        "reversed BGR": pixels[..., ::-1].copy()[..., ::-1],
+        "int64": pixels.astype(np.int64),
+        "tensor": torch.tensor(pixels),
+        **{str(kind): (pixels / 255).astype(kind) for kind in (np.float16, np.float32, np.float64)},
+        **{str(kind): floats.to(kind) for kind in (torch.float16, torch.bfloat16, torch.float32)},
+        "floats, channels first": floats.permute(2, 0, 1),
+        "with a gradient": floats.clone().requires_grad_(),
+        "resized": floats + torch.tensor([-1e-3, 0.0, 1e-3]),  # has left [0, 1] by less than half a step
+    }
+    assert pixels.min() == 0 and pixels.max() == 255
+    for name, given in kinds.items():
+        assert torch.equal(turns.pixels(given)["pixel_values"], expected), name
+
+
+@pytest.mark.parametrize(
+    ("pixels", "found"),
+    [
+        (np.full((28, 28, 3), 200.0, np.float32), "float32 from 200 to 200"),
+        (np.linspace(-1, 1, 2352).reshape(28, 28, 3), "float64 from -1 to 1"),
+        (np.full((28, 28, 3), np.nan), "float64 from nan"),
+        (torch.full((28, 28, 3), torch.inf), "float32 from inf"),
+        (np.ones((28, 28, 3), bool), "bool"),
+        (torch.ones(3, 28, 28, dtype=torch.bool), "bool"),
+        (np.ones((28, 28, 3), complex), "complex128"),
+        (np.full((28, 28, 3), 256, np.uint16), "[256, 256]"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_no_pixels_are_an_error(model, processor, pixels, found):
+    [event] = stream_of(model("casa"), processor).push(pixels)
+    assert event.kind == "error" and found in event.message
+    assert found == "[256, 256]" or "floating values from 0 to 1" in event.message
 
 
 def test_a_truncated_file_is_a_broken_frame(model, processor, tmp_path):
@@ -569,7 +625,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
     other = stream_of(model("casa"), processor, do_sample=True, seed=4)
     say(other, PICTURES[5:7])
     state = other.state_dict()
-    layers = state["cache"]["layers"]
+    layers, windows = state["cache"]["layers"], state["cache"]["windows"]
     damaged = [
         ({**state, "version": 0}, "version 0; this release of casa_hf reads version 1"),
         (without(state, "version"), "version None"),
@@ -579,6 +635,55 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
         (without(state, "cache", "windows", "valid"), "damaged .TypeError"),
         (without(state, "pieces", "waiting"), "damaged .KeyError: 'waiting'"),
         ({**state, "history": None}, "damaged .AttributeError"),
+        *(({**state, name: None}, "damaged .AttributeError") for name in ("design", "settings")),
+        ({**state, "cache": {}}, "damaged .KeyError: 'layers'"),
+        ({**state, "cache": None}, "its cache can't be None"),
+        ({**state, "random": 5}, "damaged .AttributeError"),
+        ({**state, "cache": {**state["cache"], "layers": None}}, "damaged .TypeError"),
+        *(
+            ({**state, name: value}, f"damaged: its {name} can't be")
+            for name, value in {
+                "num_frames": "x",
+                "last_timestamp": math.nan,
+                "begun": 1,
+                "answered": None,
+                "pieces": {"before": [0], "waiting": ["a"]},
+                "history": state["history"].float(),
+            }.items()
+        ),
+        *(({**state, "pending": value}, "damaged: its pending can't be") for value in (["a"], [], [10**6], [-1])),
+        *(
+            ({**state, "cache": {**state["cache"], "windows": {**windows, name: value}}}, f"damaged: {name} of its")
+            for name, value in {
+                "length": 1,
+                "padded": 0,
+                "image_columns": "x",
+                "text_start": -1,
+                "next_position": windows["next_position"].float(),
+                "positions": windows["positions"][:, 1:],
+                "pinned": windows["is_frame"],
+                "slots": 5,
+            }.items()
+        ),
+        *(
+            (
+                {**state, "cache": {**state["cache"], "layers": [layers[0], {**layers[1], **part}, *layers[2:]]}},
+                message,
+            )
+            for part, message in [
+                ({"text": []}, "a part of layer 1 is missing"),
+                ({"fusion": {}}, "a part of layer 1 is missing"),
+                ({"text": [tensor[:, :, 1:] for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float64 of"),
+                ({"text": [tensor.float() for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float32 of"),
+                ({"text": layers[1]["text"][:1]}, "damaged .TypeError"),
+                ({"fusion": {**layers[1]["fusion"], "image": layers[1]["fusion"]["window"]}}, "image of layer 1 is"),
+                ({"fusion": {**layers[1]["fusion"], "sound": []}}, "damaged .TypeError"),
+            ]
+        ),
+        (
+            {**state, "cache": {**state["cache"], "layers": [{**layer, "fusion": {}} for layer in layers]}},
+            "a part of layer 0 is missing",
+        ),
     ]
     for given, message in damaged:
         with pytest.raises(ValueError, match=message):
@@ -826,8 +931,12 @@ def test_timestamps_of_several_frames(model, processor):
 
 def test_numbers_of_all_kinds(model, processor):
     kinds = {"fps": Fraction(5, 2), "max_new_tokens_per_frame": np.int64(3), "text_window": np.int32(80)}
+    kinds |= {"do_sample": True, "temperature": Fraction(1, 2), "top_k": np.int16(9), "seed": np.uint8(4)}
+    kinds |= {"repetition_penalty": Fraction(6, 5), "repetition_clamp": math.inf, "stop_bias": np.float32(0.5)}
+    kinds |= {"no_repeat_ngram_size": np.int8(2), "no_repeat_ngram_window": np.int64(7)}
     stream = stream_of(model("casa"), processor, **kinds)
-    twin = stream_of(model("casa"), processor, fps=2.5, max_new_tokens_per_frame=3, text_window=80)
+    plain = {name: int(value) if isinstance(value, np.integer) else float(value) for name, value in kinds.items()}
+    twin = stream_of(model("casa"), processor, **{**plain, "do_sample": True})
     ends = [list(own.push(PICTURES[0]))[-1] for own in (stream, twin)]
     assert ends[0] == replace(ends[1], latency=ends[0].latency)
     assert type(ends[0].end) is float
@@ -853,6 +962,22 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"stop_bias": 0.0}, "bias=0.0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "top_k": -1}, "top_k"),
+        ({"top_k": True}, "top_k=True"),
+        ({"top_k": 2.5}, "top_k=2.5 must be an integer"),
+        ({"temperature": "a"}, "temperature='a' must be a positive number"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"do_sample": "yes"}, "do_sample='yes' must be True or False"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"no_repeat_ngram_size": 2.5}, "ngram_size=2.5"),
+        ({"no_repeat_ngram_size": True}, "ngram_size=True"),
+        ({"no_repeat_ngram_window": 60.5}, "window=60.5"),
+        ({"repetition_penalty": "a"}, "penalty='a'"),
+        ({"repetition_penalty": math.inf}, "penalty=inf"),
+        ({"repetition_decay": "a"}, "decay='a'"),
+        ({"stop_bias": "a"}, "bias='a'"),
+        ({"stop_bias": math.inf}, "bias=inf"),
         ({"text_window": 5}, "text_window=5"),
         ({"text_window": 100, "num_sink_tokens": 100}, "text_window=100"),
         ({"num_sink_tokens": -1}, "num_sink_tokens=-1"),
@@ -902,3 +1027,16 @@ def test_a_model_of_another_kind_is_refused(processor, source_folder):
     source = AutoModelForImageTextToText.from_pretrained(source_folder)
     with pytest.raises(ValueError, match="CasaForConditionalGeneration"):
         CasaStream(source, processor)
+
+
+def test_what_is_no_model_and_no_processor_is_named(model, processor):
+    model = model("casa")
+    for given, message in (
+        ((None, processor), "model is a NoneType; a stream needs a CasaForConditionalGeneration"),
+        ((processor, model), "model is a CasaProcessor"),
+        ((model.model, processor), "model is a CasaModel"),
+        ((model, None), "processor is a NoneType; a stream needs the CasaProcessor"),
+        ((model, processor.tokenizer), "processor is a .*Tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CasaStream(*given)

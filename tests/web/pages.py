@@ -68,7 +68,7 @@ class Listener:
         return self.until(lambda message: message.name in ("state", "session") and message.data["state"] == state)
 
     def until_answer(self) -> list[Message]:
-        return self.until(lambda message: message.name == "answer" and message.data["kind"] in ("end", "error"))
+        return self.until(lambda message: message.name == "answer" and message.data["kind"] in ("answered", "error"))
 
     def close(self) -> None:
         self._response.close()

@@ -239,7 +239,7 @@ def test_what_is_asked_is_checked(server: CaptionServer) -> None:
     refusal = page.until_answer()[-1]
     assert refusal.data["kind"] == "error" and "vision_end" in refusal.data["message"]
     assert answer("/ask", {"question": "Hello?"})[0] == 202
-    assert page.until_answer()[-1].data["kind"] == "end"
+    assert page.until_answer()[-1].data["kind"] == "answered"
     assert not any(message.name == "question" and "x" * 1001 in message.data["text"] for message in page.messages)
 
 

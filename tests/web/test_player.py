@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream
-from casa_hf.video import FrameIterator
+from casa_hf.video import FrameIterator, open_video
 from casa_hf.web.player import Player
 from tests.streaming.test_live import FPS, Camera, picture, ticks
 
@@ -71,3 +71,32 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
     whole = next(event for event in told if event["kind"] == "end")
     assert tuple(whole["token_ids"]) == undisturbed[-1].token_ids
     assert len(whole["token_ids"]) == 6, "or a frame that is cut after its first tokens would pass"
+
+
+def test_a_question_that_comes_just_after_the_last_frame_is_answered(casa_folder: Path) -> None:
+    """The captions have ended, but the player hasn't noticed yet."""
+    answered = threading.Event()
+    said: list[CaptionEvent] = []
+
+    def on_event(event: CaptionEvent) -> None:
+        said.append(event)
+        if event.kind == "answered":
+            answered.set()
+
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    settings: dict[str, Any] = {"real_time": False, "late": None, "max_history": 100, "max_new_tokens": 2}
+    with CasaStream(model, processor, max_new_tokens_per_frame=1) as stream:
+        player = Player(stream, open_video([picture(0)], rate=FPS), on_event=on_event, **settings)
+        assert player._captions is not None
+        list(player._captions)
+        player._set_state("running")
+        player.ask("And now?")
+        player.start()
+        player.begin()
+        try:
+            assert answered.wait(TIMEOUT)
+        finally:
+            player.close()
+    assert [event.question for event in said] == ["And now?"] * len(said) and said[-1].frame_index == 0
+    assert not player._questions

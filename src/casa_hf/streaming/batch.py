@@ -181,11 +181,12 @@ class CasaStreamBatch:
             (stream, event); the events of each stream are those of `CasaStream.push`.
 
         Raises:
-            ValueError: if there is no such stream, timestamps don't ascend, or a list of frames is empty. Then nothing
-                was pushed.
+            ValueError: if `frames` is no dict, there is no such stream, timestamps don't ascend, or a list of frames
+                is empty. Then nothing was pushed.
             RuntimeError: if the batch is closed.
         """
         self._require_open()
+        _check_mapping("frames", frames, "frame")
         given = {}
         for stream, frame in frames.items():
             pair = frame if isinstance(frame, tuple) else (frame, None)
@@ -211,11 +212,12 @@ class CasaStreamBatch:
             (stream, event); the events of each stream are those of `CasaStream.ask`.
 
         Raises:
-            ValueError: if there is no such stream, a question has marks of images, or `max_new_tokens` isn't a
-                positive integer. Then nothing was asked.
+            ValueError: if `questions` is no dict, there is no such stream, a question has marks of images, or
+                `max_new_tokens` isn't a positive integer. Then nothing was asked.
             RuntimeError: if the batch is closed.
         """
         self._require_open()
+        _check_mapping("questions", questions, "question")
         for stream, question in questions.items():
             self._row(stream).check_question(question, max_new_tokens)
         for stream, question in questions.items():
@@ -456,3 +458,8 @@ class _Row(CasaStream):
         super()._begin()
         self._cache = None
         self.held = 0
+
+
+def _check_mapping(name: str, given: Any, item: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} is a {type(given).__name__}; give a dict with the {item} of each stream, by its id.")

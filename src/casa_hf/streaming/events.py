@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-EventKind = Literal["text", "end", "answer", "dropped", "merged", "error"]
+EventKind = Literal["text", "end", "answer", "answered", "dropped", "merged", "error"]
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,21 @@ class CaptionEvent:
     Attributes:
         kind: "text": a piece of caption, as soon as it is whole characters. "end": the frame is done; every frame that
             the model looked at ends with exactly one, also if it had nothing to say, unless the next `push` or `ask`
-            cut its text short, or its events were closed. "answer": a piece of an answer to
-            a question. "dropped": the frame came too late and wasn't looked at. "merged": the frame was looked at
-            together with the next one. "error": the frame could not be used; the stream goes on without it.
+            cut its text short, or its events were closed. "answer": a piece of an answer to a question. "answered":
+            the answer is done, also if the model had none to give; its end as "end" is a frame's. "dropped": the frame
+            came too late and wasn't looked at. "merged": the frame was looked at together with the next one. "error":
+            a frame, a part of the source or a question could not be used; the stream goes on without it.
         frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers, -1 before
-            the first.
+            the first; -1 for an error that is no frame's.
         start: the frame's timestamp, in seconds.
         end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
-        text: the piece of text; for "end", all the text of the frame. A character that the frame ends within is in the
-            text of the next frame, unless a question comes between.
-        token_ids: the tokens that `text` was decoded from; for "end", all that the model emitted for the frame,
-            stop token included.
+        text: the piece of text; for "end" and "answered", all the text of the frame or answer. A character that the
+            frame ends within is in the text of the next frame, unless a question comes between.
+        token_ids: the tokens that `text` was decoded from; for "end" and "answered", all that the model emitted, stop
+            token included.
         message: why, for "dropped", "merged" and "error".
+        question: what was asked, where the event is about a question: for "answer", "answered", and an "error" of it.
     """
 
     kind: EventKind
@@ -39,3 +41,4 @@ class CaptionEvent:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     message: str = ""
+    question: str | None = None

@@ -12,8 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
+from ..checks import check_count
 from ..video import Frame, ReadAhead, VideoProblem, VideoSource
 from .events import CaptionEvent
 from .session import CasaStream
@@ -40,6 +42,9 @@ class _Report(NamedTuple):
 class LiveCaptions:
     """Captions of a video as it plays. Iterating yields the events, once.
 
+    The times of events are the source's, whatever the stream has seen before. In the stream, whose timestamps must
+    ascend, those of a further source run on: its first frame comes one frame period (1 / fps) after the last one.
+
     `ask`, `pause`, `resume` and `stop` may be called from other threads, and between events.
 
     Args:
@@ -59,9 +64,10 @@ class LiveCaptions:
 
     Attributes:
         lag: seconds by which the frame that the model saw last was late at that moment, compared with the first one.
+        shift: seconds by which the stream's timestamps are ahead of the source's; 0 where it had seen no frame before.
 
     Raises:
-        ValueError: if `late` isn't known or needs real time, or `max_waiting` isn't positive.
+        ValueError: if `late` isn't known or needs real time, or `max_waiting` isn't a positive integer.
     """
 
     def __init__(
@@ -86,11 +92,10 @@ class LiveCaptions:
         if late != "wait" and not real_time:
             raise ValueError(f"late={late!r} needs real_time=True: without a clock no frame is late.")
         max_waiting = _MAX_WAITING[late] if max_waiting is None else max_waiting
-        if max_waiting < 1:
-            raise ValueError(f"max_waiting={max_waiting} must be at least 1 frame.")
+        check_count("max_waiting", max_waiting)
         self.stream, self.source, self.late, self.max_waiting = stream, source, late, max_waiting
         self.real_time = real_time
-        self.lag = 0.0
+        self.lag = self.shift = 0.0
         self._clock, self._sleep, self._on_frame = clock, sleep, on_frame
         self._on_question = on_question
         self._changed = threading.Condition()
@@ -101,7 +106,8 @@ class LiveCaptions:
         self._next: Frame | None = None
         self._origin: float | None = None
         self._paused_at: float | None = None
-        self._stopped = False
+        self._latest: float | None = None  # the source's time of the last frame
+        self._stopped = self._ended = False
 
     # ---------------------------------------------------------------- from outside
 
@@ -109,9 +115,12 @@ class LiveCaptions:
         """Ask about what is going on; answered before the next frame, also while paused.
 
         Raises:
+            RuntimeError: if the iteration has ended, or been stopped.
             ValueError: if too many questions wait already.
         """
         with self._changed:
+            if self._ended or self._stopped:
+                raise RuntimeError("The captions have ended, and nobody would answer; ask with answer() now.")
             if len(self._questions) >= _MAX_QUESTIONS:
                 raise ValueError(f"{_MAX_QUESTIONS} questions wait for an answer already; ask again later.")
             self._questions.append((question, max_new_tokens))
@@ -153,18 +162,21 @@ class LiveCaptions:
         size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
         with ReadAhead(self._watch, size, on_drop=self._lost if drops else None, condition=self._changed) as arriving:
             self._arriving = arriving
-            while not self._stopped:
-                if self._questions:
-                    yield from self.answer(*self._questions.popleft())
-                elif self.paused:
-                    self._rest()
-                else:
-                    more, reports = self._collect(arriving)
-                    yield from self._report(reports)
-                    if self._waiting and not self.paused:
-                        yield from self._look()
-                    if not more and not self._questions:
-                        return
+            try:
+                while not (self._stopped or self._ended):
+                    if self._questions:
+                        yield from self.answer(*self._questions.popleft())
+                    elif self.paused:
+                        self._rest()
+                    else:
+                        more, reports = self._collect(arriving)
+                        yield from self._report(reports)
+                        if self._waiting and not self.paused:
+                            yield from self._look()
+                        with self._changed:  # a question comes before or is refused
+                            self._ended = not more and not self._questions
+            finally:
+                self._ended = True
 
     def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
         """Gather what has arrived, waiting for it if nothing has.
@@ -273,13 +285,11 @@ class LiveCaptions:
     def _report(self, reports: list[_Report]) -> Iterator[CaptionEvent]:
         for report in reports:
             if report.problem:
-                index = self.stream.num_frames - 1
-                end = report.timestamp + 1 / self.stream.fps
-                yield CaptionEvent("error", index, report.timestamp, end, 0.0, message=report.problem)
+                yield self._timed(CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=report.problem), report.timestamp)
             if report.num_dropped:
                 others = f", and {report.num_dropped - 1} before it" if report.num_dropped > 1 else ""
                 message = f"the model was busy; at most {self.max_waiting} may wait{others}"
-                yield self.stream.drop(report.timestamp, message)
+                yield self._timed(self.stream.drop(self._placed(report.timestamp), message), report.timestamp)
 
     def _look(self) -> Iterator[CaptionEvent]:
         """Show the model one frame, or all that wait in one turn."""
@@ -293,19 +303,31 @@ class LiveCaptions:
         if self._on_frame is not None:
             for frame in frames:
                 self._on_frame(frame)
-        if len(frames) == 1:
-            yield from self.stream.push(frames[0].image, frames[0].timestamp)
-        else:
-            yield from self.stream.push([frame.image for frame in frames], [frame.timestamp for frame in frames])
+        first = self.stream.num_frames
+        images, timestamps = [frame.image for frame in frames], [self._placed(frame.timestamp) for frame in frames]
+        for event in self.stream.push(images, timestamps):
+            yield self._timed(event, frames[event.frame_index - first].timestamp)
+
+    def _placed(self, timestamp: float) -> float:
+        """When a frame comes in the stream."""
+        last = self.stream.last_timestamp
+        if self._latest is None and last is not None:
+            self.shift = last + 1 / self.stream.fps - timestamp
+        self._latest = timestamp
+        return timestamp + self.shift
+
+    def _timed(self, event: CaptionEvent, timestamp: float) -> CaptionEvent:
+        """An event with the source's time."""
+        return replace(event, start=timestamp, end=timestamp + 1 / self.stream.fps)
 
     def answer(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
         """What `ask` leads to; to be called in the thread that iterates, after the last event."""
         if self._on_question is not None:
             self._on_question(question)
+        events: Iterator[CaptionEvent]
         try:
-            answer = self.stream.ask(question, max_new_tokens)
+            events = self.stream.ask(question, max_new_tokens)
         except ValueError as error:
-            index = self.stream.num_frames - 1
-            yield CaptionEvent("error", index, 0.0, 0.0, 0.0, message=str(error))
-            return
-        yield from answer
+            events = iter([CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=str(error), question=question)])
+        for event in events:
+            yield self._timed(event, self._latest or 0.0)

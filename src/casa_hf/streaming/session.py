@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ..cache_casa import cache_nbytes, cache_state, restore_cache
+from ..checks import check_count, check_number, check_positive, is_number
 from ..configuration_casa import DESIGN_FIELDS
 from ..logits_process import caption_processors, history_length
 from ..processing_casa import FRAME_TYPE
@@ -153,17 +154,18 @@ class CasaStream:
         frame_budget: float | None = None,
         seed: int | None = None,
     ):
-        _check_positive("fps", fps)
-        _check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
+        check_positive("fps", fps)
+        check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
         if frame_budget is not None:
-            _check_positive("frame_budget", frame_budget)
+            check_positive("frame_budget", frame_budget)
+        _check_drawing(do_sample, temperature, top_k, seed)
         _check_pair(model, processor)
         self.model = model
         self.processor = processor
         self.fps = float(fps)
         self.max_new_tokens_per_frame = int(max_new_tokens_per_frame)
         self.frame_budget = None if frame_budget is None else float(frame_budget)
-        self.seed = seed
+        self.seed = None if seed is None else int(seed)
         self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
         self.turns = StreamTurns(processor, system, prompt, prefix)
@@ -184,7 +186,7 @@ class CasaStream:
         if do_sample and temperature is not None and temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(float(temperature)))
         if do_sample and top_k:
-            warpers.append(TopKLogitsWarper(top_k))
+            warpers.append(TopKLogitsWarper(int(top_k)))
         stops = self.stop_token_ids
         self._caption_processors = LogitsProcessorList(
             [*caption_processors(stops, stop_bias=stop_bias, **controls), *warpers]
@@ -209,8 +211,9 @@ class CasaStream:
         `push` or `ask` ends what is open.
 
         Args:
-            frame: a PIL image, an array or tensor (height, width, channels) or (channels, height, width), or a file;
-                or a list of such frames, which are shown one after the other in one forward, with text after the last.
+            frame: a PIL image, a file, or an array or tensor of RGB pixels (height, width, 3) or (3, height, width):
+                integers from 0 to 255, or floating values from 0 to 1; or a list of such frames, which are shown one
+                after the other in one forward, with text after the last.
             timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
                 it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.
 
@@ -243,7 +246,7 @@ class CasaStream:
             max_new_tokens: tokens that the answer may have, its stop token included.
 
         Yields:
-            "answer" whenever further characters are whole; at the end one "end".
+            "answer" whenever further characters are whole; at the end one "answered".
 
         Raises:
             ValueError: if the question has marks of images, or `max_new_tokens` isn't a positive integer.
@@ -252,7 +255,7 @@ class CasaStream:
         pushed = time.perf_counter()
         ids = self._asked(question, max_new_tokens)
         self._end_open()
-        return self._opened(self._answer(ids, max_new_tokens, pushed))
+        return self._opened(self._answer(question, ids, max_new_tokens, pushed))
 
     def drop(self, timestamp: float, message: str) -> CaptionEvent:
         """Count a frame that isn't looked at.
@@ -286,8 +289,7 @@ class CasaStream:
         Raises:
             ValueError: if they are negative or not finite.
         """
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"seconds={seconds!r} must be a finite number, 0 or more.")
+        check_number("seconds", seconds, Real, lambda number: 0 <= number < math.inf, "a finite number, 0 or more")
         self._deadline += seconds
 
     # ---------------------------------------------------------------- the stream as a whole
@@ -347,19 +349,16 @@ class CasaStream:
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the
                 stream that gave it had another system message, prompt, `text_window` or `num_sink_tokens`, or if
-                something is missing from it. The stream then stays as it was.
+                something is missing from it or doesn't fit the rest. The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
-        self._check_state(state)
         other = copy.copy(self)  # made whole before anything of this one changes
-        other._cache = self._new_cache()
         try:
-            if state["cache"] is not None:
-                blocks = self.model.get_decoder().layers
-                restore_cache(other._cache, state["cache"], [next(block.parameters()).device for block in blocks])
+            self._check_state(state)
+            other._cache = self._restored(state["cache"])
             other._load_text(state)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"The state is damaged ({type(error).__name__}: {error}); give what state_dict() of a CasaStream "
                 "returned."
@@ -386,6 +385,11 @@ class CasaStream:
     def num_frames(self) -> int:
         """Frames that were pushed or dropped."""
         return self._num_frames
+
+    @property
+    def last_timestamp(self) -> float | None:
+        """When the last frame was taken, in seconds; None before the first."""
+        return self._last_timestamp
 
     @property
     def num_text_tokens(self) -> int:
@@ -429,17 +433,18 @@ class CasaStream:
         forward = Forward(ids, images, self._caption_processors, self._history)
         self._deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
         event = functools.partial(self._event, index=last, start=start, pushed=pushed)
-        yield from self._speak(forward, "text", event, self._pieces, self.max_new_tokens_per_frame)
+        yield from self._speak(forward, ("text", "end"), event, self._pieces, self.max_new_tokens_per_frame)
 
-    def _answer(self, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
-        """The steps of an answer to the question with these ids."""
+    def _answer(self, question: str, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
+        """The steps of an answer to the question, which has these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
         ids = self._turn_to_close() + ids
         forward = Forward(ids, {}, self._answer_processors, self._new_history())
-        event = functools.partial(self._event, index=self._num_frames - 1, start=start, pushed=pushed)
+        index = self._num_frames - 1
+        event = functools.partial(self._event, index=index, start=start, pushed=pushed, question=question)
         pieces = TextPieces(self.processor.tokenizer)
         self._deadline = math.inf
-        yield from self._speak(forward, "answer", event, pieces, max_new_tokens)
+        yield from self._speak(forward, ("answer", "answered"), event, pieces, max_new_tokens)
 
     def _shown_frames(self, frames: list[dict[str, torch.Tensor]]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """Text ids and image inputs of a forward with new frames."""
@@ -460,12 +465,12 @@ class CasaStream:
     def _speak(
         self,
         forward: Forward,
-        kind: EventKind,
+        kinds: tuple[EventKind, EventKind],
         event: Callable[..., CaptionEvent],
         pieces: TextPieces,
         limit: int,
     ) -> Steps:
-        """The steps from a forward to the end of the text that follows it.
+        """The steps from a forward to the end of the text that follows it; `kinds` are those of its pieces and end.
 
         After this forward the stream is always in a state to go on from: the cache holds everything before the last
         token, and the token waits to be folded into the next forward, whichever that is.
@@ -476,7 +481,7 @@ class CasaStream:
             token = yield forward
             token_id = int(token)
             # Only now: a batch may end a text before its first forward, and then nothing was told.
-            self._answered, self._begun = kind == "answer", self._begun or kind == "text"
+            self._answered, self._begun = kinds[0] == "answer", self._begun or kinds[0] == "text"
             stops = token_id in self.stop_token_ids
             if not stops:
                 forward.history.add(token)
@@ -485,11 +490,11 @@ class CasaStream:
             piece, token_ids = self._text_of(token_id, pieces)
             if piece:
                 text += piece
-                yield event(kind, text=piece, token_ids=token_ids)
+                yield event(kinds[0], text=piece, token_ids=token_ids)
             if stops or len(emitted) == limit or time.perf_counter() >= self._deadline:
                 break
             forward = replace(forward, ids=[token_id], images={})
-        yield event("end", text=text, token_ids=tuple(emitted))
+        yield event(kinds[1], text=text, token_ids=tuple(emitted))
 
     def _served(self, steps: Steps) -> Iterator[CaptionEvent]:
         """The events of these steps, whose forwards are run."""
@@ -649,6 +654,7 @@ class CasaStream:
                 "all of what state_dict() of a CasaStream returned."
             )
         self._check_settings(state["settings"])
+        self._check_text(state)
         if self._generator is not None:
             random = state["random"]
             if random is None or random.shape != self._generator.get_state().shape:
@@ -657,6 +663,56 @@ class CasaStream:
                     f"but this stream draws tokens at random on {self.model.device}. Make both streams with the same "
                     "do_sample, on the same kind of device."
                 )
+
+    def _check_text(self, state: dict[str, Any]) -> None:
+        """Refuse what no stream has, of all but the cache."""
+        vocabulary, history = self.model.config.get_text_config().vocab_size, state["history"]
+
+        def are_ids(values: Any) -> bool:
+            return isinstance(values, list) and all(is_number(i, Integral) and 0 <= i < vocabulary for i in values)
+
+        last, pieces = state["last_timestamp"], state["pieces"]
+        fits = {
+            "pending": are_ids(state["pending"]) and state["pending"],
+            "history": history.dtype == torch.long and history.shape[:-1] == (1,) and are_ids(history[0].tolist()),
+            "num_frames": is_number(state["num_frames"], Integral) and state["num_frames"] >= 0,
+            "last_timestamp": last is None or (is_number(last) and math.isfinite(last)),
+            "begun": isinstance(state["begun"], bool),
+            "answered": isinstance(state["answered"], bool),
+            "pieces": are_ids(pieces["before"]) and are_ids(pieces["waiting"]),
+            "cache": state["cache"] is not None or not (state["begun"] or state["answered"]),
+        }
+        for name, fit in fits.items():
+            if not fit:
+                raise ValueError(
+                    f"The state is damaged: its {name} can't be {state[name]!r:.100}; give what state_dict() of a "
+                    "CasaStream returned."
+                )
+
+    def _restored(self, held: dict[str, Any] | None) -> DynamicCache:
+        """A cache that holds this."""
+        cache, blocks = self._new_cache(), self.model.get_decoder().layers
+        if held is None:
+            return cache
+        restore_cache(cache, held, [next(block.parameters()).device for block in blocks])
+        windows = cache.layers[0].window_state
+        # Blocks of one kind hold the same.
+        parts: dict[tuple[bool, bool], set[str]] = {}
+        for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
+            kind = (block.self_attn is not None, block.casa_attn is not None)
+            own = parts.setdefault(kind, set(layer.fusion))
+            images = "image" in own or not kind[1] or not windows.image_columns
+            if (
+                own != layer.fusion.keys()
+                or not images
+                or (layer.keys is not None) != kind[0]
+                or windows.batch_size != 1
+            ):
+                raise ValueError(
+                    f"The state is damaged: a part of layer {number} is missing, or one too many; give what "
+                    "state_dict() of a CasaStream returned."
+                )
+        return cache
 
     def _check_settings(self, given: dict[str, Any]) -> None:
         own = self._cache_settings()
@@ -714,7 +770,7 @@ class CasaStream:
     def _asked(self, question: str, max_new_tokens: int) -> list[int]:
         """Ids of the question that `ask` was given."""
         self._require_open()
-        _check_count("max_new_tokens", max_new_tokens)
+        check_count("max_new_tokens", max_new_tokens)
         return self.turns.question(question)
 
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
@@ -768,10 +824,26 @@ def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
+def _check_drawing(do_sample: Any, temperature: Any, top_k: Any, seed: Any) -> None:
+    if not isinstance(do_sample, bool):
+        raise ValueError(f"do_sample={do_sample!r} must be True or False.")
+    if temperature is not None:
+        check_positive("temperature", temperature, "a positive number, or None for 1.0")
+    if top_k is not None:
+        check_number("top_k", top_k, Integral, lambda number: number >= 0, "an integer, or 0 or None for all tokens")
+    if seed is not None:
+        check_number(
+            "seed", seed, Integral, lambda number: -(2**63) <= number < 2**64, "an integer of 64 bits, or None"
+        )
+
+
 def _check_pair(model: Any, processor: Any) -> None:
-    config = model.config
-    if config.model_type != "casa":
+    # By what they have: classes that come with a checkpoint are others than these.
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "casa" or not hasattr(model, "lm_head"):
         raise ValueError(f"model is a {type(model).__name__}; a stream needs a CasaForConditionalGeneration.")
+    if not hasattr(processor, "gist_token_ids"):
+        raise ValueError(f"processor is a {type(processor).__name__}; a stream needs the CasaProcessor of the model.")
     own = (config.image_token_id, list(config.gist_token_ids or []))
     given = (processor.image_token_id, list(processor.gist_token_ids))
     if own != given:
@@ -783,7 +855,7 @@ def _check_pair(model: Any, processor: Any) -> None:
 
 def _seconds(given: Any) -> float | list[float]:
     """A timestamp or several, as numbers; what is none becomes one that is refused as timestamps are."""
-    if _is_number(given, Real) or getattr(given, "ndim", None) == 0:
+    if is_number(given) or getattr(given, "ndim", None) == 0:
         return float(given)
     if isinstance(given, bool | str | bytes) or not isinstance(given, Iterable):
         return math.nan
@@ -792,31 +864,13 @@ def _seconds(given: Any) -> float | list[float]:
 
 
 def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
-    if not _is_number(num_sink_tokens, Integral) or num_sink_tokens < 0:
-        raise ValueError(
-            f"num_sink_tokens={num_sink_tokens!r} must be an integer of 0 or more, or None for the prompt."
-        )
+    expected = "an integer of 0 or more, or None for the prompt"
+    check_number("num_sink_tokens", num_sink_tokens, Integral, lambda number: number >= 0, expected)
     if text_window is None:
         return
-    if not _is_number(text_window, Integral):
-        raise ValueError(f"text_window={text_window!r} must be an integer, or None for all text.")
+    check_number("text_window", text_window, Integral, lambda number: True, "an integer, or None for all text")
     if text_window <= num_sink_tokens:
         raise ValueError(
             f"text_window={text_window} must be larger than the {num_sink_tokens} first tokens that are always kept "
             "(num_sink_tokens, by default the prompt), or None for all text."
         )
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether this is a number of a kind of `numbers`, NumPy's included, and none of True and False."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a positive number.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not _is_number(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer.")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,7 +72,6 @@ class Player:
         self._max_new_tokens, self._on_event = max_new_tokens, on_event
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
-        self._answering = False
         self._paused_at: float | None = None
         self._held = 0.0  # seconds for which the frame that is in work was paused
         self._pictures: OrderedDict[int, Any] = OrderedDict()
@@ -129,7 +128,8 @@ class Player:
             self._questions.append(question)
             if self._state != "finished":
                 assert self._captions is not None
-                self._captions.ask(question, self._max_new_tokens)
+                with suppress(RuntimeError):  # they have ended just now, and what is queued here is answered next
+                    self._captions.ask(question, self._max_new_tokens)
             self._changed.notify_all()
 
     def picture(self, frame_index: int) -> bytes | None:
@@ -201,7 +201,7 @@ class Player:
                 self._write(replace(event, latency=max(0.0, event.latency - self._held)), captions.stream)
                 if not self._hold(captions):
                     return
-                if event.kind in ("end", "dropped", "error"):
+                if event.kind in ("end", "answered", "dropped", "error"):
                     self._held = 0.0  # what is next begins after the pause
 
     def _hold(self, captions: LiveCaptions) -> bool:
@@ -225,17 +225,15 @@ class Player:
             yield from captions.answer(self._questions[0], self._max_new_tokens)
 
     def _begin_answer(self, question: str) -> None:
-        self._answering = True
         self.history.append("question", {"text": question})
 
     def _write(self, event: CaptionEvent, stream: CasaStream) -> None:
         if self._on_event is not None:
             self._on_event(event)
-        self.history.append("answer" if self._answering else "caption", asdict(event))
-        if event.kind == "end":
+        self.history.append("caption" if event.question is None else "answer", asdict(event))
+        if event.kind in ("end", "answered"):
             self.history.append("memory", {"frame_index": event.frame_index, **stream.nbytes})
-        if self._answering and event.kind in ("end", "error"):
-            self._answering = False
+        if event.question is not None and event.kind in ("answered", "error"):
             self._questions.popleft()
 
     def _switch(self, before: State, after: State) -> None:

@@ -99,7 +99,7 @@ function connect() {
 
 function caption(event) {
   const { kind } = event;
-  const frame = frameOf(event);
+  const frame = event.frame_index < 0 ? null : frameOf(event); // there is none where the source has a problem
   if (kind === "text") {
     frame.text += event.text;
     followCaptions();
