@@ -107,12 +107,11 @@ class OverlayWriter:
 
     @property
     def note(self) -> str:
-        """What the video lacks, and why: sound that the source has, characters that no font has. Empty if nothing."""
+        """What the video lacks, and why: sound, characters that the font doesn't have. Empty if nothing."""
         notes = [self._silence] if self._silence else []
         if self._missing:
             some = " ".join(list(self._missing)[:_MAX_TOLD]) + (" ..." if len(self._missing) > _MAX_TOLD else "")
-            font = "no font here has them" if self._font is None else f"{self._font!r} doesn't have them"
-            notes.append(f"the captions have characters that are drawn as boxes ({some}): {font}; give another font")
+            notes.append(f"the font has no picture of some characters of the captions ({some}); give another font")
         return "; ".join(notes)
 
     def write(self, frame: Frame, text: str) -> None:
