@@ -578,7 +578,7 @@ class FrameIterator(VideoSource):
             timestamp, image = item if stamped else (self._clock(), item)
             seconds = _time(timestamp)
             if not math.isfinite(seconds):
-                yield VideoProblem(math.nan, f"frame {index} is at {timestamp!r} s, which is no time")
+                yield VideoProblem(math.nan, f"frame {index} is at {timestamp!r}, which is no time")
                 continue
             begin = seconds if begin is None else begin
             yield _Shown(seconds - begin, None, partial(_given, image))
