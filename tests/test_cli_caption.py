@@ -178,9 +178,7 @@ def test_what_becomes_of_late_frames(
         assert f"{counts[kind]} {kind}" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("options", "drops"), [([], False), (["--live"], True)]
-)
+@pytest.mark.parametrize(("options", "drops"), [([], False), (["--live"], True)])
 def test_on_the_page_too_late_frames_are_dropped_when_live(
     cli: Cli,  # noqa: F811
     checkpoint: Path,
