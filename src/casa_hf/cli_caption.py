@@ -133,8 +133,8 @@ def caption(
         typer.Option(
             parser=_positive,
             metavar="SECONDS",
-            help="Per frame, after which its text goes on with the next one. Default: one frame's when live, unless "
-            "late frames wait.",
+            help="After so long the text of a frame goes on with the next one. Default: one frame's time when live, "
+            "unless late frames wait.",
             show_default=False,
         ),
     ] = None,
@@ -374,9 +374,9 @@ class _View(AbstractContextManager["_View"]):
             self._counts["frames"] += 1
             self._latencies.append(event.latency)
             self._nbytes = self._stream.nbytes
-            if text := _one_line(self._text):
+            text, self._text = _one_line(self._text), ""  # before it is shown, or Ctrl-C would have it shown twice
+            if text:
                 self._line(f"[{_clock(event.start)}] {text}")
-            self._text = ""
         else:
             self._counts[event.kind] += 1
             self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
