@@ -9,14 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
 from casa_hf.cli_caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
+from tests.clips import write_clip
 from tests.test_cli import Cli, cli  # noqa: F401
 
 av = pytest.importorskip("av")
@@ -75,11 +81,199 @@ def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_
         assert container.streams.audio
 
 
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
+    return CasaForConditionalGeneration.from_pretrained(checkpoint).eval(), CasaProcessor.from_pretrained(checkpoint)
+
+
+def tokens_of(model: CasaForConditionalGeneration, processor: CasaProcessor, **settings: object) -> list[list[int]]:
+    """What the library says to each frame of these seconds."""
+    said: dict[str, object] = {"fps": 2, "max_new_tokens_per_frame": 8} | settings
+    captions = LiveCaptions(CasaStream(model, processor, **said), open_video(BUNNY, fps=2, end=1.6))  # type: ignore[arg-type]
+    return [list(event.token_ids) for event in captions if event.kind == "end"]
+
+
+DRAWN = ("--temperature", "1.5", "--seed", "7")
+DRAWS = {"do_sample": True, "temperature": 1.5, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "base"),
+    [
+        (["--prompt", "Name the colours."], {"prompt": "Name the colours."}, {}),
+        (["--system", "Speak French."], {"system": "Speak French."}, {}),
+        (["--prefix", "In this video"], {"prefix": "In this video"}, {}),
+        (["--text-window", "90"], {"text_window": 90}, {}),
+        (["--budget", "1e-9"], {"frame_budget": 1e-9}, {}),
+        (["--allow-repeats"], {"repetition_penalty": None, "no_repeat_ngram_size": 0}, {}),
+        (DRAWN, DRAWS, {}),
+        ([*DRAWN, "--top-k", "2"], {**DRAWS, "top_k": 2}, DRAWS),
+        ([*DRAWN, "--dtype", "bfloat16"], {**DRAWS, "dtype": torch.bfloat16}, DRAWS),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list | tuple) and len(value) > 1 else None,
+)
+def test_each_option_is_the_setting_of_the_library(
+    cli: Cli,  # noqa: F811
+    checkpoint: Path,
+    pair: tuple[CasaForConditionalGeneration, CasaProcessor],
+    tmp_path: Path,
+    options: list[str],
+    settings: dict[str, Any],
+    base: dict[str, Any],
+) -> None:
+    model, processor = pair
+    out = tmp_path / "a.jsonl"
+    said = ("--end", "1.6", "--max-new-tokens", "8", "--device", "cpu")
+    outcome = cli("caption", BUNNY, "--model", checkpoint, "--out", out, *said, *options)
+    assert outcome.code == 0, outcome.err
+    events = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    found = [event["token_ids"] for event in events if event["kind"] == "end"]
+    dtype = settings.pop("dtype", None)
+    if dtype is not None:
+        model = CasaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+    assert found == tokens_of(model, processor, **settings) and len(found) == 4
+    assert found != tokens_of(pair[0], processor, **base), "the option makes a difference here"
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip whose frames come too fast for any model."""
+    return write_clip(tmp_path_factory.mktemp("clips") / "fast.mp4", 40, 200)
+
+
+LIVE = ("--fps", "200", "--live", "--max-new-tokens", "9", "--device", "cpu", "--allow-repeats")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "whole"),
+    [
+        ([], "dropped", False),
+        (["--budget", "600"], "dropped", True),
+        (["--late", "drop", "--budget", "600"], "dropped", True),
+        (["--late", "merge", "--budget", "600"], "merged", True),
+        (["--late", "wait"], "", True),
+    ],
+)
+def test_what_becomes_of_late_frames(
+    cli: Cli,  # noqa: F811
+    checkpoint: Path,
+    fast: Path,
+    tmp_path: Path,
+    options: list[str],
+    kind: str,
+    whole: bool,
+) -> None:
+    """Live, a frame's time is over after 5 ms by default, and a model is never as quick as nine tokens in that."""
+    out = tmp_path / "a.jsonl"
+    outcome = cli("caption", fast, "--model", checkpoint, "--out", out, *LIVE, "--end", "0.05", *options)
+    assert outcome.code == 0, outcome.err
+    events = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    counts = Counter(event["kind"] for event in events)
+    assert (counts["dropped"] > 0) == (kind == "dropped") or kind == "merged"
+    assert (counts["merged"] > 0) == (kind == "merged")
+    assert kind or counts["end"] == 10, "all frames"
+    lengths = [len(event["token_ids"]) for event in events if event["kind"] == "end"]
+    assert (max(lengths) == 9) == whole
+    if kind:
+        assert f"{counts[kind]} {kind}" in outcome.err
+
+
+@pytest.mark.parametrize(("options", "drops"), [([], False), (["--live"], True)])
+def test_on_the_page_too_late_frames_are_dropped_when_live(
+    cli: Cli,  # noqa: F811
+    checkpoint: Path,
+    fast: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    drops: bool,
+) -> None:
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    from casa_hf import web
+    from tests.web.pages import Listener
+
+    heard: list[dict[str, Any]] = []
+
+    class Watched(web.CaptionServer):
+        """Serves until the one page that is open has heard the end."""
+
+        def run(self) -> None:
+            server = threading.Thread(target=super().run)
+            server.start()
+            heard.extend(message.data for message in Listener(self.url).until_state("finished"))
+            self.stop()
+            server.join()
+
+    monkeypatch.setattr(web, "CaptionServer", Watched)
+    said = ("--fps", "200", "--end", "0.05", "--max-new-tokens", "9", "--device", "cpu", "--allow-repeats")
+    outcome = cli("caption", fast, "--model", checkpoint, "--web", "--port", "0", *said, *options)
+    assert outcome.code == 0, outcome.err
+    kinds = Counter(message.get("kind") for message in heard)
+    assert (kinds["dropped"] > 0) == drops and kinds["end"] + kinds["dropped"] == 10
+    lengths = [len(message["token_ids"]) for message in heard if message.get("kind") == "end"]
+    assert (max(lengths) < 9) == drops, "the time of a frame is bounded where frames are dropped"
+
+
+def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    srt, video = tmp_path / "a.srt", write_clip(tmp_path / "a.mp4", 2, 10)
+    srt.write_text("old")
+    arguments = ["caption", BUNNY, "--model", checkpoint, "--out", srt, "--overlay", video, "--device", "cpu"]
+    arguments += ["--end", "0.4", "--max-new-tokens", "12", "--words", "--allow-repeats", *DRAWN]
+    assert cli(*arguments).failed_with_one_line("exists; choose another name")
+    assert srt.read_text() == "old"
+    outcome = cli(*arguments, "--overwrite")
+    assert outcome.code == 0, outcome.err
+    assert "1 frame in " in outcome.err and f"wrote {srt}, {video}." in outcome.err
+    with av.open(str(srt)) as container:
+        shown = [bytes(packet).decode() for packet in container.demux() if packet.size]
+    assert len(shown) > 2 and all(later.startswith(earlier) for earlier, later in pairwise(shown))
+    with av.open(str(video)) as container:
+        assert len(list(container.decode(video=0))) == 10
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_was_not_made_is_not_named(
+    cli: Cli,  # noqa: F811
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+) -> None:
+    """Ctrl-C before the first frame is looked at."""
+    srt, video = tmp_path / "a.srt", tmp_path / "a.mp4"
+    options = ["--overwrite"] if overwrite else []
+    for file in (srt, video) if overwrite else ():
+        file.write_text("old")
+
+    def interrupted(self: CasaStream, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CasaStream, "push", interrupted)
+    outcome = cli("caption", BUNNY, "--model", checkpoint, *ARGUMENTS, "--out", srt, "--overlay", video, *options)
+    assert outcome.code == 130
+    assert re.fullmatch(r"Interrupted: 0 frames in \d+\.\d s\.\n", outcome.err)
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == ({"a.srt": "old", "a.mp4": "old"} if overwrite else {})
+
+
+def test_the_source_is_never_replaced(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    clip = write_clip(tmp_path / "clip.mp4", 10, 10)
+    whole = clip.read_bytes()
+    (tmp_path / "a.srt").symlink_to(clip)
+    for option, file in (("--overlay", clip), ("--out", tmp_path / "a.srt")):
+        outcome = cli("caption", clip, "--model", "nowhere", option, file, "--overwrite")
+        assert outcome.failed_with_one_line(str(file), "is the source itself; choose another name")
+    assert clip.read_bytes() == whole
+
+
 def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None:
+    asked: list[str] = []
+
     class Brief(LiveCaptions):
         """Has answers of one token."""
 
         def ask(self, question: str, max_new_tokens: int = 1) -> None:
+            asked.append(question)
             super().ask(question, max_new_tokens)
 
     model = CasaForConditionalGeneration.from_pretrained(checkpoint).eval()
@@ -90,6 +284,7 @@ def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None
     ends = [event for event in _events(captions, questions) if event.kind in ("end", "answered")]
     assert [event.start for event in ends] == [0.0] * 21 + [0.48], "all of them are answered before the next frame"
     assert [event.kind for event in ends] == ["end", *["answered"] * 20, "end"]
+    assert asked == [question.text for question in questions], "in the order in which they were given"
 
 
 def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -107,8 +302,7 @@ def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, 
     assert "6 frames in " in outcome.err
     events = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [event["kind"] for event in events] == [*["end"] * 3, *["answered"] * 2, *["end"] * 3, "answered"]
-    answered = [event["question"] for event in events if event["kind"] == "answered"]
-    assert sorted(answered[:2]) == ["What?", "Who?"] and answered[2] == "Where?"
+    assert [event["question"] for event in events if event["kind"] == "answered"] == ["Who?", "What?", "Where?"]
 
 
 def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F811
@@ -127,6 +321,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
         ([BUNNY, "--out", "captions.txt"], ["captions.txt", ".srt"]),
         ([BUNNY, "--out", "nowhere/captions.srt"], ["nowhere", "doesn't exist"]),
         ([BUNNY, "--overlay", "video.avi"], ["video.avi", ".mp4"]),
+        ([BUNNY, "--overlay", "video.mp4", "--font", "nowhere.ttf"], ["nowhere.ttf", "can't be used"]),
         ([BUNNY, "--fps", "0"], ["fps=0", "positive"]),
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
         (["lavfi:testsrc", "--start", "3"], ["start=3", "live"]),
@@ -157,10 +352,17 @@ def test_it_fails_in_one_line_before_any_work(
         (["--ask", " "], "a question is empty"),
         (["--late", "drop"], "needs --live"),
         (["--late", "never"], "merge"),
+        (["--budget", "-1"], "'--budget': '-1' must be a positive number"),
+        (["--budget", "nan"], "'--budget': 'nan' must be a positive number"),
+        (["--budget", "soon"], "'--budget': 'soon' must be a positive number"),
+        (["--temperature", "0"], "'--temperature': '0' must be a positive number"),
+        (["--top-k", "5"], "need --temperature"),
+        (["--seed", "5"], "need --temperature"),
+        (["--font", "a.ttf"], "--font: it is for --overlay"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:  # noqa: F811
-    outcome = cli("caption", BUNNY, "--model", checkpoint, *options)
+    outcome = cli("caption", BUNNY, "--model", "nowhere", *options)
     assert outcome.code == 2
     assert complaint in " ".join(outcome.err.split())
 

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import sys
 import weakref
+from collections.abc import Iterator
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent
-from casa_hf.overlay import Overlay, OverlayWriter, captioned
+from casa_hf.overlay import Overlay, OverlayWriter, _font, _lines, _loaded, captioned
 from casa_hf.video import Frame, open_video
 from tests.clips import numbers, picture, write_clip
 
@@ -172,6 +176,105 @@ def test_long_captions_are_broken_into_lines_inside_the_picture():
     assert np.array_equal(short[:100], np.asarray(image)[:100])
 
 
+FONTS = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf"
+PLAIN = Image.new("RGB", (320, 180), (200, 0, 0))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The system's only folder of fonts; empty."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("other systems say with no variable where their fonts are")
+    for variable in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):
+        monkeypatch.setenv(variable, str(tmp_path / "share"))
+    folder = tmp_path / "share" / "fonts" / "truetype"
+    folder.mkdir(parents=True)
+    for cache in (_font, _loaded):
+        cache.cache_clear()
+    yield folder
+    for cache in (_font, _loaded):
+        cache.cache_clear()
+
+
+def write_one(path: Path, text: str, **options: Any) -> str:
+    """A video of one frame; the note about it."""
+    with OverlayWriter(path, **options) as writer:
+        writer.write(Frame(0.0, PLAIN), text)
+    return writer.note
+
+
+def test_letters_of_any_language_are_drawn_with_an_installed_font(installed, tmp_path):
+    text = "Жизнь • déjà vu"
+    note = write_one(tmp_path / "a.mp4", text)
+    assert "Ж и з н ь • é à" in note and "give another font" in note, "Pillow's own font has few letters"
+    shutil.copy(FONTS / "DejaVuSans.ttf", installed / "LiberationSans-Regular.ttf")
+    shutil.copy(FONTS / "cmr10.ttf", installed / "DejaVuSans.ttf")  # looked for earlier, and without these letters
+    _font.cache_clear()
+    _loaded.cache_clear()
+    assert write_one(tmp_path / "b.mp4", text) == ""
+    with_file = np.asarray(captioned(PLAIN, text, FONTS / "DejaVuSans.ttf"))
+    assert np.array_equal(np.asarray(captioned(PLAIN, text)), with_file)
+    assert not np.array_equal(
+        np.asarray(captioned(PLAIN, "Hello")), captioned(PLAIN, "Hello", FONTS / "DejaVuSans.ttf")
+    )
+    # What no font has: the one that has the most.
+    assert "(漢 字)" in write_one(tmp_path / "c.mp4", text + " 漢字漢\u200d\n")
+    mixed = text + "漢"
+    assert np.array_equal(np.asarray(captioned(PLAIN, mixed)), captioned(PLAIN, mixed, FONTS / "DejaVuSans.ttf"))
+
+
+def test_a_font_that_was_asked_for_is_the_one_that_is_used(tmp_path):
+    drawn = [np.asarray(captioned(PLAIN, text, FONTS / "DejaVuSans.ttf")) for text in ("é•Ж", "ü→Я")]
+    assert not np.array_equal(*drawn), "or both would be boxes"
+    assert "Ж" in write_one(tmp_path / "a.mp4", "Ж", font=FONTS / "cmr10.ttf")
+    assert write_one(tmp_path / "b.mp4", "Ж", font=str(FONTS / "DejaVuSans.ttf")) == ""
+    with pytest.raises(ValueError, match=r"test_overlay\.py' can't be used .*TrueType"):
+        OverlayWriter(tmp_path / "c.mp4", font=__file__)
+    with pytest.raises(ValueError, match=r"nowhere\.ttf' can't be used"):
+        Overlay(open_video([picture(0)]), tmp_path / "c.mp4", font="nowhere.ttf")
+
+
+def test_text_without_blanks_is_broken_inside_the_picture():
+    def size(text: str) -> tuple[int, int, int]:
+        """First and last column and height of what is drawn."""
+        rows, columns = np.nonzero((np.asarray(captioned(PLAIN, text)) != np.asarray(PLAIN)).any(axis=2))
+        return columns.min(), columns.max(), rows.max() - rows.min()
+
+    left, right, one_line = size("字")
+    left, right, height = size("字" * 60)
+    assert left > 0 and right < 319 and height > 1.5 * one_line
+    lines = _lines(f"a {'b' * 45} c\n{'d' * 20}", 20, len)
+    assert lines == ["a", "b" * 20, "b" * 20, "b" * 5 + " c", "d" * 20]
+    assert _lines("ab", 0.5, len) == ["a", "b"], "a letter is never broken"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_start_between_two_frames_begins_with_the_one_on_screen(tmp_path, ending):
+    source = open_video(write_clip(tmp_path / "clip.mp4", 40, 25), fps=5, start=1.01)
+    overlay = Overlay(source, tmp_path / f"out.{ending}")
+    assert not overlay.written
+    overlay.close()
+    assert overlay.written
+    frames = decoded(tmp_path / f"out.{ending}")
+    assert numbers([image for _, image in frames]) == list(range(25, 40))
+    assert [round(time, 3) for time, _ in frames] == [0.0] + [round(0.03 + index / 25, 3) for index in range(14)]
+
+
+def test_the_source_is_never_replaced(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 10, 10)
+    whole = clip.read_bytes()
+    (tmp_path / "link.mkv").symlink_to(clip)
+    for source in (open_video(clip), open_video(f"file://{clip}"), open_video(clip, live=True)):
+        for path in (clip, tmp_path / "link.mkv", tmp_path / ".." / tmp_path.name / "clip.mp4"):
+            with source, pytest.raises(ValueError, match="is the source itself; choose another name"):
+                Overlay(source, path, overwrite=True)
+    with pytest.raises(ValueError, match="is the source itself"):
+        OverlayWriter(clip, audio=str(clip), overwrite=True)
+    assert clip.read_bytes() == whole
+    with open_video(clip) as source, pytest.raises(ValueError, match="exists; choose another name"):
+        Overlay(source, tmp_path / write_clip(tmp_path / "other.mp4", 2, 10))
+
+
 def write_for_ever(path: str, go: Connection) -> None:
     writer = OverlayWriter(path)
     for index in count():
@@ -190,9 +293,15 @@ def test_a_process_that_is_killed_leaves_a_video_that_plays(tmp_path):
     target.kill()
     target.join()
     (left,) = tmp_path.iterdir()
-    assert left.name == ".out.incomplete.mp4"
+    assert left.name.startswith(".out.") and left.name.endswith(".incomplete.mp4")
+    with OverlayWriter(tmp_path / "out.mp4") as again, OverlayWriter(tmp_path / "out.mp4", overwrite=True) as beside:
+        for index in range(3):
+            again.write(Frame(index / 10, picture(index)), "")
+            beside.write(Frame(index / 10, picture(index + 3)), "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "out.mp4"]
+    assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == [0, 1, 2], "that of the last one to close"
     frames = decoded(left)
-    assert len(frames) > 100
+    assert len(frames) > 100, "what a killed process has left is its own"
     assert numbers([image for _, image in frames[:100]]) == list(range(100))
 
 

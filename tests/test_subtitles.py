@@ -8,15 +8,18 @@ import json
 import multiprocessing
 import re
 import signal
+import sys
 from dataclasses import asdict
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import count, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
-from casa_hf import CaptionEvent
+from casa_hf import CaptionEvent, subtitles
 from casa_hf.subtitles import SrtWriter, VttWriter, caption_writer
 
 av = pytest.importorskip("av")
@@ -180,6 +183,65 @@ def test_interrupted_frames_answers_and_frames_without_captions(tmp_path):
     assert [json.loads(line) for line in lines] == [
         asdict(event) | {"token_ids": list(event.token_ids)} for event in events
     ]
+
+
+@pytest.mark.parametrize("name", ["captions.srt", "captions.vtt"])
+def test_an_interruption_at_any_line_of_code_loses_no_caption(tmp_path, name):
+    """The second frame comes so early that the words of the first one no longer have cues of their own.
+
+    Ctrl-C comes before each line that the writer runs for the second frame, one after the other. What is in the file
+    then is what a killed process leaves; what is there after `close` is what an interrupted one does.
+    """
+    path = tmp_path / name
+
+    def captions_after(num_lines: int) -> bool:
+        """Whether Ctrl-C came before the second frame was done."""
+        left = num_lines
+        interrupted = False
+
+        def trace(stack: FrameType, event: str, _: Any) -> Any:
+            nonlocal left, interrupted
+            if stack.f_code.co_filename != subtitles.__file__:
+                return None
+            left -= event == "line"
+            if left < 0 and not interrupted:
+                interrupted = True
+                check(path)
+                raise KeyboardInterrupt
+            return trace
+
+        with caption_writer(path, words=True, overwrite=True) as writer:
+            for event in frame(0, 1.0, "a b c d e f g h"):
+                writer.write(event)
+            for number, event in enumerate(frame(1, 1.004, "x y")):
+                before = sys.gettrace()
+                sys.settrace(trace)
+                try:
+                    writer.write(event)
+                except KeyboardInterrupt:
+                    # Also to a program that catches it and goes on.
+                    for last in frame(2, 1.5, "z") if number else []:
+                        writer.write(last)
+                    break
+                finally:
+                    sys.settrace(before)
+        check(path)
+        return interrupted
+
+    def check(path: Path) -> None:
+        assert b"\0" not in path.read_bytes()
+        cues = read_back(path)
+        assert cues[0][0] == 1000 and all(one[1] <= other[0] for one, other in pairwise(cues))
+        texts = [shown(text) for _, _, text in cues]
+        first = [text for text in texts if text.startswith("a")]
+        assert first[-1] == "a b c d e f g h"
+        assert set(texts[len(first) :]) <= {"x", "x y", "z"}, "and nothing that is half"
+
+    assert captions_after(20)
+    interruptions = 0
+    while captions_after(interruptions):
+        interruptions += 1
+    assert interruptions > 60
 
 
 def write_for_ever(paths: list[str], go: Connection) -> None:

@@ -6,6 +6,7 @@ Captions and answers go to standard output, one line each; on a terminal, a view
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -67,6 +68,17 @@ def _question(text: str) -> Question:
     return Question(_seconds(moment[1:]), question.strip())
 
 
+def _positive(text: str | float) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise typer.BadParameter(f"{text!r} must be a positive number.")
+    return number
+
+
 def caption(
     source: Annotated[
         str,
@@ -80,6 +92,12 @@ def caption(
     prompt: Annotated[
         str | None, typer.Option(help="What to say about the video. Default: what happens.", show_default=False)
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message. Default: the chat template's.", show_default=False)
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help='Words that the captions begin with, such as "In this video".', show_default=False)
+    ] = "",
     fps: Annotated[float, typer.Option(help="Frames per second that the model sees.")] = 2.0,
     start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
     end: Annotated[
@@ -92,6 +110,13 @@ def caption(
     words: Annotated[bool, typer.Option("--words", help="Subtitles word by word.")] = False,
     overlay: Annotated[
         Path | None, typer.Option(help="Video to write with the captions in the picture, .mp4, .mov or .mkv.")
+    ] = None,
+    font: Annotated[
+        Path | None,
+        typer.Option(
+            help="TrueType or OpenType file for --overlay. Default: an installed one that has the captions' letters.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Play a file at its own speed; cameras always do.")] = False,
@@ -106,7 +131,10 @@ def caption(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Seconds per frame after which its text goes on with the next one. Default: one frame's when live.",
+            parser=_positive,
+            metavar="SECONDS",
+            help="After so long the text of a frame goes on with the next one. Default: one frame's time when live, "
+            "unless late frames wait.",
             show_default=False,
         ),
     ] = None,
@@ -121,6 +149,26 @@ def caption(
     text_window: Annotated[
         int | None, typer.Option(min=1, help="Text tokens to remember; older ones are forgotten. Default: all.")
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            parser=_positive,
+            metavar="NUMBER",
+            help="Draw words at random, the more daring the higher; 0.4 is cautious. Default: the likeliest words.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Draw from so many likeliest tokens, 0 for all. Default: 256.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Draw the same words each time.", show_default=False),
+    ] = None,
+    allow_repeats: Annotated[
+        bool, typer.Option("--allow-repeats", help="Let captions repeat what was said, unhindered.")
+    ] = False,
     web: Annotated[
         bool,
         typer.Option("--web", help="Show it on a page in the browser until Ctrl-C. A file plays at its own speed."),
@@ -142,7 +190,11 @@ def caption(
         raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
     if not web and (host is not None or port is not None):
         raise typer.BadParameter("--host and --port are for --web.", param_hint="--host")
-    from .overlay import FORMATS, Overlay
+    if font is not None and overlay is None:
+        raise typer.BadParameter("it is for --overlay.", param_hint="--font")
+    if temperature is None and (top_k is not None or seed is not None):
+        raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
+    from .overlay import Overlay
     from .streaming import CasaStream, LiveCaptions
     from .subtitles import WRITERS, check_output
     from .video import open_video
@@ -151,18 +203,29 @@ def caption(
     real_time = live or video.live
     if late not in (None, Late.WAIT) and not real_time:
         raise typer.BadParameter(f"{late} needs --live: without a clock no frame is late.", param_hint="--late")
+    late = late or (Late.DROP if real_time else Late.WAIT)
     outs = out or []
     for path in outs:
-        check_output(path, WRITERS, overwrite)
-    if overlay is not None:
-        check_output(overlay, FORMATS, overwrite)
+        check_output(path, WRITERS, overwrite, video.files)
+    picture = None if overlay is None else Overlay(video, overlay, font=font, overwrite=overwrite)
     resolved = [path.resolve() for path in outs]
     for path, place in zip(outs, resolved, strict=True):
         if resolved.count(place) > 1:
             raise ValueError(f"--out {str(path)!r} is given {resolved.count(place)} times; name each file once.")
-    budget = 1 / fps if budget is None and real_time and late is not Late.WAIT else budget
-
-    options: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    options: dict[str, Any] = {
+        "system": system,
+        "prefix": prefix,
+        "max_new_tokens_per_frame": max_new_tokens,
+        "text_window": text_window,
+        "frame_budget": 1 / fps if budget is None and late is not Late.WAIT else budget,
+    }
+    if prompt is not None:
+        options["prompt"] = prompt
+    if temperature is not None:
+        options |= {"do_sample": True, "temperature": temperature, "seed": seed}
+        options |= {} if top_k is None else {"top_k": top_k}
+    if allow_repeats:
+        options |= {"repetition_penalty": None, "no_repeat_ngram_size": None}
     files = _Files(outs, words, overwrite)
     loaded: list[CasaStream] = []
     with ExitStack() as opened:
@@ -178,31 +241,21 @@ def caption(
                 host=host or DEFAULT_HOST,
                 port=DEFAULT_PORT if port is None else port,
                 real_time=True if live else None,
-                late=None if late is None else late.value,
+                late=late.value,
                 on_event=files.write,
             )
             opened.callback(server.close)
-        stream = opened.enter_context(
-            CasaStream(
-                *load_model(model, device, dtype, attn),
-                fps=fps,
-                max_new_tokens_per_frame=max_new_tokens,
-                text_window=text_window,
-                frame_budget=budget,
-                **options,
-            )
-        )
+        stream = opened.enter_context(CasaStream(*load_model(model, device, dtype, attn), fps=fps, **options))
         for question in questions:
             stream.turns.question(question.text)  # or says what is wrong with it, hours before it is asked
         if server is not None:
             loaded.append(stream)
             _serve(server)
             return
-        picture = Overlay(video, overlay, overwrite=overwrite) if overlay else None
         captions = LiveCaptions(
             stream,
             video,
-            late=None if late is None else late.value,
+            late=late.value,
             real_time=real_time,
             on_frame=None if picture is None else picture.show,
         )
@@ -220,7 +273,8 @@ def caption(
         finally:
             if picture is not None:
                 picture.close(interrupted=not completed)
-        view.finish(interrupted, [*files.made, *([overlay] if overlay else [])], picture.note if picture else "")
+        made = [*files.made, *([overlay] if overlay and picture and picture.written else [])]
+        view.finish(interrupted, made, picture.note if picture else "")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -263,7 +317,8 @@ def _serve(server: CaptionServer) -> None:
 
 def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[CaptionEvent]:
     """What happens, with the questions asked in their time."""
-    timed = deque(sorted(question for question in questions if question.moment is not None))
+    # Those of one moment in the order in which they were given.
+    timed = deque(sorted((each for each in questions if each.moment is not None), key=lambda each: each.moment or 0.0))
     for event in captions:
         yield event
         # The end of its answer asks the next one of the same moment, so there is always room for it.
@@ -319,9 +374,9 @@ class _View(AbstractContextManager["_View"]):
             self._counts["frames"] += 1
             self._latencies.append(event.latency)
             self._nbytes = self._stream.nbytes
-            if text := _one_line(self._text):
+            text, self._text = _one_line(self._text), ""  # before it is shown, or Ctrl-C would have it shown twice
+            if text:
                 self._line(f"[{_clock(event.start)}] {text}")
-            self._text = ""
         else:
             self._counts[event.kind] += 1
             self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
@@ -332,8 +387,9 @@ class _View(AbstractContextManager["_View"]):
             self._line(f"[{_clock(self._position)}] {text}")
             self._text = ""
         seconds = time.perf_counter() - self._begin
-        counts = [f"{self._counts['frames']} frames"]
-        counts += [f"{self._counts[kind]} {kind}" for kind in ("dropped", "merged", "error") if self._counts[kind]]
+        counts = [_number(self._counts["frames"], "frame")]
+        counts += [f"{self._counts[kind]} {kind}" for kind in ("dropped", "merged") if self._counts[kind]]
+        counts += [_number(self._counts["error"], "error")] if self._counts["error"] else []
         written = f"; wrote {', '.join(map(str, files))}" if files else ""
         ended = "Interrupted: " if interrupted else ""
         if note:
@@ -363,7 +419,8 @@ class _View(AbstractContextManager["_View"]):
         bound = [each for each in (self._source.duration, self._source.end) if each is not None]
         rows = {
             "time": _clock(self._position) + (f" of {_clock(min(bound))}" if bound else ""),
-            "frames": ", ".join(f"{self._counts[kind]} {kind}" for kind in ("frames", "dropped", "merged", "error")),
+            "frames": f"{self._counts['frames']}, {self._counts['dropped']} dropped, {self._counts['merged']} merged, "
+            f"{_number(self._counts['error'], 'error')}",
             "latency": "",
             "memory": f"{decimal(self._nbytes['text'])} text, {decimal(self._nbytes['image'])} image, "
             f"{self._stream.num_text_tokens} text tokens",
@@ -382,6 +439,10 @@ class _View(AbstractContextManager["_View"]):
             parts.append(ProgressBar(total=length, completed=self._position - self._source.start, width=60))
         speaking = self._answer or self._text
         return Group(*parts, Text(_one_line(speaking) or " ", style="bold", overflow="ellipsis", no_wrap=True))
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _clock(seconds: float) -> str:

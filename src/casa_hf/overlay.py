@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import secrets
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Generator, Iterator
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .streaming import CaptionEvent
@@ -32,6 +36,25 @@ _KEYFRAME_SECONDS = 2
 _LETTER_HEIGHT = 1 / 18
 _MIN_LETTER_PIXELS = 10
 _MAX_LINES = 3
+# Looked for in the system's folders of fonts: the letters of many languages, then Chinese, Japanese and Korean too.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "arial.ttf",
+    "Arial.ttf",
+    "Arial Unicode.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "msyh.ttc",
+    "YuGothM.ttc",
+    "malgun.ttf",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
+)
+# No character, so that no font has a picture of it but the one for what is missing.
+_NO_CHARACTER = "\U0010ffff"
+_MAX_TOLD = 10
 
 
 class OverlayWriter:
@@ -40,15 +63,16 @@ class OverlayWriter:
     Args:
         path: of the video, ending in .mp4, .mov or .mkv.
         audio: a video file or URL whose sound is copied, packet by packet, if its format can be in such a file.
-        start: seconds in the source at which the video begins.
+        start: seconds in the source at which the video begins; a frame that is on screen by then begins with it.
+        font: file of the font of the captions, see `captioned`.
         overwrite: whether to replace a file that exists.
 
     Attributes:
-        note: why there is no sound; empty where there is, or where the source has none.
+        written: whether the video is there: once closed, unless it had no frame.
 
     Raises:
-        ValueError: if the name has another ending, or the file exists and isn't to be replaced, or its folder doesn't
-            exist.
+        ValueError: if the name has another ending or is that of `audio`, the file exists and isn't to be replaced, its
+            folder doesn't exist, or the font can't be used.
         ImportError: without PyAV.
     """
 
@@ -58,22 +82,37 @@ class OverlayWriter:
         *,
         audio: str | None = None,
         start: float = 0.0,
+        font: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ):
-        self.path = check_output(path, FORMATS, overwrite)
+        self.path = check_output(path, FORMATS, overwrite, () if audio is None else (audio,))
         try:
-            import av
+            import av  # noqa: F401
         except ImportError as error:
             raise ImportError("Writing a video needs PyAV: pip install casa_hf[video]") from error
-        format = FORMATS[self.path.suffix.lower()]
-        options = _FLUSHED if format == "matroska" else _FLUSHED | _FRAGMENTS
-        self.note = ""
+        if font is not None:
+            _check_font(font)
+        self.written = False
         self._start, self._last_pts = start, -1
-        self._temporary = self.path.with_name(f".{self.path.stem}.incomplete{self.path.suffix}")
-        self._container: Any = av.open(str(self._temporary), "w", format=format, container_options=options)
+        # What another run has left, or is writing, has another name.
+        name = f".{self.path.stem}.{secrets.token_hex(4)}.incomplete{self.path.suffix}"
+        self._temporary = self.path.with_name(name)
+        self._container: Any = None
         self._video: Any = None
         self._sound: _Sound | None = None
         self._audio = audio
+        self._font = None if font is None else os.fspath(font)
+        self._silence = ""
+        self._missing: dict[str, None] = {}  # in the order in which they came
+
+    @property
+    def note(self) -> str:
+        """What the video lacks, and why: sound, characters that the font doesn't have. Empty if nothing."""
+        notes = [self._silence] if self._silence else []
+        if self._missing:
+            some = " ".join(list(self._missing)[:_MAX_TOLD]) + (" ..." if len(self._missing) > _MAX_TOLD else "")
+            notes.append(f"the font has no picture of some characters of the captions ({some}); give another font")
+        return "; ".join(notes)
 
     def write(self, frame: Frame, text: str) -> None:
         """Add a frame.
@@ -86,15 +125,18 @@ class OverlayWriter:
 
         image = _picture(frame.image)
         if self._video is None:
-            self._open_streams(image)
+            self._open(image)
         width, height = self._video.width, self._video.height
         if image.size != (width, height):
             image = _fitted(image, width, height)
-        pts = int((Fraction(frame.timestamp) - Fraction(self._start)) / _TIME_BASE + Fraction(1, 2))
+        pts = max(0, int((Fraction(frame.timestamp) - Fraction(self._start)) / _TIME_BASE + Fraction(1, 2)))
         if pts <= self._last_pts:
             return
         self._last_pts = pts
-        encoded = av.VideoFrame.from_image(captioned(image, text) if text else image)
+        if text:
+            image = captioned(image, text, self._font)
+            self._missing |= dict.fromkeys(_font(text, _letter_size(image), self._font)[1])
+        encoded = av.VideoFrame.from_image(image)
         encoded.pts, encoded.time_base = pts, _TIME_BASE
         if self._sound is not None:
             self._sound.copy_until(pts * _TIME_BASE)
@@ -105,8 +147,9 @@ class OverlayWriter:
         if self._container is None:
             return
         container, self._container = self._container, None
+        begun = self._last_pts >= 0
         try:
-            if self._video is not None:
+            if begun:
                 container.mux(self._video.encode())
                 if self._sound is not None:
                     self._sound.copy_until((self._last_pts + 1) * _TIME_BASE)
@@ -114,10 +157,11 @@ class OverlayWriter:
             if self._sound is not None:
                 self._sound.close()
             container.close()
-        if self._video is None:
-            self._temporary.unlink(missing_ok=True)
-        else:
+        if begun:
             os.replace(self._temporary, self.path)
+            self.written = True
+        else:  # the first frame couldn't be written
+            self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> OverlayWriter:
         return self
@@ -125,9 +169,13 @@ class OverlayWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open_streams(self, image: Image) -> None:
+    def _open(self, image: Image) -> None:
+        """Begin the file, with frames of the size of the first one."""
         import av
 
+        format = FORMATS[self.path.suffix.lower()]
+        flags = _FLUSHED if format == "matroska" else _FLUSHED | _FRAGMENTS
+        self._container = av.open(str(self._temporary), "w", format=format, container_options=flags)
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"q": "4"}
         self._video = self._container.add_stream(codec, rate=_NOMINAL_FPS, options=options)
@@ -138,7 +186,7 @@ class OverlayWriter:
         self._video.codec_context.max_b_frames = 0  # a fragment would begin later by as many frames
         self._video.codec_context.gop_size = _KEYFRAME_SECONDS * _NOMINAL_FPS
         if self._audio is not None:
-            self._sound, self.note = _Sound.open(self._audio, self._container, self._start)
+            self._sound, self._silence = _Sound.open(self._audio, self._container, self._start)
 
 
 class Overlay:
@@ -151,17 +199,26 @@ class Overlay:
     Args:
         source: what is captioned.
         path: of the video, ending in .mp4, .mov or .mkv.
-        overwrite: whether to replace a file that exists.
+        font: file of the font of the captions, see `captioned`.
+        overwrite: whether to replace a file that exists; never the source itself.
 
     Raises:
-        ValueError: for a path as `OverlayWriter` says.
+        ValueError: for a path or font as `OverlayWriter` says, and if the path is that of the source.
     """
 
-    def __init__(self, source: VideoSource, path: str | os.PathLike[str], *, overwrite: bool = False):
+    def __init__(
+        self,
+        source: VideoSource,
+        path: str | os.PathLike[str],
+        *,
+        font: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+    ):
+        check_output(path, FORMATS, overwrite, source.files)
         recorded = source if isinstance(source, MediaSource) and not source.live else None
         audio = None if recorded is None else recorded.url
-        self._writer = OverlayWriter(path, audio=audio, start=source.start, overwrite=overwrite)
-        self._frames = None if recorded is None else _pictures(recorded.every_frame())
+        self._writer = OverlayWriter(path, audio=audio, start=source.start, font=font, overwrite=overwrite)
+        self._frames = None if recorded is None else _pictures(recorded)
         self._held: list[Frame] = []
         self._captions = CaptionCollector()
         self._caption: Caption | None = None
@@ -169,8 +226,13 @@ class Overlay:
 
     @property
     def note(self) -> str:
-        """Why there is no sound; empty where there is, or where the source has none."""
+        """What the video lacks, and why; see `OverlayWriter.note`."""
         return self._writer.note
+
+    @property
+    def written(self) -> bool:
+        """Whether the video is there: once closed, unless it had no frame."""
+        return self._writer.written
 
     def show(self, frame: Frame) -> None:
         """A frame that the model is about to see."""
@@ -235,30 +297,43 @@ class Overlay:
             yield self._held.pop(0)
 
 
-def captioned(image: Image, text: str) -> Image:
-    """A picture with a caption at its lower edge, on a dark ground, in the font that Pillow brings.
+def captioned(image: Image, text: str, font: str | os.PathLike[str] | None = None) -> Image:
+    """A picture with a caption at its lower edge, on a dark ground.
 
     Long captions are broken into lines; of more than three lines the last three are drawn.
-    """
-    from PIL import Image, ImageDraw, ImageFont
 
-    size = max(_MIN_LETTER_PIXELS, round(image.height * _LETTER_HEIGHT))
-    font = ImageFont.load_default(size)
+    Args:
+        image: of any size.
+        text: of the caption.
+        font: file of a TrueType or OpenType font. None for the first of some usual ones that is installed and has all
+            characters of the text; where there is none, the one that has the most of them. Pillow brings the last one.
+
+    Raises:
+        OSError: if the font can't be read.
+    """
+    from PIL import Image, ImageDraw
+
+    size = _letter_size(image)
+    letters, _ = _font(text, size, None if font is None else os.fspath(font))
     margin = size // 2
-    lines = _lines(text, image.width - 4 * margin, font.getlength)[-_MAX_LINES:]
+    lines = _lines(text, image.width - 4 * margin, letters.getlength)[-_MAX_LINES:]
     block = "\n".join(lines)
     drawn = image.convert("RGBA")
     ground = Image.new("RGBA", image.size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(ground)
     x, y = image.width / 2, image.height - 2 * margin
-    left, top, right, bottom = draw.multiline_textbbox((x, y), block, font=font, anchor="md", align="center")
+    left, top, right, bottom = draw.multiline_textbbox((x, y), block, font=letters, anchor="md", align="center")
     draw.rectangle((left - margin, top - margin, right + margin, bottom + margin), fill=(0, 0, 0, 160))
-    draw.multiline_text((x, y), block, font=font, anchor="md", align="center", fill=(255, 255, 255, 255))
+    draw.multiline_text((x, y), block, font=letters, anchor="md", align="center", fill=(255, 255, 255, 255))
     return Image.alpha_composite(drawn, ground).convert("RGB")
 
 
+def _letter_size(image: Image) -> int:
+    return max(_MIN_LETTER_PIXELS, round(image.height * _LETTER_HEIGHT))
+
+
 def _lines(text: str, width: float, length: Any) -> list[str]:
-    """Text broken so that each line is at most so long; a word that is longer stands alone."""
+    """Text broken so that each line is at most so long, between words where they aren't longer themselves."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""
@@ -269,8 +344,62 @@ def _lines(text: str, width: float, length: Any) -> list[str]:
                 line = word
             else:
                 line = longer
+            while len(line) > 1 and length(line) > width:
+                fits = bisect_right(range(1, len(line)), width, key=lambda count: length(line[:count])) or 1
+                lines.append(line[:fits])
+                line = line[fits:]
         lines += [line] if line else []
     return lines
+
+
+@lru_cache(maxsize=8)  # a caption is drawn into many frames
+def _font(text: str, size: int, file: str | None) -> tuple[Any, str]:
+    """The font for a text, as `captioned` says, and the characters that it has no picture of."""
+    best: tuple[Any, str] | None = None
+    for name in (*_FONTS, None) if file is None else (file,):
+        font = _loaded(name, size)
+        if font is None:
+            continue
+        missing = "".join(dict.fromkeys(letter for letter in text if not _has(font, letter)))
+        if best is None or len(missing) < len(best[1]):
+            best = font, missing
+        if not missing:
+            break
+    if best is None:
+        raise OSError(f"The font {file!r} can't be read any more.")
+    return best
+
+
+@lru_cache(maxsize=2 * len(_FONTS))
+def _loaded(name: str | None, size: int) -> Any:
+    """A font by its file, or its name in the system's folders; None stands for the one that Pillow brings.
+
+    None if there is none.
+    """
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+def _has(font: Any, letter: str) -> bool:
+    """Whether a font has a picture of a character, if one is needed."""
+    if unicodedata.category(letter)[0] in "CZ":
+        return True
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_CHARACTER))
+
+
+def _check_font(file: str | os.PathLike[str]) -> None:
+    from PIL import ImageFont
+
+    try:
+        ImageFont.truetype(os.fspath(file), _MIN_LETTER_PIXELS)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The font {os.fspath(file)!r} can't be used ({error}); give the file of a TrueType or OpenType font."
+        ) from error
 
 
 class _Sound:
@@ -335,9 +464,10 @@ class _Sound:
         self._container.close()
 
 
-def _pictures(source: VideoSource) -> Any:
-    """The frames of a source; problems were reported when the captions were made."""
-    return (item for item in source.read() if not isinstance(item, VideoProblem))
+def _pictures(source: MediaSource) -> Generator[Frame, None, None]:
+    """All frames of a source, read once more; problems were reported when the captions were made."""
+    with source.every_frame() as again:
+        yield from (item for item in again.read() if not isinstance(item, VideoProblem))
 
 
 def _picture(image: Any) -> Image:

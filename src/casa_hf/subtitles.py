@@ -118,10 +118,9 @@ class _CueWriter(CaptionWriter):
         super().__init__(path, overwrite=overwrite)
         self.words = words
         self._captions = CaptionCollector()
-        self._num_cues = 0
-        # The last caption, where it stands in the file and how many cues came before it, as its end may change.
-        self._last: tuple[_Timed, int, int] | None = None
-        self._position = self._file.write(self._header.encode())
+        # The last caption, whose end may change; what comes before it in the file stays.
+        self._last: _Placed | None = None
+        self._file.write(self._header.encode())
 
     def write(self, event: CaptionEvent) -> None:
         caption = self._captions.add(event)
@@ -132,6 +131,7 @@ class _CueWriter(CaptionWriter):
 
     def close(self) -> None:
         if not self._file.closed:
+            self._store()
             caption = self._captions.finish()
             if caption is not None:
                 self._append(caption)
@@ -144,39 +144,46 @@ class _CueWriter(CaptionWriter):
             return
         start = Fraction(caption.start)
         self._cut(start)
-        if self._last is not None:
-            start = max(start, self._last[0].end)
+        self._store()  # what an interruption may have kept from the file
+        last = self._last
+        if last is None:
+            position, num_before = len(self._header), 0
+        else:
+            position, num_before = last.position + len(last.data), last.num_before + last.num_cues
+            start = max(start, last.timed.end)
         timed = _Timed(start, max(Fraction(caption.end), start + _SHORTEST), text)
-        data, count = self._rendered(timed, self._num_cues)
-        self._file.seek(self._position)
-        self._file.write(data)
-        self._last = timed, self._position, self._num_cues
-        self._position += len(data)
-        self._num_cues += count
+        self._last = self._placed(timed, position, num_before)
+        self._store()
 
     def _cut(self, moment: Fraction) -> None:
         """Let the last caption end when the next frame comes."""
-        if self._last is None or moment <= self._last[0].start:
+        if self._last is None or moment <= self._last.timed.start:
             return
-        timed, position, before = self._last
+        timed = self._last.timed
         moment = max(moment, timed.start + _SHORTEST)
         if moment >= timed.end:
             return
-        timed = timed._replace(end=moment)
-        data, count = self._rendered(timed, before)
-        if len(data) != self._position - position:  # fewer cues have room in the shorter time
-            self._file.truncate(position)
-        self._file.seek(position)
-        self._file.write(data)
-        self._last = timed, position, before
-        self._position = position + len(data)
-        self._num_cues = before + count
+        self._last = self._placed(timed._replace(end=moment), self._last.position, self._last.num_before)
+        self._store()
 
-    def _rendered(self, timed: _Timed, num_before: int) -> tuple[bytes, int]:
-        """A caption as bytes, and how many cues it takes."""
+    def _store(self) -> None:
+        """Bring the last caption into the file as it is known now; harmless when repeated.
+
+        A caption that has become shorter, as fewer cues have room, is written with blank lines in place of the rest,
+        which are cut off then: so there is no moment at which the file lacks it or has it by half.
+        """
+        if self._last is None:
+            return
+        _, position, _, data, _ = self._last
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(position)
+        self._file.write(data.ljust(size - position, b"\n"))
+        self._file.truncate(position + len(data))
+
+    def _placed(self, timed: _Timed, position: int, num_before: int) -> _Placed:
         cues = list(self._cues(timed))
-        lines = [self._cue(num_before + number, cue) for number, cue in enumerate(cues, 1)]
-        return "".join(lines).encode(), len(cues)
+        data = "".join(self._cue(num_before + number, cue) for number, cue in enumerate(cues, 1)).encode()
+        return _Placed(timed, position, num_before, data, len(cues))
 
     @abstractmethod
     def _cues(self, timed: _Timed) -> Iterator[_Timed]:
@@ -263,16 +270,29 @@ def caption_writer(path: str | os.PathLike[str], *, words: bool = False, overwri
     return kind(path, overwrite=overwrite)
 
 
-def check_output(path: str | os.PathLike[str], endings: Iterable[str], overwrite: bool) -> Path:
+def check_output(
+    path: str | os.PathLike[str],
+    endings: Iterable[str],
+    overwrite: bool,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> Path:
     """Check that a file can be made.
 
+    Args:
+        path: of the file.
+        endings: that its name may have.
+        overwrite: whether to replace a file that exists.
+        inputs: what is read meanwhile, which is never replaced; names that aren't those of files are passed over.
+
     Raises:
-        ValueError: if its name has none of these endings, it exists and isn't to be replaced, or its folder doesn't
-            exist.
+        ValueError: if its name has none of these endings, it is one of the inputs, it exists and isn't to be replaced,
+            or its folder doesn't exist.
     """
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise ValueError(f"The name {str(path)!r} must end in {' or '.join(endings)}.")
+    if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
+        raise ValueError(f"{str(path)!r} is the source itself; choose another name.")
     if path.exists() and not (overwrite and path.is_file()):
         raise ValueError(f"{str(path)!r} exists; choose another name, or have it replaced with overwrite.")
     if not path.parent.is_dir():
@@ -286,6 +306,24 @@ class _Timed(NamedTuple):
     start: Fraction
     end: Fraction
     text: str
+
+
+class _Placed(NamedTuple):
+    """A caption in a file.
+
+    Attributes:
+        timed: when and what.
+        position: in the file, in bytes.
+        num_before: cues before it.
+        data: its own cues as they stand there.
+        num_cues: how many they are.
+    """
+
+    timed: _Timed
+    position: int
+    num_before: int
+    data: bytes
+    num_cues: int
 
 
 def _milliseconds(seconds: Fraction) -> int:

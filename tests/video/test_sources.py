@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, pairwise
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, load_frames, open_video
@@ -253,9 +256,16 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
     [
         ({"fps": 0}, "fps=0 must be a positive number"),
         ({"fps": math.nan}, "fps=nan must be a positive number"),
+        ({"fps": True}, "fps=True must be a positive number"),
+        ({"fps": "2"}, "fps='2' must be a positive number"),
         ({"start": -1}, "start=-1 must be a number of seconds"),
+        ({"start": False}, "start=False must be a number of seconds"),
+        ({"end": "3"}, "end='3' must be a number of seconds"),
         ({"start": 2, "end": 2}, "end=2 must be a number of seconds above start=2"),
-        ({"read_ahead": 0}, "read_ahead=0 must be at least 1"),
+        ({"read_ahead": 0}, "read_ahead=0 must be a number of frames, at least 1"),
+        ({"read_ahead": 1.5}, "read_ahead=1.5 must be a number of frames"),
+        ({"read_ahead": "x"}, "read_ahead='x' must be a number of frames"),
+        ({"read_ahead": True}, "read_ahead=True must be a number of frames"),
         ({"rate": 5}, "rate=5: .*states its own"),
         ({"live": True, "start": 1}, "start=1: .*is live"),
     ],
@@ -263,6 +273,36 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
 def test_wrong_options(clip, options, message):
     with pytest.raises(ValueError, match=message):
         open_video(clip, **options)
+
+
+def test_numbers_of_any_kind_are_taken_as_float64(clip):
+    """In float32 the frames of a third of a second would drift."""
+    expected = seen(open_video(clip, fps=1 / 3, start=0.5, end=6.5))
+    third = Fraction(1, 3)
+    assert (
+        seen(open_video(clip, fps=third, start=Fraction(1, 2), end=np.float32(6.5), read_ahead=np.int64(2)))
+        == expected
+    )
+    source = open_video([picture(0)], rate=np.float32(2), fps=np.int64(2))
+    assert (type(source.fps), type(source.rate), type(source.start)) == (float, float, float)
+
+
+def test_names_have_no_secrets(tmp_path, serve):
+    """They stand in messages and on pages."""
+    write_clip(tmp_path / "clip.mp4", 10, 10)
+    address = serve(tmp_path).replace("://", "://admin:p@ss,word@")
+    source = open_video(f"{address}/clip.mp4?token=secret#part")
+    assert source.name == address.replace("admin:p@ss,word@", "") + "/clip.mp4"
+    assert len(list(source)) == 10 and "p@ss,word" in source.url
+    for url in (f"{address}/no.mp4?token=secret", "rtsp://admin:p@ss,word@127.0.0.1:1/no.mp4?token=secret"):
+        with pytest.raises(ValueError, match=r"://127\.0\.0\.1:\d+/no\.mp4' can't be used: \w+") as refusal:
+            open_video(url)
+        assert not any(part in str(refusal.value) for part in ("admin", "word", "secret"))
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1/a\.mp4 states its own"):
+        open_video("http://admin:p@ss,word@127.0.0.1/a.mp4?token=secret", rate=5)
+    file = tmp_path / "what?@.mp4"
+    (tmp_path / "clip.mp4").rename(file)
+    assert open_video(file).name == str(file), "a path has none"
 
 
 def test_things_that_are_no_video(clip):
@@ -422,6 +462,31 @@ def test_iterators_of_images_and_of_pairs():
         list(open_video([(1.0, images[0]), (1.0, images[1])]))
 
 
+@pytest.mark.parametrize("time", [-3, -1e-9, math.inf, math.nan, "0.5", None, True, np.datetime64("2026-01-01")])
+@pytest.mark.parametrize("fps", [None, 2])
+def test_times_of_an_iterator_are_numbers_of_seconds_from_0_on(time, fps):
+    for before in ([], [(0.0, picture(0))]):
+        frames = [*before, (time, picture(1)), (1.0, picture(2))]
+        with pytest.raises(
+            ValueError, match=rf"Frame {len(before)} of frames is at {re.escape(repr(time))}, which must"
+        ):
+            list(open_video(frames, fps=fps))
+
+
+def test_what_is_no_time_does_not_end_a_live_iterator():
+    times = [0.0, "0.5", None, math.inf, True, np.datetime64("2026-01-01"), 1.0]
+    items = list(open_video([(time, picture(index)) for index, time in enumerate(times)], live=True).read())
+    assert [item.timestamp for item in items if isinstance(item, Frame)] == [0.0, 1.0]
+    problems = [item.message for item in items if isinstance(item, VideoProblem)]
+    assert problems == [f"frame {index} is at {times[index]!r}, which is no time" for index in range(1, 6)]
+
+
+def test_times_of_an_iterator_may_be_numbers_of_any_kind():
+    times = [Fraction(1, 4), np.float32(0.5), np.array(0.75), torch.tensor(1.0), Decimal("1.25"), 2]
+    frames = [(time, picture(index)) for index, time in enumerate(times)]
+    assert seen(open_video(frames)) == [(float(time), index) for index, time in enumerate(times)]
+
+
 def test_a_live_iterator_is_stamped_on_arrival():
     from casa_hf.video import FrameIterator
 
@@ -466,7 +531,7 @@ def test_times_of_a_live_iterator_count_from_its_first_frame_and_may_be_wrong():
     problems = [item for item in items if isinstance(item, VideoProblem)]
     assert [problem.timestamp for problem in problems] == [0.5, 1.0, 1.5]
     for problem, part in zip(
-        problems, ["2 frames whose times", "frame 5 is at nan s", "back by 61.500 s"], strict=True
+        problems, ["2 frames whose times", "frame 5 is at nan,", "back by 61.500 s"], strict=True
     ):
         assert part in problem.message
 

@@ -412,6 +412,14 @@ def test_an_error_is_shown_and_raised(make_stream: Callable[[], CasaStream]) -> 
     assert any(event["kind"] == "end" for event in events(heard))
 
 
+def test_a_page_is_told_no_password(make_stream: Callable[[], CasaStream], clip: Path, serve: Any) -> None:
+    source = open_video(serve(clip.parent).replace("://", "://admin:word@") + "/ball.webm?token=secret", fps=2)
+    with serving(make_stream(), source) as server:
+        heard = Listener(server.url).until_state("finished")
+    assert heard[0].data["title"] == "ball.webm" and not heard[0].data["video"]
+    assert not any(part in json.dumps(message.data) for message in heard for part in ("admin", "word", "secret"))
+
+
 def test_the_command(casa_folder: Path, clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "ball.jsonl"
     command = [sys.executable, "-m", "casa_hf", "caption", str(clip), "--model", str(casa_folder), "--out", str(out)]

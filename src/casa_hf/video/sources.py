@@ -14,11 +14,12 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,10 +98,13 @@ class VideoSource:
 
     Attributes:
         duration: of the video, in seconds, before `start` and `end` are applied; None if not known.
+        files: that are read; none of a device, a network or an iterator.
 
     Raises:
         ValueError: if a number is out of its range.
     """
+
+    files: Sequence[Path] = ()
 
     def __init__(
         self,
@@ -114,15 +118,19 @@ class VideoSource:
     ):
         if fps is not None and not _positive(fps):
             raise ValueError(f"fps={fps!r} must be a positive number of frames per second, or None for every frame.")
-        if not (isinstance(start, int | float) and 0 <= start < math.inf):
+        if not (_is_number(start) and 0 <= start < math.inf):
             raise ValueError(f"start={start!r} must be a number of seconds, 0 or more.")
-        if end is not None and not (isinstance(end, int | float) and end > start):
+        if end is not None and not (_is_number(end) and end > start):
             raise ValueError(f"end={end!r} must be a number of seconds above start={start}.")
-        if read_ahead < 1:
-            raise ValueError(f"read_ahead={read_ahead} must be at least 1 frame.")
+        if not (_is_number(read_ahead, Integral) and read_ahead >= 1):
+            raise ValueError(f"read_ahead={read_ahead!r} must be a number of frames, at least 1.")
         if live and start:
             raise ValueError(f"start={start}: {name} is live and has no past to start in; leave out start.")
-        self.name, self.fps, self.start, self.end, self.live, self.read_ahead = name, fps, start, end, live, read_ahead
+        # Times are counted in float64, whatever kind of number these are.
+        self.fps = None if fps is None else float(fps)
+        self.start = float(start)
+        self.end = None if end is None else float(end)
+        self.name, self.live, self.read_ahead = name, live, int(read_ahead)
         self.duration: float | None = None
 
     def read(self) -> Iterator[Frame | VideoProblem]:
@@ -315,7 +323,7 @@ class MediaSource(VideoSource):
         **selection: for `VideoSource`.
 
     Attributes:
-        url: what FFmpeg opens.
+        url: what FFmpeg opens. `name`, which messages have, is without user, password and query.
         size: width and height in pixels, before any turning.
         rate: frames per second on average, as stated; None if not known.
 
@@ -332,13 +340,15 @@ class MediaSource(VideoSource):
         options: dict[str, str] | None = None,
         **selection: Any,
     ):
-        super().__init__(url if format is None else f"{format}:{url}", **selection)
+        super().__init__(_shown_url(url) if format is None else f"{format}:{url}", **selection)
         self.url = url
+        local = url.removeprefix("file:")
+        self.files = [Path(local)] if format is None and os.path.isfile(local) else []
         self._format = format
         self._options = dict(options or {})
         if url.startswith("rtsp"):
             self._options.setdefault("rtsp_transport", "tcp")  # over UDP lost packets are lost pictures
-        if format is None and "://" not in url and not os.path.isfile(url):
+        if format is None and "://" not in url and not self.files:
             raise ValueError(f"The video {url!r} doesn't exist; give the path of a file, a URL or a camera.")
         self._opened = self._open()
         stream = self._opened.streams.video[0]
@@ -374,7 +384,8 @@ class MediaSource(VideoSource):
         try:
             container = av.open(self.url, format=self._format, options=self._options, timeout=timeout)
         except (OSError, ValueError, av.error.FFmpegError) as error:
-            raise ValueError(f"The video {self.name!r} can't be used: {error}.{self._way_out()}") from error
+            reason = _reason(error)
+            raise ValueError(f"The video {self.name!r} can't be used: {reason}.{self._way_out()}") from error
         if not container.streams.video:
             container.close()
             raise ValueError(f"The video {self.name!r} can't be used: it has no video stream.")
@@ -520,7 +531,8 @@ class FrameIterator(VideoSource):
         **selection: for `VideoSource`.
 
     Raises:
-        ValueError: if `rate` isn't positive; while iterating, if timestamps of one that isn't live don't ascend.
+        ValueError: if `rate` isn't positive; while iterating, if timestamps of one that isn't live don't ascend, or
+            aren't 0 or more.
     """
 
     def __init__(
@@ -547,10 +559,16 @@ class FrameIterator(VideoSource):
                 timestamp, image = item
             else:
                 timestamp, image, duration = index / self.rate, item, 1 / self.rate
-            if not timestamp > last:
+            seconds = _time(timestamp)
+            if not 0 <= seconds < math.inf:
+                raise ValueError(
+                    f"Frame {index} of {self.name} is at {timestamp!r}, which must be a number of seconds, 0 or more; "
+                    "with live=True times are counted from the first frame."
+                )
+            if seconds <= last:
                 raise ValueError(f"Frame {index} of {self.name} is at {timestamp} s, which isn't after {last} s.")
-            last = timestamp
-            yield _Shown(float(timestamp), duration, partial(_given, image))
+            last = seconds
+            yield _Shown(seconds, duration, partial(_given, image))
 
     def _arriving(self) -> Iterator[_Shown | VideoProblem]:
         """Frames of a live iterator, with times from the first one."""
@@ -558,12 +576,12 @@ class FrameIterator(VideoSource):
         for index, item in enumerate(self._source):
             stamped = isinstance(item, tuple) and len(item) == 2
             timestamp, image = item if stamped else (self._clock(), item)
-            timestamp = float(timestamp)
-            if not math.isfinite(timestamp):
-                yield VideoProblem(math.nan, f"frame {index} is at {timestamp} s, which is no time")
+            seconds = _time(timestamp)
+            if not math.isfinite(seconds):
+                yield VideoProblem(math.nan, f"frame {index} is at {timestamp!r}, which is no time")
                 continue
-            begin = timestamp if begin is None else begin
-            yield _Shown(timestamp - begin, None, partial(_given, image))
+            begin = seconds if begin is None else begin
+            yield _Shown(seconds - begin, None, partial(_given, image))
 
 
 def open_video(
@@ -615,7 +633,7 @@ def open_video(
         selection["live"] = True if live is None else live
         return MediaSource(name, format=format, options=asked | (options or {}), **selection)
     if rate is not None:
-        raise ValueError(f"rate={rate}: {name} states its own; leave rate out.")
+        raise ValueError(f"rate={rate}: {_shown_url(name)} states its own; leave rate out.")
     selection["live"] = name.partition("://")[0] in _LIVE_SCHEMES if live is None else live
     return MediaSource(name, options=options, **selection)
 
@@ -674,7 +692,7 @@ def _decoded(container: Any) -> Iterator[Any]:
             packets = container.demux(stream)
             continue
         except (OSError, av.error.FFmpegError) as error:
-            yield from chain(_flushed(stream), [VideoProblem(math.nan, f"reading ended early: {error}")])
+            yield from chain(_flushed(stream), [VideoProblem(math.nan, f"reading ended early: {_reason(error)}")])
             return
         try:
             frames = packet.decode()
@@ -682,7 +700,7 @@ def _decoded(container: Any) -> Iterator[Any]:
             if not broken:
                 stamp = packet.dts if packet.pts is None else packet.pts
                 place = math.nan if stamp is None else float(stamp * packet.time_base)
-                yield VideoProblem(place, f"a part can't be decoded: {error}")
+                yield VideoProblem(place, f"a part can't be decoded: {_reason(error)}")
             broken = True
             continue
         broken = broken and not frames
@@ -738,12 +756,35 @@ def _natural(file: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (2, 0, part.lower()) for part in parts]
 
 
+def _is_number(value: Any, kind: type = Real) -> bool:
+    """Whether this is a number of a kind of `numbers`, NumPy's included, and none of True and False."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _positive(number: Any) -> bool:
-    return isinstance(number, int | float) and 0 < number < math.inf
+    return _is_number(number) and 0 < number < math.inf
+
+
+def _time(given: Any) -> float:
+    """A timestamp as a number; NaN for what is none."""
+    try:
+        return math.nan if isinstance(given, bool | str | bytes) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _shown_url(url: str) -> str:
+    """A source as messages and pages name it: a URL without user and password, and without its query."""
+    return re.sub(r"^([\w+.-]+://)(?:[^/?#]*@)?([^?]*).*", r"\1\2", url, flags=re.DOTALL)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the URL that those of FFmpeg end with."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _rate(rate: float | None, fps: float | None) -> float:
     rate = rate if rate is not None else fps if fps is not None else DEFAULT_FPS
     if not _positive(rate):
         raise ValueError(f"rate={rate!r} must be a positive number of images per second.")
-    return rate
+    return float(rate)

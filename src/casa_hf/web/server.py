@@ -77,7 +77,7 @@ def create_app(
     for name, value in (("max_new_tokens", max_new_tokens), ("max_history", max_history)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
-    file = Path(source.name).resolve() if isinstance(source, MediaSource) and os.path.isfile(source.name) else None
+    file = source.files[0].resolve() if isinstance(source, MediaSource) and source.files else None
     player = Player(
         stream,
         source,
