@@ -214,5 +214,6 @@ class Tab:
 
     def screenshot(self, path: Path) -> None:
         """Write what the page looks like as a PNG."""
+        self.call("Page.bringToFront")  # pages behind others aren't drawn
         image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(image["data"]))
