@@ -8,8 +8,8 @@ become events. Drawing the frames isn't measured.
 
 By frame: latency (from the picture to the end of the frame's text), bytes of the cache, memory of the process, and
 whether the caption is right, silence included. Straight lines and their intervals are those of `benchmarks.forever`.
-The exit code is 1 if latency, cache or memory have a slope that is different from 0, or captions become worse. The
-last line is JSON.
+The exit code is 1 if latency or cache have a slope that is different from 0, memory rises by a hundredth, or captions
+become worse. The last line is JSON.
 
     python -m benchmarks.captions --plot docs/images/captions-cpu.svg
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.common import begin, positive, report, save_figure, start, table
-from benchmarks.forever import Line, line, resident_bytes
+from benchmarks.forever import MAX_RISE, Line, line, resident_bytes
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from examples.tiny_world import live
 
@@ -89,14 +89,17 @@ def run(device: str, sizes: Sizes) -> Record:
 def lines(record: Record, sizes: Sizes) -> dict[str, Line]:
     """The line of each figure, without the first hundredth of the frames, in which the window fills."""
     figures = {"latency": record.latency_ms, "cache": record.cache, "memory": record.memory, "right": record.right}
-    return {name: line(values[sizes.frames // 100 :], sizes.blocks, len(figures)) for name, values in figures.items()}
+    return {name: line(values[sizes.frames // 100 :], sizes.blocks, 3) for name, values in figures.items()}
 
 
-def judgements(found: dict[str, Line]) -> dict[str, bool]:
-    """What must hold, and whether it does. Memory is judged where the system tells it."""
-    flat = {f"{name}: slope not different from 0": found[name].flat for name in ("latency", "cache", "memory")}
+def judgements(found: dict[str, Line], sizes: Sizes) -> dict[str, bool]:
+    """What must hold, and whether it does. Memory is 0, and level, where the system doesn't tell it."""
     right = found["right"]
-    return {**flat, "captions: no worse at last": right.flat or right.slope > 0}
+    return {
+        **{f"{name}: slope not different from 0": found[name].flat for name in ("latency", "cache")},
+        f"memory: rises by less than {MAX_RISE:.0%}": found["memory"].level(sizes.frames),
+        "captions: no worse at last": right.flat or right.slope > 0,
+    }
 
 
 def lines_table(found: dict[str, Line], sizes: Sizes, absolute: bool) -> str:
@@ -160,7 +163,7 @@ def main() -> None:
     tenth = sizes.frames // 10
     first, last = (statistics.fmean(part) for part in (record.right[:tenth], record.right[-tenth:]))
     print(f"right captions: {first:.1%} of the first tenth, {last:.1%} of the last")
-    judged = judgements(found)
+    judged = judgements(found, sizes)
     print(table(["must hold", ""], [[what, "yes" if ok else "no"] for what, ok in judged.items()]))
     if arguments.plot:
         plot(record, sizes, absolute, arguments.plot)

@@ -7,18 +7,19 @@ short and the frames are small, because what grows, if anything does, is the tex
 | contender | turns | |
 |---|---|---|
 | `bounded` | all | CASA; text beyond `--text-window` tokens is evicted, and positions are counted anew |
-| `insertion-last-4` | all | token insertion; keys/values of all but the last 4 frames are dropped, the text stays |
-| `insertion` | 256 | token insertion; what lies beyond its turns is drawn as a line through them, and marked so |
+| `insertion-last-4` | half | token insertion; keys/values of all but the last 4 frames are dropped, the text stays |
+| `insertion` | 256 | token insertion |
 | `unbounded` | all | CASA; all text stays |
 
-They run one after the other, each in a process of its own, so that nobody's memory is another's (with `--tiny` in this
-one). Slopes are least squares over the means of blocks of turns: neighbouring turns share the machine's moods, and a
-window of text fills and empties many times in a block. Intervals are those of Student's t at 95 %; what must be flat
-is judged by wider ones, which hold together at 95 %. The first turns, in which the window fills, are no part of a
-slope. Nothing is measured before the streams have given the logits of one call on everything, and the keys that an
-eviction moved are those of a cache that never held more. The memory that is measured is what the process has in use;
-with `--device cuda` what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The exit code is 1 if
-something doesn't hold that must; `--tiny`, which is a try, judges bytes but no slopes. The last line is JSON.
+What lies beyond the turns of a contender is a line through them, and marked so. They run one after the other, each in
+a process of its own, so that nobody's memory is another's (with `--tiny` in this one). Slopes are least squares over
+the means of blocks of turns: neighbouring turns share the machine's moods, and a window of text fills and empties many
+times in a block. Intervals are those of Student's t at 95 %; what must be flat is judged by wider ones, which hold
+together at 95 %. The first turns, in which the window fills, are no part of a slope. Nothing is measured before the
+streams have given the logits of one call on everything, and the keys that an eviction moved are those of a cache that
+never held more. The memory that is measured is what the process has in use; with `--device cuda` what PyTorch has
+allocated on the GPU (`torch.cuda.memory_allocated`). The exit code is 1 if something doesn't hold that must; `--tiny`,
+which is a try, judges bytes but no slopes. The last line is JSON.
 
     python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 """
@@ -64,6 +65,8 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
 CHECKED_TURNS = 6
 KEPT_FRAMES = 4
 PICTURES = 8  # shown in turn
+# Of a process's memory, which is taken from the system in steps: a single one, early or late, makes a slope.
+MAX_RISE = 0.01
 SPARE_SLOTS = 64  # that growing keys and values have behind them, or a quarter of their own
 
 
@@ -73,13 +76,20 @@ class Sizes(StreamSizes):
 
     Attributes:
         insertion_turns: turns of token insertion.
+        windowed_turns: turns of token insertion that drops old frames.
         text_window: text tokens of the bounded stream, prompt included.
         blocks: number of means that a line is laid through.
     """
 
     insertion_turns: int = 256
+    windowed_turns: int = 5_000
     text_window: int = 512
     blocks: int = 50
+
+    def turns_of(self, name: str) -> int:
+        """Turns of a contender."""
+        fewer = {"insertion": self.insertion_turns, f"insertion-last-{KEPT_FRAMES}": self.windowed_turns}
+        return min(self.turns, fewer.get(name, self.turns))
 
     @property
     def settled(self) -> int:
@@ -203,8 +213,7 @@ def run_alone(name: str, variant: str, sizes: Sizes, device: str, attention: str
     torch.set_num_threads(threads)
     disable_progress_bar()
     set_verbosity_error()
-    turns = sizes.insertion_turns if name == "insertion" else sizes.turns
-    return run(contender(name, variant, sizes, torch.device(device), attention), sizes, turns)
+    return run(contender(name, variant, sizes, torch.device(device), attention), sizes, sizes.turns_of(name))
 
 
 @torch.no_grad()
@@ -247,6 +256,10 @@ class Line:
         """Whether the slope isn't different from 0."""
         return abs(self.slope) <= self.widest
 
+    def level(self, turns: int) -> bool:
+        """Whether the values, by the upper end of the interval, rise by less than `MAX_RISE` in so many turns."""
+        return self.over(turns)[2] < MAX_RISE
+
     def over(self, turns: int) -> tuple[float, float, float]:
         """What the line and the ends of its interval rise by over so many turns, in parts of the mean."""
         return tuple(value * turns / self.mean if self.mean else 0.0 for value in (self.slope, self.low, self.high))
@@ -258,7 +271,7 @@ def line(values: list[float] | list[int], blocks: int, judged: int = 1) -> Line:
     Args:
         values: by turn.
         blocks: number of means that the line is laid through.
-        judged: number of lines that are judged together, that together hold at 95 %.
+        judged: number of lines whose intervals are to hold together at 95 %.
 
     Raises:
         ValueError: if there are fewer than three blocks.
@@ -303,7 +316,7 @@ def lines(records: dict[str, Record], sizes: Sizes) -> dict[str, dict[str, Line]
     for name, record in records.items():
         skipped = min(sizes.settled, len(record.turn_ms) // 4)
         figures = {name: getattr(record, name) for name in ("turn_ms", "cache", "allocated", "resident")}
-        found[name] = {key: line(values[skipped:], sizes.blocks, len(figures)) for key, values in figures.items()}
+        found[name] = {key: line(values[skipped:], sizes.blocks, 3) for key, values in figures.items()}
     return found
 
 
@@ -320,12 +333,15 @@ def judgements(
     """
     bounded, unbounded = found["bounded"], records["unbounded"]
     last = unbounded.cache[-1]
-    figures = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room", "resident": "memory"}
-    judged = [
-        ("bounded", f"{what}: slope not different from 0", bounded[key].flat)
-        for key, what in figures.items()
-        if slopes and bounded[key].mean
-    ]
+    figures = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room"}
+    judged = []
+    if slopes:
+        judged += [
+            ("bounded", f"{what}: slope not different from 0", bounded[key].flat) for key, what in figures.items()
+        ]
+    if slopes and bounded["resident"].mean:
+        level = bounded["resident"].level(len(records["bounded"].resident))
+        judged.append(("bounded", f"memory: rises by less than {MAX_RISE:.0%}", level))
     judged.append(
         ("unbounded", f"cache of {last:,} bytes: {unbounded.predicted:,} predicted", last == unbounded.predicted)
     )
@@ -340,12 +356,12 @@ def lines_table(records: dict[str, Record], found: dict[str, dict[str, Line]], t
     unit = 1.0 if absolute else found["bounded"]["turn_ms"].mean
     rows = []
     for name, own in found.items():
-        extrapolated = "" if own["turn_ms"].turns > turns / 2 else ", extrapolated"
+        record = records[name]
+        extrapolated = ", extrapolated" if len(record.turn_ms) < turns else ""
         rises = [
             f"{rise:+.1%} [{low:+.1%}, {high:+.1%}]{extrapolated}"
             for rise, low, high in (own[key].over(turns) for key in ("turn_ms", "cache", "allocated", "resident"))
         ]
-        record = records[name]
         first, last = own["turn_ms"].mean / unit, own["turn_ms"].slope / unit
         speed = [f"{len(record.cache):,}", f"{first:.2f}", f"{1000 * last:+.4f}"]
         rows.append([f"`{name}`", *speed, f"{record.kv_tokens:,}", f"{record.cache[-1] / 1e6:,.2f}", *rises])
@@ -406,8 +422,7 @@ def main() -> None:
     least = sizes.prompt + sizes.turn_text
     if sizes.text_window < least:
         parser.error(f"--text-window {sizes.text_window} must be at least {least}: the prompt and the text of a turn.")
-    sizes = replace(sizes, insertion_turns=min(sizes.insertion_turns, sizes.turns))
-    if sizes.insertion_turns < 12:
+    if sizes.turns < 12:
         parser.error(f"--turns {sizes.turns} must be at least 12, for lines with intervals.")
     device = begin(parser, arguments)
 

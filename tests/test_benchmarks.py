@@ -346,10 +346,11 @@ def test_an_endless_clip_is_silent_while_its_object_stays():
 def test_captions_that_become_worse_or_dearer_are_noticed():
     sizes = captions.Sizes(frames=400)
     level, rising = [1.0, 2.0] * 200, [float(frame) for frame in range(400)]
-    record = captions.Record(level, level, level, [1.0, 1.0, 0.0, 1.0] * 100)
+    memory = [1_000.0] * 200 + [1_001.0] * 200  # a step
+    record = captions.Record(level, level, memory, [1.0, 1.0, 0.0, 1.0] * 100)
 
     def broken(**figures: list[float]) -> list[str]:
-        judged = captions.judgements(captions.lines(replace(record, **figures), sizes))
+        judged = captions.judgements(captions.lines(replace(record, **figures), sizes), sizes)
         return [what.split(":")[0] for what, holds in judged.items() if not holds]
 
     assert broken() == broken(right=rising) == []
