@@ -32,6 +32,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from examples.tiny_world import live
 
 CLIP = 100  # frames that are drawn at a time
+SLOPES = ("latency", "cache", "right")  # what is judged by its slope
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run(device: str, sizes: Sizes) -> Record:
 def lines(record: Record, sizes: Sizes) -> dict[str, Line]:
     """The line of each figure, without the first hundredth of the frames, in which the window fills."""
     figures = {"latency": record.latency_ms, "cache": record.cache, "memory": record.memory, "right": record.right}
-    return {name: line(values[sizes.frames // 100 :], sizes.blocks, 3) for name, values in figures.items()}
+    return {name: line(values[sizes.frames // 100 :], sizes.blocks, len(SLOPES)) for name, values in figures.items()}
 
 
 def judgements(found: dict[str, Line], sizes: Sizes) -> dict[str, bool]:

@@ -65,6 +65,8 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
 CHECKED_TURNS = 6
 KEPT_FRAMES = 4
 PICTURES = 8  # shown in turn
+# What must be level in a bounded stream, judged by slopes.
+FLAT = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room"}
 # Of a process's memory, which is taken from the system in steps: a single one, early or late, makes a slope.
 MAX_RISE = 0.01
 SPARE_SLOTS = 64  # that growing keys and values have behind them, or a quarter of their own
@@ -316,7 +318,7 @@ def lines(records: dict[str, Record], sizes: Sizes) -> dict[str, dict[str, Line]
     for name, record in records.items():
         skipped = min(sizes.settled, len(record.turn_ms) // 4)
         figures = {name: getattr(record, name) for name in ("turn_ms", "cache", "allocated", "resident")}
-        found[name] = {key: line(values[skipped:], sizes.blocks, 3) for key, values in figures.items()}
+        found[name] = {key: line(values[skipped:], sizes.blocks, len(FLAT)) for key, values in figures.items()}
     return found
 
 
@@ -333,12 +335,9 @@ def judgements(
     """
     bounded, unbounded = found["bounded"], records["unbounded"]
     last = unbounded.cache[-1]
-    figures = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room"}
     judged = []
     if slopes:
-        judged += [
-            ("bounded", f"{what}: slope not different from 0", bounded[key].flat) for key, what in figures.items()
-        ]
+        judged += [("bounded", f"{what}: slope not different from 0", bounded[key].flat) for key, what in FLAT.items()]
     if slopes and bounded["resident"].mean:
         level = bounded["resident"].level(len(records["bounded"].resident))
         judged.append(("bounded", f"memory: rises by less than {MAX_RISE:.0%}", level))

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import is_number
 from ..clips import DEFAULT_FPS
 from .read_ahead import ReadAhead
 
@@ -118,11 +119,11 @@ class VideoSource:
     ):
         if fps is not None and not _positive(fps):
             raise ValueError(f"fps={fps!r} must be a positive number of frames per second, or None for every frame.")
-        if not (_is_number(start) and 0 <= start < math.inf):
+        if not (is_number(start) and 0 <= start < math.inf):
             raise ValueError(f"start={start!r} must be a number of seconds, 0 or more.")
-        if end is not None and not (_is_number(end) and end > start):
+        if end is not None and not (is_number(end) and end > start):
             raise ValueError(f"end={end!r} must be a number of seconds above start={start}.")
-        if not (_is_number(read_ahead, Integral) and read_ahead >= 1):
+        if not (is_number(read_ahead, Integral) and read_ahead >= 1):
             raise ValueError(f"read_ahead={read_ahead!r} must be a number of frames, at least 1.")
         if live and start:
             raise ValueError(f"start={start}: {name} is live and has no past to start in; leave out start.")
@@ -756,13 +757,8 @@ def _natural(file: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (2, 0, part.lower()) for part in parts]
 
 
-def _is_number(value: Any, kind: type = Real) -> bool:
-    """Whether this is a number of a kind of `numbers`, NumPy's included, and none of True and False."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def _positive(number: Any) -> bool:
-    return _is_number(number) and 0 < number < math.inf
+    return is_number(number) and 0 < number < math.inf
 
 
 def _time(given: Any) -> float:
