@@ -118,6 +118,7 @@ def lines_table(found: dict[str, Line], sizes: Sizes, absolute: bool) -> str:
 def plot(record: Record, sizes: Sizes, absolute: bool, path: Path) -> None:
     """Latency, memory and right captions by frame."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     size = max(2, sizes.frames // (2 * sizes.blocks))
     places = [size * (index + 0.5) for index in range(sizes.frames // size)]
@@ -138,9 +139,11 @@ def plot(record: Record, sizes: Sizes, absolute: bool, path: Path) -> None:
     right.plot(places, [100 * statistics.fmean(block) for block in blocks(record.right)], linewidth=1.2)
     right.set(title="right captions", ylabel="%", ylim=(0, 102))
     for panel in (latency, memory):
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.25 * panel.get_ylim()[1])  # room for the legend, and above a line that is level
     for panel in (latency, memory, right):
         panel.set_xlabel("frame")
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=3))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.grid(alpha=0.3)
     save_figure(figure, path)
 
