@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_count
 from ..video import MediaSource, VideoSource
 from .player import Player
 
@@ -74,9 +75,8 @@ def create_app(
         from .application import Page
     except ImportError as error:
         raise _missing() from error
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_history", max_history)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer.")
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("max_history", max_history)
     file = source.files[0].resolve() if isinstance(source, MediaSource) and source.files else None
     player = Player(
         stream,
