@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .cutting import CUTS, memory, questions_of_memory
 from .drawing import TILE
 from .protocols import ADAPTATION, SOURCE, Recipe, adapt_model, give_sight, train_source, train_unfrozen
 from .training import evaluate
-from .world import TASKS, all_questions
+from .world import TASKS, Example, all_questions, standard_questions
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
 BEGIN, END = "<!-- tables begin: make tiny-world-table -->", "<!-- tables end -->"
@@ -48,6 +48,8 @@ DESIGNS: dict[str, dict[str, dict[str, Any]]] = {
         "ca-shared": {},
         "casa-replace": {},
         "ca-replace": {},
+        "casa, 1 gist": {"variant": "casa", "num_gist_tokens": 1},
+        "casa, 4 gists": {"variant": "casa", "num_gist_tokens": 4},
         "casa, full updates": {"variant": "casa", "casa_image_updates": "full"},
         "insertion, local tower": {"variant": "insertion", "tower": "local"},
         "casa, local tower": {"variant": "casa", "tower": "local"},
@@ -60,7 +62,6 @@ DESIGNS: dict[str, dict[str, dict[str, Any]]] = {
         "casa-before": {},
         "ca-ffn": {},
         "casa-ffn": {},
-        "casa, 4 gists": {"variant": "casa", "num_gist_tokens": 4},
     },
 }
 # Overrides of the source's configuration. In the local tower no attention goes beyond an image token's own patches, so
@@ -69,9 +70,22 @@ TOWERS: dict[str, dict[str, Any]] = {
     "global": {},
     "local": {"vision_window_size": TILE, "vision_fullatt_block_indexes": []},
 }
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 # How they learn; `--steps` says how long.
-RECIPES = {"A": Recipe(steps=0, names=0.1), "B": ADAPTATION}
+RECIPES = {
+    "A": Recipe(
+        steps=700,
+        batch_size=24,
+        names=0.03,
+        lessons=(0.7, 0.1),
+        taught=("describe", "recite", "describe"),
+        warmup=0.05,
+        decay=0.6,
+    ),
+    "B": replace(ADAPTATION, steps=350, batch_size=24),
+}
+MEMORY = (2, 3, 4)  # frames, of questions of memory
+_OTHERS = 4  # for so many questions of a standard size, one of another size, and one to choose a learning rate
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
 _VISION_BLOCKS = r"visual\.blocks\."
 _ALL_BUT_TOWER = r"^(?!.*visual\.(patch_embed|blocks)\.)"
@@ -109,7 +123,7 @@ class Laboratory:
     Args:
         folder: of the results.
         models: folder of the trained source, and of the text model, that protocols start from.
-        questions: of each task and size.
+        questions: of each task and standard size.
         device: to train on.
     """
 
@@ -194,13 +208,26 @@ class Laboratory:
     def _scores(self, run: Run) -> dict[str, float]:
         model, batcher = self.model_of(run)
         self.train(run, model, batcher)
-        scores = evaluate(model, batcher, all_questions(self.questions, run.split))
+        scores = evaluate(model, batcher, _asked(self.questions, run.split))
         found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
-        if model.config.casa_image_updates != "full":  # else pictures carry what no cut reaches
-            for size in TASKS["frames"].standard:
-                questions = questions_of_memory(self.questions, size, run.split)
+        # Where images are updated, pictures carry what no cut reaches.
+        if run.split == "test" and model.config.casa_image_updates != "full":
+            for size in MEMORY:
+                questions = _asked_of_memory(self.questions, size)
                 found |= {_memory(size, cut): memory(model, batcher, questions, cut) for cut in (None, *CUTS)}
         return found
+
+
+@cache
+def _asked(number: int, split: str) -> list[Example]:
+    """The same questions for all runs of a process. To choose a learning rate, fewer do, of standard sizes."""
+    some = -(-number // _OTHERS)
+    return all_questions(number, some) if split == "test" else standard_questions(some, split)
+
+
+@cache
+def _asked_of_memory(number: int, size: int) -> list[tuple[Example, int]]:
+    return questions_of_memory(number, size)
 
 
 def _design(run: Run) -> tuple[str, str, dict[str, Any]]:
@@ -280,7 +307,7 @@ def tables(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
 
 def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """What is left of earlier frames when self-attention to them is cut."""
-    shown = [(size, cut) for size in TASKS["frames"].standard for cut in (None, *CUTS)]
+    shown = [(size, cut) for size in MEMORY for cut in (None, *CUTS)]
     with_memory = {name: runs for name, runs in designs.items() if _memory(*shown[0]) in runs[0]}
     if not with_memory:
         return []
@@ -322,8 +349,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--protocols", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--designs", nargs="+", help="those of each protocol by default")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs=2, default=(1_500, 500), help="of the protocols A and B")
-    parser.add_argument("--questions", type=int, default=160, help="test questions of each task and size")
+    steps = [recipe.steps for recipe in RECIPES.values()]
+    parser.add_argument("--steps", type=int, nargs=2, default=steps, help="of the protocols A and B")
+    parser.add_argument("--questions", type=int, default=340, help="of each task and size that models train on")
     parser.add_argument("--lr", type=float, help="of all designs; by default each has three trials")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="runs at the same time; as many as cores, but 1 on a GPU")

@@ -473,21 +473,16 @@ def examples(
         index += 1
 
 
-def all_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
-    """So many questions of each task and size, each about pictures of its own."""
+def all_questions(standard: int, others: int, split: str = "test", *, seed: int = 0) -> list[Example]:
+    """So many questions of each task and standard size, so many of each other size, each about pictures of its own."""
     return [
         task.example(size, split, index, seed=seed)
         for task in TASKS.values()
         for size in task.sizes
-        for index in range(number)
+        for index in range(standard if size in task.standard else others)
     ]
 
 
 def standard_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
     """So many questions of each task and standard size, each about pictures of its own."""
-    return [
-        task.example(size, split, index, seed=seed)
-        for task in TASKS.values()
-        for size in task.standard
-        for index in range(number)
-    ]
+    return all_questions(number, 0, split, seed=seed)

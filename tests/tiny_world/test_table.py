@@ -51,8 +51,8 @@ def test_tables_replace_those_of_the_page():
 
 
 def test_a_run_is_named_by_all_that_matters():
-    run = table.Run("B", "casa, 4 gists", 1, Recipe(steps=5, lr=2e-3))
-    assert run.file == "B-casa-4-gists-1-5x48-0.002-test.json"
+    run = table.Run("A", "casa, 4 gists", 1, Recipe(steps=5, lr=2e-3))
+    assert run.file == "A-casa-4-gists-1-5x48-0.002-test.json"
 
 
 def test_the_page_of_results_has_the_marks():
@@ -128,18 +128,18 @@ def test_what_trains(models: Path, tmp_path: Path, protocol: str, design: str, s
 def test_runs_are_resumed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: int):
     page = tmp_path / "page.md"
     page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
-    arguments = [str(tmp_path / "lab"), "--models", str(models), "--protocols", "B"]
+    arguments = [str(tmp_path / "lab"), "--models", str(models), "--protocols", "A"]
     arguments += ["--designs", "insertion", "casa, 4 gists", "--seeds", "1", "--steps", "1", "1", "--questions", "1"]
     arguments += ["--lr", "0.001", "--device", "cpu", "--jobs", str(jobs), "--page", str(page)]
     table.main(arguments)
     assert ": 2 of 2, about 0 min left" in capsys.readouterr().out
     written = page.read_text("utf-8")
-    assert "### Protocol B" in written and "casa, 4 gists" in written
+    assert "### Protocol A" in written and "casa, 4 gists" in written
     files = sorted((tmp_path / "lab" / "runs").iterdir())
     assert len(files) == 2
     # A result that is there is taken as it is.
     content = json.loads(files[0].read_text("utf-8"))
-    memory = {f"memory {size}{cut}" for size in (2, 3) for cut in ("", " without gists", " without window")}
+    memory = {f"memory {size}{cut}" for size in (2, 3, 4) for cut in ("", " without gists", " without window")}
     assert set(content["scores"]) == set(SIZES) | memory
     assert "| 2 frames, nothing cut | 2 frames, cut: gists | 2 frames, cut: window | 3 frames" in written
     content["scores"] = dict.fromkeys(SIZES, 1.0)
