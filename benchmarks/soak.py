@@ -5,13 +5,15 @@
     python -m benchmarks.soak --seconds 60    # a try
 
 The camera gives 20 frames per second in real time, to a small model of random weights or the checkpoint named by
---model. At random times frames are missing, come in bursts, are corrupt, or have another size; now and then the stream
-is forked, and the fork used and closed; or it is saved, closed, and a new one goes on from what was saved.
+--model. At random times frames are missing, come in bursts, are corrupt (a JPEG that is cut off, opened but not decoded,
+or as a file; an array that is no picture), or have another size; now and then the stream is forked, and the fork used
+and closed; or it is saved, closed, and a new one goes on from what was saved.
 
 Progress goes to standard error. The last line on standard output is a verdict as JSON, and the exit code is 1 unless
-all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, every
-restored stream going on with the tokens of the saved one, and the cache within the text window. Of ten minutes or more
-also: every accident has happened, and the memory of the process doesn't grow by more than 64 MiB per hour.
+all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, the corrupt
+ones and no others reported as errors, every restored stream going on with the tokens of the saved one, and the cache
+within the text window. Of ten minutes or more also: every accident has happened, every kind of corrupt frame among the
+errors, and the memory of the process doesn't grow by more than 64 MiB per hour.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import process_bytes
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, convert_checkpoint
+from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream, convert_checkpoint
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import FrameIterator
 from examples.tiny_source import build_tiny_source
@@ -49,16 +52,29 @@ LONG_SECONDS = 600.0
 # A picture that stays behind with every frame makes ten times as much, a cache with every restored stream five times.
 MAX_GROWTH = 64 * 2**20
 ACCIDENTS = ("missing", "bursts", "corrupt", "resized", "fork", "restore")
+CORRUPT_KINDS = ("truncated image", "truncated file", "no picture")
 
 
 class Camera:
-    """Frames in real time, with accidents; counts what it has given."""
+    """Frames in real time, with accidents.
 
-    def __init__(self, seconds: float, fps: float, seed: int, trouble: float):
+    Args:
+        folder: for the file of a frame that is given by path.
+
+    Attributes:
+        given: counts of what it has given.
+        corrupt: the kinds of its corrupt frames, by the frame's number.
+    """
+
+    def __init__(self, seconds: float, fps: float, seed: int, trouble: float, folder: Path):
         self.seconds, self.fps, self.trouble = seconds, fps, trouble
         self.given: Counter[str] = Counter()
+        self.corrupt: dict[int, str] = {}
         self._random = random.Random(seed)
         self._noise = np.random.default_rng(seed)
+        self._first = 0
+        self._file = folder / "truncated.jpg"
+        self._file.write_bytes(self._truncated(0, SIZES[0]))
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         begin = time.monotonic()
@@ -76,10 +92,31 @@ class Camera:
                 self.given["bursts"] += 1
             # The frames of a burst are held back until the last of them is there, and then come all at once.
             time.sleep(max(0.0, begin + max(index, held_until) / self.fps - time.monotonic()))
-            corrupt = self._happens(CORRUPT)
-            self.given["corrupt"] += corrupt
+            if not self.given["frames"]:
+                self._first = index
             self.given["frames"] += 1
-            yield index / self.fps, np.full((2, 2), np.nan) if corrupt else self._picture(index, size)
+            if self._happens(CORRUPT):
+                self.corrupt[index] = self._random.choice(CORRUPT_KINDS)
+                self.given["corrupt"] += 1
+                yield index / self.fps, self.corrupt_frame(self.corrupt[index], index, size)
+            else:
+                yield index / self.fps, self._picture(index, size)
+
+    def corrupt_frame(self, kind: str, index: int, size: tuple[int, int]) -> Any:
+        """A frame that can't be used, of one of `CORRUPT_KINDS`."""
+        if kind == "truncated image":
+            return Image.open(io.BytesIO(self._truncated(index, size)))  # decoded by whoever looks at its pixels
+        return self._file if kind == "truncated file" else np.full((2, 2), np.nan)
+
+    def _truncated(self, index: int, size: tuple[int, int]) -> bytes:
+        """The first half of a JPEG: its header is whole."""
+        whole = io.BytesIO()
+        Image.fromarray(self._picture(index, size)).save(whole, "jpeg")
+        return whole.getvalue()[: whole.tell() // 2]
+
+    def index(self, seconds: float) -> int:
+        """The number of the frame that came so many seconds after the first one that was given."""
+        return self._first + round(seconds * self.fps)
 
     def _happens(self, chance: float) -> bool:
         return self._random.random() < chance * self.trouble
@@ -92,9 +129,15 @@ class Camera:
 
 
 class Soak:
-    """A run: the camera, the streams one after the other, and what was seen of them."""
+    """A run: the camera, the streams one after the other, and what was seen of them.
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path):
+    Args:
+        arguments: of the command line.
+        folder: of the checkpoint.
+        made: for files of the run.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, made: Path):
         self.model = CasaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(arguments.device).eval()
         self.processor = CasaProcessor.from_pretrained(folder)
         self.settings: dict[str, Any] = {
@@ -105,12 +148,14 @@ class Soak:
             "do_sample": True,
             "seed": arguments.seed,
         }
-        self.camera = Camera(arguments.seconds, arguments.fps, arguments.seed, arguments.trouble)
+        self.camera = Camera(arguments.seconds, arguments.fps, arguments.seed, arguments.trouble, made)
         self.trouble = arguments.trouble
         self.late = arguments.late
         self.random = random.Random(arguments.seed + 1)
         self.threads_before = threading.enumerate()
         self.events: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.misjudged: list[str] = []
         self.samples: list[tuple[float, int, int]] = []
         self.exceptions: list[str] = []
         self.num_restored_alike = 0
@@ -127,6 +172,7 @@ class Soak:
         try:
             for event in captions:
                 self.events[event.kind] += 1
+                self._judge(event)
                 now = time.monotonic()
                 if now - sampled >= SAMPLE_SECONDS:
                     sampled = now
@@ -141,6 +187,16 @@ class Soak:
             self.exceptions.append(f"{type(error).__name__}: {error}")
         captions.stream.close()
         return self._verdict(time.monotonic() - begin)
+
+    def _judge(self, event: CaptionEvent) -> None:
+        """Whether it is the corrupt frames that are errors, by kind, and they alone."""
+        if event.kind not in ("end", "merged", "error"):
+            return
+        kind = self.camera.corrupt.get(self.camera.index(event.start), "")
+        if (event.kind == "error") != bool(kind):
+            self.misjudged.append(f"{kind or 'good'} frame at {event.start:.3f} s: {event.kind} {event.message}")
+        elif kind:
+            self.errors[kind] += 1
 
     def _disturb(self, captions: LiveCaptions) -> None:
         """Now and then fork the stream, or go on with one that was saved and restored."""
@@ -180,22 +236,25 @@ class Soak:
             "no_exception": not self.exceptions,
             "no_thread_left": not threads,
             "every_frame_accounted_for": accounted == given["frames"] > 0,
+            "corrupt_frames_and_no_others_are_errors": not self.misjudged,
             "restored_streams_go_on_alike": self.num_restored_alike == self.events["restore"],
             "cache_within_text_window": self.most_text_tokens <= self.text_limit,
         }
         if seconds >= LONG_SECONDS:
-            checks["every_accident_seen"] = all(seen[name] for name in ACCIDENTS)
+            checks["every_accident_seen"] = all((seen + self.errors)[name] for name in (*ACCIDENTS, *CORRUPT_KINDS))
             checks["memory_level"] = is_level(steady[:, 0], steady[:, 1])
         return {
             "seconds": round(seconds, 1),
             "camera": dict(given),
             "events": dict(self.events),
+            "errors": dict(self.errors),
             "resident_bytes_per_hour": slope(steady[:, 0], steady[:, 1]),
             "cache_bytes_per_hour": slope(steady[:, 0], steady[:, 2]),
             "cache_bytes": int(steady[-1, 2]) if len(steady) else None,
             "text_tokens_at_most": self.most_text_tokens,
             "threads_left": threads,
             "exceptions": self.exceptions,
+            "misjudged": self.misjudged[:10],
             "checks": checks,
             "ok": all(checks.values()),
         }
@@ -238,7 +297,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if folder is None:
             source = build_tiny_source(Path(made) / "source")
             folder = convert_checkpoint(source, Path(made) / "casa").output
-        return Soak(options, folder).run()
+        return Soak(options, folder, Path(made)).run()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Clips whose frames show their number: eight bars, white for a bit that is set."""
+"""Clips whose frames show their number: eight bars, white for a bit that is set; and an HTTP camera that sends such."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -81,3 +87,41 @@ def write_turned_clip(path: Path) -> Path:
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
+
+
+def jpeg_part(number: int) -> bytes:
+    """A picture as HTTP cameras send it, larger than what FFmpeg reads before it hands on the first one."""
+    image = BytesIO()
+    Image.fromarray(picture(number, 640, 480)).save(image, "jpeg")
+    head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {image.tell()}\r\n\r\n"
+    return head.encode() + image.getvalue() + b"\r\n"
+
+
+@contextmanager
+def http_camera(
+    parts: Callable[[], Iterable[bytes]], kind: str = "multipart/x-mixed-replace; boundary=frame"
+) -> Iterator[str]:
+    """A server that sends these parts to whoever comes, each as soon as it is there, without a length; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            try:
+                for part in parts():
+                    self.wfile.write(part)
+            except OSError:
+                pass  # the reader has gone
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/stream"
+        finally:
+            server.shutdown()

@@ -383,14 +383,21 @@ def _lines(prompt: str) -> Iterator[str]:
 
 
 def _open_image(name: str) -> Image:
+    from PIL import Image
     from transformers.image_utils import load_image
 
-    if not name.startswith(("http://", "https://")):
+    from .checks import check_pixel_mode
+
+    is_url = name.startswith(("http://", "https://"))
+    if not is_url:
         file = Path(name).expanduser()
         if not file.is_file():
             raise ValueError(f"There is no image file {name!r}; give the path or URL of one.")
         name = str(file)
     try:
+        if not is_url:
+            with Image.open(name) as opened:  # the loader turns it into RGB without a word
+                check_pixel_mode(f"The image {name!r}", opened)
         return load_image(name)
     except OSError as error:
         raise ValueError(f"{name!r} can't be read as an image ({error}); give a JPEG, PNG or WebP file.") from error

@@ -79,6 +79,21 @@ def _positive(text: str | float) -> float:
     return number
 
 
+def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
+    """Options of FFmpeg from several "KEY=VALUE"."""
+    options: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise typer.BadParameter(
+                f"{text!r} is no option; write KEY=VALUE, such as video_size=640x480.", param_hint="--option"
+            )
+        if key in options:
+            raise typer.BadParameter(f"{key} is given twice: {options[key]} and {value}.", param_hint="--option")
+        options[key] = value
+    return options
+
+
 def caption(
     source: Annotated[
         str,
@@ -102,6 +117,32 @@ def caption(
     start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
     end: Annotated[
         float | None, typer.Option(parser=_seconds, metavar="TIME", help="Default: the video's.", show_default=False)
+    ] = None,
+    live_source: Annotated[
+        bool | None,
+        typer.Option(
+            "--live-source/--recorded-source",
+            help="Whether the source shows what happens now: a frame that isn't taken in time is gone. Default: yes of "
+            "cameras, rtsp:// and the like, and of HTTP cameras.",
+            show_default=False,
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            parser=_positive,
+            metavar="NUMBER",
+            help="Images per second of a folder. Of a camera: frames per second to ask of it.",
+            show_default=False,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For FFmpeg, such as video_size=640x480 of a camera; repeat for several.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         list[Path] | None,
@@ -186,6 +227,7 @@ def caption(
 ) -> None:
     """Caption a video while it plays: a file, a stream from the network, or a camera."""
     questions = [_question(text) for text in ask or []]
+    ffmpeg_options = _ffmpeg_options(option or [])
     if web and (questions or overlay is not None):
         raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
     if not web and (host is not None or port is not None):
@@ -199,10 +241,12 @@ def caption(
     from .subtitles import WRITERS, check_output
     from .video import open_video
 
-    video = open_video(source, fps=fps, start=start, end=end)
+    video = open_video(source, fps=fps, start=start, end=end, rate=rate, live=live_source, options=ffmpeg_options)
     real_time = live or video.live
     if late not in (None, Late.WAIT) and not real_time:
-        raise typer.BadParameter(f"{late} needs --live: without a clock no frame is late.", param_hint="--late")
+        raise typer.BadParameter(
+            f"{late} needs --live or --live-source: without a clock no frame is late.", param_hint="--late"
+        )
     late = late or (Late.DROP if real_time else Late.WAIT)
     outs = out or []
     for path in outs:

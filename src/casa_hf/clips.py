@@ -117,7 +117,8 @@ def _read_file(source: str, fps: float | None, num_frames: int | None, sample: b
     if not is_url and not os.path.isfile(source):
         raise ValueError(f"The video {source!r} doesn't exist; give the path of a file or a URL.")
     try:
-        media = BytesIO(_download(source)) if is_url else source
+        # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
+        media = BytesIO(_download(source)) if is_url else os.path.abspath(source)
         with av.open(media) as container:
             times, duration = _frame_times(container)
         chosen = range(len(times)) if not sample else sample_indices(times, duration, fps=fps, num_frames=num_frames)
@@ -126,7 +127,8 @@ def _read_file(source: str, fps: float | None, num_frames: int | None, sample: b
         with av.open(media) as container:
             return _decode(container, chosen)
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"The video {source!r} can't be used: {error}.") from error
+        reason = getattr(error, "strerror", None) or error  # without the name that those of FFmpeg end with
+        raise ValueError(f"The video {source!r} can't be used: {reason}.") from error
 
 
 def _download(url: str) -> bytes:

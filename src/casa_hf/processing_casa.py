@@ -31,6 +31,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from .checks import check_pixel_mode
 from .clips import check_sampling, load_frames
 
 VISION_START = "<|vision_start|>"
@@ -640,8 +641,13 @@ class _Prompt(NamedTuple):
 
 def _load_picture(picture: Any) -> Any:
     if not isinstance(picture, (str, os.PathLike)):
+        if isinstance(picture, Image.Image):
+            check_pixel_mode("The image", picture)
         return picture
     try:
+        if os.path.isfile(picture):
+            with Image.open(picture) as opened:  # the loader turns it into RGB without a word
+                check_pixel_mode("It", opened)
         # Not the image processor's own loader, so that a file has the same pixels whichever back end is installed.
         return load_image(os.fspath(picture))
     except Exception as error:  # as many kinds as there are sources: network, files, decoders

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, cache_nbytes
@@ -334,6 +335,24 @@ def test_numbers_that_are_no_pixels_are_an_error(model, processor, pixels, found
     [event] = stream_of(model("casa"), processor).push(pixels)
     assert event.kind == "error" and found in event.message
     assert found == "[256, 256]" or "floating values from 0 to 1" in event.message
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_an_error(model, processor, tmp_path, mode):
+    """Depth, say: Pillow would clip it at 255 without a word. In 8 bits, and in colours of 16, it is a picture."""
+    depth = Image.new("I;16", (28, 28), 300) if mode.startswith("I;16") else Image.new(mode, (28, 28), 300)
+    if mode == "I;16B":
+        depth = Image.frombytes(mode, (28, 28), bytes([1, 44]) * 28 * 28)
+    stream = stream_of(model("casa"), processor)
+    depth.save(tmp_path / "depth.tiff")
+    for frame in (depth, tmp_path / "depth.tiff", str(tmp_path / "depth.tiff")):
+        [event] = stream.push(frame)
+        assert event.kind == "error" and f"has pixels of the mode {mode!r}" in event.message
+        assert event.message.endswith("make 8-bit pixels of them.")
+    grey = Image.fromarray((np.asarray(depth) / 600 * 255).astype(np.uint8))
+    expected = stream.turns.pixels(grey.convert("RGB"))["pixel_values"]
+    assert torch.equal(stream.turns.pixels(grey)["pixel_values"], expected)
+    assert emitted(stream.push(grey))
 
 
 def test_a_truncated_file_is_a_broken_frame(model, processor, tmp_path):

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 
 from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, load_frames, open_video
-from tests.clips import numbers, picture, write_clip, write_turned_clip
+from tests.clips import http_camera, jpeg_part, numbers, picture, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
 
@@ -230,6 +231,25 @@ def test_a_damaged_part_is_reported_once_and_the_rest_is_read(tmp_path):
     assert numbers([frame.image for frame in frames][-30:]) == list(range(30, 60))
 
 
+def test_a_name_may_hold_a_colon(tmp_path, monkeypatch):
+    """As the names of recordings that hold their time: no protocol, also where one is called so."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("2026-11-21T10:30:00.mp4", "http:1.mp4", "file:a.mp4", "rtsp-10:30.mp4"):
+        clip = write_clip(tmp_path / name, 12, 10)
+        monkeypatch.chdir(tmp_path)
+        source = open_video(name)
+        assert source.name == name and [path.resolve() for path in source.files] == [clip]
+        assert seen(source) == [(index / 10, index) for index in range(12)]
+        assert [len(load_frames(given)) for given in (name, f"./{name}", clip)] == [12] * 3
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert len(seen(source)) == 12, "it was that file when it was opened"
+        clip.write_bytes(b"")
+        monkeypatch.chdir(tmp_path)
+        for read in (open_video, load_frames):
+            with pytest.raises(ValueError, match=rf"^The video '{name}' can't be used: [\w ]+\.$"):
+                read(name)
+
+
 def test_files_that_hold_no_video(tmp_path, clip, serve):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("no video")
@@ -268,6 +288,7 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
         ({"read_ahead": True}, "read_ahead=True must be a number of frames"),
         ({"rate": 5}, "rate=5: .*states its own"),
         ({"live": True, "start": 1}, "start=1: .*is live"),
+        ({"options": {"probesize": 5000}}, r"options=\{'probesize': 5000\}: keys and values must be texts"),
     ],
 )
 def test_wrong_options(clip, options, message):
@@ -402,6 +423,81 @@ def test_a_range_of_a_url_is_sought(large_clip):
         assert max(server.begins) > large_clip.stat().st_size * 3 // 4
 
 
+def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come():
+    """It sends a picture when it is told to, far from evenly; FFmpeg's own stamps are 0.04 s apart whatever it does."""
+    told = threading.Semaphore(0)
+    pauses = [0.3, 0.05, 0.2, 0.01, 0.3]
+
+    def parts() -> Iterator[bytes]:
+        for number in range(len(pauses) + 1):
+            assert told.acquire(timeout=30)
+            yield jpeg_part(number)
+
+    with http_camera(parts) as address:
+        earliest, latest, frames = [time.monotonic()], [], []
+        told.release()
+        with open_video(address) as source:
+            assert source.live and source.rate is None and source.duration is None
+            assert source.size == (640, 480)
+            items = source.read()
+            for pause in [*pauses, 0]:
+                item = next(items)
+                latest.append(time.monotonic())
+                assert isinstance(item, Frame)
+                frames.append(item)
+                time.sleep(pause)
+                earliest.append(time.monotonic())
+                told.release()
+            (end,) = items
+    assert isinstance(end, VideoProblem) and end.timestamp == frames[-1].timestamp
+    assert "reading ended early" in end.message
+    assert numbers([frame.image for frame in frames]) == list(range(6))
+    assert frames[0].timestamp == 0
+    # Each frame came between the moment at which it was sent at the earliest and that at which it was there.
+    for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
+        assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
+    assert frames[-1].timestamp >= sum(pauses)
+
+
+@pytest.mark.filterwarnings("ignore:.*reading ended early")
+def test_an_http_camera_can_be_declared_recorded_and_has_no_past():
+    def parts() -> Iterator[bytes]:
+        yield from map(jpeg_part, range(5))
+
+    with http_camera(parts) as address:
+        source = open_video(address, live=False)
+        assert not source.live
+        assert seen(source) == [(index / 25, index) for index in range(5)], "as FFmpeg has it"
+        with pytest.raises(ValueError, match=r"start=1: http://.*/stream is live and has no past"):
+            open_video(address, start=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*reading ended early")
+@pytest.mark.parametrize("live", [None, True, False])
+def test_raw_video_of_a_network_is_live_where_it_has_no_length(tmp_path, serve, live):
+    clip = write_clip(tmp_path / "clip.h264", 30, 10)
+    times = [index / 25 for index in range(30)]
+    with http_camera(lambda: [clip.read_bytes()], "video/h264") as address:
+        source = open_video(address, live=live)
+        assert source.live == (live is not False)
+        found = seen(source)
+    assert [number for _, number in found] == list(range(30))
+    # All of it comes at once.
+    assert ([time for time, _ in found] == times) == (live is False)
+    whole = open_video(f"{serve(tmp_path)}/clip.h264")
+    assert not whole.live and [time for time, _ in seen(whole)] == times
+
+
+@pytest.mark.parametrize("live", [None, True])
+def test_what_has_times_of_its_own_keeps_them(large_clip, live):
+    """Not each URL is a camera, and one that is declared live isn't stamped anew for that."""
+    with http_camera(lambda: [large_clip.read_bytes()], "video/x-matroska") as address:
+        source = open_video(address, live=live)
+        assert source.live == bool(live)
+        found = [item.timestamp for item in source.read() if isinstance(item, Frame)]
+        assert found == [index / 10 for index in range(250)]
+
+
 def test_a_device_is_live():
     source = open_video(LIVE, fps=10, end=0.25)
     assert source.live and source.duration is None
@@ -409,6 +505,12 @@ def test_a_device_is_live():
     frames = iter(open_video(LIVE))
     assert next(frames).image.size == (64, 48)
     frames.close()  # a camera has no end: the thread ends with its consumer
+
+
+def test_what_is_asked_of_a_camera_is_checked_before():
+    for rate in (0, -5, math.nan, "30"):
+        with pytest.raises(ValueError, match=f"rate={rate!r} must be a positive number"):
+            open_video("camera:63", rate=rate)
 
 
 def test_cameras_that_are_not_there():
@@ -434,6 +536,27 @@ def test_an_image_folder(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none' holds no images"):
         open_video(tmp_path / "none")
+    for given in (tmp_path, [picture(0)]):
+        with pytest.raises(ValueError, match="options=.*are for FFmpeg, which doesn't read"):
+            open_video(given, options={"video_size": "64x48"})
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_depth_images_of_a_folder_are_refused(tmp_path, ending):
+    """Pillow would clip them at 255 without a word. 16-bit colours it scales, as they should be."""
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    for index in (0, 2):
+        Image.fromarray(picture(index)).save(tmp_path / f"{index}.png")
+    Image.fromarray(ramp).save(tmp_path / f"1.{ending}")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "3.tiff")
+    Image.fromarray(ramp.astype(np.float32) / 65535).save(tmp_path / "4.tiff")
+    items = list(open_video(tmp_path, rate=2).read())
+    assert [(item.timestamp, numbers([item.image])[0]) for item in items if isinstance(item, Frame)] == [(0, 0), (1, 2)]
+    problems = [item for item in items if isinstance(item, VideoProblem)]
+    assert [problem.timestamp for problem in problems] == [0.5, 1.5, 2.0]
+    for problem, name, mode in zip(problems, (f"1.{ending}", "3.tiff", "4.tiff"), ("I;16", "I", "F"), strict=True):
+        assert f"The image '{name}' has pixels of the mode '{mode}'" in problem.message
+        assert "scale them to 0 to 255" in problem.message
 
 
 def test_files_beside_the_images_of_a_folder_are_no_frames(tmp_path):

@@ -71,7 +71,7 @@ class StreamTurns:
 
         Args:
             frame: a PIL image, a file, or an array or tensor of RGB pixels (height, width, 3) or (3, height, width):
-                integers from 0 to 255, or floating values from 0 to 1.
+                integers from 0 to 255, or floating values from 0 to 1. PIL images and files have 8 bits per channel.
 
         Raises:
             Exception: of many kinds, if the frame can't be used.

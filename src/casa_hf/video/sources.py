@@ -23,7 +23,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import is_number
+from ..checks import check_pixel_mode, is_number
 from ..clips import DEFAULT_FPS
 from .read_ahead import ReadAhead
 
@@ -43,6 +43,8 @@ _RAW_STREAM_FPS = 25
 
 # Names of FFmpeg's input devices that can stand before a colon in a source.
 _DEVICES = ("v4l2", "avfoundation", "dshow", "gdigrab", "x11grab", "lavfi", "decklink", "fbdev")
+# FFmpeg's name of what HTTP cameras send: pictures without end, as multipart/x-mixed-replace.
+_HTTP_CAMERA = "mpjpeg"
 _LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms")
 
 
@@ -125,14 +127,19 @@ class VideoSource:
             raise ValueError(f"end={end!r} must be a number of seconds above start={start}.")
         if not (is_number(read_ahead, Integral) and read_ahead >= 1):
             raise ValueError(f"read_ahead={read_ahead!r} must be a number of frames, at least 1.")
-        if live and start:
-            raise ValueError(f"start={start}: {name} is live and has no past to start in; leave out start.")
         # Times are counted in float64, whatever kind of number these are.
         self.fps = None if fps is None else float(fps)
         self.start = float(start)
         self.end = None if end is None else float(end)
-        self.name, self.live, self.read_ahead = name, live, int(read_ahead)
+        self.name, self.live, self.read_ahead = name, False, int(read_ahead)
         self.duration: float | None = None
+        if live:
+            self._go_live()
+
+    def _go_live(self) -> None:
+        if self.start:
+            raise ValueError(f"start={self.start:g}: {self.name} is live and has no past to start in; leave out start.")
+        self.live = True
 
     def read(self) -> Iterator[Frame | VideoProblem]:
         """Frames and problems in order, decoded in the calling thread.
@@ -317,19 +324,26 @@ class _Timeline:
 class MediaSource(VideoSource):
     """A file, a URL or a device that PyAV reads; URLs are streamed, not downloaded first.
 
+    Times are those of the container. What comes live over the network in a format that has none, such as the JPEG
+    pictures of an HTTP camera (`multipart/x-mixed-replace`), gets the times at which its frames come.
+
     Args:
         url: what FFmpeg is to open.
         format: of a device, as FFmpeg calls it, such as v4l2; None finds it out.
-        options: for FFmpeg, such as {"video_size": "640x480", "framerate": "30"}.
+        options: for FFmpeg, such as {"video_size": "640x480", "framerate": "30"}; it ignores those that it doesn't
+            know.
+        live: see `VideoSource`. None: true of devices, of URLs of the kind of rtsp://, and over the network of the
+            pictures of HTTP cameras and of what has neither times nor a length.
         **selection: for `VideoSource`.
 
     Attributes:
-        url: what FFmpeg opens. `name`, which messages have, is without user, password and query.
+        url: what FFmpeg opens: of a file, its absolute path. `name`, which messages have, is as it was given, without
+            user, password and query.
         size: width and height in pixels, before any turning.
         rate: frames per second on average, as stated; None if not known.
 
     Raises:
-        ValueError: if it can't be opened or has no video.
+        ValueError: if it can't be opened, has no video, or is live and has a `start`.
         ImportError: without PyAV.
     """
 
@@ -339,22 +353,37 @@ class MediaSource(VideoSource):
         *,
         format: str | None = None,
         options: dict[str, str] | None = None,
+        live: bool | None = None,
         **selection: Any,
     ):
-        super().__init__(_shown_url(url) if format is None else f"{format}:{url}", **selection)
-        self.url = url
-        local = url.removeprefix("file:")
-        self.files = [Path(local)] if format is None and os.path.isfile(local) else []
+        local = url if os.path.isfile(url) else url.removeprefix("file:")
+        is_file = format is None and os.path.isfile(local)
+        scheme = "" if is_file else url.partition("://")[0]
+        known_live = format is not None or scheme in _LIVE_SCHEMES
+        name = _shown_url(url) if format is None else f"{format}:{url}"
+        super().__init__(name, live=known_live if live is None else live, **selection)
+        # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
+        self.url = os.path.abspath(local) if is_file else url
+        self.files = [Path(local)] if is_file else []
         self._format = format
         self._options = dict(options or {})
-        if url.startswith("rtsp"):
+        if scheme.startswith("rtsp"):
             self._options.setdefault("rtsp_transport", "tcp")  # over UDP lost packets are lost pictures
-        if format is None and "://" not in url and not self.files:
+        if format is None and "://" not in url and not is_file:
             raise ValueError(f"The video {url!r} doesn't exist; give the path of a file, a URL or a camera.")
         self._opened = self._open()
+        untimed = format is None and not is_file and _has_no_times(self._opened)
+        if live is None and untimed and (self._opened.format.name == _HTTP_CAMERA or self._opened.size < 0):
+            try:
+                self._go_live()
+            except ValueError:
+                self.close()
+                raise
+        self._stamped_on_arrival = untimed and self.live
         stream = self._opened.streams.video[0]
         self.size = (stream.codec_context.width, stream.codec_context.height)
-        self.rate = float(stream.average_rate) if stream.average_rate else None
+        stated_rate = None if self._stamped_on_arrival else stream.average_rate
+        self.rate = float(stated_rate) if stated_rate else None
         # Of several streams, the longest one makes the duration of the container.
         self._stated = float(stream.duration * stream.time_base) if stream.duration else None
         if not self.live:
@@ -463,6 +492,9 @@ class MediaSource(VideoSource):
         """Frames with ascending times from 0, and a word about an end that is missing."""
         period = Fraction(1) / Fraction(self.rate or _RAW_STREAM_FPS).limit_denominator(1001000)
         timeline = _Timeline(period)
+        if self._stamped_on_arrival:
+            yield from timeline.follow(self._arriving(frames))
+            return
         yield from timeline.follow(self._counted(frames, period))
         if timeline.last is not None and self._stated is not None:
             end = float(timeline.end)
@@ -488,12 +520,27 @@ class MediaSource(VideoSource):
             length = frame.duration * Fraction(frame.time_base) if frame.duration else period
             yield _Shown(stamp - origin, length, partial(_upright, frame))
 
+    def _arriving(self, frames: Iterable[Any]) -> Iterator[_Shown | VideoProblem]:
+        """Frames with the times at which they come, counted from the first one.
+
+        FFmpeg's own clock (use_wallclock_as_timestamps) is too coarse: ticks of 1/25 s, as a format without times has.
+        """
+        begin: float | None = None
+        for frame in frames:
+            if isinstance(frame, VideoProblem):
+                yield VideoProblem(math.nan, frame.message)
+                continue
+            now = time.monotonic()
+            begin = now if begin is None else begin
+            yield _Shown(now - begin, None, partial(_upright, frame))
+
 
 class ImageFolder(VideoSource):
     """The images of a folder in natural order ("frame 9" before "frame 10").
 
     Args:
-        folder: holds images that Pillow reads; other files are left out.
+        folder: holds images that Pillow reads; other files are left out. One that is damaged, or has more than 8 bits
+            per channel (depth), is a problem of its own frame.
         rate: images per second; `fps`, or 2, unless given.
         **selection: for `VideoSource`.
 
@@ -608,8 +655,9 @@ def open_video(
         end: seconds; frames that appear then or later are left out.
         rate: images per second of a folder, or of an iterable without times; asked of a camera. Default: of folders
             and iterables `fps`, or 2.
-        live: whether a frame that isn't taken in time is lost. Default: true of cameras, devices and URLs of the kind
-            of rtsp://.
+        live: whether a frame that isn't taken in time is lost. Default: true of cameras, of devices, of URLs of the
+            kind of rtsp://, and of what comes over the network in a format without times, as from HTTP cameras: see
+            `MediaSource`.
         options: for FFmpeg, such as {"video_size": "640x480"}.
         read_ahead: decoded frames that wait at most.
 
@@ -620,23 +668,31 @@ def open_video(
     selection: dict[str, Any] = {"fps": fps, "start": start, "end": end, "read_ahead": read_ahead}
     if isinstance(source, VideoSource):
         raise ValueError(f"{source.name!r} is an open video already; give its path or iterate it.")
-    if not isinstance(source, str | os.PathLike):
-        if not isinstance(source, Iterable):
-            raise ValueError(f"{source!r} is no video; give a path, a URL, a camera, or an iterable of images.")
-        return FrameIterator(source, rate=rate, live=bool(live), **selection)
-    name = os.fspath(source)
-    if os.path.isdir(name):
+    is_name = isinstance(source, str | os.PathLike)
+    if not is_name and not isinstance(source, Iterable):
+        raise ValueError(f"{source!r} is no video; give a path, a URL, a camera, or an iterable of images.")
+    name = os.fspath(source) if is_name else "frames"
+    if not is_name or os.path.isdir(name):
+        if options:
+            raise ValueError(f"options={options!r} are for FFmpeg, which doesn't read {name!r}; leave options out.")
+        if not is_name:
+            return FrameIterator(source, rate=rate, live=bool(live), **selection)
         return ImageFolder(name, rate=rate, live=bool(live), **selection)
+    _check_options(options or {})
     device = _device(name)
     if device is not None:
         format, name = device
-        asked = {} if rate is None else {"framerate": f"{rate:g}"}
-        selection["live"] = True if live is None else live
-        return MediaSource(name, format=format, options=asked | (options or {}), **selection)
+        asked = {} if rate is None else {"framerate": f"{_rate(rate, fps):g}"}
+        return MediaSource(name, format=format, options=asked | (options or {}), live=live, **selection)
     if rate is not None:
         raise ValueError(f"rate={rate}: {_shown_url(name)} states its own; leave rate out.")
-    selection["live"] = name.partition("://")[0] in _LIVE_SCHEMES if live is None else live
-    return MediaSource(name, options=options, **selection)
+    return MediaSource(name, options=options, live=live, **selection)
+
+
+def _check_options(options: dict[str, str]) -> None:
+    for key, value in options.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise ValueError(f"options={{{key!r}: {value!r}}}: keys and values must be texts, as FFmpeg reads them.")
 
 
 def _device(name: str) -> tuple[str, str] | None:
@@ -665,6 +721,13 @@ def _windows_camera(index: int) -> str:
     if index >= len(names):
         raise ValueError(f"There is no camera:{index}; cameras here: {', '.join(names) or 'none'}.")
     return f"video={names[index]}"
+
+
+def _has_no_times(container: Any) -> bool:
+    """Whether the format carries no times, so that FFmpeg makes up those of 25 frames per second."""
+    from av.format import Flags
+
+    return bool(container.format.flags & Flags.no_timestamps.value)
 
 
 def _decoded(container: Any) -> Iterator[Any]:
@@ -713,9 +776,12 @@ def _flushed(stream: Any) -> list[Any]:
     import av
 
     try:
-        return stream.decode(None)
+        frames = stream.decode(None)
     except (OSError, av.error.FFmpegError):
         return []
+    for frame in frames:
+        frame.time_base = stream.time_base  # which they have from the packet that they come of, and here is none
+    return frames
 
 
 def _seconds(frame: Any, first_pts: int) -> float:
@@ -748,6 +814,7 @@ def _image_file(file: Path) -> Any:
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
+        check_pixel_mode(f"The image {file.name!r}", image)
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
