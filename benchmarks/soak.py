@@ -63,13 +63,12 @@ class Camera:
 
     Attributes:
         given: counts of what it has given.
-        corrupt: the kinds of its corrupt frames, by the frame's number.
     """
 
     def __init__(self, seconds: float, fps: float, seed: int, trouble: float, folder: Path):
         self.seconds, self.fps, self.trouble = seconds, fps, trouble
         self.given: Counter[str] = Counter()
-        self.corrupt: dict[int, str] = {}
+        self._corrupt: dict[int, str] = {}
         self._random = random.Random(seed)
         self._noise = np.random.default_rng(seed)
         self._first = 0
@@ -96,9 +95,9 @@ class Camera:
                 self._first = index
             self.given["frames"] += 1
             if self._happens(CORRUPT):
-                self.corrupt[index] = self._random.choice(CORRUPT_KINDS)
+                kind = self._corrupt[index] = self._random.choice(CORRUPT_KINDS)
                 self.given["corrupt"] += 1
-                yield index / self.fps, self.corrupt_frame(self.corrupt[index], index, size)
+                yield index / self.fps, self.corrupt_frame(kind, index, size)
             else:
                 yield index / self.fps, self._picture(index, size)
 
@@ -114,9 +113,9 @@ class Camera:
         Image.fromarray(self._picture(index, size)).save(whole, "jpeg")
         return whole.getvalue()[: whole.tell() // 2]
 
-    def index(self, seconds: float) -> int:
-        """The number of the frame that came so many seconds after the first one that was given."""
-        return self._first + round(seconds * self.fps)
+    def corrupt_at(self, seconds: float) -> str:
+        """The kind of corrupt frame that is given so many seconds after the first frame; nothing for a good one."""
+        return self._corrupt.get(self._first + round(seconds * self.fps), "")
 
     def _happens(self, chance: float) -> bool:
         return self._random.random() < chance * self.trouble
@@ -192,7 +191,7 @@ class Soak:
         """Whether it is the corrupt frames that are errors, by kind, and they alone."""
         if event.kind not in ("end", "merged", "error"):
             return
-        kind = self.camera.corrupt.get(self.camera.index(event.start), "")
+        kind = self.camera.corrupt_at(event.start)
         if (event.kind == "error") != bool(kind):
             self.misjudged.append(f"{kind or 'good'} frame at {event.start:.3f} s: {event.kind} {event.message}")
         elif kind:

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,7 +42,7 @@ from benchmarks.counting import (
 from benchmarks.prefill import Prompt
 from benchmarks.streaming import SIZES, Camera, CasaContender, InsertionContender
 from benchmarks.variants import Contestant
-from casa_hf import CasaConfig, cache_nbytes
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CasaStream, cache_nbytes
 from tests.tiny_world.reader import areas
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -428,10 +429,50 @@ def test_missing_device_is_said(monkeypatch, capsys):
 @pytest.mark.slow  # in real time: how many accidents there are depends on the machine
 def test_a_short_soak_has_every_accident_and_a_good_verdict():
     verdict = soak.main(["--seconds", "10", "--trouble", "12", "--text-window", "150", "--seed", "1"])
-    assert verdict["ok"] and all(verdict["checks"].values()) and len(verdict["checks"]) == 5, verdict
-    seen = verdict["camera"] | verdict["events"]
-    assert all(seen.get(name) for name in soak.ACCIDENTS), seen
+    assert verdict["ok"] and all(verdict["checks"].values()) and len(verdict["checks"]) == 6, verdict
+    seen = verdict["camera"] | verdict["events"] | verdict["errors"]
+    assert all(seen.get(name) for name in (*soak.ACCIDENTS, *soak.CORRUPT_KINDS)), seen
+    assert sum(verdict["errors"].values()) == verdict["events"]["error"]
     assert verdict["text_tokens_at_most"] > 100, "text was evicted"
+
+
+@pytest.mark.parametrize("kind", soak.CORRUPT_KINDS)
+def test_each_corrupt_frame_of_a_soak_is_an_error_and_the_stream_goes_on(kind, casa_folder, tmp_path):
+    """What is cut off looks whole until it is decoded."""
+    camera = soak.Camera(1, 20, seed=0, trouble=1, folder=tmp_path)
+    frames = [camera.corrupt_frame(kind, index, size) for index, size in enumerate(soak.SIZES)]
+    if kind == "truncated image":
+        assert [frame.size for frame in frames] == list(soak.SIZES)
+    elif kind == "truncated file":
+        with Image.open(frames[0]) as opened:
+            assert opened.size == soak.SIZES[0]
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    disturbed, undisturbed = (CasaStream(model, processor, max_new_tokens_per_frame=3) for _ in range(2))
+    said = []
+    for index, frame in enumerate(frames):
+        good = np.full((48, 64, 3), 60 * index, np.uint8)
+        (error,) = disturbed.push(frame)
+        assert error.kind == "error" and ("three dimensions" if kind == "no picture" else "truncated") in error.message
+        said.append([event.token_ids for event in disturbed.push(good) if event.kind == "end"])
+        assert said[-1] == [event.token_ids for event in undisturbed.push(good) if event.kind == "end"]
+    assert all(tokens for [tokens] in said)
+
+
+def test_the_camera_of_a_soak_knows_which_of_its_frames_are_corrupt(monkeypatch, tmp_path):
+    """By their times from the first frame on, which events have; here that isn't the frame of time 0."""
+    monkeypatch.setattr(soak.time, "sleep", lambda seconds: None)
+    camera = soak.Camera(20, 20, seed=31, trouble=5, folder=tmp_path)
+    frames = list(camera)
+    first = frames[0][0]
+    known = [camera.corrupt_at(timestamp - first) for timestamp, _ in frames]
+    kinds = {np.ndarray: "no picture", type(tmp_path): "truncated file"}
+    found = [
+        "" if isinstance(frame, np.ndarray) and frame.ndim == 3 else kinds.get(type(frame), "truncated image")
+        for _, frame in frames
+    ]
+    assert known == found and set(found) == {"", *soak.CORRUPT_KINDS} and first > 0
+    assert len(frames) - found.count("") == camera.given["corrupt"]
 
 
 def test_a_soak_tells_a_leak_from_noise():
@@ -441,14 +482,14 @@ def test_a_soak_tells_a_leak_from_noise():
     assert not soak.is_level(seconds, noise + seconds * 2 * soak.MAX_GROWTH / 3600)
 
 
-def test_a_burst_is_held_back_and_comes_at_once(monkeypatch):
+def test_a_burst_is_held_back_and_comes_at_once(monkeypatch, tmp_path):
     """By a clock that only sleeping moves."""
     now = [0.0]
     monkeypatch.setattr(soak.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(soak.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     for name in ("MISSING", "CORRUPT", "RESIZE"):
         monkeypatch.setattr(soak, name, 0.0)
-    camera = soak.Camera(10, 20, seed=0, trouble=20)
+    camera = soak.Camera(10, 20, seed=0, trouble=20, folder=tmp_path)
     late = [now[0] - timestamp for timestamp, _ in camera]
     assert camera.given["bursts"] > 3 and min(late) > -1e-9
     assert max(late) > 0.2 and sum(each < 1e-9 for each in late) > 20
