@@ -5,15 +5,15 @@
     python -m benchmarks.soak --seconds 60    # a try
 
 The camera gives 20 frames per second in real time, to a small model of random weights or the checkpoint named by
---model. At random times frames are missing, come in bursts, are corrupt (a JPEG that is cut off, opened but not decoded,
-or as a file; an array that is no picture), or have another size; now and then the stream is forked, and the fork used
-and closed; or it is saved, closed, and a new one goes on from what was saved.
+--model. At random times frames are missing, come in bursts, are corrupt (a JPEG that is cut off, opened but not
+decoded, or as a file; an array that is no picture), or have another size; now and then the stream is forked, and the
+fork used and closed; or it is saved, closed, and a new one goes on from what was saved.
 
 Progress goes to standard error. The last line on standard output is a verdict as JSON, and the exit code is 1 unless
-all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, the corrupt
-ones and no others reported as errors, every restored stream going on with the tokens of the saved one, and the cache
-within the text window. Of ten minutes or more also: every accident has happened, every kind of corrupt frame among the
-errors, and the memory of the process doesn't grow by more than 64 MiB per hour.
+all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, the
+corrupt ones and no others reported as errors, every restored stream going on with the tokens of the saved one, and the
+cache within the text window. Of ten minutes or more also: every accident has happened, every kind of corrupt frame is
+among the errors, and the memory of the process doesn't grow by more than 64 MiB per hour.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Clips whose frames show their number: eight bars, white for a bit that is set; and an HTTP camera that sends such."""
+"""Clips whose frames show their number, eight bars, white for a bit that is set; an HTTP camera that sends them."""
 
 from __future__ import annotations
 

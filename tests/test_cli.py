@@ -462,10 +462,15 @@ def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str
     [
         ("/image nowhere.jpg", ["nowhere.jpg"]),
         ("/image", ["''", "path or URL"]),
+        ("/image depth.png", ["depth.png", "'I;16'", "8-bit"]),
         ("/fly", ["/fly", "/quit"]),
     ],
 )
-def test_a_scripted_chat_stops_at_its_first_error(cli: Cli, casa_folder: Path, line: str, parts: list[str]) -> None:
+def test_a_scripted_chat_stops_at_its_first_error(
+    cli: Cli, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, parts: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("I;16", (56, 56), 4000).save("depth.png")
     outcome = cli("chat", casa_folder, *SHORT, stdin=f"{line}\nHello!\n")
     assert outcome.failed_with_one_line(*parts)
 

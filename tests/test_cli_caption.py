@@ -10,19 +10,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
 from casa_hf.cli_caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
-from tests.clips import write_clip
+from tests.clips import http_camera, jpeg_part, picture, write_clip
 from tests.test_cli import Cli, cli  # noqa: F401
 
 av = pytest.importorskip("av")
@@ -214,6 +218,55 @@ def test_on_the_page_too_late_frames_are_dropped_when_live(
     assert (max(lengths) < 9) == drops, "the time of a frame is bounded where frames are dropped"
 
 
+def test_what_is_said_about_the_source_is_done(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Raw pixels say neither their size nor their rate; images of a folder not theirs; a device can be a recording."""
+    (tmp_path / "folder").mkdir()
+    for index in range(6):
+        Image.fromarray(picture(index)).save(tmp_path / "folder" / f"{index}.png")
+    pixels = np.zeros((10, 64 * 48 * 3 // 2), np.uint8)  # YUV 4:2:0
+    (tmp_path / "pixels.yuv").write_bytes(pixels.tobytes())
+    raw = ["--option", "video_size=64x48", "--option", "framerate=4"]
+    out = tmp_path / "a.jsonl"
+    for source, options, expected in (
+        (tmp_path / "pixels.yuv", raw, [0.0, 0.5, 1.0, 1.5, 2.0]),
+        (tmp_path / "folder", ["--rate", "4"], [0.0, 0.5, 1.0]),
+        ("lavfi:testsrc=size=64x48:rate=4:duration=2", ["--recorded-source"], [0.0, 0.5, 1.0, 1.5]),
+    ):
+        said = ["--max-new-tokens", "1", "--device", "cpu", "--out", out, "--overwrite"]
+        outcome = cli("caption", source, "--model", checkpoint, *said, *options)
+        assert outcome.code == 0, outcome.err
+        events = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        assert [event["start"] for event in events if event["kind"] == "end"] == expected
+        assert {event["kind"] for event in events} <= {"text", "end"}
+
+
+def test_an_http_camera_is_captioned_live(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    """At its own speed, whatever FFmpeg makes of it; and as a recording if that is what it is said to be."""
+    out = tmp_path / "a.jsonl"
+
+    def parts() -> Iterator[bytes]:
+        yield jpeg_part(0)
+        until = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < until:  # the first frame has been looked at
+            time.sleep(0.01)
+        for number in range(1, 6):
+            time.sleep(0.2)
+            yield jpeg_part(number)
+
+    said = ["--max-new-tokens", "1", "--device", "cpu", "--out", out, "--fps", "100"]
+    starts = []
+    for camera, options in ((parts, ["--late", "merge"]), (lambda: map(jpeg_part, range(6)), ["--recorded-source"])):
+        out.unlink(missing_ok=True)
+        with http_camera(camera) as address:
+            outcome = cli("caption", address, "--model", checkpoint, *said, *options)
+        assert outcome.code == 0, outcome.err
+        events = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        starts.append([event["start"] for event in events if event["kind"] in ("end", "merged", "dropped")])
+    live, recorded = starts
+    assert recorded == [index / 25 for index in range(6)]
+    assert live[0] == 0 and live[-1] > 0.9, "the last picture is sent a second after the first one has come"
+
+
 def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     srt, video = tmp_path / "a.srt", write_clip(tmp_path / "a.mp4", 2, 10)
     srt.write_text("old")
@@ -325,6 +378,9 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
         ([BUNNY, "--fps", "0"], ["fps=0", "positive"]),
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
         (["lavfi:testsrc", "--start", "3"], ["start=3", "live"]),
+        ([BUNNY, "--live-source", "--start", "3"], ["start=3", "live"]),
+        ([BUNNY, "--rate", "5"], ["rate=5", "states its own"]),
+        ([str(Path(BUNNY).parent), "--option", "video_size=64x48"], ["video_size", "are for FFmpeg"]),
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
         ([BUNNY, "--out", "a.srt", "--ask", "<|vision_start|><|image_pad|><|vision_end|>?"], ["marks of images"]),
         ([BUNNY, "--out", "a.srt", "--out", "a.vtt", "--start", "100"], ["no frames between 100 s"]),
@@ -350,7 +406,13 @@ def test_it_fails_in_one_line_before_any_work(
         (["--start", "soon"], "'soon' is no time"),
         (["--ask", "@2"], "has a time and no question"),
         (["--ask", " "], "a question is empty"),
-        (["--late", "drop"], "needs --live"),
+        (["--late", "drop"], "needs --live or --live-source"),
+        (["--recorded-source", "--late", "drop"], "needs --live"),
+        (["--rate", "0"], "'--rate': '0' must be a positive number"),
+        (["--option", "video_size"], "'video_size' is no option; write KEY=VALUE"),
+        (["--option", "=640x480"], "'=640x480' is no option"),
+        (["--option", "video_size="], "'video_size=' is no option"),
+        (["--option", "a=1", "--option", "a=2"], "a is given twice: 1 and 2"),
         (["--late", "never"], "merge"),
         (["--budget", "-1"], "'--budget': '-1' must be a positive number"),
         (["--budget", "nan"], "'--budget': 'nan' must be a positive number"),

@@ -50,6 +50,6 @@ def check_pixel_mode(name: str, image: Any) -> None:
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise ValueError(
-            f"{name} has pixels of the mode {image.mode!r}, of more than 8 bits, and would be clipped at 255; scale them "
-            "to 0 to 255, and make 8-bit pixels of them."
+            f"{name} has pixels of the mode {image.mode!r}, of more than 8 bits, and would be clipped at 255; scale "
+            "them to 0 to 255, and make 8-bit pixels of them."
         )

@@ -122,8 +122,8 @@ def caption(
         bool | None,
         typer.Option(
             "--live-source/--recorded-source",
-            help="Whether the source shows what happens now: a frame that isn't taken in time is gone. Default: yes of "
-            "cameras, rtsp:// and the like, and of HTTP cameras.",
+            help="Whether the source shows what happens now, and a frame that isn't taken in time is gone. Default: "
+            "live are cameras, rtsp:// and the like, and HTTP cameras.",
             show_default=False,
         ),
     ] = None,

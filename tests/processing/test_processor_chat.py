@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "assets"
@@ -185,6 +186,19 @@ def test_an_image_that_the_server_does_not_have_is_named(processor, serve):
     url = f"{serve(PHOTOS)}/missing.jpg"
     with pytest.raises(ValueError, match=f"The image '{url}' can't be loaded: "):
         processor.apply_chat_template([user(image(url), "What?")], **ALL)
+
+
+@pytest.mark.parametrize("kind", ["image", "path"])
+def test_an_image_of_more_than_8_bits_is_refused(processor, tmp_path, kind):
+    """Pillow would clip its depths at 255 without a word."""
+    depth = Image.fromarray(np.linspace(0, 65535, 56 * 56).astype(np.uint16).reshape(56, 56))
+    depth.save(tmp_path / "depth.png")
+    picture = depth if kind == "image" else str(tmp_path / "depth.png")
+    name = "The image has" if kind == "image" else r"The image '.*depth\.png' can't be loaded: It has"
+    with pytest.raises(
+        ValueError, match=f"^{name} pixels of the mode 'I;16', of more than 8 bits.* make 8-bit pixels"
+    ):
+        processor.apply_chat_template([user(image(picture), "What?")], **ALL)
 
 
 def test_the_error_for_bad_base64_stays_short(processor):

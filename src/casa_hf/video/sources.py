@@ -138,7 +138,9 @@ class VideoSource:
 
     def _go_live(self) -> None:
         if self.start:
-            raise ValueError(f"start={self.start:g}: {self.name} is live and has no past to start in; leave out start.")
+            raise ValueError(
+                f"start={self.start:g}: {self.name} is live and has no past to start in; leave out start."
+            )
         self.live = True
 
     def read(self) -> Iterator[Frame | VideoProblem]:
