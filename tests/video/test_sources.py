@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, load_frames, open_video
+from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, load_frames, open_video, sources
 from tests.clips import http_camera, jpeg_part, numbers, picture, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
@@ -423,8 +423,9 @@ def test_a_range_of_a_url_is_sought(large_clip):
         assert max(server.begins) > large_clip.stat().st_size * 3 // 4
 
 
-def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come():
+def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkeypatch):
     """It sends a picture when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
+    monkeypatch.setattr(sources, "_FRESH_SECONDS", math.inf)
     told = threading.Semaphore(0)
     pauses = [0.3, 0.05, 0.2, 0.01, 0.3]
 
@@ -457,6 +458,23 @@ def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come():
     for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
         assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
     assert frames[-1].timestamp >= sum(pauses)
+
+
+@pytest.mark.filterwarnings("ignore:.*reading ended early")
+@pytest.mark.parametrize(("seconds", "expected"), [(-1.0, [3, 4, 5]), (math.inf, [0, 1, 2])])
+def test_an_http_camera_that_had_to_wait_is_connected_to_anew(monkeypatch, seconds, expected):
+    """So that its first frame is of now, and one that has hung up meanwhile is there again; a first read waits not."""
+    monkeypatch.setattr(sources, "_FRESH_SECONDS", seconds)
+    connections = count()
+
+    def parts() -> Iterator[bytes]:
+        first = 3 * next(connections)
+        yield from map(jpeg_part, range(first, first + 3))
+
+    with http_camera(parts) as address:
+        source = open_video(address)
+        assert [number for _, number in seen(source)] == expected
+        assert [number for _, number in seen(source)] == [number + 3 for number in expected], "as any later reading"
 
 
 @pytest.mark.filterwarnings("ignore:.*reading ended early")

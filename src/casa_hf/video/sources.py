@@ -38,6 +38,9 @@ _RESTART_SECONDS = 1.0
 # A network or a device that is silent for so long has ended.
 _SILENCE_SECONDS = 10.0
 _BUSY_SECONDS = 0.005
+# An HTTP camera that nobody has read for so long, as while a model is loaded, is connected to anew: what waits is old by
+# then, and small cameras hang up after a few seconds.
+_FRESH_SECONDS = 1.0
 _CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
 _RAW_STREAM_FPS = 25
 
@@ -374,6 +377,7 @@ class MediaSource(VideoSource):
         if format is None and "://" not in url and not is_file:
             raise ValueError(f"The video {url!r} doesn't exist; give the path of a file, a URL or a camera.")
         self._opened = self._open()
+        self._opened_at = time.monotonic()
         untimed = format is None and not is_file and _has_no_times(self._opened)
         if live is None and untimed and (self._opened.format.name == _HTTP_CAMERA or self._opened.size < 0):
             try:
@@ -437,8 +441,12 @@ class MediaSource(VideoSource):
         return f" Devices here: {', '.join(found) or 'none that FFmpeg lists'}."
 
     def _frames(self) -> Iterator[_Shown | VideoProblem]:
-        container, self._opened = self._opened or self._open(), None
-        opened = [container]
+        container, self._opened = self._opened, None
+        is_camera = self._stamped_on_arrival and self.url.startswith("http")
+        if container is not None and is_camera and time.monotonic() - self._opened_at > _FRESH_SECONDS:
+            container.close()  # first: many cameras have but one connection
+            container = None
+        opened = [container or self._open()]
         try:
             yield from self._timed(self._from_start(opened))
         finally:
