@@ -38,8 +38,8 @@ _RESTART_SECONDS = 1.0
 # A network or a device that is silent for so long has ended.
 _SILENCE_SECONDS = 10.0
 _BUSY_SECONDS = 0.005
-# An HTTP camera that nobody has read for so long, as while a model is loaded, is connected to anew: what waits is old by
-# then, and small cameras hang up after a few seconds.
+# An HTTP camera that nobody has read for so long, as while a model is loaded, is connected to anew: what waits is old,
+# and small cameras hang up after a few seconds.
 _FRESH_SECONDS = 1.0
 _CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
 _RAW_STREAM_FPS = 25
