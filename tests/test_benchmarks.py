@@ -326,11 +326,15 @@ def test_what_must_hold_is_judged_and_memory_of_an_unbounded_stream_is_not():
     def broken(**records: forever.Record) -> list[str]:
         given = {"bounded": level, "unbounded": level, **records}
         judged = forever.judgements(given, forever.lines(given, sizes), slopes=True)
-        assert len(judged) == 7 - (not records.get("bounded", level).resident[0])
+        assert len(judged) == 8 - (not records.get("bounded", level).resident[0])
         return [what.split(":")[0] for _, what, holds in judged if not holds]
 
     assert broken() == broken(unbounded=rising) == broken(bounded=replace(level, resident=[0] * 30)) == []
     assert broken(bounded=rising) == ["cache", "memory"]
+    slower = replace(level, turn_ms=[1.0 + turn / 10 for turn in range(30)])
+    assert broken(bounded=slower) == ["time per turn", "time per turn"]
+    noise = replace(level, turn_ms=[1.0, 9.0, 1.0, 30.0, 2.0] * 6)  # too much of it to tell
+    assert broken(bounded=noise) == ["time per turn"]
     assert broken(bounded=replace(level, most=8)) == ["at most 9 bytes allocated"]
     assert broken(unbounded=replace(level, predicted=8)) == ["cache of 7 bytes"]
 
@@ -354,7 +358,7 @@ def test_captions_that_become_worse_or_dearer_are_noticed():
         return [what.split(":")[0] for what, holds in judged.items() if not holds]
 
     assert broken() == broken(right=rising) == []
-    assert broken(latency_ms=rising) == ["latency"] and broken(cache=rising) == ["cache"]
+    assert broken(latency_ms=rising) == ["latency", "latency"] and broken(cache=rising) == ["cache"]
     assert broken(memory=rising) == ["memory"] and broken(right=rising[::-1]) == ["captions"]
 
 
