@@ -30,7 +30,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpo
 from casa_hf.training import freeze
 
 from .batches import Batcher
-from .cutting import CUTS, memory, questions_of_memory
+from .cutting import CUTS, FRAMES, memory, questions_of_memory
 from .drawing import TILE
 from .protocols import ADAPTATION, SOURCE, Recipe, adapt_model, give_sight, train_source, train_unfrozen
 from .training import evaluate
@@ -84,7 +84,6 @@ RECIPES = {
     ),
     "B": replace(ADAPTATION, steps=350, batch_size=24),
 }
-MEMORY = (2, 3, 4)  # frames, of questions of memory
 _OTHERS = 4  # for so many questions of a standard size, one of another size, and one to choose a learning rate
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
 _VISION_BLOCKS = r"visual\.blocks\."
@@ -212,7 +211,7 @@ class Laboratory:
         found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
         # Where images are updated, pictures carry what no cut reaches.
         if run.split == "test" and model.config.casa_image_updates != "full":
-            for size in MEMORY:
+            for size in FRAMES:
                 questions = _asked_of_memory(self.questions, size)
                 found |= {_memory(size, cut): memory(model, batcher, questions, cut) for cut in (None, *CUTS)}
         return found
@@ -307,7 +306,7 @@ def tables(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
 
 def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """What is left of earlier frames when self-attention to them is cut."""
-    shown = [(size, cut) for size in MEMORY for cut in (None, *CUTS)]
+    shown = [(size, cut) for size in FRAMES for cut in (None, *CUTS)]
     with_memory = {name: runs for name, runs in designs.items() if _memory(*shown[0]) in runs[0]}
     if not with_memory:
         return []
