@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent
-from casa_hf.overlay import Overlay, OverlayWriter, _font, _lines, _loaded, captioned
+from casa_hf import overlay as overlay_module
+from casa_hf.overlay import _ENCODERS, Overlay, OverlayWriter, _font, _lines, _loaded, captioned
 from casa_hf.video import Frame, open_video
 from tests.clips import every_kind, numbers, picture, write_clip
 
@@ -166,7 +167,7 @@ def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
     # A fragmented file begins at 0.
     assert [round(time, 2) for time, _ in frames] == [0.0, 0.8]
     assert numbers([frames[1][1]]) == [9]
-    assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 0.800 s (ValueError: a frame must")
+    assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 0.800 s (ValueError: a frame")
 
 
 def test_frames_of_every_kind_are_drawn_as_the_model_sees_them(tmp_path):
@@ -361,6 +362,19 @@ def test_at_every_moment_all_but_the_last_seconds_play(tmp_path, fps, ending):
                 # A second that isn't whole yet, and the frame whose length isn't known; but for rounding.
                 assert (index + 1 - len(left)) / fps <= 1 + 2 / fps
     assert [image for _, image in decoded(tmp_path / f"out.{ending}")][-1].shape == (48, 64, 3)
+
+
+def test_without_x264_it_is_mpeg4(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlay_module, "_ENCODERS", {"mpeg4": _ENCODERS["mpeg4"]})
+    with OverlayWriter(tmp_path / "out.mp4") as writer:
+        for index in range(60):
+            writer.write(Frame(index / 30, picture(index)), "")
+        assert len(left_by_now(tmp_path)) >= 60 - 32
+    frames = decoded(tmp_path / "out.mp4")
+    assert numbers([image for _, image in frames]) == list(range(60))
+    assert [time for time, _ in frames] == pytest.approx([index / 30 for index in range(60)], abs=1e-4)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])

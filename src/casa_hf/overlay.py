@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# How much is kept before it is written. Of a stream that has ended, the other one's packets don't wait for any more.
+# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures.
 _KEPT_SECONDS = 1
 _FLUSHED = {"flush_packets": "1", "max_interleave_delta": str(_KEPT_SECONDS * 1_000_000)}
 _FRAGMENTS = {
@@ -36,14 +36,15 @@ _FRAGMENTS = {
     "frag_duration": str(_KEPT_SECONDS * 1_000_000),
 }
 _CLUSTERS = {"cluster_time_limit": str(_KEPT_SECONDS * 1_000)}
+# The first one that there is. None of them looks ahead.
 _ENCODERS = {
     "libx264": {"preset": "veryfast", "crf": "23", "tune": "zerolatency"},
-    "mpeg4": {"q": "4"},
+    "mpeg4": {"flags": "+qscale", "global_quality": str(4 * 118)},  # a scale of 4, in FFmpeg's units
 }
-_TIME_BASE = Fraction(1, 90_000)
+_TIME_BASE = Fraction(1, 60_000)  # MPEG-4 allows denominators up to 65,535
 _NOMINAL_FPS = 25
 _KEYFRAME_SECONDS = 2
-# An encoder counts frames, of whatever length; this is beyond what the seconds above hold.
+# Encoders count frames, whatever time they take; these are more than come in the seconds above.
 _MAX_FRAMES_BETWEEN_KEYFRAMES = 600
 # Of the picture's height.
 _LETTER_HEIGHT = 1 / 18
