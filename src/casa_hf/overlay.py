@@ -215,7 +215,9 @@ class OverlayWriter:
         self._video.width, self._video.height = (side + side % 2 for side in image.size)
         self._video.pix_fmt = "yuv420p"
         self._video.codec_context.time_base = self._video.time_base = _TIME_BASE
-        self._video.codec_context.max_b_frames = 0  # a fragment would begin later by as many frames
+        # B-frames, and threads that each encode a whole frame, would hold frames back.
+        self._video.codec_context.max_b_frames = 0
+        self._video.codec_context.thread_type = "SLICE"
         self._video.codec_context.gop_size = _MAX_FRAMES_BETWEEN_KEYFRAMES
         if self._audio is not None:
             self._sound, self._silence = _Sound.open(self._audio, self._container, self._start)
