@@ -529,7 +529,7 @@ def test_a_source_that_gives_no_frame_any_more_leaves_no_thread(stream):
     for name in ("broken", "good"):
         captions = LiveCaptions(stream, Endless(name, live=True))
         events = iter(captions)
-        assert next(event for event in events if event.kind == "end").start == 0.0
+        assert any(event.kind == "end" for event in events)
         if name == "good":
             captions.pause()
         events.close()
