@@ -126,7 +126,7 @@ class Soak:
         sampled = reported = begin
         try:
             for event in captions:
-                self.events[event.kind] += 1
+                self.events[event.kind] += event.count  # of frames, not of reports
                 now = time.monotonic()
                 if now - sampled >= SAMPLE_SECONDS:
                     sampled = now

@@ -438,6 +438,14 @@ def test_a_short_soak_has_every_accident_and_a_good_verdict():
     assert verdict["text_tokens_at_most"] > 100, "text was evicted"
 
 
+def test_a_soak_counts_frames_that_are_reported_together(monkeypatch):
+    monkeypatch.setattr("casa_hf.streaming.live._MAX_REPORTS", 0)
+    verdict = soak.main(["--seconds", "0.5", "--fps", "400", "--trouble", "0"])
+    assert verdict["camera"] == {"frames": 200, "corrupt": 0}
+    assert verdict["ok"] and verdict["checks"]["every_frame_accounted_for"], verdict
+    assert verdict["events"]["dropped"] > verdict["events"]["end"] > 0
+
+
 def test_a_soak_tells_a_leak_from_noise():
     seconds = np.arange(600.0)
     noise = np.random.default_rng(0).normal(0, 2**20, 600)

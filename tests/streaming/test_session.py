@@ -431,6 +431,26 @@ def test_a_dropped_frame_is_counted(model, processor):
     assert stream.num_frames == 3
 
 
+def test_several_dropped_frames_are_counted_by_one_event(model, processor):
+    """The event is that of the last of them; a stream that was restored counts on from there."""
+    model = model("casa")
+    stream = stream_of(model, processor)
+    tokens = say(stream, PICTURES[:1])
+    event = stream.drop(2.5, "the model is late", 5)
+    assert (event.kind, event.count, event.frame_index, event.start, event.end) == ("dropped", 5, 5, 2.5, 3.0)
+    assert (stream.num_frames, stream.last_timestamp) == (6, 2.5)
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"count={count} must be a positive integer"):
+            stream.drop(3.0, "late", count)
+    assert stream.num_frames == 6
+    restored = stream_of(model, processor)
+    restored.load_state_dict(stream.state_dict())
+    for each in (stream, restored):
+        events = list(each.push(PICTURES[1]))
+        assert {(event.count, event.frame_index, event.start) for event in events} == {(1, 6, 3.0)}
+        assert [*tokens, emitted(events)] == say(stream_of(model, processor), PICTURES[:2])
+
+
 # ------------------------------------------------------------------------------------ state
 
 
