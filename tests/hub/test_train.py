@@ -92,7 +92,7 @@ def test_publishing_that_fails_leaves_the_trained_model(settings: dict[str, Any]
     hub.before_commit = refuse
     pushing = {"push_to_hub": True, "hub_model_id": "me/trained", "hub_strategy": "end"}
     run = TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], **pushing}})
-    with pytest.raises(OSError, match="No more commits today") as failed:  # of the Hub's client
+    with pytest.raises(OSError, match="No more commits today") as failed:
         train(run)
     assert failed.value.__notes__[-1] == f"The model is trained and saved in {settings['output']}."
     before, after = load_weights(casa_folder), load_weights(Path(settings["output"]))

@@ -35,7 +35,14 @@ _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
-_COUNTS = ("sequences_per_update", "max_steps", "max_text_tokens", "max_image_tokens", "max_pixels", "frame_max_pixels")
+_COUNTS = (
+    "sequences_per_update",
+    "max_steps",
+    "max_text_tokens",
+    "max_image_tokens",
+    "max_pixels",
+    "frame_max_pixels",
+)
 
 # Arguments of `TrainingArguments` -> the settings that they follow from. Given beside these, they would win or lose
 # in part: rates belong to groups of parameters, and the schedule and the batches are counted in steps.
@@ -247,7 +254,8 @@ def train(
 ) -> TrainingReport:
     """Train a CASA model.
 
-    One process per device, as `accelerate launch` or `torchrun` start them; all call this.
+    One process per device, as `accelerate launch` or `torchrun` start them; all call this. The trained model is saved
+    before it is evaluated or published; errors from then on have a note of where it is.
 
     Args:
         config: of the run.
@@ -337,7 +345,7 @@ def _check_arguments(config: TrainingConfig) -> None:
 
     for name in config.trainer:
         if name in _FOLLOWING:
-            raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; give that instead.")
+            raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; set that instead, beside trainer.")
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
     if config.lora is not None:
         from peft import LoraConfig

@@ -83,9 +83,10 @@ class CasaTrainer(Trainer):
         mine = list(range(rank, len(examples), processes))
         while len(mine) < -(-len(examples) // processes):
             mine.append(0)
+        processor: Any = getattr(self.data_collator, "processor", self.processing_class)
         answers = generate_answers(
             self.accelerator.unwrap_model(self.model),
-            getattr(self.data_collator, "processor", self.processing_class),
+            processor,
             [examples[index] for index in mine],
             batch_size=self.args.eval_batch_size,
             **{"synced_gpus": processes > 1, **(self.generate_kwargs or {})},
