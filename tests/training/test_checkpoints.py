@@ -60,6 +60,7 @@ DAMAGES = {
     "model.safetensors is cut off": lambda folder: cut(folder / "model.safetensors"),
     "without weights": lambda folder: (folder / "model.safetensors").unlink(),
     "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "marked so by checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
     "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth", size=0),
 }
 

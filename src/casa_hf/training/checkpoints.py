@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 _PREFIX = "checkpoint-"
 _LAST_FILE = "trainer_state.json"
+_MARK = "checkpoint-is-incomplete.txt"  # there while `enable_jit_checkpoint` writes
 
 # Of a model or its adapters; of a model sharded by FSDP or DeepSpeed.
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
@@ -42,6 +43,8 @@ def _step(checkpoint: Path) -> int | None:
 
 def _fault(checkpoint: Path) -> str | None:
     """What a checkpoint lacks, in words; None if nothing."""
+    if (checkpoint / _MARK).exists():
+        return f"marked so by {_MARK}"
     try:
         if not isinstance(json.loads((checkpoint / _LAST_FILE).read_text("utf-8")), dict):
             return f"{_LAST_FILE} is damaged"
