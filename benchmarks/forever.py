@@ -69,6 +69,7 @@ PICTURES = 8  # shown in turn
 FLAT = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room"}
 # Of a process's memory, which is taken from the system in steps: a single one, early or late, makes a slope.
 MAX_RISE = 0.01
+MAX_SLOWER = 0.2  # an interval that reaches further is no evidence that time is flat
 SPARE_SLOTS = 64  # that growing keys and values have behind them, or a quarter of their own
 
 
@@ -258,9 +259,9 @@ class Line:
         """Whether the slope isn't different from 0."""
         return abs(self.slope) <= self.widest
 
-    def level(self, turns: int) -> bool:
-        """Whether the values, by the upper end of the interval, rise by less than `MAX_RISE` in so many turns."""
-        return self.over(turns)[2] < MAX_RISE
+    def level(self, turns: int, most: float) -> bool:
+        """Whether the values, by the upper end of the interval, rise by less than a share in so many turns."""
+        return self.over(turns)[2] < most
 
     def over(self, turns: int) -> tuple[float, float, float]:
         """What the line and the ends of its interval rise by over so many turns, in parts of the mean."""
@@ -337,9 +338,12 @@ def judgements(
     last = unbounded.cache[-1]
     judged = []
     if slopes:
+        turns = len(records["bounded"].turn_ms)
         judged += [("bounded", f"{what}: slope not different from 0", bounded[key].flat) for key, what in FLAT.items()]
+        slower = bounded["turn_ms"].level(turns, MAX_SLOWER)
+        judged.append(("bounded", f"time per turn: rises by less than {MAX_SLOWER:.0%}", slower))
     if slopes and bounded["resident"].mean:
-        level = bounded["resident"].level(len(records["bounded"].resident))
+        level = bounded["resident"].level(turns, MAX_RISE)
         judged.append(("bounded", f"memory: rises by less than {MAX_RISE:.0%}", level))
     judged.append(
         ("unbounded", f"cache of {last:,} bytes: {unbounded.predicted:,} predicted", last == unbounded.predicted)

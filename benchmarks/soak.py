@@ -94,9 +94,10 @@ class Camera:
             if not self.given["frames"]:
                 self._first = index
             self.given["frames"] += 1
-            if self._happens(CORRUPT):
+            corrupt = self._happens(CORRUPT)
+            self.given["corrupt"] += corrupt
+            if corrupt:
                 kind = self._corrupt[index] = self._random.choice(CORRUPT_KINDS)
-                self.given["corrupt"] += 1
                 yield index / self.fps, self.corrupt_frame(kind, index, size)
             else:
                 yield index / self.fps, self._picture(index, size)
@@ -170,7 +171,7 @@ class Soak:
         sampled = reported = begin
         try:
             for event in captions:
-                self.events[event.kind] += 1
+                self.events[event.kind] += event.count  # of frames, not of reports
                 self._judge(event)
                 now = time.monotonic()
                 if now - sampled >= SAMPLE_SECONDS:

@@ -43,6 +43,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "max_steps": 20_000,
         "trainable": "fusion-only",
         "frame_max_pixels": 448 * 448,
+        "keep_limits": True,
     },
 }
 

@@ -23,6 +23,31 @@ def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(255 * bits[columns][None, :, None], (height, width, 3)))
 
 
+def every_kind(number: int, file: Path) -> dict[str, Any]:
+    """The frame with this number, in each form in which a stream takes frames; one of them is a file."""
+    import torch
+    from PIL import Image
+
+    pixels = picture(number)
+    ones = torch.tensor(pixels) / 255
+    Image.fromarray(pixels).save(file)
+    return {
+        "uint8": pixels,
+        "int64": pixels.astype(np.int64),
+        "channels first": pixels.transpose(2, 0, 1),
+        "float": ones.numpy(),  # of only 0.0 and 1.0
+        "double, channels first": ones.permute(2, 0, 1).double(),
+        "float16": ones.numpy().astype(np.float16),
+        "bfloat16": ones.bfloat16(),
+        "with a gradient": ones.clone().requires_grad_(),
+        "resized": ones + 1e-3,  # has left [0, 1] by less than half a step
+        "PIL image": Image.fromarray(pixels),
+        "palette": Image.fromarray(pixels).convert("P"),
+        "path": file,
+        "name of a file": str(file),
+    }
+
+
 def numbers(frames: list[Any]) -> list[int]:
     """Which frames of a written clip these are."""
     found = []

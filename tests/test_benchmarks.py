@@ -327,11 +327,15 @@ def test_what_must_hold_is_judged_and_memory_of_an_unbounded_stream_is_not():
     def broken(**records: forever.Record) -> list[str]:
         given = {"bounded": level, "unbounded": level, **records}
         judged = forever.judgements(given, forever.lines(given, sizes), slopes=True)
-        assert len(judged) == 7 - (not records.get("bounded", level).resident[0])
+        assert len(judged) == 8 - (not records.get("bounded", level).resident[0])
         return [what.split(":")[0] for _, what, holds in judged if not holds]
 
     assert broken() == broken(unbounded=rising) == broken(bounded=replace(level, resident=[0] * 30)) == []
     assert broken(bounded=rising) == ["cache", "memory"]
+    slower = replace(level, turn_ms=[1.0 + turn / 10 for turn in range(30)])
+    assert broken(bounded=slower) == ["time per turn", "time per turn"]
+    noise = replace(level, turn_ms=[1.0, 9.0, 1.0, 30.0, 2.0] * 6)  # too much of it to tell
+    assert broken(bounded=noise) == ["time per turn"]
     assert broken(bounded=replace(level, most=8)) == ["at most 9 bytes allocated"]
     assert broken(unbounded=replace(level, predicted=8)) == ["cache of 7 bytes"]
 
@@ -355,7 +359,7 @@ def test_captions_that_become_worse_or_dearer_are_noticed():
         return [what.split(":")[0] for what, holds in judged.items() if not holds]
 
     assert broken() == broken(right=rising) == []
-    assert broken(latency_ms=rising) == ["latency"] and broken(cache=rising) == ["cache"]
+    assert broken(latency_ms=rising) == ["latency", "latency"] and broken(cache=rising) == ["cache"]
     assert broken(memory=rising) == ["memory"] and broken(right=rising[::-1]) == ["captions"]
 
 
@@ -473,6 +477,14 @@ def test_the_camera_of_a_soak_knows_which_of_its_frames_are_corrupt(monkeypatch,
     ]
     assert known == found and set(found) == {"", *soak.CORRUPT_KINDS} and first > 0
     assert len(frames) - found.count("") == camera.given["corrupt"]
+
+
+def test_a_soak_counts_frames_that_are_reported_together(monkeypatch):
+    monkeypatch.setattr("casa_hf.streaming.live._MAX_REPORTS", 0)
+    verdict = soak.main(["--seconds", "0.5", "--fps", "400", "--trouble", "0"])
+    assert verdict["camera"] == {"frames": 200, "corrupt": 0}
+    assert verdict["ok"] and verdict["checks"]["every_frame_accounted_for"], verdict
+    assert verdict["events"]["dropped"] > verdict["events"]["end"] > 0
 
 
 def test_a_soak_tells_a_leak_from_noise():

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,9 +20,10 @@ import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent
-from casa_hf.overlay import Overlay, OverlayWriter, _font, _lines, _loaded, captioned
+from casa_hf import overlay as overlay_module
+from casa_hf.overlay import _ENCODERS, Overlay, OverlayWriter, _font, _lines, _loaded, captioned
 from casa_hf.video import Frame, open_video
-from tests.clips import numbers, picture, write_clip
+from tests.clips import every_kind, numbers, picture, write_clip
 
 av = pytest.importorskip("av")
 
@@ -164,6 +167,37 @@ def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
     # A fragmented file begins at 0.
     assert [round(time, 2) for time, _ in frames] == [0.0, 0.8]
     assert numbers([frames[1][1]]) == [9]
+    assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 0.800 s (ValueError: a frame")
+
+
+def test_frames_of_every_kind_are_drawn_as_the_model_sees_them(tmp_path):
+    """A camera's frames are what an iterator yields."""
+    (tmp_path / "frames").mkdir()
+    kinds = [list(every_kind(index, tmp_path / "frames" / f"{index}.png").values()) for index in range(20)]
+    shown = [frames[index % len(frames)] for index, frames in enumerate(kinds)]
+    overlay = Overlay(open_video(iter(shown), live=True), tmp_path / "out.mp4")
+    for index, image in enumerate(shown):
+        overlay.show(Frame(index / 10, image))
+        tell(overlay, index, index / 10, "", fps=10)
+    overlay.close()
+    assert overlay.written and overlay.note == ""
+    assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == list(range(20))
+
+
+def test_frames_that_cannot_be_drawn_are_counted_and_the_first_one_is_explained(tmp_path):
+    overlay = Overlay(open_video([picture(0)]), tmp_path / "out.mp4")
+    for index, image in enumerate((picture(1), "nowhere.png", picture(3), np.full((4, 4, 3), -1), None)):
+        overlay.show(Frame(index / 2, image))
+        tell(overlay, index, index / 2, "")
+    overlay.close()
+    assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == [1, 3]
+    assert overlay.note.startswith("3 frames couldn't be drawn; the first was that at 0.500 s (ValueError: The image")
+    assert "nowhere.png" in overlay.note
+    nothing = Overlay(open_video([picture(0)]), tmp_path / "none.mp4")
+    nothing.show(Frame(0.0, None))
+    tell(nothing, 0, 0.0, "words")
+    nothing.close()
+    assert not nothing.written and "1 frame couldn't be drawn" in nothing.note
 
 
 def test_long_captions_are_broken_into_lines_inside_the_picture():
@@ -301,8 +335,132 @@ def test_a_process_that_is_killed_leaves_a_video_that_plays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "out.mp4"]
     assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == [0, 1, 2], "that of the last one to close"
     frames = decoded(left)
-    assert len(frames) > 100, "what a killed process has left is its own"
-    assert numbers([image for _, image in frames[:100]]) == list(range(100))
+    assert len(frames) > 280, "what a killed process has left is its own, all but the last two seconds"
+    assert numbers([image for _, image in frames[:250]]) == list(range(250))
+
+
+def left_by_now(folder: Path) -> list[int]:
+    """The frames that would be left if the process were killed at this moment."""
+    (unfinished,) = folder.glob(".*.incomplete.*")
+    copied = folder / f"copy{unfinished.suffix}"
+    shutil.copy(unfinished, copied)
+    try:
+        return numbers([image for _, image in decoded(copied)])
+    finally:
+        copied.unlink()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("fps", [0.5, 2, 25, 120])
+def test_at_every_moment_all_but_the_last_seconds_play(tmp_path, fps, ending):
+    with OverlayWriter(tmp_path / f"out.{ending}") as writer:
+        for index in range(200):
+            writer.write(Frame(index / fps, picture(index)), "")
+            if index in (29, 40, 77, 110, 199) and index / fps > 1.5:
+                left = left_by_now(tmp_path)
+                assert left == list(range(len(left)))
+                # A second that isn't whole yet, and the frame whose length isn't known; but for rounding.
+                assert (index + 1 - len(left)) / fps <= 1 + 2 / fps
+    assert [image for _, image in decoded(tmp_path / f"out.{ending}")][-1].shape == (48, 64, 3)
+
+
+def test_without_x264_it_is_mpeg4(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlay_module, "_ENCODERS", {"mpeg4": _ENCODERS["mpeg4"]})
+    with OverlayWriter(tmp_path / "out.mp4") as writer:
+        for index in range(60):
+            writer.write(Frame(index / 30, picture(index)), "")
+        assert len(left_by_now(tmp_path)) >= 60 - 32
+    frames = decoded(tmp_path / "out.mp4")
+    assert numbers([image for _, image in frames]) == list(range(60))
+    assert [time for time, _ in frames] == pytest.approx([index / 30 for index in range(60)], abs=1e-4)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_pictures_do_not_wait_for_sound_that_has_ended(tmp_path, ending):
+    clip = write_clip(tmp_path / "clip.mp4", 10, 10, sound="aac")
+    with OverlayWriter(tmp_path / f"out.{ending}", audio=str(clip)) as writer:
+        for index in range(30):
+            writer.write(Frame(index / 2, picture(index)), "")
+        assert len(left_by_now(tmp_path)) >= 30 - 6
+
+
+@pytest.mark.parametrize("fps", [0.25, 2, 120])
+def test_keyframes_come_by_time(tmp_path, fps):
+    with OverlayWriter(tmp_path / "out.mp4") as writer:
+        for index in range(int(8 * fps) + 2):
+            writer.write(Frame(index / fps, picture(5)), "")  # nothing changes: no other reason for one
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        keys = [frame.time for frame in container.decode(video=0) if frame.key_frame]
+    assert keys[:3] == pytest.approx([0, max(2, 1 / fps), 2 * max(2, 1 / fps)], abs=1e-3)
+
+
+def test_names_with_a_colon(tmp_path, monkeypatch):
+    """FFmpeg takes what is before it for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    name, sound = "2026-11-21T10:30:00-out.mp4", "10:29.mp4"
+    write_clip(tmp_path / "clip.mp4", 10, 10, sound="aac").rename(sound)
+    with OverlayWriter(name, audio=sound) as writer:
+        for index in range(10):
+            writer.write(Frame(index / 10, picture(index)), "")
+    assert writer.written and sorted(path.name for path in tmp_path.iterdir()) == [sound, name]
+    assert numbers([image for _, image in decoded(tmp_path / name)]) == list(range(10))
+    with av.open(str(tmp_path / name)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(audio=0)) > 40
+
+
+def write_slides(path: Path) -> Path:
+    """Pictures at 0, 2 and 4 s, and 10 s of sound."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base, stream.codec_context.max_b_frames = Fraction(1, 1000), 0
+        sound = container.add_stream("aac", rate=48_000, layout="mono")
+        for index in range(3):
+            frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+            frame.pts, frame.time_base = 2000 * index, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 480_000), np.float32), format="fltp", layout="mono")
+        tone.rate = 48_000
+        container.mux(sound.encode(tone))
+        container.mux(sound.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "selection", "interrupted", "expected"),
+    [
+        ((), {}, False, 10.0),
+        ((), {"start": 1.0}, False, 9.0),
+        ((), {"end": 7.0}, False, 7.0),
+        ((), {"start": 1.0, "end": 3.0}, False, 2.0),
+        ((0.0, 0.5), {}, True, 1.0),  # up to where the captions end
+        ((2.0,), {"end": 2.25}, True, 2.25),
+    ],
+)
+def test_the_sound_ends_where_the_range_does(tmp_path, given, selection, interrupted, expected):
+    overlay = Overlay(open_video(write_slides(tmp_path / "in.mp4"), fps=2, **selection), tmp_path / "out.mp4")
+    for index, start in enumerate(given):
+        tell(overlay, index, start, "words")
+    overlay.close(interrupted=interrupted)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        packets = [packet for packet in container.demux(audio=0) if packet.size]
+    # A packet of AAC is 21 ms; the encoder begins one before the first.
+    assert float(packets[-1].pts * packets[-1].time_base) == pytest.approx(expected, abs=0.045)
+
+
+def test_without_a_word_the_sound_of_a_writer_ends_with_its_last_frame(tmp_path):
+    slides = write_slides(tmp_path / "in.mp4")
+    for limit, expected in ((None, 4.0), (2.5, 2.5), (math.inf, 10.0)):
+        writer = OverlayWriter(tmp_path / "out.mp4", audio=str(slides), overwrite=True)
+        for index in range(2):
+            writer.write(Frame(2.0 * index, picture(index)), "")
+        writer.close(limit)
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            packets = [packet for packet in container.demux(audio=0) if packet.size]
+        assert float(packets[-1].pts * packets[-1].time_base) == pytest.approx(expected, abs=0.045)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,22 @@ def test_interrupted_frames_answers_and_frames_without_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["captions.srt", "captions.vtt"])
+def test_only_a_frame_ends_the_caption_before_it(tmp_path, name):
+    """Not a problem of the source, nor an answer; but a frame that wasn't looked at, or couldn't be."""
+    for event, end in (
+        (CaptionEvent("error", -1, 10.1, 10.6, 0.0, message="a part can't be decoded"), 10_500),
+        (CaptionEvent("answer", 0, 10.1, 10.6, 0.0, "yes", question="Is it?"), 10_500),
+        (CaptionEvent("error", -1, 10.1, 10.6, 0.0, message="a mark of an image", question="Is it?"), 10_500),
+        (CaptionEvent("error", 1, 10.1, 10.6, 0.0, message="no picture"), 10_100),
+        (CaptionEvent("dropped", 1, 10.1, 10.6, 0.0, message="the model was busy"), 10_100),
+    ):
+        with caption_writer(tmp_path / name, overwrite=True) as writer:
+            for each in (*frame(0, 10.0, "hello"), event):
+                writer.write(each)
+        assert [cue[:2] for cue in read_back(tmp_path / name)] == [(10_000, end)], event
+
+
+@pytest.mark.parametrize("name", ["captions.srt", "captions.vtt"])
 def test_an_interruption_at_any_line_of_code_loses_no_caption(tmp_path, name):
     """The second frame comes so early that the words of the first one no longer have cues of their own.
 

@@ -4,20 +4,29 @@
 In a window a fusion layer lets text see the window's picture; later text can know of it only through self-attention to
 text that saw it. Cutting that to the *gists* (the token that the picture precedes, and gist tokens) shows how much of
 the memory they carry; cutting it to all text of the window must leave nothing, so that answers are guesses.
+
+    python -m examples.tiny_world.cutting    # of the bundled `casa`
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 
 from .batches import Batcher
 from .training import answers_right
 from .world import NUMBERS, TASKS, Example
 
 CUTS = ("gists", "window")
+FRAMES = (2, 3, 4)
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "casa"
 
 
 def window_of(ids: Sequence[int], mark: int, picture: int) -> range:
@@ -110,3 +119,24 @@ def memory(
 
     examples = [example for example, _ in questions]
     return sum(answers_right(model, cut_batch if cut else batcher, examples, batch_size)) / len(questions)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print what a model knows of earlier pictures, uncut and cut."""
+    parser = argparse.ArgumentParser(prog="python -m examples.tiny_world.cutting", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of a CASA checkpoint")
+    parser.add_argument("--questions", type=int, default=1_000, help="of each number of frames")
+    options = parser.parse_args(arguments)
+    disable_progress_bar()
+    model = CasaForConditionalGeneration.from_pretrained(options.model)
+    batcher = Batcher(CasaProcessor.from_pretrained(options.model))
+    print("| frames | nothing cut | gists cut | window cut | chance |\n|---|---|---|---|---|")
+    for size in FRAMES:
+        questions = questions_of_memory(options.questions, size)
+        shares = [memory(model, batcher, questions, cut) for cut in (None, *CUTS)]
+        cells = [f"{100 * share:.1f}" for share in (*shares, TASKS["frames"].chance(size))]
+        print(f"| {size} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,8 @@
     python -m examples.tiny_world.table FOLDER
 
 Every run leaves a file in FOLDER/runs and is not repeated; stop the command at any time and start it again. Runs are
-made seed by seed, so that with fewer `--seeds` there are tables of what is done.
+made seed by seed, so that with fewer `--seeds` there are tables of what is done. They go to docs/results.md, and the
+scores that they are made of to docs/results.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpo
 from casa_hf.training import freeze
 
 from .batches import Batcher
-from .cutting import CUTS, memory, questions_of_memory
+from .cutting import CUTS, FRAMES, memory, questions_of_memory
 from .drawing import TILE
 from .protocols import ADAPTATION, SOURCE, Recipe, adapt_model, give_sight, train_source, train_unfrozen
 from .training import evaluate
@@ -70,6 +71,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "global": {},
     "local": {"vision_window_size": TILE, "vision_fullatt_block_indexes": []},
 }
+# By protocol and design: the learning rate, and the scores of each seed's run.
+Results = dict[str, dict[str, Any]]
 RATES = (2e-3, 4e-3, 8e-3)
 # How they learn; `--steps` says how long.
 RECIPES = {
@@ -84,7 +87,6 @@ RECIPES = {
     ),
     "B": replace(ADAPTATION, steps=350, batch_size=24),
 }
-MEMORY = (2, 3, 4)  # frames, of questions of memory
 _OTHERS = 4  # for so many questions of a standard size, one of another size, and one to choose a learning rate
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
 _VISION_BLOCKS = r"visual\.blocks\."
@@ -212,7 +214,7 @@ class Laboratory:
         found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
         # Where images are updated, pictures carry what no cut reaches.
         if run.split == "test" and model.config.casa_image_updates != "full":
-            for size in MEMORY:
+            for size in FRAMES:
                 questions = _asked_of_memory(self.questions, size)
                 found |= {_memory(size, cut): memory(model, batcher, questions, cut) for cut in (None, *CUTS)}
         return found
@@ -273,25 +275,22 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
     return statistics.mean(pairs), error
 
 
-def tables(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> str:
-    """Markdown of all results: by task, and by size.
-
-    Args:
-        results: of each protocol, the scores of each design, one per seed; the first design is compared with.
-    """
+def tables(results: Results) -> str:
+    """Markdown of all results, by task and by size. Designs are compared with the first one of their protocol."""
     lines = []
-    for protocol, designs in results.items():
+    for protocol, own in results.items():
+        designs = {name: design["runs"] for name, design in own.items()}
         first = next(iter(designs))
         seeds = len(designs[first])
         lines += [f"### Protocol {protocol}", "", f"Percent of right answers, mean of {seeds} paired seeds.", ""]
-        lines += _table(["design", *TASKS, "all", f"minus {first}"])
+        lines += _table(["design", "rate", *TASKS, "all", f"minus {first}"])
         base = [overall(scores) for scores in designs[first]]
         for design, runs in designs.items():
             by_task = [_percent(statistics.mean(task_score(scores, task) for scores in runs)) for task in TASKS]
             mine = [overall(scores) for scores in runs]
             mean, error = difference(mine, base)
             apart = "" if design == first else f"{100 * mean:+.1f} ± {100 * error:.1f}"
-            lines.append(_row([design, *by_task, _percent(statistics.mean(mine)), apart]))
+            lines.append(_row([design, f"{own[design]['rate']:g}", *by_task, _percent(statistics.mean(mine)), apart]))
         lines += ["", "By size; models train on the sizes in bold.", ""]
         for task in TASKS.values():
             names = [f"**{size}**" if size in task.standard else str(size) for size in task.sizes]
@@ -307,7 +306,7 @@ def tables(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
 
 def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """What is left of earlier frames when self-attention to them is cut."""
-    shown = [(size, cut) for size in MEMORY for cut in (None, *CUTS)]
+    shown = [(size, cut) for size in FRAMES for cut in (None, *CUTS)]
     with_memory = {name: runs for name, runs in designs.items() if _memory(*shown[0]) in runs[0]}
     if not with_memory:
         return []
@@ -387,9 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
         for protocol, design in plan
     ]
     laboratory.measure_all(runs, jobs)
-    results: dict[str, dict[str, list[dict[str, float]]]] = {}
+    results: Results = {}
     for run in runs:
-        results.setdefault(run.protocol, {}).setdefault(run.design, []).append(laboratory.measure(run))
+        design = results.setdefault(run.protocol, {}).setdefault(run.design, {"rate": run.recipe.lr, "runs": []})
+        design["runs"].append({name: round(score, 4) for name, score in laboratory.measure(run).items()})
+    _write(options.page.with_suffix(".json"), json.dumps(results) + "\n")
     _write(options.page, insert_tables(page, tables(results)))
 
 

@@ -339,10 +339,28 @@ def train(
             f"{data.num_dropped} dropped as too long."
         )
 
-    report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
-    if not int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+    speaks = not int(os.environ.get("RANK", 0))  # of several processes the first one
+    try:
+        report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
+    except KeyboardInterrupt as error:
+        if not speaks:
+            raise
+        raise OSError(_interrupted(config, Path(settings.output), settings.checkpoint_folder)) from error
+    if speaks:
         typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
         typer.echo(f"Wrote {report.output}.")
+
+
+def _interrupted(config: Path, output: Path, checkpoints: Path) -> str:
+    """What is left of an interrupted training, and how to go on."""
+    from .training.checkpoints import last_checkpoint
+
+    if output.exists():
+        return f"The training was interrupted when the model was trained; it is saved in {output}."
+    last, _ = last_checkpoint(checkpoints)
+    if last is None:
+        return "The training was interrupted before its first checkpoint. The same command starts it anew."
+    return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."
 
 
 def _logged(values: dict[str, float]) -> str:
@@ -365,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complain(error: Exception) -> None:
-    message = " ".join(str(error).split())
+    message = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
     if not isinstance(error, _EXPLAINED):
         message = f"{type(error).__name__}: {message} (`python -X dev -m casa_hf ...` shows where)"
     typer.echo(f"error: {message}", err=True)

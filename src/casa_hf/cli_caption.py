@@ -422,7 +422,7 @@ class _View(AbstractContextManager["_View"]):
             if text:
                 self._line(f"[{_clock(event.start)}] {text}")
         else:
-            self._counts[event.kind] += 1
+            self._counts[event.kind] += event.count
             self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
 
     def finish(self, interrupted: bool, files: list[Path], note: str) -> None:

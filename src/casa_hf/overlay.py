@@ -1,9 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """A video with its captions drawn into the picture.
 
-The file is written under a temporary name and moved when it is closed. MP4 and MOV are written in fragments, and
-Matroska by its nature, so that what a killed process leaves under the temporary name can be played up to its last
-seconds.
+The file is written under a temporary name and moved when it is closed. MP4 and MOV are written in fragments, Matroska
+in clusters, of a second each, and the encoder holds no frame back: so what a killed process leaves under the temporary
+name can be played up to its last seconds, however few frames a second has.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from .pictures import rgb_picture
 from .streaming import CaptionEvent
 from .subtitles import Caption, CaptionCollector, check_output
 from .video import Frame, MediaSource, VideoProblem, VideoSource
@@ -27,11 +28,24 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-_FLUSHED = {"flush_packets": "1"}
-_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-_TIME_BASE = Fraction(1, 90_000)
+# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures.
+_KEPT_SECONDS = 1
+_FLUSHED = {"flush_packets": "1", "max_interleave_delta": str(_KEPT_SECONDS * 1_000_000)}
+_FRAGMENTS = {
+    "movflags": "frag_keyframe+empty_moov+default_base_moof",
+    "frag_duration": str(_KEPT_SECONDS * 1_000_000),
+}
+_CLUSTERS = {"cluster_time_limit": str(_KEPT_SECONDS * 1_000)}
+# The first one that there is. None of them looks ahead.
+_ENCODERS = {
+    "libx264": {"preset": "veryfast", "crf": "23", "tune": "zerolatency"},
+    "mpeg4": {"flags": "+qscale", "global_quality": str(4 * 118)},  # a scale of 4, in FFmpeg's units
+}
+_TIME_BASE = Fraction(1, 60_000)  # MPEG-4 allows denominators up to 65,535
 _NOMINAL_FPS = 25
 _KEYFRAME_SECONDS = 2
+# Encoders count frames, whatever time they take; these are more than come in the seconds above.
+_MAX_FRAMES_BETWEEN_KEYFRAMES = 600
 # Of the picture's height.
 _LETTER_HEIGHT = 1 / 18
 _MIN_LETTER_PIXELS = 10
@@ -62,7 +76,8 @@ class OverlayWriter:
 
     Args:
         path: of the video, ending in .mp4, .mov or .mkv.
-        audio: a video file or URL whose sound is copied, packet by packet, if its format can be in such a file.
+        audio: a video file or URL whose sound is copied, packet by packet, if its format can be in such a file; see
+            `close` for how much of it.
         start: seconds in the source at which the video begins; a frame that is on screen by then begins with it.
         font: file of the font of the captions, see `captioned`.
         overwrite: whether to replace a file that exists.
@@ -94,6 +109,8 @@ class OverlayWriter:
             _check_font(font)
         self.written = False
         self._start, self._last_pts = start, -1
+        self._last_keyframe = -math.inf
+        self._duration = round(1 / _NOMINAL_FPS / _TIME_BASE)  # of the last frame
         # What another run has left, or is writing, has another name.
         name = f".{self.path.stem}.{secrets.token_hex(4)}.incomplete{self.path.suffix}"
         self._temporary = self.path.with_name(name)
@@ -120,10 +137,14 @@ class OverlayWriter:
         Args:
             frame: later than the one before; a picture of another size than the first one is fitted into that size.
             text: drawn into it; nothing if empty.
+
+        Raises:
+            Exception: of many kinds, if the frame is no picture, as `casa_hf.pictures.rgb_picture` says.
         """
         import av
+        from av.video.frame import PictureType
 
-        image = _picture(frame.image)
+        image = rgb_picture(frame.image)
         if self._video is None:
             self._open(image)
         width, height = self._video.width, self._video.height
@@ -132,18 +153,27 @@ class OverlayWriter:
         pts = max(0, int((Fraction(frame.timestamp) - Fraction(self._start)) / _TIME_BASE + Fraction(1, 2)))
         if pts <= self._last_pts:
             return
+        if self._last_pts >= 0:
+            self._duration = pts - self._last_pts
         self._last_pts = pts
         if text:
             image = captioned(image, text, self._font)
             self._missing |= dict.fromkeys(_font(text, _letter_size(image), self._font)[1])
         encoded = av.VideoFrame.from_image(image)
         encoded.pts, encoded.time_base = pts, _TIME_BASE
+        if (pts - self._last_keyframe) * _TIME_BASE >= _KEYFRAME_SECONDS:
+            self._last_keyframe, encoded.pict_type = pts, PictureType.I
         if self._sound is not None:
             self._sound.copy_until(pts * _TIME_BASE)
         self._container.mux(self._video.encode(encoded))
 
-    def close(self) -> None:
-        """Finish the video and give it its name; without any frame there will be none."""
+    def close(self, sound_until: float | None = None) -> None:
+        """Finish the video and give it its name; without any frame there will be none.
+
+        Args:
+            sound_until: seconds in the source at which the sound ends, infinity for all of it. None for the end of the
+                last frame, which is taken to be as long as the one before.
+        """
         if self._container is None:
             return
         container, self._container = self._container, None
@@ -152,7 +182,8 @@ class OverlayWriter:
             if begun:
                 container.mux(self._video.encode())
                 if self._sound is not None:
-                    self._sound.copy_until((self._last_pts + 1) * _TIME_BASE)
+                    last = (self._last_pts + self._duration) * _TIME_BASE
+                    self._sound.copy_until(last if sound_until is None else sound_until - self._start)
         finally:
             if self._sound is not None:
                 self._sound.close()
@@ -174,17 +205,20 @@ class OverlayWriter:
         import av
 
         format = FORMATS[self.path.suffix.lower()]
-        flags = _FLUSHED if format == "matroska" else _FLUSHED | _FRAGMENTS
-        self._container = av.open(str(self._temporary), "w", format=format, container_options=flags)
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {"q": "4"}
-        self._video = self._container.add_stream(codec, rate=_NOMINAL_FPS, options=options)
+        flags = _FLUSHED | (_CLUSTERS if format == "matroska" else _FRAGMENTS)
+        # Of a relative name, FFmpeg takes what stands before a colon for a protocol.
+        path = os.path.abspath(self._temporary)
+        self._container = av.open(path, "w", format=format, container_options=flags)
+        codec = next(name for name in _ENCODERS if name in av.codecs_available)
+        self._video = self._container.add_stream(codec, rate=_NOMINAL_FPS, options=_ENCODERS[codec])
         # Half as many pixels of colour need even sides.
         self._video.width, self._video.height = (side + side % 2 for side in image.size)
         self._video.pix_fmt = "yuv420p"
         self._video.codec_context.time_base = self._video.time_base = _TIME_BASE
-        self._video.codec_context.max_b_frames = 0  # a fragment would begin later by as many frames
-        self._video.codec_context.gop_size = _KEYFRAME_SECONDS * _NOMINAL_FPS
+        # B-frames, and threads that each encode a whole frame, would hold frames back.
+        self._video.codec_context.max_b_frames = 0
+        self._video.codec_context.thread_type = "SLICE"
+        self._video.codec_context.gop_size = _MAX_FRAMES_BETWEEN_KEYFRAMES
         if self._audio is not None:
             self._sound, self._silence = _Sound.open(self._audio, self._container, self._start)
 
@@ -194,7 +228,8 @@ class Overlay:
 
     Of a recorded source every frame is drawn, also those that the model doesn't look at: the source is read once more,
     and a caption is drawn into the frames from its own one on until it ends. Of a live source, which can't be read
-    again, it is the frames that `show` is given, but for those that the stream couldn't use.
+    again, it is the frames that `show` is given, but for those that the stream couldn't use. The sound of a recorded
+    source goes on to its end, or that of the range, also where that is later than the last frame.
 
     Args:
         source: what is captioned.
@@ -219,15 +254,22 @@ class Overlay:
         audio = None if recorded is None else recorded.url
         self._writer = OverlayWriter(path, audio=audio, start=source.start, font=font, overwrite=overwrite)
         self._frames = None if recorded is None else _pictures(recorded)
+        self._end = math.inf if source.end is None else source.end
         self._held: list[Frame] = []
         self._captions = CaptionCollector()
         self._caption: Caption | None = None
         self._latest = -math.inf
+        self._num_undrawn = 0
+        self._first_undrawn = ""
 
     @property
     def note(self) -> str:
-        """What the video lacks, and why; see `OverlayWriter.note`."""
-        return self._writer.note
+        """What the video lacks, and why: frames that couldn't be drawn, and what `OverlayWriter.note` says."""
+        notes = [self._writer.note] if self._writer.note else []
+        if self._num_undrawn:
+            frames = "1 frame" if self._num_undrawn == 1 else f"{self._num_undrawn} frames"
+            notes.append(f"{frames} couldn't be drawn; the first was {self._first_undrawn}")
+        return "; ".join(notes)
 
     @property
     def written(self) -> bool:
@@ -256,8 +298,9 @@ class Overlay:
         """Draw what is left and finish the video.
 
         Args:
-            interrupted: whether the video ends where the captions do, rather than with the source.
+            interrupted: whether the video ends where the captions do, sound included, rather than with the source.
         """
+        sound_until: float | None = None  # if anything fails, that of the frames that are there
         try:
             caption = self._captions.finish()
             if caption is not None:
@@ -265,10 +308,11 @@ class Overlay:
                 self._caption = caption
             last = self._latest if self._caption is None else self._caption.end
             self._draw(last if interrupted else None)
+            sound_until = min(last, self._end) if interrupted else self._end
         finally:
             if self._frames is not None:
                 self._frames.close()
-            self._writer.close()
+            self._writer.close(sound_until)
 
     def _leave_out(self, start: float) -> None:
         """A frame that was shown couldn't be used; frames before it wait for nothing any more."""
@@ -278,11 +322,15 @@ class Overlay:
                 self._held.pop(0)
 
     def _draw(self, until: float | None) -> None:
-        """Write the frames before a moment; None for all. What is no picture is left out."""
+        """Write the frames before a moment; None for all. What is no picture is left out, and noted."""
         for frame in self._frames_until(until):
             try:
-                frame = frame._replace(image=_picture(frame.image))
-            except Exception:  # of many kinds; the stream has an event that says more
+                frame = frame._replace(image=rgb_picture(frame.image))
+            except Exception as error:  # of many kinds
+                self._first_undrawn = self._first_undrawn or (
+                    f"that at {frame.timestamp:.3f} s ({type(error).__name__}: {error})"
+                )
+                self._num_undrawn += 1
                 continue
             caption = self._caption
             shown = caption is not None and caption.start <= frame.timestamp < caption.end
@@ -420,7 +468,8 @@ class _Sound:
         """The sound of a file, or why it can't be copied (nothing if there is none)."""
         import av
 
-        container = av.open(url)
+        # A file's absolute name, so that a colon in it isn't taken for the end of a protocol's.
+        container = av.open(os.path.abspath(url) if os.path.isfile(url) else url)
         if not container.streams.audio:
             container.close()
             return None, ""
@@ -436,8 +485,8 @@ class _Sound:
             return None, f"the sound ({codec}) can't be copied: {error}; the video is without sound"
         return cls(container, output, target, start), ""
 
-    def copy_until(self, moment: Fraction) -> None:
-        """Copy the packets before a moment, in seconds of the output."""
+    def copy_until(self, moment: Fraction | float) -> None:
+        """Copy the packets before a moment, in seconds of the output; infinity for all that are left."""
         import av
 
         while True:
@@ -468,13 +517,6 @@ def _pictures(source: MediaSource) -> Generator[Frame, None, None]:
     """All frames of a source, read once more; problems were reported when the captions were made."""
     with source.every_frame() as again:
         yield from (item for item in again.read() if not isinstance(item, VideoProblem))
-
-
-def _picture(image: Any) -> Image:
-    from PIL import Image
-    from transformers.image_transforms import to_pil_image
-
-    return (image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB")
 
 
 def _fitted(image: Image, width: int, height: int) -> Image:

@@ -377,7 +377,7 @@ class CasaProcessor(ProcessorMixin):
     ) -> "list[list[_Visual]]":
         """What stands at each mark of each row, ready for the image processor."""
         return [
-            [_Visual(visual.type, [_load_picture(picture) for picture in visual.pictures]) for visual in row]
+            [_Visual(visual.type, [load_picture(picture) for picture in visual.pictures]) for visual in row]
             for row in self._visuals(marks_of_row, images, videos, videos_kwargs)
         ]
 
@@ -639,7 +639,12 @@ class _Prompt(NamedTuple):
         return begin, stop
 
 
-def _load_picture(picture: Any) -> Any:
+def load_picture(picture: Any) -> Any:
+    """The RGB image of a file, a URL or base64 text, upright; a picture of another kind as it is.
+
+    Raises:
+        ValueError: if it can't be loaded.
+    """
     if not isinstance(picture, (str, os.PathLike)):
         if isinstance(picture, Image.Image):
             check_pixel_mode("The image", picture)
@@ -664,7 +669,7 @@ def _picture_size(picture: Any) -> tuple[int, int]:
                     return opened.size
             except OSError:
                 pass  # the loader says what is wrong
-        picture = _load_picture(picture)
+        picture = load_picture(picture)
     if isinstance(picture, Image.Image):
         return picture.size
     height, width = get_image_size(to_numpy_array(picture))

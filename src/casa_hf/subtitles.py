@@ -126,7 +126,7 @@ class _CueWriter(CaptionWriter):
         caption = self._captions.add(event)
         if caption is not None:
             self._append(caption)
-        if event.question is None:
+        if event.question is None and event.frame_index >= 0:  # else a problem of the source, not a frame
             self._cut(Fraction(event.start))
 
     def close(self) -> None:

@@ -4,8 +4,9 @@
 The first tokens stay because attention leans on them (attention sinks, arXiv 2309.17453). What stays is re-based:
 positions run on from the sinks, as if the evicted text had never been there. Keys are stored rotated, so they are
 turned back by the positions that went before them, and so are the keys of images. Among recent text, images and what
-is still to come the relative geometry stays what it was; only the sinks come closer. Positions then are bounded by the
-window, however long the stream: float32 rotary angles lose 8e-2 at position 2,000,000.
+is still to come the relative geometry stays what it was; only the sinks come closer. Positions then are bounded,
+however long the stream, by the window and, with insertion positions, by what the images of the retained text advance:
+float32 rotary angles lose 8e-2 at position 2,000,000.
 
 Rows of a batch have windows of their own. What was padding between their tokens is closed up on the same way.
 """

@@ -196,7 +196,9 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.readable(name)
         commit = repository.at(revision or "main")
         siblings = [{"rfilename": file} for file in commit.files]
-        self.send_json({"id": name, "sha": commit.sha, "private": repository.private, "siblings": siblings})
+        self.send_json(
+            {"id": name, "sha": commit.sha, "private": repository.private, "tags": [], "siblings": siblings}
+        )
 
     def tree(self, name: str, revision: str) -> None:
         commit = self.readable(name).at(revision)

@@ -327,3 +327,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
     for call in (batch.add, lambda: batch.push({}), lambda: batch.ask({}), lambda: batch.remove(first)):
         with pytest.raises(RuntimeError, match="closed"):
             call()
+
+
+def test_dropped_frames_are_counted_by_their_stream(model, processor):
+    batch = batch_of(model("casa"), processor)
+    first, second = batch.add(), batch.add()
+    assert (batch.drop(first, 0.0, "late").count, batch.num_frames(first)) == (1, 1)
+    event = batch.drop(first, 2.0, "late", 4)
+    assert (event.kind, event.count, event.frame_index, event.start) == ("dropped", 4, 4, 2.0)
+    assert (batch.num_frames(first), batch.num_frames(second)) == (5, 0)
+    events = by_stream(batch.push({first: PICTURES[0], second: PICTURES[0]}))
+    assert (events[first][-1].frame_index, events[second][-1].frame_index) == (5, 0)

@@ -71,9 +71,11 @@ def test_tokens_are_those_of_a_dense_reference_that_forgets(model, processor, va
     assert any(token != int(remembering[place - 1].argmax()) for place, token in late), "nothing needed forgetting"
 
 
-def test_memory_and_positions_stay_the_same_for_hundreds_of_frames(model, processor):
-    model = model("casa")
-    shown = picture(0, 56, 56)
+@pytest.mark.parametrize(("variant", "advance"), [("casa", 0), ("exact", 3)])
+def test_memory_and_positions_stay_the_same_for_hundreds_of_frames(model, processor, variant: str, advance: int):
+    """`advance`: positions that a frame, of 3 x 2 tokens, takes beside those of its text."""
+    model = model(variant)
+    shown = picture(0, 84, 56)
     settings = {"prompt": "Say it.", "max_new_tokens_per_frame": 1, "text_window": 80}
     held, text_bytes, positions = [], [], []
     with stream_of(model, processor, **settings) as stream:
@@ -83,9 +85,13 @@ def test_memory_and_positions_stay_the_same_for_hundreds_of_frames(model, proces
             text_bytes.append(stream.nbytes["text"])
             positions.append(int(stream._cache.layers[0].window_state.next_position))
         image_bytes = stream.nbytes["image"]
-    assert max(held) <= 80 + 5
-    assert positions == held
-    for values in (held, text_bytes):
+    added = held[1] - held[0]  # tokens of a frame
+    assert max(held) <= 80 + added
+    # The frames whose text is kept, and at most one whose text is cut through.
+    frames = [-(-(tokens - held[0] + added) // added) for tokens in held]
+    for tokens, position, kept in zip(held, positions, frames, strict=True):
+        assert max(0, kept - 1) * advance <= position - tokens <= kept * advance
+    for values in (held, text_bytes, positions):
         early, late = values[40:120], values[120:200]
         assert max(early) == max(late) and min(early) == min(late)
     with stream_of(model, processor, **settings) as stream:

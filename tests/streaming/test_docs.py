@@ -40,7 +40,7 @@ def test_code_of_the_first_sections(casa_folder, tmp_path, monkeypatch, capsys):
     assert names["events"][-1].kind == "end"
     assert [event.kind for event in names["events"]][:2] == ["merged", "merged"]
     assert names["story"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert isinstance(names["later"], CasaStream) and names["later"].num_frames == names["stream"].num_frames == 7
+    assert isinstance(names["later"], CasaStream) and names["later"].num_frames == names["stream"].num_frames == 18
     assert names["answer"] and "the model is late" in capsys.readouterr().out
 
 

@@ -7,7 +7,9 @@ A clock that the tests turn stands for the time that the model takes, so every d
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from casa_hf import CaptionEvent, CasaStream
 from casa_hf.streaming import LiveCaptions
-from casa_hf.video import FrameIterator, VideoSource, open_video
+from casa_hf.video import Frame, FrameIterator, VideoProblem, VideoSource, open_video
 from tests.clips import picture
 
 FPS = 10
@@ -391,10 +393,148 @@ def test_what_is_reported_is_bounded(stream):
         events.append(event)
         if event.kind == "end":
             clock.now += 3600
-    dropped = [event for event in events if event.kind == "dropped"]
-    assert len(dropped) == 1000
-    assert dropped[-1].message.endswith("and 3998 before it")
-    assert [event.start for event in events if event.kind == "end"] == [0.0, 49.99]
+    assert accounted(events) == list(range(5000)) and len(events) < 1010
+    assert sum(event.count for event in events if event.kind == "dropped") == 4998
+    assert [(event.frame_index, event.start) for event in events if event.kind == "end"] == [(0, 0.0), (4999, 49.99)]
+    several = [event for event in events if event.count > 1]
+    assert [(event.kind, event.frame_index, event.start) for event in several] == [("dropped", 4998, 49.98)]
+    assert stream.num_frames == 5000 and stream.last_timestamp == 49.99
+
+
+class Script(VideoSource):
+    """A source that gives what it is told, and runs what is in between, when it is asked for it."""
+
+    def __init__(self, *items: Frame | VideoProblem | Callable[[], Any], live: bool = True):
+        super().__init__("script", live=live)
+        self._items = items
+
+    def read(self) -> Iterator[Frame | VideoProblem]:
+        for item in self._items:
+            if callable(item):
+                item()
+            else:
+                yield item
+
+
+def accounted(events: list[CaptionEvent]) -> list[int]:
+    """The indices of the frames that events stand for, in their order."""
+    frames = [event for event in events if event.kind in ("end", "dropped", "merged")]
+    return [index for event in frames for index in range(event.frame_index - event.count + 1, event.frame_index + 1)]
+
+
+def test_problems_and_frames_that_a_stall_costs_are_counted_apart(stream):
+    """The times of problems follow no order with frames; the next frame must fit into the stream nevertheless."""
+    clock = Clock()
+    script: list[Any] = [Frame(0.0, picture(0))]
+    for index in range(1, 1500):
+        script.append(Frame(index / 100, picture(0)))
+        if index >= 1100:  # all of them beyond what is told one by one; both before and after the frame
+            script.append(VideoProblem(index / 100 + (-0.05, 0.05)[index % 2], f"part {index} is broken"))
+    source = Script(*script, Frame(15.0, picture(0)), live=False)
+    captions = LiveCaptions(stream, source, late="drop", real_time=True, clock=clock, sleep=clock.sleep)
+    events = []
+    for event in captions:
+        events.append(event)
+        if event.kind == "end":
+            clock.now += 3600
+    assert accounted(events) == list(range(1501)) and stream.num_frames == 1501
+    assert [event.start for event in events if event.kind == "end"] == [0.0, 15.0]
+    (error,) = (event for event in events if event.kind == "error")
+    assert (error.count, error.frame_index, error.start) == (400, -1, 14.99 + 0.05)
+    assert "part 1499 is broken" in error.message and "400" in error.message
+    assert len(events) < 1010
+
+
+def test_a_problem_after_a_long_stall_of_a_camera_does_not_end_the_captions(stream):
+    """The newest report is a problem later than the next frame, which comes only when it was told."""
+    busy, over, told = threading.Event(), threading.Event(), threading.Event()
+    broken = VideoProblem(55.05, "a part can't be decoded")
+    script = [Frame(index / 20, picture(index % 4)) for index in range(1100)]
+    source = Script(
+        *(script[0], lambda: busy.wait(30), *script[1:], broken),
+        *(over.set, lambda: told.wait(30), Frame(55.0, picture(2))),
+    )
+    events = []
+    for event in LiveCaptions(stream, source):
+        events.append(event)
+        if event.kind == "error":
+            told.set()
+        if event.kind == "end" and event.start == 0.0:
+            busy.set()
+            assert over.wait(30)
+    assert accounted(events) == list(range(1101)) and stream.num_frames == 1101
+    errors = [(event.count, event.start, event.message) for event in events if event.kind == "error"]
+    assert errors == [(1, 55.05, "a part can't be decoded")]
+    assert [event.start for event in events if event.kind == "end"] == [0.0, 54.95, 55.0]
+
+
+@pytest.mark.parametrize(
+    ("late", "max_waiting", "expected"),
+    [
+        ("drop", 1, [("dropped", 1), ("end", 2)]),
+        ("drop", 2, [("end", 1), ("end", 2)]),
+        ("merge", 2, [("merged", 1), ("end", 2)]),
+    ],
+)
+def test_problems_take_no_place_of_frames_that_wait(stream, late, max_waiting, expected):
+    """They come while the model is still at frame 0."""
+    busy, over = threading.Event(), threading.Event()
+    broken = VideoProblem(0.15, "a part can't be decoded")
+    frames = [Frame(index / FPS, picture(index)) for index in range(3)]
+    source = Script(
+        *(frames[0], lambda: busy.wait(30), broken, frames[1], broken, broken, frames[2], broken, broken, over.set),
+        live=True,
+    )
+    captions = LiveCaptions(stream, source, late=late, max_waiting=max_waiting)
+    events = []
+    for event in captions:
+        events.append(event)
+        if event.kind == "end" and event.frame_index == 0:
+            busy.set()
+            assert over.wait(30)
+    found = [(event.kind, ticks(event.start)) for event in events if event.kind not in ("text", "error")]
+    assert found == [("end", 0), *expected]
+    assert sum(event.count for event in events if event.kind == "error") == 5
+
+
+def test_a_problem_is_told_while_no_frame_comes_and_before_an_error_that_ends_the_source(stream):
+    told = threading.Event()
+
+    def fail() -> None:
+        raise OSError("the cable is out")
+
+    source = Script(
+        *(Frame(0.0, picture(0)), VideoProblem(0.1, "first"), lambda: told.wait(30) or fail()),
+        *(VideoProblem(0.2, "second"), fail),
+    )
+    messages = []
+    with pytest.raises(OSError, match="the cable is out"):
+        for event in LiveCaptions(stream, source):
+            if event.kind == "error":
+                messages.append(event.message)
+                told.set()
+    assert messages == ["first", "second"]
+
+
+def test_a_source_that_gives_no_frame_any_more_leaves_no_thread(stream):
+    """Neither with problems without an end nor during a pause is there a frame at which the thread could end."""
+
+    class Endless(VideoSource):
+        def read(self) -> Iterator[Frame | VideoProblem]:
+            yield Frame(0.0, picture(0))
+            for index in count(1):
+                time.sleep(0.001)
+                yield Frame(index / FPS, picture(0)) if self.name == "good" else VideoProblem(0.5, "it is dark")
+
+    for name in ("broken", "good"):
+        captions = LiveCaptions(stream, Endless(name, live=True))
+        events = iter(captions)
+        assert any(event.kind == "end" for event in events)
+        if name == "good":
+            captions.pause()
+        events.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == "casa-read-ahead"]
+        stream.reset()
 
 
 def test_an_error_of_the_source_comes_after_what_it_gave(stream):

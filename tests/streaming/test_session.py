@@ -327,14 +327,15 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
         (np.ones((28, 28, 3), bool), "bool"),
         (torch.ones(3, 28, 28, dtype=torch.bool), "bool"),
         (np.ones((28, 28, 3), complex), "complex128"),
-        (np.full((28, 28, 3), 256, np.uint16), "[256, 256]"),
+        (np.full((28, 28, 3), 256, np.uint16), "uint16 from 256 to 256"),
+        (torch.full((28, 28, 3), -1), "int64 from -1 to -1"),
     ],
     ids=str,
 )
 def test_numbers_that_are_no_pixels_are_an_error(model, processor, pixels, found):
     [event] = stream_of(model("casa"), processor).push(pixels)
     assert event.kind == "error" and found in event.message
-    assert found == "[256, 256]" or "floating values from 0 to 1" in event.message
+    assert "integers from 0 to 255 or floating values from 0 to 1" in event.message
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
@@ -447,6 +448,26 @@ def test_a_dropped_frame_is_counted(model, processor):
     assert (events[-1].frame_index, events[-1].start) == (2, 1.25)
     assert [*tokens, emitted(events)] == say(stream_of(model, processor), PICTURES[:2])
     assert stream.num_frames == 3
+
+
+def test_several_dropped_frames_are_counted_by_one_event(model, processor):
+    """The event is that of the last of them; a stream that was restored counts on from there."""
+    model = model("casa")
+    stream = stream_of(model, processor)
+    tokens = say(stream, PICTURES[:1])
+    event = stream.drop(2.5, "the model is late", 5)
+    assert (event.kind, event.count, event.frame_index, event.start, event.end) == ("dropped", 5, 5, 2.5, 3.0)
+    assert (stream.num_frames, stream.last_timestamp) == (6, 2.5)
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"count={count} must be a positive integer"):
+            stream.drop(3.0, "late", count)
+    assert stream.num_frames == 6
+    restored = stream_of(model, processor)
+    restored.load_state_dict(stream.state_dict())
+    for each in (stream, restored):
+        events = list(each.push(PICTURES[1]))
+        assert {(event.count, event.frame_index, event.start) for event in events} == {(1, 6, 3.0)}
+        assert [*tokens, emitted(events)] == say(stream_of(model, processor), PICTURES[:2])
 
 
 # ------------------------------------------------------------------------------------ state

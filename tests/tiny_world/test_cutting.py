@@ -11,6 +11,7 @@ from PIL import ImageOps
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
+from examples.tiny_world import cutting
 from examples.tiny_world.batches import Batcher
 from examples.tiny_world.cutting import cut_mask, memory, questions_of_memory, window_of
 from examples.tiny_world.models import build_tokenizer, source_config, write_source
@@ -100,3 +101,12 @@ def test_what_a_cut_would_leave_is_refused(models):
     config = type(model.config)(**{**model.config.to_dict(), "casa_image_updates": "full"})
     with pytest.raises(ValueError, match="full"):
         cut_mask(ids, config, 0, "window")
+
+
+def test_the_table_of_the_bundled_model_says_what_is_cut(capsys: pytest.CaptureFixture[str]):
+    cutting.main(["--questions", "60"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    shares = [[float(cell) for cell in row.strip("| ").split(" | ")] for row in rows]
+    assert [row[0] for row in shares] == [2, 3, 4]
+    _, whole, gists, window, chance = shares[0]
+    assert whole > 90 and window < 15 < gists < whole and chance == 3.3

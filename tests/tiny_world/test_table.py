@@ -26,10 +26,11 @@ def test_tables_show_means_and_paired_differences():
     first = [{name: 0.5 for name in SIZES}, {name: 0.7 for name in SIZES}]
     second = [{name: 0.4 for name in SIZES}, {name: 0.5 for name in SIZES}]
     second[0]["pairs 32"] = 0.0  # no size that is trained on: in the curve, not in the mean
-    text = table.tables({"A": {"insertion": first, "casa": second}})
+    designs = {"insertion": {"rate": 2e-3, "runs": first}, "casa": {"rate": 4e-3, "runs": second}}
+    text = table.tables({"A": designs})
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert ["insertion", *["60.0"] * (len(TASKS) + 1), ""] in lines
-    assert ["casa", *["45.0"] * (len(TASKS) + 1), "-15.0 ± 5.0"] in lines
+    assert ["insertion", "0.002", *["60.0"] * (len(TASKS) + 1), ""] in lines
+    assert ["casa", "0.004", *["45.0"] * (len(TASKS) + 1), "-15.0 ± 5.0"] in lines
     pairs = lines.index(["pairs", "**4**", "**8**", "16", "24", "32"])
     assert lines[pairs + 2] == ["chance", *["10.0"] * 5]
     assert lines[pairs + 4] == ["casa", *["45.0"] * 4, "25.0"]
@@ -55,9 +56,10 @@ def test_a_run_is_named_by_all_that_matters():
     assert run.file == "A-casa-4-gists-1-5x48-0.002-test.json"
 
 
-def test_the_page_of_results_has_the_marks():
+def test_the_page_of_results_shows_the_scores_beside_it():
     page = table.RESULTS.read_text("utf-8")
-    table.insert_tables(page, "")
+    results = json.loads(table.RESULTS.with_suffix(".json").read_text("utf-8"))
+    assert page == table.insert_tables(page, table.tables(results))
 
 
 def test_a_local_tower_sees_each_image_token_by_itself(tmp_path: Path):
@@ -134,6 +136,9 @@ def test_runs_are_resumed(models: Path, tmp_path: Path, capsys: pytest.CaptureFi
     table.main(arguments)
     assert ": 2 of 2, about 0 min left" in capsys.readouterr().out
     written = page.read_text("utf-8")
+    results = json.loads(page.with_suffix(".json").read_text("utf-8"))
+    assert [len(design["runs"]) for design in results["A"].values()] == [1, 1]
+    assert written == table.insert_tables(written, table.tables(results))
     assert "### Protocol A" in written and "casa, 4 gists" in written
     files = sorted((tmp_path / "lab" / "runs").iterdir())
     assert len(files) == 2

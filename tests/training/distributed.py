@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 from casa_hf.training import CasaDataCollator, CasaTrainer, freeze, generate_answers, parameter_groups
+from casa_hf.training.recipe import _save
 from tests.training.helpers import CONVERSATIONS, ask, load_model, load_processor
 
 # In each step of two processes the second one gets a conversation without images.
@@ -68,7 +68,7 @@ def train_with_trainer(model: Any, processor: Any, output: Path) -> tuple[list[f
     )
     trainer.train()
     metrics = trainer.evaluate()
-    trainer.save_model(str(output))
+    trainer.save_model(str(output / "trained"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, metrics["eval_answers"], type(trainer.model_wrapped).__name__
 
@@ -98,12 +98,21 @@ def train_sharded(model: Any, processor: Any, output: Path) -> tuple[list[float]
         dist.all_reduce(total)
         losses.append(total.item())
     answers = generate_answers(model, processor, EXAMPLES, batch_size=2, synced_gpus=True, **GENERATE)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        save_file(state, output / "model.safetensors")
     wrapped = type(model).__name__
+    save_sharded(model, processor, output)
     dist.barrier()
     return losses, answers, wrapped
+
+
+def save_sharded(model: Any, processor: Any, output: Path) -> None:
+    """Save as a run of `train` does under `accelerate launch` with FSDP2."""
+    arguments = TrainingArguments(str(output / "checkpoints"), use_cpu=True, report_to="none")
+    trainer = CasaTrainer(model=model, args=arguments, train_dataset=EXAMPLES, processing_class=processor)
+    state = trainer.accelerator.state  # what Accelerate sets up on accelerators
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2)
+    trainer.is_fsdp_enabled = True
+    assert "SHARDED_STATE_DICT" in str(state.fsdp_plugin.state_dict_type)
+    _save(trainer, output / "trained", output)
 
 
 def main(checkpoint: Path, output: Path, mode: str) -> None:

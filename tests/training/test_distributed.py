@@ -47,7 +47,7 @@ def run(checkpoint, output, mode, processes):
     finally:
         for process in started:
             process.kill()
-    return json.loads((output / "run.json").read_text()), load_weights(output)
+    return json.loads((output / "run.json").read_text()), load_weights(output / "trained")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def test_two_processes_train_as_one(casa_folder, tmp_path, alone, mode, wrapped)
     before = load_weights(casa_folder)
     found, others = run(casa_folder, tmp_path, mode, 2)
     assert wrapped in found["wrapped"]
+    assert not (tmp_path / "trained.incomplete").exists()
     assert found["answers"] == expected["answers"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert others.keys() == weights.keys()

@@ -47,12 +47,12 @@ def settings(casa_folder, data, tmp_path):
 
 def test_a_run_trains_the_recipe_and_writes_a_model_that_loads(settings, casa_folder, tmp_path):
     logs = []
-    schedule = {"max_steps": 5, "sequences_per_update": 1, "warmup": 0.4, "decay": 0.4}
+    schedule = {"max_steps": 8, "sequences_per_update": 1, "warmup": 0.25, "decay": 0.5}
     report = train(TrainingConfig.from_dict({**settings, **schedule, "eval_data": settings["data"]}), logs.append)
-    assert (report.steps, report.dropped, report.output) == (5, 0, tmp_path / "trained")
+    assert (report.steps, report.dropped, report.output) == (8, 0, tmp_path / "trained")
     assert report.sequences > 1 and report.metrics["eval_loss"] > 0
     rates = [log["learning_rate"] for log in logs if "loss" in log]
-    assert len(rates) == 5 and 0 == rates[0] < rates[1] < rates[2] == 1e-4 > rates[4] > 0
+    assert rates == pytest.approx([0, 5e-5, 1e-4, 1e-4, 1e-4, 7.5e-5, 5e-5, 2.5e-5])
     before, after = load_weights(casa_folder), load_weights(report.output)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
@@ -75,6 +75,53 @@ def test_a_text_only_source_trains_its_language_model_and_keeps_what_the_way_bac
     assert {file.name: file.read_bytes() for file in report.output.glob("source_*")} == kept
     trainable = {part.name: part.trainable for part in report.parts}
     assert trainable["self-attention"] > 0 and trainable["vision tower, rest"] == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ({"max_steps": 1}, [1]),
+        ({"max_steps": 1, "warmup": 1, "decay": 0}, [1]),
+        ({"max_steps": 3, "warmup": 0.5, "decay": 0.5}, [0, 0.5, 1]),
+        ({"max_steps": 4, "warmup": 0, "decay": 1}, [1, 0.75, 0.5, 0.25]),
+        ({"max_steps": None, "epochs": 1.5, "warmup": 0, "decay": 0}, [1, 1, 1]),
+    ],
+)
+def test_short_schedules_reach_the_full_rate(settings, casa_folder, schedule, shares):
+    logs = []
+    report = train(TrainingConfig.from_dict({**settings, "lr_new": 1e-3, **schedule}), logs.append)
+    assert [log["learning_rate"] for log in logs if "loss" in log] == pytest.approx([1e-3 * share for share in shares])
+    before, after = load_weights(casa_folder), load_weights(report.output)
+    assert not any(torch.equal(before[name], after[name]) for name in before if "casa_attn" in name)
+
+
+def pixels(folder):
+    processor = CasaProcessor.from_pretrained(folder)
+    return processor.image_processor.size["longest_edge"], processor.frame_max_pixels
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_limits_are_those_of_the_run_unless_they_are_kept(settings, casa_folder, tmp_path, keep):
+    limits = {"max_pixels": 84 * 84, "frame_max_pixels": 56 * 56}
+    saving = {**settings["trainer"], "save_steps": 1}
+    report = train(TrainingConfig.from_dict({**settings, **limits, "keep_limits": keep, "trainer": saving}))
+    published = tuple(limits.values()) if keep else pixels(casa_folder)
+    assert pixels(casa_folder)[0] > 84 * 84 and pixels(casa_folder)[1] > 56 * 56
+    assert pixels(report.output) == pixels(tmp_path / "trained-checkpoints" / "checkpoint-2") == published
+
+
+def test_evaluation_that_fails_leaves_the_trained_model(settings, casa_folder, tmp_path, capsys):
+    (tmp_path / "cut.jpg").write_bytes((PHOTOGRAPHS / "cat.jpg").read_bytes()[:4_000])  # has a size, but no pixels
+    (tmp_path / "eval.jsonl").write_text(json.dumps({**CONVERSATIONS[0], "images": ["cut.jpg"]}))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "eval_data": str(tmp_path / "eval.jsonl")}))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "run.yaml")])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "truncated" in said and said.endswith(f" The model is trained and saved in {tmp_path / 'trained'}.")
+    before, after = load_weights(casa_folder), load_weights(tmp_path / "trained")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not list(tmp_path.glob("*.incomplete"))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
@@ -142,6 +189,24 @@ def test_the_command(settings, tmp_path, capsys):
         ({"lora": {"r": 2}, "trainable": "fusion-only"}, ["trainable"]),
         ({"lora": {"rank": 2}}, ["lora.rank"]),
         ({"trainer": {"max_grad_nrom": 1}}, ["trainer.max_grad_nrom", "'max_grad_norm'"]),
+        ({"trainer": {"max_steps": 4}}, ["trainer.max_steps follows from max_steps;"]),
+        ({"trainer": {"learning_rate": 1e-2}}, ["trainer.learning_rate follows from lr_new and lr_existing;"]),
+        ({"trainer": {"num_train_epochs": 2}}, ["trainer.num_train_epochs follows from epochs;"]),
+        ({"trainer": {"output_dir": "elsewhere"}}, ["trainer.output_dir follows from checkpoints;"]),
+        ({"trainer": {"lr_scheduler_type": "cosine"}}, ["trainer.lr_scheduler_type follows from warmup and decay;"]),
+        ({"trainer": {"gradient_accumulation_steps": 4}}, ["follows from sequences_per_update;"]),
+        ({"trainer": {"per_device_train_batch_size": 0}}, ["trainer.per_device_train_batch_size=0"]),
+        ({"trainer": ["use_cpu"]}, ["trainer=['use_cpu']", "mapping"]),
+        ({"generate": {"max_new_token": 3}}, ["generate.max_new_token ", "'max_new_tokens'"]),
+        ({"generate": {"max_new_tokens": "3"}}, ["generate.max_new_tokens='3'", "positive integer"]),
+        ({"generate": {"cache_implementation": "sttaic"}}, ["generate={'cache_implementation': 'sttaic'}"]),
+        ({"max_steps": 4.5}, ["max_steps=4.5", "positive integer"]),
+        ({"max_text_tokens": "2k"}, ["max_text_tokens='2k'", "positive integer"]),
+        ({"max_pixels": True}, ["max_pixels=True", "positive integer"]),
+        ({"weight_decay": "none"}, ["weight_decay='none'"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"data": 3}, ["data=3", "a text"]),
+        ({"resume": "yes"}, ["resume='yes'", "true or false"]),
         ({"trainer": {"per_device_train_batch_size": 3, "use_cpu": True}}, ["sequences_per_update=2", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
         ({"max_image_tokens": 1}, ["Example 0", "max_image_tokens"]),
@@ -156,11 +221,20 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(setting
     assert not list(tmp_path.iterdir())
 
 
+def test_no_further_arguments(settings):
+    assert TrainingConfig.from_dict({**settings, "trainer": None}).trainer == {}
+
+
 def test_numbers_in_yaml(tmp_path, settings):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings) + "lr_new: 2e-4\nlr_existing: 1E-6\n")
+    whole = "max_text_tokens: 2.0e3\nmax_image_tokens: 2e4\nmax_pixels: null\n"
+    without = {name: value for name, value in settings.items() if name not in ("max_text_tokens", "max_pixels")}
+    file.write_text(yaml.safe_dump(without) + f"lr_new: 2e-4\nlr_existing: 1E-6\n{whole}")
     config = TrainingConfig.from_yaml(file)
     assert (config.lr_new, config.lr_existing) == (2e-4, 1e-6)
+    counts = (config.max_text_tokens, config.max_image_tokens, config.max_pixels)
+    assert counts == (2_000, 20_000, None) and isinstance(config.max_text_tokens, int)
+    assert TrainingConfig.from_dict({**settings, "max_steps": 4e0}).max_steps == 4
     file.write_text("model: [")
     with pytest.raises(ValueError, match="isn't valid YAML"):
         TrainingConfig.from_yaml(file)

@@ -42,6 +42,25 @@ def fusion_model(folder, dtype=torch.float32):
     return model
 
 
+def test_answers_are_about_pictures_as_the_collator_makes_them(casa_folder, tmp_path):
+    """A run's limits hold in its evaluation, whatever processor is saved."""
+    small, large = (CasaProcessor.from_pretrained(casa_folder, max_pixels=edge**2) for edge in (56, 168))
+    model, given = load_model(casa_folder, torch.float32), {"max_new_tokens": 12, "do_sample": False}
+    examples = [CONVERSATIONS[0]]
+    expected, others = (generate_answers(model, processor, examples, **given) for processor in (small, large))
+    assert expected != others
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        eval_dataset=examples,
+        processing_class=large,
+        data_collator=CasaDataCollator(small),
+        generate=given,
+        score=lambda answers, references: {"answers": answers},
+    )
+    assert trainer.evaluate()["eval_answers"] == expected
+
+
 def test_accumulated_batches_count_tokens_not_batches(casa_folder, processor, tmp_path):
     """One step over four unequal batches is the step over all of them."""
     lengths = [int((CasaDataCollator(processor)([example])["labels"] != -100).sum()) for example in CONVERSATIONS]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,9 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor
 from casa_hf.streaming import CasaStream
-from casa_hf.video import open_video
+from casa_hf.video import FrameIterator, open_video
 from examples.tiny_world import live
 
 pytest.importorskip("starlette")
@@ -153,3 +154,20 @@ def test_frames_where_there_is_no_video_to_play(browser: Browser, make_stream: C
 
     # The server has ended; the page says so.
     tab.wait("['closed', 'lost'].includes(document.querySelector('#status').dataset.state)")
+
+
+def test_frames_that_are_reported_together_are_counted_one_by_one(
+    browser: Browser, make_stream: Callable[[], CasaStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A camera whose frames come all at once, much faster than any model."""
+    monkeypatch.setattr("casa_hf.streaming.live._MAX_REPORTS", 0)
+    camera = ((index / 10, Image.new("RGB", (84, 56), "navy")) for index in range(200))
+    told: list[CaptionEvent] = []
+    source = FrameIterator(camera, live=True)
+    with serving(make_stream(), source, late="drop", on_event=told.append) as server:
+        tab = browser.open(server.url)
+        tab.wait("document.querySelector('#status').dataset.state === 'finished'")
+        kinds = Counter(event.kind for event in told)
+        tab.wait(f"document.querySelector('#count-end').textContent === '{kinds['end']}'")
+        assert tab.evaluate("document.querySelector('#count-dropped').textContent") == str(200 - kinds["end"])
+        assert 0 < 10 * kinds["dropped"] < 200 - kinds["end"]

@@ -28,6 +28,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.streaming import CasaStream
 from casa_hf.video import open_video
 from casa_hf.web import CaptionServer
+from tests.clips import every_kind, numbers
 
 from .pages import TIMEOUT, Listener, draw_clip, events, request, serving
 
@@ -203,9 +204,23 @@ def test_frames_are_shown_as_the_model_saw_them(make_stream: Callable[[], CasaSt
         assert np.abs(colours - image.getpixel((0, 0))).max() < 8
 
 
-def test_a_frame_that_cannot_be_used_is_an_event(make_stream: Callable[[], CasaStream]) -> None:
+@pytest.mark.parametrize("kind", ["float", "bfloat16", "with a gradient", "resized", "path"])
+def test_frames_of_every_kind_are_shown(make_stream: Callable[[], CasaStream], tmp_path: Path, kind: str) -> None:
+    images = [every_kind(index, tmp_path / f"{index}.png")[kind] for index in (5, 202)]
+    with serving(make_stream(), open_video(images, fps=2)) as server:
+        run = Listener(server.url).until_state("finished")[0].data["run"]
+        answers = [request(server.url, "GET", f"/frames/{run}/{index}.jpg") for index in range(2)]
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert numbers([Image.open(BytesIO(content)) for _, _, content in answers]) == [5, 202]
+
+
+@pytest.mark.parametrize("kind", ["array", "file"])
+def test_a_frame_that_cannot_be_used_is_an_event(make_stream: Callable[[], CasaStream], kind: str) -> None:
     images: list[Any] = pictures(3)
-    images[1] = torch.zeros(7)
+    whole = BytesIO()
+    images[0].save(whole, "JPEG")
+    # Pillow decodes a file when its pixels are asked for, and sees then that it isn't whole.
+    images[1] = torch.zeros(7) if kind == "array" else Image.open(BytesIO(whole.getvalue()[:700]))
     with serving(make_stream(), open_video(images, fps=2)) as server:
         heard = Listener(server.url).until_state("finished")
         run = heard[0].data["run"]

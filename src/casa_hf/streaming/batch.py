@@ -224,13 +224,13 @@ class CasaStreamBatch:
             self._start(stream, self._rows[stream].ask(question, max_new_tokens))
         return self._serve()
 
-    def drop(self, stream: int, timestamp: float, message: str) -> CaptionEvent:
-        """Count a frame that isn't looked at; as [`CasaStream.drop`].
+    def drop(self, stream: int, timestamp: float, message: str, count: int = 1) -> CaptionEvent:
+        """Count a frame that isn't looked at, or several; as [`CasaStream.drop`].
 
         Raises:
-            ValueError: if there is no such stream, or timestamps don't ascend.
+            ValueError: if there is no such stream, timestamps don't ascend, or `count` isn't a positive integer.
         """
-        return self._row(stream).drop(timestamp, message)
+        return self._row(stream).drop(timestamp, message, count)
 
     def num_frames(self, stream: int) -> int:
         """Frames that were pushed to a stream or dropped."""

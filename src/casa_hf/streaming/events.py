@@ -20,9 +20,9 @@ class CaptionEvent:
             the answer is done, also if the model had none to give; its end as "end" is a frame's. "dropped": the frame
             came too late and wasn't looked at. "merged": the frame was looked at together with the next one. "error":
             a frame, a part of the source or a question could not be used; the stream goes on without it.
-        frame_index: index of the frame among all that were pushed, from 0; of the latest one for answers, -1 before
-            the first; -1 for an error that is no frame's.
-        start: the frame's timestamp, in seconds.
+        frame_index: index of the frame among all that were pushed or dropped, from 0; of the latest one for answers,
+            -1 before the first; -1 for an error that is no frame's. Of several frames, the last one's.
+        start: the frame's timestamp, in seconds; of several, the last one's.
         end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
         text: the piece of text; for "end" and "answered", all the text of the frame or answer. A character that the
@@ -31,6 +31,8 @@ class CaptionEvent:
             token included.
         message: why, for "dropped", "merged" and "error".
         question: what was asked, where the event is about a question: for "answer", "answered", and an "error" of it.
+        count: how many frames a "dropped" stands for: those with the indices from `frame_index - count + 1` to
+            `frame_index`; and how many problems of the source an "error" that is no frame's. 1 for all others.
     """
 
     kind: EventKind
@@ -42,3 +44,4 @@ class CaptionEvent:
     token_ids: tuple[int, ...] = ()
     message: str = ""
     question: str | None = None
+    count: int = 1

@@ -12,8 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from ..checks import check_count
 from ..video import Frame, ReadAhead, VideoProblem, VideoSource
@@ -24,19 +24,24 @@ Late = Literal["drop", "merge", "wait"]
 
 # How many frames wait at most, unless said: the newest one; as many as fit well into one turn; what decodes ahead.
 _MAX_WAITING = {"drop": 1, "merge": 4, "wait": 8}
-# Beyond these, dropped frames are reported several at a time, and questions refused.
+# Beyond these, the dropped frames are reported together, and so are the problems; questions are refused.
 _MAX_REPORTS = 1000
 _MAX_QUESTIONS = 16
 # A recorded source that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
 _STALL_SECONDS = 0.1
 
 
-class _Report(NamedTuple):
-    """Something to tell before the next frame: a problem of the source, or dropped frames."""
+@dataclass(frozen=True)
+class _Report:
+    """Something to tell before the next frame: a dropped frame or a problem of the source, or several of one kind.
 
-    timestamp: float
-    num_dropped: int
-    problem: str = ""
+    Kinds never go together: the times of dropped frames ascend in the stream, those of problems follow no order.
+    """
+
+    kind: Literal["dropped", "error"]
+    timestamp: float  # of the last one
+    message: str  # likewise
+    count: int = 1
 
 
 class LiveCaptions:
@@ -53,7 +58,8 @@ class LiveCaptions:
         late: what happens to frames that wait while the model is busy. "drop": the newest ones are kept, older ones
             dropped and reported. "merge": all that wait are shown in one turn and reported; more than `max_waiting`
             are dropped. "wait": none is lost by this object, and captions may fall behind without limit. Default:
-            "drop" in real time, else "wait".
+            "drop" in real time, else "wait". After a stall that cost more than 1,000 frames one event reports all
+            further ones; its `count` says how many.
         max_waiting: frames that wait at most. Default: 1 to drop, 4 to merge, 8 to wait.
         real_time: whether a recorded video is played at its own speed. Default: false; live ones always are.
         clock: seconds, ascending.
@@ -100,8 +106,9 @@ class LiveCaptions:
         self._on_question = on_question
         self._changed = threading.Condition()
         self._waiting: deque[Frame] = deque()
-        self._reports: deque[_Report] = deque()
+        self._reports: dict[int | str, _Report] = {}  # by number; beyond the bound by kind
         self._questions: deque[tuple[str, int]] = deque()
+        self._drops = source.live and late != "wait"  # whether frames make room in the thread that reads
         self._arriving: ReadAhead[Frame | VideoProblem] | None = None
         self._next: Frame | None = None
         self._origin: float | None = None
@@ -158,9 +165,9 @@ class LiveCaptions:
     # ---------------------------------------------------------------- what happens
 
     def __iter__(self) -> Generator[CaptionEvent, None, None]:
-        drops = self.source.live and self.late != "wait"
         size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
-        with ReadAhead(self._watch, size, on_drop=self._lost if drops else None, condition=self._changed) as arriving:
+        on_drop = self._lost if self._drops else None
+        with ReadAhead(self._watch, size, on_drop=on_drop, condition=self._changed) as arriving:
             self._arriving = arriving
             try:
                 while not (self._stopped or self._ended):
@@ -187,10 +194,12 @@ class LiveCaptions:
         if self.real_time and not self.source.live:
             return self._play(arriving), self._told()
         with self._changed:
-            self._changed.wait_for(lambda: len(arriving) or arriving.ended or self._interrupted())
+            self._changed.wait_for(lambda: len(arriving) or self._reports or arriving.ended or self._interrupted())
             if self.paused:
                 return True, self._told()
-            for item in arriving.take(self.max_waiting if self.late == "merge" else 1):
+            # What is to be told comes before an error that has ended the source.
+            taken = self.max_waiting if self.late == "merge" else 1
+            for item in arriving.take(taken) if len(arriving) or not self._reports else ():
                 if isinstance(item, VideoProblem):
                     self._lost(item)
                 else:
@@ -246,10 +255,18 @@ class LiveCaptions:
     def _watch(self) -> Generator[Frame | VideoProblem, None, None]:
         """What the source gives, read in a thread; what a live one shows during a pause passes.
 
-        The thread that iterates may be held between two events meanwhile, and can't see to it.
+        The thread that iterates may be held between two events meanwhile, and can't see to it. Where frames make room
+        for others, problems don't wait among them: they would take the frames' places.
         """
         for item in self.source.read():
-            if not (self.source.live and self.paused):
+            if self._ended:  # nobody else would say so while nothing is yielded
+                return
+            if self._drops and isinstance(item, VideoProblem):
+                with self._changed:
+                    if not self.paused:
+                        self._lost(item)
+                        self._changed.notify_all()
+            elif not (self.source.live and self.paused):
                 yield item
 
     def _pass_over(self) -> None:
@@ -268,28 +285,28 @@ class LiveCaptions:
     def _lost(self, item: Frame | VideoProblem) -> None:
         """Note a problem, or a frame that had to make room, whose picture is freed."""
         if isinstance(item, VideoProblem):
-            self._reports.append(_Report(item.timestamp, 0, item.message))
+            report = _Report("error", item.timestamp, item.message)
         else:
-            self._reports.append(_Report(item.timestamp, 1))
-        if len(self._reports) > _MAX_REPORTS:
-            last, before = self._reports.pop(), self._reports.pop()
-            self._reports.append(
-                _Report(last.timestamp, last.num_dropped + before.num_dropped, last.problem or before.problem)
-            )
+            report = _Report("dropped", item.timestamp, f"the model was busy; at most {self.max_waiting} may wait")
+        number = len(self._reports)
+        place = number if number < _MAX_REPORTS else report.kind
+        if place in self._reports:
+            report = replace(report, count=self._reports[place].count + 1)
+        self._reports[place] = report
 
     def _told(self) -> list[_Report]:
-        reports = list(self._reports)
+        reports = list(self._reports.values())
         self._reports.clear()
         return reports
 
     def _report(self, reports: list[_Report]) -> Iterator[CaptionEvent]:
         for report in reports:
-            if report.problem:
-                yield self._timed(CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=report.problem), report.timestamp)
-            if report.num_dropped:
-                others = f", and {report.num_dropped - 1} before it" if report.num_dropped > 1 else ""
-                message = f"the model was busy; at most {self.max_waiting} may wait{others}"
-                yield self._timed(self.stream.drop(self._placed(report.timestamp), message), report.timestamp)
+            message = report.message + (f" (the last of {report.count})" if report.count > 1 else "")
+            if report.kind == "dropped":
+                event = self.stream.drop(self._placed(report.timestamp), message, report.count)
+            else:
+                event = CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, count=report.count)
+            yield self._timed(event, report.timestamp)
 
     def _look(self) -> Iterator[CaptionEvent]:
         """Show the model one frame, or all that wait in one turn."""

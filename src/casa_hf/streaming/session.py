@@ -257,26 +257,28 @@ class CasaStream:
         self._end_open()
         return self._opened(self._answer(question, ids, max_new_tokens, pushed))
 
-    def drop(self, timestamp: float, message: str) -> CaptionEvent:
-        """Count a frame that isn't looked at.
+    def drop(self, timestamp: float, message: str, count: int = 1) -> CaptionEvent:
+        """Count a frame that isn't looked at, or several.
 
         Args:
-            timestamp: when it was taken, in seconds, later than the one before.
+            timestamp: when it was taken, in seconds, later than the one before; of several, when the last one was.
             message: why it isn't looked at.
+            count: number of frames.
 
         Returns:
-            The event "dropped".
+            The event "dropped"; one for all frames, with the index and time of the last.
 
         Raises:
-            ValueError: if timestamps don't ascend.
+            ValueError: if timestamps don't ascend, or `count` isn't a positive integer.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
+        check_count("count", count)
         [start] = self._timestamps(timestamp, 1)
-        index = self._num_frames
-        self._num_frames += 1
+        self._num_frames += int(count)
         self._last_timestamp = start
-        return self._event("dropped", index, start, time.perf_counter(), message=message)
+        index = self._num_frames - 1
+        return self._event("dropped", index, start, time.perf_counter(), message=message, count=int(count))
 
     def extend_budget(self, seconds: float) -> None:
         """Give the frame that is being captioned more time than its `frame_budget`: that of a pause, for example.

@@ -9,12 +9,11 @@ format is kept and none is written down here.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers.image_utils import is_valid_image
+
+from ..pictures import rgb_picture
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
@@ -70,20 +69,12 @@ class StreamTurns:
         """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
 
         Args:
-            frame: a PIL image, a file, or an array or tensor of RGB pixels (height, width, 3) or (3, height, width):
-                integers from 0 to 255, or floating values from 0 to 1. PIL images and files have 8 bits per channel.
+            frame: of any kind that `casa_hf.pictures.rgb_picture` takes.
 
         Raises:
             Exception: of many kinds, if the frame can't be used.
         """
-        if not isinstance(frame, (str, os.PathLike)):
-            shape = getattr(frame, "shape", None)
-            if not is_valid_image(frame) or (shape is not None and len(shape) != 3):
-                given = f"a {type(frame).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
-                raise ValueError(f"a frame must be a PIL image, an array of three dimensions or a file; got {given}")
-            if shape is not None:
-                frame = _levels(frame)
-        return dict(self.processor(videos=[[[frame]]], return_tensors="pt"))
+        return dict(self.processor(videos=[[[rgb_picture(frame)]]], return_tensors="pt"))
 
     def _after_said(self, messages: list[dict[str, Any]]) -> str:
         """What the template puts behind what the assistant has said, with the new messages, up to its next turn."""
@@ -102,23 +93,6 @@ class StreamTurns:
                 f"The text {text!r} has {marks} marks of images or videos ({self.processor.image_mark}). Frames are "
                 "given to push(); take the marks out."
             )
-
-
-def _levels(frame: Any) -> np.ndarray:
-    """The pixels of an array or tensor as integers; floating values from 0 to 1 become the nearest of 0 to 255."""
-    if isinstance(frame, torch.Tensor):
-        frame = (frame.detach().float() if frame.is_floating_point() else frame).cpu().numpy()
-    if frame.dtype.kind in "iu":
-        return frame
-    expected = "a frame must have integers from 0 to 255 or floating values from 0 to 1"
-    if frame.dtype.kind != "f":
-        raise ValueError(f"{expected}; got {frame.dtype}")
-    with np.errstate(over="ignore"):
-        levels = np.rint(frame * np.float32(255))
-    lowest, highest = levels.min(), levels.max()
-    if not 0 <= lowest <= highest <= 255:  # nor where they aren't finite
-        raise ValueError(f"{expected}; got {frame.dtype} from {frame.min():.4g} to {frame.max():.4g}")
-    return levels.astype(np.uint8)
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -3,29 +3,69 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checks import check_count, check_number, check_positive
+from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
+from .checkpoints import last_checkpoint
 from .collator import CasaDataCollator, PackedDataset
 from .data import load_conversations
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
+
+logger = logging.getLogger(__name__)
 
 # Beside the weights: what a conversion back needs, and under which terms they stand.
 _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+_COUNTS = (
+    "sequences_per_update",
+    "max_steps",
+    "max_text_tokens",
+    "max_image_tokens",
+    "max_pixels",
+    "frame_max_pixels",
+)
+
+# Arguments of `TrainingArguments` -> the settings that they follow from. Given beside these, they would win or lose
+# in part: rates belong to groups of parameters, and the schedule and the batches are counted in steps.
+_FOLLOWING = {
+    "output_dir": "checkpoints",
+    "max_steps": "max_steps",
+    "num_train_epochs": "epochs",
+    "learning_rate": "lr_new and lr_existing",
+    "weight_decay": "weight_decay",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "warmup and decay",
+    "lr_scheduler_kwargs": "warmup and decay",
+    "gradient_accumulation_steps": "sequences_per_update",
+    "auto_find_batch_size": "sequences_per_update",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing",
+    "bf16": "bf16",
+    "seed": "seed",
+    "resume_from_checkpoint": "resume",
+}
 
 
 @dataclass(kw_only=True)
@@ -43,13 +83,15 @@ class TrainingConfig:
             key of `LORA_TARGETS`.
         max_text_tokens, max_image_tokens: budget of a packed sequence.
         over_long: "raise" or "drop", for conversations that exceed the budget.
-        max_pixels, frame_max_pixels: limits of images and video frames; None for the processor's.
+        max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
+        keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
         sequences_per_update: packed sequences per step of the optimizer, over all processes.
         max_steps: steps of the optimizer; None where `epochs` says how long.
         epochs: passes over the data, in place of `max_steps`.
         lr_new, lr_existing: learning rates of what conversion has added and of the rest.
         weight_decay: of matrices.
-        warmup, decay: the share of the steps in which rates rise from 0, and in which they fall to 0 in the end.
+        warmup, decay: the share of the steps in which rates rise from 0, and in which they fall to 0 in the end, both
+            linearly; at least one step has the full rate.
         gradient_checkpointing: whether to recompute activations in the backward pass.
         dtype: of the weights.
         bf16: whether to compute in bfloat16; None: where a GPU can.
@@ -58,7 +100,10 @@ class TrainingConfig:
         seed: of the order of the data, and of adapters.
         checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
         resume: whether to go on from the last one there.
-        trainer: further arguments of `TrainingArguments`; they win.
+        trainer: further arguments of `TrainingArguments`, except those that follow from a setting above.
+
+    Raises:
+        ValueError: for settings of the wrong type or out of range, or that contradict each other.
     """
 
     model: str
@@ -74,6 +119,7 @@ class TrainingConfig:
     over_long: str = "raise"
     max_pixels: int | None = None
     frame_max_pixels: int | None = None
+    keep_limits: bool = False
     sequences_per_update: int = 128
     max_steps: int | None = 25_000
     epochs: float | None = None
@@ -93,14 +139,24 @@ class TrainingConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_update", "max_steps", "epochs", "lr_new", "lr_existing"):
+        self.trainer = {} if self.trainer is None else self.trainer
+        for name in (*_COUNTS, "seed"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name}={value!r} must be a positive number.")
+            if isinstance(value, float) and value.is_integer():  # such as 4e3
+                setattr(self, name, int(value))
+        for name in _COUNTS:
+            if getattr(self, name) is not None or name == "sequences_per_update":
+                check_count(name, getattr(self, name))
+        check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
+        for name in ("lr_new", "lr_existing"):
+            check_positive(name, getattr(self, name))
+        if self.epochs is not None:
+            check_positive("epochs", self.epochs)
+        check_number("weight_decay", self.weight_decay, Real, lambda number: 0 <= number < math.inf, "0 or more")
         for name in ("warmup", "decay"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}={value!r} must be a share of the steps, from 0 to 1.")
+            share = "a share of the steps, from 0 to 1"
+            check_number(name, getattr(self, name), Real, lambda number: 0 <= number <= 1, share)
+        self._check_types()
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than all steps; lower one.")
         if (self.max_steps is None) == (self.epochs is None):
@@ -111,6 +167,25 @@ class TrainingConfig:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
+
+    def _check_types(self) -> None:
+        kinds: dict[str, tuple[Any, str]] = {
+            "model data output eval_data checkpoints": (str | os.PathLike, "a text"),
+            "split eval_split over_long dtype attn_implementation": (str, "a text"),
+            "keep_limits gradient_checkpointing bf16 resume": (bool, "true or false"),
+            "lora generate trainer": (Mapping, "a mapping of arguments"),
+        }
+        optional = {f.name for f in fields(self) if f.default is None}
+        for names, (kind, expected) in kinds.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if not isinstance(value, kind) and not (value is None and name in optional):
+                    raise ValueError(f"{name}={value!r} must be {expected}.")
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints on the way are."""
+        return Path(self.checkpoints or f"{self.output}-checkpoints")
 
     @classmethod
     def from_dict(cls, content: Any) -> TrainingConfig:
@@ -179,7 +254,8 @@ def train(
 ) -> TrainingReport:
     """Train a CASA model.
 
-    One process per device, as `accelerate launch` or `torchrun` start them; all call this.
+    One process per device, as `accelerate launch` or `torchrun` start them; all call this. The trained model is saved
+    before it is evaluated or published; errors from then on have a note of where it is.
 
     Args:
         config: of the run.
@@ -202,17 +278,26 @@ def train(
             if on_log is not None and state.is_world_process_zero:
                 on_log(logs)
 
+    _check_arguments(config)
     output = Path(config.output)
-    resumed = _check_folders(output, _checkpoints(config), config.resume)
+    resumed = _check_folders(output, config.checkpoint_folder, config.resume)
+    repository = hub_id(config.model, revision=None)
+    folder = Path(config.model) if repository is None else download(repository, None, SMALL_FILES)
     limits = {"max_pixels": config.max_pixels, "frame_max_pixels": config.frame_max_pixels}
-    processor = CasaProcessor.from_pretrained(config.model, **{k: v for k, v in limits.items() if v is not None})
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    processor = CasaProcessor.from_pretrained(folder, **limits)
+    saved = CasaProcessor.from_pretrained(folder) if limits and not config.keep_limits else processor
     data = _pack(config, processor, config.data, config.split)
     eval_data = None if config.eval_data is None else _pack(config, processor, config.eval_data, config.eval_split)
     arguments = _arguments(config, len(data))
 
+    if repository is not None:
+        download(repository, folder.name, WEIGHT_FILES)
     model: Any = CasaForConditionalGeneration.from_pretrained(
-        config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
+        folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
     )
+    # Adapters and model cards refer to the model by this: not to a folder in this machine's cache.
+    model.name_or_path = model.config.name_or_path = str(config.model)
     if config.lora is None:
         recipe = "paper-helium" if model.config.backbone.text_only else "paper-qwen"
         freeze(model, config.trainable or recipe)
@@ -228,7 +313,7 @@ def train(
         args=arguments,
         train_dataset=data,
         eval_dataset=eval_data,
-        processing_class=processor,
+        processing_class=saved,
         data_collator=CasaDataCollator(processor),
         lr_new=config.lr_new,
         lr_existing=config.lr_existing,
@@ -239,29 +324,68 @@ def train(
     trainer.remove_callback(ProgressCallback)
     if on_start is not None and trainer.is_world_process_zero():
         on_start(parts, data)
-    metrics = dict(trainer.train(resume_from_checkpoint=resumed).metrics)
-    if eval_data is not None:
-        metrics |= trainer.evaluate()
-    _save(trainer, output, Path(config.model))
+    if arguments.push_to_hub and trainer.is_world_process_zero():
+        _copy_kept(folder, config.checkpoint_folder)  # the folder that the Trainer publishes
+    metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
+    _save(trainer, output, folder)
+    try:
+        if eval_data is not None:
+            metrics |= trainer.evaluate()
+        if arguments.push_to_hub:
+            trainer.push_to_hub()
+    except Exception as error:
+        error.add_note(f"The model is trained and saved in {output}.")
+        raise
     return TrainingReport(output, parts, trainer.state.global_step, len(data), data.num_dropped, metrics)
 
 
-def _checkpoints(config: TrainingConfig) -> Path:
-    return Path(config.checkpoints or f"{config.output}-checkpoints")
+def _check_arguments(config: TrainingConfig) -> None:
+    """Refuse arguments for other libraries that these don't know, or that follow from a setting."""
+    from transformers import GenerationConfig, TrainingArguments
+
+    for name in config.trainer:
+        if name in _FOLLOWING:
+            raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; set that instead, beside trainer.")
+    _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
+    if config.lora is not None:
+        from peft import LoraConfig
+
+        _refuse_unknown("lora", config.lora, {f.name for f in fields(LoraConfig)}, "PEFT's LoraConfig")
+    if config.generate is not None:
+        known = vars(GenerationConfig()).keys() | inspect.signature(CasaForConditionalGeneration.generate).parameters
+        _refuse_unknown("generate", config.generate, known, "generate")
+        for name in ("max_new_tokens", "max_length", "num_beams"):
+            if config.generate.get(name) is not None:
+                check_count(f"generate.{name}", config.generate[name])
+        try:
+            GenerationConfig().update(**config.generate)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"generate={dict(config.generate)} isn't possible: {error}") from error
 
 
-def _check_folders(output: Path, checkpoints: Path, resume: bool) -> str | None:
+def _refuse_unknown(setting: str, given: Mapping[str, Any], known: Iterable[str], of: str) -> None:
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{setting}.{name} is no argument of {of}{hint}")
+
+
+def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None:
     """Refuse folders that hold something; the checkpoint to go on from, if there is one and it was asked for."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     if output.exists():
         raise ValueError(f"The output {output} exists; choose another folder, or remove it.")
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last is not None and not resume:
+    last, skipped = last_checkpoint(checkpoints)
+    if not resume and (last is not None or skipped):
         raise ValueError(
-            f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from {Path(last).name}, choose "
-            "another folder, or remove it."
+            f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from "
+            f"{'the start' if last is None else last.name}, choose another folder, or remove it."
         )
+    if not int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        for folder, fault in skipped.items():
+            logger.warning(
+                "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
+            )
     return last
 
 
@@ -279,13 +403,9 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
     """`TrainingArguments` of the run."""
     from transformers import TrainingArguments
 
-    known = {f.name for f in fields(TrainingArguments)}
-    if unknown := sorted(config.trainer.keys() - known):
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"trainer.{unknown[0]} is no argument of TrainingArguments{hint}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_device = config.trainer.get("per_device_train_batch_size", 1)
+    check_count("trainer.per_device_train_batch_size", per_device)
     accumulation, rest = divmod(config.sequences_per_update, per_device * processes)
     if rest:
         raise ValueError(
@@ -296,22 +416,26 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
     if steps is None:
         assert config.epochs is not None
         steps = math.ceil(config.epochs * math.ceil(num_sequences / config.sequences_per_update))
+    # The first step of the warm-up has the rate 0, so it mustn't be the only one.
+    warmup_steps = min(math.ceil(config.warmup * steps), steps - 1)
+    decay_steps = min(math.ceil(config.decay * steps), steps - warmup_steps)
     use_bf16 = config.bf16
     if use_bf16 is None:
         use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return TrainingArguments(
         **{
-            "output_dir": str(_checkpoints(config)),
+            "output_dir": str(config.checkpoint_folder),
             "max_steps": steps,
             "per_device_train_batch_size": per_device,
             "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": accumulation,
             "lr_scheduler_type": "warmup_stable_decay",
-            "warmup_steps": math.ceil(config.warmup * steps),
-            "lr_scheduler_kwargs": {"num_decay_steps": math.ceil(config.decay * steps)},
+            "warmup_steps": warmup_steps,
+            "lr_scheduler_kwargs": {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"},
             "weight_decay": config.weight_decay,
             "bf16": use_bf16,
             "seed": config.seed,
+            "save_total_limit": 2,
             "report_to": "none",
             "disable_tqdm": True,
             "remove_unused_columns": False,
@@ -325,9 +449,6 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    known = {f.name for f in fields(LoraConfig)}
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"lora.{unknown[0]} is no argument of PEFT's LoraConfig, such as r and lora_alpha.")
     targets = settings.get("target_modules", "fusion")
     if isinstance(targets, str):
         targets = LORA_TARGETS.get(targets, targets)
@@ -338,26 +459,34 @@ def _save(trainer: Any, output: Path, source: Path) -> None:
     """Write model and processor under another name, then give the folder its own."""
     partial = output.with_name(f"{output.name}.incomplete")
     first = trainer.is_world_process_zero()
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # `save_model` writes nothing in any other form
     if first:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()
+    is_complete = False
     try:
-        trainer.save_model(str(partial))
         if first:
-            for pattern in _KEPT_FILES:
-                for file in source.glob(pattern):
-                    if file.is_file():
-                        shutil.copy(file, partial / file.name)
+            _copy_kept(source, partial)
+        # Publishing what was trained, as `save_model` would do here too, comes when it is safe.
+        trainer.save_model(str(partial), _internal_call=True)
+        is_complete = True
+        if first:
             (partial / "training_args.bin").unlink(missing_ok=True)
             os.rename(partial, output)
     finally:
-        if first:
+        if first and not is_complete:
             shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _copy_kept(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in _KEPT_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, target / file.name)
 
 
 def _with_numbers(value: Any) -> Any:

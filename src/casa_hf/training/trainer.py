@@ -25,7 +25,8 @@ class CasaTrainer(Trainer):
 
     Args:
         *args, **kwargs: as for `Trainer`; `processing_class` is the model's `CasaProcessor`, and data sets hold
-            conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`).
+            conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`). A `data_collator`
+            with a processor of its own has that one make the pictures, of evaluation too; `processing_class` is saved.
         lr_new, lr_existing: learning rates; see `parameter_groups`. `weight_decay` is that of the arguments.
         generate: arguments of `generate` with which evaluation asks the model for the last answer of each conversation
             of the evaluation set; None for the loss alone.
@@ -82,9 +83,10 @@ class CasaTrainer(Trainer):
         mine = list(range(rank, len(examples), processes))
         while len(mine) < -(-len(examples) // processes):
             mine.append(0)
+        processor: Any = getattr(self.data_collator, "processor", self.processing_class)
         answers = generate_answers(
             self.accelerator.unwrap_model(self.model),
-            self.processing_class,
+            processor,
             [examples[index] for index in mine],
             batch_size=self.args.eval_batch_size,
             **{"synced_gpus": processes > 1, **(self.generate_kwargs or {})},

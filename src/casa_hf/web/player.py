@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils import logging
 
+from ..pictures import rgb_picture
 from ..streaming.live import LiveCaptions
 from .history import History
 
@@ -138,7 +139,7 @@ class Player:
             frame = self._pictures.get(frame_index)
         try:
             return None if frame is None else _jpeg(frame)
-        except (ValueError, TypeError):  # the stream has an event that says more
+        except Exception:  # of many kinds; the stream has an event that says more
             return None
 
     def hang_up(self) -> None:
@@ -265,11 +266,7 @@ class Player:
 
 
 def _jpeg(frame: Any) -> bytes:
-    from PIL.Image import Image
-    from transformers.image_transforms import to_pil_image
-
-    image = frame if isinstance(frame, Image) else to_pil_image(frame)
-    image = image.convert("RGB")
+    image = rgb_picture(frame)
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=85)

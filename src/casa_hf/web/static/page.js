@@ -106,7 +106,7 @@ function caption(event) {
     line(frame).lastChild.append(event.text);
     return;
   }
-  stream.counts[kind] += 1;
+  stream.counts[kind] += event.count;
   if (kind !== "end") {
     report(event);
     return;

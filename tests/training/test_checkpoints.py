@@ -1,0 +1,154 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints on the way: how many are kept, which a run goes on from, and what an interrupted run says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from casa_hf.cli import _interrupted
+from casa_hf.training import TrainingConfig, train
+from casa_hf.training.checkpoints import last_checkpoint
+from tests.conversion.helpers import load_weights
+from tests.training.helpers import CONVERSATIONS
+
+ROOT = Path(__file__).parents[2]
+
+
+def configuration(casa_folder, folder, **changes):
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in CONVERSATIONS))
+    return {
+        "model": str(casa_folder),
+        "data": str(folder / "data.jsonl"),
+        "output": str(folder / "trained"),
+        "checkpoints": str(folder / "checkpoints"),
+        "max_pixels": 84 * 84,
+        "sequences_per_update": 1,
+        "max_steps": 3,
+        "lr_new": 1e-3,
+        "trainer": {"use_cpu": True, "logging_steps": 1, "save_steps": 1},
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(casa_folder, tmp_path_factory):
+    """A run of three steps, with a checkpoint after each; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(TrainingConfig.from_dict(configuration(casa_folder, folder)))
+    return folder
+
+
+def cut(file, size=None):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2 if size is None else size])
+
+
+DAMAGES = {
+    "trainer_state.json, which is written last": lambda folder: (folder / "trainer_state.json").unlink(),
+    "trainer_state.json is damaged": lambda folder: cut(folder / "trainer_state.json"),
+    "model.safetensors is cut off": lambda folder: cut(folder / "model.safetensors"),
+    "without weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "marked so by checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
+    "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth", size=0),
+}
+
+
+def test_the_last_two_are_kept(finished):
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_a_checkpoint_that_is_cut_off_is_skipped(finished, tmp_path, fault):
+    shutil.copytree(finished / "checkpoints", tmp_path, dirs_exist_ok=True)
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-3", {})
+    DAMAGES[fault](tmp_path / "checkpoint-3")
+    last, skipped = last_checkpoint(tmp_path)
+    assert last == tmp_path / "checkpoint-2"
+    assert list(skipped) == [tmp_path / "checkpoint-3"] and fault in skipped[tmp_path / "checkpoint-3"]
+
+
+def test_a_lost_shard_is_noticed(finished, tmp_path):
+    shutil.copytree(finished / "checkpoints" / "checkpoint-3", tmp_path / "checkpoint-3")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "checkpoint-3" / "model.safetensors.index.json").write_text(json.dumps(index))
+    last, skipped = last_checkpoint(tmp_path)
+    assert last is None and "without model-00002-of-00002.safetensors" in skipped.values()
+
+
+def test_steps_are_compared_as_numbers_and_other_folders_passed_over(finished, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "runs"):
+        shutil.copytree(finished / "checkpoints" / "checkpoint-3", tmp_path / name)
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", {})
+    assert last_checkpoint(tmp_path / "nowhere") == (None, {})
+
+
+@pytest.mark.parametrize("fault", ["trainer_state.json, which is written last", "model.safetensors is cut off"])
+def test_a_run_goes_on_from_the_last_complete_checkpoint(casa_folder, finished, tmp_path, caplog, fault):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    DAMAGES[fault](tmp_path / "checkpoints" / "checkpoint-3")
+    logs = []
+    run = configuration(casa_folder, tmp_path, resume=True)
+    report = train(TrainingConfig.from_dict(run), logs.append)
+    assert len([log for log in logs if "loss" in log]) == 1  # the third step alone
+    (message,) = [record.getMessage() for record in caplog.records if "incomplete" in record.getMessage()]
+    assert "checkpoint-3 is incomplete" in message and "going on from checkpoint-2" in message
+    expected, found = load_weights(finished / "trained"), load_weights(report.output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_incomplete_checkpoint_alone_means_the_start(casa_folder, finished, tmp_path, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(finished / "checkpoints" / "checkpoint-2", tmp_path / "checkpoints" / "checkpoint-2")
+    cut(tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    run = configuration(casa_folder, tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(TrainingConfig.from_dict(run))
+    report = train(TrainingConfig.from_dict({**run, "resume": True}))
+    assert "going on from the start" in caplog.text
+    expected, found = load_weights(finished / "trained"), load_weights(report.output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_an_interrupted_command_says_depends_on_what_is_there(finished, tmp_path):
+    def said(output, checkpoints):
+        return _interrupted(Path("run.yaml"), output, checkpoints)
+
+    assert "The same command starts it anew" in said(tmp_path / "trained", tmp_path / "checkpoints")
+    assert f"goes on from {finished / 'checkpoints' / 'checkpoint-3'}." in said(
+        tmp_path / "trained", finished / "checkpoints"
+    )
+    assert f"saved in {finished / 'trained'}." in said(finished / "trained", finished / "checkpoints")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_an_interrupted_command_says_how_to_go_on(casa_folder, tmp_path):
+    file, checkpoints = tmp_path / "run.yaml", tmp_path / "checkpoints"
+    file.write_text(yaml.safe_dump(configuration(casa_folder, tmp_path, max_steps=10_000)))
+    command = [sys.executable, "-m", "casa_hf", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    with open(tmp_path / "errors", "w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            while not (checkpoints / "checkpoint-2" / "trainer_state.json").exists() and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=120) == 1
+        finally:
+            process.kill()
+        errors.seek(0)
+        said = errors.read().splitlines()[-1]
+    last, _ = last_checkpoint(checkpoints)
+    assert last is not None
+    assert said == f"error: The training was interrupted. `casa-hf train {file} --resume` goes on from {last}."
