@@ -55,6 +55,8 @@ class NewTokens(nn.Module):
             embedding.register_forward_pre_hook(self._write_back),
             embedding.register_forward_hook(self._embed),
             embedding.register_state_dict_pre_hook(self._write_back),
+            embedding.register_load_state_dict_pre_hook(self._write_back),
+            embedding.register_load_state_dict_post_hook(self._read),
         ]
         if head is not None:
             self._hooks.append(head.register_forward_hook(self._predict))
@@ -91,15 +93,15 @@ class NewTokens(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: the rows are in the matrix."""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """The rows of the matrix that is loaded."""
-        matrix = state_dict.get(f"{prefix.removesuffix(f'{_MODULE}.')}weight")
-        if matrix is None:
-            return
-        rows = _whole(matrix)[self.token_ids.to(matrix.device)]
-        if isinstance(self.weight, DTensor):
-            rows = distribute_tensor(rows.to(self.weight.device), self.weight.device_mesh, self.weight.placements)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: see `_read`."""
+
+    def _read(self, embedding: nn.Module, *_: Any) -> None:
+        """Take over the rows of a matrix that has been loaded."""
         with torch.no_grad():
+            rows = _whole(embedding.weight)[self.token_ids.to(embedding.weight.device)]
+            if isinstance(self.weight, DTensor):
+                rows = distribute_tensor(rows, self.weight.device_mesh, self.weight.placements)
             self.weight.copy_(rows)
 
 
