@@ -144,7 +144,7 @@ def test_the_command(settings, tmp_path, capsys):
         ({"trainer": {"max_grad_nrom": 1}}, ["trainer.max_grad_nrom", "'max_grad_norm'"]),
         ({"trainer": {"per_device_train_batch_size": 3, "use_cpu": True}}, ["sequences_per_update=2", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
-        ({"max_image_tokens": 1}, ["Example 0", "max_image_tokens"]),
+        ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
     ],
