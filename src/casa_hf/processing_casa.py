@@ -665,7 +665,7 @@ def _load_picture(picture: Any) -> Any:
 
 
 def _may_hold_image(picture: str | os.PathLike) -> bool:
-    """Whether a path or text is a file, a URL, or might be base64: at least not something short or with a full stop."""
+    """Whether a path or text is a file, a URL, or might be base64: nothing short, and nothing with a full stop."""
     if os.path.isfile(picture):
         return True
     if not isinstance(picture, str):

@@ -163,7 +163,7 @@ def test_a_data_set_is_read_by_its_configuration_and_split(data_set):
     )
     assert sorted(answers(mixed)) == [*(f"charts train {index}" for index in range(4)), "photos test 0"]
     for options in ({"name": "maps"}, {"name": "photos", "split": "validation"}):
-        with pytest.raises(ValueError, match="can't be read with name=.*"):
+        with pytest.raises(ValueError, match=r"can't be read with name=.*"):
             load_conversations(data_set, **options)
     with pytest.raises(ValueError, match=r"name='photos'.*is a file"):
         load_conversations(data_set / "photos" / "test.jsonl", name="photos")
@@ -210,9 +210,9 @@ def test_a_truncated_picture_is_named_when_it_is_used(processor, tmp_path):
         collator([pickle.loads(pickle.dumps(row))])
     stored = [{**CONVERSATIONS[1]}, {**CONVERSATIONS[0], "images": [{"bytes": (tmp_path / "cat.jpg").read_bytes()}]}]
     [row] = PackedDataset(stored, processor)
-    with pytest.raises(ValueError, match="Example 1: .*truncated"):
+    with pytest.raises(ValueError, match=r"Example 1: .*truncated"):
         collator([row])
-    with pytest.raises(ValueError, match="What is in this picture.*truncated"):
+    with pytest.raises(ValueError, match=r"What is in this picture.*truncated"):
         collator(stored)
 
 

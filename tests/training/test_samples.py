@@ -107,7 +107,8 @@ def test_forms_of_one_conversation_give_the_same(processor):
 
 
 def marked(text, *images):
-    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}], "images": images}
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
+    return {"messages": messages, "images": images}
 
 
 def test_marks_in_texts_place_the_images(processor):

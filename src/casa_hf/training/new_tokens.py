@@ -1,10 +1,11 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Embeddings of new tokens that learn while all others stay as they are.
 
-Conversion adds rows to the embedding matrix. Where the matrix is frozen, these rows train as a small parameter of their
-own, which takes their place in the forward pass. So every other row stays bit for bit, whatever the optimizer does with
-what it is given (weight decay, updates without a gradient), and gradients and optimizer states are those of a few rows
-instead of the whole vocabulary. Checkpoints know nothing of it: they hold the matrix, with the trained rows in it.
+Conversion adds rows to the embedding matrix. Where the matrix is frozen, these rows train as a small parameter of
+their own, which takes their place in the forward pass. So every other row stays bit for bit, whatever the optimizer
+does with what it is given (weight decay, updates without a gradient), and gradients and optimizer states are those of
+a few rows instead of the whole vocabulary. Checkpoints know nothing of it: they hold the matrix, with the trained rows
+in it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class NewTokens(nn.Module):
         self.weight = nn.Parameter(matrix.detach()[self.token_ids].clone())
         self._hooks: list[Any] = []
 
-    def attach(self, embedding: nn.Module, head: nn.Module | None) -> None:
+    def attach(self, embedding: nn.Embedding, head: nn.Module | None) -> None:
         """Take the place of the rows in an embedding and, where one is given, in the output head tied to it."""
         embedding.add_module(_MODULE, self)
         self._hooks = [
@@ -61,14 +62,14 @@ class NewTokens(nn.Module):
         if head is not None:
             self._hooks.append(head.register_forward_hook(self._predict))
 
-    def detach(self, embedding: nn.Module) -> None:
+    def detach(self, embedding: nn.Embedding) -> None:
         """Write the rows into the matrix and leave."""
         self._write_back(embedding)
         for hook in self._hooks:
             hook.remove()
         delattr(embedding, _MODULE)
 
-    def _embed(self, embedding: nn.Module, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+    def _embed(self, embedding: nn.Embedding, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
         is_token = args[0][..., None] == self.token_ids.to(args[0].device)  # (..., number of tokens)
         rows = look_up(is_token.int().argmax(-1), self.weight)
         return torch.where(is_token.any(-1, keepdim=True), rows.to(embedded.device, embedded.dtype), embedded)
@@ -78,7 +79,7 @@ class NewTokens(nn.Module):
         rows = self.weight.to(args[0].device)
         return logits.index_copy_(-1, self.token_ids.to(logits.device), linear(args[0], rows).to(logits))
 
-    def _write_back(self, embedding: nn.Module, *_: Any) -> None:
+    def _write_back(self, embedding: nn.Embedding, *_: Any) -> None:
         """Let whoever reads the matrix find the rows as they are now."""
         # `data`: what the backward pass keeps of the matrix has not changed for it.
         matrix, rows = embedding.weight.data, _whole(self.weight.data)
@@ -96,7 +97,7 @@ class NewTokens(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: see `_read`."""
 
-    def _read(self, embedding: nn.Module, *_: Any) -> None:
+    def _read(self, embedding: nn.Embedding, *_: Any) -> None:
         """Take over the rows of a matrix that has been loaded."""
         with torch.no_grad():
             rows = _whole(embedding.weight)[self.token_ids.to(embedding.weight.device)]
@@ -105,7 +106,7 @@ class NewTokens(nn.Module):
             self.weight.copy_(rows)
 
 
-def train_new_tokens(model: nn.Module, train: bool) -> None:
+def train_new_tokens(model: Any, train: bool) -> None:
     """Let the rows of new tokens train apart from their frozen matrix, or become ordinary rows again.
 
     Args:
@@ -138,12 +139,12 @@ def new_tokens_name(model: nn.Module) -> str | None:
     return next(name for name, module in model.named_modules() if module is embedding) + NEW_TOKENS
 
 
-def _embedding(model: nn.Module) -> Any:
+def _embedding(model: Any) -> Any:
     """The embedding that has rows of new tokens."""
     config = getattr(model, "config", None)
     if not isinstance(config, CasaConfig) or not config.new_token_ids:
         return None
-    return model.get_input_embeddings()  # type: ignore[operator]
+    return model.get_input_embeddings()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
