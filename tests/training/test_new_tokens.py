@@ -153,6 +153,29 @@ def test_what_is_saved_and_loaded_computes_the_same(folders, kind, tmp_path):
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_that_was_on_the_meta_device_gets_its_rows_from_the_matrix(folders):
+    """As Accelerate loads a model that it has sharded."""
+    model = load_model(folders["tied"], torch.float32)
+    freeze(model, "paper-qwen")
+    batch = CasaDataCollator(load_processor(folders["tied"]))(CONVERSATIONS)
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        dict(model.named_parameters())[ROWS].normal_(generator=torch.Generator().manual_seed(0))
+        expected = model(**batch).logits
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to("meta").tie_weights()
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state, assign=True)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer
+    model.tie_weights()
+    rows = dict(model.named_parameters())[ROWS]
+    assert rows.requires_grad and torch.equal(rows, state[EMBEDDINGS][list(model.config.new_token_ids)])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(folders, tmp_path, ours):
     processor = load_processor(folders["tied"])

@@ -38,15 +38,13 @@ class NewTokens(nn.Module):
 
     Attributes:
         weight: (number of tokens, hidden size).
-        token_ids: (number of tokens,).
+        token_ids: the rows.
     """
-
-    token_ids: torch.Tensor
 
     def __init__(self, matrix: torch.Tensor, token_ids: Sequence[int]):
         super().__init__()
-        self.register_buffer("token_ids", torch.tensor(token_ids, device=matrix.device), persistent=False)
-        self.weight = nn.Parameter(matrix.detach()[self.token_ids].clone())
+        self.token_ids = tuple(token_ids)
+        self.weight = nn.Parameter(matrix.detach()[list(token_ids)])
         self._hooks: list[Any] = []
 
     def attach(self, embedding: nn.Embedding, head: nn.Module | None) -> None:
@@ -70,26 +68,30 @@ class NewTokens(nn.Module):
         delattr(embedding, _MODULE)
 
     def _embed(self, embedding: nn.Embedding, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
-        is_token = args[0][..., None] == self.token_ids.to(args[0].device)  # (..., number of tokens)
+        is_token = args[0][..., None] == self._indices(args[0].device)  # (..., number of tokens)
         rows = look_up(is_token.int().argmax(-1), self.weight)
         return torch.where(is_token.any(-1, keepdim=True), rows.to(embedded.device, embedded.dtype), embedded)
 
     def _predict(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
         # In place: a copy of all logits would be large, and nothing needs what was there for its gradient.
         rows = self.weight.to(args[0].device)
-        return logits.index_copy_(-1, self.token_ids.to(logits.device), linear(args[0], rows).to(logits))
+        return logits.index_copy_(-1, self._indices(logits.device), linear(args[0], rows).to(logits))
+
+    def _indices(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor(self.token_ids, device=device)
 
     def _write_back(self, embedding: nn.Embedding, *_: Any) -> None:
         """Let whoever reads the matrix find the rows as they are now."""
+        if self.weight.is_meta or embedding.weight.is_meta:  # on its way to where a model is sharded
+            return
         # `data`: what the backward pass keeps of the matrix has not changed for it.
         matrix, rows = embedding.weight.data, _whole(self.weight.data)
-        if not isinstance(matrix, DTensor):
-            matrix.index_copy_(0, self.token_ids.to(matrix.device), rows.to(matrix))
-            return
-        first = _first_local_row(matrix)
-        matrix = matrix.to_local()
-        here = (self.token_ids >= first) & (self.token_ids < first + len(matrix))
-        matrix.index_copy_(0, (self.token_ids[here] - first).to(matrix.device), rows[here].to(matrix))
+        first = 0
+        if isinstance(matrix, DTensor):
+            first, matrix = _first_local_row(matrix), matrix.to_local()
+        indices = self._indices(matrix.device) - first
+        here = (indices >= 0) & (indices < len(matrix))
+        matrix.index_copy_(0, indices[here], rows.to(matrix)[here])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: the rows are in the matrix."""
@@ -100,10 +102,13 @@ class NewTokens(nn.Module):
     def _read(self, embedding: nn.Embedding, *_: Any) -> None:
         """Take over the rows of a matrix that has been loaded."""
         with torch.no_grad():
-            rows = _whole(embedding.weight)[self.token_ids.to(embedding.weight.device)]
+            rows = _whole(embedding.weight)[list(self.token_ids)]
             if isinstance(self.weight, DTensor):
                 rows = distribute_tensor(rows, self.weight.device_mesh, self.weight.placements)
-            self.weight.copy_(rows)
+            if self.weight.is_meta:
+                self.weight = nn.Parameter(rows)
+            else:
+                self.weight.copy_(rows)
 
 
 def train_new_tokens(model: Any, train: bool) -> None:
