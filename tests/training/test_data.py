@@ -9,11 +9,13 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
 from PIL import Image
 
 from casa_hf.training import CasaDataCollator, PackedDataset, TrainingConfig, load_conversations, load_mixture
 from casa_hf.training import recipe as recipe_module
-from casa_hf.training.data import shares
+from casa_hf.training.data import Mixture, shares
+from casa_hf.training.samples import measure
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
 
 
@@ -82,6 +84,21 @@ def test_the_order_is_the_seed_s(sources):
     assert sorted(one) == sorted(f"image {index}" for index in range(70)) and one != sorted(one)
     both = Counter(answers(load_mixture(list(sources))))
     assert both.keys() == set(first) and set(both.values()) == {1}
+
+
+def test_a_conversation_that_occurs_again_is_read_once(processor):
+    class Read(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    order = torch.tensor([2, 0, 2, 1, 2])
+    packed = PackedDataset(Mixture([Read(CONVERSATIONS[:2]), Read(CONVERSATIONS[2:3])], order), processor)
+    assert sorted(read) == [0, 0, 1]
+    assert [example for row in packed for example in row] == [CONVERSATIONS[index] for index in order]
+    sizes = [measure(processor, CONVERSATIONS[index]) for index in order]
+    assert (packed.num_text_tokens, packed.num_image_tokens) == tuple(map(sum, zip(*sizes, strict=True)))
 
 
 def test_a_run_packs_images_and_videos_together(casa_folder, tmp_path):

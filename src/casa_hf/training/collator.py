@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from .data import describe
+from .data import Mixture, describe
 from .samples import IGNORED, Sample, encode, measure, unseen_image
 
 if TYPE_CHECKING:
@@ -126,11 +126,12 @@ class PackedDataset(Dataset):
         budget = Budget(max_text_tokens, max_image_tokens)
         self.examples = examples
         kept, sizes = [], []
+        measured: dict[int, tuple[int, int]] = {}  # a conversation that occurs again is read once
         for index in range(len(examples)):
-            try:
-                size = measure(processor, examples[index])
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{describe(examples, index)}: {error}") from error
+            original = examples.original(index) if isinstance(examples, Mixture) else index
+            if original not in measured:
+                measured[original] = _measure(processor, examples, index)
+            size = measured[original]
             if budget.holds(*size):
                 kept.append(index)
                 sizes.append(size)
@@ -147,6 +148,13 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> list[Example]:
         return [_NamedExample(self.examples[place], describe(self.examples, place)) for place in self.rows[index]]
+
+
+def _measure(processor: CasaProcessor, examples: Sequence[Example], index: int) -> tuple[int, int]:
+    try:
+        return measure(processor, examples[index])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{describe(examples, index)}: {error}") from error
 
 
 class _NamedExample(dict):

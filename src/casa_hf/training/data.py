@@ -153,7 +153,7 @@ def load_mixture(data: Any, split: str = "train", seed: int = 0) -> Sequence[Exa
             taken.append(start + torch.randperm(size, generator=generator)[:count])
             count -= size
     order = torch.cat(taken) if taken else torch.zeros(0, dtype=torch.long)
-    return _Mixture(found, order[torch.randperm(len(order), generator=generator)])
+    return Mixture(found, order[torch.randperm(len(order), generator=generator)])
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -182,7 +182,7 @@ def describe(examples: Sequence[Example], index: int) -> str:
     return f"Example {index}" if place is None else place(index)
 
 
-class _Mixture(Sequence):
+class Mixture(Sequence):
     """Examples of several sources in one order.
 
     Args:
@@ -204,11 +204,16 @@ class _Mixture(Sequence):
         source, place = self._find(index)
         return source[place]
 
+    def original(self, index: int) -> int:
+        """A number that all occurrences of one conversation share."""
+        return int(self._order[index])
+
     def describe(self, index: int) -> str:
+        """See `describe`."""
         return describe(*self._find(index))
 
     def _find(self, index: int) -> tuple[Sequence[Example], int]:
-        place = int(self._order[index])
+        place = self.original(index)
         source = bisect_right(self._starts, place) - 1
         return self._sources[source], place - self._starts[source]
 
@@ -236,6 +241,7 @@ class _Located(Sequence):
         return {name: self._locate(value) for name, value in self._rows[index].items()}
 
     def describe(self, index: int) -> str:
+        """See `describe`."""
         if self._lines is None:
             return f"Example {index} of {self._folder}"
         file, number = self._lines[index]
