@@ -5,14 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
+TORCHAO := .venv-torchao
 
 # Two test processes with one thread each: more threads would only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch bench bench-gpu
-.PHONY: bench-forever bench-captions soak lint quality style clean
+.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch test-torchao bench
+.PHONY: bench-gpu bench-forever bench-captions soak lint quality style clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
@@ -21,7 +22,8 @@ help:
 	@echo "make test               the quick tests, below 8 minutes on two cores"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
-	@echo "make test-all           all tests, slow ones included, and both of the above"
+	@echo "make test-torchao       the tests that need torchao, in an environment with it"
+	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA against its rivals on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
@@ -50,7 +52,11 @@ test-oldest: $(OLDEST)/installed
 test-oldest-torch: $(OLDEST_TORCH)/installed
 	$(PYTEST) $(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch
+# torchao writes to standard error whenever Transformers is imported, so it has an environment of its own.
+test-torchao: $(TORCHAO)/installed
+	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py -k eight_bit
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -93,12 +99,17 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) build dist tiny-world-output
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist tiny-world-output
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(TORCHAO)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(TORCHAO)
+	$(TORCHAO)/bin/python -m pip install --quiet --constraint constraints.txt torchao --editable ".[dev]"
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.

@@ -2,7 +2,7 @@
 """Fine-tune a CASA checkpoint by the recipe of the paper (arXiv 2512.19535), stage by stage.
 
     python -m examples.finetune image my-casa-model conversations/ trained
-    python -m examples.finetune video trained clips-and-images/ trained-on-video
+    python -m examples.finetune video trained "[{path: images, weight: 3}, {path: clips, weight: 1}]" trained-on-video
     accelerate launch -m examples.finetune image my-casa-model conversations/ trained
 
 Each stage is a `TrainingConfig`; further settings are given as NAME=VALUE, such as `max_steps=1000`, and those of
@@ -29,7 +29,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "max_steps": 40_000,
         "trainable": "paper-helium",
     },
-    # Images and clips of up to 3 minutes, 3 to 1.
+    # For images and clips of up to 3 minutes, 3 to 1: weights of `data`.
     "video": {
         "max_text_tokens": 3_072,
         "max_image_tokens": 46_080,
@@ -54,7 +54,8 @@ def configuration(stage: str, model: str, data: str, output: str, settings: list
     Raises:
         ValueError: for a setting that isn't NAME=VALUE or that doesn't exist.
     """
-    content: dict[str, Any] = {"model": model, "data": data, "output": output, **STAGES[stage], "trainer": {}}
+    sources = yaml.safe_load(data) if data.startswith(("[", "{")) else data
+    content: dict[str, Any] = {"model": model, "data": sources, "output": output, **STAGES[stage], "trainer": {}}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("model", help="folder or Hub id of a CASA checkpoint")
-    parser.add_argument("data", help="folder or file of conversations, or Hub id of a data set")
+    parser.add_argument("data", help="folder or file of conversations, Hub id of a data set, or a YAML list")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     given = parser.parse_args(arguments)

@@ -65,7 +65,35 @@ def load_frames(
     check_sampling(fps, num_frames, sample)
     if isinstance(video, (str, os.PathLike)):
         return _read_file(str(video), fps, num_frames, sample)
-    frames = list(video)
+    return _choose(list(video), fps, num_frames)
+
+
+def measure_frames(
+    video: Any, *, fps: float | None = None, num_frames: int | None = None, sample: bool = True
+) -> list[Any]:
+    """What `load_frames` would give, without decoding anything.
+
+    Args:
+        video, fps, num_frames, sample: as for `load_frames`.
+
+    Returns:
+        For files, the (width, height) in pixels of each frame, as the container states it and not yet turned upright;
+        the elements of `video` otherwise. Damaged pictures count like others.
+
+    Raises:
+        ValueError, ImportError: as `load_frames`, but for frames that can't be decoded.
+    """
+    check_sampling(fps, num_frames, sample)
+    if isinstance(video, (str, os.PathLike)):
+        _, chosen, size = _scan_file(str(video), fps, num_frames, sample)
+        if 0 in size:  # a container that doesn't state it
+            return _read_file(str(video), fps, num_frames, sample)
+        return [size] * len(chosen)
+    return _choose(list(video), fps, num_frames)
+
+
+def _choose(frames: list[Any], fps: float | None, num_frames: int | None) -> list[Any]:
+    """Decoded frames that go into the prompt."""
     if fps is not None:
         raise ValueError(
             f"fps={fps} can't be applied to a video of {len(frames)} decoded frames, whose rate isn't known. Give "
@@ -109,6 +137,22 @@ def _evenly_spaced(available: int, num_frames: int) -> list[int]:
 
 
 def _read_file(source: str, fps: float | None, num_frames: int | None, sample: bool) -> list[Any]:
+    media, chosen, _ = _scan_file(source, fps, num_frames, sample)
+    import av
+
+    try:
+        if isinstance(media, BytesIO):
+            media.seek(0)
+        with av.open(media) as container:
+            return _decode(container, chosen)
+    except (OSError, ValueError, av.error.FFmpegError) as error:
+        raise ValueError(f"The video {source!r} can't be used: {error}.") from error
+
+
+def _scan_file(
+    source: str, fps: float | None, num_frames: int | None, sample: bool
+) -> tuple[str | BytesIO, Sequence[int], tuple[int, int]]:
+    """A file or its contents, which of its frames to take, and their width and height; from its packets alone."""
     try:
         import av
     except ImportError as error:
@@ -121,11 +165,10 @@ def _read_file(source: str, fps: float | None, num_frames: int | None, sample: b
         media = BytesIO(_download(source)) if is_url else os.path.abspath(source)
         with av.open(media) as container:
             times, duration = _frame_times(container)
+            codec = container.streams.video[0].codec_context
+            size = codec.width, codec.height
         chosen = range(len(times)) if not sample else sample_indices(times, duration, fps=fps, num_frames=num_frames)
-        if isinstance(media, BytesIO):
-            media.seek(0)
-        with av.open(media) as container:
-            return _decode(container, chosen)
+        return media, chosen, size
     except (OSError, ValueError, av.error.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error  # without the name that those of FFmpeg end with
         raise ValueError(f"The video {source!r} can't be used: {reason}.") from error

@@ -225,6 +225,12 @@ class CasaConfig(PreTrainedConfig):
         return tuple(sorted({i for i in ids if i is not None}))
 
     @property
+    def new_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that conversion has added to the source's vocabulary: rows that nobody has trained yet."""
+        own_mark = [self.image_token_id] if self.backbone.text_only else []
+        return (*own_mark, *(self.gist_token_ids or []))
+
+    @property
     def placeholder_token_ids(self) -> tuple[int, ...]:
         """Ids of the source's expanded image and video placeholders; they never belong in a CASA prompt."""
         source = self.source_config or {}

@@ -505,8 +505,8 @@ def _training_text(
     if new_tokens:
         tokens = ", ".join(f"`{token}`" for token in new_tokens)
         sentences.append(
-            f"New tokens: {tokens}; their rows start as the mean of all rows, also where the matrix had spare ones "
-            "(which `source_rows.safetensors` then keeps)."
+            f"New tokens: {tokens}; their rows start as the mean of all rows, with a little noise for gist tokens, "
+            "also where the matrix had spare ones (which `source_rows.safetensors` then keeps)."
         )
     others = [name for name in initialised if "multi_modal_projector" in name]
     if others:

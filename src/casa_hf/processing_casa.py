@@ -32,7 +32,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .checks import check_pixel_mode
-from .clips import check_sampling, load_frames
+from .clips import check_sampling, load_frames, measure_frames
 
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
@@ -53,6 +53,9 @@ FRAME_TYPE = 2
 # Transformers puts this character before a control token that a user typed (`sanitize_control_tokens`): it is text.
 _NOT_TYPED = "(?<!\U000f0000)"
 _PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})")
+
+# The smallest pictures there are take some 40 bytes.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
 
 _LIMITS = ("size", "min_pixels", "max_pixels")
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -310,7 +313,9 @@ class CasaProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def measure(self, text: str, images: Any = None, videos: Any = None, **kwargs: Any) -> tuple[int, int]:
-        """What a prompt will take, without making its pixels: of image files only the size is read.
+        """What a prompt will take, without making its pixels.
+
+        Of image files only the header is read, of video files only the container; nothing is decoded.
 
         Args:
             text: a prompt, written as for a call.
@@ -331,7 +336,9 @@ class CasaProcessor(ProcessorMixin):
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
-        [visuals] = self._visuals([marks], all_images.items, all_videos.items, options["videos_kwargs"])
+        [visuals] = self._visuals(
+            [marks], all_images.items, all_videos.items, options["videos_kwargs"], frames_of=measure_frames
+        )
         options["text_kwargs"].pop("return_tensors", None)
         input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
         patches = 0
@@ -382,7 +389,12 @@ class CasaProcessor(ProcessorMixin):
         ]
 
     def _visuals(
-        self, marks_of_row: list[list[int]], images: list[Any], videos: list[Any], videos_kwargs: dict
+        self,
+        marks_of_row: list[list[int]],
+        images: list[Any],
+        videos: list[Any],
+        videos_kwargs: dict,
+        frames_of: Callable[..., list[Any]] = load_frames,
     ) -> "list[list[_Visual]]":
         """What stands at each mark of each row, pictures as they were given."""
         fps, num_frames = videos_kwargs.get("fps"), videos_kwargs.get("num_frames")
@@ -393,7 +405,7 @@ class CasaProcessor(ProcessorMixin):
         def visual(mark: int) -> _Visual:
             if mark == IMAGE_TYPE:
                 return _Visual(mark, [next(next_image)])
-            return _Visual(mark, load_frames(next(next_video), fps=fps, num_frames=num_frames, sample=sample))
+            return _Visual(mark, frames_of(next(next_video), fps=fps, num_frames=num_frames, sample=sample))
 
         return [[visual(mark) for mark in marks] for marks in marks_of_row]
 
@@ -649,6 +661,9 @@ def load_picture(picture: Any) -> Any:
         if isinstance(picture, Image.Image):
             check_pixel_mode("The image", picture)
         return picture
+    if not _may_hold_image(picture):
+        name = shorten(str(picture), 200)
+        raise ValueError(f"The image {name!r} can't be loaded: there is no such file, and it is no URL or base64.")
     try:
         if os.path.isfile(picture):
             with Image.open(picture) as opened:  # the loader turns it into RGB without a word
@@ -660,8 +675,19 @@ def load_picture(picture: Any) -> Any:
         raise ValueError(f"The image {name!r} can't be loaded: {reason}") from error
 
 
+def _may_hold_image(picture: str | os.PathLike) -> bool:
+    """Whether a path or text is a file, a URL, or might be base64: nothing short, and nothing with a full stop."""
+    if os.path.isfile(picture):
+        return True
+    if not isinstance(picture, str):
+        return False
+    return picture.startswith(("http://", "https://", "data:")) or _BASE64.fullmatch(picture) is not None
+
+
 def _picture_size(picture: Any) -> tuple[int, int]:
-    """Width and height, not yet turned upright; a local file isn't decoded for them."""
+    """Width and height, not yet turned upright; a local file isn't decoded for them. A size is its own."""
+    if isinstance(picture, tuple):
+        return picture
     if isinstance(picture, (str, os.PathLike)):
         if os.path.isfile(picture):
             try:

@@ -15,8 +15,8 @@ from casa_hf.conversion.shards import (
     DTYPE_CODES,
     ComputedTensor,
     PlannedTensor,
-    mean_row,
     read_checkpoint,
+    row_statistics,
     split_files,
     write_checkpoint,
 )
@@ -240,4 +240,6 @@ def test_mean_of_rows(source, monkeypatch, chunk_bytes):
     stored, tensors = read_checkpoint(source), random_tensors()
     for name in ("half", "matrix"):
         expected = tensors[name].double().mean(0)
-        torch.testing.assert_close(mean_row(stored[name]), expected, rtol=0, atol=1e-14)
+        mean, spread = row_statistics(stored[name])
+        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-14)
+        assert spread == pytest.approx((tensors[name].double() - expected).square().mean().sqrt().item(), rel=1e-9)

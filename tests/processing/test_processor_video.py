@@ -234,3 +234,53 @@ def test_the_frame_limit_is_a_setting(source, tmp_path, stock_pixels, photos):
     loaded = CasaProcessor.from_pretrained(tmp_path)
     grid = loaded(videos=[[photos["cat"]]], text=VIDEO, return_tensors="pt")["image_grid_thw"]
     assert torch.equal(grid, stock_pixels([photos["cat"]], 56 * 56)["image_grid_thw"])
+
+
+# -------------------------------------------------------------------- measured without decoding
+
+
+def damage_pictures(clip: Path) -> Path:
+    """The same container with zeros for all that is coded in it."""
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"mdat")
+    length = int.from_bytes(data[start - 4 : start], "big") - 8
+    assert length > 100
+    data[start + 4 : start + 4 + length] = bytes(length)
+    damaged = clip.with_name("damaged.mp4")
+    damaged.write_bytes(data)
+    return damaged
+
+
+@pytest.mark.parametrize("options", [{}, {"fps": 1}, {"num_frames": 7}, {"do_sample_frames": False}])
+def test_what_a_clip_takes_is_told_by_its_container(processor, long_clip, options):
+    text = f"{VIDEO} What?"
+    inputs = processor(text=text, videos=[str(long_clip)], return_tensors="pt", **options)
+    expected = inputs["input_ids"].shape[1], int(inputs["image_grid_thw"].prod(-1).sum()) // 4
+    damaged = damage_pictures(long_clip)
+    with pytest.raises(ValueError, match="can't be used"):
+        load_frames(damaged)
+    for clip in (long_clip, damaged):
+        assert processor.measure(text, videos=[str(clip)], **options) == expected
+
+
+@pytest.mark.parametrize("size", [(64, 176), (176, 64), (90, 62)])
+def test_clips_of_any_form_are_measured_as_they_are_read(processor, tmp_path, size):
+    clip = write_clip(tmp_path / "clip.mp4", 4, 2, size=size)
+    inputs = processor(text=VIDEO, videos=[str(clip)], return_tensors="pt")
+    tokens = int(inputs["image_grid_thw"].prod(-1).sum()) // 4
+    assert processor.measure(VIDEO, videos=[str(clip)]) == (inputs["input_ids"].shape[1], tokens)
+
+
+def test_a_turned_clip_is_measured_as_it_is_read(processor, tmp_path):
+    clip = str(write_turned_clip(tmp_path / "turned.mp4"))
+    inputs = processor(text=VIDEO, videos=[clip], return_tensors="pt")
+    tokens = int(inputs["image_grid_thw"].prod(-1).sum()) // 4
+    assert processor.measure(VIDEO, videos=[clip]) == (inputs["input_ids"].shape[1], tokens)
+
+
+def test_what_cannot_be_measured_is_refused(processor, tmp_path, long_clip):
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"text\.mp4' can't be used"):
+        processor.measure(VIDEO, videos=[str(tmp_path / "text.mp4")])
+    with pytest.raises(ValueError, match="num_frames=200 is more than the 120"):
+        processor.measure(VIDEO, videos=[str(long_clip)], num_frames=200)

@@ -118,7 +118,7 @@ def save_sharded(model: Any, processor: Any, output: Path) -> None:
 def main(checkpoint: Path, output: Path, mode: str) -> None:
     """Train, answer, save; the first process writes what happened too."""
     model = load_model(checkpoint, torch.float32)
-    freeze(model, "paper-helium")
+    freeze(model, "paper-qwen" if model.config.new_token_ids else "paper-helium")
     train = {"trainer": train_with_trainer, "fsdp2": train_sharded}[mode]
     losses, answers, wrapped = train(model, load_processor(checkpoint), output)
     if not int(os.environ.get("RANK", 0)):

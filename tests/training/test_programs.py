@@ -64,7 +64,8 @@ def test_configurations_of_the_document():
 
 def test_the_example_trains_a_stage(workplace, capsys):
     settings = ["max_steps=1", "sequences_per_update=1", "max_pixels=7056", "trainer.use_cpu=true"]
-    finetune.main(["video", "my-casa-model", "conversations", "out", *settings])
+    data = "[{path: conversations, weight: 3}, {path: conversations/train.jsonl, weight: 1}]"
+    finetune.main(["video", "my-casa-model", data, "out", *settings])
     assert CasaForConditionalGeneration.from_pretrained("out").config.variant == "casa"
     assert "Wrote out after 1 steps." in capsys.readouterr().out
     config = finetune.configuration("video", "m", "d", "o", ["lr_new=3e-4"])

@@ -209,7 +209,7 @@ def test_the_command(settings, tmp_path, capsys):
         ({"resume": "yes"}, ["resume='yes'", "true or false"]),
         ({"trainer": {"per_device_train_batch_size": 3, "use_cpu": True}}, ["sequences_per_update=2", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
-        ({"max_image_tokens": 1}, ["Example 0", "max_image_tokens"]),
+        ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
     ],

@@ -106,6 +106,59 @@ def test_forms_of_one_conversation_give_the_same(processor):
         assert torch.equal(sample.pixel_values, expected.pixel_values)
 
 
+def marked(text, *images):
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
+    return {"messages": messages, "images": images}
+
+
+def test_marks_in_texts_place_the_images(processor):
+    """As LLaVA's data have them; the text is what is said, without marks and the breaks that set them off."""
+    cat, coffee = str(PHOTOGRAPHS / "cat.jpg"), str(PHOTOGRAPHS / "coffee.jpg")
+    image, said = {"type": "image"}, lambda text: {"type": "text", "text": text}
+    for text, parts in (
+        ("<image>\nWhat is this?", [image, said("What is this?")]),
+        ("What is this?\n<image>", [said("What is this?"), image]),
+        ("<image>", [image]),
+        ("Is <image> one?", [said("Is "), image, said(" one?")]),
+    ):
+        dialogue = Dialogue.of(marked(text, cat))
+        assert dialogue.messages[0]["content"] == parts and dialogue.images == [cat]
+    two = Dialogue.of(marked("<image>\n<image>\nFirst\nand second?", cat, coffee))
+    assert two.messages[0]["content"] == [image, image, said("First\nand second?")]
+    sample = encode(processor, marked("<image>\nWhat is this?", cat))
+    assert torch.equal(sample.input_ids, encode(processor, ask("What is this?", "A cat.", "cat")).input_ids)
+
+    later = {
+        "messages": [
+            {"role": "user", "content": [said("<image>\nAnd a clip:\n<video>")]},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "This one: <image>"},
+            {"role": "assistant", "content": "No."},
+        ],
+        "images": [cat, coffee],
+        "video": [Image.new("RGB", (56, 56))],
+    }
+    dialogue = Dialogue.of(later)
+    assert dialogue.messages[0]["content"] == [image, said("And a clip:"), {"type": "video"}]
+    assert dialogue.messages[2]["content"] == [said("This one: "), image]
+    assert dialogue.images == [cat, coffee] and len(dialogue.videos) == 1
+    assert later["messages"][2]["content"] == "This one: <image>"
+
+
+def test_marks_are_text_where_parts_or_nothing_are_images(processor):
+    assert Dialogue.of(marked("What does <image> do in SVG?")).messages[0]["content"] == [
+        {"type": "text", "text": "What does <image> do in SVG?"}
+    ]
+    shown = ask("What does <image> do?", "It shows this.", "cat")
+    assert Dialogue.of(shown).messages[0]["content"] == shown["messages"][0]["content"]
+
+
+def test_one_image_beside_an_empty_list_is_used():
+    path = str(PHOTOGRAPHS / "cat.jpg")
+    example = {**marked("What?"), "images": [], "image": path, "videos": None}
+    assert Dialogue.of(example).images == [path]
+
+
 def test_reading_leaves_the_example_as_it_is(processor):
     example = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]}
     example["images"] = [str(PHOTOGRAPHS / "cat.jpg")]
@@ -128,6 +181,9 @@ def test_the_question_of_a_conversation():
         ({**ask("x", "y", "cat"), "images": []}, ["0 images", "more parts"]),
         ({**ask("x", "y", "cat"), "images": ["a.jpg", "b.jpg"]}, ["2 images", "only 1"]),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, ["audio", "image or video"]),
+        (marked("<image>\n<image>\nx", "a.jpg"), ["1 images", "2 marks <image>", "parts"]),
+        (marked("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 marks <image>"]),
+        ({**marked("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
         ({"messages": ["x"]}, ["'x'", "role"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["3", "parts"]),
     ],

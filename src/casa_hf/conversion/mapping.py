@@ -43,8 +43,10 @@ VISION = "model.visual."
 # (pattern of in-memory names that older checkpoints hold, why they aren't needed).
 DROPPED = ((r"\brotary(_pos)?_emb\.inv_freq$", "rotary frequencies are computed from the configuration"),)
 
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
 # (head, embedding that it repeats) where the word embeddings are tied.
-TIED = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+TIED = ("lm_head.weight", EMBEDDINGS)
 
 # Matrices with a row per token.
 TOKEN_ROWS = TIED

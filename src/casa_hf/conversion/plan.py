@@ -13,10 +13,15 @@ from transformers import PreTrainedConfig
 
 from ..configuration_casa import CasaConfig
 from .errors import ConversionError
-from .mapping import PROJECTOR, TIED, TOKEN_ROWS, TensorMap
-from .shards import DTYPES, ComputedTensor, PlannedTensor, StoredTensor, mean_row, same_values, split_files
+from .mapping import EMBEDDINGS, PROJECTOR, TIED, TOKEN_ROWS, TensorMap
+from .shards import DTYPES, ComputedTensor, PlannedTensor, StoredTensor, row_statistics, same_values, split_files
 
 PROJECTOR_SEED = 0
+GIST_SEED = 1
+
+# Gist tokens start around the mean embedding, so far apart that they can learn different things, and so near that they
+# say nothing yet: this part of the standard deviation of the matrix.
+GIST_SPREAD = 0.1
 
 # Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
 SOURCE_ROWS_FILE = "source_rows.safetensors"
@@ -117,8 +122,11 @@ def _plan_tensors(
         parts: tuple[StoredTensor | ComputedTensor, ...] = (stored[source],)
         origin = f"new, copy of {source}" if name in tensor_map.added else source
         if name in TOKEN_ROWS and new_token_ids:
-            parts = _with_mean_rows(stored[source], new_token_ids, config.text_config.vocab_size)
+            # An untied head's rows needn't differ: nothing is trained to say a gist token.
+            gists = config.gist_token_ids or () if name == EMBEDDINGS else ()
+            parts = _with_new_rows(stored[source], new_token_ids, gists, config.text_config.vocab_size)
             initialised[name] = f"new rows {', '.join(map(str, new_token_ids))}: the mean of all"
+            initialised[name] += f", gist tokens with noise of {GIST_SPREAD:g} of their spread" if gists else ""
             origin += f"; {initialised[name]}"
         planned.append(PlannedTensor(name, parts, dtype or stored[source].dtype, origin))
     usual = dtype or _usual_dtype(planned)
@@ -173,21 +181,35 @@ def _normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
     return std * torch.randn(shape, generator=generator)
 
 
-def _with_mean_rows(
-    stored: StoredTensor, ids: Sequence[int], num_rows: int
+def _with_new_rows(
+    stored: StoredTensor, ids: Sequence[int], gists: Sequence[int], num_rows: int
 ) -> tuple[StoredTensor | ComputedTensor, ...]:
-    """A matrix of `num_rows` rows: the stored ones, but the mean of them at `ids` and beyond the last."""
-    mean = cache(partial(mean_row, stored))
+    """A matrix of `num_rows` rows: the stored ones, but the mean of them at `ids` and beyond the last.
 
-    def means(count: int) -> ComputedTensor:
-        return ComputedTensor((count, *stored.shape[1:]), lambda: mean().expand(count, -1))
+    At `gists` noise is added, the same in every conversion of this matrix.
+    """
+    statistics = cache(partial(row_statistics, stored))
+
+    def new_row(index: int) -> torch.Tensor:
+        mean, spread = statistics()
+        return mean + GIST_SPREAD * spread * noise()[gists.index(index)] if index in gists else mean
+
+    @cache
+    def noise() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(GIST_SEED)
+        return torch.randn(len(gists), stored.shape[1], generator=generator, dtype=torch.float64)
+
+    def new_rows(indices: Sequence[int]) -> ComputedTensor:
+        return ComputedTensor(
+            (len(indices), *stored.shape[1:]), lambda: torch.stack([new_row(index) for index in indices])
+        )
 
     parts: list[StoredTensor | ComputedTensor] = []
     start, old_rows = 0, stored.shape[0]
     for index in overwritten_rows(ids, old_rows):
-        parts += [stored.rows(start, index), means(1)]
+        parts += [stored.rows(start, index), new_rows([index])]
         start = index + 1
-    parts += [stored.rows(start, old_rows), means(num_rows - old_rows)]
+    parts += [stored.rows(start, old_rows), new_rows(range(old_rows, num_rows))]
     return tuple(part for part in parts if part.shape[0])
 
 

@@ -208,16 +208,20 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     return all(bytes(a[chunk]) == bytes(b[chunk]) for chunk in chunks)
 
 
-def mean_row(tensor: StoredTensor) -> torch.Tensor:
-    """The mean of the rows of a stored matrix, float64."""
+def row_statistics(tensor: StoredTensor) -> tuple[torch.Tensor, float]:
+    """The mean of the rows of a stored matrix, float64, and the standard deviation of its numbers from that."""
     row_bytes = tensor.nbytes // tensor.shape[0]
     rows = max(_CHUNK_BYTES // row_bytes, 1)
-    total = torch.zeros(tensor.shape[1], dtype=torch.float64)
+    total, squares = torch.zeros(2, tensor.shape[1], dtype=torch.float64)
     data = _mapped(tensor.file)[tensor.start : tensor.start + tensor.nbytes]
     for offset in range(0, len(data), rows * row_bytes):
         chunk = _values(data[offset : offset + rows * row_bytes], tensor.dtype)
-        total += chunk.view(-1, tensor.shape[1]).sum(0, dtype=torch.float64)
-    return total / tensor.shape[0]
+        values = chunk.view(-1, tensor.shape[1]).double()
+        total += values.sum(0)
+        squares += values.square().sum(0)
+    mean = total / tensor.shape[0]
+    variance = (squares / tensor.shape[0] - mean.square()).clamp(min=0)
+    return mean, math.sqrt(variance.mean())
 
 
 def read_json(file: Path) -> dict:

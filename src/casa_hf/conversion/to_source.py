@@ -114,9 +114,7 @@ def _prepare(
             f"{folder} has fusion layers in place of self-attention (casa_placement='replace'), which the source's "
             "form needs. Only designs that keep self-attention in every block can be taken back."
         )
-    if (config.num_gist_tokens or config.backbone.text_only) and not (
-        folder / f"{KEPT}tokenizer_config.json"
-    ).is_file():
+    if config.new_token_ids and not (folder / f"{KEPT}tokenizer_config.json").is_file():
         raise ConversionError(
             f"{folder} has tokens of its own, but not the source's tokenizer ({KEPT}*). Copy these files from the "
             "checkpoint that the conversion made."
@@ -126,8 +124,7 @@ def _prepare(
     stored = read_checkpoint(folder)
     source_rows = source_config.get_text_config().vocab_size
     rows = config.text_config.vocab_size
-    new_tokens = [*(config.gist_token_ids or ()), *([config.image_token_id] if config.backbone.text_only else ())]
-    taken = overwritten_rows(new_tokens, source_rows)
+    taken = overwritten_rows(config.new_token_ids, source_rows)
     originals = _read_source_rows(folder) if taken else {}
     stock = stock_shapes(stock_config(config, keep_tokens=True), config)
     found, dropped = match_tensors(

@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .collator import CasaDataCollator, PackedDataset
-from .data import load_conversations
+from .data import load_conversations, load_mixture
 from .evaluation import exact_match, generate_answers
 from .parameters import (
     LORA_TARGETS,
@@ -35,6 +35,7 @@ __all__ = [
     "freeze",
     "generate_answers",
     "load_conversations",
+    "load_mixture",
     "parameter_groups",
     "parts_table",
     "train",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from .data import Mixture, describe
 from .samples import IGNORED, Sample, encode, measure, unseen_image
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class PackedDataset(Dataset):
     """Conversations grouped into rows of a fixed budget, planned once; an element is the list of a row's examples.
 
     Args:
-        examples: conversations; see `casa_hf.training.Dialogue.of`. Packed in this order, so shuffle them before.
+        examples: conversations; see `casa_hf.training.Dialogue.of`. Packed in this order, so shuffle them before
+            (`load_mixture` does).
         processor: the model's; it tells how long each is, without making pixels.
         max_text_tokens, max_image_tokens: budget of a row; None for no limit.
         over_long: what to do with a conversation that alone exceeds the budget, "raise" or "drop". None is ever cut.
@@ -107,7 +109,8 @@ class PackedDataset(Dataset):
         num_text_tokens, num_image_tokens: in all rows together.
 
     Raises:
-        ValueError: if a conversation is too long and `over_long="raise"`, or no row is left.
+        ValueError: if a conversation is unusable, or too long and `over_long="raise"`, or no row is left. Of images
+            and videos it is checked that they are there and have a size; a damaged one is found when it is used.
     """
 
     def __init__(
@@ -123,13 +126,17 @@ class PackedDataset(Dataset):
         budget = Budget(max_text_tokens, max_image_tokens)
         self.examples = examples
         kept, sizes = [], []
+        measured: dict[int, tuple[int, int]] = {}  # a conversation that occurs again is read once
         for index in range(len(examples)):
-            size = measure(processor, examples[index])
+            original = examples.original(index) if isinstance(examples, Mixture) else index
+            if original not in measured:
+                measured[original] = _measure(processor, examples, index)
+            size = measured[original]
             if budget.holds(*size):
                 kept.append(index)
                 sizes.append(size)
             elif over_long == "raise":
-                raise ValueError(f"Example {index}: {budget.refusal(*size)}")
+                raise ValueError(f"{describe(examples, index)}: {budget.refusal(*size)}")
         if not kept:
             raise ValueError(f"None of the {len(examples)} examples fits the budget of a row; raise it.")
         self.rows = [[kept[place] for place in row] for row in pack(sizes, budget)]
@@ -140,7 +147,25 @@ class PackedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [self.examples[place] for place in self.rows[index]]
+        return [_NamedExample(self.examples[place], describe(self.examples, place)) for place in self.rows[index]]
+
+
+def _measure(processor: CasaProcessor, examples: Sequence[Example], index: int) -> tuple[int, int]:
+    try:
+        return measure(processor, examples[index])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{describe(examples, index)}: {error}") from error
+
+
+class _NamedExample(dict):
+    """An example, and what to call it in an error."""
+
+    def __init__(self, example: Example, name: str):
+        super().__init__(example)
+        self.name = name
+
+    def __reduce__(self) -> Any:  # on its way from the process that loads data
+        return type(self), (dict(self), self.name)
 
 
 @dataclass
@@ -234,9 +259,21 @@ class CasaDataCollator:
 
 
 def encode_all(processor: CasaProcessor, feature: Example | Sequence[Example]) -> list[Sample]:
-    """The samples of a row: one conversation, or a list of them."""
+    """The samples of a row: one conversation, or a list of them.
+
+    Raises:
+        ValueError: if one is unusable; it says which.
+    """
     examples = [feature] if isinstance(feature, Mapping) else feature
-    return [encode(processor, example) for example in examples]
+    return [_encode(processor, example) for example in examples]
+
+
+def _encode(processor: CasaProcessor, example: Example) -> Sample:
+    try:
+        return encode(processor, example)
+    except (ValueError, OSError) as error:
+        name = getattr(example, "name", None) or f"The example with the messages {example.get('messages')!r:.200}"
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _length(row: Sequence[Sample]) -> int:

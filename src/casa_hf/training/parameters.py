@@ -14,11 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from .new_tokens import NEW_TOKENS, new_tokens_name, train_new_tokens
+
 NUM_VISION_BLOCKS = 4  # the last ones, which the paper trains
 
 # What conversion adds: it starts as a copy or at random, and learns at a rate of its own.
 FUSION = r"(^|\.)(casa_attn|casa_layernorm)\."
-_NEW = rf"{FUSION}|(^|\.)multi_modal_projector\.|\.lora_|\.modules_to_save\."
+_NEW_TOKENS = rf"{re.escape(NEW_TOKENS)}$"
+_NEW = rf"{FUSION}|{_NEW_TOKENS}|(^|\.)multi_modal_projector\.|\.lora_|\.modules_to_save\."
 
 # For `target_modules` of PEFT, which matches whole names.
 LORA_TARGETS: dict[str, str] = {
@@ -38,6 +41,7 @@ _PARTS = {
     "vision tower, blocks": r"(^|\.)visual\.blocks\.",
     "vision tower, rest": r"(^|\.)visual\.",
     "projector": r"(^|\.)multi_modal_projector\.",
+    "new tokens": _NEW_TOKENS,
     "embeddings": r"(^|\.)embed_tokens\.",
     "fusion layers": FUSION,
     "self-attention": r"(^|\.)self_attn\.",
@@ -68,12 +72,18 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
     Frozen parts before the first trainable one keep no graph: neither the vision tower below its last trained blocks,
     nor, if it is frozen, the embeddings.
 
+    Tokens that conversion has added (gist tokens; `<|image|>` of a text-only source) train where the rest of the
+    embeddings doesn't: their rows become a parameter `...embed_tokens.new_tokens.weight` (tokens, hidden size), which
+    stands in for them until the next call of this function. No other row changes, whatever the optimizer. State
+    dicts, and so checkpoints, have neither a further name nor another shape: the rows are in the matrix.
+
     Args:
         model: a CASA model.
         trainable: patterns of the names of parameters, or a recipe: "paper-qwen" trains the fusion layers and the last
             four blocks of the vision tower (the language model stays as it is), "paper-helium" the whole language
             model with its fusion layers, the projector and these vision blocks, "fusion-only" the fusion layers. All
-            train the projector that a text-only source is given, since it starts at random.
+            train the projector that a text-only source is given, since it starts at random, and new tokens. With
+            patterns of your own, "new_tokens" trains these.
 
     Returns:
         What trains, by part of the model.
@@ -82,7 +92,10 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
         ValueError: if a pattern matches no parameter, or a recipe trains the fusion layers of a model in which they
             have no parameters of their own. The model is as before.
     """
-    names = [name for name, _ in model.named_parameters()]
+    new_tokens = new_tokens_name(model)
+    names = [name for name, _ in model.named_parameters() if name != new_tokens]
+    if new_tokens is not None:
+        names.append(new_tokens)
     patterns = _recipe(model, names, trainable) if isinstance(trainable, str) else list(trainable)
     if not patterns:
         raise ValueError("No pattern was given, so nothing would train; name some parameters or a recipe.")
@@ -92,8 +105,11 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
                 f"The pattern {pattern!r} matches no parameter of the model. Its parameters have names such as "
                 f"{', '.join(names[:: max(1, len(names) // 4)])}; recipes are {', '.join(RECIPES)}."
             )
+    trained = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    whole_matrix = new_tokens is not None and f"{new_tokens.removesuffix(NEW_TOKENS)}.weight" in trained
+    train_new_tokens(model, new_tokens in trained and not whole_matrix)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+        parameter.requires_grad_(name in trained)
     return trainable_parts(model)
 
 
@@ -113,7 +129,8 @@ def _recipe(model: nn.Module, names: list[str], recipe: str) -> list[str]:
             'self-attention. Train these too (freeze(model, "paper-helium"), or patterns such as "self_attn"), or '
             "convert to a variant with projections of its own, such as casa."
         )
-    return [FUSION, *projector, *([vision_blocks] if recipe == "paper-qwen" else [])]
+    new_tokens = [_NEW_TOKENS] if any(re.search(_NEW_TOKENS, name) for name in names) else []
+    return [FUSION, *projector, *new_tokens, *([vision_blocks] if recipe == "paper-qwen" else [])]
 
 
 def trainable_parts(model: nn.Module) -> list[Part]:
@@ -124,6 +141,7 @@ def trainable_parts(model: nn.Module) -> list[Part]:
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
         counts[part][0] += size
         counts[part][1] += size if parameter.requires_grad else 0
+    counts["embeddings"][0] -= counts["new tokens"][0]  # rows of the matrix, which has them too
     return [Part(name, *count) for name, count in counts.items() if count[0]]
 
 
@@ -142,7 +160,7 @@ def parameter_groups(
 
     Args:
         model: a CASA model, plain or wrapped (PEFT, DDP, FSDP).
-        lr_new: rate of what the source model hasn't: fusion layers, projector, adapters.
+        lr_new: rate of what the source model hasn't: fusion layers, projector, new tokens, adapters.
         lr_existing: rate of the rest.
         weight_decay: of matrices; norms, biases and gates have none.
 

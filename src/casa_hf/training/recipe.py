@@ -25,7 +25,7 @@ from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
 from .checkpoints import last_checkpoint
 from .collator import CasaDataCollator, PackedDataset
-from .data import load_conversations
+from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,10 @@ class TrainingConfig:
 
     Attributes:
         model: folder or Hub id of a CASA checkpoint.
-        data: conversations to train on; see `load_conversations`.
+        data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
         output: folder to make, with the trained model and its processor, or the adapter.
-        eval_data: conversations to evaluate on.
-        split, eval_split: of data sets on the Hub.
+        eval_data: conversations to evaluate on, likewise.
+        split, eval_split: of data sets on the Hub that don't name their own.
         trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
         lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
             key of `LORA_TARGETS`.
@@ -97,7 +97,7 @@ class TrainingConfig:
         bf16: whether to compute in bfloat16; None: where a GPU can.
         attn_implementation: attention back end; None for Transformers' choice.
         generate: arguments of `generate`, to have evaluation compare answers; None for the loss alone.
-        seed: of the order of the data, and of adapters.
+        seed: of the order of the data, before packing and after it, and of adapters.
         checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
         resume: whether to go on from the last one there.
         trainer: further arguments of `TrainingArguments`, except those that follow from a setting above.
@@ -107,9 +107,9 @@ class TrainingConfig:
     """
 
     model: str
-    data: str
+    data: str | dict[str, Any] | list[Any]
     output: str
-    eval_data: str | None = None
+    eval_data: str | dict[str, Any] | list[Any] | None = None
     split: str = "train"
     eval_split: str = "validation"
     trainable: str | list[str] | None = None
@@ -389,9 +389,9 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
     return last
 
 
-def _pack(config: TrainingConfig, processor: CasaProcessor, data: str, split: str) -> PackedDataset:
+def _pack(config: TrainingConfig, processor: CasaProcessor, data: Any, split: str) -> PackedDataset:
     return PackedDataset(
-        load_conversations(data, split),
+        load_mixture(data, split, config.seed),
         processor,
         max_text_tokens=config.max_text_tokens,
         max_image_tokens=config.max_image_tokens,

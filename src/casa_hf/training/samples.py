@@ -8,6 +8,7 @@ ship work as they are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -71,11 +72,13 @@ class Dialogue:
         Args:
             example: `messages`, a list of `{"role", "content"}` whose content is a text or a list of parts, and
                 optionally `images` and `videos` (or one `image`, one `video`). A part `{"type": "image"}` without a
-                source of its own stands for the next of `images`; where no part is an image, they come before the
-                text of the first user message. Likewise for videos, each a file or the list of its frames.
+                source of its own stands for the next of `images`. Where no part is an image, marks `<image>` in the
+                texts do, with the line break that sets one off; without marks either, images come before the text of
+                the first user message. Likewise for videos, each a file or the list of its frames. Where parts or
+                nothing at all are images, `<image>` is text.
 
         Raises:
-            ValueError: if the example has no such form, or images and parts don't match.
+            ValueError: if the example has no such form, or images and parts or marks don't match.
         """
         messages = example.get("messages")
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -86,7 +89,9 @@ class Dialogue:
         given = {kind: _given(example, kind) for kind in _SOURCES}
         turns: Messages = [{"role": _role(message), "content": _parts(message)} for message in messages]
         for kind in reversed(_SOURCES):
-            if given[kind] and not any(part["type"] == kind for turn in turns for part in turn["content"]):
+            if not given[kind] or any(part["type"] == kind for turn in turns for part in turn["content"]):
+                continue
+            if not _place_at_marks(turns, kind, len(given[kind])):
                 first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
                 first["content"] = [{"type": kind} for _ in given[kind]] + first["content"]
         found: dict[str, list[Any]] = {kind: [] for kind in _SOURCES}
@@ -225,10 +230,41 @@ def _render(processor: CasaProcessor, messages: Messages) -> tuple[str, list[tup
 
 
 def _given(example: Mapping[str, Any], kind: str) -> list[Any]:
-    items = example.get(f"{kind}s")
-    if items is None and example.get(kind) is not None:
-        items = [example[kind]]
-    return [] if items is None else list(items)
+    several, one = example.get(f"{kind}s"), example.get(kind)
+    items = [] if several is None else list(several)
+    if one is None:
+        return items
+    if items:
+        raise ValueError(f"An example has both `{kind}s` and `{kind}`; put all of them into `{kind}s`.")
+    return [one]
+
+
+def _place_at_marks(turns: Messages, kind: str, number: int) -> bool:
+    """Put this many images or videos where the texts have marks such as `<image>`; whether there are any.
+
+    Raises:
+        ValueError: if there are more or fewer marks.
+    """
+    texts = [part["text"] for turn in turns for part in turn["content"] if "text" in part]
+    marks = sum(text.count(f"<{kind}>") for text in texts)
+    if not marks:
+        return False
+    if marks != number:
+        raise ValueError(
+            f"An example has {number} {kind}s beside its messages, but {marks} marks <{kind}> in its texts. Write one "
+            f"for each, or none, or parts of type {kind!r} in place of them (<{kind}> is text then)."
+        )
+    # Such data sets set a mark off by a line break, which is no part of what is said.
+    mark = re.compile(rf"\n<{kind}>\Z|<{kind}>\n?")
+    for turn in turns:
+        content = []
+        for part in turn["content"]:
+            first, *others = mark.split(part["text"]) if "text" in part else [None]
+            content += [part] if first is None else [{**part, "text": first}] if first or not others else []
+            for text in others:
+                content += [{"type": kind}, {"type": "text", "text": text}] if text else [{"type": kind}]
+        turn["content"] = content
+    return True
 
 
 def _role(message: Any) -> str:

@@ -1,0 +1,239 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Sources of conversations: mixtures, data sets by name, and errors that say which example is meant."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from casa_hf.training import CasaDataCollator, PackedDataset, TrainingConfig, load_conversations, load_mixture
+from casa_hf.training import recipe as recipe_module
+from casa_hf.training.data import Mixture, shares
+from casa_hf.training.samples import measure
+from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
+
+
+def write(path, answers, image=None):
+    """Conversations with these answers as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**ask("What?", answer), "images": []} for answer in answers]
+    for row in rows if image else []:
+        row["messages"][0]["content"].insert(0, {"type": "image"})
+        row["images"] = [image]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def answers(examples):
+    return [example["messages"][-1]["content"][0]["text"] for example in examples]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    images = write(tmp_path / "images" / "train.jsonl", [f"image {index}" for index in range(70)])
+    videos = write(tmp_path / "videos" / "train.jsonl", [f"video {index}" for index in range(9)])
+    return images, videos
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def test_weights_are_shares_of_the_conversations_and_none_is_left_out(sources):
+    images, videos = sources
+    data = [{"path": images, "weight": 3}, {"path": videos, "weight": 1}]
+    found = Counter(answers(load_mixture(data)))
+    # 70 are three quarters of 93 1/3; of 94, three quarters are 70.5.
+    by_source = Counter(answer.split()[0] for answer in found.elements())
+    assert sum(by_source.values()) == 94 and by_source["image"] in (70, 71)
+    assert {count for answer, count in found.items() if "video" in answer} <= {2, 3}  # 23 or 24 of 9
+    assert len(found) == 79
+    swapped = Counter(answers(load_mixture([{"path": images, "weight": 0.1}, {"path": videos, "weight": 0.9}])))
+    assert sum(swapped.values()) == 700 and sum(swapped[f"video {index}"] for index in range(9)) == 630
+    assert set(swapped.values()) == {1, 70}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ([30, 10], [3, 1], [30, 10]),
+        ([30, 1], [3, 1], [30, 10]),
+        ([1, 10], [0.3, 0.1], [30, 10]),
+        ([30, 70], [0.3, 0.7], [30, 70]),
+        ([1, 1, 1], [1, 1, 1], [1, 1, 1]),
+        ([5, 1, 1], [1, 1, 1], [5, 5, 5]),
+        ([7], [0.2], [7]),
+    ],
+)
+def test_numbers_of_conversations(sizes, weights, expected):
+    assert shares(sizes, weights) == expected
+
+
+def test_the_order_is_the_seed_s(sources):
+    data = [{"path": path, "weight": weight} for path, weight in zip(sources, (3, 1), strict=True)]
+    first = answers(load_mixture(data, seed=5))
+    assert first == answers(load_mixture(data, seed=5)) != answers(load_mixture(data, seed=6))
+    kinds = "".join(answer[0] for answer in first)
+    assert "iiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii" not in kinds and "vvvvvvvvvvv" not in kinds
+    one = answers(load_mixture(sources[0], seed=5))
+    assert sorted(one) == sorted(f"image {index}" for index in range(70)) and one != sorted(one)
+    both = Counter(answers(load_mixture(list(sources))))
+    assert both.keys() == set(first) and set(both.values()) == {1}
+
+
+def test_a_conversation_that_occurs_again_is_read_once(processor):
+    class Read(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    order = torch.tensor([2, 0, 2, 1, 2])
+    packed = PackedDataset(Mixture([Read(CONVERSATIONS[:2]), Read(CONVERSATIONS[2:3])], order), processor)
+    assert sorted(read) == [0, 0, 1]
+    assert [example for row in packed for example in row] == [CONVERSATIONS[index] for index in order]
+    sizes = [measure(processor, CONVERSATIONS[index]) for index in order]
+    assert (packed.num_text_tokens, packed.num_image_tokens) == tuple(map(sum, zip(*sizes, strict=True)))
+
+
+def test_a_run_packs_images_and_videos_together(casa_folder, tmp_path):
+    """A folder with a file of each kind gives rows of both, other ones for another seed."""
+    write(tmp_path / "images.jsonl", [f"image {index}" for index in range(12)])
+    write(tmp_path / "videos.jsonl", [f"video {index}" for index in range(12)])
+    processor = load_processor(casa_folder)
+    settings = {"model": "m", "output": "o", "max_text_tokens": 120}
+
+    def rows(data, **options):
+        config = TrainingConfig.from_dict({**settings, "data": data, **options})
+        packed = recipe_module._pack(config, processor, config.data, config.split)
+        return [tuple(answers(row)) for row in packed]
+
+    found = rows(str(tmp_path))
+    assert len(found) > 3 and max(map(len, found)) > 2
+    assert sum(len({answer.split()[0] for answer in row}) == 2 for row in found) > len(found) / 2
+    assert found == rows(str(tmp_path)) != rows(str(tmp_path), seed=1)
+    weighted = [{"path": str(tmp_path / f"{kind}s.jsonl"), "weight": w} for kind, w in (("image", 3), ("video", 1))]
+    counts = Counter(answer.split()[0] for row in rows(weighted) for answer in row)
+    assert counts == {"image": 36, "video": 12}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], ["empty"]),
+        ([{"path": "a", "weight": 1}, "b"], ["b has no weight", "a has one"]),
+        ([{"path": "a", "weight": 0}], ["weight of a", "0", "positive"]),
+        ([{"path": "a", "weight": True}], ["True", "positive"]),
+        ([{"path": "a", "wieght": 1}], ["wieght", "path and optionally name, split, weight"]),
+        ([3], ["3", "a path, or a mapping"]),
+    ],
+)
+def test_mixtures_that_say_nothing_are_refused(data, words):
+    with pytest.raises(ValueError) as refused:
+        load_mixture(data)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_a_share_of_nothing_is_refused(sources, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = str(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"empty\.jsonl has no conversations"):
+        load_mixture([{"path": sources[0], "weight": 1}, {"path": empty, "weight": 1}])
+    assert len(load_mixture([sources[0], empty])) == 70
+
+
+# ---------------------------------------------------------------- data sets by name
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A folder as it would be on the Hub: two configurations with two splits each."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "me" / "data-v1.5"
+    entries = []
+    for name in ("charts", "photos"):
+        entries.append(f"- config_name: {name}\n  data_files:")
+        for split in ("train", "test"):
+            write(folder / name / f"{split}.jsonl", [f"{name} {split} {index}" for index in range(4)], "p/cat.jpg")
+            entries.append(f"  - split: {split}\n    path: {name}/{split}.jsonl")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(entries) + "\n---\n")
+    (folder / "p").mkdir()
+    shutil.copy(PHOTOGRAPHS / "cat.jpg", folder / "p")
+    return folder
+
+
+def test_a_data_set_is_read_by_its_configuration_and_split(data_set):
+    found = load_conversations(data_set, "test", "photos")
+    assert answers(found) == [f"photos test {index}" for index in range(4)]
+    assert found[0]["images"] == [str(data_set / "p" / "cat.jpg")]
+    assert answers(load_conversations(data_set, "train[:2]", name="charts")) == ["charts train 0", "charts train 1"]
+    mixed = load_mixture(
+        [
+            {"path": str(data_set), "name": "photos", "split": "test[:1]", "weight": 1},
+            {"path": str(data_set), "name": "charts", "weight": 4},
+        ]
+    )
+    assert sorted(answers(mixed)) == [*(f"charts train {index}" for index in range(4)), "photos test 0"]
+    for options in ({"name": "maps"}, {"name": "photos", "split": "validation"}):
+        with pytest.raises(ValueError, match=r"can't be read with name=.*"):
+            load_conversations(data_set, **options)
+    with pytest.raises(ValueError, match=r"name='photos'.*is a file"):
+        load_conversations(data_set / "photos" / "test.jsonl", name="photos")
+
+
+def test_a_hub_id_may_have_a_full_stop(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"The data set 'me/data-v1\.5' can't be read with name='maps'"):
+        load_conversations("me/data-v1.5", name="maps")
+    for name in ("me/data.jsonl", "me/data.csv", "data", "a/b/c", "../nowhere", "me/da ta"):
+        with pytest.raises(ValueError, match="no file or folder"):
+            load_conversations(name)
+
+
+# ---------------------------------------------------------------- which example is meant
+
+
+def truncate(path):
+    shutil.copy(PHOTOGRAPHS / "cat.jpg", path)
+    path.write_bytes(path.read_bytes()[:4000])
+
+
+def test_a_missing_picture_is_named_before_training_starts(processor, tmp_path):
+    file = write(tmp_path / "train.jsonl", ["a", "b"], "cat.jpg")
+    write(tmp_path / "more.jsonl", ["c"], "photos/nowhere.jpg")
+    shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
+    assert len(PackedDataset(load_mixture(file), processor)) == 1
+    with pytest.raises(ValueError) as refused:
+        PackedDataset(load_mixture(str(tmp_path)), processor)
+    message = str(refused.value)
+    assert "more.jsonl, line 1" in message and "'photos/nowhere.jpg'" in message and "no such file" in message
+    assert "padding" not in message
+
+
+def test_a_truncated_picture_is_named_when_it_is_used(processor, tmp_path):
+    """By its example, also where it has no file of its own."""
+    file = write(tmp_path / "train.jsonl", ["a", "b"], "cat.jpg")
+    truncate(tmp_path / "cat.jpg")
+    assert Image.open(tmp_path / "cat.jpg").size[0] > 100
+    collator = CasaDataCollator(processor)
+    [row] = PackedDataset(load_conversations(file), processor)
+    with pytest.raises(ValueError, match=r"Example 0 \(.*train\.jsonl, line 1\): .*cat\.jpg.*truncated"):
+        collator([pickle.loads(pickle.dumps(row))])
+    stored = [{**CONVERSATIONS[1]}, {**CONVERSATIONS[0], "images": [{"bytes": (tmp_path / "cat.jpg").read_bytes()}]}]
+    [row] = PackedDataset(stored, processor)
+    with pytest.raises(ValueError, match=r"Example 1: .*truncated"):
+        collator([row])
+    with pytest.raises(ValueError, match=r"What is in this picture.*truncated"):
+        collator(stored)
+
+
+def test_an_unusable_conversation_is_named(processor, tmp_path):
+    (tmp_path / "train.jsonl").write_text(f'{json.dumps(ask("a", "b"))}\n\n{{"text": "x"}}\n')
+    with pytest.raises(ValueError, match=r"Example 1 \(.*train\.jsonl, line 3\): .*messages"):
+        PackedDataset(load_conversations(tmp_path), processor)
