@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -223,6 +223,10 @@ def push(
         list[str] | None,
         typer.Option(help="What it was trained on, for the card; repeat for several.", show_default=False),
     ] = None,
+    card: Annotated[
+        Literal["folder", "hub"] | None,
+        typer.Option(help="The model card that counts where folder and repository differ.", show_default=False),
+    ] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
 ) -> None:
     """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
@@ -239,6 +243,7 @@ def push(
             revision=revision,
             with_code=with_code,
             datasets=dataset or (),
+            card=card,
             message=message,
         )
     except KeyboardInterrupt as error:
@@ -249,6 +254,8 @@ def push(
     typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")
     for name in report.removed:
         typer.echo(f"removed there: {name}")
+    if report.card_changes:
+        typer.echo(f"changed in the model card: {', '.join(report.card_changes)}")
     for name in report.left_out:
         typer.echo(f"left out: {name}")
 

@@ -75,7 +75,7 @@ def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
     for part in ("<!-- Written by the Trainer. -->", "# out\n", "- learning_rate: 0.0001\n"):
         assert part in card.text
     titles = re.findall(r"^## (.*)$", card.text, re.MULTILINE)
-    assert titles == ["Training procedure", "Usage", "Licence", "Citation"]
+    assert titles == ["Training procedure", "Architecture", "Usage", "Licence", "Citation"]
 
 
 def test_what_somebody_wrote_is_kept(config: CasaConfig) -> None:
@@ -98,18 +98,19 @@ Ask it nicely.
 All mine.
 """
     written = f"---\nlicense: mit\nbase_model: me/another\ndatasets: me/first\ntags: [own]\n---\n\n{text}"
-    card = ModelCard(published_card(written.replace("casa_hf", "it"), config, REPOSITORY))
-    assert card.text.strip() == text.replace("casa_hf", "it").strip()
+    card = ModelCard(published_card(written, config, REPOSITORY))
+    kept, _, added = card.text.strip().partition("\n\n## Architecture\n\n")
+    assert kept == text.strip() and "Variant `casa`" in added and "##" not in added
     assert card.data.license == "mit" and card.data.base_model == "me/another" and card.data.tags == ["own", "casa"]
     assert card.data.get("license_link") is None and card.data.get("base_model_relation") is None
     again = ModelCard(published_card(written, config, REPOSITORY, datasets=["me/second"]))
     assert again.data.datasets == ["me/first", "me/second"]
-    assert "nicely" not in again.text and "All mine." in again.text
+    assert "nicely" in again.text and "All mine." in again.text
 
 
 def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:
     card = ModelCard(published_card("# Plain\n\nWords.\n", config, REPOSITORY))
-    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Usage")
+    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Architecture")
     assert card.data.license_name == "qwen-research"
     assert not caplog.records
 

@@ -129,7 +129,7 @@ def test_a_branch_of_its_own(hub: Hub, casa_folder: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(*load(NAME, revision="v2")), trained)
     assert not torch.allclose(logits(*load(NAME)), trained, atol=1e-3)
     assert f'from_pretrained("{NAME}", revision="v2")' in hub.files(NAME, "v2")["README.md"].decode()
-    push_checkpoint(casa_folder, NAME, revision="v2", message="Back again")
+    push_checkpoint(casa_folder, NAME, revision="v2", card="folder", message="Back again")
     assert hub.commits(NAME, "v2")[-1].message == "Back again"
 
 
