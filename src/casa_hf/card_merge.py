@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 # Which of two cards counts where both say different things.
 Preference = Literal["folder", "hub"]
@@ -85,10 +86,12 @@ class Card:
     Attributes:
         data: its front matter.
         body: the rest.
+        order: of the fields in the front matter.
     """
 
     data: ModelCardData
     body: CardBody
+    order: list[str]
 
     @classmethod
     def read(cls, readme: str, name: str) -> Card:
@@ -107,10 +110,12 @@ class Card:
         except (ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"The front matter of {name} can't be read ({reason}). Correct it.") from error
-        return cls(card.data, CardBody.read(card.text))
+        block = REGEX_YAML_BLOCK.search(readme) if has_metadata else None
+        order = list(yaml.safe_load(block[2]) or ()) if block else []
+        return cls(card.data, CardBody.read(card.text), order)
 
     def write(self) -> str:
-        return f"---\n{self.data.to_yaml()}\n---\n\n{self.body.write()}"
+        return f"---\n{self.data.to_yaml(original_order=self.order)}\n---\n\n{self.body.write()}"
 
     def parts(self) -> dict[str, Any]:
         """What the card consists of: fields of the front matter, and sections by title."""

@@ -232,8 +232,8 @@ def published_card(
         datasets: Hub ids, or names in words, of what it was trained on; a section about what is untrained gives way
             to one about them.
         with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
-        present: the card that the repository has there; None if it has none. Without `readme` it is continued, and
-            what it says to be untrained is left out where the weights are others now.
+        present: the card that the repository has there; None if it has none. What it says to be untrained is left out
+            where the weights are others now, unless `readme` says something else of them.
         prefer: which card counts where both say different things, `readme` ("folder") or the present one ("hub").
         fresh: titles of sections (None for what comes before the first), and fields of the front matter, in which
             `readme` counts in any case.
@@ -251,6 +251,10 @@ def published_card(
     before = config if present is None or present.config is None else present.config
     own = None if readme is None else _read_card(readme, "README.md")
     there = None if present is None else _read_card(present.readme, f"the README.md of {repository}")
+    describes_others = False
+    if there is not None and present is not None and present.has_other_weights:
+        # A folder's card that says the same is older than its weights.
+        describes_others = own is None or own.body.get(UNTRAINED) in (None, there.body.get(UNTRAINED))
     if own is not None and there is not None and present is not None:
         conflicts = merge(
             own,
@@ -266,13 +270,13 @@ def published_card(
                 f"Its README.md and that of {repository} say different things ({', '.join(conflicts)}). Make them "
                 'agree, or say which of them counts there: card="hub" or card="folder" (--card hub, --card folder).'
             )
-    card = there or own or Card(ModelCardData(), CardBody([]))
+    card = there or own or Card(ModelCardData(), CardBody([]), [])
     if needs_origin and not origins and not card.data.get("license") and not card.data.get("base_model"):
         raise ValueError(
             "Neither README.md nor config.json tells what the checkpoint was made from and under which licence. State "
             "`base_model` and `license` in the front matter of README.md."
         )
-    if own is None and present is not None and present.has_other_weights:
+    if describes_others:
         card.body.remove(UNTRAINED)
     _complete_metadata(card, config, before, datasets, with_code)
     _complete_body(card.body, config, before, repository, revision, datasets, with_code)
@@ -315,11 +319,11 @@ def _complete_metadata(
     data = card.data
     for group in (*FIELD_GROUPS, ("library_name",), ("pipeline_tag",)):
         stated = fields(data.to_dict(), group)
-        is_outdated = stated == fields(outdated, group)
-        if known.get(group[0]) and (is_outdated or not stated.get(group[0])):
-            for key in stated if is_outdated else ():
+        new, is_outdated = fields(known, group), stated == fields(outdated, group)
+        if new.get(group[0]) and (is_outdated or not stated.get(group[0])):
+            for key in stated.keys() - new.keys() if is_outdated else ():
                 data.pop(key)
-            for key, value in fields(known, group).items():
+            for key, value in new.items():
                 data[key] = value
     tags = [tag for tag in union(data.get("tags"), ["casa"]) if tag != "custom_code"]
     data["tags"] = [*tags, "custom_code"] if with_code else tags
@@ -371,7 +375,7 @@ def _add_datasets(body: CardBody, datasets: Sequence[str]) -> None:
         body.set(TRAINED_ON, _datasets_text(datasets))
         return
     body.remove(UNTRAINED)
-    new = [name for name in datasets if not re.search(rf"(?<![\w/-]){re.escape(name)}(?![\w/-])", present)]
+    new = [name for name in datasets if not re.search(rf"^- \[?{re.escape(name)}($|[],.;:])", present, re.MULTILINE)]
     if new:
         body.set(TRAINED_ON, f"{present}\n{_datasets_text(new)}")
 

@@ -84,7 +84,8 @@ class Hub:
         on_upload: called with the handler and the size of a large file before its content is read; may break the
             connection, or refuse.
         before_commit, after_commit: called before a commit is taken, and before it is answered; may break the
-            connection.
+            connection, or refuse.
+        before_info: the same before a repository is described.
     """
 
     address: str = ""
@@ -96,6 +97,7 @@ class Hub:
     on_upload: Callable[[Any, int], None] | None = None
     before_commit: Callable[[], None] | None = None
     after_commit: Callable[[], None] | None = None
+    before_info: Callable[[], None] | None = None
 
     def commits(self, repository: str, branch: str = "main") -> list[Commit]:
         """Those after the one that creation makes."""
@@ -107,6 +109,12 @@ class Hub:
     def create(self, repository: str, private: bool = False, files: dict[str, bytes] | None = None) -> None:
         first = Commit({".gitattributes": b"*.safetensors filter=lfs\n", **(files or {})}, set(), "initial commit")
         self.repositories[repository] = Repository(private, {"main": [first]})
+
+    def edit(self, repository: str, branch: str = "main", **files: str) -> None:
+        """A commit that somebody makes on the website; names are without ".md"."""
+        history = self.repositories[repository].branches[branch]
+        written = {f"{name}.md": text.encode() for name, text in files.items()}
+        history.append(Commit({**history[-1].files, **written}, set(history[-1].large), f"Edit {len(history)}"))
 
 
 def break_connection(handler: Any, size: int) -> None:
@@ -197,6 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"url": f"{self.hub.address}/{name}", "name": name})
 
     def info(self, name: str, revision: str | None = None) -> None:
+        if self.hub.before_info is not None:
+            self.hub.before_info()
         repository = self.readable(name)
         commit = repository.at(revision or "main")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -251,20 +252,76 @@ def test_a_connection_that_stays_broken_is_resumed_by_the_same_call(hub: Hub, sh
         assert commit.files[file.name] == file.read_bytes()
 
 
+def hang_up() -> None:
+    raise ConnectionAbortedError
+
+
+def time_out(status: int) -> Callable[[], None]:
+    """A gateway answers in the Hub's place."""
+
+    def answer() -> None:
+        raise Refused(status, "upstream request timeout")
+
+    return answer
+
+
+@pytest.mark.parametrize("answer", [hang_up, time_out(504), time_out(500), time_out(408)])
+def test_a_commit_that_arrived_without_an_answer(hub: Hub, sharded: Path, answer: Callable[[], None]) -> None:
+    """The Hub is asked what it holds; a commit with files of all kinds, and files that it takes out."""
+    first = push_checkpoint(sharded, NAME, with_code=True)
+    trained = shards(sharded)[1].name
+    content = hub.repositories[NAME].branches["main"][-1].files
+    content[trained] = b"other weights"
+    hub.after_commit = answer
+    report = push_checkpoint(sharded, NAME)
+    assert report.changed and report.commit == hub.commits(NAME)[-1].sha != first.commit
+    assert len(hub.commits(NAME)) == 2 and "modeling_casa.py" in report.removed
+    assert hub.files(NAME)[trained] == (sharded / trained).read_bytes()
+
+
+@pytest.mark.parametrize("answer", [hang_up, time_out(504), time_out(408)])
 @pytest.mark.parametrize(("moment", "arrived"), [("before_commit", 0), ("after_commit", 1)])
-def test_a_commit_without_an_answer(hub: Hub, casa_folder: Path, moment: str, arrived: int) -> None:
-    """It may have arrived, and the error doesn't say otherwise."""
+def test_a_commit_of_which_nothing_is_heard(
+    hub: Hub, casa_folder: Path, moment: str, arrived: int, answer: Callable[[], None]
+) -> None:
+    """It may have arrived, or arrive later, and the error doesn't say otherwise."""
 
-    def hang_up() -> None:
-        raise ConnectionAbortedError
+    def and_nothing_after() -> None:
+        hub.before_info = hang_up
+        answer()
 
-    setattr(hub, moment, hang_up)
+    setattr(hub, moment, and_nothing_after)
     message = assert_refused(casa_folder, NAME, "commit", "isn't known", "same command again")
     assert "Nothing was published" not in message
     assert len(hub.commits(NAME)) == arrived
     setattr(hub, moment, None)
+    hub.before_info = None
     push_checkpoint(casa_folder, NAME)
     assert len(hub.commits(NAME)) == 1 and len(hub.uploaded) == 1
+
+
+def test_a_commit_that_may_still_arrive(hub: Hub, casa_folder: Path) -> None:
+    """The Hub answers, but doesn't hold it, or holds another."""
+    hub.before_commit = time_out(504)
+    assert_refused(casa_folder, NAME, "isn't known", "same command again")
+    hub.before_commit = None
+    push_checkpoint(casa_folder, NAME)
+
+    def somebody_else() -> None:
+        hub.edit(NAME, README="# Mine\n")
+        raise Refused(504, "upstream request timeout")
+
+    hub.after_commit = somebody_else
+    assert_refused(casa_folder, NAME, "isn't known", with_code=True)
+
+
+def test_a_gateway_that_fails_before_the_commit(hub: Hub, casa_folder: Path) -> None:
+    def on_upload(handler: Any, size: int) -> None:
+        raise Refused(400, "Bad request")
+
+    hub.on_upload = on_upload
+    assert_refused(casa_folder, NAME, "upload", "Nothing was published")
+    assert not hub.commits(NAME)
 
 
 def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Path) -> None:
@@ -392,9 +449,20 @@ def test_a_taken_name(hub: Hub, casa_folder: Path, files: dict[str, bytes], held
 
 
 def test_a_repository_with_words_alone_is_not_taken(hub: Hub, casa_folder: Path) -> None:
-    hub.create(NAME, files={"README.md": b"# To come\n", "picture.png": b"image"})
-    push_checkpoint(casa_folder, NAME)
+    """Its words stay, and the converter's sections come behind them."""
+    words = (
+        "---\nlicense: mit\ntags:\n- own\nextra_gated_prompt: Promise.\n---\n\n"
+        "# To come\n\nSoon.\n\n## Plans\n\nMany.\n"
+    )
+    hub.create(NAME, files={"README.md": words.encode(), "picture.png": b"image"})
+    report = push_checkpoint(casa_folder, NAME)
     assert {"picture.png", "model.safetensors"} <= hub.files(NAME).keys()
+    card = ModelCard(hub.files(NAME)["README.md"].decode())
+    assert card.text.strip().startswith("# To come\n\nSoon.\n\n## Plans\n\nMany.\n\n## What is untrained\n\n")
+    titles = re.findall("^## (.*)$", card.text, re.MULTILINE)
+    assert titles[1:] == ["What is untrained", "How it was made", "Architecture", "Usage", "Licence", "Citation"]
+    assert card.data.license == "mit" and card.data.extra_gated_prompt == "Promise."
+    assert card.data.tags == ["own", "casa"] and report.card_changes == ("tags",)
 
 
 def test_somebody_else_commits_meanwhile(hub: Hub, casa_folder: Path) -> None:

@@ -7,6 +7,7 @@ CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this add
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ class CasaTrainer(Trainer):
         info = repository_info(api, self.hub_model_id, revision)
         present = present_card(api, self.hub_model_id, info, ())
         fresh: list[str | None] = ["Training procedure", "model-index"]
-        if present is not None and _BY_TRAINER in present.readme:
-            fresh.append(None)
+        if present is not None:
+            present = replace(present, has_other_weights=True)
+            if _BY_TRAINER in present.readme:
+                fresh.append(None)
         readme = published_card(
             file.read_text("utf-8"),
             config,
