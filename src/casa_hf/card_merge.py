@@ -112,7 +112,7 @@ class Card:
             raise ValueError(f"The front matter of {name} can't be read ({reason}). Correct it.") from error
         block = REGEX_YAML_BLOCK.search(readme) if has_metadata else None
         order = list(yaml.safe_load(block[2]) or ()) if block else []
-        return cls(card.data, CardBody.read(card.text), order)
+        return cls(ModelCardData(**card.data.to_dict()), CardBody.read(card.text), order)
 
     def write(self) -> str:
         return f"---\n{self.data.to_yaml(original_order=self.order)}\n---\n\n{self.body.write()}"

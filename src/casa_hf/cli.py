@@ -7,11 +7,13 @@ everything else to standard error. What goes wrong ends in one line and exit cod
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -233,7 +235,7 @@ def push(
     quiet_unless_terminal()
     from rich.filesize import decimal
 
-    from .publishing import push_checkpoint
+    from .publishing import PublishingError, push_checkpoint
 
     try:
         report = push_checkpoint(
@@ -246,7 +248,11 @@ def push(
             card=card,
             message=message,
         )
+    except PublishingError as error:
+        _close_progress_bars(error)
+        raise
     except KeyboardInterrupt as error:
+        _close_progress_bars(error)
         raise OSError(
             f"The push to {repository} was interrupted. The same command again sends only what is missing."
         ) from error
@@ -258,6 +264,17 @@ def push(
         typer.echo(f"changed in the model card: {', '.join(report.card_changes)}")
     for name in report.left_out:
         typer.echo(f"left out: {name}")
+
+
+def _close_progress_bars(error: BaseException | None) -> None:
+    """End the lines of bars that the Hub's client leaves open when an upload fails.
+
+    They close when nothing holds them; until then the frames of the error do, and a file that refers to itself.
+    """
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 @app.command()

@@ -193,7 +193,7 @@ class PresentCard:
     Attributes:
         readme: its README.md.
         config: of the checkpoint that lies beside it; None if there is none.
-        has_other_weights: whether the weights beside it are others than those that are published.
+        has_other_weights: whether the weight files beside it are others than those that are published.
     """
 
     readme: str
@@ -220,8 +220,8 @@ def published_card(
 ) -> str:
     """The README.md under which a checkpoint is published.
 
-    What the folder's card and the repository's own say is kept: that of the converter, of Transformers' Trainer, or one
-    written by hand. What was generated is brought up to date: base model and licence where the configuration knows
+    What the folder's card and the repository's own say is kept: that of the converter, of Transformers' Trainer, or
+    one written by hand. What was generated is brought up to date: base model and licence where the configuration knows
     others, the variant, and the code that loads the repository. What is missing of these and of the citation is added.
 
     Args:

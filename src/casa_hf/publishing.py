@@ -303,9 +303,7 @@ def push_checkpoint(
     repository = repository if "/" in repository else f"{user}/{repository}"
     with _explained(repository, f"Preparing {repository}", user):
         target = _find_repository(api, repository, private, revision)
-    additions = [
-        CommitOperationAdd(name, content) for name, content in _contents(checkpoint, with_code).items()
-    ]
+    additions = [CommitOperationAdd(name, content) for name, content in _contents(checkpoint, with_code).items()]
     with _explained(repository, f"Reading the model card of {repository}", user):
         present = None if target.info is None else present_card(api, repository, target.info, additions)
     names = {addition.path_in_repo for addition in additions} | names_of(target.info)
@@ -569,9 +567,7 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
 
 
-def _refusal(
-    error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None, when_lost: str
-) -> str:
+def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None, when_lost: str) -> str:
     said = _reason(error)
     if status == 401:
         return f"The Hub doesn't accept the token ({said}). Log in anew with `hf auth login`, or set another HF_TOKEN."

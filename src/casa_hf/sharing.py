@@ -19,11 +19,12 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from . import modeling_casa, processing_casa
 from .card_merge import UNTRAINED, Card, union
 from .configuration_casa import CasaConfig
 from .export import modelling_files
 from .hub import PresentCard, published_card
+from .modeling_casa import CasaForConditionalGeneration as _Model
+from .processing_casa import CasaProcessor as _Processor
 
 CARD = "README.md"
 
@@ -105,8 +106,8 @@ def repository_info(api: HfApi, repository: str, revision: str | None) -> ModelI
 # ---------------------------------------------------------------- the public classes
 
 
-class CasaForConditionalGeneration(modeling_casa.CasaForConditionalGeneration):
-    __doc__ = modeling_casa.CasaForConditionalGeneration.__doc__
+class CasaForConditionalGeneration(_Model):
+    __doc__ = _Model.__doc__
 
     def _upload_modified_files(
         self,
@@ -127,27 +128,34 @@ class CasaForConditionalGeneration(modeling_casa.CasaForConditionalGeneration):
         api = HfApi(token=token)
         info = repository_info(api, repo_id, revision)
         weights = [CommitOperationAdd(file.name, str(file)) for file in folder.glob("*.safetensors")]
-        modules = {file.name for file in modelling_files()}
-        written = published_card(
+        present = present_card(api, repo_id, info, weights)
+        named = json.loads((folder / "config.json").read_text("utf-8"))
+        there = names_of(info) | {file.name for file in folder.iterdir()}
+        readme = published_card(
             None,
             self.config,
             repo_id,
             revision=revision,
-            with_code="auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
-            and modules <= names_of(info) | {file.name for file in folder.iterdir()},
-            present=present_card(api, repo_id, info, weights),
+            with_code="auto_map" in named and {file.name for file in modelling_files()} <= there,
+            present=present,
             needs_origin=False,
         )
-        card = Card.read(written, CARD)
-        card.data["tags"] = union(card.data.get("tags"), _tags(folder / CARD))
+        # Transformers has added the tags that were asked for to the card of the default branch.
+        main = present
+        if revision is not None:
+            main = present_card(api, repo_id, repository_info(api, repo_id, None), ())
+        known = [] if main is None else _tags(main.readme)
+        asked = [tag for tag in _tags((folder / CARD).read_text("utf-8")) if tag not in known]
+        card = Card.read(readme, CARD)
+        card.data["tags"] = union(card.data.get("tags"), asked)
         (folder / CARD).write_text(card.write(), "utf-8")
         return super()._upload_modified_files(
             working_dir, repo_id, files_timestamps, *args, token=token, revision=revision, **kwargs
         )
 
 
-class CasaProcessor(processing_casa.CasaProcessor):
-    __doc__ = processing_casa.CasaProcessor.__doc__
+class CasaProcessor(_Processor):
+    __doc__ = _Processor.__doc__
 
     def _upload_modified_files(
         self,
@@ -166,6 +174,5 @@ class CasaProcessor(processing_casa.CasaProcessor):
         )
 
 
-def _tags(readme: Path) -> list[str]:
-    """The tags of the card that Transformers has prepared, in which those that were asked for are."""
-    return union(Card.read(readme.read_text("utf-8"), CARD).data.get("tags"), []) if readme.is_file() else []
+def _tags(readme: str) -> list[str]:
+    return union(Card.read(readme, CARD).data.get("tags"), [])

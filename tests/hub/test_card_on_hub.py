@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A repository that has a card already: what somebody wrote there is kept, what was generated is brought up to date."""
+"""A repository that has a card already: what somebody wrote there is kept, what was generated follows the model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,12 @@ def test_edits_on_the_hub_are_kept(hub: Hub, trained: Path) -> None:
     assert hub.files(NAME)["README.md"].decode() == before and not report.changed and not report.card_changes
     push_checkpoint(trained, NAME, datasets=["someone/more"])
     assert card(hub).data.extra_gated_prompt == "Promise." and card(hub).data.language == "fr"
-    for words in ("It dreams.", "## Gallery\n\nPictures.", "Ask it nicely.\n\n```python", "- my data, all of 2025\n- [s"):
+    for words in (
+        "It dreams.",
+        "## Gallery\n\nPictures.",
+        "Ask it nicely.\n\n```python",
+        "- my data, all of 2025\n- [s",
+    ):
         assert words in card(hub).text
     assert card(hub).data.datasets == ["someone/more"]
 
@@ -80,7 +85,7 @@ def test_training_data_stay_known(hub: Hub, trained: Path) -> None:
     assert "## Training data\n\n- my data\n- my\n" in card(hub).text and report.card_changes == ("Training data",)
 
 
-def test_what_was_generated_is_brought_up_to_date(hub: Hub, source_folder: Path, trained: Path, tmp_path: Path) -> None:
+def test_what_was_generated_follows_the_model(hub: Hub, source_folder: Path, trained: Path, tmp_path: Path) -> None:
     """Another source, another design, code: the statements that nobody has edited follow."""
     set_origin(trained, "someone/first", "apache-2.0")
     push_checkpoint(trained, NAME, with_code=True)

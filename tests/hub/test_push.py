@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,7 @@ from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.hub.conftest import empty_cache, process_environment
 from tests.hub.helpers import fine_tuned, logits
 from tests.hub.loopback import BLIND, READ_ONLY, READER, WRITER, Hub, Refused, break_connection, sha256
+from tests.training.helpers import CONVERSATIONS
 
 NAME = "me/tiny-casa"
 FILES = {
@@ -118,6 +121,34 @@ def test_round_trip(hub: Hub, source_folder: Path, tmp_path: Path, monkeypatch: 
     assert torch.equal(logits(model, processor), trained)
     untrained = logits(CasaForConditionalGeneration.from_pretrained(converted), processor)
     assert not torch.allclose(trained, untrained, atol=1e-3)
+
+
+def test_what_training_leaves(
+    hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`casa-hf train`, `casa-hf push`, load by name: the same logits. On a branch with "/"."""
+    hub.large = ("*.safetensors", "tokenizer.json")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(example)}\n" for example in CONVERSATIONS))
+    settings = {"model": str(casa_folder), "data": str(data), "output": str(tmp_path / "out"), "max_steps": 2}
+    settings |= {"max_pixels": 84 * 84, "max_text_tokens": 70, "sequences_per_update": 1, "lr_new": 1e-2}
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"trainer": {"use_cpu": True}}))
+    branch = "runs/first"
+    for command in (["train", str(tmp_path / "run.json")], ["push", settings["output"], NAME, "--revision", branch]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code, capsys.readouterr().err
+    (commit,) = hub.commits(NAME, branch)
+    assert commit.large == {"model.safetensors", "tokenizer.json"} and not hub.commits(NAME)
+    assert sorted(hub.uploaded) == sorted(sha256(commit.files[name]) for name in commit.large)
+    local = Path(settings["output"])
+    expected = logits(CasaForConditionalGeneration.from_pretrained(local), CasaProcessor.from_pretrained(local))
+    shutil.rmtree(local)
+    empty_cache(tmp_path / "empty", monkeypatch)
+    model, processor = load(NAME, revision=branch)
+    assert torch.equal(logits(model, processor), expected)
+    untrained = CasaForConditionalGeneration.from_pretrained(casa_folder)
+    assert not torch.allclose(logits(untrained, processor), expected, atol=1e-3)
 
 
 def test_a_branch_of_its_own(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
@@ -324,8 +355,28 @@ def test_a_gateway_that_fails_before_the_commit(hub: Hub, casa_folder: Path) -> 
     assert not hub.commits(NAME)
 
 
+class Shown(threading.Thread):
+    """Reads a terminal until the other side closes it."""
+
+    def __init__(self, terminal: int):
+        super().__init__(daemon=True)
+        self.terminal, self.text = terminal, ""
+        self.start()
+
+    def run(self) -> None:
+        with open(self.terminal, "rb", buffering=0) as stream:
+            try:
+                while part := stream.read(4096):
+                    self.text += part.decode(errors="replace")
+            except OSError:  # Linux's way to say that it is closed
+                pass
+
+
 def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Path) -> None:
-    """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it."""
+    """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it.
+
+    On a terminal it shows, until then, how far each file is.
+    """
     stuck, ended = threading.Event(), threading.Event()
     number = len(shards(sharded))
 
@@ -338,25 +389,33 @@ def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Pa
     hub.on_upload = on_upload
     command = [sys.executable, "-m", "casa_hf", "push", str(sharded), NAME]
     environment = {**os.environ, **process_environment(hub, tmp_path / "home")}
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 100))
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=its_end,
         text=True,
         # Who runs the tests in the background of a shell has them ignore interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    os.close(its_end)
+    shown = Shown(terminal)
     try:
         assert stuck.wait(180)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=120)
     finally:
         process.kill()
         ended.set()
+    shown.join()
     assert process.returncode == 1 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    assert "interrupted" in err and "same command again" in err
+    for file in shards(sharded)[:-1]:
+        assert re.search(rf"{re.escape(file.name)}.*100%", shown.text), shown.text
+    last = shown.text.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in shown.text
+    assert "interrupted" in last and "same command again" in last
     assert not hub.commits(NAME)
 
     hub.on_upload = None
