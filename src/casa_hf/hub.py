@@ -18,6 +18,10 @@ from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_ove
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
+# In the introduction that Transformers' Trainer writes; whoever completes it is asked to remove this.
+BY_TRAINER = "<!-- This model card has been generated automatically"
+_FROM_SCRATCH = re.compile(r"^This model was trained from scratch (?:on an unknown dataset\.|(on .*))$", re.MULTILINE)
+
 # What Transformers' `push_to_hub` describes a model by that has no card.
 _TEMPLATE_DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
@@ -251,6 +255,9 @@ def published_card(
     before = config if present is None or present.config is None else present.config
     own = None if readme is None else _read_card(readme, "README.md")
     there = None if present is None else _read_card(present.readme, f"the README.md of {repository}")
+    for known in (own, there):
+        if known is not None:
+            _renew(known.body, config, before)
     describes_others = False
     if there is not None and present is not None and present.has_other_weights:
         # A folder's card that says the same is older than its weights.
@@ -279,7 +286,7 @@ def published_card(
     if describes_others:
         card.body.remove(UNTRAINED)
     _complete_metadata(card, config, before, datasets, with_code)
-    _complete_body(card.body, config, before, repository, revision, datasets, with_code)
+    _complete_body(card.body, config, repository, revision, datasets, with_code)
     return card.write()
 
 
@@ -311,6 +318,32 @@ def _is_generated(title: str | None, text: str, config: CasaConfig) -> bool:
     return texts.get(title) == text
 
 
+def _renew(body: CardBody, config: CasaConfig, before: CasaConfig) -> None:
+    """Bring sentences that were generated, from an earlier configuration or without knowing it, up to date."""
+    origins = recorded_origins(config)
+    introduction = _intro_text(config, origins)
+    renewed = {
+        _intro_text(before, recorded_origins(before)): introduction,
+        _license_text(recorded_origins(before)): _license_text(origins),
+    }
+    for old, new in renewed.items():
+        if old and new:
+            body.sections = [(title, text.replace(old, new)) for title, text in body.sections]
+    stated = body.get(None)
+    if stated and BY_TRAINER in stated:
+        # That is what the Trainer takes a model for whose source is no repository.
+        body.set(
+            None,
+            _FROM_SCRATCH.sub(
+                lambda found: introduction + (f"\nIt was trained {found[1]}" if found[1] else ""), stated
+            ),
+        )
+
+
+def _trained_on(data: str | None) -> str:
+    return f"It was trained {data}" if data else ""
+
+
 def _complete_metadata(
     card: Card, config: CasaConfig, before: CasaConfig, datasets: Sequence[str], with_code: bool
 ) -> None:
@@ -335,24 +368,16 @@ def _complete_metadata(
 def _complete_body(
     body: CardBody,
     config: CasaConfig,
-    before: CasaConfig,
     repository: str,
     revision: str | None,
     datasets: Sequence[str],
     with_code: bool,
 ) -> None:
-    """The same for the sections."""
+    """Add the sections that a card lacks, and let its code load the repository."""
     origins = recorded_origins(config)
     introduction = _intro_text(config, origins)
     if not body.get(None):
         body.sections = [(None, f"# {repository.rpartition('/')[2]}\n\n{introduction}\n"), *body.sections]
-    renewed = {
-        _intro_text(before, recorded_origins(before)): introduction,
-        _license_text(recorded_origins(before)): _license_text(origins),
-    }
-    for old, new in renewed.items():
-        if old and new:
-            body.sections = [(title, text.replace(old, new)) for title, text in body.sections]
     named = f"Variant `{config.variant or ''}"
     if not any(named in text for _, text in body.sections):
         body.set("Architecture", f"{body.get('Architecture') or ''}\n\n{introduction}".strip())

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
+from casa_hf.hub import BY_TRAINER as TRAINER_COMMENT
 from casa_hf.hub import Origin, origin_records, published_card, recorded_origins
 from examples.tiny_source import build_tiny_helium
 from tests.hub.loopback import Hub
@@ -76,6 +77,17 @@ def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
         assert part in card.text
     titles = re.findall(r"^## (.*)$", card.text, re.MULTILINE)
     assert titles == ["Training procedure", "Architecture", "Usage", "Licence", "Citation"]
+
+
+@pytest.mark.parametrize(("data", "said"), [("an unknown dataset.", ""), ("the x/y dataset.", "the x/y dataset.")])
+def test_a_trained_model_is_not_from_scratch(config: CasaConfig, data: str, said: str) -> None:
+    """As the Trainer says of all whose source it doesn't know."""
+    sentence = f"{TRAINER_COMMENT}. -->\n\n# out\n\nThis model was trained from scratch on {data}\nLoss: 1.0\n"
+    card = ModelCard(published_card(sentence, config, REPOSITORY))
+    assert "from scratch" not in card.text and "\nLoss: 1.0\n" in card.text and "Variant `casa`" in card.text
+    assert ("It was trained on the x/y dataset.\n" in card.text) == bool(said) and "unknown" not in card.text
+    by_hand = ModelCard(published_card(sentence.partition("-->\n\n")[2], config, REPOSITORY))
+    assert f"This model was trained from scratch on {data}" in by_hand.text
 
 
 def test_what_somebody_wrote_is_kept(config: CasaConfig) -> None:

@@ -68,6 +68,8 @@ def test_push_to_hub(hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: p
     card = ModelCard(hub.files("me/trained")["README.md"].decode())
     assert {"generated_from_trainer", "casa"} <= set(card.data.tags)
     assert "learning_rate: 0.01" in card.text and 'from_pretrained("me/trained")' in card.text
+    assert "from scratch" not in card.text and "as a CASA model: images stay out" in card.text
+    assert not push_checkpoint(tmp_path / "out", "me/trained").changed
 
 
 def test_casa_trainer(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_casa_trainer(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     assert {"generated_from_trainer", "casa"} <= set(card.data.tags) and card.data.pipeline_tag == "image-text-to-text"
     for part in ("learning_rate: 0.01", f'from_pretrained("{name}")', "Variant `casa`", "eprint = {2512.19535}"):
         assert part in card.text
-    assert "ntrained" not in card.text and "## How it was made" in card.text
+    assert "ntrained" not in card.text and "## How it was made" in card.text and "from scratch" not in card.text
     written = hub.files(name)["README.md"].decode().replace("\n## Usage", "\n## Gallery\n\nPictures.\n\n## Usage")
     hub.edit(name, README=written.replace("tags:", "extra_gated_prompt: Promise.\ntags:", 1))
     card = run(0.02)

@@ -18,15 +18,12 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..configuration_casa import CasaConfig
-from ..hub import published_card
+from ..hub import BY_TRAINER, published_card
 from ..sharing import CARD, present_card, repository_info
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
 from .samples import Dialogue
-
-# In the introduction that the Trainer writes; whoever completes it is asked to remove this.
-_BY_TRAINER = "<!-- This model card has been generated automatically"
 
 
 class CasaTrainer(Trainer):
@@ -120,7 +117,7 @@ class CasaTrainer(Trainer):
         fresh: list[str | None] = ["Training procedure", "model-index"]
         if present is not None:
             present = replace(present, has_other_weights=True)
-            if _BY_TRAINER in present.readme:
+            if BY_TRAINER in present.readme:
                 fresh.append(None)
         readme = published_card(
             file.read_text("utf-8"),
