@@ -331,17 +331,12 @@ def _renew(body: CardBody, config: CasaConfig, before: CasaConfig) -> None:
             body.sections = [(title, text.replace(old, new)) for title, text in body.sections]
     stated = body.get(None)
     if stated and BY_TRAINER in stated:
-        # That is what the Trainer takes a model for whose source is no repository.
-        body.set(
-            None,
-            _FROM_SCRATCH.sub(
-                lambda found: introduction + (f"\nIt was trained {found[1]}" if found[1] else ""), stated
-            ),
-        )
 
+        def described(found: re.Match[str]) -> str:
+            """What the Trainer says of all models whose source is no repository."""
+            return introduction + (f"\nIt was trained {found[1]}" if found[1] else "")
 
-def _trained_on(data: str | None) -> str:
-    return f"It was trained {data}" if data else ""
+        body.set(None, _FROM_SCRATCH.sub(described, stated))
 
 
 def _complete_metadata(

@@ -78,7 +78,7 @@ def present_card(
         except Exception:  # of another version, say: then nothing is known about it, as about a card without a model
             config = None
     has_other_weights = False
-    if UNTRAINED in readme:  # what it says elsewhere doesn't depend on their values, and comparing means reading them
+    if config is not None and UNTRAINED in readme:  # the rest doesn't depend on them, and comparing means reading them
         present = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         has_other_weights = any(
             addition.path_in_repo not in present or not holds(present[addition.path_in_repo], addition)
