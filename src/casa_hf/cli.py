@@ -7,13 +7,11 @@ everything else to standard error. What goes wrong ends in one line and exit cod
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from traceback import clear_frames
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -248,11 +246,11 @@ def push(
             card=card,
             message=message,
         )
-    except PublishingError as error:
-        _close_progress_bars(error)
+    except PublishingError:
+        _close_progress_bars()
         raise
     except KeyboardInterrupt as error:
-        _close_progress_bars(error)
+        _close_progress_bars()
         raise OSError(
             f"The push to {repository} was interrupted. The same command again sends only what is missing."
         ) from error
@@ -266,15 +264,12 @@ def push(
         typer.echo(f"left out: {name}")
 
 
-def _close_progress_bars(error: BaseException | None) -> None:
-    """End the lines of bars that the Hub's client leaves open when an upload fails.
+def _close_progress_bars() -> None:
+    """End the lines of bars that the Hub's client leaves open when an upload fails, before something else is shown."""
+    from huggingface_hub.utils import tqdm
 
-    They close when nothing holds them; until then the frames of the error do, and a file that refers to itself.
-    """
-    while error is not None:
-        clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    gc.collect()
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 @app.command()
