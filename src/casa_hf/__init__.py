@@ -18,9 +18,9 @@ from .conversion import (
     plan_to_source,
 )
 from .export import add_code
-from .modeling_casa import CasaForConditionalGeneration, CasaModel
-from .processing_casa import CasaProcessor
+from .modeling_casa import CasaModel
 from .publishing import PublishingError, push_checkpoint
+from .sharing import CasaForConditionalGeneration, CasaProcessor
 from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 
 AutoConfig.register("casa", CasaConfig, exist_ok=True)

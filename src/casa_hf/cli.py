@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -223,13 +223,17 @@ def push(
         list[str] | None,
         typer.Option(help="What it was trained on, for the card; repeat for several.", show_default=False),
     ] = None,
+    card: Annotated[
+        Literal["folder", "hub"] | None,
+        typer.Option(help="The model card that counts where folder and repository differ.", show_default=False),
+    ] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
 ) -> None:
     """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
     quiet_unless_terminal()
     from rich.filesize import decimal
 
-    from .publishing import push_checkpoint
+    from .publishing import PublishingError, push_checkpoint
 
     try:
         report = push_checkpoint(
@@ -239,9 +243,14 @@ def push(
             revision=revision,
             with_code=with_code,
             datasets=dataset or (),
+            card=card,
             message=message,
         )
+    except PublishingError:
+        _close_progress_bars()
+        raise
     except KeyboardInterrupt as error:
+        _close_progress_bars()
         raise OSError(
             f"The push to {repository} was interrupted. The same command again sends only what is missing."
         ) from error
@@ -249,8 +258,18 @@ def push(
     typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")
     for name in report.removed:
         typer.echo(f"removed there: {name}")
+    if report.card_changes:
+        typer.echo(f"changed in the model card: {', '.join(report.card_changes)}")
     for name in report.left_out:
         typer.echo(f"left out: {name}")
+
+
+def _close_progress_bars() -> None:
+    """End the lines of bars that the Hub's client leaves open when an upload fails, before something else is shown."""
+    from huggingface_hub.utils import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 @app.command()

@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CardData, ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
+from .card_merge import FIELD_GROUPS, TRAINED_ON, UNTRAINED, Card, CardBody, Preference, fields, merge, union
 from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
+
+# In the introduction that Transformers' Trainer writes; whoever completes it is asked to remove this.
+BY_TRAINER = "<!-- This model card has been generated automatically"
+_FROM_SCRATCH = re.compile(r"^This model was trained from scratch (?:on an unknown dataset\.|(on .*))$", re.MULTILINE)
+
+# What Transformers' `push_to_hub` describes a model by that has no card.
+_TEMPLATE_DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -179,6 +190,25 @@ def model_card(
 """
 
 
+@dataclass(frozen=True)
+class PresentCard:
+    """The card that a repository has before something is published there.
+
+    Attributes:
+        readme: its README.md.
+        config: of the checkpoint that lies beside it; None if there is none.
+        has_other_weights: whether the weight files beside it are others than those that are published.
+    """
+
+    readme: str
+    config: CasaConfig | None = None
+    has_other_weights: bool = False
+
+
+class CardConflict(ValueError):
+    """Two cards say different things; the message is one line and names them."""
+
+
 def published_card(
     readme: str | None,
     config: CasaConfig,
@@ -187,12 +217,16 @@ def published_card(
     revision: str | None = None,
     datasets: Sequence[str] = (),
     with_code: bool = False,
+    present: PresentCard | None = None,
+    prefer: Preference | None = None,
+    fresh: Collection[str | None] = (),
+    needs_origin: bool = True,
 ) -> str:
     """The README.md under which a checkpoint is published.
 
-    What the folder's own card says is kept: that of the converter, of Transformers' Trainer, or one written by hand.
-    Its section on usage is made to load the repository; what is missing of base model, licence, usage and citation is
-    added from the configuration.
+    What the folder's card and the repository's own say is kept: that of the converter, of Transformers' Trainer, or
+    one written by hand. What was generated is brought up to date: base model and licence where the configuration knows
+    others, the variant, and the code that loads the repository. What is missing of these and of the citation is added.
 
     Args:
         readme: the folder's README.md; None if it has none.
@@ -202,41 +236,168 @@ def published_card(
         datasets: Hub ids, or names in words, of what it was trained on; a section about what is untrained gives way
             to one about them.
         with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
+        present: the card that the repository has there; None if it has none. What it says to be untrained is left out
+            where the weights are others now, unless `readme` says something else of them.
+        prefer: which card counts where both say different things, `readme` ("folder") or the present one ("hub").
+        fresh: titles of sections (None for what comes before the first), and fields of the front matter, in which
+            `readme` counts in any case.
+        needs_origin: whether a card that tells neither base model nor licence is an error.
 
     Returns:
         Markdown with front matter.
 
     Raises:
-        ValueError: if the front matter of `readme` is unusable, or if neither it nor the configuration tells what the
+        CardConflict: if both cards say different things, and `prefer` doesn't tell which counts.
+        ValueError: if the front matter of a card is unusable, or if neither card nor configuration tells what the
             checkpoint was made from or its licence.
     """
-    name = repository.rpartition("/")[2]
     origins = recorded_origins(config)
-    try:
-        card = ModelCard(readme if readme and readme.lstrip().startswith("---") else f"---\n\n---\n{readme or ''}")
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The front matter of README.md can't be read ({reason}). Correct it.") from error
-    if not origins and not card.data.get("license") and not card.data.get("base_model"):
+    before = config if present is None or present.config is None else present.config
+    own = None if readme is None else _read_card(readme, "README.md")
+    there = None if present is None else _read_card(present.readme, f"the README.md of {repository}")
+    for known in (own, there):
+        if known is not None:
+            _renew(known.body, config, before)
+    describes_others = False
+    if there is not None and present is not None and present.has_other_weights:
+        # A folder's card that says the same is older than its weights.
+        describes_others = own is None or own.body.get(UNTRAINED) in (None, there.body.get(UNTRAINED))
+    if own is not None and there is not None and present is not None:
+        conflicts = merge(
+            own,
+            there,
+            is_generated=lambda title, text: any(_is_generated(title, text, known) for known in (config, before)),
+            generated_fields=[_known_fields(config), _known_fields(before)],
+            follows=present.config is not None,
+            prefer=prefer,
+            fresh=fresh,
+        )
+        if conflicts:
+            raise CardConflict(
+                f"Its README.md and that of {repository} say different things ({', '.join(conflicts)}). Make them "
+                'agree, or say which of them counts there: card="hub" or card="folder" (--card hub, --card folder).'
+            )
+    card = there or own or Card(ModelCardData(), CardBody([]), [])
+    if needs_origin and not origins and not card.data.get("license") and not card.data.get("base_model"):
         raise ValueError(
             "Neither README.md nor config.json tells what the checkpoint was made from and under which licence. State "
             "`base_model` and `license` in the front matter of README.md."
         )
-    _complete_metadata(card.data, origins, datasets, with_code)
+    if describes_others:
+        card.body.remove(UNTRAINED)
+    _complete_metadata(card, config, before, datasets, with_code)
+    _complete_body(card.body, config, repository, revision, datasets, with_code)
+    return card.write()
 
-    body = _Body.read(card.text if readme else f"# {name}\n\n{_intro_text(config, origins)}\n")
+
+def _read_card(readme: str, name: str) -> Card:
+    """A card; of the template that Transformers fills with "More Information Needed" only the metadata."""
+    card = Card.read(readme, name)
+    try:
+        template = ModelCard.from_template(ModelCardData(), model_description=_TEMPLATE_DESCRIPTION)
+    except ImportError:  # filling the template needs Jinja
+        return card
+    if card.body == CardBody.read(template.text):
+        card.body = CardBody([])
+    return card
+
+
+def _is_generated(title: str | None, text: str, config: CasaConfig) -> bool:
+    """Whether a section, without its heading, is as this module writes it."""
+    introduction = _intro_text(config, recorded_origins(config))
+    if title is None:
+        heading, _, rest = text.partition("\n")
+        return heading.startswith("# ") and rest.strip() == introduction
+    if title == "Usage":
+        return _USAGE.fullmatch(text) is not None
+    texts = {
+        "Architecture": introduction,
+        "Licence": _license_text(recorded_origins(config)),
+        "Citation": CITATION,
+    }
+    return texts.get(title) == text
+
+
+def _renew(body: CardBody, config: CasaConfig, before: CasaConfig) -> None:
+    """Bring sentences that were generated, from an earlier configuration or without knowing it, up to date."""
+    origins = recorded_origins(config)
+    introduction = _intro_text(config, origins)
+    renewed = {
+        _intro_text(before, recorded_origins(before)): introduction,
+        _license_text(recorded_origins(before)): _license_text(origins),
+    }
+    for old, new in renewed.items():
+        if old and new:
+            body.sections = [(title, text.replace(old, new)) for title, text in body.sections]
+    stated = body.get(None)
+    if stated and BY_TRAINER in stated:
+
+        def described(found: re.Match[str]) -> str:
+            """What the Trainer says of all models whose source is no repository."""
+            return introduction + (f"\nIt was trained {found[1]}" if found[1] else "")
+
+        body.set(None, _FROM_SCRATCH.sub(described, stated))
+
+
+def _complete_metadata(
+    card: Card, config: CasaConfig, before: CasaConfig, datasets: Sequence[str], with_code: bool
+) -> None:
+    """Add what a card doesn't state itself, and renew what was generated from an earlier configuration."""
+    known, outdated = _known_fields(config), _known_fields(before)
+    data = card.data
+    for group in (*FIELD_GROUPS, ("library_name",), ("pipeline_tag",)):
+        stated = fields(data.to_dict(), group)
+        new, is_outdated = fields(known, group), stated == fields(outdated, group)
+        if new.get(group[0]) and (is_outdated or not stated.get(group[0])):
+            for key in stated.keys() - new.keys() if is_outdated else ():
+                data.pop(key)
+            for key, value in new.items():
+                data[key] = value
+    tags = [tag for tag in union(data.get("tags"), ["casa"]) if tag != "custom_code"]
+    data["tags"] = [*tags, "custom_code"] if with_code else tags
+    on_hub = [name for name in datasets if _HUB_NAME.fullmatch(name)]
+    if on_hub:
+        data["datasets"] = union(data.get("datasets"), on_hub)
+
+
+def _complete_body(
+    body: CardBody,
+    config: CasaConfig,
+    repository: str,
+    revision: str | None,
+    datasets: Sequence[str],
+    with_code: bool,
+) -> None:
+    """Add the sections that a card lacks, and let its code load the repository."""
+    origins = recorded_origins(config)
+    introduction = _intro_text(config, origins)
+    if not body.get(None):
+        body.sections = [(None, f"# {repository.rpartition('/')[2]}\n\n{introduction}\n"), *body.sections]
+    named = f"Variant `{config.variant or ''}"
+    if not any(named in text for _, text in body.sections):
+        body.set("Architecture", f"{body.get('Architecture') or ''}\n\n{introduction}".strip())
     arguments = json.dumps(repository) + ("" if revision is None else f", revision={json.dumps(revision)}")
-    usage = body.get("Usage")
-    if usage is None or "casa_hf" in usage:
-        body.set("Usage", _usage_text(arguments, with_code))
+    usage = _usage_text(arguments, with_code)
+    # Words around the code are somebody's own, and so is other code.
+    body.set("Usage", _USAGE.sub(lambda _: usage, body.get("Usage") or usage))
     if datasets:
-        body.rename("What is untrained", "Training data")
-        body.set("Training data", _datasets_text(datasets))
+        _add_datasets(body, datasets)
     if origins and body.get("Licence") is None and body.get("License") is None:
         body.set("Licence", _license_text(origins))
-    if "2512.19535" not in card.text:
+    if not any("2512.19535" in text for _, text in body.sections):
         body.set("Citation", CITATION)
-    return f"---\n{card.data.to_yaml()}\n---\n\n{body.write()}"
+
+
+def _add_datasets(body: CardBody, datasets: Sequence[str]) -> None:
+    present = body.get(TRAINED_ON)
+    if present is None:
+        body.rename(UNTRAINED, TRAINED_ON)
+        body.set(TRAINED_ON, _datasets_text(datasets))
+        return
+    body.remove(UNTRAINED)
+    new = [name for name in datasets if not re.search(rf"^- \[?{re.escape(name)}($|[],.;:])", present, re.MULTILINE)]
+    if new:
+        body.set(TRAINED_ON, f"{present}\n{_datasets_text(new)}")
 
 
 def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], name: str) -> str:
@@ -340,63 +501,9 @@ def _metadata(licenses: Sequence[Licensed], task: str, tags: list[str]) -> Model
     )
 
 
-def _complete_metadata(data: CardData, origins: Sequence[Licensed], datasets: Sequence[str], with_code: bool) -> None:
-    """Add what a card doesn't state itself."""
-    known = _metadata(origins, "image-text-to-text", ["casa"]).to_dict()
-    groups = (("base_model", "base_model_relation"), ("license", "license_name", "license_link"))
-    for group in (*groups, ("library_name",), ("pipeline_tag",)):
-        if not data.get(group[0]):
-            for key in group:
-                if key in known:
-                    data[key] = known[key]
-    tags = ["casa", "custom_code"] if with_code else ["casa"]
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *tags]))
-    on_hub = [name for name in datasets if _HUB_NAME.fullmatch(name)]
-    if on_hub:
-        stated = data.get("datasets") or []
-        data["datasets"] = list(dict.fromkeys([*([stated] if isinstance(stated, str) else stated), *on_hub]))
-
-
-@dataclass
-class _Body:
-    """A card without its front matter, as sections.
-
-    Attributes:
-        sections: (title, text with the line of its heading) in order; what comes before the first heading of the
-            second level has the title None.
-    """
-
-    sections: list[tuple[str | None, str]]
-
-    @classmethod
-    def read(cls, text: str) -> _Body:
-        sections: list[tuple[str | None, str]] = [(None, "")]
-        fenced = False
-        for line in text.strip().splitlines():
-            fenced ^= line.startswith("```")
-            if line.startswith("## ") and not fenced:
-                sections.append((line.removeprefix("## ").strip(), ""))
-            title, before = sections[-1]
-            sections[-1] = (title, f"{before}{line}\n")
-        return cls(sections)
-
-    def get(self, title: str) -> str | None:
-        return next((text for name, text in self.sections if name == title), None)
-
-    def set(self, title: str, text: str) -> None:
-        """Replace the section of this title, or append one."""
-        section = (title, f"## {title}\n\n{text}\n")
-        for index, (name, _) in enumerate(self.sections):
-            if name == title:
-                self.sections[index] = section
-                return
-        self.sections.append(section)
-
-    def rename(self, old: str, new: str) -> None:
-        self.sections = [(new if name == old else name, text) for name, text in self.sections]
-
-    def write(self) -> str:
-        return "\n".join(text.strip() + "\n" for _, text in self.sections if text.strip())
+def _known_fields(config: CasaConfig) -> dict[str, Any]:
+    """The metadata that a configuration gives."""
+    return _metadata(recorded_origins(config), "image-text-to-text", ["casa"]).to_dict()
 
 
 def _usage_text(arguments: str, with_code: bool) -> str:
@@ -432,6 +539,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained({arguments}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({arguments}, trust_remote_code=True)
 ```"""
+
+
+def _usage_pattern() -> re.Pattern[str]:
+    """What `_usage_text` gives for any arguments, with or without code."""
+    plain, full = (re.escape(_usage_text("ARGUMENTS", code)).replace("ARGUMENTS", "[^\\n]*") for code in (False, True))
+    return re.compile(f"{plain}(?:{full.removeprefix(plain)})?")
+
+
+_USAGE = _usage_pattern()
 
 
 def _datasets_text(datasets: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,11 +25,12 @@ from huggingface_hub import (
     HfApi,
     ModelInfo,
     get_token,
-    hf_hub_download,
 )
+from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .card_merge import Card, Preference
 from .configuration_casa import CasaConfig
 from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
 from .conversion.errors import disk_is_full, listed, one_line
@@ -37,11 +38,10 @@ from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, without_auto_map
-from .hub import LICENSE_FILES, published_card
+from .hub import LICENSE_FILES, PresentCard, published_card
 from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
-
-CARD = "README.md"
+from .sharing import CARD, holds, names_of, present_card, read_json
 
 # What belongs to a checkpoint besides its weights; optimizer states, logs and the like stay at home.
 _CHECKPOINT_FILES = (
@@ -100,6 +100,7 @@ class PushReport:
         files: names of the checkpoint's files in the repository.
         left_out: names of what lies in the folder and was not sent.
         removed: names of files of an earlier version that the commit has taken out.
+        card_changes: sections and fields of the repository's model card that are others now, or gone.
         num_bytes: size of `files`.
     """
 
@@ -110,7 +111,21 @@ class PushReport:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     removed: tuple[str, ...]
+    card_changes: tuple[str, ...]
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a checkpoint goes.
+
+    Attributes:
+        info: of the repository at the state that the commit follows; None if the repository is yet to be made.
+        branch: that is yet to be made there.
+    """
+
+    info: ModelInfo | None
+    branch: str | None = None
 
 
 # ---------------------------------------------------------------- the folder
@@ -245,6 +260,7 @@ def push_checkpoint(
     token: str | None = None,
     with_code: bool = False,
     datasets: Sequence[str] = (),
+    card: Preference | None = None,
     message: str | None = None,
 ) -> PushReport:
     """Publish a checkpoint folder with its model card on the Hub, in one commit.
@@ -252,6 +268,8 @@ def push_checkpoint(
     The folder stays as it is. The repository is made if it doesn't exist; one that holds a CASA checkpoint is brought
     to the folder's state, files of the older version that the new one doesn't have included. A broken or interrupted
     transfer leaves it unchanged, and is taken up by the same call again.
+
+    Of a model card that is there already, everything is kept that wasn't generated; see `published_card`.
 
     Args:
         folder: of a checkpoint, see `check_checkpoint`.
@@ -262,13 +280,17 @@ def push_checkpoint(
         with_code: whether the repository carries the code that it runs with, so that `trust_remote_code=True` loads it
             where casa_hf isn't installed. Code that the folder carries is published in any case.
         datasets: what the model was trained on, for the card: Hub ids, or names in words.
+        card: which model card counts where the folder's and the repository's say different things, "folder" or
+            "hub"; None to refuse that.
         message: of the commit.
 
     Raises:
         PublishingError, ConversionError: if the folder isn't publishable, the repository is taken, not yours, or more
-            public than asked for, there is no valid token, or the transfer fails. Nothing is published then, except
-            where the answer to the commit itself was lost, which the error says.
+            public than asked for, the two cards contradict each other, there is no valid token, or the transfer fails.
+            Nothing is published then, except where the answer to the commit itself was lost, which the error says.
     """
+    if card not in (None, "folder", "hub"):
+        raise PublishingError(f'card={card!r} is no card to prefer. Give "folder" or "hub".')
     checkpoint = check_checkpoint(folder)
     with_code = with_code or has_code(checkpoint.folder)
     _check_names(repository, revision)
@@ -279,32 +301,42 @@ def push_checkpoint(
     with _explained(repository, "Asking the Hub who you are"):
         user = api.whoami()["name"]
     repository = repository if "/" in repository else f"{user}/{repository}"
-    contents = _contents(checkpoint, repository, revision, with_code, datasets)
     with _explained(repository, f"Preparing {repository}", user):
-        present = _open_repository(api, repository, private, revision)
-    removed = _outdated(present, contents)
-    additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        target = _find_repository(api, repository, private, revision)
+    additions = [CommitOperationAdd(name, content) for name, content in _contents(checkpoint, with_code).items()]
+    with _explained(repository, f"Reading the model card of {repository}", user):
+        present = None if target.info is None else present_card(api, repository, target.info, additions)
+    names = {addition.path_in_repo for addition in additions} | names_of(target.info)
+    readme = _card(checkpoint, repository, revision, with_code, datasets, present, card, names)
+    additions.append(CommitOperationAdd(CARD, readme.encode()))
+    with _explained(repository, f"Preparing {repository}", user):
+        info = _make(api, repository, private, revision, target)
+    removed = _outdated(info, {addition.path_in_repo for addition in additions})
     with _explained(repository, f"The upload to {repository}", user):
-        for addition in additions:
-            # One by one: together they would be sent by threads, which an interrupt has to wait for.
-            if addition.path_in_repo.endswith(".safetensors"):
-                api.preupload_lfs_files(repository, [addition], revision=revision, free_memory=False)
-    with _explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
-        commit = api.create_commit(
-            repository,
-            [*additions, *(CommitOperationDelete(name) for name in removed)],
-            commit_message=message or f"CASA checkpoint ({checkpoint.config.variant or 'a design of its own'})",
-            revision=revision,
-            parent_commit=present.sha,
-        )
+        # Small files, of which the Hub may store some as large ones, together; weights one by one: together they would
+        # be sent by threads, which an interrupt has to wait for.
+        weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
+        others = [addition for addition in additions if addition not in weights]
+        for batch in (others, *([addition] for addition in weights)):
+            api.preupload_lfs_files(repository, batch, revision=revision, free_memory=False)
+    commit = _commit(
+        api,
+        repository,
+        user,
+        [*additions, *(CommitOperationDelete(name) for name in removed)],
+        message or f"CASA checkpoint ({checkpoint.config.variant or 'a design of its own'})",
+        revision,
+        info,
+    )
     return PushReport(
         repository=repository,
         url=f"{api.endpoint}/{repository}" + ("" if revision is None else f"/tree/{revision}"),
-        commit=commit.oid,
-        changed=commit.oid != present.sha,
-        files=tuple(contents),
+        commit=commit,
+        changed=commit != info.sha,
+        files=tuple(addition.path_in_repo for addition in additions),
         left_out=checkpoint.left_out,
         removed=tuple(removed),
+        card_changes=() if present is None else _card_changes(present.readme, readme),
         num_bytes=sum(addition.upload_info.size for addition in additions),
     )
 
@@ -320,10 +352,8 @@ def _check_names(repository: str, revision: str | None) -> None:
         raise PublishingError(f"revision={revision!r} is no name of a branch. Give one such as main or v1.")
 
 
-def _contents(
-    checkpoint: PublishableCheckpoint, repository: str, revision: str | None, with_code: bool, datasets: Sequence[str]
-) -> dict[str, str | bytes]:
-    """Path or content of every file by its name in the repository."""
+def _contents(checkpoint: PublishableCheckpoint, with_code: bool) -> dict[str, str | bytes]:
+    """Path or content of every file by its name in the repository, without the model card."""
     contents: dict[str, str | bytes] = {name: str(file) for name, file in checkpoint.files.items()}
     if not has_code(checkpoint.folder):
         if with_code:
@@ -333,6 +363,20 @@ def _contents(
             for name in ("config.json", "processor_config.json"):
                 if "auto_map" in json.loads(checkpoint.files[name].read_text("utf-8")):
                     contents[name] = without_auto_map(checkpoint.files[name])
+    return contents
+
+
+def _card(
+    checkpoint: PublishableCheckpoint,
+    repository: str,
+    revision: str | None,
+    with_code: bool,
+    datasets: Sequence[str],
+    present: PresentCard | None,
+    prefer: Preference | None,
+    names: set[str],
+) -> str:
+    """The model card to publish, which refers to no licence that isn't among the names of the repository's files."""
     readme = checkpoint.folder / CARD
     try:
         card = published_card(
@@ -342,46 +386,60 @@ def _contents(
             revision=revision,
             datasets=datasets,
             with_code=with_code,
+            present=present,
+            prefer=prefer,
         )
     except ValueError as error:
         raise PublishingError(f"{checkpoint.folder}: {one_line(error)}") from error
     link = re.search(r"^license_link: (?!\w+://)(\S+)$", card, re.MULTILINE)
-    if link and link[1] not in contents:
+    if link and link[1] not in names:
         raise PublishingError(
             f"The model card refers to the licence {link[1]}, which {checkpoint.folder} doesn't hold. Copy it there "
             "from the checkpoint that this one was made from."
         )
-    contents[CARD] = card.encode()
-    return contents
+    return card
 
 
-def _open_repository(api: HfApi, repository: str, private: bool, revision: str | None) -> ModelInfo:
-    """The repository at the branch that is to be committed to, made where it didn't exist."""
+def _card_changes(before: str, after: str) -> tuple[str, ...]:
+    kept = Card.read(after, CARD).parts()
+    return tuple(name for name, part in Card.read(before, CARD).parts().items() if kept.get(name) != part)
+
+
+def _find_repository(api: HfApi, repository: str, private: bool, revision: str | None) -> _Target:
+    """Look where the checkpoint is to go; nothing is changed there."""
     try:
-        info = api.model_info(repository)
+        info = api.model_info(repository, files_metadata=True)
     except RepositoryNotFoundError:
-        _create(api, repository, private)
-        info = api.model_info(repository)
-    else:
-        if private and not info.private:
-            raise PublishingError(
-                f"{repository} exists and is public. Choose another name, make it private in its settings, or leave "
-                "out private (--private)."
-            )
-    target = info
-    is_new_branch = False
+        return _Target(None, branch=revision)
+    if private and not info.private:
+        raise PublishingError(
+            f"{repository} exists and is public. Choose another name, make it private in its settings, or leave out "
+            "private (--private)."
+        )
+    target = _Target(info)
     if revision is not None:
         try:
-            target = api.model_info(repository, revision=revision)
+            target = _Target(api.model_info(repository, revision=revision, files_metadata=True))
         except RevisionNotFoundError:
-            is_new_branch = True
-    held = _foreign_content(api, repository, target)
+            target = _Target(info, branch=revision)
+    held = _foreign_content(api, repository, target.info or info)
     if held is not None:
         raise PublishingError(f"{repository} is taken: it holds {held}. Choose another name.")
-    if is_new_branch and revision is not None:
-        api.create_branch(repository, branch=revision)
-        target = api.model_info(repository, revision=revision)
     return target
+
+
+def _make(api: HfApi, repository: str, private: bool, revision: str | None, target: _Target) -> ModelInfo:
+    """The repository at the branch that is to be committed to, with what of both didn't exist."""
+    if target.info is not None and target.branch is None:
+        return target.info
+    if target.info is None:
+        _create(api, repository, private)
+    info = api.model_info(repository)
+    if target.branch is None or target.branch == DEFAULT_REVISION:
+        return info
+    # From the state that the card was made for.
+    api.create_branch(repository, branch=target.branch, revision=info.sha if target.info is None else target.info.sha)
+    return api.model_info(repository, revision=target.branch)
 
 
 def _create(api: HfApi, repository: str, private: bool) -> None:
@@ -398,34 +456,84 @@ def _create(api: HfApi, repository: str, private: bool) -> None:
 
 def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None:
     """What other model than a CASA checkpoint a repository holds, in words; None if it holds none."""
-    names = _names(info)
+    names = names_of(info)
     if "config.json" not in names:
         weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
         return f"weights of another kind ({listed(weights)})" if weights else None
-    config = hf_hub_download(
-        repository, "config.json", revision=info.sha, token=api.token, endpoint=api.endpoint, library_name="casa_hf"
-    )
-    try:
-        model_type = json.loads(Path(config).read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        model_type = None
+    model_type = (read_json(api, repository, info, "config.json") or {}).get("model_type")
     if model_type == CasaConfig.model_type:
         return None
     return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
 
 
-def _outdated(info: ModelInfo, contents: dict[str, str | bytes]) -> list[str]:
+def _outdated(info: ModelInfo, contents: set[str]) -> list[str]:
     """Names of files of an earlier version of the checkpoint, which loading the new one might pick up."""
     code = {file.name for file in modelling_files()}
     return sorted(
         name
-        for name in _names(info) - contents.keys()
+        for name in names_of(info) - contents
         if name in code or any(fnmatch(name, pattern) for pattern in (*_CHECKPOINT_FILES, *_WEIGHT_FILES))
     )
 
 
-def _names(info: ModelInfo) -> set[str]:
-    return {sibling.rfilename for sibling in info.siblings or ()}
+def _commit(
+    api: HfApi,
+    repository: str,
+    user: str,
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    message: str,
+    revision: str | None,
+    parent: ModelInfo,
+) -> str:
+    """The hash of the commit, also where the answer to it got lost and the Hub holds its content."""
+    with _explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
+        try:
+            return api.create_commit(
+                repository,
+                operations,
+                commit_message=message,
+                revision=revision,
+                parent_commit=parent.sha,
+            ).oid
+        except Exception as error:  # as many kinds as `_explained` knows
+            if not _is_lost(error):
+                raise
+            arrived = _arrived(api, repository, operations, revision)
+            if arrived is None:
+                raise
+            return arrived
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the Hub may have done what was asked in spite of an error: no answer, or one from before the Hub."""
+    response = getattr(_cause(error), "response", None)
+    return response is None or _is_of_gateway(response.status_code)
+
+
+def _is_of_gateway(status: int) -> bool:
+    return status == 408 or (status >= 500 and status != 507)
+
+
+def _arrived(
+    api: HfApi,
+    repository: str,
+    operations: Iterable[CommitOperationAdd | CommitOperationDelete],
+    revision: str | None,
+) -> str | None:
+    """The newest commit if it holds what the operations make; None if it doesn't, or can't be asked for."""
+    try:
+        info = api.model_info(repository, revision=revision, files_metadata=True)
+    except Exception:  # the connection is likely still broken
+        return None
+    present = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    for operation in operations:
+        sibling = present.get(operation.path_in_repo)
+        if isinstance(operation, CommitOperationDelete):
+            if sibling is not None:
+                return None
+        elif sibling is None or not holds(sibling, operation):
+            return None
+    return info.sha
 
 
 # ---------------------------------------------------------------- what can go wrong
@@ -439,21 +547,27 @@ def _explained(repository: str, doing: str, user: str | None = None, when_lost: 
         repository: Hub id.
         doing: what is being done, as the subject of a sentence.
         user: of the token, once known.
-        when_lost: what to do if there was no answer.
+        when_lost: what to do if there was no answer, or none of the Hub itself.
     """
     try:
         yield
     except PublishingError:
         raise
     except Exception as error:  # the Hub's client lets many kinds through, also wrapped in each other
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        cause = _cause(error)
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-            raise PublishingError(_refusal(cause, cause.response.status_code, repository, doing, user)) from error
+            status = cause.response.status_code
+            raise PublishingError(_refusal(cause, status, repository, doing, user, when_lost)) from error
         remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
         raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {when_lost}") from error
 
 
-def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What the Hub's client has wrapped."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None, when_lost: str) -> str:
     said = _reason(error)
     if status == 401:
         return f"The Hub doesn't accept the token ({said}). Log in anew with `hf auth login`, or set another HF_TOKEN."
@@ -467,7 +581,7 @@ def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, us
         return f"{repository} was changed during the upload ({said}). {_AGAIN}"
     if status in (402, 413, 507):
         return f"The Hub has no room for this ({said}). Free some storage in your account's settings. {_AGAIN}"
-    return f"{doing} failed ({said}). {_AGAIN}"
+    return f"{doing} failed ({said}). {when_lost if _is_of_gateway(status) else _AGAIN}"
 
 
 def _reason(error: BaseException) -> str:

@@ -16,9 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITER, READER = "hf_writer", "hf_reader"
 # Tokens of the first user that may not write, and not read what is private.
@@ -77,22 +78,26 @@ class Hub:
     Attributes:
         repositories: by id.
         stored: large files by SHA-256.
+        large: patterns of the names of files that go to the large-file storage.
         requests: "METHOD path" of every request, in order.
         uploaded: SHA-256 of every large file that arrived completely, in order.
         on_upload: called with the handler and the size of a large file before its content is read; may break the
             connection, or refuse.
         before_commit, after_commit: called before a commit is taken, and before it is answered; may break the
-            connection.
+            connection, or refuse.
+        before_info: the same before a repository is described.
     """
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
+    large: tuple[str, ...] = ("*.safetensors",)
     requests: list[str] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
     on_upload: Callable[[Any, int], None] | None = None
     before_commit: Callable[[], None] | None = None
     after_commit: Callable[[], None] | None = None
+    before_info: Callable[[], None] | None = None
 
     def commits(self, repository: str, branch: str = "main") -> list[Commit]:
         """Those after the one that creation makes."""
@@ -104,6 +109,12 @@ class Hub:
     def create(self, repository: str, private: bool = False, files: dict[str, bytes] | None = None) -> None:
         first = Commit({".gitattributes": b"*.safetensors filter=lfs\n", **(files or {})}, set(), "initial commit")
         self.repositories[repository] = Repository(private, {"main": [first]})
+
+    def edit(self, repository: str, branch: str = "main", **files: str) -> None:
+        """A commit that somebody makes on the website; names are without ".md"."""
+        history = self.repositories[repository].branches[branch]
+        written = {f"{name}.md": text.encode() for name, text in files.items()}
+        history.append(Commit({**history[-1].files, **written}, set(history[-1].large), f"Edit {len(history)}"))
 
 
 def break_connection(handler: Any, size: int) -> None:
@@ -132,14 +143,15 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"{self.command} {unquote(path)}")
         try:
             for method, pattern, handle in ROUTES:
+                # A "/" in the name of a branch is quoted, those between the parts of the path are not.
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method:
-                    return handle(self, **match.groupdict())
-            raise Refused(404, f"There is no {self.command} {path}.")
+                    return handle(self, **{name: unquote(part) for name, part in match.groupdict().items()})
+            raise Refused(404, f"There is no {self.command} {unquote(path)}.")
         except Refused as refused:
             self.drain()
             headers = {"X-Error-Message": str(refused)}
@@ -193,9 +205,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"url": f"{self.hub.address}/{name}", "name": name})
 
     def info(self, name: str, revision: str | None = None) -> None:
+        if self.hub.before_info is not None:
+            self.hub.before_info()
         repository = self.readable(name)
         commit = repository.at(revision or "main")
-        siblings = [{"rfilename": file} for file in commit.files]
+
+        def sibling(file: str, content: bytes) -> dict[str, Any]:
+            blob = {"rfilename": file, "size": len(content), "blobId": git_hash(content)}
+            if file not in commit.large:
+                return blob
+            return {**blob, "lfs": {"sha256": sha256(content), "size": len(content), "pointerSize": 130}}
+
+        with_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+        siblings = [sibling(*file) if with_blobs else {"rfilename": file[0]} for file in commit.files.items()]
         self.send_json(
             {"id": name, "sha": commit.sha, "private": repository.private, "tags": [], "siblings": siblings}
         )
@@ -210,11 +232,13 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def branch(self, name: str, revision: str) -> None:
-        self.body()
-        branches = self.writable(name).branches
-        if revision in branches:
+        start = json.loads(self.body() or b"{}").get("startingPoint", "main")
+        repository = self.writable(name)
+        if revision in repository.branches:
             raise Refused(409, "Reference already exists")
-        branches[revision] = list(branches["main"])
+        first = repository.at(start)
+        history = next(history for history in repository.branches.values() if first in history)
+        repository.branches[revision] = history[: history.index(first) + 1]
         self.send_json({})
 
     def validate(self) -> None:
@@ -227,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
 
         def answer(file: dict[str, Any]) -> dict[str, Any]:
             path, content = file["path"], present.files.get(file["path"])
-            large = path.endswith(".safetensors")
+            large = any(fnmatch(path, pattern) for pattern in self.hub.large)
             hashed = sha256 if large else git_hash
             known = {} if content is None else {"oid": hashed(content)}
             return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **known}

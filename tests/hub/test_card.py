@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
+from casa_hf.hub import BY_TRAINER as TRAINER_COMMENT
 from casa_hf.hub import Origin, origin_records, published_card, recorded_origins
 from examples.tiny_source import build_tiny_helium
 from tests.hub.loopback import Hub
@@ -75,7 +76,18 @@ def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
     for part in ("<!-- Written by the Trainer. -->", "# out\n", "- learning_rate: 0.0001\n"):
         assert part in card.text
     titles = re.findall(r"^## (.*)$", card.text, re.MULTILINE)
-    assert titles == ["Training procedure", "Usage", "Licence", "Citation"]
+    assert titles == ["Training procedure", "Architecture", "Usage", "Licence", "Citation"]
+
+
+@pytest.mark.parametrize(("data", "said"), [("an unknown dataset.", ""), ("the x/y dataset.", "the x/y dataset.")])
+def test_a_trained_model_is_not_from_scratch(config: CasaConfig, data: str, said: str) -> None:
+    """As the Trainer says of all whose source it doesn't know."""
+    sentence = f"{TRAINER_COMMENT}. -->\n\n# out\n\nThis model was trained from scratch on {data}\nLoss: 1.0\n"
+    card = ModelCard(published_card(sentence, config, REPOSITORY))
+    assert "from scratch" not in card.text and "\nLoss: 1.0\n" in card.text and "Variant `casa`" in card.text
+    assert ("It was trained on the x/y dataset.\n" in card.text) == bool(said) and "unknown" not in card.text
+    by_hand = ModelCard(published_card(sentence.partition("-->\n\n")[2], config, REPOSITORY))
+    assert f"This model was trained from scratch on {data}" in by_hand.text
 
 
 def test_what_somebody_wrote_is_kept(config: CasaConfig) -> None:
@@ -98,18 +110,19 @@ Ask it nicely.
 All mine.
 """
     written = f"---\nlicense: mit\nbase_model: me/another\ndatasets: me/first\ntags: [own]\n---\n\n{text}"
-    card = ModelCard(published_card(written.replace("casa_hf", "it"), config, REPOSITORY))
-    assert card.text.strip() == text.replace("casa_hf", "it").strip()
+    card = ModelCard(published_card(written, config, REPOSITORY))
+    kept, _, added = card.text.strip().partition("\n\n## Architecture\n\n")
+    assert kept == text.strip() and "Variant `casa`" in added and "##" not in added
     assert card.data.license == "mit" and card.data.base_model == "me/another" and card.data.tags == ["own", "casa"]
     assert card.data.get("license_link") is None and card.data.get("base_model_relation") is None
     again = ModelCard(published_card(written, config, REPOSITORY, datasets=["me/second"]))
     assert again.data.datasets == ["me/first", "me/second"]
-    assert "nicely" not in again.text and "All mine." in again.text
+    assert "nicely" in again.text and "All mine." in again.text
 
 
 def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:
     card = ModelCard(published_card("# Plain\n\nWords.\n", config, REPOSITORY))
-    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Usage")
+    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Architecture")
     assert card.data.license_name == "qwen-research"
     assert not caplog.records
 

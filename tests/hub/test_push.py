@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +41,7 @@ from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.hub.conftest import empty_cache, process_environment
 from tests.hub.helpers import fine_tuned, logits
 from tests.hub.loopback import BLIND, READ_ONLY, READER, WRITER, Hub, Refused, break_connection, sha256
+from tests.training.helpers import CONVERSATIONS
 
 NAME = "me/tiny-casa"
 FILES = {
@@ -119,6 +123,34 @@ def test_round_trip(hub: Hub, source_folder: Path, tmp_path: Path, monkeypatch: 
     assert not torch.allclose(trained, untrained, atol=1e-3)
 
 
+def test_what_training_leaves(
+    hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`casa-hf train`, `casa-hf push`, load by name: the same logits. On a branch with "/"."""
+    hub.large = ("*.safetensors", "tokenizer.json")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(example)}\n" for example in CONVERSATIONS))
+    settings = {"model": str(casa_folder), "data": str(data), "output": str(tmp_path / "out"), "max_steps": 2}
+    settings |= {"max_pixels": 84 * 84, "max_text_tokens": 70, "sequences_per_update": 1, "lr_new": 1e-2}
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"trainer": {"use_cpu": True}}))
+    branch = "runs/first"
+    for command in (["train", str(tmp_path / "run.json")], ["push", settings["output"], NAME, "--revision", branch]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code, capsys.readouterr().err
+    (commit,) = hub.commits(NAME, branch)
+    assert commit.large == {"model.safetensors", "tokenizer.json"} and not hub.commits(NAME)
+    assert sorted(hub.uploaded) == sorted(sha256(commit.files[name]) for name in commit.large)
+    local = Path(settings["output"])
+    expected = logits(CasaForConditionalGeneration.from_pretrained(local), CasaProcessor.from_pretrained(local))
+    shutil.rmtree(local)
+    empty_cache(tmp_path / "empty", monkeypatch)
+    model, processor = load(NAME, revision=branch)
+    assert torch.equal(logits(model, processor), expected)
+    untrained = CasaForConditionalGeneration.from_pretrained(casa_folder)
+    assert not torch.allclose(logits(untrained, processor), expected, atol=1e-3)
+
+
 def test_a_branch_of_its_own(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     push_checkpoint(casa_folder, "tiny-casa")
     before = hub.files(NAME)
@@ -129,7 +161,7 @@ def test_a_branch_of_its_own(hub: Hub, casa_folder: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(*load(NAME, revision="v2")), trained)
     assert not torch.allclose(logits(*load(NAME)), trained, atol=1e-3)
     assert f'from_pretrained("{NAME}", revision="v2")' in hub.files(NAME, "v2")["README.md"].decode()
-    push_checkpoint(casa_folder, NAME, revision="v2", message="Back again")
+    push_checkpoint(casa_folder, NAME, revision="v2", card="folder", message="Back again")
     assert hub.commits(NAME, "v2")[-1].message == "Back again"
 
 
@@ -251,24 +283,100 @@ def test_a_connection_that_stays_broken_is_resumed_by_the_same_call(hub: Hub, sh
         assert commit.files[file.name] == file.read_bytes()
 
 
+def hang_up() -> None:
+    raise ConnectionAbortedError
+
+
+def time_out(status: int) -> Callable[[], None]:
+    """A gateway answers in the Hub's place."""
+
+    def answer() -> None:
+        raise Refused(status, "upstream request timeout")
+
+    return answer
+
+
+@pytest.mark.parametrize("answer", [hang_up, time_out(504), time_out(500), time_out(408)])
+def test_a_commit_that_arrived_without_an_answer(hub: Hub, sharded: Path, answer: Callable[[], None]) -> None:
+    """The Hub is asked what it holds; a commit with files of all kinds, and files that it takes out."""
+    first = push_checkpoint(sharded, NAME, with_code=True)
+    trained = shards(sharded)[1].name
+    content = hub.repositories[NAME].branches["main"][-1].files
+    content[trained] = b"other weights"
+    hub.after_commit = answer
+    report = push_checkpoint(sharded, NAME)
+    assert report.changed and report.commit == hub.commits(NAME)[-1].sha != first.commit
+    assert len(hub.commits(NAME)) == 2 and "modeling_casa.py" in report.removed
+    assert hub.files(NAME)[trained] == (sharded / trained).read_bytes()
+
+
+@pytest.mark.parametrize("answer", [hang_up, time_out(504), time_out(408)])
 @pytest.mark.parametrize(("moment", "arrived"), [("before_commit", 0), ("after_commit", 1)])
-def test_a_commit_without_an_answer(hub: Hub, casa_folder: Path, moment: str, arrived: int) -> None:
-    """It may have arrived, and the error doesn't say otherwise."""
+def test_a_commit_of_which_nothing_is_heard(
+    hub: Hub, casa_folder: Path, moment: str, arrived: int, answer: Callable[[], None]
+) -> None:
+    """It may have arrived, or arrive later, and the error doesn't say otherwise."""
 
-    def hang_up() -> None:
-        raise ConnectionAbortedError
+    def and_nothing_after() -> None:
+        hub.before_info = hang_up
+        answer()
 
-    setattr(hub, moment, hang_up)
+    setattr(hub, moment, and_nothing_after)
     message = assert_refused(casa_folder, NAME, "commit", "isn't known", "same command again")
     assert "Nothing was published" not in message
     assert len(hub.commits(NAME)) == arrived
     setattr(hub, moment, None)
+    hub.before_info = None
     push_checkpoint(casa_folder, NAME)
     assert len(hub.commits(NAME)) == 1 and len(hub.uploaded) == 1
 
 
+def test_a_commit_that_may_still_arrive(hub: Hub, casa_folder: Path) -> None:
+    """The Hub answers, but doesn't hold it, or holds another."""
+    hub.before_commit = time_out(504)
+    assert_refused(casa_folder, NAME, "isn't known", "same command again")
+    hub.before_commit = None
+    push_checkpoint(casa_folder, NAME)
+
+    def somebody_else() -> None:
+        hub.edit(NAME, README="# Mine\n")
+        raise Refused(504, "upstream request timeout")
+
+    hub.after_commit = somebody_else
+    assert_refused(casa_folder, NAME, "isn't known", with_code=True)
+
+
+def test_a_gateway_that_fails_before_the_commit(hub: Hub, casa_folder: Path) -> None:
+    def on_upload(handler: Any, size: int) -> None:
+        raise Refused(400, "Bad request")
+
+    hub.on_upload = on_upload
+    assert_refused(casa_folder, NAME, "upload", "Nothing was published")
+    assert not hub.commits(NAME)
+
+
+class Shown(threading.Thread):
+    """Reads a terminal until the other side closes it."""
+
+    def __init__(self, terminal: int):
+        super().__init__(daemon=True)
+        self.terminal, self.text = terminal, ""
+        self.start()
+
+    def run(self) -> None:
+        with open(self.terminal, "rb", buffering=0) as stream:
+            try:
+                while part := stream.read(4096):
+                    self.text += part.decode(errors="replace")
+            except OSError:  # Linux's way to say that it is closed
+                pass
+
+
 def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Path) -> None:
-    """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it."""
+    """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it.
+
+    On a terminal it shows, until then, how far each file is.
+    """
     stuck, ended = threading.Event(), threading.Event()
     number = len(shards(sharded))
 
@@ -281,25 +389,33 @@ def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Pa
     hub.on_upload = on_upload
     command = [sys.executable, "-m", "casa_hf", "push", str(sharded), NAME]
     environment = {**os.environ, **process_environment(hub, tmp_path / "home")}
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 100))
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=its_end,
         text=True,
         # Who runs the tests in the background of a shell has them ignore interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    os.close(its_end)
+    shown = Shown(terminal)
     try:
         assert stuck.wait(180)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=120)
     finally:
         process.kill()
         ended.set()
+    shown.join()
     assert process.returncode == 1 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    assert "interrupted" in err and "same command again" in err
+    for file in shards(sharded)[:-1]:
+        assert re.search(rf"{re.escape(file.name)}.*100%", shown.text), shown.text
+    last = shown.text.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in shown.text
+    assert "interrupted" in last and "same command again" in last
     assert not hub.commits(NAME)
 
     hub.on_upload = None
@@ -392,9 +508,20 @@ def test_a_taken_name(hub: Hub, casa_folder: Path, files: dict[str, bytes], held
 
 
 def test_a_repository_with_words_alone_is_not_taken(hub: Hub, casa_folder: Path) -> None:
-    hub.create(NAME, files={"README.md": b"# To come\n", "picture.png": b"image"})
-    push_checkpoint(casa_folder, NAME)
+    """Its words stay, and the converter's sections come behind them."""
+    words = (
+        "---\nlicense: mit\ntags:\n- own\nextra_gated_prompt: Promise.\n---\n\n"
+        "# To come\n\nSoon.\n\n## Plans\n\nMany.\n"
+    )
+    hub.create(NAME, files={"README.md": words.encode(), "picture.png": b"image"})
+    report = push_checkpoint(casa_folder, NAME)
     assert {"picture.png", "model.safetensors"} <= hub.files(NAME).keys()
+    card = ModelCard(hub.files(NAME)["README.md"].decode())
+    assert card.text.strip().startswith("# To come\n\nSoon.\n\n## Plans\n\nMany.\n\n## What is untrained\n\n")
+    titles = re.findall("^## (.*)$", card.text, re.MULTILINE)
+    assert titles[1:] == ["What is untrained", "How it was made", "Architecture", "Usage", "Licence", "Citation"]
+    assert card.data.license == "mit" and card.data.extra_gated_prompt == "Promise."
+    assert card.data.tags == ["own", "casa"] and report.card_changes == ("tags",)
 
 
 def test_somebody_else_commits_meanwhile(hub: Hub, casa_folder: Path) -> None:

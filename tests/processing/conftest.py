@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaProcessor
 from examples.tiny_source import build_tiny_source
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "assets"

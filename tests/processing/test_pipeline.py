@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, pipeline
 
-from casa_hf import CasaForConditionalGeneration
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 

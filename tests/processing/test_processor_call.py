@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaProcessor
 
 PAIR = "<|vision_start|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from casa_hf import CasaForConditionalGeneration
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from examples.tiny_source import build_tiny_source
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

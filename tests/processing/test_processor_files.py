@@ -13,7 +13,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2Tokenizer
 
 import casa_hf  # noqa: F401  (registers the processor)
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaProcessor
 
 PAIR = "<|vision_start|><|vision_end|>"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaProcessor
 from examples.tiny_source import build_tiny_helium
 
 SIDE = 140

@@ -14,9 +14,8 @@ import torch
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
 from casa_hf.conversation import Conversation
-from casa_hf.processing_casa import CasaProcessor
 from examples.tiny_source import build_tiny_helium
 
 SIDE = 140

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from casa_hf.processing_casa import CasaProcessor
+from casa_hf import CasaProcessor
 from casa_hf.video import load_frames, sample_indices
 from tests.clips import numbers, write_clip, write_turned_clip
 

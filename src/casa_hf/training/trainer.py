@@ -7,13 +7,19 @@ CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this add
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..configuration_casa import CasaConfig
+from ..hub import BY_TRAINER, published_card
+from ..sharing import CARD, present_card, repository_info
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
@@ -94,6 +100,38 @@ class CasaTrainer(Trainer):
         by_index = dict(gather_object(list(zip(mine, answers, strict=True))))
         references = [Dialogue.of(example).question()[1] for example in examples]
         return [by_index[index] for index in range(len(examples))], references
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; where it goes to the Hub, with what the card of a CASA checkpoint says.
+
+        Transformers' card is about this run alone and takes the place of the repository's one, also of what somebody
+        wrote there. Here the run's procedure and results are brought into that card.
+        """
+        super().create_model_card(*args, **kwargs)
+        config = getattr(self.model, "config", None)
+        if self.hub_model_id is None or not self.is_world_process_zero() or not isinstance(config, CasaConfig):
+            return
+        file = Path(self.args.output_dir) / CARD
+        api = HfApi(token=self.args.hub_token)
+        revision = self.args.hub_revision
+        info = repository_info(api, self.hub_model_id, revision)
+        present = present_card(api, self.hub_model_id, info, ())
+        fresh: list[str | None] = ["Training procedure", "model-index"]
+        if present is not None:
+            present = replace(present, has_other_weights=True)
+            if BY_TRAINER in present.readme:
+                fresh.append(None)
+        readme = published_card(
+            file.read_text("utf-8"),
+            config,
+            self.hub_model_id,
+            revision=revision,
+            present=present,
+            prefer="hub",
+            fresh=fresh,
+            needs_origin=False,
+        )
+        file.write_text(readme, "utf-8")
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.

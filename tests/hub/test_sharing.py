@@ -1,0 +1,133 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Transformers' own `push_to_hub` of model and processor: the card says what the model is, and stays what it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import casa_hf
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, push_checkpoint
+from casa_hf.hub import Origin, origin_records
+from tests.hub.helpers import fine_tuned, logits
+from tests.hub.loopback import Hub
+
+NAME = "me/by-hand"
+
+
+@pytest.fixture
+def model(casa_folder: Path) -> Any:
+    """Of a source on the Hub."""
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder)
+    model.config.source_origins = origin_records([(Origin("Qwen/source", True), {"license": "apache-2.0"})])
+    return model
+
+
+@pytest.fixture
+def processor(casa_folder: Path) -> Any:
+    return CasaProcessor.from_pretrained(casa_folder)
+
+
+def readme(hub: Hub, branch: str = "main") -> str:
+    return hub.files(NAME, branch)["README.md"].decode()
+
+
+def assert_says_what_it_is(text: str) -> None:
+    card = ModelCard(text)
+    assert card.data.base_model == "Qwen/source" and card.data.base_model_relation == "finetune"
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-text-to-text"
+    assert "casa" in card.data.tags and "Variant `casa`" in card.text and "eprint = {2512.19535}" in card.text
+    assert "More Information Needed" not in card.text
+
+
+def test_the_public_classes_are_those_of_the_auto_classes(casa_folder: Path, processor: Any) -> None:
+    assert type(AutoModelForImageTextToText.from_pretrained(casa_folder)) is CasaForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(casa_folder)) is CasaProcessor is type(processor)
+    assert issubclass(CasaForConditionalGeneration, casa_hf.modeling_casa.CasaForConditionalGeneration)
+    assert CasaForConditionalGeneration.__doc__ and CasaProcessor.__doc__
+
+
+@pytest.mark.parametrize("first", ["model", "processor"])
+def test_push_to_hub(hub: Hub, model: Any, processor: Any, first: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any order, with one commit each; the usage in the card runs as it is written."""
+    for pushed in (model, processor) if first == "model" else (processor, model):
+        pushed.push_to_hub(NAME)
+    assert len(hub.commits(NAME)) == 2
+    assert_says_what_it_is(readme(hub))
+    assert {"generation_config.json", "processor_config.json", "tokenizer.json"} <= hub.files(NAME).keys()
+    (usage,) = re.findall(r"^```python\n(.*?)^```", readme(hub), flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(usage, "README.md", "exec"), names)
+    assert torch.equal(logits(names["model"], names["processor"]), logits(model, processor))
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out.strip()
+
+
+def test_what_somebody_wrote_on_the_hub_stays(hub: Hub, model: Any, processor: Any) -> None:
+    model.push_to_hub(NAME)
+    edited = readme(hub).replace("\n## Usage\n", "\nIt dreams.\n\n## Usage\n\nAsk it nicely.\n")
+    hub.edit(NAME, README=edited.replace("tags:", "extra_gated_prompt: Promise.\ntags:"))
+    before = readme(hub)
+    for pushed in (model, processor):
+        pushed.push_to_hub(NAME)
+        assert readme(hub) == before
+    model.push_to_hub(NAME, tags=["dreams"])
+    assert ModelCard(readme(hub)).data.tags == ["casa", "dreams"] and "It dreams." in readme(hub)
+
+
+def test_the_card_of_the_branch_counts(hub: Hub, model: Any, processor: Any) -> None:
+    model.push_to_hub(NAME)
+    hub.edit(NAME, README=readme(hub).replace("\n## Usage", "\nOn main.\n\n## Usage"))
+    model.push_to_hub(NAME, revision="v2")
+    assert "On main." in readme(hub, "v2") and f'from_pretrained("{NAME}", revision="v2")' in readme(hub, "v2")
+    hub.edit(NAME, "v2", README=readme(hub, "v2").replace("On main.", "On the branch."))
+    hub.edit(NAME, README=readme(hub).replace("tags:", "tags:\n- main-only"))
+    before = readme(hub, "v2")
+    for pushed in (processor, model):
+        pushed.push_to_hub(NAME, revision="v2")
+        assert readme(hub, "v2") == before
+    assert "On main." in readme(hub)
+
+
+def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_path: Path) -> None:
+    """The folder keeps what the processor found in it; the card goes to the Hub and stays beside the weights."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Mine\n")
+    processor.save_pretrained(str(folder), push_to_hub=True, repo_id=NAME)
+    assert (folder / "README.md").read_text() == "# Mine\n" and "README.md" not in hub.files(NAME)
+    model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
+    assert_says_what_it_is(readme(hub))
+    assert (folder / "README.md").read_text() == readme(hub)
+
+
+def test_a_model_of_unknown_origin(hub: Hub, model: Any) -> None:
+    """The method doesn't refuse it, as push does: what isn't known is left out."""
+    model.config.source_origins = None
+    model.push_to_hub(NAME)
+    card = ModelCard(readme(hub))
+    assert card.data.get("license") is None and "Variant `casa`" in card.text and "## Usage" in card.text
+
+
+def test_after_the_command(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """What the conversion was said to lack ends with training; the rest of the command's card stays."""
+    push_checkpoint(casa_folder, NAME, with_code=True)
+    fine_tuned(casa_folder, tmp_path / "trained", steps=1)
+    CasaForConditionalGeneration.from_pretrained(tmp_path / "trained").push_to_hub(NAME)
+    assert "ntrained" not in readme(hub) and "## How it was made" in readme(hub)
+
+
+def test_the_configuration_decides(hub: Hub, model: Any, casa_folder: Path, processor: Any) -> None:
+    """A repository with code stays loadable with it as long as its configuration names the code."""
+    push_checkpoint(casa_folder, NAME, with_code=True)
+    from_hub = CasaForConditionalGeneration.from_pretrained(NAME)
+    from_hub.push_to_hub(NAME)
+    names_code = hasattr(CasaConfig.from_pretrained(NAME), "auto_map")
+    assert names_code and "trust_remote_code=True" in readme(hub)
+    model.push_to_hub(NAME)
+    assert "trust_remote_code" not in readme(hub) and "custom_code" not in ModelCard(readme(hub)).data.tags
