@@ -170,7 +170,8 @@ class TrainingConfig:
 
     def _check_types(self) -> None:
         kinds: dict[str, tuple[Any, str]] = {
-            "model data output eval_data checkpoints": (str | os.PathLike, "a text"),
+            "model output checkpoints": (str | os.PathLike, "a text"),
+            "data eval_data": (str | os.PathLike | Mapping | list, "a text, a mapping or a list of these"),
             "split eval_split over_long dtype attn_implementation": (str, "a text"),
             "keep_limits gradient_checkpointing bf16 resume": (bool, "true or false"),
             "lora generate trainer": (Mapping, "a mapping of arguments"),
