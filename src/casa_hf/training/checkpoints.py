@@ -16,6 +16,15 @@ _MARK = "checkpoint-is-incomplete.txt"  # there while `enable_jit_checkpoint` wr
 # Of a model or its adapters; of a model sharded by FSDP or DeepSpeed.
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 
+# What `save_only_model` leaves out, and without which Transformers' Trainer goes on from other states without a word.
+# FSDP has names of its own for the optimizer's; DeepSpeed's folder may have the schedule too.
+_STATES = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
+NO_OPTIMIZER = "without optimizer.pt"
+
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The last complete checkpoint of a run.
@@ -54,6 +63,9 @@ def _fault(checkpoint: Path) -> str | None:
         return f"{_LAST_FILE} is damaged"
     if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
         return "without weights"
+    for name, patterns in _STATES.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"without {name}"
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".safetensors" and not _is_whole(file):
             return f"{file.name} is cut off"

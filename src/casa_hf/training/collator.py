@@ -8,7 +8,8 @@ each other: `position_ids` count the text tokens of each from 0, and where they 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -147,14 +148,33 @@ class PackedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [_NamedExample(self.examples[place], describe(self.examples, place)) for place in self.rows[index]]
+        return [self._named(place) for place in self.rows[index]]
+
+    def _named(self, index: int) -> _NamedExample:
+        with _naming(lambda: describe(self.examples, index)):
+            return _NamedExample(self.examples[index], describe(self.examples, index))
 
 
 def _measure(processor: CasaProcessor, examples: Sequence[Example], index: int) -> tuple[int, int]:
-    try:
+    with _naming(lambda: describe(examples, index)):
         return measure(processor, examples[index])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{describe(examples, index)}: {error}") from error
+
+
+@contextmanager
+def _naming(name: Callable[[], str]) -> Iterator[None]:
+    """Have an error say which example it is about.
+
+    Raises:
+        ValueError: for an error of any kind: chat templates, decoders and tokenizers have their own.
+        ImportError: as it is; it says what to install, whichever the example.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name()}: {kind}{error}") from error
 
 
 class _NamedExample(dict):
@@ -269,11 +289,11 @@ def encode_all(processor: CasaProcessor, feature: Example | Sequence[Example]) -
 
 
 def _encode(processor: CasaProcessor, example: Example) -> Sample:
-    try:
+    def name() -> str:
+        return getattr(example, "name", None) or f"The example with the messages {example.get('messages')!r:.200}"
+
+    with _naming(name):
         return encode(processor, example)
-    except (ValueError, OSError) as error:
-        name = getattr(example, "name", None) or f"The example with the messages {example.get('messages')!r:.200}"
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _length(row: Sequence[Sample]) -> int:

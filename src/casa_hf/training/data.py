@@ -11,7 +11,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -76,7 +76,7 @@ def load_conversations(data: str | os.PathLike, split: str = "train", name: str 
         raise ValueError(f"{path} has both kinds of files, {' and '.join(_SUFFIXES)}; keep one of them.")
     if parquet:
         read = _datasets().Dataset.from_parquet([str(file) for file in parquet])
-        return _Located(read, files[0].parent)
+        return _Located(_undecoded(read), files[0].parent)
     return _Located(rows, files[0].parent, lines)
 
 
@@ -294,11 +294,33 @@ def _is_hub_id(name: str) -> bool:
 
 def _load_dataset(path: str, name: str | None, split: str) -> Any:
     try:
-        return _datasets().load_dataset(path, name, split=split)
+        return _undecoded(_datasets().load_dataset(path, name, split=split))
     except (ValueError, OSError) as error:
         raise ValueError(f"The data set {path!r} can't be read with name={name!r} and split={split!r}: {error}") from (
             error
         )
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The data set with its images as they are stored, {"bytes", "path"}, wherever in its columns they are."""
+    Image = _datasets().Image
+
+    def change(feature: Any) -> Any:
+        if isinstance(feature, Image):
+            return replace(feature, decode=False)
+        if isinstance(feature, Mapping):
+            return {name: change(item) for name, item in feature.items()}
+        if isinstance(feature, list):
+            return [change(item) for item in feature]
+        if hasattr(feature, "feature"):  # a list of any kind
+            return replace(feature, feature=change(feature.feature))
+        return feature
+
+    # Not `cast`, which would write all of it anew where the images are in lists: what is stored stays the same.
+    features = type(dataset.features)(change(dataset.features))
+    info = dataset.info.copy()
+    info.features = features
+    return type(dataset)(dataset.data, info=info, split=dataset.split)
 
 
 def _datasets() -> Any:

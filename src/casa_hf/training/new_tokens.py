@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,15 @@ class NewTokens(nn.Module):
         self._hooks = [
             embedding.register_forward_pre_hook(self._write_back),
             embedding.register_forward_hook(self._embed),
-            embedding.register_state_dict_pre_hook(self._write_back),
-            embedding.register_load_state_dict_pre_hook(self._write_back),
-            embedding.register_load_state_dict_post_hook(self._read),
         ]
         if head is not None:
-            self._hooks.append(head.register_forward_hook(self._predict))
+            self._hooks.append(head.register_forward_hook(partial(self._predict, embedding)))
+        for module in (embedding,) if head is None else (embedding, head):  # a state dict may name either's matrix
+            self._hooks += [
+                module.register_state_dict_pre_hook(partial(self._write_back, embedding)),
+                module.register_load_state_dict_pre_hook(partial(self._write_back, embedding)),
+                module.register_load_state_dict_post_hook(partial(self._read, embedding)),
+            ]
 
     def detach(self, embedding: nn.Embedding) -> None:
         """Write the rows into the matrix and leave."""
@@ -72,7 +76,11 @@ class NewTokens(nn.Module):
         rows = look_up(is_token.int().argmax(-1), self.weight)
         return torch.where(is_token.any(-1, keepdim=True), rows.to(embedded.device, embedded.dtype), embedded)
 
-    def _predict(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    def _predict(
+        self, embedding: nn.Embedding, head: Any, args: tuple[torch.Tensor], logits: torch.Tensor
+    ) -> torch.Tensor:
+        if head.weight is not embedding.weight:  # tied to other embeddings since
+            return logits
         # In place: a copy of all logits would be large, and nothing needs what was there for its gradient.
         rows = self.weight.to(args[0].device)
         return logits.index_copy_(-1, self._indices(logits.device), linear(args[0], rows).to(logits))

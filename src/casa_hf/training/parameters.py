@@ -21,7 +21,8 @@ NUM_VISION_BLOCKS = 4  # the last ones, which the paper trains
 # What conversion adds: it starts as a copy or at random, and learns at a rate of its own.
 FUSION = r"(^|\.)(casa_attn|casa_layernorm)\."
 _NEW_TOKENS = rf"{re.escape(NEW_TOKENS)}$"
-_NEW = rf"{FUSION}|{_NEW_TOKENS}|(^|\.)multi_modal_projector\.|\.lora_|\.modules_to_save\."
+_ADAPTERS = r"\.lora_|\.trainable_tokens_delta\b"  # of PEFT: beside matrices, and in place of rows of embeddings
+_NEW = rf"{FUSION}|{_NEW_TOKENS}|(^|\.)multi_modal_projector\.|{_ADAPTERS}|\.modules_to_save\."
 
 # For `target_modules` of PEFT, which matches whole names.
 LORA_TARGETS: dict[str, str] = {
@@ -37,7 +38,7 @@ _LANGUAGE_MODEL = r"(^|\.)(language_model|lm_head|multi_modal_projector)\."
 RECIPES = ("paper-qwen", "paper-helium", "fusion-only")
 
 _PARTS = {
-    "adapters": r"\.lora_",
+    "adapters": _ADAPTERS,
     "vision tower, blocks": r"(^|\.)visual\.blocks\.",
     "vision tower, rest": r"(^|\.)visual\.",
     "projector": r"(^|\.)multi_modal_projector\.",

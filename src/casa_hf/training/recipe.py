@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from ..checks import check_count, check_number, check_positive
+from ..configuration_casa import CasaConfig
+from ..conversion.shards import read_json
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
-from .checkpoints import last_checkpoint
+from .checkpoints import NO_OPTIMIZER, last_checkpoint
 from .collator import CasaDataCollator, PackedDataset
 from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
@@ -186,7 +188,7 @@ class TrainingConfig:
     @property
     def checkpoint_folder(self) -> Path:
         """Where checkpoints on the way are."""
-        return Path(self.checkpoints or f"{self.output}-checkpoints")
+        return Path(self.checkpoints or f"{Path(self.output)}-checkpoints")  # without a slash at its end
 
     @classmethod
     def from_dict(cls, content: Any) -> TrainingConfig:
@@ -284,6 +286,7 @@ def train(
     resumed = _check_folders(output, config.checkpoint_folder, config.resume)
     repository = hub_id(config.model, revision=None)
     folder = Path(config.model) if repository is None else download(repository, None, SMALL_FILES)
+    _check_model(config.model, folder)
     limits = {"max_pixels": config.max_pixels, "frame_max_pixels": config.frame_max_pixels}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     processor = CasaProcessor.from_pretrained(folder, **limits)
@@ -347,6 +350,10 @@ def _check_arguments(config: TrainingConfig) -> None:
     for name in config.trainer:
         if name in _FOLLOWING:
             raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; set that instead, beside trainer.")
+    if config.resume and config.trainer.get("save_only_model"):
+        raise ValueError(
+            "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
+        )
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
     if config.lora is not None:
         from peft import LoraConfig
@@ -372,11 +379,31 @@ def _refuse_unknown(setting: str, given: Mapping[str, Any], known: Iterable[str]
             raise ValueError(f"{setting}.{name} is no argument of {of}{hint}")
 
 
+def _check_model(model: str, folder: Path) -> None:
+    """Refuse a model that isn't converted: its fusion layers would start at random."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model={model} has no config.json; give a CASA checkpoint.")
+    model_type = read_json(file).get("model_type")
+    if model_type != CasaConfig.model_type:
+        raise ValueError(
+            f"model={model} has the model_type {model_type!r}, so it is no CASA checkpoint. "
+            f"`casa-hf convert {model} FOLDER` makes one from it; set model to that folder."
+        )
+
+
 def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None:
     """Refuse folders that hold something; the checkpoint to go on from, if there is one and it was asked for."""
     if output.exists():
         raise ValueError(f"The output {output} exists; choose another folder, or remove it.")
     last, skipped = last_checkpoint(checkpoints)
+    weights_alone = [folder for folder, fault in skipped.items() if fault == NO_OPTIMIZER]
+    if last is None and weights_alone:
+        raise ValueError(
+            f"{weights_alone[0]} is {NO_OPTIMIZER}, as trainer.save_only_model leaves it, so no run can go on from it. "
+            f"To start with its weights, set model to it and checkpoints to another folder; to start anew, remove "
+            f"{checkpoints}."
+        )
     if not resume and (last is not None or skipped):
         raise ValueError(
             f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from "
@@ -494,6 +521,8 @@ def _with_numbers(value: Any) -> Any:
     """YAML reads 1e-4, without a point, as a text."""
     if isinstance(value, Mapping):
         return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     return value

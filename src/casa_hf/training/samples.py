@@ -9,7 +9,7 @@ ship work as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     text, answers = _render(processor, conversation.messages)
     inputs = processor(
         text=[text],
-        images=conversation.images or None,
+        images=upright(conversation.images) or None,
         videos=conversation.videos or None,
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -178,6 +178,13 @@ def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, 
     return processor.measure(
         text, conversation.images or None, conversation.videos or None, add_special_tokens=False, padding=False
     )
+
+
+def upright(images: Sequence[Any]) -> list[Any]:
+    """The images, those that are open turned as their files say; the processor turns what it opens itself."""
+    from PIL import Image, ImageOps
+
+    return [ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image for image in images]
 
 
 def unseen_image(processor: CasaProcessor) -> Sample:
@@ -231,6 +238,8 @@ def _render(processor: CasaProcessor, messages: Messages) -> tuple[str, list[tup
 
 def _given(example: Mapping[str, Any], kind: str) -> list[Any]:
     several, one = example.get(f"{kind}s"), example.get(kind)
+    if several is not None and (isinstance(several, str | bytes | Mapping) or not isinstance(several, Iterable)):
+        raise ValueError(f"`{kind}s` of an example is {several!r:.80}; expected a list (one alone may be `{kind}`).")
     items = [] if several is None else list(several)
     if one is None:
         return items
@@ -280,12 +289,19 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
         raise ValueError(f"The content of a message is {content!r:.80}; expected a text, or a list of parts.")
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f'A part of a message is {part!r:.80}; expected a mapping such as {{"type": "text", "text": ...}}.'
+            )
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     for part in parts:
         kind = part.setdefault("type", next((key for key in ("text", *_SOURCES) if key in part), "unknown"))
-        part["type"] = {"image_url": "image", "video_url": "video"}.get(kind, kind)
-        if part["type"] not in ("text", *_SOURCES):
+        if kind not in ("text", *_SOURCES, "image_url", "video_url"):
             raise ValueError(f"A part of a message has the type {kind!r}; expected text, image or video.")
+        part["type"] = kind.removesuffix("_url")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"The text of a part of a message is {part.get('text')!r:.80}; expected a text.")
     return parts
 
 
