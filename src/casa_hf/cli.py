@@ -376,7 +376,10 @@ def _interrupted(config: Path, output: Path, checkpoints: Path) -> str:
 
     if output.exists():
         return f"The training was interrupted when the model was trained; it is saved in {output}."
-    last, _ = last_checkpoint(checkpoints)
+    last, skipped = last_checkpoint(checkpoints)
+    if last is None and skipped:
+        folder, fault = next(iter(skipped.items()))
+        return f"The training was interrupted, and {folder} is {fault}. Remove {checkpoints} to start anew."
     if last is None:
         return "The training was interrupted before its first checkpoint. The same command starts it anew."
     return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."

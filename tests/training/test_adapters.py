@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from casa_hf import CasaForConditionalGeneration
+from casa_hf import CasaForConditionalGeneration, convert_checkpoint
 from casa_hf.training import (
     LORA_TARGETS,
     QUANTIZATION_SKIPS,
@@ -20,7 +20,9 @@ from casa_hf.training import (
     checkpoint_activations,
     freeze,
     parameter_groups,
+    trainable_parts,
 )
+from examples.tiny_source import build_tiny_source
 from tests.training.helpers import CONVERSATIONS, load_model, load_processor, loss_and_gradients
 
 # PEFT and TRL still use the name that Transformers has replaced.
@@ -87,6 +89,22 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(casa_folder, processor, t
 
 
 # ---------------------------------------------------------------- TRL
+
+
+def test_gist_tokens_of_peft_learn_at_the_rate_of_new_parameters(tmp_path):
+    source = build_tiny_source(tmp_path / "source", tie_word_embeddings=True)
+    folder = convert_checkpoint(source, tmp_path / "casa", num_gist_tokens=3).output
+    model, gists = load_model(folder, torch.float32), load_processor(folder).gist_token_ids
+    matrix = model.get_input_embeddings().weight
+    before, size = {part.name: part.parameters for part in trainable_parts(model)}, matrix.shape[1]
+    model = lora(model, "fusion", trainable_token_indices={"embed_tokens": list(gists)})
+    groups = {id(p): group["lr"] for group in parameter_groups(model, 3e-4, 2e-5) for p in group["params"]}
+    rows = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    assert [(p.shape, groups[id(p)]) for p in rows] == [((3, size), 3e-4)]
+    assert set(groups.values()) == {3e-4}
+    parts = {part.name: part for part in trainable_parts(model)}
+    assert parts["adapters"].trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (parts["embeddings"].parameters, parts["embeddings"].trainable) == (before["embeddings"], 0)
 
 
 def table():

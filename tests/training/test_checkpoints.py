@@ -62,6 +62,9 @@ DAMAGES = {
     "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
     "marked so by checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
     "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth", size=0),
+    "without optimizer.pt": lambda folder: (folder / "optimizer.pt").unlink(),
+    "without scheduler.pt": lambda folder: (folder / "scheduler.pt").unlink(),
+    "without rng_state.pth": lambda folder: (folder / "rng_state.pth").unlink(),
 }
 
 
@@ -85,6 +88,41 @@ def test_a_lost_shard_is_noticed(finished, tmp_path):
     (tmp_path / "checkpoint-3" / "model.safetensors.index.json").write_text(json.dumps(index))
     last, skipped = last_checkpoint(tmp_path)
     assert last is None and "without model-00002-of-00002.safetensors" in skipped.values()
+
+
+@pytest.mark.parametrize(
+    ("lost", "kept"),
+    [
+        (["optimizer.pt"], "optimizer_0/__0_0.distcp"),  # FSDP, sharded
+        (["optimizer.pt"], "optimizer.bin"),  # FSDP, whole
+        (["optimizer.pt", "scheduler.pt"], "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"),  # DeepSpeed
+        (["rng_state.pth"], "rng_state_1.pth"),  # of several processes
+    ],
+)
+def test_states_of_several_processes_have_other_names(finished, tmp_path, lost, kept):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(finished / "checkpoints" / "checkpoint-3", folder)
+    (folder / kept).parent.mkdir(exist_ok=True)
+    (folder / lost[0]).rename(folder / kept)
+    for name in lost[1:]:
+        (folder / name).unlink()
+    assert last_checkpoint(tmp_path) == (folder, {})
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_weights_alone_are_nothing_to_go_on_from(casa_folder, tmp_path, resume):
+    only = {"use_cpu": True, "save_steps": 1, "save_only_model": True}
+    run = configuration(casa_folder, tmp_path, max_steps=2, trainer=only)
+    train(TrainingConfig.from_dict(run))
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "checkpoints")[0] is None
+    assert f"{folder} is without optimizer.pt" in _interrupted(Path("run.yaml"), tmp_path / "no", folder.parent)
+    again = configuration(casa_folder, tmp_path, output=str(tmp_path / "again"), resume=resume)
+    with pytest.raises(ValueError, match="save_only_model") as refused:
+        train(TrainingConfig.from_dict(again))
+    assert f"{folder} is without optimizer.pt" in str(refused.value) and "set model to it" in str(refused.value)
+    started = {**again, "model": str(folder), "checkpoints": str(tmp_path / "more"), "max_steps": 1}
+    assert train(TrainingConfig.from_dict(started)).steps == 1  # as the error advises
 
 
 def test_steps_are_compared_as_numbers_and_other_folders_passed_over(finished, tmp_path):

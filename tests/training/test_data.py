@@ -237,3 +237,47 @@ def test_an_unusable_conversation_is_named(processor, tmp_path):
     (tmp_path / "train.jsonl").write_text(f'{json.dumps(ask("a", "b"))}\n\n{{"text": "x"}}\n')
     with pytest.raises(ValueError, match=r"Example 1 \(.*train\.jsonl, line 3\): .*messages"):
         PackedDataset(load_conversations(tmp_path), processor)
+
+
+def test_pictures_in_tables_are_not_decoded_for_the_plan(processor, tmp_path):
+    """A truncated one is found when it is used: in a column, in lists, in parts of messages, in a data set."""
+    datasets = pytest.importorskip("datasets")
+    truncate(tmp_path / "cut.jpg")
+    cut = {"bytes": (tmp_path / "cut.jpg").read_bytes(), "path": None}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a", "image": None}]}
+    question = {"type": "text", "text": "q", "image": None}
+    messages = [{"role": "user", "content": [question]}, answer]
+    part = {"type": "image", "text": None, "image": cut}
+    text, image = datasets.Value("string"), datasets.Image()
+    parts = datasets.List({"type": text, "text": text, "image": image})
+    turns = datasets.List({"role": text, "content": parts})
+    tables = {
+        "one": ({"messages": messages, "image": cut}, {"messages": turns, "image": image}),
+        "lists": ({"messages": messages, "images": [cut]}, {"messages": turns, "images": datasets.List(image)}),
+        "parts": ({"messages": [{"role": "user", "content": [part, question]}, answer]}, {"messages": turns}),
+    }
+    for name, (row, features) in tables.items():
+        (tmp_path / name).mkdir()
+        table = datasets.Dataset.from_list([row, row], features=datasets.Features(features))
+        table.to_parquet(tmp_path / name / "train.parquet")
+        for examples in (load_conversations(tmp_path / name), load_conversations(tmp_path / name, name="default")):
+            planned = PackedDataset(examples, processor)
+            assert len(planned.rows[0]) == 2 and planned.num_image_tokens > 0
+            with pytest.raises(ValueError, match=r"Example 0 of .*truncated"):
+                CasaDataCollator(processor)([planned[0]])
+
+
+def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path, monkeypatch):
+    processor = load_processor(casa_folder)
+    file = write(tmp_path / "train.jsonl", ["a"], "cat.jpg")
+    shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
+    planned = PackedDataset(load_conversations(file), processor)
+    processor.chat_template = "{{ raise_exception('No pictures here') }}"
+    named = r"Example 0 \(.*train\.jsonl, line 1\): TemplateError: No pictures here"
+    with pytest.raises(ValueError, match=named):
+        PackedDataset(load_mixture(file), processor)
+    with pytest.raises(ValueError, match=named):
+        CasaDataCollator(processor)([planned[0]])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"line 1\): DecompressionBombError"):
+        PackedDataset(load_conversations(file), load_processor(casa_folder))

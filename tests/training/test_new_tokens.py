@@ -214,6 +214,32 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(folders, tmp_path, ours):
     assert torch.equal(load_weights(tmp_path / "b" / "checkpoint-4")[EMBEDDINGS], expected)
 
 
+def test_a_head_that_is_tied_to_other_embeddings_predicts_from_these(folders):
+    model = load_model(folders["tied"], torch.float32)
+    freeze(model, "paper-qwen")
+    hidden = torch.randn(2, model.lm_head.weight.shape[1])
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ model.lm_head.weight.T)
+    model.set_input_embeddings(torch.nn.Embedding(*model.lm_head.weight.shape))
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ model.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("left_out", [EMBEDDINGS, "lm_head.weight"])
+def test_a_shared_matrix_is_loaded_under_either_name(folders, left_out):
+    model, other = load_model(folders["tied"], torch.float32), load_model(folders["tied"], torch.float32, seed=2)
+    freeze(model, "paper-qwen")
+    freeze(other, "paper-qwen")
+    expected = torch.randn(GISTS, model.config.text_config.hidden_size)
+    with torch.no_grad():
+        dict(model.named_parameters())[ROWS].copy_(expected)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != left_out}
+    assert other.load_state_dict(state, strict=False).missing_keys == [left_out]
+    assert torch.equal(dict(other.named_parameters())[ROWS], expected)
+    assert torch.equal(embeddings(other), embeddings(model))
+    assert torch.equal(other.lm_head.state_dict()["weight"], embeddings(model))
+
+
 def test_the_table_and_the_groups_tell_of_new_tokens(folders):
     model = load_model(folders["untied"])
     whole = model.num_parameters()

@@ -206,6 +206,7 @@ def test_the_command(settings, tmp_path, capsys):
         ({"weight_decay": "none"}, ["weight_decay='none'"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"data": 3}, ["data=3", "a text"]),
+        ({"resume": True, "trainer": {"save_only_model": True}}, ["resume", "trainer.save_only_model"]),
         ({"resume": "yes"}, ["resume='yes'", "true or false"]),
         ({"trainer": {"per_device_train_batch_size": 3, "use_cpu": True}}, ["sequences_per_update=2", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
@@ -219,6 +220,22 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(setting
         train(TrainingConfig.from_dict({**settings, **changes}))
     assert all(word in str(refused.value) for word in words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_converted_is_refused_before_its_weights_are_looked_for(settings, source_folder, tmp_path):
+    small = shutil.copytree(source_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=rf"'qwen2_5_vl'.*`casa-hf convert {small} FOLDER`"):
+        train(TrainingConfig.from_dict({**settings, "model": str(small)}))
+    (small / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        train(TrainingConfig.from_dict({**settings, "model": str(small)}))
+    assert list(tmp_path.iterdir()) == [small]
+
+
+@pytest.mark.parametrize("output", ["trained", "trained/", "trained//"])
+def test_checkpoints_are_beside_the_output(settings, tmp_path, output):
+    config = TrainingConfig.from_dict({**settings, "output": f"{tmp_path}/{output}"})
+    assert config.checkpoint_folder == tmp_path / "trained-checkpoints"
 
 
 def test_no_further_arguments(settings):
@@ -235,6 +252,9 @@ def test_numbers_in_yaml(tmp_path, settings):
     counts = (config.max_text_tokens, config.max_image_tokens, config.max_pixels)
     assert counts == (2_000, 20_000, None) and isinstance(config.max_text_tokens, int)
     assert TrainingConfig.from_dict({**settings, "max_steps": 4e0}).max_steps == 4
+    file.write_text(yaml.safe_dump({**settings, "data": None}) + "data: [{path: a, weight: 1e-1}, {path: b}]")
+    file.write_text(file.read_text().replace("data: null\n", ""))
+    assert TrainingConfig.from_yaml(file).data == [{"path": "a", "weight": 0.1}, {"path": "b"}]
     file.write_text("model: [")
     with pytest.raises(ValueError, match="isn't valid YAML"):
         TrainingConfig.from_yaml(file)

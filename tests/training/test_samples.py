@@ -82,6 +82,19 @@ def test_measured_for_the_frames_of_a_clip(processor):
     assert measure(processor, example) == size(sample)
 
 
+def test_stored_pictures_are_turned_upright_like_files(processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(PHOTOGRAPHS / "cat.jpg").resize((60, 200)).save(tmp_path / "cat.png", exif=exif)
+    file = {**ask("What?", "A cat.", "cat"), "images": [str(tmp_path / "cat.png")]}
+    stored = {**file, "images": [{"bytes": (tmp_path / "cat.png").read_bytes(), "path": None}]}
+    expected, found = encode(processor, file), encode(processor, stored)
+    height, width = expected.image_grid_thw[0, 1:]
+    assert width > height and torch.equal(found.image_grid_thw, expected.image_grid_thw)
+    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert measure(processor, stored) == size(found)
+
+
 def test_forms_of_one_conversation_give_the_same(processor):
     path = str(PHOTOGRAPHS / "cat.jpg")
     expected = encode(processor, ask("What is this?", "A cat.", "cat"))
@@ -186,6 +199,13 @@ def test_the_question_of_a_conversation():
         ({**marked("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
         ({"messages": ["x"]}, ["'x'", "role"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["3", "parts"]),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, ["'hi'", "mapping"]),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, ["['text']", "image or video"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ["None", "expected a text"]),
+        ({**ask("x", "y", "cat"), "messages": [{"role": "user", "content": [{"text": 3}]}]}, ["3", "expected a text"]),
+        ({**marked("x"), "images": 3}, ["`images`", "3", "list"]),
+        ({**marked("x"), "images": "a.jpg"}, ["`images`", "'a.jpg'", "list"]),
+        ({**marked("x"), "videos": {"path": "a.mp4"}}, ["`videos`", "a.mp4", "list"]),
     ],
 )
 def test_unusable_conversations_are_refused(example, words):

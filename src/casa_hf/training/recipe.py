@@ -400,8 +400,8 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
     weights_alone = [folder for folder, fault in skipped.items() if fault == NO_OPTIMIZER]
     if last is None and weights_alone:
         raise ValueError(
-            f"{weights_alone[0]} is {NO_OPTIMIZER}, as trainer.save_only_model leaves it, so no run can go on from it. "
-            f"To start with its weights, set model to it and checkpoints to another folder; to start anew, remove "
+            f"{weights_alone[0]} is {NO_OPTIMIZER}, as with trainer.save_only_model, so no run can go on from it. To "
+            "start with its weights, set model to it and checkpoints to another folder; to start anew, remove "
             f"{checkpoints}."
         )
     if not resume and (last is not None or skipped):
