@@ -151,8 +151,9 @@ class PackedDataset(Dataset):
         return [self._named(place) for place in self.rows[index]]
 
     def _named(self, index: int) -> _NamedExample:
-        with _naming(lambda: describe(self.examples, index)):
-            return _NamedExample(self.examples[index], describe(self.examples, index))
+        name = describe(self.examples, index)
+        with _naming(lambda: name):
+            return _NamedExample(self.examples[index], name)
 
 
 def _measure(processor: CasaProcessor, examples: Sequence[Example], index: int) -> tuple[int, int]:
