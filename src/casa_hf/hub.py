@@ -26,7 +26,8 @@ _FROM_SCRATCH = re.compile(r"^This model was trained from scratch (?:on an unkno
 _ON_DATA = r"on (?:an unknown dataset|the .+ datasets?)\."
 _FINE_TUNED = rf"This model is a fine-tuned version of \[[^\]\n]*\]\([^)\n]*\) {_ON_DATA}"
 _RESULTS = re.compile(
-    r"^It achieves the following results on the evaluation set:\n(?:- [^:\n]+: -?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf)(?:\n|\Z))*",
+    r"^It achieves the following results on the evaluation set:\n"
+    r"(?:- [^:\n]+: -?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf)(?:\n|\Z))*",
     re.MULTILINE,
 )
 _GENERATED_PARTS = {
@@ -46,6 +47,9 @@ _TEMPLATE_DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
 )
+
+# Of the conversion, in the section on how a checkpoint was made.
+_COMMAND = re.compile(r"^```bash\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -256,8 +260,8 @@ def published_card(
             to one about them.
         with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
         present: the card that the repository has there; None if it has none. What it says to be untrained is left out
-            where the weights are others now, unless `readme` was made for them: it says something else of them, tells
-            of another conversion, or is the one to prefer.
+            where the weights are others now, unless `readme` says something else of them, tells of another conversion
+            command, or says that too and is the one to prefer.
         prefer: which card counts where both say different things, `readme` ("folder") or the present one ("hub").
         fresh: titles of sections (None for what comes before the first), and fields of the front matter, in which
             `readme` counts in any case. In sections that is what the Trainer generates: other words stay.
@@ -317,9 +321,10 @@ def _is_of_these_weights(own: Card | None, there: Card, prefer: Preference | Non
     """
     if own is None or own.body.get(UNTRAINED) is None:
         return False
-    return prefer == "folder" or any(
-        own.body.get(title) not in (None, there.body.get(title)) for title in (UNTRAINED, MADE_BY)
-    )
+    if prefer == "folder" or own.body.get(UNTRAINED) != there.body.get(UNTRAINED):
+        return True
+    commands = [_COMMAND.search(card.body.get(MADE_BY) or "") for card in (own, there)]
+    return None not in commands and len({found[1] for found in commands if found}) == 2
 
 
 def _keep_words(own: CardBody, there: CardBody, titles: Collection[str | None], config: CasaConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class CasaForConditionalGeneration(_Model):
     # The tags that a call of `push_to_hub` asks for.
     _asked_tags: list[str] | str | None = None
 
+    @wraps(_Model.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers adds them to the card of the default branch, where they can't be told from those it had.
         self._asked_tags = kwargs.get("tags")
@@ -122,8 +124,6 @@ class CasaForConditionalGeneration(_Model):
             return super().push_to_hub(*args, **kwargs)
         finally:
             self._asked_tags = None
-
-    push_to_hub.__doc__ = _Model.push_to_hub.__doc__
 
     def _upload_modified_files(
         self,
@@ -150,7 +150,9 @@ class CasaForConditionalGeneration(_Model):
             except HfHubHTTPError as error:  # who may only propose changes has to name a branch that exists
                 if not create_pr or error.response.status_code != 403:
                     raise
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempts = 0
+        while True:
+            attempts += 1
             info = repository_info(api, repo_id, revision)
             additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
             card = self._card(folder, api, repo_id, info, revision, additions)
@@ -166,9 +168,8 @@ class CasaForConditionalGeneration(_Model):
                     parent_commit=info.sha,
                 )
             except HfHubHTTPError as error:
-                if attempt == _ATTEMPTS or error.response.status_code != 412:
+                if attempts == _ATTEMPTS or error.response.status_code != 412:
                     raise
-        raise AssertionError("unreachable")
 
     def _card(
         self,
