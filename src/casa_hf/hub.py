@@ -36,7 +36,7 @@ _GENERATED_PARTS = {
         r"(?:- (?:seed|optimizer|[a-z]+(?:_[a-z]+)+): .*(?:\n|\Z))*|^More information needed$",
         re.MULTILINE,
     ),
-    "### Training results": re.compile(r"(?:^\|.*(?:\n|\Z))+", re.MULTILINE),
+    "### Training results": re.compile(r"^\| Training Loss .*\n(?:\|.*(?:\n|\Z))*", re.MULTILINE),
     "### Framework versions": re.compile(
         r"(?:^- (?:PEFT|TRL|Transformers|Pytorch|Datasets|Tokenizers) \S+(?:\n|\Z))+", re.MULTILINE
     ),

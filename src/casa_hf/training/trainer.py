@@ -111,7 +111,9 @@ class CasaTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """As in Transformers; the card is merged with that of the branch it goes to, see `create_model_card`."""
-        # The base class hands on what it doesn't know itself to `create_model_card`.
+        # The base class waits for it between making the card and sending it, which is time for edits.
+        self._finish_current_push()
+        # It hands on what it doesn't know itself to `create_model_card`.
         kwargs |= {"hub_token": token, "hub_revision": revision}
         return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
 
