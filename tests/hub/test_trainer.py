@@ -164,7 +164,8 @@ def test_words_between_the_trainers_figures_stay(hub: Hub, casa_folder: Path, tm
         "- Loss: 0.75\n": "- Loss: 0.75\n- Also: nothing else.\n",
         "## Training procedure\n": "## Training procedure\n\nOn one machine.\n",
         "### Framework versions\n": "I stopped it.\n\n### Framework versions\n\nOf spring:\n",
-        "### Training results\n": "### Machine\n\n```\n### Framework versions\n```\n\n### Training results\n\n| Day | Sun |\n|---|---|\n| 1 | no |\n",
+        "### Training results\n": "### Machine\n\n```\n### Framework versions\n```\n\n"
+        "### Training results\n\n| Day | Sun |\n|---|---|\n| 1 | no |\n",
     }
     edited = text()
     for old, new in edits.items():
