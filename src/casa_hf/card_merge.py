@@ -24,7 +24,7 @@ Preference = Literal["folder", "hub"]
 FIELD_GROUPS = (("base_model", "base_model_relation"), ("license", "license_name", "license_link"))
 
 INTRODUCTION = "the text before the first section"
-UNTRAINED, TRAINED_ON = "What is untrained", "Training data"
+UNTRAINED, MADE_BY, TRAINED_ON = "What is untrained", "How it was made", "Training data"
 
 _COLLECTIONS = ("tags", "datasets")
 _PLACEHOLDER = re.compile(r"\[?more information needed\]?", re.IGNORECASE)
@@ -59,12 +59,15 @@ class CardBody:
 
     def set(self, title: str | None, text: str) -> None:
         """Replace the section of this title, or append one; the text has no heading."""
+        self.put(next((index for index, (name, _) in enumerate(self.sections) if name == title), None), title, text)
+
+    def put(self, index: int | None, title: str | None, text: str) -> None:
+        """Replace the section at an index, or append one; the text has no heading."""
         section = (title, f"## {title}\n\n{text}\n" if title else f"{text}\n")
-        for index, (name, _) in enumerate(self.sections):
-            if name == title:
-                self.sections[index] = section
-                return
-        self.sections.append(section)
+        if index is None:
+            self.sections.append(section)
+        else:
+            self.sections[index] = section
 
     def rename(self, old: str, new: str) -> None:
         self.sections = [
@@ -119,7 +122,11 @@ class Card:
 
     def parts(self) -> dict[str, Any]:
         """What the card consists of: fields of the front matter, and sections by title."""
-        texts = {name or INTRODUCTION: text.strip() for name, text in self.body.sections if text.strip()}
+        texts: dict[str, str] = {}
+        for title, text in self.body.sections:
+            if text.strip():
+                name = title or INTRODUCTION
+                texts[name] = f"{texts.get(name, '')}\n{text}".strip()
         return {**self.data.to_dict(), **texts}
 
 
@@ -154,21 +161,28 @@ def merge(
         Names of the fields and sections in conflict; empty if `prefer` is given.
     """
     there.data, conflicts = _merged_fields(own.data, there.data, generated_fields, prefer, fresh)
+    stated = {(title, content(title, text)) for title, text in own.body.sections}
     known = {(title, content(title, text)) for title, text in there.body.sections}
+    # Titles may repeat: of the sections that only one card has, the first of a title belong together, and so on.
+    others: dict[str | None, list[int]] = {}
+    for index, (title, text) in enumerate(there.body.sections):
+        if (title, content(title, text)) not in stated:
+            others.setdefault(title, []).append(index)
     for title, text in own.body.sections:
         said = content(title, text)
         if not said or _PLACEHOLDER.fullmatch(said) or is_generated(title, said) or (title, said) in known:
             continue
         if title == UNTRAINED and there.body.get(TRAINED_ON) is not None:
             continue  # it was replaced by that
-        present = there.body.get(title)
+        place = others[title].pop(0) if others.get(title) else None
+        present = None if place is None else content(*there.body.sections[place])
         counts = prefer == "folder" or title in fresh
         if present is None:
             is_new = counts or not follows
         else:
             is_new = counts or not present or bool(_PLACEHOLDER.fullmatch(present)) or is_generated(title, present)
         if is_new:
-            there.body.set(title, said)
+            there.body.put(place, title, said)
         elif prefer is None:
             conflicts.append(title or INTRODUCTION)
     return conflicts

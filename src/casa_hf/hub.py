@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from .card_merge import FIELD_GROUPS, TRAINED_ON, UNTRAINED, Card, CardBody, Preference, fields, merge, union
+from .card_merge import FIELD_GROUPS, MADE_BY, TRAINED_ON, UNTRAINED, Card, CardBody, Preference, fields, merge, union
 from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
@@ -22,11 +22,34 @@ LICENSE_FILES = ("LICENSE*", "NOTICE*")
 BY_TRAINER = "<!-- This model card has been generated automatically"
 _FROM_SCRATCH = re.compile(r"^This model was trained from scratch (?:on an unknown dataset\.|(on .*))$", re.MULTILINE)
 
+# What else it generates, see `_keep_words`.
+_ON_DATA = r"on (?:an unknown dataset|the .+ datasets?)\."
+_FINE_TUNED = rf"This model is a fine-tuned version of \[[^\]\n]*\]\([^)\n]*\) {_ON_DATA}"
+_RESULTS = re.compile(
+    r"^It achieves the following results on the evaluation set:\n"
+    r"(?:- [^:\n]+: -?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf)(?:\n|\Z))*",
+    re.MULTILINE,
+)
+_GENERATED_PARTS = {
+    "### Training hyperparameters": re.compile(
+        r"^The following hyperparameters were used during training:\n"
+        r"(?:- (?:seed|optimizer|[a-z]+(?:_[a-z]+)+): .*(?:\n|\Z))*|^More information needed$",
+        re.MULTILINE,
+    ),
+    "### Training results": re.compile(r"^\| Training Loss .*\n(?:\|.*(?:\n|\Z))*", re.MULTILINE),
+    "### Framework versions": re.compile(
+        r"(?:^- (?:PEFT|TRL|Transformers|Pytorch|Datasets|Tokenizers) \S+(?:\n|\Z))+", re.MULTILINE
+    ),
+}
+
 # What Transformers' `push_to_hub` describes a model by that has no card.
 _TEMPLATE_DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
 )
+
+# Of the conversion, in the section on how a checkpoint was made.
+_COMMAND = re.compile(r"^```bash\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -237,10 +260,11 @@ def published_card(
             to one about them.
         with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
         present: the card that the repository has there; None if it has none. What it says to be untrained is left out
-            where the weights are others now, unless `readme` says something else of them.
+            where the weights are others now, unless `readme` says something else of them, tells of another conversion
+            command, or says that too and is the one to prefer.
         prefer: which card counts where both say different things, `readme` ("folder") or the present one ("hub").
         fresh: titles of sections (None for what comes before the first), and fields of the front matter, in which
-            `readme` counts in any case.
+            `readme` counts in any case. In sections that is what the Trainer generates: other words stay.
         needs_origin: whether a card that tells neither base model nor licence is an error.
 
     Returns:
@@ -260,9 +284,9 @@ def published_card(
             _renew(known.body, config, before)
     describes_others = False
     if there is not None and present is not None and present.has_other_weights:
-        # A folder's card that says the same is older than its weights.
-        describes_others = own is None or own.body.get(UNTRAINED) in (None, there.body.get(UNTRAINED))
+        describes_others = not _is_of_these_weights(own, there, prefer)
     if own is not None and there is not None and present is not None:
+        _keep_words(own.body, there.body, fresh, config)
         conflicts = merge(
             own,
             there,
@@ -288,6 +312,74 @@ def published_card(
     _complete_metadata(card, config, before, datasets, with_code)
     _complete_body(card.body, config, repository, revision, datasets, with_code)
     return card.write()
+
+
+def _is_of_these_weights(own: Card | None, there: Card, prefer: Preference | None) -> bool:
+    """Whether what a folder's card says to be untrained is about the folder's weights, others than the repository's.
+
+    One that says the same as the repository's card, of the same conversion, is older than weights that differ.
+    """
+    if own is None or own.body.get(UNTRAINED) is None:
+        return False
+    if prefer == "folder" or own.body.get(UNTRAINED) != there.body.get(UNTRAINED):
+        return True
+    commands = [_COMMAND.search(card.body.get(MADE_BY) or "") for card in (own, there)]
+    return None not in commands and len({found[1] for found in commands if found}) == 2
+
+
+def _keep_words(own: CardBody, there: CardBody, titles: Collection[str | None], config: CasaConfig) -> None:
+    """Let sections of a Trainer's card be those that a repository has, with what the Trainer generates of this run."""
+    for title in titles:
+        said, present = own.get(title), there.get(title)
+        if not said or not present or _is_generated(title, present, config):
+            continue
+        own.set(
+            title, _renewed_introduction(said, present, config) if title is None else _renewed_parts(said, present)
+        )
+
+
+def _renewed_introduction(said: str, present: str, config: CasaConfig) -> str:
+    """The present introduction with the run's description and results."""
+    introduction = re.escape(_intro_text(config, recorded_origins(config)))
+    description = re.compile(rf"^(?:{introduction}(?:\nIt was trained {_ON_DATA})?|{_FINE_TUNED})$", re.MULTILINE)
+    described = description.search(said)
+    if described:
+        present = description.sub(lambda _: described[0], present, count=1)
+    # Whoever has removed the Trainer's comment has finished the text: what isn't there isn't missing.
+    return _renewed_block(_RESULTS, said, present, is_missing=BY_TRAINER in present)
+
+
+def _renewed_parts(said: str, present: str) -> str:
+    """The present section with what the Trainer generates below its headings of the third level."""
+    parts = _parts(present)
+    for heading, text in _parts(said).items():
+        pattern = _GENERATED_PARTS.get(heading)
+        if heading not in parts:
+            parts[heading] = text
+        elif pattern is not None:
+            parts[heading] = _renewed_block(pattern, text, parts[heading], is_missing=True)
+    return "\n\n".join(text.strip() for text in parts.values() if text.strip())
+
+
+def _parts(section: str) -> dict[str, str]:
+    """The parts of a section by the line of their heading, which they begin with; parts of one heading are one."""
+    parts = {"": ""}
+    heading, is_code = "", False
+    for line in section.splitlines():
+        is_code ^= line.startswith("```")
+        if line.startswith("### ") and not is_code:
+            heading = line.strip()
+        parts[heading] = f"{parts.get(heading, '')}{line}\n"
+    return parts
+
+
+def _renewed_block(pattern: re.Pattern[str], said: str, present: str, is_missing: bool) -> str:
+    """The present text with the generated lines of another; where it has none, these come last if they are missing."""
+    found = pattern.search(said)
+    new = found[0].strip() if found else ""
+    if pattern.search(present):
+        return pattern.sub(lambda _: f"{new}\n" if new else "", f"{present}\n", count=1).strip()
+    return f"{present.strip()}\n\n{new}" if new and is_missing else present
 
 
 def _read_card(readme: str, name: str) -> Card:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_download
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
@@ -27,6 +28,9 @@ from .modeling_casa import CasaForConditionalGeneration as _Model
 from .processing_casa import CasaProcessor as _Processor
 
 CARD = "README.md"
+
+# How often a commit is tried while others change the repository.
+_ATTEMPTS = 3
 
 
 # ---------------------------------------------------------------- what a repository holds
@@ -109,49 +113,94 @@ def repository_info(api: HfApi, repository: str, revision: str | None) -> ModelI
 class CasaForConditionalGeneration(_Model):
     __doc__ = _Model.__doc__
 
+    # The tags that a call of `push_to_hub` asks for.
+    _asked_tags: list[str] | str | None = None
+
+    @wraps(_Model.push_to_hub)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        # Transformers adds them to the card of the default branch, where they can't be told from those it had.
+        self._asked_tags = kwargs.get("tags")
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._asked_tags = None
+
     def _upload_modified_files(
         self,
         working_dir: Any,
         repo_id: str,
         files_timestamps: Mapping[str, float],
-        *args: Any,
+        commit_message: str | None = None,
         token: bool | str | None = None,
+        create_pr: bool = False,
         revision: str | None = None,
-        **kwargs: Any,
+        commit_description: str | None = None,
     ) -> Any:
         """As in Transformers, with the model card of a CASA checkpoint in place of the one that was prepared.
 
         The one step that `push_to_hub` and `save_pretrained(push_to_hub=True)` share. What somebody wrote into the
-        repository's card is kept, see `published_card`.
+        repository's card is kept, see `published_card`, also what is written during the upload: the commit says which
+        one it follows, and is made anew where another came first.
         """
-        folder = Path(working_dir)
-        api = HfApi(token=token)
-        info = repository_info(api, repo_id, revision)
-        weights = [CommitOperationAdd(file.name, str(file)) for file in folder.glob("*.safetensors")]
-        present = present_card(api, repo_id, info, weights)
-        named = json.loads((folder / "config.json").read_text("utf-8"))
-        there = names_of(info) | {file.name for file in folder.iterdir()}
+        folder, api = Path(working_dir), HfApi(token=token)
+        names = _modified_files(folder, files_timestamps)
+        if revision is not None and not revision.startswith("refs/pr"):
+            try:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            except HfHubHTTPError as error:  # who may only propose changes has to name a branch that exists
+                if not create_pr or error.response.status_code != 403:
+                    raise
+        attempts = 0
+        while True:
+            attempts += 1
+            info = repository_info(api, repo_id, revision)
+            additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
+            card = self._card(folder, api, repo_id, info, revision, additions)
+            (folder / CARD).write_text(card, "utf-8")
+            try:
+                return api.create_commit(
+                    repo_id,
+                    [*additions, CommitOperationAdd(CARD, card.encode())],
+                    commit_message=commit_message or f"Upload {type(self).__name__}",
+                    commit_description=commit_description,
+                    create_pr=create_pr,
+                    revision=revision,
+                    parent_commit=info.sha,
+                )
+            except HfHubHTTPError as error:
+                if attempts == _ATTEMPTS or error.response.status_code != 412:
+                    raise
+
+    def _card(
+        self,
+        folder: Path,
+        api: HfApi,
+        repository: str,
+        info: ModelInfo,
+        revision: str | None,
+        additions: list[CommitOperationAdd],
+    ) -> str:
+        """The card for what a folder holds, on top of a state of the repository."""
+        present = present_card(api, repository, info, additions)
+        config = folder / "config.json"  # adapters have none
+        named = (
+            json.loads(config.read_text("utf-8"))
+            if config.is_file()
+            else read_json(api, repository, info, config.name)
+        )
+        there = names_of(info) | {addition.path_in_repo for addition in additions}
         readme = published_card(
             None,
             self.config,
-            repo_id,
+            repository,
             revision=revision,
-            with_code="auto_map" in named and {file.name for file in modelling_files()} <= there,
+            with_code="auto_map" in (named or {}) and {file.name for file in modelling_files()} <= there,
             present=present,
             needs_origin=False,
         )
-        # Transformers has added the tags that were asked for to the card of the default branch.
-        main = present
-        if revision is not None:
-            main = present_card(api, repo_id, repository_info(api, repo_id, None), ())
-        known = [] if main is None else _tags(main.readme)
-        asked = [tag for tag in _tags((folder / CARD).read_text("utf-8")) if tag not in known]
         card = Card.read(readme, CARD)
-        card.data["tags"] = union(card.data.get("tags"), asked)
-        (folder / CARD).write_text(card.write(), "utf-8")
-        return super()._upload_modified_files(
-            working_dir, repo_id, files_timestamps, *args, token=token, revision=revision, **kwargs
-        )
+        card.data["tags"] = union(union(card.data.get("tags"), self._asked_tags), self.model_tags)
+        return card.write()
 
 
 class CasaProcessor(_Processor):
@@ -174,5 +223,10 @@ class CasaProcessor(_Processor):
         )
 
 
-def _tags(readme: str) -> list[str]:
-    return union(Card.read(readme, CARD).data.get("tags"), [])
+def _modified_files(folder: Path, timestamps: Mapping[str, float]) -> list[str]:
+    """Names of the files in a folder and its folders that came after these times, without the model card."""
+    modified = [
+        path for path in sorted(folder.iterdir()) if path.stat().st_mtime > timestamps.get(path.name, -math.inf)
+    ]
+    files = [file for path in modified for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [file.relative_to(folder).as_posix() for file in files if file != folder / CARD]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, PublishingError, convert_checkpoint, push_checkpoint
 from casa_hf.cli import main
@@ -158,6 +159,53 @@ def test_the_converters_card_is_older_than_trained_weights(hub: Hub, converted: 
         push_checkpoint(converted, NAME)
 
 
+@pytest.mark.parametrize("choice", ["hub", "folder"])
+def test_another_conversion_is_untrained_too(hub: Hub, source_folder: Path, tmp_path: Path, choice: str) -> None:
+    """Of a source whose weights have changed: the section is the same, and true."""
+    source = Path(shutil.copytree(source_folder, tmp_path / "source"))
+    push_checkpoint(convert_checkpoint(source, tmp_path / "first").output, NAME)
+    weights = load_file(source / "model.safetensors")
+    for tensor in weights.values():
+        tensor += 0.1
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    push_checkpoint(convert_checkpoint(source, tmp_path / "second").output, NAME, card=choice)
+    assert "What is untrained" in titles(hub)
+
+
+def test_the_folders_card_to_prefer_is_of_its_weights(hub: Hub, converted: Path, trained: Path) -> None:
+    """Also where it was converted by the same command."""
+    push_checkpoint(converted, NAME)
+    shutil.copy(trained / "model.safetensors", converted / "model.safetensors")
+    push_checkpoint(converted, NAME, card="folder")
+    assert "What is untrained" in titles(hub)
+    push_checkpoint(trained, NAME, card="folder")
+    assert "What is untrained" in titles(hub)  # the weights are the same
+    with (trained / "README.md").open("w") as file:
+        file.write("# Trained\n")
+    fine_tuned(trained, trained, steps=2)
+    push_checkpoint(trained, NAME, card="folder")
+    assert "What is untrained" not in titles(hub)
+
+
+def test_sections_of_one_title(hub: Hub, converted: Path) -> None:
+    """All are kept; those that only one of the cards has are paired in order."""
+    readme = converted / "README.md"
+    first, second = "## Example\n\nFirst.\n", "## Example\n\nSecond.\n"
+    card_text = readme.read_text()
+    hub.create(NAME, files={"README.md": b"---\nlicense: mit\n---\n# x\n\nHand.\n"})
+    readme.write_text(f"{card_text}\n{first}\n{second}")
+    push_checkpoint(converted, NAME, card="folder")
+    assert f"{first}\n{second}" in card(hub).text
+    assert not push_checkpoint(converted, NAME, card="folder").changed
+    third = first.replace("First", "Third")
+    readme.write_text(f"{card_text}\n{second}\n{third}")
+    with pytest.raises(PublishingError, match=r"\(Example\)"):
+        push_checkpoint(converted, NAME)
+    report = push_checkpoint(converted, NAME, card="folder")
+    assert f"{third}\n{second}" in card(hub).text and "First." not in card(hub).text
+    assert report.card_changes == ("Example",)
+
+
 def test_both_cards_are_kept_where_they_agree(hub: Hub, converted: Path) -> None:
     """Something new on each side; the same again is no commit."""
     push_checkpoint(converted, NAME)
@@ -209,7 +257,9 @@ def test_cards_that_contradict_each_other(
     assert words(kept) in text and words(lost) not in text
     assert "Pictures." in text
     shown = capsys.readouterr().out
-    assert (named in shown) == (choice == "folder") and "What is untrained" in shown
+    assert (named in shown) == (choice == "folder")
+    # Both cards say that, so the command can't tell whether it is older than the weights, unless it is told.
+    assert ("What is untrained" in shown) == (choice == "hub")
 
 
 def test_a_section_that_was_removed_on_the_hub_does_not_come_back(hub: Hub, converted: Path) -> None:

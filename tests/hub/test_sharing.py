@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import casa_hf
@@ -104,6 +105,72 @@ def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_pat
     model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
     assert_says_what_it_is(readme(hub))
     assert (folder / "README.md").read_text() == readme(hub)
+
+
+def test_tags_on_a_branch(hub: Hub, model: Any) -> None:
+    """Those that are asked for, whether the default branch has them or not; not its others."""
+    model.push_to_hub(NAME, tags=["x", "main-only"])
+    model.model_tags = None  # Transformers may remember those of a call
+    model.push_to_hub(NAME, revision="v2")
+    hub.edit(NAME, "v2", README=readme(hub, "v2").replace("- x\n", "").replace("- main-only\n", ""))
+    model.push_to_hub(NAME, revision="v2", tags=["x"])
+    assert ModelCard(readme(hub, "v2")).data.tags == ["casa", "x"]
+    model.model_tags = None
+    model.push_to_hub(NAME, revision="v2")
+    assert ModelCard(readme(hub, "v2")).data.tags == ["casa", "x"]
+
+
+@pytest.mark.parametrize("branch", ["main", "v2"])
+def test_somebody_edits_the_card_meanwhile(hub: Hub, model: Any, branch: str) -> None:
+    """Also in the last moment before the commit; the weights aren't sent twice for it."""
+    revision = None if branch == "main" else branch
+    model.push_to_hub(NAME, revision=revision)
+    edits = iter(["Late", "Later"])
+
+    def edit() -> None:
+        title = next(edits, None)
+        if title:
+            hub.edit(NAME, branch, README=f"{readme(hub, branch)}\n## {title}\n\nWritten meanwhile.\n")
+
+    hub.before_commit = edit
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    uploads = len(hub.uploaded)
+    model.push_to_hub(NAME, revision=revision, tags=["new"])
+    text = readme(hub, branch)
+    assert "## Late\n\nWritten" in text and "## Later\n\nWritten" in text and "new" in ModelCard(text).data.tags
+    assert len(hub.uploaded) == uploads + 1
+    assert len(hub.commits(NAME, branch)) == 4
+
+
+def test_a_repository_that_never_rests(hub: Hub, model: Any) -> None:
+    model.push_to_hub(NAME)
+    hub.before_commit = lambda: hub.edit(NAME, README=f"{readme(hub)}\nOnce more.\n")
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        model.push_to_hub(NAME, tags=["new"])
+    assert "- new" not in readme(hub)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_adapters(hub: Hub, casa_folder: Path, model: Any, processor: Any, beside: bool) -> None:
+    """Transformers' own, which come without a configuration: the usage loads the model that they adapt, and them.
+
+    Beside a model with its code that code stays usable, so the card goes on to say how.
+    """
+    peft = pytest.importorskip("peft")
+    if beside:
+        push_checkpoint(casa_folder, NAME, with_code=True)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.push_to_hub(NAME)
+    processor.push_to_hub(NAME)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.files(NAME).keys()
+    assert ("config.json" in hub.files(NAME)) == beside == ("trust_remote_code" in readme(hub))
+    assert "Variant `casa`" in readme(hub) and "More Information Needed" not in readme(hub)
+    if not beside:
+        usage = re.findall(r"^```python\n(.*?)^```", readme(hub), flags=re.MULTILINE | re.DOTALL)[0]
+        names: dict = {}
+        exec(compile(usage, "README.md", "exec"), names)
+        torch.testing.assert_close(logits(names["model"], names["processor"]), logits(model, processor))
 
 
 def test_a_model_of_unknown_origin(hub: Hub, model: Any) -> None:

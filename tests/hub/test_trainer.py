@@ -16,7 +16,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, push_checkpoint
 from casa_hf.training import CasaDataCollator, CasaTrainer
 from tests.hub.conftest import empty_cache
 from tests.hub.helpers import SAMPLES, logits, sample
-from tests.hub.loopback import Hub
+from tests.hub.loopback import BLIND, WRITER, Hub
 from tests.training.helpers import CONVERSATIONS, load_processor
 
 pytest.importorskip("accelerate")
@@ -100,19 +100,100 @@ def test_casa_trainer(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     assert not report.changed
 
 
+def test_saves_do_not_undo_edits(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """With the default strategy each save of a second run in the same folder goes to the Hub."""
+    name, options = "me/trained", {"hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 1}
+    trainer = casa_trainer(casa_folder, tmp_path / "out", **options)
+    trainer.train()
+    trainer.push_to_hub()
+    edited = hub.files(name)["README.md"].decode().replace("\n## Usage", "\n## Gallery\n\nPictures.\n\n## Usage")
+    hub.edit(name, README=edited)
+    trainer = casa_trainer(casa_folder, tmp_path / "out", **options, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    trainer._finish_current_push()
+    assert hub.commits(name)[-1].message == "Training in progress, step 2"
+    assert hub.files(name)["README.md"].decode() == edited
+    trainer.push_to_hub()
+    assert "Pictures." in hub.files(name)["README.md"].decode()
+
+
+def test_the_card_of_the_branch_that_is_asked_for(
+    hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the token that is asked for: the environment's can't read the repository."""
+    name = "me/trained"
+    push_checkpoint(casa_folder, name)
+    push_checkpoint(casa_folder, name, revision="v2")
+    text = hub.files(name, "v2")["README.md"].decode()
+    hub.edit(name, "v2", README=text.replace("\n## Usage", "\nOn the branch.\n\n## Usage"))
+    hub.repositories[name].private = True
+    monkeypatch.setenv("HF_TOKEN", BLIND)
+    before = hub.files(name)["README.md"]
+    trainer = casa_trainer(casa_folder, tmp_path / "out", push_to_hub=False)
+    trainer.train()
+    trainer.push_to_hub(token=WRITER, revision="v2", tags=["asked"])
+    text = hub.files(name, "v2")["README.md"].decode()
+    assert "On the branch." in text and 'revision="v2"' in text and "### Training hyperparameters" in text
+    assert "asked" in ModelCard(text).data.tags and hub.files(name)["README.md"] == before
+
+
+def test_words_between_the_trainers_figures_stay(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """In the introduction and in the procedure; with and without the Trainer's comment."""
+    name = "me/trained"
+
+    def text() -> str:
+        return hub.files(name)["README.md"].decode()
+
+    def figures(card: str) -> str:
+        """Without the padding of tables."""
+        return re.sub(r" +\|", " |", re.sub(r"\|:-+:", "|:-:", card))
+
+    def run(folder: str, rate: float, score: float | None) -> None:
+        trainer = casa_trainer(casa_folder, tmp_path / folder, learning_rate=rate)
+        trainer.train()
+        if score is not None:
+            at = {"epoch": 1.0, "step": 1}
+            trainer.state.log_history[:0] = [{"loss": 1.5, **at}, {"eval_loss": score, **at}]
+        trainer.push_to_hub()
+
+    run("first", 0.01, 0.75)
+    assert "- Loss: 0.75\n" in text() and "- learning_rate: 0.01\n" in text()
+    assert re.search(r"^\| 1\.5 .*\| 0\.75 +\|$", text(), re.MULTILINE)
+    edits = {
+        "\nIt achieves": "\nMy own words.\n\nIt achieves",
+        "- Loss: 0.75\n": "- Loss: 0.75\n- Also: nothing else.\n",
+        "## Training procedure\n": "## Training procedure\n\nOn one machine.\n",
+        "### Framework versions\n": "I stopped it.\n\n### Framework versions\n\nOf spring:\n",
+        "### Training results\n": "### Machine\n\n```\n### Framework versions\n```\n\n"
+        "### Training results\n\n| Day | Sun |\n|---|---|\n| 1 | no |\n",
+    }
+    edited = text()
+    for old, new in edits.items():
+        assert edited.count(old) == 1, old
+        edited = edited.replace(old, new)
+    hub.edit(name, README=edited)
+    run("second", 0.02, 0.5)
+    assert figures(text()) == figures(edited.replace("0.75", "0.5").replace("0.01", "0.02"))
+    without = re.sub(r"<!--.*?-->\n\n", "", text(), flags=re.DOTALL)
+    hub.edit(name, README=without)
+    run("third", 0.03, 0.25)
+    assert figures(text()) == figures(without.replace("0.5", "0.25").replace("0.02", "0.03"))
+    run("fourth", 0.03, None)
+    assert "0.25" not in text() and "It achieves" not in text() and "- Also: nothing else." in text()
+    run("fifth", 0.03, 0.125)
+    assert "0.125" in text() and "It achieves" not in text()  # whoever removed the comment has finished that text
+
+
 def casa_trainer(checkpoint: Path, output: Path, **options: Any) -> CasaTrainer:
+    defaults = {"max_steps": 1, "push_to_hub": True, "hub_strategy": "end", "save_strategy": "no"}
     arguments = TrainingArguments(
         output_dir=str(output),
-        max_steps=1,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        push_to_hub=True,
         hub_model_id="me/trained",
-        hub_strategy="end",
-        save_strategy="no",
-        **options,
+        **{**defaults, **options},
     )
     processor = load_processor(checkpoint)
     return CasaTrainer(

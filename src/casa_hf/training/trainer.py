@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..configuration_casa import CasaConfig
-from ..hub import BY_TRAINER, published_card
+from ..hub import published_card
 from ..sharing import CARD, present_card, repository_info
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
@@ -101,26 +101,46 @@ class CasaTrainer(Trainer):
         references = [Dialogue.of(example).question()[1] for example in examples]
         return [by_index[index] for index in range(len(examples))], references
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers; the card is merged with that of the branch it goes to, see `create_model_card`."""
+        # The base class waits for it between making the card and sending it, which is time for edits.
+        self._finish_current_push()
+        # It hands on what it doesn't know itself to `create_model_card`.
+        kwargs |= {"hub_token": token, "hub_revision": revision}
+        return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+
+    def create_model_card(
+        self, *args: Any, hub_token: str | None = None, hub_revision: str | None = None, **kwargs: Any
+    ) -> None:
         """As in Transformers; where it goes to the Hub, with what the card of a CASA checkpoint says.
 
         Transformers' card is about this run alone and takes the place of the repository's one, also of what somebody
         wrote there. Here the run's procedure and results are brought into that card.
+
+        Args:
+            *args, **kwargs: as in Transformers.
+            hub_token, hub_revision: token, and branch of the repository whose card counts; None for those of the
+                training arguments.
         """
         super().create_model_card(*args, **kwargs)
         config = getattr(self.model, "config", None)
         if self.hub_model_id is None or not self.is_world_process_zero() or not isinstance(config, CasaConfig):
             return
         file = Path(self.args.output_dir) / CARD
-        api = HfApi(token=self.args.hub_token)
-        revision = self.args.hub_revision
+        api = HfApi(token=self.args.hub_token if hub_token is None else hub_token)
+        revision = self.args.hub_revision if hub_revision is None else hub_revision
         info = repository_info(api, self.hub_model_id, revision)
         present = present_card(api, self.hub_model_id, info, ())
-        fresh: list[str | None] = ["Training procedure", "model-index"]
         if present is not None:
             present = replace(present, has_other_weights=True)
-            if BY_TRAINER in present.readme:
-                fresh.append(None)
         readme = published_card(
             file.read_text("utf-8"),
             config,
@@ -128,10 +148,20 @@ class CasaTrainer(Trainer):
             revision=revision,
             present=present,
             prefer="hub",
-            fresh=fresh,
+            fresh=(None, "Training procedure", "model-index"),
             needs_origin=False,
         )
         file.write_text(readme, "utf-8")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in Transformers, without the model card that an earlier push has left in the output folder.
+
+        The whole folder goes to the Hub, and that card would undo what has been written there since. The push at the
+        end of the run makes a new one.
+        """
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / CARD).unlink(missing_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.
