@@ -286,7 +286,7 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
         ({"read_ahead": 1.5}, "read_ahead=1.5 must be a number of frames"),
         ({"read_ahead": "x"}, "read_ahead='x' must be a number of frames"),
         ({"read_ahead": True}, "read_ahead=True must be a number of frames"),
-        ({"rate": 5}, "rate=5: .*states its own"),
+        ({"rate": 5}, "rate=5 is asked of devices and of folders of images; .* is neither"),
         ({"live": True, "start": 1}, "start=1: .*is live"),
         ({"options": {"probesize": 5000}}, r"options=\{'probesize': 5000\}: keys and values must be texts"),
     ],
@@ -319,7 +319,7 @@ def test_names_have_no_secrets(tmp_path, serve):
         with pytest.raises(ValueError, match=r"://127\.0\.0\.1:\d+/no\.mp4' can't be used: \w+") as refusal:
             open_video(url)
         assert not any(part in str(refusal.value) for part in ("admin", "word", "secret"))
-    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1/a\.mp4 states its own"):
+    with pytest.raises(ValueError, match=r"folders of images; 'http://127\.0\.0\.1/a\.mp4' is neither"):
         open_video("http://admin:p@ss,word@127.0.0.1/a.mp4?token=secret", rate=5)
     file = tmp_path / "what?@.mp4"
     (tmp_path / "clip.mp4").rename(file)
