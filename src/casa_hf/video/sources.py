@@ -43,7 +43,7 @@ _BUSY_SECONDS = 0.005
 _FRESH_SECONDS = 1.0
 # With them, and a format that is known, FFmpeg opens a stream with its first packet, rather than read some seconds of
 # it to find out more. (Its flag nobuffer would throw these packets away, and with them a keyframe.)
-_OPEN_AT_ONCE = {"probesize": "32", "analyzeduration": "1", "fpsprobesize": "0"}
+_OPEN_AT_ONCE = {"probesize": "32", "analyzeduration": "1"}
 _CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
 _RAW_STREAM_FPS = 25
 
