@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures. If that were
-# less, fragments of sound alone would come between pictures that are farther apart, and displace them.
+# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures. If that
+# were less, fragments of sound alone would come between pictures that are farther apart, and displace them.
 _KEPT_SECONDS = 1
 _FLUSHED = {"flush_packets": "1", "max_interleave_delta": str(_KEPT_SECONDS * 1_000_000)}
 _FRAGMENTS = {

@@ -516,7 +516,7 @@ def raw_packets(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 def test_frames_of_raw_video_are_not_held_back_to_know_the_format(raw_packets):
-    """A frame is whole when the next one begins; FFmpeg, left to itself, reads 2 s before it hands on the first one."""
+    """A frame is whole when the next one begins; FFmpeg, left to itself, reads 2 s before it hands one on."""
     told = threading.Semaphore(0)
     connections = count()
     pauses = [0.2, 0.05, 0.3, 0.01]

@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ..checks import check_pixel_mode, is_number
 from ..clips import DEFAULT_FPS
@@ -183,7 +183,7 @@ class VideoSource:
     def close(self) -> None:
         """Let go of what was opened and not read."""
 
-    def __enter__(self) -> VideoSource:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -711,7 +711,7 @@ def open_video(
         return MediaSource(name, format=format, options=asked | (options or {}), live=live, **selection)
     if rate is not None:
         raise ValueError(
-            f"rate={rate} is asked of devices and of folders of images; {_shown_url(name)!r} is neither, leave rate out."
+            f"rate={rate} is asked of devices and of folders of images; {_shown_url(name)!r} is neither: leave it out."
         )
     return MediaSource(name, options=options, live=live, **selection)
 
