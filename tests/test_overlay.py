@@ -112,6 +112,33 @@ def test_sound_that_does_not_fit_is_left_out_and_said(tmp_path):
     assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == list(range(10))
 
 
+def test_a_source_is_opened_for_its_sound_as_for_its_pictures(tmp_path):
+    """Neither a device nor raw pixels can be opened by their names alone."""
+    tone = "lavfi:testsrc=size=64x48:rate=10:duration=2[out0];sine=duration=2[out1]"
+    overlay = Overlay(open_video(tone, fps=2, live=False), tmp_path / "tone.mkv")
+    overlay.close()
+    assert overlay.note == ""
+    with av.open(str(tmp_path / "tone.mkv")) as container:
+        assert len(list(container.decode(video=0))) == 20
+    with av.open(str(tmp_path / "tone.mkv")) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) == 2 * 44_100
+    grey = [np.full(64 * 48 * 3 // 2, 20 * index, np.uint8) for index in range(10)]
+    (tmp_path / "raw.yuv").write_bytes(np.concatenate(grey).tobytes())
+    source = open_video(tmp_path / "raw.yuv", fps=2, options={"video_size": "64x48", "framerate": "4"})
+    overlay = Overlay(source, tmp_path / "raw.mp4")
+    overlay.close()
+    assert [time for time, _ in decoded(tmp_path / "raw.mp4")] == [index / 4 for index in range(10)]
+
+
+def test_sound_that_cannot_be_opened_is_left_out_and_said(tmp_path):
+    with OverlayWriter(tmp_path / "out.mp4", audio=str(tmp_path / "nowhere.mp4")) as writer:
+        for index in range(3):
+            writer.write(Frame(index / 2, picture(index)), "")
+    assert writer.note.startswith("the sound can't be read: The video '") and "nowhere.mp4" in writer.note
+    assert writer.note.endswith("; the video is without sound")
+    assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == [0, 1, 2]
+
+
 def test_an_interruption_ends_the_video_with_its_captions(red, tmp_path):
     overlay = Overlay(open_video(red, fps=2), tmp_path / "out.mp4")
     tell(overlay, 0, 0.0, "words")
@@ -182,6 +209,24 @@ def test_frames_of_every_kind_are_drawn_as_the_model_sees_them(tmp_path):
     overlay.close()
     assert overlay.written and overlay.note == ""
     assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == list(range(20))
+
+
+def test_frames_are_drawn_as_they_were_when_they_were_shown(tmp_path):
+    """Also where the next one has come into the same file or buffer by the time its captions are done."""
+    for kind in ("file", "array"):
+        file, buffer = tmp_path / "latest.png", np.zeros_like(picture(0))
+        overlay = Overlay(open_video([buffer], live=True), tmp_path / f"{kind}.mp4")
+        for index in range(4):
+            buffer[:] = picture(index)
+            Image.fromarray(buffer).save(file)
+            overlay.show(Frame(index / 2, file if kind == "file" else buffer))
+            tell(overlay, index, index / 2, "")
+        overlay.show(Frame(2.0, tmp_path / "later.png"))
+        Image.fromarray(picture(9)).save(tmp_path / "later.png")
+        overlay.close()
+        (tmp_path / "later.png").unlink()
+        assert numbers([image for _, image in decoded(tmp_path / f"{kind}.mp4")]) == [0, 1, 2, 3]
+        assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 2.000 s")
 
 
 def test_frames_that_cannot_be_drawn_are_counted_and_the_first_one_is_explained(tmp_path):
@@ -378,12 +423,28 @@ def test_without_x264_it_is_mpeg4(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
-def test_pictures_do_not_wait_for_sound_that_has_ended(tmp_path, ending):
+@pytest.mark.parametrize("fps", [2, 25])
+def test_pictures_do_not_wait_for_sound_that_has_ended(tmp_path, fps, ending):
     clip = write_clip(tmp_path / "clip.mp4", 10, 10, sound="aac")
     with OverlayWriter(tmp_path / f"out.{ending}", audio=str(clip)) as writer:
-        for index in range(30):
-            writer.write(Frame(index / 2, picture(index)), "")
-        assert len(left_by_now(tmp_path)) >= 30 - 6
+        for index in range(200):
+            writer.write(Frame(index / fps, picture(index)), "")
+            if index in (75, 100, 111, 150, 199):
+                left = left_by_now(tmp_path)
+                assert left == list(range(len(left)))
+                # A second for which they do wait, and one that isn't whole yet.
+                assert (index + 1 - len(left)) / fps <= 2 + 2 / fps
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("fps", [0.2, 0.7, 1.1])
+def test_pictures_that_are_far_apart_keep_their_times_beside_sound(tmp_path, fps, ending):
+    clip = write_clip(tmp_path / "clip.mp4", 100, 10, sound="aac")
+    with OverlayWriter(tmp_path / f"out.{ending}", audio=str(clip)) as writer:
+        for index in range(int(10 * fps)):
+            writer.write(Frame(index / fps, picture(index)), "")
+    times = [time for time, _ in decoded(tmp_path / f"out.{ending}")]
+    assert times == pytest.approx([index / fps for index in range(int(10 * fps))], abs=1e-3)
 
 
 @pytest.mark.parametrize("fps", [0.25, 2, 120])

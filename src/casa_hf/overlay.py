@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .pictures import rgb_picture
 from .streaming import CaptionEvent
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures.
+# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures. If that
+# were less, fragments of sound alone would come between pictures that are farther apart, and displace them.
 _KEPT_SECONDS = 1
 _FLUSHED = {"flush_packets": "1", "max_interleave_delta": str(_KEPT_SECONDS * 1_000_000)}
 _FRAGMENTS = {
@@ -71,13 +72,21 @@ _NO_CHARACTER = "\U0010ffff"
 _MAX_TOLD = 10
 
 
+class _Undrawable(NamedTuple):
+    """A frame that is no picture."""
+
+    timestamp: float
+    reason: str
+
+
 class OverlayWriter:
     """Encodes frames with captions drawn at their lower edge.
 
     Args:
         path: of the video, ending in .mp4, .mov or .mkv.
-        audio: a video file or URL whose sound is copied, packet by packet, if its format can be in such a file; see
-            `close` for how much of it.
+        audio: a video file, a URL or a source whose sound is copied, packet by packet, if its format can be in such a
+            file; see `close` for how much of it. A source is opened once more, in the same way; a video whose sound
+            can't be opened is without it, see `note`.
         start: seconds in the source at which the video begins; a frame that is on screen by then begins with it.
         font: file of the font of the captions, see `captioned`.
         overwrite: whether to replace a file that exists.
@@ -95,12 +104,13 @@ class OverlayWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        audio: str | None = None,
+        audio: str | MediaSource | None = None,
         start: float = 0.0,
         font: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ):
-        self.path = check_output(path, FORMATS, overwrite, () if audio is None else (audio,))
+        read = audio.files if isinstance(audio, MediaSource) else () if audio is None else (audio,)
+        self.path = check_output(path, FORMATS, overwrite, read)
         try:
             import av  # noqa: F401
         except ImportError as error:
@@ -251,11 +261,10 @@ class Overlay:
     ):
         check_output(path, FORMATS, overwrite, source.files)
         recorded = source if isinstance(source, MediaSource) and not source.live else None
-        audio = None if recorded is None else recorded.url
-        self._writer = OverlayWriter(path, audio=audio, start=source.start, font=font, overwrite=overwrite)
+        self._writer = OverlayWriter(path, audio=recorded, start=source.start, font=font, overwrite=overwrite)
         self._frames = None if recorded is None else _pictures(recorded)
         self._end = math.inf if source.end is None else source.end
-        self._held: list[Frame] = []
+        self._held: list[Frame | _Undrawable] = []
         self._captions = CaptionCollector()
         self._caption: Caption | None = None
         self._latest = -math.inf
@@ -277,9 +286,9 @@ class Overlay:
         return self._writer.written
 
     def show(self, frame: Frame) -> None:
-        """A frame that the model is about to see."""
+        """A frame that the model is about to see: its file, or its buffer, may hold the next one when it is drawn."""
         if self._frames is None:
-            self._held.append(frame)
+            self._held.append(_drawable(frame))
 
     def write(self, event: CaptionEvent) -> None:
         """Take one event of the stream; draws what has become certain by it."""
@@ -324,22 +333,18 @@ class Overlay:
     def _draw(self, until: float | None) -> None:
         """Write the frames before a moment; None for all. What is no picture is left out, and noted."""
         for frame in self._frames_until(until):
-            try:
-                frame = frame._replace(image=rgb_picture(frame.image))
-            except Exception as error:  # of many kinds
-                self._first_undrawn = self._first_undrawn or (
-                    f"that at {frame.timestamp:.3f} s ({type(error).__name__}: {error})"
-                )
+            if isinstance(frame, _Undrawable):
+                self._first_undrawn = self._first_undrawn or f"that at {frame.timestamp:.3f} s ({frame.reason})"
                 self._num_undrawn += 1
                 continue
             caption = self._caption
             shown = caption is not None and caption.start <= frame.timestamp < caption.end
             self._writer.write(frame, caption.text if shown and caption is not None else "")
 
-    def _frames_until(self, until: float | None) -> Iterator[Frame]:
+    def _frames_until(self, until: float | None) -> Iterator[Frame | _Undrawable]:
         while True:
             if not self._held and self._frames is not None:
-                self._held = [frame] if (frame := next(self._frames, None)) is not None else []
+                self._held = [_drawable(frame)] if (frame := next(self._frames, None)) is not None else []
             if not self._held or (until is not None and self._held[0].timestamp >= until):
                 return
             yield self._held.pop(0)
@@ -464,12 +469,18 @@ class _Sound:
         self._next: Any = None
 
     @classmethod
-    def open(cls, url: str, output: Any, start: float) -> tuple[_Sound | None, str]:
-        """The sound of a file, or why it can't be copied (nothing if there is none)."""
+    def open(cls, audio: str | MediaSource, output: Any, start: float) -> tuple[_Sound | None, str]:
+        """The sound of a file or source, or why it can't be copied (nothing if there is none)."""
         import av
 
-        # A file's absolute name, so that a colon in it isn't taken for the end of a protocol's.
-        container = av.open(os.path.abspath(url) if os.path.isfile(url) else url)
+        try:
+            if isinstance(audio, MediaSource):
+                container = audio.open_container()
+            else:
+                with MediaSource(audio, live=False) as source:
+                    container = source.open_container()
+        except ValueError as error:
+            return None, f"the sound can't be read: {error}; the video is without sound"
         if not container.streams.audio:
             container.close()
             return None, ""
@@ -517,6 +528,14 @@ def _pictures(source: MediaSource) -> Generator[Frame, None, None]:
     """All frames of a source, read once more; problems were reported when the captions were made."""
     with source.every_frame() as again:
         yield from (item for item in again.read() if not isinstance(item, VideoProblem))
+
+
+def _drawable(frame: Frame) -> Frame | _Undrawable:
+    """A frame with a picture of its own, or why there is none."""
+    try:
+        return frame._replace(image=rgb_picture(frame.image))
+    except Exception as error:  # of many kinds
+        return _Undrawable(frame.timestamp, f"{type(error).__name__}: {error}")
 
 
 def _fitted(image: Image, width: int, height: int) -> Image:

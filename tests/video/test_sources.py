@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import sys
 import threading
 import time
@@ -286,7 +287,7 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
         ({"read_ahead": 1.5}, "read_ahead=1.5 must be a number of frames"),
         ({"read_ahead": "x"}, "read_ahead='x' must be a number of frames"),
         ({"read_ahead": True}, "read_ahead=True must be a number of frames"),
-        ({"rate": 5}, "rate=5: .*states its own"),
+        ({"rate": 5}, "rate=5 is asked of devices and of folders of images; .* is neither"),
         ({"live": True, "start": 1}, "start=1: .*is live"),
         ({"options": {"probesize": 5000}}, r"options=\{'probesize': 5000\}: keys and values must be texts"),
     ],
@@ -319,7 +320,7 @@ def test_names_have_no_secrets(tmp_path, serve):
         with pytest.raises(ValueError, match=r"://127\.0\.0\.1:\d+/no\.mp4' can't be used: \w+") as refusal:
             open_video(url)
         assert not any(part in str(refusal.value) for part in ("admin", "word", "secret"))
-    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1/a\.mp4 states its own"):
+    with pytest.raises(ValueError, match=r"folders of images; 'http://127\.0\.0\.1/a\.mp4' is neither"):
         open_video("http://admin:p@ss,word@127.0.0.1/a.mp4?token=secret", rate=5)
     file = tmp_path / "what?@.mp4"
     (tmp_path / "clip.mp4").rename(file)
@@ -504,6 +505,90 @@ def test_raw_video_of_a_network_is_live_where_it_has_no_length(tmp_path, serve, 
     assert ([time for time, _ in found] == times) == (live is False)
     whole = open_video(f"{serve(tmp_path)}/clip.h264")
     assert not whole.live and [time for time, _ in seen(whole)] == times
+
+
+@pytest.fixture(scope="module")
+def raw_packets(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Raw H.264, frame by frame, each of 200 bytes or more."""
+    clip = write_clip(tmp_path_factory.mktemp("raw") / "clip.h264", 60, 25, size=(320, 240), tune="zerolatency", g="1")
+    with av.open(str(clip)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def test_frames_of_raw_video_are_not_held_back_to_know_the_format(raw_packets):
+    """A frame is whole when the next one begins; FFmpeg, left to itself, reads 2 s before it hands one on."""
+    told = threading.Semaphore(0)
+    connections = count()
+    pauses = [0.2, 0.05, 0.3, 0.01]
+
+    def parts() -> Iterator[bytes]:
+        begun = next(connections)
+        for packet in raw_packets[: len(raw_packets) if not begun else len(pauses) + 2]:
+            assert not begun or told.acquire(timeout=30)
+            yield packet
+
+    with http_camera(parts, "video/h264") as address, open_video(address) as source:
+        assert source.live and source.size == (320, 240)
+        items = source.read()
+        told.release()
+        earliest, latest, frames = [time.monotonic()], [], []
+        told.release()
+        for pause in [*pauses, 0]:
+            item = next(items)
+            latest.append(time.monotonic())
+            assert isinstance(item, Frame)
+            frames.append(item)
+            time.sleep(pause)
+            earliest.append(time.monotonic())
+            told.release()
+        assert numbers([item.image for item in items if isinstance(item, Frame)]) == [len(frames)]
+    assert numbers([frame.image for frame in frames]) == list(range(len(frames)))
+    for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
+        assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
+    assert frames[-1].timestamp >= sum(pauses)
+
+
+@pytest.mark.filterwarnings("ignore:.*reading ended early")
+def test_options_of_the_user_count_also_when_a_camera_is_connected_to_anew(raw_packets, monkeypatch):
+    opened = []
+    open_media = av.open
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        opened.append(settings)
+        return open_media(*args, **settings)
+
+    monkeypatch.setattr(av, "open", spy)
+    with http_camera(lambda: raw_packets, "video/h264") as address:
+        seen(open_video(address, options={"probesize": "100000"}))
+    first, anew = opened
+    assert first["format"] is None and first["options"] == {"probesize": "100000"}
+    assert anew["format"] == "h264" and anew["options"]["probesize"] == "100000"
+    assert anew["options"]["analyzeduration"] == "1"
+
+
+@pytest.mark.filterwarnings("ignore:.*reading ended early")
+def test_raw_video_over_tcp_is_opened_after_some_frames_where_ffmpeg_is_told_to(raw_packets):
+    """By the option that docs/streaming.md has; without it, opening would wait for frames that don't come."""
+    opened = threading.Event()
+    in_time = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def send() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"".join(raw_packets[:24]))  # FFmpeg takes 2 kB to know the format
+                in_time.append(opened.wait(5))
+                connection.sendall(b"".join(raw_packets[24:]))
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        source = open_video(address, options={"analyzeduration": "1"})
+        opened.set()
+        assert source.live and source.size == (320, 240)
+        assert [number for _, number in seen(source)] == list(range(60))
+        sender.join()
+    assert in_time == [True]
 
 
 @pytest.mark.parametrize("live", [None, True])

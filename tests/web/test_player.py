@@ -6,14 +6,19 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream
 from casa_hf.video import FrameIterator, open_video
 from casa_hf.web.player import Player
+from tests import clips
 from tests.streaming.test_live import FPS, Camera, picture, ticks
 
 TIMEOUT = 30.0
@@ -71,6 +76,42 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
     whole = next(event for event in told if event["kind"] == "end")
     assert tuple(whole["token_ids"]) == undisturbed[-1].token_ids
     assert len(whole["token_ids"]) == 6, "or a frame that is cut after its first tokens would pass"
+
+
+@pytest.mark.parametrize("kind", ["file", "array"])
+def test_pictures_are_those_that_were_shown(casa_folder: Path, tmp_path: Path, kind: str) -> None:
+    """Also where the next one comes into the same file or buffer."""
+    file, buffer = tmp_path / "latest.png", np.zeros_like(clips.picture(0))
+    counted, done = threading.Semaphore(0), threading.Event()
+
+    def camera() -> Iterator[Any]:
+        for number in (3, 5):
+            buffer[:] = clips.picture(number)
+            Image.fromarray(buffer).save(file)
+            yield file if kind == "file" else buffer
+            assert counted.acquire(timeout=TIMEOUT)
+        yield tmp_path / "nowhere.png"
+
+    def on_event(event: CaptionEvent) -> None:
+        if event.kind == "end":
+            counted.release()
+        if event.kind == "error":
+            done.set()
+
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    settings: dict[str, Any] = {"real_time": True, "late": "wait", "max_history": 100, "max_new_tokens": 4}
+    with CasaStream(model, processor, fps=FPS, max_new_tokens_per_frame=2) as stream:
+        player = Player(stream, FrameIterator(camera(), live=True), on_event=on_event, **settings)
+        player.start()
+        player.begin()
+        try:
+            assert done.wait(TIMEOUT)
+            pictures = [player.picture(index) for index in range(3)]
+        finally:
+            player.close()
+    assert pictures[2] is None and player.error is None
+    assert clips.numbers([Image.open(BytesIO(picture)) for picture in pictures[:2] if picture]) == [3, 5]
 
 
 def test_a_question_that_comes_just_after_the_last_frame_is_answered(casa_folder: Path) -> None:

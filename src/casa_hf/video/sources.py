@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ..checks import check_pixel_mode, is_number
 from ..clips import DEFAULT_FPS
@@ -41,6 +41,9 @@ _BUSY_SECONDS = 0.005
 # An HTTP camera that nobody has read for so long, as while a model is loaded, is connected to anew: what waits is old,
 # and small cameras hang up after a few seconds.
 _FRESH_SECONDS = 1.0
+# With them, and a format that is known, FFmpeg opens a stream with its first packet, rather than read some seconds of
+# it to find out more. (Its flag nobuffer would throw these packets away, and with them a keyframe.)
+_OPEN_AT_ONCE = {"probesize": "32", "analyzeduration": "1"}
 _CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
 _RAW_STREAM_FPS = 25
 
@@ -180,7 +183,7 @@ class VideoSource:
     def close(self) -> None:
         """Let go of what was opened and not read."""
 
-    def __enter__(self) -> VideoSource:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -376,8 +379,8 @@ class MediaSource(VideoSource):
             self._options.setdefault("rtsp_transport", "tcp")  # over UDP lost packets are lost pictures
         if format is None and "://" not in url and not is_file:
             raise ValueError(f"The video {url!r} doesn't exist; give the path of a file, a URL or a camera.")
-        self._opened = self._open()
         self._opened_at = time.monotonic()
+        self._opened = self.open_container()
         untimed = format is None and not is_file and _has_no_times(self._opened)
         if live is None and untimed and (self._opened.format.name == _HTTP_CAMERA or self._opened.size < 0):
             try:
@@ -386,6 +389,7 @@ class MediaSource(VideoSource):
                 self.close()
                 raise
         self._stamped_on_arrival = untimed and self.live
+        self._untimed_format = self._opened.format.name
         stream = self._opened.streams.video[0]
         self.size = (stream.codec_context.width, stream.codec_context.height)
         stated_rate = None if self._stamped_on_arrival else stream.average_rate
@@ -411,14 +415,22 @@ class MediaSource(VideoSource):
             self._opened.close()
             self._opened = None
 
-    def _open(self) -> Any:
+    def open_container(self) -> Any:
+        """A container of PyAV, opened as this source is; the caller's to close.
+
+        Raises:
+            ValueError: if it can't be opened, or has no video.
+        """
+        return self._open(self._format, self._options)
+
+    def _open(self, format: str | None, options: dict[str, str]) -> Any:
         try:
             import av
         except ImportError as error:
             raise ImportError(f"Reading the video {self.name!r} needs PyAV: pip install casa_hf[video]") from error
         timeout = _SILENCE_SECONDS if "://" in self.url else None
         try:
-            container = av.open(self.url, format=self._format, options=self._options, timeout=timeout)
+            container = av.open(self.url, format=format, options=options, timeout=timeout)
         except (OSError, ValueError, av.error.FFmpegError) as error:
             reason = _reason(error)
             raise ValueError(f"The video {self.name!r} can't be used: {reason}.{self._way_out()}") from error
@@ -442,11 +454,14 @@ class MediaSource(VideoSource):
 
     def _frames(self) -> Iterator[_Shown | VideoProblem]:
         container, self._opened = self._opened, None
-        is_camera = self._stamped_on_arrival and self.url.startswith("http")
-        if container is not None and is_camera and time.monotonic() - self._opened_at > _FRESH_SECONDS:
-            container.close()  # first: many cameras have but one connection
-            container = None
-        opened = [container or self._open()]
+        if self._stamped_on_arrival and self.url.startswith("http"):
+            waited = time.monotonic() - self._opened_at > _FRESH_SECONDS
+            # To know these formats, FFmpeg has read dozens of frames, which would all get the time of the first one.
+            if container is not None and (waited or self._untimed_format != _HTTP_CAMERA):
+                container.close()  # first: many cameras have but one connection
+                container = None
+            container = container or self._open(self._untimed_format, _OPEN_AT_ONCE | self._options)
+        opened = [container or self.open_container()]
         try:
             yield from self._timed(self._from_start(opened))
         finally:
@@ -481,7 +496,7 @@ class MediaSource(VideoSource):
                     yield landed
                 yield from sought
                 return
-        opened.append(self._open())
+        opened.append(self.open_container())
         again = _decoded(opened[-1])
         for frame in again:
             if not isinstance(frame, VideoProblem):
@@ -695,7 +710,9 @@ def open_video(
         asked = {} if rate is None else {"framerate": f"{_rate(rate, fps):g}"}
         return MediaSource(name, format=format, options=asked | (options or {}), live=live, **selection)
     if rate is not None:
-        raise ValueError(f"rate={rate}: {_shown_url(name)} states its own; leave rate out.")
+        raise ValueError(
+            f"rate={rate} is asked of devices and of folders of images; {_shown_url(name)!r} is neither: leave it out."
+        )
     return MediaSource(name, options=options, live=live, **selection)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL.Image import Image
 from transformers.utils import logging
 
 from ..pictures import rgb_picture
@@ -175,10 +176,11 @@ class Player:
 
     def _captions_of(self, stream: CasaStream) -> LiveCaptions:
         def show(frame: Frame) -> None:
+            image = _kept(frame.image)
             with self._changed:
                 # The frames of one turn come one after another before any of them is counted.
                 following = next(reversed(self._pictures), -1) + 1
-                self._pictures[max(stream.num_frames, following)] = frame.image
+                self._pictures[max(stream.num_frames, following)] = image
                 while len(self._pictures) > _MAX_PICTURES:
                     self._pictures.popitem(last=False)
 
@@ -263,6 +265,19 @@ class Player:
         with self._changed:
             self._changed.wait_for(lambda: self._closing or condition())
             return not self._closing
+
+
+def _kept(image: Any) -> Any:
+    """What remains of a frame when its file is replaced, or its buffer filled again; None if it is no picture.
+
+    PIL images are made anew for each frame, and needn't be copied.
+    """
+    if isinstance(image, Image):
+        return image
+    try:
+        return rgb_picture(image)
+    except Exception:  # of many kinds; the stream has an event that says more
+        return None
 
 
 def _jpeg(frame: Any) -> bytes:
