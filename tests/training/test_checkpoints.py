@@ -177,7 +177,14 @@ def test_an_interrupted_command_says_how_to_go_on(casa_folder, tmp_path):
     command = [sys.executable, "-m", "casa_hf", "train", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     with open(tmp_path / "errors", "w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            # A job in the background of a shell ignores the signal, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             while not (checkpoints / "checkpoint-2" / "trainer_state.json").exists() and process.poll() is None:
                 time.sleep(0.05)
