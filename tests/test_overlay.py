@@ -50,6 +50,14 @@ def has_caption(image: np.ndarray) -> bool:
     return bool((lower.min(axis=2) > 150).sum() > 20)
 
 
+def mux_silence(container: Any, sound: Any, seconds: int) -> None:
+    """All of a stream of sound at 48 kHz."""
+    tone = av.AudioFrame.from_ndarray(np.zeros((1, 48_000 * seconds), np.float32), format="fltp", layout="mono")
+    tone.rate = 48_000
+    container.mux(sound.encode(tone))
+    container.mux(sound.encode())
+
+
 @pytest.fixture(scope="module")
 def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 seconds at 10 frames per second with sound, all red."""
@@ -62,10 +70,7 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
             plain = np.broadcast_to(np.array([200, 0, 0], np.uint8), (SIZE[1], SIZE[0], 3))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(plain), format="rgb24")))
         container.mux(stream.encode())
-        tone = av.AudioFrame.from_ndarray(np.zeros((1, 144_000), np.float32), format="fltp", layout="mono")
-        tone.rate = 48_000
-        container.mux(sound.encode(tone))
-        container.mux(sound.encode())
+        mux_silence(container, sound, 3)
     return path
 
 
@@ -483,10 +488,7 @@ def write_slides(path: Path) -> Path:
             frame.pts, frame.time_base = 2000 * index, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-        tone = av.AudioFrame.from_ndarray(np.zeros((1, 480_000), np.float32), format="fltp", layout="mono")
-        tone.rate = 48_000
-        container.mux(sound.encode(tone))
-        container.mux(sound.encode())
+        mux_silence(container, sound, 10)
     return path
 
 

@@ -14,6 +14,11 @@ def is_number(value: Any, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def is_positive(value: Any) -> bool:
+    """Whether this is a number, positive and finite."""
+    return is_number(value) and 0 < value < math.inf
+
+
 def check_number(name: str, value: Any, kind: type, allowed: Callable[[Any], bool], expected: str) -> None:
     """Refuse what is no number of this kind, or isn't allowed.
 
@@ -30,7 +35,7 @@ def check_positive(name: str, value: Any, expected: str = "a positive number") -
     Raises:
         ValueError: with the name, the value and what is expected.
     """
-    check_number(name, value, Real, lambda number: 0 < number < math.inf, expected)
+    check_number(name, value, Real, is_positive, expected)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -424,6 +424,25 @@ def test_a_range_of_a_url_is_sought(large_clip):
         assert max(server.begins) > large_clip.stat().st_size * 3 // 4
 
 
+def read_in_step(items: Iterator[Any], pauses: list[float], told: threading.Semaphore) -> list[Frame]:
+    """The frames of a camera that was told to send the first one, and is told to send each next one after a pause.
+
+    Each must have come between the moment at which it was sent at the earliest and that at which it was there.
+    """
+    earliest, latest, frames = [time.monotonic()], [], []
+    for pause in [*pauses, 0]:
+        item = next(items)
+        latest.append(time.monotonic())
+        assert isinstance(item, Frame)
+        frames.append(item)
+        time.sleep(pause)
+        earliest.append(time.monotonic())
+        told.release()
+    for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
+        assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
+    return frames
+
+
 def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkeypatch):
     """It sends a picture when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
     monkeypatch.setattr(sources, "_FRESH_SECONDS", math.inf)
@@ -436,28 +455,17 @@ def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkey
             yield jpeg_part(number)
 
     with http_camera(parts) as address:
-        earliest, latest, frames = [time.monotonic()], [], []
         told.release()
         with open_video(address) as source:
             assert source.live and source.rate is None and source.duration is None
             assert source.size == (640, 480)
             items = source.read()
-            for pause in [*pauses, 0]:
-                item = next(items)
-                latest.append(time.monotonic())
-                assert isinstance(item, Frame)
-                frames.append(item)
-                time.sleep(pause)
-                earliest.append(time.monotonic())
-                told.release()
+            frames = read_in_step(items, pauses, told)
             (end,) = items
     assert isinstance(end, VideoProblem) and end.timestamp == frames[-1].timestamp
     assert "reading ended early" in end.message
     assert numbers([frame.image for frame in frames]) == list(range(6))
     assert frames[0].timestamp == 0
-    # Each frame came between the moment at which it was sent at the earliest and that at which it was there.
-    for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
-        assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
     assert frames[-1].timestamp >= sum(pauses)
 
 
@@ -530,21 +538,10 @@ def test_frames_of_raw_video_are_not_held_back_to_know_the_format(raw_packets):
     with http_camera(parts, "video/h264") as address, open_video(address) as source:
         assert source.live and source.size == (320, 240)
         items = source.read()
-        told.release()
-        earliest, latest, frames = [time.monotonic()], [], []
-        told.release()
-        for pause in [*pauses, 0]:
-            item = next(items)
-            latest.append(time.monotonic())
-            assert isinstance(item, Frame)
-            frames.append(item)
-            time.sleep(pause)
-            earliest.append(time.monotonic())
-            told.release()
+        told.release(2)
+        frames = read_in_step(items, pauses, told)
         assert numbers([item.image for item in items if isinstance(item, Frame)]) == [len(frames)]
     assert numbers([frame.image for frame in frames]) == list(range(len(frames)))
-    for frame, sent, there in list(zip(frames, earliest, latest, strict=False))[1:]:
-        assert sent - latest[0] <= frame.timestamp <= there - earliest[0]
     assert frames[-1].timestamp >= sum(pauses)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..checks import is_number
+from ..checks import is_positive
 
 Example = Mapping[str, Any]
 
@@ -110,7 +110,7 @@ class Source:
                 f"{', '.join(known[1:])}."
             )
         weight = given.get("weight")
-        if weight is not None and not (is_number(weight) and 0 < weight < math.inf):
+        if weight is not None and not is_positive(weight):
             raise ValueError(f"The weight of {given['path']} is {weight!r}; expected a positive number.")
         return cls(**{**given, "path": str(given["path"])})
 

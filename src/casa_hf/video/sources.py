@@ -23,7 +23,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..checks import check_pixel_mode, is_number
+from ..checks import check_pixel_mode, is_number, is_positive
 from ..clips import DEFAULT_FPS
 from .read_ahead import ReadAhead
 
@@ -125,7 +125,7 @@ class VideoSource:
         live: bool = False,
         read_ahead: int = READ_AHEAD,
     ):
-        if fps is not None and not _positive(fps):
+        if fps is not None and not is_positive(fps):
             raise ValueError(f"fps={fps!r} must be a positive number of frames per second, or None for every frame.")
         if not (is_number(start) and 0 <= start < math.inf):
             raise ValueError(f"start={start!r} must be a number of seconds, 0 or more.")
@@ -851,10 +851,6 @@ def _natural(file: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (2, 0, part.lower()) for part in parts]
 
 
-def _positive(number: Any) -> bool:
-    return is_number(number) and 0 < number < math.inf
-
-
 def _time(given: Any) -> float:
     """A timestamp as a number; NaN for what is none."""
     try:
@@ -875,6 +871,6 @@ def _reason(error: Exception) -> str:
 
 def _rate(rate: float | None, fps: float | None) -> float:
     rate = rate if rate is not None else fps if fps is not None else DEFAULT_FPS
-    if not _positive(rate):
+    if not is_positive(rate):
         raise ValueError(f"rate={rate!r} must be a positive number of images per second.")
     return float(rate)
