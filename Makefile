@@ -99,7 +99,7 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist tiny-world-output
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)

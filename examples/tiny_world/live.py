@@ -5,7 +5,8 @@
 
 A clip shows one object, somewhere else in every frame; now and then it is another one. The captioner names the object
 in the first frame and whenever it has changed, and is silent otherwise. Of what it saw before it knows what it has
-said. As in the paper's last stage for live captions, the vision tower stays as it is.
+said. As in the paper's last stage for live captions, the vision tower stays as it is; unlike there, the whole language
+model trains.
 """
 
 from __future__ import annotations

@@ -5,21 +5,22 @@
 
 Every run leaves a file in FOLDER/runs and is not repeated; stop the command at any time and start it again. Runs are
 made seed by seed, so that with fewer `--seeds` there are tables of what is done. They go to docs/results.md, and the
-scores that they are made of to docs/results.json.
+scores that they are made of to docs/results.json; what is there of a protocol that isn't asked for stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,25 @@ TOWERS: dict[str, dict[str, Any]] = {
     "global": {},
     "local": {"vision_window_size": TILE, "vision_fullatt_block_indexes": []},
 }
-# By protocol and design: the learning rate, and the scores of each seed's run.
+# Pairs of which the tables show the first minus the second, by task; each says something about an axis of the design.
+COMPARISONS: dict[str, list[tuple[str, str]]] = {
+    "A": [
+        ("casa", "ca"),
+        ("casa-shared", "casa"),
+        ("ca-shared", "ca"),
+        ("casa-replace", "casa"),
+        ("ca-replace", "ca"),
+        ("casa, 1 gist", "casa"),
+        ("casa, 4 gists", "casa"),
+        ("casa, full updates", "casa"),
+        ("casa, full updates, local tower", "casa, local tower"),
+    ],
+    "B": [("casa", "ca"), ("casa-before", "casa"), ("casa-ffn", "casa"), ("ca-ffn", "ca")],
+}
+# By protocol and design: the learning rate, the scores of its trials, the scores of each seed's run, and the time.
 Results = dict[str, dict[str, Any]]
-RATES = (2e-3, 4e-3, 8e-3)
+# The best rate of each design is none of the outer ones, but for some of protocol A.
+RATES = {"A": (4e-3, 8e-3, 1.6e-2), "B": (1e-3, 2e-3, 4e-3, 8e-3)}
 # How they learn; `--steps` says how long.
 RECIPES = {
     "A": Recipe(
@@ -88,7 +105,11 @@ RECIPES = {
     "B": replace(ADAPTATION, steps=350, batch_size=24),
 }
 _OTHERS = 4  # for so many questions of a standard size, one of another size, and one to choose a learning rate
+_FIRST_SEED = 100  # source and text model, which all starts with, have learned from the data of lower ones
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
+# Student's t at 95 % by the number of seeds: what a mean must be, in standard errors, to be told from zero.
+_STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+_CLAIMED = 0.02  # no smaller difference is told
 _VISION_BLOCKS = r"visual\.blocks\."
 _ALL_BUT_TOWER = r"^(?!.*visual\.(patch_embed|blocks)\.)"
 
@@ -100,7 +121,7 @@ class Run:
     Attributes:
         protocol: "A" or "B".
         design: a key of `DESIGNS[protocol]`.
-        seed: of the data; of the weights too where they start at random.
+        seed: of the data.
         recipe: how.
         split: that it is measured on: "test", or "validation" to choose a learning rate.
     """
@@ -113,7 +134,7 @@ class Run:
 
     @property
     def file(self) -> str:
-        """Name of its result: a run with another recipe is another run."""
+        """Name of its result; what else the result depends on is in `Laboratory.made_of`."""
         design = self.design.replace(", ", "-").replace(" ", "-")
         recipe = f"{self.recipe.steps}x{self.recipe.batch_size}-{self.recipe.lr:g}"
         return f"{self.protocol}-{design}-{self.seed}-{recipe}-{self.split}.json"
@@ -141,31 +162,59 @@ class Laboratory:
             seeing = self.models / "source"
         else:
             # Its tower learns what is in a tile, which is all that it will ever see.
-            seeing = self._made(f"source-{tower}", lambda to: train_source(to, SOURCE[:1], **TOWERS[tower]))
-        return self._made(f"start-{tower}", lambda to: give_sight(self.models / "text", seeing, to))
+            fields = TOWERS[tower]
+            seeing = self._made(
+                f"source-{tower}", [asdict(SOURCE[0]), fields], lambda to: train_source(to, SOURCE[:1], **fields)
+            )
+        text = self.models / "text"
+        weights = [_weights_of(folder) for folder in (text, seeing)]
+        return self._made(f"start-{tower}", weights, lambda to: give_sight(text, seeing, to))
 
-    def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
-        folder = self.folder / name
+    def made_of(self, run: Run) -> str:
+        """What a result depends on beside the code, as a digest: a run with another recipe is another run."""
+        variant, tower, design = _design(run)
+        models = [
+            _weights_of(self.models / name) for name in (["source"] if run.protocol == "B" else ["source", "text"])
+        ]
+        seen = [TOWERS[tower], asdict(SOURCE[0])] if tower != "global" else []
+        return _digest(
+            [run.protocol, variant, design, seen, run.seed, asdict(run.recipe), run.split, self.questions, models]
+        )
+
+    def _made(self, name: str, of: Any, make: Callable[[Path], Any]) -> Path:
+        folder = self.folder / f"{name}-{_digest(of)}"
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=self.folder) as place:
-                make(Path(place, name))
-                os.replace(Path(place, name), folder)
+                make(Path(place, folder.name))
+                os.replace(Path(place, folder.name), folder)
         return folder
 
     def measure(self, run: Run) -> dict[str, float]:
-        """The share of right answers by task and size; from the run's file if there is one."""
-        file = self.folder / "runs" / run.file
+        """The share of right answers by task and size; from the run's file if there is one.
+
+        Raises:
+            ValueError: if the file is of other models, of another recipe or of another number of questions.
+        """
+        return self._result(run)["scores"]
+
+    def seconds(self, runs: Iterable[Run]) -> int:
+        """How long runs took, one after the other."""
+        return sum(self._result(run)["seconds"] for run in runs)
+
+    def _result(self, run: Run) -> dict[str, Any]:
+        file, made_of = self.folder / "runs" / run.file, self.made_of(run)
         if not file.exists():
             started = time.monotonic()
             scores = self._scores(run)
-            content = {"scores": scores, "questions": self.questions, "seconds": round(time.monotonic() - started)}
+            content = {"made_of": made_of, "seconds": round(time.monotonic() - started), "scores": scores}
             _write(file, json.dumps(content, indent=2))
         content = json.loads(file.read_text("utf-8"))
-        if content["questions"] < self.questions:
+        if content["made_of"] != made_of:
             raise ValueError(
-                f"{file} was measured with {content['questions']} questions per size, not {self.questions}; remove it."
+                f"{file} was measured with another recipe or number of questions, or with other models than those in "
+                f"{self.models}; remove it, or use another folder."
             )
-        return content["scores"]
+        return content
 
     def measure_all(self, runs: Sequence[Run], jobs: int) -> None:
         """Make the runs that aren't done yet, several at a time in a process each if there are several jobs."""
@@ -181,11 +230,15 @@ class Laboratory:
     def trials(self, protocol: str, design: str, recipe: Recipe) -> dict[float, Run]:
         """The runs that choose a design's learning rate: a third of the steps, on validation pictures."""
         short = replace(recipe, steps=max(1, recipe.steps // 3))
-        return {lr: Run(protocol, design, _TRIAL_SEED, short.at(lr), "validation") for lr in RATES}
+        return {lr: Run(protocol, design, _TRIAL_SEED, short.at(lr), "validation") for lr in RATES[protocol]}
+
+    def tried(self, protocol: str, design: str, recipe: Recipe) -> dict[float, float]:
+        """The score of each learning rate's trial."""
+        return {lr: overall(self.measure(run)) for lr, run in self.trials(protocol, design, recipe).items()}
 
     def rate(self, protocol: str, design: str, recipe: Recipe) -> float:
         """The learning rate whose trial was best."""
-        scores = {lr: overall(self.measure(run)) for lr, run in self.trials(protocol, design, recipe).items()}
+        scores = self.tried(protocol, design, recipe)
         return max(scores, key=lambda lr: scores[lr])
 
     def model_of(self, run: Run) -> tuple[Any, Batcher]:
@@ -258,9 +311,9 @@ def _begin_worker() -> None:
     disable_progress_bar()
 
 
-def overall(scores: Mapping[str, float]) -> float:
-    """The mean over tasks of the mean over their standard sizes."""
-    return statistics.mean(task_score(scores, task) for task in TASKS)
+def overall(scores: Mapping[str, float], *, without: str | None = None) -> float:
+    """The mean over tasks, all or all but one, of the mean over their standard sizes."""
+    return statistics.mean(task_score(scores, task) for task in TASKS if task != without)
 
 
 def task_score(scores: Mapping[str, float], task: str) -> float:
@@ -275,6 +328,11 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
     return statistics.mean(pairs), error
 
 
+def is_seen(mean: float, error: float, seeds: int) -> bool:
+    """Whether a difference is told: two points at least, and more than seeds vary by."""
+    return seeds in _STUDENT and abs(mean) >= _CLAIMED and abs(mean) > _STUDENT[seeds] * error
+
+
 def tables(results: Results) -> str:
     """Markdown of all results, by task and by size. Designs are compared with the first one of their protocol."""
     lines = []
@@ -282,16 +340,18 @@ def tables(results: Results) -> str:
         designs = {name: design["runs"] for name, design in own.items()}
         first = next(iter(designs))
         seeds = len(designs[first])
-        lines += [f"### Protocol {protocol}", "", f"Percent of right answers, mean of {seeds} paired seeds.", ""]
+        hours = sum(design["seconds"] for design in own.values()) / 3_600
+        lines += [f"### Protocol {protocol}", "", f"Percent of right answers, mean of {seeds} paired seeds."]
+        lines += [f"One after the other, the runs and their trials took {hours:.1f} hours.", ""]
         lines += _table(["design", "rate", *TASKS, "all", f"minus {first}"])
         base = [overall(scores) for scores in designs[first]]
         for design, runs in designs.items():
             by_task = [_percent(statistics.mean(task_score(scores, task) for scores in runs)) for task in TASKS]
             mine = [overall(scores) for scores in runs]
-            mean, error = difference(mine, base)
-            apart = "" if design == first else f"{100 * mean:+.1f} ± {100 * error:.1f}"
+            apart = "" if design == first else _apart(mine, base, emphasis=False)
             lines.append(_row([design, f"{own[design]['rate']:g}", *by_task, _percent(statistics.mean(mine)), apart]))
-        lines += ["", "By size; models train on the sizes in bold.", ""]
+        lines += ["", *_comparison_table(protocol, designs), *_trial_table(own)]
+        lines += ["By size; models train on the sizes in bold.", ""]
         for task in TASKS.values():
             names = [f"**{size}**" if size in task.standard else str(size) for size in task.sizes]
             lines += _table([task.name, *names])
@@ -304,6 +364,42 @@ def tables(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _apart(first: Sequence[float], second: Sequence[float], *, emphasis: bool = True) -> str:
+    mean, error = difference(first, second)
+    text = f"{100 * mean:+.1f} ± {100 * error:.1f}"
+    return f"**{text}**" if emphasis and is_seen(mean, error, len(first)) else text
+
+
+def _comparison_table(protocol: str, designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Differences by task between designs that an axis tells apart."""
+    pairs = [pair for pair in COMPARISONS[protocol] if set(pair) <= set(designs)]
+    if not pairs:
+        return []
+    lines = ["Differences in points with their standard errors; in bold what is seen.", ""]
+    lines += _table(["first minus second", *TASKS, "all", "all but rule"])
+    for pair in pairs:
+        first, second = (designs[name] for name in pair)
+        cells = [
+            _apart(*([task_score(scores, task) for scores in runs] for runs in (first, second))) for task in TASKS
+        ]
+        for without in (None, "rule"):
+            cells.append(_apart(*([overall(scores, without=without) for scores in runs] for runs in (first, second))))
+        lines.append(_row([" minus ".join(pair), *cells]))
+    return [*lines, ""]
+
+
+def _trial_table(designs: Mapping[str, Any]) -> list[str]:
+    """What each learning rate gave in a third of the steps."""
+    rates = list(next(iter(designs.values()))["trials"])
+    if not rates:
+        return []
+    lines = ["Trials of the learning rate: all tasks, validation pictures, one run each.", ""]
+    lines += _table(["design", *rates])
+    for name, design in designs.items():
+        lines.append(_row([name, *(_percent(score) for score in design["trials"].values())]))
+    return [*lines, ""]
+
+
 def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """What is left of earlier frames when self-attention to them is cut."""
     shown = [(size, cut) for size in FRAMES for cut in (None, *CUTS)]
@@ -312,14 +408,18 @@ def _memory_table(designs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[
         return []
     names = [f"{size} frames, {'nothing cut' if cut is None else f'cut: {cut}'}" for size, cut in shown]
     lines = [
-        "Questions about any frame but the last, with self-attention cut to the frame's gists or its whole window.",
+        "Questions about any frame but the last, with self-attention cut to the frame's gists or its whole window:",
+        "the mean of the seeds, the lowest and the highest.",
         "",
     ]
     lines += _table(["design", *names])
     lines.append(_row(["chance", *(_percent(TASKS["frames"].chance(size)) for size, _ in shown)]))
     for name, runs in with_memory.items():
-        scores = [statistics.mean(run[_memory(size, cut)] for run in runs) for size, cut in shown]
-        lines.append(_row([name, *map(_percent, scores)]))
+        cells = []
+        for size, cut in shown:
+            scores = [run[_memory(size, cut)] for run in runs]
+            cells.append(f"{_percent(statistics.mean(scores))} ({100 * min(scores):.0f} to {100 * max(scores):.0f})")
+        lines.append(_row([name, *cells]))
     return [*lines, ""]
 
 
@@ -374,24 +474,44 @@ def main(arguments: list[str] | None = None) -> None:
         if options.designs is None or design in options.designs
     ]
     if options.lr is None:
-        trials = [laboratory.trials(protocol, design, recipes[protocol]) for protocol, design in plan]
-        laboratory.measure_all([run for runs in trials for run in runs.values()], jobs)
+        tried = [laboratory.trials(protocol, design, recipes[protocol]) for protocol, design in plan]
+        laboratory.measure_all([run for trials in tried for run in trials.values()], jobs)
     rates = {
         (protocol, design): options.lr or laboratory.rate(protocol, design, recipes[protocol])
         for protocol, design in plan
     }
     runs = [
         Run(protocol, design, seed, recipes[protocol].at(rates[protocol, design]))
-        for seed in range(options.seeds)
+        for seed in range(_FIRST_SEED, _FIRST_SEED + options.seeds)
         for protocol, design in plan
     ]
     laboratory.measure_all(runs, jobs)
-    results: Results = {}
-    for run in runs:
-        design = results.setdefault(run.protocol, {}).setdefault(run.design, {"rate": run.recipe.lr, "runs": []})
-        design["runs"].append({name: round(score, 4) for name, score in laboratory.measure(run).items()})
-    _write(options.page.with_suffix(".json"), json.dumps(results) + "\n")
+    found: Results = {protocol: {} for protocol in options.protocols}
+    for protocol, name in plan:
+        own = [run for run in runs if (run.protocol, run.design) == (protocol, name)]
+        trials = {} if options.lr else laboratory.trials(protocol, name, recipes[protocol])
+        found[protocol][name] = {
+            "rate": rates[protocol, name],
+            "trials": {f"{lr:g}": round(overall(laboratory.measure(run)), 4) for lr, run in trials.items()},
+            "seconds": laboratory.seconds([*own, *trials.values()]),
+            "runs": [{at: round(score, 4) for at, score in laboratory.measure(run).items()} for run in own],
+        }
+    file = options.page.with_suffix(".json")
+    results: Results = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    results |= {protocol: designs for protocol, designs in found.items() if designs}
+    results = {protocol: results[protocol] for protocol in DESIGNS if protocol in results}
+    _write(file, json.dumps(results) + "\n")
     _write(options.page, insert_tables(page, tables(results)))
+
+
+@cache
+def _weights_of(folder: Path) -> str:
+    """Digest of a checkpoint's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _percent(share: float) -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,14 +28,58 @@ def test_tables_show_means_and_paired_differences():
     first = [{name: 0.5 for name in SIZES}, {name: 0.7 for name in SIZES}]
     second = [{name: 0.4 for name in SIZES}, {name: 0.5 for name in SIZES}]
     second[0]["pairs 32"] = 0.0  # no size that is trained on: in the curve, not in the mean
-    designs = {"insertion": {"rate": 2e-3, "runs": first}, "casa": {"rate": 4e-3, "runs": second}}
+    designs = {
+        "insertion": {"rate": 2e-3, "trials": {"0.001": 0.3, "0.002": 0.4}, "seconds": 1_800, "runs": first},
+        "casa": {"rate": 4e-3, "trials": {"0.001": 0.2, "0.002": 0.1}, "seconds": 5_400, "runs": second},
+    }
     text = table.tables({"A": designs})
+    assert "took 2.0 hours" in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["insertion", "0.002", *["60.0"] * (len(TASKS) + 1), ""] in lines
     assert ["casa", "0.004", *["45.0"] * (len(TASKS) + 1), "-15.0 ± 5.0"] in lines
     pairs = lines.index(["pairs", "**4**", "**8**", "16", "24", "32"])
     assert lines[pairs + 2] == ["chance", *["10.0"] * 5]
     assert lines[pairs + 4] == ["casa", *["45.0"] * 4, "25.0"]
+    trials = lines.index(["design", "0.001", "0.002"])
+    assert lines[trials + 2 : trials + 4] == [["insertion", "30.0", "40.0"], ["casa", "20.0", "10.0"]]
+
+
+def test_differences_that_are_seen_stand_out():
+    """Two seeds: Student's t asks for 12.7 standard errors."""
+    ca = [{name: 0.5 for name in SIZES}, {name: 0.6 for name in SIZES}]
+    casa = [{name: score + 0.1 for name, score in scores.items()} for scores in ca]
+    for size in TASKS["rule"].standard:
+        casa[0][f"rule {size}"] += 0.02  # 12 and 10: an error of one point
+    for size in TASKS["place"].standard:
+        for one, other in zip(casa, ca, strict=True):
+            one[f"place {size}"] = other[f"place {size}"] + 0.019  # told apart by the seeds, but too small
+    designs = {
+        name: {"rate": 1e-3, "trials": {}, "seconds": 0, "runs": runs}
+        for name, runs in {"ca": ca, "casa": casa}.items()
+    }
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.tables({"B": designs}).splitlines()
+    ]
+    header = lines.index(["first minus second", *TASKS, "all", "all but rule"])
+    row = dict(zip(lines[header][1:], lines[header + 2][1:], strict=True))
+    assert lines[header + 2][0] == "casa minus ca" and lines[header + 3] == [""]
+    assert row["pairs"] == "**+10.0 ± 0.0**" and row["rule"] == "+11.0 ± 1.0" and row["place"] == "+1.9 ± 0.0"
+    assert row["all"] == "**+9.2 ± 0.1**" and row["all but rule"] == "**+9.0 ± 0.0**"
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "seeds", "seen"),
+    [
+        (0.03, 0.01, 5, True),
+        (0.03, 0.011, 5, False),
+        (-0.03, 0.01, 5, True),
+        (0.019, 0.0, 5, False),
+        (0.03, 0.01, 2, False),
+        (0.5, math.nan, 1, False),
+    ],
+)
+def test_what_counts_as_seen(mean: float, error: float, seeds: int, seen: bool):
+    assert table.is_seen(mean, error, seeds) is seen
 
 
 def test_the_error_of_paired_differences():
@@ -54,6 +100,30 @@ def test_tables_replace_those_of_the_page():
 def test_a_run_is_named_by_all_that_matters():
     run = table.Run("A", "casa, 4 gists", 1, Recipe(steps=5, lr=2e-3))
     assert run.file == "A-casa-4-gists-1-5x48-0.002-test.json"
+
+
+def test_a_result_is_made_of_recipe_design_questions_and_models(models: Path, tmp_path: Path):
+    laboratory = table.Laboratory(tmp_path, models, 1, "cpu")
+    run = table.Run("A", "casa", 1, Recipe(steps=5))
+    others = [
+        replace(run, protocol="B"),
+        replace(run, design="casa, 1 gist"),
+        replace(run, design="casa, local tower"),
+        replace(run, seed=2),
+        replace(run, split="validation"),
+        *(replace(run, recipe=replace(run.recipe, **{name: 0.7})) for name in ("names", "warmup", "decay")),
+        replace(run, recipe=replace(run.recipe, taught=("recall",))),
+        replace(run, recipe=replace(run.recipe, tasks=("pairs",))),
+    ]
+    made_of = [laboratory.made_of(each) for each in (run, *others)]
+    made_of.append(table.Laboratory(tmp_path, models, 2, "cpu").made_of(run))
+    for name in ("source", "text"):
+        exchanged = tmp_path / f"other-{name}"
+        shutil.copytree(models, exchanged)
+        shutil.copytree(models / ({"source", "text"} - {name}).pop(), exchanged / name, dirs_exist_ok=True)
+        made_of.append(table.Laboratory(tmp_path, exchanged, 1, "cpu").made_of(run))
+    assert len(set(made_of)) == len(made_of)
+    assert laboratory.made_of(run) == made_of[0]
 
 
 def test_the_page_of_results_shows_the_scores_beside_it():
@@ -151,8 +221,21 @@ def test_runs_are_resumed(models: Path, tmp_path: Path, capsys: pytest.CaptureFi
     files[0].write_text(json.dumps(content), encoding="utf-8")
     table.main(arguments)
     assert "| 100.0 |" in page.read_text("utf-8") and "of 2" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="1 questions per size, not 2; remove it"):
+    with pytest.raises(ValueError, match=r"another recipe or number of questions.*remove it"):
         table.main([*arguments, "--questions", "2"])
+
+
+def test_a_protocol_that_is_not_run_stays_on_the_page(models: Path, tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
+    runs = [dict.fromkeys(SIZES, 0.5)]
+    kept = {"casa": {"rate": 1e-3, "trials": {}, "seconds": 0, "runs": runs}}
+    page.with_suffix(".json").write_text(json.dumps({"B": kept}), encoding="utf-8")
+    arguments = [str(tmp_path / "lab"), "--models", str(models), "--protocols", "A", "--designs", "insertion"]
+    arguments += ["--seeds", "1", "--steps", "1", "1", "--questions", "1", "--lr", "0.001", "--device", "cpu"]
+    table.main([*arguments, "--jobs", "1", "--page", str(page)])
+    assert list(json.loads(page.with_suffix(".json").read_text("utf-8"))) == ["A", "B"]
+    assert "### Protocol A" in page.read_text("utf-8") and "### Protocol B" in page.read_text("utf-8")
 
 
 def test_models_that_are_missing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -167,6 +250,6 @@ def test_the_rate_of_the_best_trial_is_taken(models: Path, tmp_path: Path):
     trials = laboratory.trials("B", "casa", recipe)
     assert {(run.recipe.steps, run.split) for run in trials.values()} == {(3, "validation")}
     for lr, run in trials.items():
-        content = {"scores": dict.fromkeys(SIZES, 0.9 if lr == 2e-3 else 0.5), "questions": 1}
+        content = {"scores": dict.fromkeys(SIZES, 0.9 if lr == 2e-3 else 0.5), "made_of": laboratory.made_of(run)}
         (tmp_path / "runs" / run.file).write_text(json.dumps(content), encoding="utf-8")
     assert laboratory.rate("B", "casa", recipe) == 2e-3
