@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from transformers import QuantizedCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
 from casa_hf.training import CasaDataCollator, generate_answers, load_conversations
@@ -115,6 +117,16 @@ def test_cache_types():
     without = said(model(), FEW[::4], batch_size=17, use_cache=False)
     assert differences(dynamic, static) <= 1
     assert differences(dynamic[::4], without) <= 1
+
+
+def test_quantized_cache():
+    """What text remembers is rounded to 8 bits; answers stay what they are, up to a close call or two."""
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    try:
+        QuantizedCache(backend="fp8", config=model().config)
+    except ValueError:
+        pytest.skip("this version of Transformers has no quantised cache that runs here")
+    assert differences(said(model(), FEW, batch_size=17), said(model(), FEW, batch_size=17, **settings)) <= 3
 
 
 def test_saving_and_loading(tmp_path):
