@@ -193,8 +193,8 @@ def test_a_full_disk_leaves_what_a_run_can_go_on_from(casa_folder, finished, tmp
             train(TrainingConfig.from_dict(run), fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    found = "checkpoint-1" if before else "No checkpoint"
-    assert f"{found} in {run['checkpoints']} is complete" in str(failed.value)
+    named = "checkpoint-1" if before else "No checkpoint"
+    assert f"{named} in {run['checkpoints']} is complete" in str(failed.value)
     assert "free some space, and set resume (--resume)" in str(failed.value)
     assert "\n" not in str(failed.value)
     report = train(TrainingConfig.from_dict({**run, "resume": True}))

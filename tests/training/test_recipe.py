@@ -325,6 +325,14 @@ def test_a_text_that_names_a_file_stays_a_text(tmp_path):
     assert load_conversations(tmp_path)[0] == ask("cat", "cat")
 
 
+@pytest.mark.parametrize("text", ["a" * 300, "b/" * 3_000, "c\0d"])
+def test_a_text_that_can_be_no_file_stays_a_text(tmp_path, text):
+    """In a column of its own too; file systems have limits for a name and for a path."""
+    row = {**ask("cat", "cat"), "caption": text}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    assert load_conversations(tmp_path)[0] == row
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -81,7 +81,7 @@ class TrainingConfig:
         data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
         output: folder to make, with the trained model and its processor, or the adapter.
         eval_data: conversations to evaluate on, likewise.
-        split, eval_split: of data sets on the Hub that don't name their own.
+        split, eval_split: of data sets that don't name their own; None for "train" and "validation".
         trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
         lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
             key of `LORA_TARGETS`.
@@ -114,8 +114,8 @@ class TrainingConfig:
     data: str | dict[str, Any] | list[Any]
     output: str
     eval_data: str | dict[str, Any] | list[Any] | None = None
-    split: str = "train"
-    eval_split: str = "validation"
+    split: str | None = None
+    eval_split: str | None = None
     trainable: str | list[str] | None = None
     lora: dict[str, Any] | None = None
     max_text_tokens: int = 2_048
@@ -296,8 +296,11 @@ def train(
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     processor = CasaProcessor.from_pretrained(folder, **limits)
     saved = CasaProcessor.from_pretrained(folder) if limits and not config.keep_limits else processor
-    data = _pack(config, processor, config.data, config.split)
-    eval_data = None if config.eval_data is None else _pack(config, processor, config.eval_data, config.eval_split)
+    data = _pack(config, processor, load_mixture(config.data, config.split, config.seed))
+    eval_data = None
+    if config.eval_data is not None:
+        examples = load_mixture(config.eval_data, config.eval_split, config.seed, default_split="validation")
+        eval_data = _pack(config, processor, examples)
     arguments = _arguments(config, len(data))
 
     if repository is not None:
@@ -444,9 +447,9 @@ def _is_first() -> bool:
     return not int(os.environ.get("RANK", 0))
 
 
-def _pack(config: TrainingConfig, processor: CasaProcessor, data: Any, split: str) -> PackedDataset:
+def _pack(config: TrainingConfig, processor: CasaProcessor, examples: Sequence[Mapping[str, Any]]) -> PackedDataset:
     return PackedDataset(
-        load_mixture(data, split, config.seed),
+        examples,
         processor,
         max_text_tokens=config.max_text_tokens,
         max_image_tokens=config.max_image_tokens,
