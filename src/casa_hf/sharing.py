@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -120,10 +119,10 @@ class CasaForConditionalGeneration(_Model):
     # The card that a folder has before a call of `save_pretrained`.
     _folder_card: bytes | None = None
 
-    @wraps(_Model.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; with `push_to_hub=True`, what the card in the folder says is published too."""
         file = Path(save_directory) / CARD
-        # With `push_to_hub`, Transformers writes the repository's card or a template over it before the upload.
+        # Transformers writes the repository's card or a template over it before the upload.
         self._folder_card = file.read_bytes() if file.is_file() else None
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
