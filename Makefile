@@ -52,8 +52,10 @@ test-oldest: $(OLDEST)/installed
 test-oldest-torch: $(OLDEST_TORCH)/installed
 	$(PYTEST) $(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchao writes to standard error whenever Transformers is imported, so it has an environment of its own.
+# torchao writes to standard error whenever Transformers is imported, so it has an environment of its own. Where it can't
+# be imported, the tests would be skipped.
 test-torchao: $(TORCHAO)/installed
+	$(TORCHAO)/bin/python -c "import torchao.quantization"
 	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py -k eight_bit
 
 test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao

@@ -9,7 +9,7 @@ the two texts was generated, or the caller says which card counts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,32 @@ INTRODUCTION = "the text before the first section"
 UNTRAINED, MADE_BY, TRAINED_ON = "What is untrained", "How it was made", "Training data"
 
 _COLLECTIONS = ("tags", "datasets")
+# CommonMark's: an opening one of backticks has none behind it, which would make it code within a line.
+_OPENING_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
+_CLOSING_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*")
+
 _PLACEHOLDER = re.compile(r"\[?more information needed\]?", re.IGNORECASE)
+
+
+def lines_of(text: str) -> Iterator[tuple[str, bool]]:
+    """The lines of a Markdown text, and whether each belongs to a fenced block of code.
+
+    A block that isn't closed goes on to the end, as in CommonMark; its last line comes on top of the text's then, so
+    that what is written behind is not in it.
+    """
+    fence = ""
+    for line in text.splitlines():
+        if fence:
+            closing = _CLOSING_FENCE.fullmatch(line)
+            yield line, True
+            if closing and closing[1].startswith(fence):
+                fence = ""
+        else:
+            opening = _OPENING_FENCE.match(line)
+            fence = opening[1] if opening else ""
+            yield line, bool(fence)
+    if fence:
+        yield fence, True
 
 
 @dataclass
@@ -44,10 +69,8 @@ class CardBody:
     @classmethod
     def read(cls, text: str) -> CardBody:
         sections: list[tuple[str | None, str]] = [(None, "")]
-        fenced = False
-        for line in text.strip().splitlines():
-            fenced ^= line.startswith("```")
-            if line.startswith("## ") and not fenced:
+        for line, is_code in lines_of(text.strip()):
+            if line.startswith("## ") and not is_code:
                 sections.append((line.removeprefix("## ").strip(), ""))
             title, before = sections[-1]
             sections[-1] = (title, f"{before}{line}\n")

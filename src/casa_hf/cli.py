@@ -359,27 +359,32 @@ def train(
         )
 
     speaks = not int(os.environ.get("RANK", 0))  # of several processes the first one
+    output = Path(settings.output)
+    existed = output.exists()
     try:
         report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
     except KeyboardInterrupt as error:
         if not speaks:
             raise
-        raise OSError(_interrupted(config, Path(settings.output), settings.checkpoint_folder)) from error
+        raise OSError(_interrupted(config, output, settings.checkpoint_folder, existed)) from error
     if speaks:
         typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
         typer.echo(f"Wrote {report.output}.")
 
 
-def _interrupted(config: Path, output: Path, checkpoints: Path) -> str:
-    """What is left of an interrupted training, and how to go on."""
+def _interrupted(config: Path, output: Path, checkpoints: Path, existed: bool) -> str:
+    """What is left of an interrupted training, and how to go on; `existed` is whether the output did before."""
     from .training.checkpoints import last_checkpoint
 
+    if existed:
+        return f"The training was interrupted before it began; {output} is not of this run."
     if output.exists():
         return f"The training was interrupted when the model was trained; it is saved in {output}."
     last, skipped = last_checkpoint(checkpoints)
     if last is None and skipped:
         folder, fault = next(iter(skipped.items()))
-        return f"The training was interrupted, and {folder} is {fault}. Remove {checkpoints} to start anew."
+        way = f"Remove {checkpoints} to start anew."
+        return f"The training was interrupted, and {folder} is incomplete ({fault}). {way}"
     if last is None:
         return "The training was interrupted before its first checkpoint. The same command starts it anew."
     return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,18 @@ def add_code(folder: str | Path) -> list[Path]:
 
 def has_code(folder: Path) -> bool:
     """Whether a checkpoint names its classes and holds all modules that they need."""
-    stated = _read(folder / "config.json").get("auto_map") or {}
-    if any(stated.get(name) != reference for name, reference in AUTO_MAP.items()):
+    if not names_code(_read(folder / "config.json")):
         return False
     try:
         return all(file.is_file() for file in modelling_files(folder))
     except (OSError, ValueError, SyntaxError):
         return False
+
+
+def names_code(config: Mapping[str, Any]) -> bool:
+    """Whether the config.json of a checkpoint names the classes of its own code."""
+    stated = config.get("auto_map")
+    return isinstance(stated, Mapping) and AUTO_MAP.items() <= stated.items()
 
 
 def with_auto_map(file: Path) -> bytes:

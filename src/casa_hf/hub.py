@@ -13,7 +13,19 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from .card_merge import FIELD_GROUPS, MADE_BY, TRAINED_ON, UNTRAINED, Card, CardBody, Preference, fields, merge, union
+from .card_merge import (
+    FIELD_GROUPS,
+    MADE_BY,
+    TRAINED_ON,
+    UNTRAINED,
+    Card,
+    CardBody,
+    Preference,
+    fields,
+    lines_of,
+    merge,
+    union,
+)
 from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
@@ -364,9 +376,8 @@ def _renewed_parts(said: str, present: str) -> str:
 def _parts(section: str) -> dict[str, str]:
     """The parts of a section by the line of their heading, which they begin with; parts of one heading are one."""
     parts = {"": ""}
-    heading, is_code = "", False
-    for line in section.splitlines():
-        is_code ^= line.startswith("```")
+    heading = ""
+    for line, is_code in lines_of(section):
         if line.startswith("### ") and not is_code:
             heading = line.strip()
         parts[heading] = f"{parts.get(heading, '')}{line}\n"

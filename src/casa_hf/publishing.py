@@ -37,7 +37,7 @@ from .conversion.errors import disk_is_full, listed, one_line
 from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .conversion.source import PROCESSOR_FILES, read_source_config
-from .export import code_files, has_code, modelling_files, without_auto_map
+from .export import code_files, has_code, modelling_files, names_code, without_auto_map
 from .hub import LICENSE_FILES, PresentCard, published_card
 from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
@@ -311,7 +311,7 @@ def push_checkpoint(
     additions.append(CommitOperationAdd(CARD, readme.encode()))
     with _explained(repository, f"Preparing {repository}", user):
         info = _make(api, repository, private, revision, target)
-    removed = _outdated(info, {addition.path_in_repo for addition in additions})
+        removed = _outdated(api, repository, info, {addition.path_in_repo for addition in additions})
     with _explained(repository, f"The upload to {repository}", user):
         # Small files, of which the Hub may store some as large ones, together; weights one by one: together they would
         # be sent by threads, which an interrupt has to wait for.
@@ -466,9 +466,11 @@ def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None
     return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
 
 
-def _outdated(info: ModelInfo, contents: set[str]) -> list[str]:
+def _outdated(api: HfApi, repository: str, info: ModelInfo, contents: set[str]) -> list[str]:
     """Names of files of an earlier version of the checkpoint, which loading the new one might pick up."""
-    code = {file.name for file in modelling_files()}
+    # Others may have files of such names.
+    carries_code = names_code(read_json(api, repository, info, "config.json") or {})
+    code = {file.name for file in modelling_files()} if carries_code else set()
     return sorted(
         name
         for name in names_of(info) - contents

@@ -116,6 +116,23 @@ class CasaForConditionalGeneration(_Model):
     # The tags that a call of `push_to_hub` asks for.
     _asked_tags: list[str] | str | None = None
 
+    # The card that a folder has before a call of `save_pretrained`.
+    _folder_card: bytes | None = None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; with `push_to_hub=True`, what the card in the folder says is published too."""
+        file = Path(save_directory) / CARD
+        # Transformers writes the repository's card or a template over it before the upload.
+        self._folder_card = file.read_bytes() if file.is_file() else None
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        except BaseException:
+            if self._folder_card is not None:
+                file.write_bytes(self._folder_card)
+            raise
+        finally:
+            self._folder_card = None
+
     @wraps(_Model.push_to_hub)
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers adds them to the card of the default branch, where they can't be told from those it had.
@@ -190,12 +207,13 @@ class CasaForConditionalGeneration(_Model):
         )
         there = names_of(info) | {addition.path_in_repo for addition in additions}
         readme = published_card(
-            None,
+            None if self._folder_card is None else _without_untrained(self._folder_card.decode("utf-8", "replace")),
             self.config,
             repository,
             revision=revision,
             with_code="auto_map" in (named or {}) and {file.name for file in modelling_files()} <= there,
             present=present,
+            prefer="hub",
             needs_origin=False,
         )
         card = Card.read(readme, CARD)
@@ -221,6 +239,13 @@ class CasaProcessor(_Processor):
         return super()._upload_modified_files(
             working_dir, repo_id, timestamps, *args, token=token, revision=revision, **kwargs
         )
+
+
+def _without_untrained(readme: str) -> str:
+    """A folder's card without what it says to be untrained, which a model that is saved there may not be any more."""
+    card = Card.read(readme, CARD)
+    card.body.remove(UNTRAINED)
+    return card.write()
 
 
 def _modified_files(folder: Path, timestamps: Mapping[str, float]) -> list[str]:

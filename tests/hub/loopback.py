@@ -21,6 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 WRITER, READER = "hf_writer", "hf_reader"
 # Tokens of the first user that may not write, and not read what is private.
 READ_ONLY, BLIND = "hf_read_only", "hf_blind"
@@ -30,7 +33,7 @@ USERS = {WRITER: "me", READ_ONLY: "me", BLIND: "me", READER: "somebody"}
 class Refused(Exception):
     """An answer that isn't a success."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **details: str):
+    def __init__(self, status: int, message: str, code: str | None = None, **details: Any):
         super().__init__(message)
         self.status, self.code, self.details = status, code, {"error": message, **details}
 
@@ -242,7 +245,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({})
 
     def validate(self) -> None:
-        self.body()
+        text = json.loads(self.body())["content"]
+        stated = ModelCard(text).data.get("base_model") if text.startswith("---") else None
+        for name in [stated] if isinstance(stated, str) else stated or []:
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                said = f'"base_model" with value "{name}" is not valid. Use a model id from https://hf.co/models.'
+                raise Refused(400, said, errors=[{"message": said}]) from None
         self.send_json({"errors": [], "warnings": []})
 
     def preupload(self, name: str, revision: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
+from casa_hf.card_merge import CardBody
 from casa_hf.hub import BY_TRAINER as TRAINER_COMMENT
-from casa_hf.hub import Origin, origin_records, published_card, recorded_origins
+from casa_hf.hub import Origin, PresentCard, origin_records, published_card, recorded_origins
 from examples.tiny_source import build_tiny_helium
 from tests.hub.loopback import Hub
 
@@ -118,6 +119,33 @@ All mine.
     again = ModelCard(published_card(written, config, REPOSITORY, datasets=["me/second"]))
     assert again.data.datasets == ["me/first", "me/second"]
     assert "nicely" in again.text and "All mine." in again.text
+
+
+@pytest.mark.parametrize(
+    ("block", "is_closed"),
+    [
+        ("```casa-hf push x```", True),
+        ("    ```", True),
+        ("```text\n## Not one\n```", True),
+        ("~~~ `a`\n```\n## Not one\n~~~", True),
+        ("````\n```\n## Not one\n`````", True),
+        ("```\n``` x\n## Not one\n``` ", True),
+        ("  ~~~\n## Not one\n   ~~~~", True),
+        ("```\n## Not one\n~~~", False),
+        ("~~~~\n## Not one\n~~~", False),
+    ],
+)
+def test_headings_in_code_are_none(config: CasaConfig, block: str, is_closed: bool) -> None:
+    """By CommonMark's rules. What is added comes behind a block that isn't closed, and isn't added again."""
+    written = f"# Mine\n\n{block}\n\n## Licence\n\nMine alone.\n"
+    once = published_card(written, config, REPOSITORY)
+    titles = [title for title, _ in CardBody.read(ModelCard(once).text).sections]
+    added = ["Architecture", "Usage", "Citation"]
+    assert titles == [None, "Licence", *added] if is_closed else titles == [None, *added[:2], "Licence", added[2]]
+    assert once.count("Mine alone.") == 1 and "Not one" not in titles
+    assert published_card(once, config, REPOSITORY) == once
+    present = PresentCard(once, config)
+    assert published_card(written, config, REPOSITORY, present=present, prefer="hub") == once
 
 
 def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import casa_hf
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, push_checkpoint
 from casa_hf.hub import Origin, origin_records
 from tests.hub.helpers import fine_tuned, logits
-from tests.hub.loopback import Hub
+from tests.hub.loopback import Hub, Refused
 
 NAME = "me/by-hand"
 
@@ -104,7 +105,31 @@ def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_pat
     assert (folder / "README.md").read_text() == "# Mine\n" and "README.md" not in hub.files(NAME)
     model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
     assert_says_what_it_is(readme(hub))
-    assert (folder / "README.md").read_text() == readme(hub)
+    assert (folder / "README.md").read_text() == readme(hub) and "# Mine\n" in readme(hub)
+
+
+def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_folder: Path, tmp_path: Path) -> None:
+    """What its card says goes on, except for what isn't known to be true any more; the repository's card counts."""
+    folder = shutil.copytree(casa_folder, tmp_path / "casa")
+    written = (folder / "README.md").read_text()
+    assert "## How it was made" in written and "## What is untrained" in written
+
+    def refuse() -> None:
+        raise Refused(403, "No more commits today")
+
+    hub.before_commit = refuse
+    with pytest.raises(HfHubHTTPError, match="No more commits today"):
+        model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
+    assert (folder / "README.md").read_text() == written
+    hub.before_commit = None
+    model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
+    assert_says_what_it_is(readme(hub))
+    assert "## How it was made\n\n```bash\ncasa-hf convert" in readme(hub) and "ntrained" not in readme(hub)
+    hub.edit(NAME, README=readme(hub).replace("casa-hf convert", "casa-hf convert --secret"))
+    edited = readme(hub)
+    for _ in range(2):
+        model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
+        assert readme(hub) == edited == (folder / "README.md").read_text()
 
 
 def test_tags_on_a_branch(hub: Hub, model: Any) -> None:

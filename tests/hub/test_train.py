@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from casa_hf import CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf.hub import Origin, origin_records
 from casa_hf.training import TrainingConfig, train
 from tests.conversion.helpers import load_weights
 from tests.hub.loopback import Hub, Refused
@@ -68,6 +71,34 @@ def test_an_adapter_names_the_repository_of_its_model(
     assert json.loads((report.output / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/casa"
     model = CasaForConditionalGeneration.from_pretrained("me/casa")
     peft.PeftModel.from_pretrained(model, report.output)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_the_card_of_an_adapter_names_no_folder(
+    settings: dict[str, Any],
+    hub: Hub,
+    casa_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_absolute: bool,
+) -> None:
+    """But the source of the model that it adapts; PEFT would name the folder, whose name may be one of the Hub's."""
+    pytest.importorskip("peft")
+    folder = shutil.copytree(casa_folder, tmp_path / "local-casa")
+    config = CasaConfig.from_pretrained(folder)
+    config.source_origins = origin_records([(Origin("Qwen/source", True), {"license": "apache-2.0"})])
+    config.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    pushing = {**settings["trainer"], "push_to_hub": True, "hub_model_id": "me/adapter", "hub_strategy": "end"}
+    model = str(folder) if is_absolute else folder.name
+    train(TrainingConfig.from_dict({**settings, "model": model, "lora": {"r": 2}, "trainer": pushing}))
+    published = hub.files("me/adapter")
+    assert "adapter_model.safetensors" in published
+    card = ModelCard(published["README.md"].decode())
+    assert card.data.base_model == "Qwen/source" and card.data.license == "apache-2.0"
+    assert card.data.library_name == "peft" and {"lora", "casa", "generated_from_trainer"} <= set(card.data.tags)
+    assert "local-casa" not in published["README.md"].decode()
 
 
 def test_an_id_that_does_not_exist_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:

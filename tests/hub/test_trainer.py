@@ -117,6 +117,24 @@ def test_saves_do_not_undo_edits(hub: Hub, casa_folder: Path, tmp_path: Path) ->
     assert "Pictures." in hub.files(name)["README.md"].decode()
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+@pytest.mark.parametrize("written", ["# Mine\n", "---\ntags:\n- generated_from_trainer\n---\n\n# Earlier\n"])
+def test_a_card_in_the_folder(hub: Hub, casa_folder: Path, tmp_path: Path, strategy: str, written: str) -> None:
+    """A save removes what an earlier run has left, and only where it sends the folder."""
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out" / "README.md"
+    file.write_text(written)
+    saving = {"hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
+    trainer = casa_trainer(casa_folder, tmp_path / "out", **saving)
+    trainer.train()
+    trainer._finish_current_push()
+    stays = strategy == "end" or written == "# Mine\n"
+    assert (file.read_text() == written) if stays else not file.exists()
+    sent = hub.files("me/trained")
+    assert ("config.json" in sent) == (strategy == "every_save")
+    assert ("README.md" in sent) == (stays and strategy == "every_save")
+
+
 def test_the_card_of_the_branch_that_is_asked_for(
     hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

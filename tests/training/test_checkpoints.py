@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from casa_hf.cli import _interrupted
+from casa_hf.conversion.errors import disk_is_full
 from casa_hf.training import TrainingConfig, train
 from casa_hf.training.checkpoints import last_checkpoint
 from tests.conversion.helpers import load_weights
@@ -116,7 +120,8 @@ def test_weights_alone_are_nothing_to_go_on_from(casa_folder, tmp_path, resume):
     train(TrainingConfig.from_dict(run))
     folder = tmp_path / "checkpoints" / "checkpoint-2"
     assert last_checkpoint(tmp_path / "checkpoints")[0] is None
-    assert f"{folder} is without optimizer.pt" in _interrupted(Path("run.yaml"), tmp_path / "no", folder.parent)
+    said = _interrupted(Path("run.yaml"), tmp_path / "no", folder.parent, existed=False)
+    assert f"{folder} is incomplete (without optimizer.pt)." in said
     again = configuration(casa_folder, tmp_path, output=str(tmp_path / "again"), resume=resume)
     with pytest.raises(ValueError, match="save_only_model") as refused:
         train(TrainingConfig.from_dict(again))
@@ -160,14 +165,64 @@ def test_an_incomplete_checkpoint_alone_means_the_start(casa_folder, finished, t
 
 
 def test_what_an_interrupted_command_says_depends_on_what_is_there(finished, tmp_path):
-    def said(output, checkpoints):
-        return _interrupted(Path("run.yaml"), output, checkpoints)
+    def said(output, checkpoints, existed=False):
+        return _interrupted(Path("run.yaml"), output, checkpoints, existed)
 
     assert "The same command starts it anew" in said(tmp_path / "trained", tmp_path / "checkpoints")
     assert f"goes on from {finished / 'checkpoints' / 'checkpoint-3'}." in said(
         tmp_path / "trained", finished / "checkpoints"
     )
     assert f"saved in {finished / 'trained'}." in said(finished / "trained", finished / "checkpoints")
+    assert "saved" not in said(finished / "trained", finished / "checkpoints", existed=True)
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["at its first checkpoint", "at its second"])
+def test_a_full_disk_leaves_what_a_run_can_go_on_from(casa_folder, finished, tmp_path, before):
+    """No file may grow beyond a limit, from the log that comes before a checkpoint on."""
+    run = configuration(casa_folder, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logs = []
+
+    def fill(values):
+        logs.append(values)
+        if len(logs) == before + 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="The disk is full") as failed:
+            train(TrainingConfig.from_dict(run), fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    named = "checkpoint-1" if before else "No checkpoint"
+    assert f"{named} in {run['checkpoints']} is complete" in str(failed.value)
+    assert "free some space, and set resume (--resume)" in str(failed.value)
+    assert "\n" not in str(failed.value)
+    report = train(TrainingConfig.from_dict({**run, "resume": True}))
+    expected, found = load_weights(finished / "trained"), load_weights(report.output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def save_by_name(tensors, file):
+    torch.save(tensors, file)
+
+
+def save_to_stream(tensors, file):
+    with open(file, "wb") as stream:
+        torch.save(tensors, stream)
+
+
+@pytest.mark.parametrize("save", [save_file, save_by_name, save_to_stream])
+def test_every_writer_of_tensors_says_that_the_disk_is_full(tmp_path, save):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(Exception) as failed:  # each has its own kind
+            save({"a": torch.ones(1_000), "b": torch.ones(5_000)}, tmp_path / "tensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert disk_is_full(failed.value)
+    assert not disk_is_full(SafetensorError("I/O error: Permission denied (os error 13)"))
+    assert not disk_is_full(RuntimeError("PytorchStreamReader failed reading zip archive"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -110,7 +110,7 @@ def test_a_run_packs_images_and_videos_together(casa_folder, tmp_path):
 
     def rows(data, **options):
         config = TrainingConfig.from_dict({**settings, "data": data, **options})
-        packed = recipe_module._pack(config, processor, config.data, config.split)
+        packed = recipe_module._pack(config, processor, load_mixture(config.data, seed=config.seed))
         return [tuple(answers(row)) for row in packed]
 
     found = rows(str(tmp_path))
@@ -147,6 +147,26 @@ def test_a_share_of_nothing_is_refused(sources, tmp_path):
     assert len(load_mixture([sources[0], empty])) == 70
 
 
+def test_no_conversations_at_all_are_not_too_long_ones(processor, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no conversations in the data"):
+        PackedDataset(load_mixture(str(tmp_path)), processor)
+
+
+def test_a_split_of_what_is_read_whole_is_refused(sources, tmp_path):
+    """Given by the source or for all of them; the default of an evaluation isn't given."""
+    file, folder = sources[0], str(tmp_path / "videos")
+    for path, kind in ((file, "a file"), (folder, "a folder without a name")):
+        words = f"split='test' is that of a data set, but {path} is {kind}"
+        with pytest.raises(ValueError, match=words):
+            load_conversations(path, "test")
+        with pytest.raises(ValueError, match=words):
+            load_mixture([sources[1], {"path": path, "split": "test"}])
+    with pytest.raises(ValueError, match="The split 'test' is for data sets that don't name their own"):
+        load_mixture([file, folder], "test")
+    assert len(load_mixture([file, folder], default_split="validation")) == 79
+
+
 # ---------------------------------------------------------------- data sets by name
 
 
@@ -179,6 +199,11 @@ def test_a_data_set_is_read_by_its_configuration_and_split(data_set):
         ]
     )
     assert sorted(answers(mixed)) == [*(f"charts train {index}" for index in range(4)), "photos test 0"]
+    charts = {"path": str(data_set), "name": "charts"}
+    for options in ({"split": "test"}, {"default_split": "test"}):
+        assert sorted(answers(load_mixture(charts, **options))) == [f"charts test {index}" for index in range(4)]
+    with pytest.raises(ValueError, match="no source is one"):
+        load_mixture({**charts, "split": "train"}, "test")
     for options in ({"name": "maps"}, {"name": "photos", "split": "validation"}):
         with pytest.raises(ValueError, match=r"can't be read with name=.*"):
             load_conversations(data_set, **options)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cli, convert_checkpoint
 from casa_hf.training import TrainingConfig, load_conversations, train
@@ -213,9 +214,18 @@ def test_the_command(settings, tmp_path, capsys):
         ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
+        ({"trainable": 3}, ["trainable=3", "a text or a list of texts"]),
+        ({"trainable": ["casa_attn", 3]}, ["trainable=['casa_attn', 3]", "a text or a list of texts"]),
+        ({"trainable": []}, ["trainable=[]", "a text or a list of texts"]),
+        ({"trainer": {"push_to_hub": True}}, ["trainer.push_to_hub", "no token", "hf auth login"]),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_anything_is_written(settings, changes, words, tmp_path):
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    settings, changes, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError) as refused:
         train(TrainingConfig.from_dict({**settings, **changes}))
     assert all(word in str(refused.value) for word in words)
@@ -230,6 +240,25 @@ def test_a_model_that_is_not_converted_is_refused_before_its_weights_are_looked_
     with pytest.raises(ValueError, match=r"has no config\.json"):
         train(TrainingConfig.from_dict({**settings, "model": str(small)}))
     assert list(tmp_path.iterdir()) == [small]
+
+
+@pytest.mark.parametrize(
+    ("output", "checkpoints"),
+    [
+        ("trained", "trained"),
+        ("trained", "trained/checkpoints"),
+        ("run/final", "run"),
+        ("trained", "trained.incomplete/checkpoints"),
+        ("trained", "link/checkpoints"),
+    ],
+)
+def test_output_and_checkpoints_in_each_other_are_refused(settings, tmp_path, output, checkpoints):
+    (tmp_path / "link").symlink_to(tmp_path / "trained")
+    folders = {"output": f"{tmp_path}/{output}", "checkpoints": f"{tmp_path}/{checkpoints}"}
+    with pytest.raises(ValueError, match="must not be one folder or lie in each other") as refused:
+        train(TrainingConfig.from_dict({**settings, **folders}))
+    assert all(f"{name}={folder} " in str(refused.value) for name, folder in folders.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 @pytest.mark.parametrize("output", ["trained", "trained/", "trained//"])
@@ -294,6 +323,14 @@ def test_a_text_that_names_a_file_stays_a_text(tmp_path):
     (tmp_path / "cat").write_text("")
     (tmp_path / "data.jsonl").write_text(json.dumps(ask("cat", "cat")))
     assert load_conversations(tmp_path)[0] == ask("cat", "cat")
+
+
+@pytest.mark.parametrize("text", ["a" * 300, "b/" * 3_000, "c\0d"])
+def test_a_text_that_can_be_no_file_stays_a_text(tmp_path, text):
+    """In a column of its own too; file systems have limits for a name and for a path."""
+    row = {**ask("cat", "cat"), "caption": text}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    assert load_conversations(tmp_path)[0] == row
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable
 
+from safetensors import SafetensorError
+
 _LISTED = 4
+
+_FAILED_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos")
 
 
 class ConversionError(ValueError):
@@ -26,9 +31,17 @@ def one_line(error: Exception) -> str:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that a file couldn't grow."""
+    """Whether an error, or one that it was raised from, says that a file couldn't grow.
+
+    Of PyTorch's writer it is a guess: it doesn't say why a file isn't as long as it should be.
+    """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # Safetensors has an exception of its own, with the number in its text.
+        stated = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if isinstance(error, RuntimeError) and _FAILED_WRITER.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -110,8 +110,9 @@ class PackedDataset(Dataset):
         num_text_tokens, num_image_tokens: in all rows together.
 
     Raises:
-        ValueError: if a conversation is unusable, or too long and `over_long="raise"`, or no row is left. Of images
-            and videos it is checked that they are there and have a size; a damaged one is found when it is used.
+        ValueError: if there are no conversations, one is unusable, or too long and `over_long="raise"`, or no row is
+            left. Of images and videos it is checked that they are there and have a size; a damaged one is found when
+            it is used.
     """
 
     def __init__(
@@ -125,6 +126,8 @@ class PackedDataset(Dataset):
     ):
         _check_over_long(over_long)
         budget = Budget(max_text_tokens, max_image_tokens)
+        if not len(examples):
+            raise ValueError("There are no conversations in the data; name files or data sets that have some.")
         self.examples = examples
         kept, sizes = [], []
         measured: dict[int, tuple[int, int]] = {}  # a conversation that occurs again is read once

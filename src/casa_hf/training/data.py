@@ -28,14 +28,16 @@ _SUFFIXES = (".jsonl", ".parquet")
 _OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt")
 
 
-def load_conversations(data: str | os.PathLike, split: str = "train", name: str | None = None) -> Sequence[Example]:
+def load_conversations(
+    data: str | os.PathLike, split: str | None = None, name: str | None = None
+) -> Sequence[Example]:
     """Read conversations; their images are opened when they are used.
 
     Args:
         data: a .jsonl or .parquet file, a folder with such files, or the Hub id of a data set (needs the package
             `datasets`, as parquet does). Paths of images and videos are relative to the folder of the file.
-        split: of a data set, as `datasets.load_dataset` takes it: "train", also "train[:1000]". Files and folders
-            without a `name` are read whole.
+        split: of a data set, as `datasets.load_dataset` takes it: "train", also "train[:1000]"; None for "train".
+            Files, and folders without a `name`, have none and are read whole.
         name: of a data set's configuration (its subset), as `datasets.load_dataset` takes it. A folder with a name is
             a data set too: its README.md says which files belong to which configuration.
 
@@ -43,13 +45,17 @@ def load_conversations(data: str | os.PathLike, split: str = "train", name: str 
         A sequence of examples as `Dialogue.of` takes them.
 
     Raises:
-        ValueError: if the path has no such files, a line isn't a JSON object, or there is no such data set,
-            configuration or split.
+        ValueError: if the path has no such files, a line isn't a JSON object, there is no such data set,
+            configuration or split, or one of these is given for what has none.
         ImportError: if `datasets` is needed and not installed.
     """
     path = Path(data)
     if name is not None and path.is_file():
         raise ValueError(f"name={name!r} is that of a data set's configuration, but {path} is a file; leave it out.")
+    if split is not None and not _has_splits(path, name):
+        kind = "file" if path.is_file() else "folder without a name (of a configuration)"
+        raise ValueError(f"split={split!r} is that of a data set, but {path} is a {kind}, read whole; leave it out.")
+    split = split or "train"
     if path.is_dir() and name is not None:
         return _Located(_load_dataset(str(path), name, split), path)
     if path.is_dir():
@@ -115,7 +121,9 @@ class Source:
         return cls(**{**given, "path": str(given["path"])})
 
 
-def load_mixture(data: Any, split: str = "train", seed: int = 0) -> Sequence[Example]:
+def load_mixture(
+    data: Any, split: str | None = None, seed: int = 0, default_split: str = "train"
+) -> Sequence[Example]:
     """Read conversations from one or several sources, shuffled into one sequence.
 
     Args:
@@ -123,12 +131,14 @@ def load_mixture(data: Any, split: str = "train", seed: int = 0) -> Sequence[Exa
             weights (each source has one then), `weight / sum of weights` of all conversations, to the nearest whole
             number, come from a source; each occurs at least once, and where a source is too small for its share, all
             of its conversations come again, in full rounds but for the last one.
-        split: of data sets that don't name their own.
+        split: of data sets that don't name their own; None for `default_split`.
         seed: of the order, and of which conversations are in the last round. The same seed, sources and weights give
             the same sequence.
+        default_split: of these data sets; unlike `split` it may be given where there are none.
 
     Raises:
-        ValueError: if a source can't be read, is empty though it has a weight, or only some have weights.
+        ValueError: if a source can't be read, is empty though it has a weight, or only some have weights, or no source
+            takes the `split`.
         ImportError: as `load_conversations`.
     """
     sources = [Source.of(given) for given in (data if isinstance(data, list | tuple) else [data])]
@@ -140,7 +150,16 @@ def load_mixture(data: Any, split: str = "train", seed: int = 0) -> Sequence[Exa
             f"{sources[weighted.index(False)].path} has no weight, but {sources[weighted.index(True)].path} has one; "
             "give every source a weight, or none."
         )
-    found = [load_conversations(source.path, source.split or split, source.name) for source in sources]
+    takes = [source.split is None and _has_splits(Path(source.path), source.name) for source in sources]
+    if split is not None and not any(takes):
+        raise ValueError(
+            f"The split {split!r} is for data sets that don't name their own, but no source is one: files, and "
+            "folders without a name (of a configuration), are read whole. Leave it out."
+        )
+    found = [
+        load_conversations(source.path, (split or default_split) if taken else source.split, source.name)
+        for source, taken in zip(sources, takes, strict=True)
+    ]
     sizes = counts = [len(examples) for examples in found]
     if all(weighted):
         if 0 in sizes:
@@ -257,9 +276,15 @@ class _Located(Sequence):
             }
         if isinstance(value, list):
             return [self._locate(item) for item in value]
-        if isinstance(value, str) and len(value) < 4096 and (file := self._folder / value).is_file():
+        # Any text, which may be no possible name of a file.
+        if isinstance(value, str) and os.path.isfile(file := self._folder / value):
             return str(file)
         return value
+
+
+def _has_splits(path: Path, name: str | None) -> bool:
+    """Whether `datasets` reads this by split; other files and folders are read whole."""
+    return name is not None or not path.exists()
 
 
 def _read_json_lines(file: Path) -> dict[int, Example]:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 
 from ..checks import check_count, check_number, check_positive
 from ..configuration_casa import CasaConfig
+from ..conversion.errors import disk_is_full, one_line
 from ..conversion.shards import read_json
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
@@ -79,7 +81,7 @@ class TrainingConfig:
         data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
         output: folder to make, with the trained model and its processor, or the adapter.
         eval_data: conversations to evaluate on, likewise.
-        split, eval_split: of data sets on the Hub that don't name their own.
+        split, eval_split: of data sets that don't name their own; None for "train" and "validation".
         trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
         lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
             key of `LORA_TARGETS`.
@@ -112,8 +114,8 @@ class TrainingConfig:
     data: str | dict[str, Any] | list[Any]
     output: str
     eval_data: str | dict[str, Any] | list[Any] | None = None
-    split: str = "train"
-    eval_split: str = "validation"
+    split: str | None = None
+    eval_split: str | None = None
     trainable: str | list[str] | None = None
     lora: dict[str, Any] | None = None
     max_text_tokens: int = 2_048
@@ -184,6 +186,9 @@ class TrainingConfig:
                 value = getattr(self, name)
                 if not isinstance(value, kind) and not (value is None and name in optional):
                     raise ValueError(f"{name}={value!r} must be {expected}.")
+        patterns = self.trainable if isinstance(self.trainable, list | tuple) else [self.trainable]
+        if self.trainable is not None and not (patterns and all(isinstance(p, str) and p for p in patterns)):
+            raise ValueError(f"trainable={self.trainable!r} must be a text or a list of texts.")
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -282,8 +287,8 @@ def train(
                 on_log(logs)
 
     _check_arguments(config)
-    output = Path(config.output)
-    resumed = _check_folders(output, config.checkpoint_folder, config.resume)
+    output, checkpoints = Path(config.output), config.checkpoint_folder
+    resumed = _check_folders(output, checkpoints, config.resume)
     repository = hub_id(config.model, revision=None)
     folder = Path(config.model) if repository is None else download(repository, None, SMALL_FILES)
     _check_model(config.model, folder)
@@ -291,8 +296,11 @@ def train(
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     processor = CasaProcessor.from_pretrained(folder, **limits)
     saved = CasaProcessor.from_pretrained(folder) if limits and not config.keep_limits else processor
-    data = _pack(config, processor, config.data, config.split)
-    eval_data = None if config.eval_data is None else _pack(config, processor, config.eval_data, config.eval_split)
+    data = _pack(config, processor, load_mixture(config.data, config.split, config.seed))
+    eval_data = None
+    if config.eval_data is not None:
+        examples = load_mixture(config.eval_data, config.eval_split, config.seed, default_split="validation")
+        eval_data = _pack(config, processor, examples)
     arguments = _arguments(config, len(data))
 
     if repository is not None:
@@ -329,9 +337,14 @@ def train(
     if on_start is not None and trainer.is_world_process_zero():
         on_start(parts, data)
     if arguments.push_to_hub and trainer.is_world_process_zero():
-        _copy_kept(folder, config.checkpoint_folder)  # the folder that the Trainer publishes
-    metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
-    _save(trainer, output, folder)
+        _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
+    try:
+        metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
+        _save(trainer, output, folder)
+    except Exception as error:  # those who write tensors have kinds of their own
+        if not disk_is_full(error):
+            raise
+        raise OSError(_full_disk(error, checkpoints)) from error
     try:
         if eval_data is not None:
             metrics |= trainer.evaluate()
@@ -353,6 +366,10 @@ def _check_arguments(config: TrainingConfig) -> None:
     if config.resume and config.trainer.get("save_only_model"):
         raise ValueError(
             "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
+        )
+    if config.trainer.get("push_to_hub") and _is_first() and not (config.trainer.get("hub_token") or get_token()):
+        raise ValueError(
+            "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
     if config.lora is not None:
@@ -393,7 +410,15 @@ def _check_model(model: str, folder: Path) -> None:
 
 
 def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None:
-    """Refuse folders that hold something; the checkpoint to go on from, if there is one and it was asked for."""
+    """Refuse folders that hold something or each other; the checkpoint to go on from, if there is one."""
+    on_the_way = checkpoints.resolve()
+    for folder in (output.resolve(), _partial(output).resolve()):
+        if on_the_way.is_relative_to(folder) or folder.is_relative_to(on_the_way):
+            raise ValueError(
+                f"checkpoints={checkpoints} and output={output} (written as {_partial(output).name} first) must "
+                "not be one folder or lie in each other. Set checkpoints to a folder beside the output, or leave it "
+                "out."
+            )
     if output.exists():
         raise ValueError(f"The output {output} exists; choose another folder, or remove it.")
     last, skipped = last_checkpoint(checkpoints)
@@ -409,7 +434,7 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
             f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from "
             f"{'the start' if last is None else last.name}, choose another folder, or remove it."
         )
-    if not int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+    if _is_first():
         for folder, fault in skipped.items():
             logger.warning(
                 "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
@@ -417,9 +442,14 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
     return last
 
 
-def _pack(config: TrainingConfig, processor: CasaProcessor, data: Any, split: str) -> PackedDataset:
+def _is_first() -> bool:
+    """Whether this is the one of several processes that speaks and publishes."""
+    return not int(os.environ.get("RANK", 0))
+
+
+def _pack(config: TrainingConfig, processor: CasaProcessor, examples: Sequence[Mapping[str, Any]]) -> PackedDataset:
     return PackedDataset(
-        load_mixture(data, split, config.seed),
+        examples,
         processor,
         max_text_tokens=config.max_text_tokens,
         max_image_tokens=config.max_image_tokens,
@@ -485,7 +515,7 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 
 def _save(trainer: Any, output: Path, source: Path) -> None:
     """Write model and processor under another name, then give the folder its own."""
-    partial = output.with_name(f"{output.name}.incomplete")
+    partial = _partial(output)
     first = trainer.is_world_process_zero()
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
@@ -507,6 +537,21 @@ def _save(trainer: Any, output: Path, source: Path) -> None:
         if first and not is_complete:
             shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _full_disk(error: Exception, checkpoints: Path) -> str:
+    """What to do when there was no room for a checkpoint or the output."""
+    last, _ = last_checkpoint(checkpoints)
+    if last is None:
+        way = f"No checkpoint in {checkpoints} is complete; free some space, and set resume (--resume) to start anew."
+    else:
+        way = f"{last.name} in {checkpoints} is complete; free some space, and set resume (--resume) to go on from it."
+    return f"The disk is full, it seems ({one_line(error)}). {way}"
+
+
+def _partial(output: Path) -> Path:
+    """Where the output is written before it has its name."""
+    return output.with_name(f"{output.name}.incomplete")
 
 
 def _copy_kept(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this add
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
+from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
 from ..hub import published_card
 from ..sharing import CARD, present_card, repository_info
@@ -24,6 +26,9 @@ from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
 from .samples import Dialogue
+
+# Of every card that a Trainer makes.
+_TAG = "generated_from_trainer"
 
 
 class CasaTrainer(Trainer):
@@ -135,6 +140,9 @@ class CasaTrainer(Trainer):
         if self.hub_model_id is None or not self.is_world_process_zero() or not isinstance(config, CasaConfig):
             return
         file = Path(self.args.output_dir) / CARD
+        card = Card.read(file.read_text("utf-8"), CARD)
+        card.data["tags"] = union(card.data.get("tags"), [_TAG])  # PEFT replaces those of the Trainer
+        _drop_folder(card, config.name_or_path)
         api = HfApi(token=self.args.hub_token if hub_token is None else hub_token)
         revision = self.args.hub_revision if hub_revision is None else hub_revision
         info = repository_info(api, self.hub_model_id, revision)
@@ -142,7 +150,7 @@ class CasaTrainer(Trainer):
         if present is not None:
             present = replace(present, has_other_weights=True)
         readme = published_card(
-            file.read_text("utf-8"),
+            card.write(),
             config,
             self.hub_model_id,
             revision=revision,
@@ -157,16 +165,27 @@ class CasaTrainer(Trainer):
         """As in Transformers, without the model card that an earlier push has left in the output folder.
 
         The whole folder goes to the Hub, and that card would undo what has been written there since. The push at the
-        end of the run makes a new one.
+        end of the run makes a new one. A README.md that somebody has written stays, and goes to the Hub.
         """
-        if self.is_world_process_zero():
-            (Path(self.args.output_dir) / CARD).unlink(missing_ok=True)
+        file = Path(self.args.output_dir) / CARD
+        sends = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
+        if sends and file.is_file() and f"\n- {_TAG}\n" in file.read_text("utf-8", "replace"):
+            file.unlink()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*(self._signature_columns or []), "messages", "images", "image", "videos", "video"]
+
+
+def _drop_folder(card: Card, source: str | None) -> None:
+    """Take out a base model that is a folder of this machine, as PEFT states it: to others it says nothing."""
+    if not source or not os.path.isdir(source):
+        return
+    if card.data.get("base_model") == source:
+        card.data.pop("base_model")
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != f"base_model:adapter:{source}"]
 
 
 def _examples(dataset: Any) -> list[Mapping[str, Any]]:
