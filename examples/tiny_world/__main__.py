@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a source that sees, a text model, and the CASA form of the source; measure them on held-out pictures."""
+"""Train a text model, a source that sees, and the CASA form of the source; measure them on held-out pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()
     seconds: dict[str, float] = {}
     folder, scale = options.folder, options.scale
-    for name, recipes in {"source": SOURCE, "text": TEXT}.items():
+    for name, recipes in {"text": TEXT, "source": SOURCE}.items():
         if not (options.keep and (folder / name).exists()):
             started = time.monotonic()
             in_two_processes(_train, folder / name, [_scaled(recipe, scale) for recipe in recipes])
@@ -59,7 +59,11 @@ def _scaled(recipe: Recipe, scale: float) -> Recipe:
 def _train(partner: Partner, folder: Path, recipes: list[Recipe]) -> None:
     name = folder.name
     with _destination(partner, folder) as written:
-        train_source(written, recipes, blind=name == "text", report=_printer(partner, name), partner=partner)
+        report = _printer(partner, name)
+        if name == "text":
+            train_source(written, recipes, blind=True, report=report, partner=partner)
+        else:
+            train_source(written, recipes, text=folder.parent / "text", seed=len(TEXT), report=report, partner=partner)
 
 
 def _adapt(partner: Partner, source: Path, folder: Path, recipe: Recipe) -> None:

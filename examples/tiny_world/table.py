@@ -34,7 +34,7 @@ from casa_hf.training import freeze
 from .batches import Batcher
 from .cutting import CUTS, FRAMES, memory, questions_of_memory
 from .drawing import TILE
-from .protocols import ADAPTATION, SOURCE, Recipe, adapt_model, give_sight, train_source, train_unfrozen
+from .protocols import ADAPTATION, SOURCE, TEXT, Recipe, adapt_model, give_sight, train_source, train_unfrozen
 from .training import evaluate
 from .world import TASKS, Example, all_questions, standard_questions
 
@@ -158,15 +158,17 @@ class Laboratory:
         """The checkpoint that a protocol starts from: the source, or the text model with a tower that sees."""
         if protocol == "B":
             return self.models / "source"
+        text = self.models / "text"
         if tower == "global":
             seeing = self.models / "source"
         else:
             # Its tower learns what is in a tile, which is all that it will ever see.
             fields = TOWERS[tower]
             seeing = self._made(
-                f"source-{tower}", [asdict(SOURCE[0]), fields], lambda to: train_source(to, SOURCE[:1], **fields)
+                f"source-{tower}",
+                [asdict(SOURCE[0]), fields, _weights_of(text)],
+                lambda to: train_source(to, SOURCE[:1], text=text, seed=len(TEXT), **fields),
             )
-        text = self.models / "text"
         weights = [_weights_of(folder) for folder in (text, seeing)]
         return self._made(f"start-{tower}", weights, lambda to: give_sight(text, seeing, to))
 
