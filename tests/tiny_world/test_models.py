@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
@@ -139,12 +140,26 @@ def test_training_learns_and_writes_a_stock_checkpoint(tmp_path):
     torch.testing.assert_close(trained, stock, rtol=1e-4, atol=1e-4)
 
 
+def test_the_source_begins_with_the_text_model(tmp_path):
+    recipe = Recipe(steps=2, batch_size=8, lr=4e-3)
+    text = train_source(tmp_path / "text", [recipe], blind=True)
+    still = Recipe(steps=1, batch_size=8, lr=0.0)
+    source, scratch = (
+        train_source(tmp_path / name, [still], text=start) for name, start in (("source", text), ("scratch", None))
+    )
+    weights, of_text, untrained = (load_file(path / "model.safetensors") for path in (source, text, scratch))
+    moved = {name for name, tensor in of_text.items() if not torch.equal(tensor, untrained[name])}
+    assert any(".layers.3." in name for name in moved) and not any(name.startswith("visual.") for name in moved)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, of_text[name]), name
+
+
 @pytest.mark.slow
 def test_the_command_trains_both_and_writes_their_scores(tmp_path, capfd):
     arguments = [str(tmp_path), "--scale", "0.001", "--questions", "2"]
     command.main(arguments)
     shown = capfd.readouterr().out
-    for name, stages in {"source": len(SOURCE), "text": len(TEXT), "casa": 1}.items():
+    for name, stages in {"text": len(TEXT), "source": len(SOURCE), "casa": 1}.items():
         assert shown.count(f"{name}: step 1 of 1,") == stages
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     guessing = chance(standard_questions(1)).overall
