@@ -109,6 +109,15 @@ SOURCE = (
         warmup=0.02,
         decay=0.7,
     ),
+    Recipe(
+        steps=1_200,
+        lr=4e-3,
+        lessons=(0.06, 0.06),
+        taught=("recall", "colours", "describe"),
+        tasks=(*TASKS, "count", "change", "count", "arrows", "change", "count"),
+        warmup=0.02,
+        decay=0.7,
+    ),
 )
 ADAPTATION = Recipe(
     steps=800,

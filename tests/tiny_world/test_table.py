@@ -246,7 +246,7 @@ def test_models_that_are_missing_are_named(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_rate_of_the_best_trial_is_taken(models: Path, tmp_path: Path):
     laboratory = table.Laboratory(tmp_path, models, 1, "cpu")
-    recipe = Recipe(steps=9)
+    recipe = Recipe(steps=6)
     trials = laboratory.trials("B", "casa", recipe)
     assert {(run.recipe.steps, run.split) for run in trials.values()} == {(3, "validation")}
     for lr, run in trials.items():
