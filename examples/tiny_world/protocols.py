@@ -120,7 +120,7 @@ SOURCE = (
     ),
 )
 ADAPTATION = Recipe(
-    steps=800,
+    steps=1_200,
     lr=3e-3,
     lr_existing=2e-3,
     lessons=(0.25, 0.05),
