@@ -156,7 +156,7 @@ def test_the_source_begins_with_the_text_model(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_trains_both_and_writes_their_scores(tmp_path, capfd):
-    arguments = [str(tmp_path), "--scale", "0.001", "--questions", "2"]
+    arguments = [str(tmp_path), "--scale", "0.0005", "--questions", "2"]
     command.main(arguments)
     shown = capfd.readouterr().out
     for name, stages in {"text": len(TEXT), "source": len(SOURCE), "casa": 1}.items():
