@@ -89,7 +89,7 @@ COMPARISONS: dict[str, list[tuple[str, str]]] = {
 }
 # By protocol and design: the learning rate, the scores of its trials, the scores of each seed's run, and the time.
 Results = dict[str, dict[str, Any]]
-RATES = {"A": (2e-3, 4e-3, 8e-3), "B": (1e-3, 2e-3, 4e-3)}
+RATES = {"A": (2e-3, 4e-3, 8e-3), "B": (1e-3, 2e-3, 4e-3, 8e-3)}
 # How they learn; `--steps` says how long.
 RECIPES = {
     "A": Recipe(
