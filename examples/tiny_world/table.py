@@ -106,8 +106,9 @@ RECIPES = {
 _OTHERS = 4  # for so many questions of a standard size, one of another size, and one to choose a learning rate
 _FIRST_SEED = 100  # source and text model, which all starts with, have learned from the data of lower ones
 _TRIAL_SEED = 1_000  # of the runs that choose a learning rate: none of the seeds that count
-# Student's t at 95 % by the number of seeds: what a mean must be, in standard errors, to be told from zero.
-_STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+# Student's t at 95 % by the number of seeds: what a mean must be, in standard errors, to be told from zero. Of fewer
+# seeds nothing is told.
+_STUDENT = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 _CLAIMED = 0.02  # no smaller difference is told
 _VISION_BLOCKS = r"visual\.blocks\."
 _ALL_BUT_TOWER = r"^(?!.*visual\.(patch_embed|blocks)\.)"
@@ -330,7 +331,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
 
 
 def is_seen(mean: float, error: float, seeds: int) -> bool:
-    """Whether a difference is told: two points at least, and more than seeds vary by."""
+    """Whether a difference is told: of five seeds at least, two points at least, and more than seeds vary by."""
     return seeds in _STUDENT and abs(mean) >= _CLAIMED and abs(mean) > _STUDENT[seeds] * error
 
 

@@ -45,26 +45,31 @@ def test_tables_show_means_and_paired_differences():
 
 
 def test_differences_that_are_seen_stand_out():
-    """Two seeds: Student's t asks for 12.7 standard errors."""
-    ca = [{name: 0.5 for name in SIZES}, {name: 0.6 for name in SIZES}]
+    ca = [{name: 0.5 + 0.01 * seed for name in SIZES} for seed in range(5)]
     casa = [{name: score + 0.1 for name, score in scores.items()} for scores in ca]
-    for size in TASKS["rule"].standard:
-        casa[0][f"rule {size}"] += 0.02  # 12 and 10: an error of one point
-    for size in TASKS["place"].standard:
-        for one, other in zip(casa, ca, strict=True):
-            one[f"place {size}"] = other[f"place {size}"] + 0.019  # told apart by the seeds, but too small
+    for scores, other, more in zip(casa, ca, (0.2, -0.2, 0.2, -0.2, 0.0), strict=True):
+        for size in TASKS["rule"].standard:
+            scores[f"rule {size}"] += more  # what the seeds vary by
+        for size in TASKS["place"].standard:
+            scores[f"place {size}"] = other[f"place {size}"] + 0.019  # told by the seeds, but too small
     designs = {
         name: {"rate": 1e-3, "trials": {}, "seconds": 0, "runs": runs}
         for name, runs in {"ca": ca, "casa": casa}.items()
     }
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.tables({"B": designs}).splitlines()
-    ]
-    header = lines.index(["first minus second", *TASKS, "all", "all but rule"])
-    row = dict(zip(lines[header][1:], lines[header + 2][1:], strict=True))
-    assert lines[header + 2][0] == "casa minus ca" and lines[header + 3] == [""]
-    assert row["pairs"] == "**+10.0 ± 0.0**" and row["rule"] == "+11.0 ± 1.0" and row["place"] == "+1.9 ± 0.0"
-    assert row["all"] == "**+9.2 ± 0.1**" and row["all but rule"] == "**+9.0 ± 0.0**"
+
+    def row(seeds: int) -> dict[str, str]:
+        some = {name: {**design, "runs": design["runs"][:seeds]} for name, design in designs.items()}
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table.tables({"B": some}).splitlines()
+        ]
+        header = rows.index(["first minus second", *TASKS, "all", "all but rule"])
+        assert rows[header + 2][0] == "casa minus ca" and rows[header + 3] == [""]
+        return dict(zip(rows[header], rows[header + 2], strict=True))
+
+    found = row(5)
+    assert found["pairs"] == "**+10.0 ± 0.0**" and found["rule"] == "+10.0 ± 8.9" and found["place"] == "+1.9 ± 0.0"
+    assert found["all"] == "**+9.1 ± 1.0**" and found["all but rule"] == "**+9.0 ± 0.0**"
+    assert row(4)["pairs"] == "+10.0 ± 0.0"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,7 @@ def test_differences_that_are_seen_stand_out():
         (0.03, 0.011, 5, False),
         (-0.03, 0.01, 5, True),
         (0.019, 0.0, 5, False),
-        (0.03, 0.01, 2, False),
+        (0.5, 0.01, 4, False),
         (0.5, math.nan, 1, False),
     ],
 )
