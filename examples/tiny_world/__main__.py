@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -59,11 +60,8 @@ def _scaled(recipe: Recipe, scale: float) -> Recipe:
 def _train(partner: Partner, folder: Path, recipes: list[Recipe]) -> None:
     name = folder.name
     with _destination(partner, folder) as written:
-        report = _printer(partner, name)
-        if name == "text":
-            train_source(written, recipes, blind=True, report=report, partner=partner)
-        else:
-            train_source(written, recipes, text=folder.parent / "text", seed=len(TEXT), report=report, partner=partner)
+        how: Any = {"blind": True} if name == "text" else {"text": folder.parent / "text", "seed": len(TEXT)}
+        train_source(written, recipes, report=_printer(partner, name), partner=partner, **how)
 
 
 def _adapt(partner: Partner, source: Path, folder: Path, recipe: Recipe) -> None:

@@ -7,7 +7,6 @@ everything else to standard error. What goes wrong ends in one line and exit cod
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -346,6 +345,7 @@ def train(
 
     from .training import TrainingConfig, parts_table
     from .training import train as run
+    from .training.recipe import is_first_process
 
     settings = TrainingConfig.from_yaml(config)
     if resume:
@@ -358,7 +358,7 @@ def train(
             f"{data.num_dropped} dropped as too long."
         )
 
-    speaks = not int(os.environ.get("RANK", 0))  # of several processes the first one
+    speaks = is_first_process()
     output = Path(settings.output)
     existed = output.exists()
     try:

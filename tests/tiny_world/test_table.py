@@ -24,6 +24,11 @@ from examples.tiny_world.world import TASKS
 SIZES = [f"{task.name} {size}" for task in TASKS.values() for size in task.sizes]
 
 
+def _cells(text: str) -> list[list[str]]:
+    """A Markdown text's lines, those of tables cut into cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
 def test_tables_show_means_and_paired_differences():
     first = [{name: 0.5 for name in SIZES}, {name: 0.7 for name in SIZES}]
     second = [{name: 0.4 for name in SIZES}, {name: 0.5 for name in SIZES}]
@@ -34,7 +39,7 @@ def test_tables_show_means_and_paired_differences():
     }
     text = table.tables({"A": designs})
     assert "took 2.0 hours" in text
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    lines = _cells(text)
     assert ["insertion", "0.002", *["60.0"] * (len(TASKS) + 1), ""] in lines
     assert ["casa", "0.004", *["45.0"] * (len(TASKS) + 1), "-15.0 ± 5.0"] in lines
     pairs = lines.index(["pairs", "**4**", "**8**", "16", "24", "32"])
@@ -59,9 +64,7 @@ def test_differences_that_are_seen_stand_out():
 
     def row(seeds: int) -> dict[str, str]:
         some = {name: {**design, "runs": design["runs"][:seeds]} for name, design in designs.items()}
-        rows = [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in table.tables({"B": some}).splitlines()
-        ]
+        rows = _cells(table.tables({"B": some}))
         header = rows.index(["first minus second", *TASKS, "all", "all but rule"])
         assert rows[header + 2][0] == "casa minus ca" and rows[header + 3] == [""]
         return dict(zip(rows[header], rows[header + 2], strict=True))

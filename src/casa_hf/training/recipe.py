@@ -367,7 +367,11 @@ def _check_arguments(config: TrainingConfig) -> None:
         raise ValueError(
             "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
         )
-    if config.trainer.get("push_to_hub") and _is_first() and not (config.trainer.get("hub_token") or get_token()):
+    if (
+        config.trainer.get("push_to_hub")
+        and is_first_process()
+        and not (config.trainer.get("hub_token") or get_token())
+    ):
         raise ValueError(
             "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
@@ -434,7 +438,7 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
             f"{checkpoints} holds checkpoints of an earlier run; set resume to go on from "
             f"{'the start' if last is None else last.name}, choose another folder, or remove it."
         )
-    if _is_first():
+    if is_first_process():
         for folder, fault in skipped.items():
             logger.warning(
                 "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
@@ -442,7 +446,7 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
     return last
 
 
-def _is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this is the one of several processes that speaks and publishes."""
     return not int(os.environ.get("RANK", 0))
 
