@@ -30,6 +30,7 @@ from casa_hf.training import freeze, parameter_groups
 
 from .batches import Batcher
 from .models import build_tokenizer, source_config, write_source
+from .muon import Muon
 from .training import Partner, Progress, fit
 from .world import TASKS, Example, examples
 
@@ -290,7 +291,7 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
             continue
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr, weight_decay=0.02),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
