@@ -158,29 +158,31 @@ class Laboratory:
         """The checkpoint that a protocol starts from: the source, or the text model with a tower that sees."""
         if protocol == "B":
             return self.models / "source"
-        text = self.models / "text"
-        if tower == "global":
-            seeing = self.models / "source"
-        else:
+        text, seeing, origins = self.models / "text", self.models / "source", self._origins(protocol, tower)
+        if tower != "global":
             # Its tower learns what is in a tile, which is all that it will ever see.
-            fields = TOWERS[tower]
             seeing = self._made(
                 f"source-{tower}",
-                [asdict(SOURCE[0]), fields, _weights_of(text)],
-                lambda to: train_source(to, SOURCE[:1], text=text, seed=len(TEXT), **fields),
+                origins,
+                lambda to: train_source(to, SOURCE[:1], text=text, seed=len(TEXT), **TOWERS[tower]),
             )
-        weights = [_weights_of(folder) for folder in (text, seeing)]
-        return self._made(f"start-{tower}", weights, lambda to: give_sight(text, seeing, to))
+        return self._made(f"start-{tower}", origins, lambda to: give_sight(text, seeing, to))
+
+    def _origins(self, protocol: str, tower: str) -> list[Any]:
+        """What the start of a protocol is made of."""
+        if protocol == "B":
+            return [_weights_of(self.models / "source")]
+        text = _weights_of(self.models / "text")
+        if tower == "global":
+            return [text, _weights_of(self.models / "source")]
+        return [text, TOWERS[tower], asdict(SOURCE[0])]
 
     def made_of(self, run: Run) -> str:
         """What a result depends on beside the code, as a digest: a run with another recipe is another run."""
         variant, tower, design = _design(run)
-        models = [
-            _weights_of(self.models / name) for name in (["source"] if run.protocol == "B" else ["source", "text"])
-        ]
-        seen = [TOWERS[tower], asdict(SOURCE[0])] if tower != "global" else []
+        origins = self._origins(run.protocol, tower)
         return _digest(
-            [run.protocol, variant, design, seen, run.seed, asdict(run.recipe), run.split, self.questions, models]
+            [run.protocol, variant, design, run.seed, asdict(run.recipe), run.split, self.questions, origins]
         )
 
     def _made(self, name: str, of: Any, make: Callable[[Path], Any]) -> Path:
