@@ -5,7 +5,8 @@
 
 Every run leaves a file in FOLDER/runs and is not repeated; stop the command at any time and start it again. Runs are
 made seed by seed, so that with fewer `--seeds` there are tables of what is done. They go to docs/results.md, and the
-scores that they are made of to docs/results.json; what is there of a protocol that isn't asked for stays.
+scores that they are made of to docs/results.json; what is there of designs that aren't asked for stays, if it is of
+the same recipe, seeds, questions and models.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from .training import evaluate
 from .world import TASKS, Example, all_questions, standard_questions
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
+MODELS = Path(__file__).parent / "checkpoints"
 BEGIN, END = "<!-- tables begin: make tiny-world-table -->", "<!-- tables end -->"
 
 DESIGNS: dict[str, dict[str, dict[str, Any]]] = {
@@ -87,7 +89,8 @@ COMPARISONS: dict[str, list[tuple[str, str]]] = {
     ],
     "B": [("casa", "ca"), ("casa-before", "casa"), ("casa-ffn", "casa"), ("ca-ffn", "ca")],
 }
-# By protocol and design: the learning rate, the scores of its trials, the scores of each seed's run, and the time.
+# By protocol and design: the learning rate, the scores of its trials, the scores of each seed's run, the time, and a
+# digest of what designs must share to be compared.
 Results = dict[str, dict[str, Any]]
 RATES = {"A": (2e-3, 4e-3, 8e-3), "B": (1e-3, 2e-3, 4e-3, 8e-3)}
 # How they learn; `--steps` says how long.
@@ -184,6 +187,17 @@ class Laboratory:
         return _digest(
             [run.protocol, variant, design, run.seed, asdict(run.recipe), run.split, self.questions, origins]
         )
+
+    def shared(self, protocol: str, recipe: Recipe, seeds: Sequence[int]) -> str:
+        """What the results of designs must have in common to stand in one table, as a digest.
+
+        Args:
+            protocol: of the designs.
+            recipe: with any rate, since each design has its own.
+            seeds: of the runs.
+        """
+        origins = self._origins(protocol, "global")
+        return _digest([protocol, asdict(recipe.at(0.0)), list(seeds), self.questions, origins])
 
     def _made(self, name: str, of: Any, make: Callable[[Path], Any]) -> Path:
         folder = self.folder / f"{name}-{_digest(of)}"
@@ -448,7 +462,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and write the tables."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_world.table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps the results of runs")
-    parser.add_argument("--models", type=Path, default=Path("tiny-world-output"), help="has source/ and text/")
+    parser.add_argument(
+        "--models", type=Path, default=MODELS, help="has source/ and text/; those that ship by default"
+    )
     parser.add_argument("--protocols", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--designs", nargs="+", help="those of each protocol by default")
     parser.add_argument("--seeds", type=int, default=5)
@@ -484,9 +500,10 @@ def main(arguments: list[str] | None = None) -> None:
         (protocol, design): options.lr or laboratory.rate(protocol, design, recipes[protocol])
         for protocol, design in plan
     }
+    seeds = range(_FIRST_SEED, _FIRST_SEED + options.seeds)
     runs = [
         Run(protocol, design, seed, recipes[protocol].at(rates[protocol, design]))
-        for seed in range(_FIRST_SEED, _FIRST_SEED + options.seeds)
+        for seed in seeds
         for protocol, design in plan
     ]
     laboratory.measure_all(runs, jobs)
@@ -495,17 +512,29 @@ def main(arguments: list[str] | None = None) -> None:
         own = [run for run in runs if (run.protocol, run.design) == (protocol, name)]
         trials = {} if options.lr else laboratory.trials(protocol, name, recipes[protocol])
         found[protocol][name] = {
+            "of": laboratory.shared(protocol, recipes[protocol], seeds),
             "rate": rates[protocol, name],
             "trials": {f"{lr:g}": round(overall(laboratory.measure(run)), 4) for lr, run in trials.items()},
             "seconds": laboratory.seconds([*own, *trials.values()]),
             "runs": [{at: round(score, 4) for at, score in laboratory.measure(run).items()} for run in own],
         }
     file = options.page.with_suffix(".json")
-    results: Results = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    results |= {protocol: designs for protocol, designs in found.items() if designs}
-    results = {protocol: results[protocol] for protocol in DESIGNS if protocol in results}
+    results = together(json.loads(file.read_text("utf-8")) if file.exists() else {}, found)
     _write(file, json.dumps(results) + "\n")
     _write(options.page, insert_tables(page, tables(results)))
+
+
+def together(published: Results, found: Results) -> Results:
+    """New results with those of other designs that are published already and can be compared with them."""
+    results: Results = {}
+    for protocol, designs in DESIGNS.items():
+        old, new = published.get(protocol, {}), found.get(protocol, {})
+        shared = {design["of"] for design in new.values()}
+        alike = {name: design for name, design in old.items() if not new or design.get("of") in shared}
+        all_designs = alike | new
+        if all_designs:
+            results[protocol] = {name: all_designs[name] for name in designs if name in all_designs}
+    return results
 
 
 @cache

@@ -246,6 +246,35 @@ def test_a_protocol_that_is_not_run_stays_on_the_page(models: Path, tmp_path: Pa
     assert "### Protocol A" in page.read_text("utf-8") and "### Protocol B" in page.read_text("utf-8")
 
 
+def test_designs_that_are_not_run_stay_if_they_can_be_compared(models: Path, tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
+    common = [str(tmp_path / "lab"), "--models", str(models), "--protocols", "A", "--seeds", "1", "--jobs", "1"]
+    common += ["--questions", "1", "--lr", "0.001", "--device", "cpu", "--page", str(page), "--designs"]
+
+    def run(*arguments: str) -> dict[str, dict[str, object]]:
+        table.main([*common, *arguments])
+        return json.loads(page.with_suffix(".json").read_text("utf-8"))["A"]
+
+    first = run("casa", "--steps", "1", "1")
+    both = run("insertion", "--steps", "1", "1")
+    assert list(both) == ["insertion", "casa"]  # in the order of the designs
+    assert both["casa"] == first["casa"]
+    assert "minus insertion" in page.read_text("utf-8")
+    # A design's own rate doesn't set it apart, other steps do.
+    assert list(run("ca", "--steps", "1", "1", "--lr", "0.002")) == ["insertion", "casa", "ca"]
+    assert list(run("ca", "--steps", "2", "1")) == ["ca"]
+
+
+def test_the_published_results_are_of_the_models_that_ship(tmp_path: Path):
+    laboratory = table.Laboratory(tmp_path, table.MODELS, 340, "cpu")
+    results = json.loads(table.RESULTS.with_suffix(".json").read_text("utf-8"))
+    for protocol, designs in results.items():
+        seeds = range(100, 105)
+        shared = laboratory.shared(protocol, table.RECIPES[protocol], seeds)
+        assert {(design["of"], len(design["runs"])) for design in designs.values()} == {(shared, len(seeds))}
+
+
 def test_models_that_are_missing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         table.main([str(tmp_path / "lab"), "--models", str(tmp_path / "none")])
