@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from casa_hf.training import TrainingConfig, parts_table, train
+from casa_hf.training.recipe import is_first_process
 
 # Text and image tokens per packed sequence; 128 of these per update, 1e-4 for new and 1e-5 for existing parameters.
 # The tower is frozen where frames come in; frames of 504 x 504 pixels are 324 tokens, of 448 x 448 they are 256.
@@ -62,6 +63,8 @@ def configuration(stage: str, model: str, data: str, output: str, settings: list
             raise ValueError(f"{setting!r} is no setting; write NAME=VALUE.")
         outer, _, inner = name.rpartition(".")
         (content["trainer"] if outer == "trainer" else content)[inner or name] = yaml.safe_load(value)
+    if content.get("epochs") is not None and not any(setting.startswith("max_steps=") for setting in settings):
+        del content["max_steps"]  # the stage's own
     return TrainingConfig.from_dict(content)
 
 
@@ -78,8 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = configuration(given.stage, given.model, given.data, given.output, given.settings)
         report = train(config, on_log=print, on_start=lambda parts, data: print(parts_table(parts)))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Wrote {report.output} after {report.steps} steps.")
+        sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+    if is_first_process():
+        print(f"Wrote {report.output} after {report.steps} steps.")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,11 @@ def test_the_example_trains_a_stage(workplace, capsys):
     assert "Wrote out after 1 steps." in capsys.readouterr().out
     config = finetune.configuration("video", "m", "d", "o", ["lr_new=3e-4"])
     assert (config.trainable, config.max_image_tokens, config.lr_new) == ("fusion-only", 46_080, 3e-4)
+    assert (config.max_steps, config.epochs) == (15_000, None)
+    config = finetune.configuration("video", "m", "d", "o", ["epochs=2"])
+    assert (config.max_steps, config.epochs) == (None, 2)
+    with pytest.raises(ValueError, match="max_steps=3 and epochs=2"):
+        finetune.configuration("video", "m", "d", "o", ["epochs=2", "max_steps=3"])
 
 
 @pytest.mark.parametrize(("setting", "words"), [("max_steps", "NAME=VALUE"), ("maxsteps=1", "'max_steps'")])

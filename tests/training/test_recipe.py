@@ -96,6 +96,26 @@ def test_short_schedules_reach_the_full_rate(settings, casa_folder, schedule, sh
     assert not any(torch.equal(before[name], after[name]) for name in before if "casa_attn" in name)
 
 
+def test_how_long_a_run_is():
+    given = {"model": "m", "data": "d", "output": "o"}
+    assert TrainingConfig(**given).max_steps == 25_000
+    assert TrainingConfig(**given, epochs=2).max_steps is None
+
+
+def test_a_run_says_how_it_goes_and_what_it_lacks(settings, tmp_path, caplog):
+    """Losses from the first step on; fewer sequences than a step asks for; evaluation data that is dropped."""
+    answer = {"role": "assistant", "content": "yes"}
+    rows = [{"messages": [{"role": "user", "content": "word " * length}, answer]} for length in (1, 200, 2)]
+    (tmp_path / "eval.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    logs = []
+    changes = {"sequences_per_update": 64, "over_long": "drop", "max_steps": 11}
+    changes |= {"eval_data": str(tmp_path / "eval.jsonl"), "trainer": {"use_cpu": True}}
+    report = train(TrainingConfig.from_dict({**settings, **changes}), logs.append)
+    assert len([log for log in logs if "loss" in log]) == 2
+    assert f"only {report.sequences} packed sequences" in caplog.text
+    assert f"1 of {len(rows)} conversations of eval_data are dropped" in caplog.text
+
+
 def pixels(folder):
     processor = CasaProcessor.from_pretrained(folder)
     return processor.image_processor.size["longest_edge"], processor.frame_max_pixels
@@ -187,6 +207,7 @@ def test_the_command(settings, tmp_path, capsys):
         ({"warmup": 0.6, "decay": 0.6}, ["warmup=0.6 and decay=0.6"]),
         ({"decay": 2}, ["decay=2", "0 to 1"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"dtype": "float16"}, ["dtype='float16'", "bfloat16"]),
         ({"lora": {"r": 2}, "trainable": "fusion-only"}, ["trainable"]),
         ({"lora": {"rank": 2}}, ["lora.rank"]),
         ({"trainer": {"max_grad_nrom": 1}}, ["trainer.max_grad_nrom", "'max_grad_norm'"]),

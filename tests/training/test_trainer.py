@@ -83,6 +83,36 @@ def test_accumulated_batches_count_tokens_not_batches(casa_folder, processor, tm
         assert (step - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max(), name
 
 
+def test_smoothed_labels_are_those_of_the_next_token(casa_folder, processor, tmp_path):
+    """One step over four unequal batches is that of PyTorch's smoothed loss of shifted labels over all of them."""
+    model = fusion_model(casa_folder, torch.float64)
+    before = weights(model)
+    batch = CasaDataCollator(processor)(CONVERSATIONS)
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.3).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments(
+            tmp_path,
+            max_steps=1,
+            gradient_accumulation_steps=4,
+            optim="sgd",
+            max_grad_norm=0,
+            label_smoothing_factor=0.3,
+        ),
+        train_dataset=CONVERSATIONS,
+        processing_class=processor,
+        lr_new=1e-2,
+        lr_existing=1e-2,
+    )
+    trainer.train()
+    for name, value in weights(model).items():
+        step = (before[name] - value) / 1e-2
+        assert (step - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max(), name
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_plain_trainer_learns_and_keeps_frozen_weights(casa_folder, processor, tmp_path, bf16):
     model = fusion_model(casa_folder)

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Beside the weights: what a conversion back needs, and under which terms they stand.
 _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16")  # in float16 the second moments of AdamW underflow, and weights jump
+_PAPER_STEPS = 25_000
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 _COUNTS = (
@@ -89,8 +90,9 @@ class TrainingConfig:
         over_long: "raise" or "drop", for conversations that exceed the budget.
         max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
         keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
-        sequences_per_update: packed sequences per step of the optimizer, over all processes.
-        max_steps: steps of the optimizer; None where `epochs` says how long.
+        sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
+            over the data has what is left.
+        max_steps: steps of the optimizer; None for the paper's 25,000, or where `epochs` says how long.
         epochs: passes over the data, in place of `max_steps`.
         lr_new, lr_existing: learning rates of what conversion has added and of the rest.
         weight_decay: of matrices.
@@ -125,7 +127,7 @@ class TrainingConfig:
     frame_max_pixels: int | None = None
     keep_limits: bool = False
     sequences_per_update: int = 128
-    max_steps: int | None = 25_000
+    max_steps: int | None = None
     epochs: float | None = None
     lr_new: float = 1e-4
     lr_existing: float = 1e-5
@@ -163,10 +165,10 @@ class TrainingConfig:
         self._check_types()
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than all steps; lower one.")
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"max_steps={self.max_steps} and epochs={self.epochs}: give one of them and set the other to null."
-            )
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: leave out one of them.")
+        if self.max_steps is None and self.epochs is None:
+            self.max_steps = _PAPER_STEPS
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
         if self.lora is not None and self.trainable is not None:
@@ -301,6 +303,16 @@ def train(
     if config.eval_data is not None:
         examples = load_mixture(config.eval_data, config.eval_split, config.seed, default_split="validation")
         eval_data = _pack(config, processor, examples)
+        if eval_data.num_dropped and is_first_process():
+            logger.warning(
+                "%d of %d conversations of eval_data are dropped as too long.", eval_data.num_dropped, len(examples)
+            )
+    if len(data) < config.sequences_per_update and is_first_process():
+        logger.warning(
+            "The data has only %d packed sequences, so each step has these rather than sequences_per_update=%d.",
+            len(data),
+            config.sequences_per_update,
+        )
     arguments = _arguments(config, len(data))
 
     if repository is not None:
@@ -376,6 +388,13 @@ def _check_arguments(config: TrainingConfig) -> None:
             "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
+        # The Trainer would cut batches between them by rows, and pixels by patches.
+        raise ValueError(
+            f"There are {gpus} GPUs and one process. Start one for each GPU (`accelerate launch --num_processes "
+            f"{gpus} -m casa_hf train ...`), or choose a GPU with CUDA_VISIBLE_DEVICES=0."
+        )
     if config.lora is not None:
         from peft import LoraConfig
 
@@ -498,6 +517,8 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
             "bf16": use_bf16,
             "seed": config.seed,
             "save_total_limit": 2,
+            "logging_steps": 10,
+            "logging_first_step": True,
             "report_to": "none",
             "disable_tqdm": True,
             "remove_unused_columns": False,

@@ -25,7 +25,7 @@ from ..sharing import CARD, present_card, repository_info
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
-from .samples import Dialogue
+from .samples import IGNORED, Dialogue
 
 # Of every card that a Trainer makes.
 _TAG = "generated_from_trainer"
@@ -61,6 +61,16 @@ class CasaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
+        if self.label_smoother is not None and self.compute_loss_func is None:
+            self.compute_loss_func = self._smoothed_loss
+
+    def _smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss with `label_smoothing_factor`; the base class shifts labels for causal models of its own list only,
+        and would have this one learn to repeat each token."""
+        mean = self.label_smoother(outputs, labels, shift_labels=True)
+        if num_items_in_batch is None:
+            return mean
+        return mean * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, with the groups of `parameter_groups`."""
