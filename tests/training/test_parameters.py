@@ -70,6 +70,8 @@ def test_patterns_that_match_nothing_are_refused(casa_folder):
     model = load_model(casa_folder)
     with pytest.raises(ValueError, match=r"'casa_atn'.*model\.visual.*paper-qwen"):
         freeze(model, ["lm_head", "casa_atn"])
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: .*unterminated"):
+        freeze(model, ["casa_attn", "("])
     with pytest.raises(ValueError, match="No pattern"):
         freeze(model, [])
 

@@ -90,8 +90,8 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
         What trains, by part of the model.
 
     Raises:
-        ValueError: if a pattern matches no parameter, or a recipe trains the fusion layers of a model in which they
-            have no parameters of their own. The model is as before.
+        ValueError: if a pattern is malformed or matches no parameter, or a recipe trains the fusion layers of a model
+            in which they have no parameters of their own. The model is as before.
     """
     new_tokens = new_tokens_name(model)
     names = [name for name, _ in model.named_parameters() if name != new_tokens]
@@ -101,6 +101,10 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
     if not patterns:
         raise ValueError("No pattern was given, so nothing would train; name some parameters or a recipe.")
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(
                 f"The pattern {pattern!r} matches no parameter of the model. Its parameters have names such as "

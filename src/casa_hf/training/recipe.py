@@ -73,6 +73,9 @@ _FOLLOWING = {
 }
 
 
+_BY_LENGTH = (("train_sampling_strategy", "group_by_length"), ("group_by_length", True))
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """What to train, on what, and how; defaults are those of the paper for Qwen2.5-VL-3B.
@@ -372,9 +375,11 @@ def _check_arguments(config: TrainingConfig) -> None:
     """Refuse arguments for other libraries that these don't know, or that follow from a setting."""
     from transformers import GenerationConfig, TrainingArguments
 
-    for name in config.trainer:
+    for name, value in config.trainer.items():
         if name in _FOLLOWING:
             raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; set that instead, beside trainer.")
+        if (name, value) in _BY_LENGTH:
+            raise ValueError(f"trainer.{name}={value!r}: sequences are packed to the same length; leave it out.")
     if config.resume and config.trainer.get("save_only_model"):
         raise ValueError(
             "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
@@ -402,6 +407,11 @@ def _check_arguments(config: TrainingConfig) -> None:
     if config.generate is not None:
         known = vars(GenerationConfig()).keys() | inspect.signature(CasaForConditionalGeneration.generate).parameters
         _refuse_unknown("generate", config.generate, known, "generate")
+        if config.generate.get("num_return_sequences", 1) != 1 or config.generate.get("return_dict_in_generate"):
+            raise ValueError(
+                f"generate={dict(config.generate)}: evaluation compares one answer each; leave out "
+                "num_return_sequences and return_dict_in_generate."
+            )
         for name in ("max_new_tokens", "max_length", "num_beams"):
             if config.generate.get(name) is not None:
                 check_count(f"generate.{name}", config.generate[name])

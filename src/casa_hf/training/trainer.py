@@ -45,6 +45,7 @@ class CasaTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    compute_loss_func: Callable[..., torch.Tensor] | None
     _signature_columns: list[str] | None
 
     def __init__(
