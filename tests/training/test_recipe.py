@@ -145,6 +145,22 @@ def test_evaluation_that_fails_leaves_the_trained_model(settings, casa_folder, t
     assert not list(tmp_path.glob("*.incomplete"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_that_names_the_example(settings, tmp_path, capsys, workers):
+    (tmp_path / "cut.jpg").write_bytes((PHOTOGRAPHS / "cat.jpg").read_bytes()[:4_000])  # has a size, but no pixels
+    (tmp_path / "damaged.jsonl").write_text(json.dumps({**CONVERSATIONS[0], "images": ["cut.jpg"]}))
+    changes = {
+        "data": str(tmp_path / "damaged.jsonl"),
+        "trainer": {"use_cpu": True, "dataloader_num_workers": workers},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "run.yaml")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: Example 0") and "damaged.jsonl, line 1" in said and "truncated" in said
+    assert len(said) < 500 and "Traceback" not in said
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 def test_adapters(settings, casa_folder):
     peft = pytest.importorskip("peft")

@@ -357,9 +357,10 @@ def train(
         metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
         _save(trainer, output, folder)
     except Exception as error:  # those who write tensors have kinds of their own
-        if not disk_is_full(error):
-            raise
-        raise OSError(_full_disk(error, checkpoints)) from error
+        if disk_is_full(error):
+            raise OSError(_full_disk(error, checkpoints)) from error
+        _refuse_data(error)
+        raise
     try:
         if eval_data is not None:
             metrics |= trainer.evaluate()
@@ -572,6 +573,13 @@ def _save(trainer: Any, output: Path, source: Path) -> None:
         if first and not is_complete:
             shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _refuse_data(error: Exception) -> None:
+    """Raise an error of a process that loads data by itself: torch puts that process's traceback into its words."""
+    name = type(error).__name__
+    if isinstance(error, ValueError) and str(error).startswith(f"Caught {name} in DataLoader worker"):
+        raise ValueError(str(error).rpartition(f"\n{name}: ")[2].strip()) from error
 
 
 def _full_disk(error: Exception, checkpoints: Path) -> str:
