@@ -546,7 +546,17 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     targets = settings.get("target_modules", "fusion")
     if isinstance(targets, str):
         targets = LORA_TARGETS.get(targets, targets)
-    return get_peft_model(model, LoraConfig(**{**settings, "target_modules": targets}))
+    return get_peft_model(model, LoraConfig(**{**_beside_adapters(model), **settings, "target_modules": targets}))
+
+
+def _beside_adapters(model: Any) -> dict[str, Any]:
+    """Arguments of `LoraConfig` for what nobody has trained yet: the projector of a text-only source, new tokens."""
+    beside: dict[str, Any] = {}
+    if any("multi_modal_projector." in name for name, _ in model.named_parameters()):
+        beside["modules_to_save"] = ["multi_modal_projector"]
+    if model.config.new_token_ids:
+        beside["trainable_token_indices"] = {"embed_tokens": list(model.config.new_token_ids)}
+    return beside
 
 
 def _save(trainer: Any, output: Path, source: Path) -> None:
