@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +213,41 @@ def test_a_broken_run_goes_on_and_ends_as_an_unbroken_one(settings, tmp_path):
     halfway = load_weights(tmp_path / "c" / "checkpoint-2")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not all(torch.equal(found[name], tensor) for name, tensor in halfway.items())
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tmp_path):
+    saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 1}
+    run = {**settings, "checkpoints": str(tmp_path / "c"), "trainer": saving}
+    train(TrainingConfig.from_dict(run))
+    shutil.rmtree(tmp_path / "c" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "trained")
+    other = shutil.copytree(casa_folder, tmp_path / "other")
+    changes = {
+        "lr_new": 1e-9,
+        "weight_decay": 0.5,
+        "warmup": 0,
+        "seed": 7,
+        "sequences_per_update": 1,
+        "max_steps": 3,
+        "trainable": "fusion-only",
+        "model": str(other),
+        "max_text_tokens": 90,
+    }
+    for name, value in changes.items():
+        with pytest.raises(
+            ValueError, match=rf"began with, but now there are .*{name}=.* \(was .*model=.*checkpoint-1"
+        ):
+            train(TrainingConfig.from_dict({**run, "resume": True, name: value}))
+    rows = [json.loads(line) for line in Path(settings["data"], "train.jsonl").read_text().splitlines() if line]
+    for row in rows:
+        row["images"] = [str(Path(settings["data"], image)) for image in row.get("images", [])]
+    rows[0]["messages"][0]["content"] = "Some other words"
+    (tmp_path / "edited.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ValueError, match="rows of data="):
+        train(TrainingConfig.from_dict({**run, "resume": True, "data": str(tmp_path / "edited.jsonl")}))
+    # What leaves the training as it is may change.
+    free = {"output": str(tmp_path / "elsewhere"), "eval_data": settings["data"], "gradient_checkpointing": False}
+    assert train(TrainingConfig.from_dict({**run, "resume": True, **free})).steps == 2
 
 
 def test_the_command(settings, tmp_path, capsys):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 import math
 import os
@@ -73,6 +75,13 @@ _FOLLOWING = {
 }
 
 
+# What may be another when a run goes on. Of the data it counts what was made of it.
+_FREE_TO_CHANGE = {
+    *("data", "split", "output", "checkpoints", "resume", "keep_limits", "trainer"),
+    *("eval_data", "eval_split", "generate", "gradient_checkpointing", "attn_implementation"),
+}
+# In the folder of checkpoints; the Trainer publishes nothing whose name begins so.
+_SETTINGS = "_settings.json"
 _BY_LENGTH = (("train_sampling_strategy", "group_by_length"), ("group_by_length", True))
 
 
@@ -316,6 +325,9 @@ def train(
             len(data),
             config.sequences_per_update,
         )
+    settings = _settings(config, data)
+    if resumed is not None:
+        _check_settings(settings, checkpoints, resumed)
     arguments = _arguments(config, len(data))
 
     if repository is not None:
@@ -351,6 +363,8 @@ def train(
     trainer.remove_callback(ProgressCallback)
     if on_start is not None and trainer.is_world_process_zero():
         on_start(parts, data)
+    if trainer.is_world_process_zero():
+        _write_settings(settings, checkpoints)
     if arguments.push_to_hub and trainer.is_world_process_zero():
         _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
     try:
@@ -474,6 +488,40 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
                 "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
             )
     return last
+
+
+def _settings(config: TrainingConfig, data: PackedDataset) -> dict[str, Any]:
+    """What a run has begun with and has to go on with."""
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE_TO_CHANGE}
+    folder = Path(config.model)
+    settings["model"] = str(folder.resolve() if folder.is_dir() else config.model)
+    settings["rows of data"] = hashlib.sha256(
+        json.dumps([data.rows, data.num_text_tokens, data.num_image_tokens]).encode()
+    ).hexdigest()[:16]
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _check_settings(settings: dict[str, Any], checkpoints: Path, last: Path) -> None:
+    """Refuse to go on with other settings: what a checkpoint holds would count in part, without a word."""
+    file = checkpoints / _SETTINGS
+    before = read_json(file) if file.is_file() else {}
+    changed = [
+        f"{name}={settings.get(name)!r} (was {value!r})"
+        for name, value in before.items()
+        if settings.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"resume goes on with the settings that the run in {checkpoints} began with, but now there are "
+            f"{', '.join(changed)}. Give these as they were; or start anew with other checkpoints and model={last}."
+        )
+
+
+def _write_settings(settings: dict[str, Any], checkpoints: Path) -> None:
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    partial = checkpoints / f"{_SETTINGS}.incomplete"
+    partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    os.replace(partial, checkpoints / _SETTINGS)
 
 
 def is_first_process() -> bool:
