@@ -113,6 +113,7 @@ def test_the_trainer_publishes_what_was_saved(settings: dict[str, Any], hub: Hub
     published = hub.files("me/trained")
     assert published["model.safetensors"] == (report.output / "model.safetensors").read_bytes()
     assert {name: published.get(name) for name in KEPT} == KEPT
+    assert not any(name.startswith("_") for name in published)
     assert b"me/casa" in published["README.md"]
 
 

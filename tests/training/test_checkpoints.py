@@ -73,7 +73,11 @@ DAMAGES = {
 
 
 def test_the_last_two_are_kept(finished):
-    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"_settings.json", "checkpoint-2", "checkpoint-3"}
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {
+        "_settings.json",
+        "checkpoint-2",
+        "checkpoint-3",
+    }
 
 
 @pytest.mark.parametrize("fault", DAMAGES)

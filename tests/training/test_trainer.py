@@ -83,6 +83,24 @@ def test_accumulated_batches_count_tokens_not_batches(casa_folder, processor, tm
         assert (step - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max(), name
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_of_an_evaluation_is_a_mean_over_answer_tokens(casa_folder, processor, tmp_path, batch_size, packed):
+    model = load_model(casa_folder, torch.float32)
+    batch = CasaDataCollator(processor)(CONVERSATIONS)
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).item()
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments(tmp_path, per_device_eval_batch_size=batch_size),
+        eval_dataset=PackedDataset(CONVERSATIONS, processor, max_text_tokens=70) if packed else CONVERSATIONS,
+        processing_class=processor,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(metric_key_prefix="test")["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_smoothed_labels_are_those_of_the_next_token(casa_folder, processor, tmp_path):
     """One step over four unequal batches is that of PyTorch's smoothed loss of shifted labels over all of them."""
     model = fusion_model(casa_folder, torch.float64)

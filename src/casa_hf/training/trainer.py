@@ -89,13 +89,31 @@ class CasaTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """The loss, and the score of generated answers."""
+        """The loss, a mean over all answer tokens whatever the batches, and the score of generated answers."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self._evaluated.tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
         if self.generate_kwargs is not None:
             answers, references = self._answers(_examples(dataloader.dataset))
             scores = self.score(answers, references)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """As in Transformers, which takes the mean of the batches' means; this sums up losses and answer tokens."""
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        loss, labels = found[0], inputs.get("labels")
+        if loss is not None and labels is not None:
+            tokens = (labels[:, 1:] != IGNORED).sum()
+            # By rows, since those that a process has been given twice to fill its last batch are cut off again.
+            parts = torch.stack([loss * tokens, tokens]).float().expand(len(labels), 2) / len(labels)
+            gathered = self.accelerator.gather_for_metrics(parts.contiguous())
+            self._evaluated += gathered.sum(0).to(self._evaluated)
+        return found
 
     def _answers(self, examples: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
         """Answers and references; processes share the work, equally, since a sharded model needs all of them."""
