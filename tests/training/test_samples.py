@@ -198,6 +198,16 @@ def test_the_question_of_a_conversation():
         (marked("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 marks <image>"]),
         ({**marked("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
         ({"messages": ["x"]}, ["'x'", "role"]),
+        (
+            {
+                "messages": [
+                    *ask("x", "y")["messages"],
+                    {"role": "assistant", "content": "", "tool_calls": [{"id": 7}]},
+                ]
+            },
+            ["`tool_calls` is [{'id': 7}]", "as text"],
+        ),
+        ({**ask("x", "y"), "tools": [{"name": "look"}]}, ["`tools` is [{'name': 'look'}]", "as text"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["3", "parts"]),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, ["'hi'", "mapping"]),
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, ["['text']", "image or video"]),

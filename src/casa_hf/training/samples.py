@@ -86,6 +86,12 @@ class Dialogue:
                 f"An example has the fields {sorted(example)}; expected `messages`, a list of role and content, and "
                 "`images` where its parts don't name their files."
             )
+        for name, holder in (("tools", example), *(("tool_calls", message) for message in messages)):
+            if isinstance(holder, Mapping) and holder.get(name):
+                raise ValueError(
+                    f"`{name}` is {holder[name]!r:.80}; calls of tools aren't trained on. Write them as text into the "
+                    "messages, or leave the example out."
+                )
         given = {kind: _given(example, kind) for kind in _SOURCES}
         turns: Messages = [{"role": _role(message), "content": _parts(message)} for message in messages]
         for kind in reversed(_SOURCES):
