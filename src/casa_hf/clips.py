@@ -136,10 +136,18 @@ def _evenly_spaced(available: int, num_frames: int) -> list[int]:
     return [index * available // num_frames for index in range(num_frames)]
 
 
+def _pyav(source: str) -> Any:
+    # Code that a checkpoint carries is refused by Transformers for imports outside `try` that aren't installed.
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f"Reading the video {source!r} needs PyAV: pip install casa_hf[video]") from error
+    return av
+
+
 def _read_file(source: str, fps: float | None, num_frames: int | None, sample: bool) -> list[Any]:
     media, chosen, _ = _scan_file(source, fps, num_frames, sample)
-    import av
-
+    av = _pyav(source)
     try:
         if isinstance(media, BytesIO):
             media.seek(0)
@@ -153,10 +161,7 @@ def _scan_file(
     source: str, fps: float | None, num_frames: int | None, sample: bool
 ) -> tuple[str | BytesIO, Sequence[int], tuple[int, int]]:
     """A file or its contents, which of its frames to take, and their width and height; from its packets alone."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f"Reading the video {source!r} needs PyAV: pip install casa_hf[video]") from error
+    av = _pyav(source)
     is_url = source.startswith(("http://", "https://"))
     if not is_url and not os.path.isfile(source):
         raise ValueError(f"The video {source!r} doesn't exist; give the path of a file or a URL.")
