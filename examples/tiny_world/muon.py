@@ -14,7 +14,7 @@ class Muon(torch.optim.Optimizer):
     """What `torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")` computes, in float32 and many matrices at a time.
 
     PyTorch's orthogonalises one matrix after another in bfloat16. On processors without instructions for it that takes
-    longer than the rest of a step of a model of this size.
+    about as long as the rest of a step of a model of this size.
 
     Args:
         params: matrices.
@@ -40,7 +40,10 @@ class Muon(torch.optim.Optimizer):
             for (_, longer), parameters in alike.items():
                 updates = []
                 for parameter in parameters:
-                    mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                    mean = state["momentum_buffer"]
                     mean.lerp_(parameter.grad, 1 - momentum)
                     updates.append(_wide(parameter.grad.lerp(mean, momentum)))
                 for parameter, update in zip(parameters, orthogonal(torch.stack(updates)), strict=True):

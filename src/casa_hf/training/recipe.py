@@ -519,9 +519,9 @@ def _check_settings(settings: dict[str, Any], checkpoints: Path, last: Path) -> 
 
 def _write_settings(settings: dict[str, Any], checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
-    partial = checkpoints / f"{_SETTINGS}.incomplete"
-    partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    os.replace(partial, checkpoints / _SETTINGS)
+    file = checkpoints / _SETTINGS
+    _partial(file).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    os.replace(_partial(file), file)
 
 
 def is_first_process() -> bool:
@@ -651,7 +651,7 @@ def _full_disk(error: Exception, checkpoints: Path) -> str:
 
 
 def _partial(output: Path) -> Path:
-    """Where the output is written before it has its name."""
+    """Where a file or folder is written before it has its name."""
     return output.with_name(f"{output.name}.incomplete")
 
 
