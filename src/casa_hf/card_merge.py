@@ -34,6 +34,22 @@ _CLOSING_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*")
 _PLACEHOLDER = re.compile(r"\[?more information needed\]?", re.IGNORECASE)
 
 
+def decode_card(content: bytes, name: str) -> str:
+    """The text of a README.md; a byte order mark isn't part of it.
+
+    Args:
+        content: of the file.
+        name: of the file, for errors.
+
+    Raises:
+        ValueError: if it isn't UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} isn't encoded as UTF-8 (at byte {error.start}). Save it as UTF-8.") from error
+
+
 def lines_of(text: str) -> Iterator[tuple[str, bool]]:
     """The lines of a Markdown text, and whether each belongs to a fenced block of code.
 
@@ -131,14 +147,20 @@ class Card:
             ValueError: if the front matter is unusable.
         """
         has_metadata = readme.lstrip().startswith("---")
+        block = REGEX_YAML_BLOCK.search(readme) if has_metadata else None
         try:
+            order = list(yaml.safe_load(block[2]) or ()) if block else []
+            unnamed = [key for key in order if not isinstance(key, str)]
+            if unnamed:
+                raise ValueError(f"YAML reads a key as {unnamed[0]!r}; put such as on, no, and numbers in quotes")
             card = ModelCard(readme if has_metadata else f"---\n\n---\n{readme}")
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"The front matter of {name} can't be read ({reason}). Correct it.") from error
-        block = REGEX_YAML_BLOCK.search(readme) if has_metadata else None
-        order = list(yaml.safe_load(block[2]) or ()) if block else []
-        return cls(ModelCardData(**card.data.to_dict()), CardBody.read(card.text), order)
+        data = card.data.to_dict()
+        if "language" in data:
+            data["language"] = _with_norwegian(data["language"])
+        return cls(ModelCardData(**data), CardBody.read(card.text), order)
 
     def write(self) -> str:
         return f"---\n{self.data.to_yaml(original_order=self.order)}\n---\n\n{self.body.write()}"
@@ -151,6 +173,13 @@ class Card:
                 name = title or INTRODUCTION
                 texts[name] = f"{texts.get(name, '')}\n{text}".strip()
         return {**self.data.to_dict(), **texts}
+
+
+def _with_norwegian(language: Any) -> Any:
+    """Languages, of which YAML 1.1 reads `no` as false."""
+    if isinstance(language, list):
+        return [_with_norwegian(each) for each in language]
+    return "no" if language is False else language
 
 
 def content(title: str | None, text: str) -> str:
@@ -223,7 +252,7 @@ def _merged_fields(
     conflicts = []
     for group in (*FIELD_GROUPS, *((key,) for key in stated if key not in grouped)):
         said, says = fields(stated, group), fields(present, group)
-        if not said.get(group[0]) or said == says:
+        if group[0] not in said or said == says:
             continue
         if group[0] in _COLLECTIONS:
             present[group[0]] = union(says.get(group[0]), said[group[0]])
@@ -232,7 +261,7 @@ def _merged_fields(
             all(values != fields(known, group) for known in generated) for values in (said, says)
         )
         counts = prefer == "folder" or group[0] in fresh
-        if not says.get(group[0]) or (is_written and (not was_written or counts)):
+        if group[0] not in says or (is_written and (not was_written or counts)):
             present = {key: value for key, value in present.items() if key not in group} | said
         elif is_written and prefer is None:
             conflicts.append(group[0])
@@ -240,8 +269,8 @@ def _merged_fields(
 
 
 def fields(metadata: Mapping[str, Any], group: Collection[str]) -> dict[str, Any]:
-    """Those of some fields that metadata has."""
-    return {key: metadata[key] for key in group if metadata.get(key)}
+    """Those of some fields that metadata has; an empty text or list says nothing, `false` and 0 do."""
+    return {key: metadata[key] for key in group if metadata.get(key) not in (None, "", [], {})}
 
 
 def union(first: str | list[str] | None, second: str | list[str] | None) -> list[str]:

@@ -611,7 +611,18 @@ def _known_fields(config: CasaConfig) -> dict[str, Any]:
 
 def _usage_text(arguments: str, with_code: bool) -> str:
     """How to load and ask a model; `arguments` are those of `from_pretrained`, as Python code."""
+    question = """\
+image = Image.new("RGB", (448, 448), "red")
+question = {"type": "text", "text": "Which colour is this?"}
+messages = [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
     plain = f"""\
+After `pip install casa_hf`:
+
 ```python
 from PIL import Image
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
@@ -619,14 +630,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor
 model = CasaForConditionalGeneration.from_pretrained({arguments})
 processor = CasaProcessor.from_pretrained({arguments})
 
-image = Image.new("RGB", (448, 448), "red")
-question = {{"type": "text", "text": "Which colour is this?"}}
-messages = [{{"role": "user", "content": [{{"type": "image", "image": image}}, question]}}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens=32)
-print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+{question}
 ```"""
     if not with_code:
         return plain
@@ -634,13 +638,16 @@ print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_spe
 {plain}
 
 Where `casa_hf` isn't installed, the code that lies beside the weights loads it (look at it first: it runs on your
-machine). The rest is as above.
+machine).
 
 ```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained({arguments}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({arguments}, trust_remote_code=True)
+
+{question}
 ```"""
 
 

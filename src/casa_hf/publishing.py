@@ -10,6 +10,7 @@ same call again sends only what is missing.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +24,16 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     ModelInfo,
     get_token,
 )
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import GenerationConfig
 
-from .card_merge import Card, Preference
+from .card_merge import Card, Preference, decode_card
 from .configuration_casa import CasaConfig
 from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
 from .conversion.errors import disk_is_full, listed, one_line
@@ -41,7 +44,7 @@ from .export import code_files, has_code, modelling_files, names_code, without_a
 from .hub import LICENSE_FILES, PresentCard, published_card
 from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
-from .sharing import CARD, holds, names_of, present_card, read_json
+from .sharing import CARD, holds, names_of, other_model, present_card, read_json
 
 # What belongs to a checkpoint besides its weights; optimizer states, logs and the like stay at home.
 _CHECKPOINT_FILES = (
@@ -159,6 +162,13 @@ def check_checkpoint(folder: str | Path) -> PublishableCheckpoint:
         raise PublishingError(
             f"{folder} has no generation_config.json. Write it with model.generation_config.save_pretrained."
         )
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of JSON, of files, of values that don't go together
+        raise PublishingError(
+            f"generation_config.json in {folder} can't be used ({one_line(error)}). Write it anew with "
+            "model.generation_config.save_pretrained."
+        ) from error
     _check_processor(folder, config)
     weights = _check_weights(folder, config)
     files = _files(folder, weights)
@@ -187,6 +197,14 @@ def _check_processor(folder: Path, config: CasaConfig) -> None:
             f"The processor in {folder} can't be loaded ({one_line(error)}). Write it anew with "
             "processor.save_pretrained."
         ) from error
+    if processor.chat_template is not None:
+        try:
+            processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+        except Exception as error:  # of Jinja, or whatever the template runs into
+            raise PublishingError(
+                f"The chat template in {folder} can't say a user's text ({one_line(error)}). Correct it, or write the "
+                "source's with processor.save_pretrained."
+            ) from error
     pairs = {
         "image_token_id": (config.image_token_id, processor.image_token_id),
         "gist_token_ids": (config.gist_token_ids or [], processor.gist_token_ids),
@@ -291,6 +309,10 @@ def push_checkpoint(
     """
     if card not in (None, "folder", "hub"):
         raise PublishingError(f'card={card!r} is no card to prefer. Give "folder" or "hub".')
+    if any(not name.strip() for name in datasets):
+        raise PublishingError(
+            "datasets has an empty name (--dataset). Give Hub ids, or names in words, or leave it out."
+        )
     checkpoint = check_checkpoint(folder)
     with_code = with_code or has_code(checkpoint.folder)
     _check_names(repository, revision)
@@ -309,6 +331,8 @@ def push_checkpoint(
     names = {addition.path_in_repo for addition in additions} | names_of(target.info)
     readme = _card(checkpoint, repository, revision, with_code, datasets, present, card, names)
     additions.append(CommitOperationAdd(CARD, readme.encode()))
+    with _explained(repository, "Checking the model card", user):
+        _check_card(readme)
     with _explained(repository, f"Preparing {repository}", user):
         info = _make(api, repository, private, revision, target)
         removed = _outdated(api, repository, info, {addition.path_in_repo for addition in additions})
@@ -348,7 +372,7 @@ def _check_names(repository: str, revision: str | None) -> None:
         raise PublishingError(
             f"{repository!r} is no name of a repository ({one_line(error)}). Give one such as namespace/name."
         ) from error
-    if revision is not None and (not _BRANCH.fullmatch(revision) or revision.startswith("refs/")):
+    if revision is not None and (not _BRANCH.fullmatch(revision) or ".." in revision or revision.startswith("refs/")):
         raise PublishingError(f"revision={revision!r} is no name of a branch. Give one such as main or v1.")
 
 
@@ -380,7 +404,7 @@ def _card(
     readme = checkpoint.folder / CARD
     try:
         card = published_card(
-            readme.read_text("utf-8") if readme.is_file() else None,
+            decode_card(readme.read_bytes(), CARD) if readme.is_file() else None,
             checkpoint.config,
             repository,
             revision=revision,
@@ -391,13 +415,27 @@ def _card(
         )
     except ValueError as error:
         raise PublishingError(f"{checkpoint.folder}: {one_line(error)}") from error
-    link = re.search(r"^license_link: (?!\w+://)(\S+)$", card, re.MULTILINE)
-    if link and link[1] not in names:
+    link = str(Card.read(card, CARD).data.get("license_link") or "")
+    if link and "://" not in link and posixpath.normpath(link) not in names:
         raise PublishingError(
-            f"The model card refers to the licence {link[1]}, which {checkpoint.folder} doesn't hold. Copy it there "
+            f"The model card refers to the licence {link}, which {checkpoint.folder} doesn't hold. Copy it there "
             "from the checkpoint that this one was made from."
         )
     return card
+
+
+def _check_card(readme: str) -> None:
+    """Ask the Hub whether it accepts a card: a commit with one that it refuses would fail when all is sent."""
+    try:
+        ModelCard(readme).validate()
+    except ValueError as error:
+        try:  # the Hub's answer
+            said = " ".join(each["message"] for each in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            said = one_line(error)
+        raise PublishingError(
+            f"The Hub refuses the front matter of the model card ({said}). Correct it in README.md. {_AGAIN}"
+        ) from error
 
 
 def _card_changes(before: str, after: str) -> tuple[str, ...]:
@@ -422,6 +460,12 @@ def _find_repository(api: HfApi, repository: str, private: bool, revision: str |
             target = _Target(api.model_info(repository, revision=revision, files_metadata=True))
         except RevisionNotFoundError:
             target = _Target(info, branch=revision)
+        else:
+            if revision not in {branch.name for branch in api.list_repo_refs(repository).branches}:
+                raise PublishingError(
+                    f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give "
+                    "a branch, or the name of a new one."
+                )
     held = _foreign_content(api, repository, target.info or info)
     if held is not None:
         raise PublishingError(f"{repository} is taken: it holds {held}. Choose another name.")
@@ -457,13 +501,10 @@ def _create(api: HfApi, repository: str, private: bool) -> None:
 def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None:
     """What other model than a CASA checkpoint a repository holds, in words; None if it holds none."""
     names = names_of(info)
-    if "config.json" not in names:
-        weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
-        return f"weights of another kind ({listed(weights)})" if weights else None
-    model_type = (read_json(api, repository, info, "config.json") or {}).get("model_type")
-    if model_type == CasaConfig.model_type:
-        return None
-    return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
+    if "config.json" in names:
+        return other_model(api, repository, info)
+    weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
+    return f"weights of another kind ({listed(weights)})" if weights else None
 
 
 def _outdated(api: HfApi, repository: str, info: ModelInfo, contents: set[str]) -> list[str]:
@@ -508,8 +549,14 @@ def _commit(
 
 def _is_lost(error: Exception) -> bool:
     """Whether the Hub may have done what was asked in spite of an error: no answer, or one from before the Hub."""
-    response = getattr(_cause(error), "response", None)
-    return response is None or _is_of_gateway(response.status_code)
+    cause = _cause(error)
+    response = getattr(cause, "response", None)
+    return not _is_local(cause) if response is None else _is_of_gateway(response.status_code)
+
+
+def _is_local(error: BaseException) -> bool:
+    """Whether this client has raised an error by itself; an answer that isn't JSON comes from elsewhere."""
+    return isinstance(error, ValueError | TypeError) and not isinstance(error, json.JSONDecodeError)
 
 
 def _is_of_gateway(status: int) -> bool:
@@ -560,6 +607,8 @@ def _explained(repository: str, doing: str, user: str | None = None, when_lost: 
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             status = cause.response.status_code
             raise PublishingError(_refusal(cause, status, repository, doing, user, when_lost)) from error
+        if _is_local(cause):
+            raise PublishingError(f"{doing} failed ({_reason(cause)}). {_AGAIN}") from error
         remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
         raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {when_lost}") from error
 

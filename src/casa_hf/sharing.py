@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from .card_merge import UNTRAINED, Card, union
+from .card_merge import UNTRAINED, Card, decode_card, union
 from .configuration_casa import CasaConfig
 from .export import modelling_files
 from .hub import PresentCard, published_card
@@ -73,7 +73,7 @@ def present_card(
     """
     if CARD not in names_of(info):
         return None
-    readme = _download(api, repository, info, CARD).decode("utf-8", "replace")
+    readme = decode_card(_download(api, repository, info, CARD), f"the README.md of {repository}")
     stated = read_json(api, repository, info, "config.json") or {}
     config = None
     if stated.get("model_type") == CasaConfig.model_type:
@@ -90,6 +90,27 @@ def present_card(
             if addition.path_in_repo.endswith(".safetensors")
         )
     return PresentCard(readme, config, has_other_weights)
+
+
+def other_model(api: HfApi, repository: str, info: ModelInfo) -> str | None:
+    """What model a repository's config.json is of, in words; None if of a CASA checkpoint, or if there is none."""
+    if "config.json" not in names_of(info):
+        return None
+    model_type = (read_json(api, repository, info, "config.json") or {}).get("model_type")
+    if model_type == CasaConfig.model_type:
+        return None
+    return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
+
+
+def refuse_other_model(api: HfApi, repository: str, info: ModelInfo) -> None:
+    """Leave a repository alone whose files a CASA checkpoint would replace by its own.
+
+    Raises:
+        ValueError: if it holds another model.
+    """
+    held = other_model(api, repository, info)
+    if held is not None:
+        raise ValueError(f"{repository} is taken: it holds {held}. Choose another name.")
 
 
 def _download(api: HfApi, repository: str, info: ModelInfo, name: str) -> bytes:
@@ -120,17 +141,20 @@ class CasaForConditionalGeneration(_Model):
     _folder_card: bytes | None = None
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; with `push_to_hub=True`, what the card in the folder says is published too."""
+        """As in Transformers; with `push_to_hub=True`, what the card in the folder says is published too.
+
+        A card that is in the folder stays as it is. Where there is none, the published one comes beside the weights.
+        """
         file = Path(save_directory) / CARD
         # Transformers writes the repository's card or a template over it before the upload.
         self._folder_card = file.read_bytes() if file.is_file() else None
+        if self._folder_card is not None and kwargs.get("push_to_hub"):
+            decode_card(self._folder_card, str(file))  # refused before anything is written
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
-        except BaseException:
-            if self._folder_card is not None:
-                file.write_bytes(self._folder_card)
-            raise
         finally:
+            if self._folder_card is not None and file.read_bytes() != self._folder_card:
+                file.write_bytes(self._folder_card)
             self._folder_card = None
 
     @wraps(_Model.push_to_hub)
@@ -171,6 +195,7 @@ class CasaForConditionalGeneration(_Model):
         while True:
             attempts += 1
             info = repository_info(api, repo_id, revision)
+            refuse_other_model(api, repo_id, info)
             additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
             card = self._card(folder, api, repo_id, info, revision, additions)
             (folder / CARD).write_text(card, "utf-8")
@@ -207,7 +232,7 @@ class CasaForConditionalGeneration(_Model):
         )
         there = names_of(info) | {addition.path_in_repo for addition in additions}
         readme = published_card(
-            None if self._folder_card is None else _without_untrained(self._folder_card.decode("utf-8", "replace")),
+            None if self._folder_card is None else _without_untrained(decode_card(self._folder_card, CARD)),
             self.config,
             repository,
             revision=revision,

@@ -60,14 +60,17 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by branch, oldest first."""
+    """Commits by branch, oldest first, and by tag."""
 
     private: bool
     branches: dict[str, list[Commit]]
+    tags: dict[str, Commit] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
         if revision in self.branches:
             return self.branches[revision][-1]
+        if revision in self.tags:
+            return self.tags[revision]
         for commit in (commit for history in self.branches.values() for commit in history):
             if commit.sha == revision:
                 return commit
@@ -244,6 +247,21 @@ class Handler(BaseHTTPRequestHandler):
         repository.branches[revision] = history[: history.index(first) + 1]
         self.send_json({})
 
+    def refs(self, name: str) -> None:
+        repository = self.readable(name)
+        heads = {branch: history[-1] for branch, history in repository.branches.items()}
+        named = {"branches": ("heads", heads), "tags": ("tags", repository.tags)}
+        self.send_json(
+            {"converts": []}
+            | {
+                kind: [
+                    {"name": ref, "ref": f"refs/{folder}/{ref}", "targetCommit": commit.sha}
+                    for ref, commit in commits.items()
+                ]
+                for kind, (folder, commits) in named.items()
+            }
+        )
+
     def validate(self) -> None:
         text = json.loads(self.body())["content"]
         stated = ModelCard(text).data.get("base_model") if text.startswith("---") else None
@@ -378,6 +396,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", Handler.preupload),
     ("POST", f"/api/models/{_NAME}/commit/{_REVISION}", Handler.commit),
     ("POST", f"/api/models/{_NAME}/branch/{_REVISION}", Handler.branch),
+    ("GET", f"/api/models/{_NAME}/refs", Handler.refs),
     ("GET", f"/api/models/{_NAME}/tree/{_REVISION}", Handler.tree),
     ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", Handler.info),
     ("GET", f"/api/models/{_NAME}", Handler.info),

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ from huggingface_hub import ModelCard
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
 from casa_hf.card_merge import CardBody
 from casa_hf.hub import BY_TRAINER as TRAINER_COMMENT
-from casa_hf.hub import Origin, PresentCard, origin_records, published_card, recorded_origins
+from casa_hf.hub import CardConflict, Origin, PresentCard, origin_records, published_card, recorded_origins
 from examples.tiny_source import build_tiny_helium
+from tests.hub.conftest import process_environment
 from tests.hub.loopback import Hub
 
 REPOSITORY = "me/tiny-casa"
@@ -148,6 +152,22 @@ def test_headings_in_code_are_none(config: CasaConfig, block: str, is_closed: bo
     assert published_card(written, config, REPOSITORY, present=present, prefer="hub") == once
 
 
+def test_what_is_false_is_stated(config: CasaConfig) -> None:
+    """`false` is an answer, and `no` is Norwegian."""
+    written = "---\ninference: false\nlanguage:\n- en\n- no\n---\n\n# Mine\n"
+    there = "---\ntags: [own]\n---\n\n# Mine\n"
+    alone = ModelCard(published_card(written, config, REPOSITORY))
+    both = ModelCard(published_card(written, config, REPOSITORY, present=PresentCard(there, config)))
+    back = ModelCard(published_card(there, config, REPOSITORY, present=PresentCard(written, config)))
+    for card in (alone, both, back):
+        assert card.data.get("inference") is False and card.data.language == ["en", "no"]
+    one = ModelCard(published_card("---\nlanguage: no\n---\n", config, REPOSITORY))
+    assert one.data.language == "no"
+    other = PresentCard(written.replace("inference: false", "inference: true"), config)
+    with pytest.raises(CardConflict, match="inference"):
+        published_card(written, config, REPOSITORY, present=other)
+
+
 def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:
     card = ModelCard(published_card("# Plain\n\nWords.\n", config, REPOSITORY))
     assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Architecture")
@@ -206,7 +226,23 @@ def test_usage_runs_as_it_is_written(hub: Hub, casa_folder: Path, capsys: pytest
     exec(compile(first, "README.md", "exec"), names)
     expected = names["output"]
     assert capsys.readouterr().out.strip()
+    names = {}
     exec(compile(second, "README.md", "exec"), names)
-    rest = first[first.index("image = ") :]
-    exec(compile(rest, "README.md", "exec"), names)
     assert names["output"].tolist() == expected.tolist()
+
+
+def test_usage_with_code_runs_where_casa_hf_is_not(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """As it is written, in a process of its own that can't import casa_hf."""
+    push_checkpoint(casa_folder, REPOSITORY, with_code=True)
+    *_, usage = re.findall(
+        r"^```python\n(.*?)^```", hub.files(REPOSITORY)["README.md"].decode(), re.MULTILINE | re.DOTALL
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.modules['casa_hf'] = None\n{usage}"],
+        env={**os.environ, **process_environment(hub, tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -71,7 +71,7 @@ def test_edits_on_the_hub_are_kept(hub: Hub, trained: Path) -> None:
     for words in (
         "It dreams.",
         "## Gallery\n\nPictures.",
-        "Ask it nicely.\n\n```python",
+        "Ask it nicely.\n\nAfter `pip install casa_hf`:\n\n```python",
         "- my data, all of 2025\n- [s",
     ):
         assert words in card(hub).text
@@ -283,6 +283,14 @@ def test_a_broken_card_on_the_hub(hub: Hub, trained: Path) -> None:
     hub.create(NAME, files={"README.md": b"---\nlicense: [\n---\n"})
     with pytest.raises(PublishingError, match=rf"front matter of the README.md of {NAME}.*Correct it"):
         push_checkpoint(trained, NAME)
+
+
+def test_a_card_on_the_hub_that_is_not_utf8(hub: Hub, trained: Path) -> None:
+    hub.create(NAME, files={"README.md": b"# Ma\xe7on\n"})
+    with pytest.raises(PublishingError, match=rf"the README.md of {NAME} isn't encoded as UTF-8") as caught:
+        push_checkpoint(trained, NAME)
+    assert "connection" not in str(caught.value) and not hub.uploaded
+    assert hub.files(NAME)["README.md"] == b"# Ma\xe7on\n"
 
 
 def test_somebody_edits_the_card_meanwhile(hub: Hub, trained: Path) -> None:

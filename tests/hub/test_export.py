@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, add_code, convert_checkpoint, export, push_checkpoint
 from casa_hf.export import AUTO_MAP, has_code, modelling_files
@@ -71,6 +72,20 @@ def test_the_modules_are_closed_under_their_imports() -> None:
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.module in names
     assert not names & {"hub", "cli", "publishing", "conversion", "conversation", "training"}
+
+
+def test_what_transformers_looks_for_is_there() -> None:
+    """Before it runs code from the Hub it wants every package installed that is imported outside a `try`."""
+    wanted = {name for file in modelling_files() for name in get_imports(str(file))}
+    come_with_transformers = {"huggingface_hub", "numpy", "tokenizers"}
+    assert wanted - sys.stdlib_module_names <= {"PIL", "torch", "transformers"} | come_with_transformers
+    assert "av" in {
+        alias.name
+        for file in modelling_files()
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
 
 
 def package(folder: Path, **imports: str) -> Path:
@@ -204,8 +219,8 @@ def test_it_loads_from_the_hub_where_casa_hf_is_not(hub: Hub, exported: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.17.0", "5.23.0"])
-def test_it_loads_in_a_clean_environment(exported: Path, tmp_path: Path, version: str) -> None:
-    """Transformers, torch and Pillow, and what these need."""
+def test_it_loads_in_a_clean_environment(hub: Hub, exported: Path, tmp_path: Path, version: str) -> None:
+    """Transformers, torch and Pillow, and what these need; from a folder and from the Hub."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "clean")], check=True)
     python = tmp_path / "clean" / "bin" / "python"
     pins = [
@@ -221,8 +236,11 @@ def test_it_loads_in_a_clean_environment(exported: Path, tmp_path: Path, version
     # The second round loads what the first has saved.
     for source, output in ((exported, "first"), (tmp_path / "elsewhere" / "first", "second")):
         run_stranger(str(source), tmp_path / "elsewhere" / output, python, **environment)
+    push_checkpoint(exported, "me/with-code")
+    from_hub = process_environment(hub, tmp_path / "hub")
+    run_stranger("me/with-code", tmp_path / "elsewhere" / "third", python, **from_hub)
     model, processor = CasaForConditionalGeneration.from_pretrained(exported), CasaProcessor.from_pretrained(exported)
-    for output in ("first", "second"):
+    for output in ("first", "second", "third"):
         found = torch.load(tmp_path / "elsewhere" / f"{output}.pt")
         torch.testing.assert_close(found, logits(model, processor), atol=1e-5, rtol=1e-5)
 

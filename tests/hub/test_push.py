@@ -562,9 +562,24 @@ def test_no_name_of_a_repository(hub: Hub, casa_folder: Path, repository: str) -
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("revision", ["", "refs/pr/1", "a b", "../main"])
+@pytest.mark.parametrize("revision", ["", "refs/pr/1", "a b", "../main", "a..b"])
 def test_no_name_of_a_branch(hub: Hub, casa_folder: Path, revision: str) -> None:
     assert_refused(casa_folder, NAME, "revision", "branch", revision=revision)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("named", ["tag", "commit"])
+def test_a_revision_that_nothing_can_be_added_to(hub: Hub, casa_folder: Path, named: str) -> None:
+    hub.create(NAME)
+    repository = hub.repositories[NAME]
+    repository.tags["v1"] = repository.branches["main"][0]
+    revision = "v1" if named == "tag" else repository.branches["main"][0].sha
+    assert_refused(casa_folder, NAME, repr(revision), "tag or a commit", "Give a branch", revision=revision)
+    assert not hub.uploaded and not hub.commits(NAME) and [*repository.branches] == ["main"]
+
+
+def test_training_data_without_a_name(hub: Hub, casa_folder: Path) -> None:
+    assert_refused(casa_folder, NAME, "datasets", "empty", datasets=["me/colours", " "])
     assert hub.requests == []
 
 
@@ -630,6 +645,16 @@ NORM = "model.language_model.norm.weight"
         (change("config.json", model_type="qwen2_5_vl", architectures=None), ["'qwen2_5_vl'", "Convert"]),
         (leave_an_adapter, ["adapter", "merge_and_unload"]),
         (remove("generation_config.json"), ["generation_config.json", "save_pretrained"]),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), ["generation_config.json", "anew"]),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% if"), ["chat template", "Correct"]),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages.none() }}"), ["chat template"]),
+        (lambda folder: (folder / "README.md").write_bytes(b"# Ma\xe7on\n"), ["README.md", "UTF-8", "byte 4"]),
+        (lambda folder: (folder / "README.md").write_text("---\non: 1\n---\n"), ["README.md", "True", "quotes"]),
+        (lambda folder: (folder / "README.md").write_text("---\nlicense_link: MY TERMS\n---\n"), ["MY TERMS", "Copy"]),
+        (
+            lambda folder: (folder / "README.md").write_text("---\nbase_model: /home/me/x\n---\n"),
+            ["/home/me/x", "Correct"],
+        ),
         (remove("processor_config.json"), ["processor.save_pretrained", "processing_class"]),
         (remove("tokenizer.json"), ["tokenizer.json", "processor.save_pretrained"]),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["processor", "can't be loaded"]),
@@ -661,7 +686,10 @@ def test_an_unfit_folder_is_refused_before_anything_is_sent(
     assert NAME not in hub.repositories and not hub.uploaded
 
 
-def test_a_licence_file_travels_with_the_weights(hub: Hub, source_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_licence_file_travels_with_the_weights(
+    hub: Hub, source_folder: Path, tmp_path: Path, is_relative: bool
+) -> None:
     """Training saves no licence file, and what is pushed without it would break the licence."""
     shutil.copytree(source_folder, tmp_path / "source")
     (tmp_path / "source" / "LICENSE").write_text("Do as you are told.\n")
@@ -669,6 +697,8 @@ def test_a_licence_file_travels_with_the_weights(hub: Hub, source_folder: Path, 
     fine_tuned(converted, tmp_path / "trained", steps=1)
     assert_refused(tmp_path / "trained", NAME, "LICENSE", "Copy it")
     shutil.copy(converted / "LICENSE", tmp_path / "trained")
+    if is_relative:
+        (tmp_path / "trained" / "README.md").write_text("---\nlicense: other\nlicense_link: ./LICENSE\n---\n")
     push_checkpoint(tmp_path / "trained", NAME)
     assert hub.files(NAME)["LICENSE"] == b"Do as you are told.\n"
 

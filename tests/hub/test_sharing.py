@@ -97,7 +97,7 @@ def test_the_card_of_the_branch_counts(hub: Hub, model: Any, processor: Any) -> 
 
 
 def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_path: Path) -> None:
-    """The folder keeps what the processor found in it; the card goes to the Hub and stays beside the weights."""
+    """The folder keeps its card, what that says goes to the Hub; one without a card gets the published one."""
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "README.md").write_text("# Mine\n")
@@ -105,7 +105,31 @@ def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_pat
     assert (folder / "README.md").read_text() == "# Mine\n" and "README.md" not in hub.files(NAME)
     model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
     assert_says_what_it_is(readme(hub))
-    assert (folder / "README.md").read_text() == readme(hub) and "# Mine\n" in readme(hub)
+    assert (folder / "README.md").read_text() == "# Mine\n" and "# Mine\n" in readme(hub)
+    hub.edit(NAME, README=readme(hub).replace("# Mine", "# Theirs"))
+    model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
+    assert (folder / "README.md").read_text() == "# Mine\n" and "# Theirs\n" in readme(hub)
+    model.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id=NAME)
+    assert (tmp_path / "other" / "README.md").read_text() == readme(hub)
+
+
+def test_a_card_that_is_not_utf8(hub: Hub, model: Any, tmp_path: Path) -> None:
+    """Neither replaced letter by letter nor overwritten, in the folder or on the Hub."""
+    (tmp_path / "README.md").write_bytes(b"# Ma\xe7on\n")
+    with pytest.raises(ValueError, match=r"README\.md isn't encoded as UTF-8 \(at byte 4\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id=NAME)
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["README.md"]
+    hub.create(NAME, files={"README.md": b"# Ma\xe7on\n"})
+    with pytest.raises(ValueError, match="utf-8"):  # Transformers reads it first
+        model.push_to_hub(NAME)
+    assert hub.files(NAME)["README.md"] == b"# Ma\xe7on\n" and not hub.commits(NAME)
+
+
+def test_another_model_stays(hub: Hub, model: Any) -> None:
+    hub.create(NAME, files={"config.json": b'{"model_type": "qwen2_5_vl"}'})
+    with pytest.raises(ValueError, match=rf"{NAME} is taken: it holds a model of type 'qwen2_5_vl'"):
+        model.push_to_hub(NAME)
+    assert not hub.commits(NAME)
 
 
 def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_folder: Path, tmp_path: Path) -> None:
@@ -129,7 +153,7 @@ def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_f
     edited = readme(hub)
     for _ in range(2):
         model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
-        assert readme(hub) == edited == (folder / "README.md").read_text()
+        assert readme(hub) == edited and (folder / "README.md").read_text() == written
 
 
 def test_tags_on_a_branch(hub: Hub, model: Any) -> None:

@@ -16,7 +16,7 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.hub import Origin, origin_records
 from casa_hf.training import TrainingConfig, train
 from tests.conversion.helpers import load_weights
-from tests.hub.loopback import Hub, Refused
+from tests.hub.loopback import WRITER, Hub, Refused
 from tests.training.helpers import CONVERSATIONS
 
 pytest.importorskip("accelerate")
@@ -115,6 +115,12 @@ def test_the_trainer_publishes_what_was_saved(settings: dict[str, Any], hub: Hub
     assert {name: published.get(name) for name in KEPT} == KEPT
     assert not any(name.startswith("_") for name in published)
     assert b"me/casa" in published["README.md"]
+
+
+def test_a_token_among_the_settings_is_refused(settings: dict[str, Any], hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.hub_token: .*training_args\.bin.*HF_TOKEN"):
+        train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], "hub_token": WRITER}}))
+    assert not (tmp_path / "trained").exists()
 
 
 def test_publishing_that_fails_leaves_the_trained_model(settings: dict[str, Any], hub: Hub, casa_folder: Path) -> None:

@@ -202,6 +202,20 @@ def test_words_between_the_trainers_figures_stay(hub: Hub, casa_folder: Path, tm
     assert "0.125" in text() and "It achieves" not in text()  # whoever removed the comment has finished that text
 
 
+def test_another_model_stays(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    hub.create("me/trained", files={"config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(ValueError, match="me/trained is taken: it holds a model of type 'llama'"):
+        casa_trainer(casa_folder, tmp_path / "out")
+    assert not hub.commits("me/trained")
+
+
+def test_a_token_in_the_arguments_is_refused(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """They are saved whole, in a file that goes to the Hub."""
+    with pytest.raises(ValueError, match=r"hub_token: .*training_args\.bin.*HF_TOKEN"):
+        casa_trainer(casa_folder, tmp_path / "out", hub_token=WRITER)
+    assert hub.requests == [] and not (tmp_path / "out").exists()
+
+
 def casa_trainer(checkpoint: Path, output: Path, **options: Any) -> CasaTrainer:
     defaults = {"max_steps": 1, "push_to_hub": True, "hub_strategy": "end", "save_strategy": "no"}
     arguments = TrainingArguments(

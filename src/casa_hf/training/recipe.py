@@ -29,7 +29,7 @@ from ..conversion.shards import read_json
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
-from .checkpoints import NO_OPTIMIZER, last_checkpoint
+from .checkpoints import NO_OPTIMIZER, TOKEN_IS_SAVED, last_checkpoint
 from .collator import CasaDataCollator, PackedDataset
 from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
@@ -399,11 +399,9 @@ def _check_arguments(config: TrainingConfig) -> None:
         raise ValueError(
             "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
         )
-    if (
-        config.trainer.get("push_to_hub")
-        and is_first_process()
-        and not (config.trainer.get("hub_token") or get_token())
-    ):
+    if config.trainer.get("hub_token") is not None:
+        raise ValueError(f"trainer.hub_token: {TOKEN_IS_SAVED}")
+    if config.trainer.get("push_to_hub") and is_first_process() and not get_token():
         raise ValueError(
             "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )

@@ -21,7 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
 from ..hub import published_card
-from ..sharing import CARD, present_card, repository_info
+from ..sharing import CARD, present_card, refuse_other_model, repository_info
+from .checkpoints import TOKEN_IS_SAVED
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
@@ -42,6 +43,10 @@ class CasaTrainer(Trainer):
         generate: arguments of `generate` with which evaluation asks the model for the last answer of each conversation
             of the evaluation set; None for the loss alone.
         score: (answers, references) -> metrics by name, logged beside the loss.
+
+    Raises:
+        ValueError: if the arguments hold a token, which the Trainer would publish with them; and, when it looks
+            for the repository, if that holds another model.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -59,6 +64,9 @@ class CasaTrainer(Trainer):
     ):
         if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
             kwargs["data_collator"] = CasaDataCollator(kwargs["processing_class"])
+        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if getattr(arguments, "hub_token", None) is not None:
+            raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
         super().__init__(*args, **kwargs)
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
@@ -150,6 +158,13 @@ class CasaTrainer(Trainer):
         # It hands on what it doesn't know itself to `create_model_card`.
         kwargs |= {"hub_token": token, "hub_revision": revision}
         return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; a repository that holds another model is left alone."""
+        super().init_hf_repo(token, *args, **kwargs)
+        if self.is_world_process_zero():
+            api = HfApi(token=token)
+            refuse_other_model(api, self.hub_model_id, repository_info(api, self.hub_model_id, self.args.hub_revision))
 
     def create_model_card(
         self, *args: Any, hub_token: str | None = None, hub_revision: str | None = None, **kwargs: Any
