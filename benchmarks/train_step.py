@@ -8,9 +8,11 @@ each, no padding, so that nobody computes for nothing. A step is forward, backwa
 round is reported. Nothing is measured before the variant `insertion` has given the stock class's loss on small shapes.
 
     python -m benchmarks.train_step --size qwen2.5-vl-3b         # a GPU; see --conversations for its memory
+    python -m benchmarks.train_step --size qwen2.5-vl-3b --check # and fails where a bar is missed
     python -m benchmarks.train_step --size tiny                  # tries the program, on a CPU
 
-The last line is JSON. On a GPU the paper (arXiv 2512.19535, table 1) has 1.21 times insertion's tokens per second for
+The last line is JSON. The bars are 1.2 times insertion's tokens per second for `ca` and 1.04 for `casa`, at 0.55 times
+its memory or less. On a GPU the paper (arXiv 2512.19535, table 1) has 1.21 times insertion's tokens per second for
 `ca` and 1.04 for `casa`, at 0.52 and 0.53 times its memory.
 """
 
@@ -39,6 +41,8 @@ from casa_hf.training import checkpoint_activations, freeze, parameter_groups
 START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
 GATE = 1e-5
 SOURCE = "source"
+# At least so many times the source's tokens per second, at most so many times its memory.
+SPEED_BARS, MEMORY_BAR = {"ca": 1.2, "casa": 1.04}, 0.55
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,22 @@ def _peak_bytes(run: Callable[[], None], held: int, device: torch.device) -> int
     return held + max(itertools.accumulate(change for _, change in changes))
 
 
+def missed_bars(results: dict[str, dict[str, float]]) -> list[str]:
+    """What is below a bar, in words.
+
+    Args:
+        results: ratios to the source, "speed" and "memory", by variant; variants without a bar are left out.
+    """
+    missed = []
+    for name in SPEED_BARS.keys() & results.keys():
+        speed, memory = results[name]["speed"], results[name]["memory"]
+        if speed < SPEED_BARS[name]:
+            missed.append(f"{name}: {speed:.2f} times the source's tokens per second, below {SPEED_BARS[name]}.")
+        if memory > MEMORY_BAR:
+            missed.append(f"{name}: {memory:.2f} times the source's memory, above {MEMORY_BAR}.")
+    return sorted(missed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
@@ -258,7 +278,12 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, help="of a batch, one image each (default: the size's)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a bar is missed; on a GPU, above size tiny"
+    )
     arguments = parser.parse_args()
+    if arguments.check and (arguments.size == "tiny" or not torch.cuda.is_available()):
+        parser.error("--check is for a GPU and a size other than tiny: the bars are for these.")
     size = SIZES[arguments.size]
     conversations = size.conversations if arguments.conversations is None else arguments.conversations
     if min(conversations, arguments.rounds, arguments.steps) < 1:
@@ -286,6 +311,8 @@ def main() -> None:
         results[name] = {"tokens_per_second": tokens, "speed": speed, "memory": memory}
         print(f"{name}: {tokens:.0f} text tokens/s, {speed:.2f} times the source's; {memory:.2f} times its memory")
     print(json.dumps({"size": arguments.size, "machine": machine, "results": results}))
+    if arguments.check and (missed := missed_bars(results)):
+        raise SystemExit("\n".join(missed))
 
 
 if __name__ == "__main__":

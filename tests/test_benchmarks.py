@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from benchmarks import captions, forever, layer, prefill, soak, streaming, streams
+from benchmarks import captions, forever, layer, prefill, soak, streaming, streams, train_step
 from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
@@ -505,3 +505,11 @@ def test_a_burst_is_held_back_and_comes_at_once(monkeypatch, tmp_path):
     late = [now[0] - timestamp for timestamp, _ in camera]
     assert camera.given["bursts"] > 3 and min(late) > -1e-9
     assert max(late) > 0.2 and sum(each < 1e-9 for each in late) > 20
+
+
+def test_bars_of_a_training_step() -> None:
+    good = {"ca": {"speed": 1.2, "memory": 0.55}, "casa": {"speed": 1.04, "memory": 0.3}}
+    assert train_step.missed_bars(good) == []
+    found = train_step.missed_bars({"ca": {"speed": 1.19, "memory": 0.5}, "casa": {"speed": 1.1, "memory": 0.56}})
+    assert [line.split(":")[0] for line in found] == ["ca", "casa"]
+    assert "1.19 times" in found[0] and "0.56 times" in found[1] and len(found) == 2

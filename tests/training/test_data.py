@@ -15,7 +15,8 @@ from PIL import Image
 from casa_hf.training import CasaDataCollator, PackedDataset, TrainingConfig, load_conversations, load_mixture
 from casa_hf.training import recipe as recipe_module
 from casa_hf.training.data import Mixture, shares
-from casa_hf.training.samples import measure
+from casa_hf.training.samples import Dialogue, measure
+from tests.clips import write_clip
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
 
 
@@ -290,6 +291,20 @@ def test_pictures_in_tables_are_not_decoded_for_the_plan(processor, tmp_path):
             assert len(planned.rows[0]) == 2 and planned.num_image_tokens > 0
             with pytest.raises(ValueError, match=r"Example 0 of .*truncated"):
                 CasaDataCollator(processor)([planned[0]])
+
+
+def test_videos_in_tables_are_their_files(processor, tmp_path):
+    """Without a decoder of `datasets`, which wants torchcodec; bytes are refused by name."""
+    datasets = pytest.importorskip("datasets")
+    clip = write_clip(tmp_path / "clip.mp4", 4, 2)
+    rows = [{"messages": ask("q", "a")["messages"], "videos": [str(clip)]}]
+    table = datasets.Dataset.from_list(rows).cast_column("videos", datasets.List(datasets.Video()))
+    table.to_parquet(tmp_path / "train.parquet")
+    found = Dialogue.of(load_conversations(tmp_path / "train.parquet")[0])
+    assert found.videos == [str(clip)]
+    embedded = {**rows[0], "videos": [{"bytes": clip.read_bytes(), "path": "clip.mp4"}]}
+    with pytest.raises(ValueError, match=r"video \(clip\.mp4\) is given by its bytes.*file"):
+        Dialogue.of(embedded)
 
 
 def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path, monkeypatch):

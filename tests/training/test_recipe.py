@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cli, convert_checkpoint
 from casa_hf.training import TrainingConfig, load_conversations, train
@@ -175,6 +176,32 @@ def test_adapters(settings, casa_folder):
     }
 
 
+def test_adapters_of_fusion_layers_that_have_no_projections(settings, converted):
+    with pytest.raises(
+        ValueError, match=r"target_modules='fusion' names no layer.*variant casa-shared.*self-attention"
+    ):
+        train(TrainingConfig.from_dict({**settings, "model": str(converted("casa-shared")), "lora": {"r": 2}}))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+@pytest.mark.parametrize("variant", ["casa-replace", "casa-before"])
+def test_adapters_of_other_variants_and_going_on(settings, converted, tmp_path, variant):
+    """Adapters of a broken run end as those of an unbroken one; all of them have learned."""
+    pytest.importorskip("peft")
+    saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 2}
+    run = {**settings, "model": str(converted(variant)), "lora": {"r": 2}, "max_steps": 4, "trainer": saving}
+    run |= {"sequences_per_update": 1, "checkpoints": str(tmp_path / "c"), "lr_new": 1e-2}
+    whole = train(TrainingConfig.from_dict({**run, "output": str(tmp_path / "whole")})).output
+    shutil.rmtree(tmp_path / "c" / "checkpoint-4")
+    resumed = train(TrainingConfig.from_dict({**run, "resume": True})).output
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    halfway = load_file(tmp_path / "c" / "checkpoint-2" / "adapter_model.safetensors")
+    assert expected.keys() == found.keys() == halfway.keys() and any("casa_attn" in name for name in expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) and tensor.any()
+    assert any(not torch.equal(halfway[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 def test_what_nobody_has_trained_trains_beside_adapters(settings, source_folder, tmp_path):
     """The projector and `<|image|>` of a text-only source; loaded and merged, both are the trained ones."""
@@ -282,6 +309,11 @@ def test_the_command(settings, tmp_path, capsys):
         ({"dtype": "float16"}, ["dtype='float16'", "bfloat16"]),
         ({"lora": {"r": 2}, "trainable": "fusion-only"}, ["trainable"]),
         ({"lora": {"rank": 2}}, ["lora.rank"]),
+        ({"lora": {"target_modules": "fuson"}}, ["lora.target_modules='fuson'", "fusion or self-attention"]),
+        ({"trainer": {"save_steps": "abc", "use_cpu": True}}, ["trainer=", "'save_steps': 'abc'", "isn't possible"]),
+        ({"output": ""}, ["output=''", "names no folder"]),
+        ({"output": "."}, ["output='.'", "names no folder"]),
+        ({"output": "a/.."}, ["output='a/..'", "names no folder"]),
         ({"trainer": {"max_grad_nrom": 1}}, ["trainer.max_grad_nrom", "'max_grad_norm'"]),
         ({"trainer": {"max_steps": 4}}, ["trainer.max_steps follows from max_steps;"]),
         ({"trainer": {"learning_rate": 1e-2}}, ["trainer.learning_rate follows from lr_new and lr_existing;"]),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -247,3 +249,85 @@ def test_a_trained_model_loads_again(casa_folder, processor, tmp_path):
     batch = CasaDataCollator(CasaProcessor.from_pretrained(tmp_path / "saved"))(CONVERSATIONS)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+    assert "use_cache" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+ALIKE = CONVERSATIONS[:1] + CONVERSATIONS[2:3]  # as rows of one table
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(ALIKE)
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+def test_an_iterable_trains_as_its_list_does(casa_folder, processor, tmp_path, kind):
+    """Two conversations in a batch, whose pixels have another number of rows; evaluation by answers too."""
+    stream = Stream()
+    if kind == "datasets":
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_list(ALIKE)
+        stream = table.cast_column("images", datasets.List(datasets.Image())).to_iterable_dataset()
+
+    def trained(data, folder):
+        trainer = CasaTrainer(
+            model=fusion_model(casa_folder),
+            args=arguments(
+                tmp_path / folder, max_steps=2, per_device_train_batch_size=2, train_sampling_strategy="sequential"
+            ),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=processor,
+            generate={"max_new_tokens": 2},
+        )
+        trainer.train()
+        return weights(trainer.model), trainer.evaluate()
+
+    expected, scores = trained(ALIKE, "list")
+    found, found_scores = trained(stream, "stream")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert found_scores["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
+    assert found_scores["eval_exact_match"] == scores["eval_exact_match"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # its name in 5.17
+def test_recomputed_activations_change_nothing(casa_folder, processor, tmp_path):
+    """`gradient_checkpointing=True` of the arguments, with the frozen parts that the recipe has."""
+
+    def trained(**options):
+        model = fusion_model(casa_folder)
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=3, per_device_train_batch_size=2, **options),
+            train_dataset=CONVERSATIONS,
+            data_collator=CasaDataCollator(processor),
+        )
+        recomputed = []
+        mlp = model.model.language_model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *_: recomputed.append(True))
+        trainer.train()
+        return weights(model), len(recomputed)
+
+    expected, once = trained()
+    found, twice = trained(gradient_checkpointing=True)
+    assert twice == 2 * once
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_processor_of_the_collator_is_saved(casa_folder, processor, tmp_path):
+    collator = CasaDataCollator(processor)
+    options = {"args": arguments(tmp_path / "run", max_steps=1), "train_dataset": CONVERSATIONS}
+    trainer = CasaTrainer(fusion_model(casa_folder), data_collator=collator, **options)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert CasaProcessor.from_pretrained(tmp_path / "saved").to_dict() == processor.to_dict()
+    with pytest.raises(ValueError, match=r"no processor.*processing_class=processor"):
+        CasaTrainer(fusion_model(casa_folder), **options)
+
+
+def test_several_gpus_in_one_process_are_refused(casa_folder, processor, tmp_path):
+    options = arguments(tmp_path, max_steps=1)
+    assert options.n_gpu <= 1
+    options._n_gpu = 2  # as it is where there are two
+    with pytest.raises(ValueError, match=r"2 GPUs and one process.*accelerate launch --num_processes 2"):
+        CasaTrainer(fusion_model(casa_folder), options, processing_class=processor)

@@ -25,12 +25,6 @@ _STATES = {
 }
 NO_OPTIMIZER = "without optimizer.pt"
 
-# Why no argument of a run is a token.
-TOKEN_IS_SAVED = (
-    "the token would be saved and published with the other arguments (training_args.bin). Leave it out, and log in "
-    "with `hf auth login` or set HF_TOKEN."
-)
-
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The last complete checkpoint of a run.

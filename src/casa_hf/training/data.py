@@ -327,11 +327,11 @@ def _load_dataset(path: str, name: str | None, split: str) -> Any:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The data set with its images as they are stored, {"bytes", "path"}, wherever in its columns they are."""
-    Image = _datasets().Image
+    """The data set with its images and videos as they are stored, {"bytes", "path"}, wherever in its columns."""
+    media = tuple(getattr(_datasets(), name) for name in ("Image", "Video") if hasattr(_datasets(), name))
 
     def change(feature: Any) -> Any:
-        if isinstance(feature, Image):
+        if isinstance(feature, media):
             return replace(feature, decode=False)
         if isinstance(feature, Mapping):
             return {name: change(item) for name, item in feature.items()}

@@ -29,10 +29,11 @@ from ..conversion.shards import read_json
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
-from .checkpoints import NO_OPTIMIZER, TOKEN_IS_SAVED, last_checkpoint
+from .checkpoints import NO_OPTIMIZER, last_checkpoint
 from .collator import CasaDataCollator, PackedDataset
 from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
+from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ _FREE_TO_CHANGE = {
 }
 # In the folder of checkpoints; the Trainer publishes nothing whose name begins so.
 _SETTINGS = "_settings.json"
+# What PEFT knows by this name.
+_ALL_LINEAR = "all-linear"
 _BY_LENGTH = (("train_sampling_strategy", "group_by_length"), ("group_by_length", True))
 
 
@@ -183,6 +186,10 @@ class TrainingConfig:
             self.max_steps = _PAPER_STEPS
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
+        if Path(self.output).name in ("", ".."):
+            raise ValueError(
+                f"output={str(self.output)!r} names no folder to make. Give a path such as my-casa-model."
+            )
         if self.lora is not None and self.trainable is not None:
             raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
 
@@ -363,11 +370,11 @@ def train(
     trainer.remove_callback(ProgressCallback)
     if on_start is not None and trainer.is_world_process_zero():
         on_start(parts, data)
-    if trainer.is_world_process_zero():
-        _write_settings(settings, checkpoints)
-    if arguments.push_to_hub and trainer.is_world_process_zero():
-        _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
     try:
+        if trainer.is_world_process_zero():
+            _write_settings(settings, checkpoints)
+            if arguments.push_to_hub:
+                _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
         metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
         _save(trainer, output, folder)
     except Exception as error:  # those who write tensors have kinds of their own
@@ -406,13 +413,8 @@ def _check_arguments(config: TrainingConfig) -> None:
             "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
-    gpus = torch.cuda.device_count()
-    if gpus > 1 and "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
-        # The Trainer would cut batches between them by rows, and pixels by patches.
-        raise ValueError(
-            f"There are {gpus} GPUs and one process. Start one for each GPU (`accelerate launch --num_processes "
-            f"{gpus} -m casa_hf train ...`), or choose a GPU with CUDA_VISIBLE_DEVICES=0."
-        )
+    if "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
+        refuse_several_gpus(torch.cuda.device_count())
     if config.lora is not None:
         from peft import LoraConfig
 
@@ -560,30 +562,32 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
     use_bf16 = config.bf16
     if use_bf16 is None:
         use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return TrainingArguments(
-        **{
-            "output_dir": str(config.checkpoint_folder),
-            "max_steps": steps,
-            "per_device_train_batch_size": per_device,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": accumulation,
-            "lr_scheduler_type": "warmup_stable_decay",
-            "warmup_steps": warmup_steps,
-            "lr_scheduler_kwargs": {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"},
-            "weight_decay": config.weight_decay,
-            "bf16": use_bf16,
-            "seed": config.seed,
-            "save_total_limit": 2,
-            "logging_steps": 10,
-            "logging_first_step": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "prediction_loss_only": True,
-            "ddp_find_unused_parameters": False,
-            **config.trainer,
-        }
-    )
+    given = {
+        "output_dir": str(config.checkpoint_folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": per_device,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": warmup_steps,
+        "lr_scheduler_kwargs": {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"},
+        "weight_decay": config.weight_decay,
+        "bf16": use_bf16,
+        "seed": config.seed,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "ddp_find_unused_parameters": False,
+        **config.trainer,
+    }
+    try:
+        return TrainingArguments(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"trainer={dict(config.trainer)} isn't possible: {one_line(error)}") from error
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
@@ -591,7 +595,14 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 
     targets = settings.get("target_modules", "fusion")
     if isinstance(targets, str):
-        targets = LORA_TARGETS.get(targets, targets)
+        pattern = LORA_TARGETS.get(targets, targets)
+        if targets != _ALL_LINEAR and not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+            known = [name for name in LORA_TARGETS if name != targets]
+            raise ValueError(
+                f"lora.target_modules={targets!r} names no layer of this model (variant {model.config.variant}). "
+                f"Choose {' or '.join(known)}, or a regular expression of whole names."
+            )
+        targets = pattern
     return get_peft_model(model, LoraConfig(**{**_beside_adapters(model), **settings, "target_modules": targets}))
 
 

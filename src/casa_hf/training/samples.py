@@ -114,7 +114,7 @@ class Dialogue:
                         f"{kind!r} without a source of their own."
                     )
                 source = rest[kind].pop(0)
-            found[kind].append(_source(source))
+            found[kind].append(_source(source, kind))
         for kind, left in rest.items():
             if left:
                 raise ValueError(
@@ -311,11 +311,16 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _source(source: Any) -> Any:
+def _source(source: Any, kind: str) -> Any:
     """An image or video as the processor takes it; a table gives {"bytes", "path"}, an API {"url"}."""
     if not isinstance(source, Mapping):
         return source
     if source.get("bytes") is not None:
+        if kind == "video":
+            raise ValueError(
+                f"A video ({source.get('path')}) is given by its bytes. Write them to a file and name that, or give a "
+                "list of frames."
+            )
         from PIL import Image
 
         return Image.open(BytesIO(source["bytes"]))

@@ -6,6 +6,7 @@ CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this add
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +23,10 @@ from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
 from ..hub import published_card
 from ..sharing import CARD, present_card, refuse_other_model, repository_info
-from .checkpoints import TOKEN_IS_SAVED
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
+from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
 from .samples import IGNORED, Dialogue
 
 # Of every card that a Trainer makes.
@@ -37,8 +38,9 @@ class CasaTrainer(Trainer):
 
     Args:
         *args, **kwargs: as for `Trainer`; `processing_class` is the model's `CasaProcessor`, and data sets hold
-            conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`). A `data_collator`
-            with a processor of its own has that one make the pictures, of evaluation too; `processing_class` is saved.
+            conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`), or are iterables of
+            these. A `data_collator` with a processor of its own has that one make the pictures, of evaluation too;
+            `processing_class` is saved, by default the collator's processor.
         lr_new, lr_existing: learning rates; see `parameter_groups`. `weight_decay` is that of the arguments.
         generate: arguments of `generate` with which evaluation asks the model for the last answer of each conversation
             of the evaluation set; None for the loss alone.
@@ -46,7 +48,8 @@ class CasaTrainer(Trainer):
 
     Raises:
         ValueError: if the arguments hold a token, which the Trainer would publish with them; and, when it looks
-            for the repository, if that holds another model.
+            for the repository, if that holds another model; if there is neither a processor nor a collator; and if
+            one process would train on several GPUs.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -62,12 +65,27 @@ class CasaTrainer(Trainer):
         score: Callable[[Sequence[str], Sequence[str]], dict[str, float]] = exact_match,
         **kwargs: Any,
     ):
-        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
-            kwargs["data_collator"] = CasaDataCollator(kwargs["processing_class"])
-        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if getattr(arguments, "hub_token", None) is not None:
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        del given["self"]
+        collator, processor = given.get("data_collator"), given.get("processing_class")
+        if collator is None:
+            if processor is None:
+                raise ValueError("CasaTrainer has no processor. Give it the model's: processing_class=processor.")
+            given["data_collator"] = CasaDataCollator(processor)
+        elif processor is None and isinstance(collator, CasaDataCollator):
+            given["processing_class"] = collator.processor
+        if getattr(given.get("args"), "hub_token", None) is not None:
             raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
-        super().__init__(*args, **kwargs)
+        config = getattr(given.get("model"), "config", None)
+        before = {} if config is None else dict(vars(config))
+        super().__init__(**given)
+        if config is not None and vars(config).pop("use_cache", None) is not None and "use_cache" in before:
+            # The Trainer switches it off, also for those who generate with what is saved; `compute_loss` does without.
+            config.use_cache = before["use_cache"]
+        if not self.is_model_parallel:
+            refuse_several_gpus(self.args.n_gpu)
+        # Else one process would read batches of an iterable, and cut them for all by rows, pixels too.
+        self.accelerator.dataloader_config.dispatch_batches = False
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
         if self.label_smoother is not None and self.compute_loss_func is None:
@@ -234,5 +252,6 @@ def _drop_folder(card: Card, source: str | None) -> None:
 
 def _examples(dataset: Any) -> list[Mapping[str, Any]]:
     """The conversations of a data set, packed or not."""
-    features = [dataset[index] for index in range(len(dataset))]
+    is_sized = hasattr(dataset, "__len__")
+    features = [dataset[index] for index in range(len(dataset))] if is_sized else list(dataset)
     return [example for feature in features for example in ([feature] if isinstance(feature, Mapping) else feature)]
