@@ -320,23 +320,23 @@ def push_checkpoint(
     if token is None:
         raise PublishingError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi(token=token)
-    with _explained(repository, "Asking the Hub who you are"):
+    with explained(repository, "Asking the Hub who you are"):
         user = api.whoami()["name"]
     repository = repository if "/" in repository else f"{user}/{repository}"
-    with _explained(repository, f"Preparing {repository}", user):
+    with explained(repository, f"Preparing {repository}", user):
         target = _find_repository(api, repository, private, revision)
     additions = [CommitOperationAdd(name, content) for name, content in _contents(checkpoint, with_code).items()]
-    with _explained(repository, f"Reading the model card of {repository}", user):
+    with explained(repository, f"Reading the model card of {repository}", user):
         present = None if target.info is None else present_card(api, repository, target.info, additions)
     names = {addition.path_in_repo for addition in additions} | names_of(target.info)
     readme = _card(checkpoint, repository, revision, with_code, datasets, present, card, names)
     additions.append(CommitOperationAdd(CARD, readme.encode()))
-    with _explained(repository, "Checking the model card", user):
+    with explained(repository, "Checking the model card", user):
         _check_card(readme)
-    with _explained(repository, f"Preparing {repository}", user):
+    with explained(repository, f"Preparing {repository}", user):
         info = _make(api, repository, private, revision, target)
         removed = _outdated(api, repository, info, {addition.path_in_repo for addition in additions})
-    with _explained(repository, f"The upload to {repository}", user):
+    with explained(repository, f"The upload to {repository}", user):
         # Small files, of which the Hub may store some as large ones, together; weights one by one: together they would
         # be sent by threads, which an interrupt has to wait for.
         weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
@@ -529,7 +529,7 @@ def _commit(
     parent: ModelInfo,
 ) -> str:
     """The hash of the commit, also where the answer to it got lost and the Hub holds its content."""
-    with _explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
+    with explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
         try:
             return api.create_commit(
                 repository,
@@ -538,7 +538,7 @@ def _commit(
                 revision=revision,
                 parent_commit=parent.sha,
             ).oid
-        except Exception as error:  # as many kinds as `_explained` knows
+        except Exception as error:  # as many kinds as `explained` knows
             if not _is_lost(error):
                 raise
             arrived = _arrived(api, repository, operations, revision)
@@ -589,7 +589,7 @@ def _arrived(
 
 
 @contextmanager
-def _explained(repository: str, doing: str, user: str | None = None, when_lost: str = _AGAIN) -> Iterator[None]:
+def explained(repository: str, doing: str, user: str | None = None, when_lost: str = _AGAIN) -> Iterator[None]:
     """Turn whatever the Hub's client raises into one line with the way out.
 
     Args:
@@ -597,6 +597,9 @@ def _explained(repository: str, doing: str, user: str | None = None, when_lost: 
         doing: what is being done, as the subject of a sentence.
         user: of the token, once known.
         when_lost: what to do if there was no answer, or none of the Hub itself.
+
+    Raises:
+        PublishingError: for any error inside.
     """
     try:
         yield

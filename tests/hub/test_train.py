@@ -117,6 +117,12 @@ def test_the_trainer_publishes_what_was_saved(settings: dict[str, Any], hub: Hub
     assert b"me/casa" in published["README.md"]
 
 
+def test_a_repository_has_the_name_of_the_output(settings: dict[str, Any], hub: Hub) -> None:
+    pushing = {"push_to_hub": True, "hub_strategy": "end"}
+    train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], **pushing}}))
+    assert "model.safetensors" in hub.files("me/trained")
+
+
 def test_a_token_among_the_settings_is_refused(settings: dict[str, Any], hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.hub_token: .*training_args\.bin.*HF_TOKEN"):
         train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], "hub_token": WRITER}}))

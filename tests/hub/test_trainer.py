@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, push_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
 from casa_hf.training import CasaDataCollator, CasaTrainer
 from tests.hub.conftest import empty_cache
 from tests.hub.helpers import SAMPLES, logits, sample
@@ -209,6 +209,22 @@ def test_another_model_stays(hub: Hub, casa_folder: Path, tmp_path: Path) -> Non
     assert not hub.commits("me/trained")
 
 
+@pytest.mark.parametrize(
+    ("token", "name", "said"),
+    [
+        ("hf_unknown", "me/trained", "doesn't accept the token .*hf auth login"),
+        (WRITER, "somebody/trained", "doesn't let you write to somebody/trained .*a token with write access"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, name: str, said: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PublishingError, match=said) as caught:
+        casa_trainer(casa_folder, tmp_path / "out", hub_model_id=name)
+    assert "\n" not in str(caught.value) and not hub.repositories
+
+
 def test_a_token_in_the_arguments_is_refused(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     """They are saved whole, in a file that goes to the Hub."""
     with pytest.raises(ValueError, match=r"hub_token: .*training_args\.bin.*HF_TOKEN"):
@@ -217,14 +233,19 @@ def test_a_token_in_the_arguments_is_refused(hub: Hub, casa_folder: Path, tmp_pa
 
 
 def casa_trainer(checkpoint: Path, output: Path, **options: Any) -> CasaTrainer:
-    defaults = {"max_steps": 1, "push_to_hub": True, "hub_strategy": "end", "save_strategy": "no"}
+    defaults = {
+        "max_steps": 1,
+        "push_to_hub": True,
+        "hub_model_id": "me/trained",
+        "hub_strategy": "end",
+        "save_strategy": "no",
+    }
     arguments = TrainingArguments(
         output_dir=str(output),
         remove_unused_columns=False,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        hub_model_id="me/trained",
         **{**defaults, **options},
     )
     processor = load_processor(checkpoint)

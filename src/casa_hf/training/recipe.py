@@ -582,6 +582,8 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
         "remove_unused_columns": False,
         "prediction_loss_only": True,
         "ddp_find_unused_parameters": False,
+        # Rather than by the folder of checkpoints.
+        **({"hub_model_id": Path(config.output).name} if config.trainer.get("push_to_hub") else {}),
         **config.trainer,
     }
     try:

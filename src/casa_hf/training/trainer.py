@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
 from ..hub import published_card
+from ..publishing import explained
 from ..sharing import CARD, present_card, refuse_other_model, repository_info
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
@@ -178,11 +179,20 @@ class CasaTrainer(Trainer):
         return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; a repository that holds another model is left alone."""
-        super().init_hf_repo(token, *args, **kwargs)
-        if self.is_world_process_zero():
+        """As in Transformers, with the way out in its errors; a repository that holds another model is left alone.
+
+        Raises:
+            PublishingError: if the Hub can't be asked, doesn't accept the token, or doesn't let it write there.
+            ValueError: if the repository holds another model.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with explained(name, f"Preparing {name}"):
+            super().init_hf_repo(token, *args, **kwargs)
+            if not self.is_world_process_zero():
+                return
             api = HfApi(token=token)
-            refuse_other_model(api, self.hub_model_id, repository_info(api, self.hub_model_id, self.args.hub_revision))
+            info = repository_info(api, self.hub_model_id, self.args.hub_revision)
+        refuse_other_model(api, self.hub_model_id, info)
 
     def create_model_card(
         self, *args: Any, hub_token: str | None = None, hub_revision: str | None = None, **kwargs: Any
