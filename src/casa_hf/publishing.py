@@ -24,13 +24,18 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
     ModelInfo,
     get_token,
 )
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    HFValidationError,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 from transformers import GenerationConfig
 
 from .card_merge import Card, Preference, decode_card
@@ -332,7 +337,7 @@ def push_checkpoint(
     readme = _card(checkpoint, repository, revision, with_code, datasets, present, card, names)
     additions.append(CommitOperationAdd(CARD, readme.encode()))
     with explained(repository, "Checking the model card", user):
-        _check_card(readme)
+        _check_card(api, readme)
     with explained(repository, f"Preparing {repository}", user):
         info = _make(api, repository, private, revision, target)
         removed = _outdated(api, repository, info, {addition.path_in_repo for addition in additions})
@@ -424,18 +429,23 @@ def _card(
     return card
 
 
-def _check_card(readme: str) -> None:
+def _check_card(api: HfApi, readme: str) -> None:
     """Ask the Hub whether it accepts a card: a commit with one that it refuses would fail when all is sent."""
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"content": readme, "repoType": "model"},
+        headers=build_hf_headers(token=api.token, library_name="casa_hf"),
+    )
+    if response.status_code != 400:
+        hf_raise_for_status(response)
+        return
     try:
-        ModelCard(readme).validate()
-    except ValueError as error:
-        try:  # the Hub's answer
-            said = " ".join(each["message"] for each in json.loads(str(error))["errors"])
-        except (ValueError, KeyError, TypeError):
-            said = one_line(error)
-        raise PublishingError(
-            f"The Hub refuses the front matter of the model card ({said}). Correct it in README.md. {_AGAIN}"
-        ) from error
+        said = " ".join(error["message"] for error in response.json()["errors"])
+    except (ValueError, KeyError, TypeError):
+        said = shorten(response.text, 160, placeholder=" ...")
+    raise PublishingError(
+        f"The Hub refuses the front matter of the model card ({said}). Correct it in README.md. {_AGAIN}"
+    )
 
 
 def _card_changes(before: str, after: str) -> tuple[str, ...]:
