@@ -242,6 +242,19 @@ def test_a_broken_run_goes_on_and_ends_as_an_unbroken_one(settings, tmp_path):
     assert not all(torch.equal(found[name], tensor) for name, tensor in halfway.items())
 
 
+def test_a_finished_run_is_written_again(settings, tmp_path, caplog):
+    """Its two steps end within a pass over the data; the output is lost, or wanted elsewhere."""
+    run = {**settings, "sequences_per_update": 1, "checkpoints": str(tmp_path / "c")}
+    whole = train(TrainingConfig.from_dict(run))
+    assert whole.sequences > whole.steps
+    logs = []
+    again = train(TrainingConfig.from_dict({**run, "output": str(tmp_path / "again"), "resume": True}), logs.append)
+    assert again.steps == 2 and not any("loss" in log for log in logs)
+    assert "has 2 of 2 steps, so this run is finished" in caplog.text
+    expected, found = load_weights(whole.output), load_weights(again.output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tmp_path):
     saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 1}
     run = {**settings, "checkpoints": str(tmp_path / "c"), "trainer": saving}

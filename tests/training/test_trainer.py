@@ -175,6 +175,30 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(casa_folder, processor, t
         assert not torch.equal(weights(first.model)[name], value), name
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_finished_run_takes_no_further_step(casa_folder, processor, tmp_path, caplog, by_name):
+    """Three steps end within a pass over four conversations."""
+
+    def trainer():
+        return CasaTrainer(
+            model=fusion_model(casa_folder),
+            args=arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3),
+            train_dataset=CONVERSATIONS,
+            processing_class=processor,
+        )
+
+    first, second = trainer(), trainer()
+    first.train()
+    assert "finished" not in caplog.text
+    output = second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if by_name else True)
+    assert output.global_step == second.state.global_step == 3
+    assert "has 3 of 3 steps, so this run is finished" in caplog.text
+    assert not any("loss" in entry for entry in second.state.log_history[3:])
+    assert all(torch.equal(weights(second.model)[name], value) for name, value in weights(first.model).items())
+    second.train()  # anew, from where it is
+    assert not all(torch.equal(weights(second.model)[name], value) for name, value in weights(first.model).items())
+
+
 def test_two_rates_and_evaluation_by_answers(casa_folder, processor, tmp_path):
     model = load_model(casa_folder, torch.float32)
     freeze(model, "paper-helium")

@@ -7,6 +7,7 @@ CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this add
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint
 
 from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
@@ -29,6 +31,8 @@ from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
 from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
 from .samples import IGNORED, Dialogue
+
+logger = logging.getLogger(__name__)
 
 # Of every card that a Trainer makes.
 _TAG = "generated_from_trainer"
@@ -53,6 +57,7 @@ class CasaTrainer(Trainer):
             one process would train on several GPUs.
     """
 
+    _resumed_steps = 0
     optimizer: torch.optim.Optimizer | None
     compute_loss_func: Callable[..., torch.Tensor] | None
     _signature_columns: list[str] | None
@@ -99,6 +104,30 @@ class CasaTrainer(Trainer):
         if num_items_in_batch is None:
             return mean
         return mean * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Transformers; from a checkpoint of a finished run no step is taken, and a warning says so."""
+        is_last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
+        state = Path(folder) / TRAINER_STATE_NAME if folder else None
+        is_there = state is not None and state.is_file()
+        self._resumed_steps = TrainerState.load_from_json(str(state)).global_step if is_there else 0
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any) -> tuple[Any, ...]:
+        """As in Transformers; with no pass over the data if all steps are done, which it sees only after one more."""
+        values = super().set_initial_training_values(args, dataloader, *rest)
+        max_steps = values[-1]
+        if self._resumed_steps < max_steps:
+            return values
+        if self.is_world_process_zero():
+            logger.warning(
+                "The checkpoint has %d of %d steps, so this run is finished and nothing is trained. Raise the steps "
+                "or epochs to go on, or start from its weights.",
+                self._resumed_steps,
+                max_steps,
+            )
+        return (0, *values[1:])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, with the groups of `parameter_groups`."""
