@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from casa_hf.training import CasaDataCollator, CasaTrainer, freeze, generate_answers, parameter_groups
@@ -32,12 +34,21 @@ EXAMPLES = [
 ]
 
 
+class Stream(IterableDataset):
+    """The same examples without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(EXAMPLES)
+
+
 STEPS = 4
 RATE = 1e-2
 GENERATE = {"max_new_tokens": 4, "do_sample": False}
 
 
-def train_with_trainer(model: Any, processor: Any, output: Path) -> tuple[list[float], list[str], str]:
+def train_with_trainer(
+    model: Any, processor: Any, output: Path, data: Any = EXAMPLES
+) -> tuple[list[float], list[str], str]:
     """Losses of the steps, answers after them, and what the model was wrapped in."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     trainer = CasaTrainer(
@@ -58,8 +69,8 @@ def train_with_trainer(model: Any, processor: Any, output: Path) -> tuple[list[f
             use_cpu=True,
             ddp_find_unused_parameters=False,
         ),
-        train_dataset=EXAMPLES,
-        eval_dataset=EXAMPLES,
+        train_dataset=data,
+        eval_dataset=data,
         processing_class=processor,
         lr_new=RATE,
         lr_existing=RATE,
@@ -71,6 +82,11 @@ def train_with_trainer(model: Any, processor: Any, output: Path) -> tuple[list[f
     trainer.save_model(str(output / "trained"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, metrics["eval_answers"], type(trainer.model_wrapped).__name__
+
+
+def train_on_stream(model: Any, processor: Any, output: Path) -> tuple[list[float], list[str], str]:
+    """As `train_with_trainer`, on an iterable."""
+    return train_with_trainer(model, processor, output, Stream())
 
 
 def train_sharded(model: Any, processor: Any, output: Path) -> tuple[list[float], list[str], str]:
@@ -119,7 +135,7 @@ def main(checkpoint: Path, output: Path, mode: str) -> None:
     """Train, answer, save; the first process writes what happened too."""
     model = load_model(checkpoint, torch.float32)
     freeze(model, "paper-qwen" if model.config.new_token_ids else "paper-helium")
-    train = {"trainer": train_with_trainer, "fsdp2": train_sharded}[mode]
+    train = {"trainer": train_with_trainer, "stream": train_on_stream, "fsdp2": train_sharded}[mode]
     losses, answers, wrapped = train(model, load_processor(checkpoint), output)
     if not int(os.environ.get("RANK", 0)):
         (output / "run.json").write_text(json.dumps({"losses": losses, "answers": answers, "wrapped": wrapped}))

@@ -191,3 +191,8 @@ def test_wrong_settings_are_refused(processor):
         CasaDataCollator(processor, over_long="cut")
     with pytest.raises(ValueError, match="max_text_tokens=0"):
         PackedDataset(CONVERSATIONS, processor, max_text_tokens=0)
+
+
+def test_an_iterable_has_no_rows_to_plan(processor):
+    with pytest.raises(ValueError, match=r"are a list_iterator without a length.*list of them.*packing=True"):
+        PackedDataset(iter(CONVERSATIONS), processor)

@@ -69,6 +69,12 @@ def test_two_processes_train_as_one(casa_folder, tmp_path, alone, mode, wrapped)
 
 
 @pytest.mark.slow
+def test_two_processes_train_on_an_iterable_as_one_on_its_list(casa_folder, tmp_path, alone):
+    """Each takes its own conversations, of which one has two images; answers are for all of them."""
+    compare(casa_folder, run(casa_folder, tmp_path, "stream", 2), alone, "DistributedDataParallel")
+
+
+@pytest.mark.slow
 @MODES
 def test_two_processes_train_new_tokens_as_one(tmp_path, mode, wrapped):
     """A frozen matrix, tied to the head, three rows of which train; sharded, they lie in the second process."""

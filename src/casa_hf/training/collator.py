@@ -8,7 +8,7 @@ each other: `position_ids` count the text tokens of each from 0, and where they 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,9 +110,9 @@ class PackedDataset(Dataset):
         num_text_tokens, num_image_tokens: in all rows together.
 
     Raises:
-        ValueError: if there are no conversations, one is unusable, or too long and `over_long="raise"`, or no row is
-            left. Of images and videos it is checked that they are there and have a size; a damaged one is found when
-            it is used.
+        ValueError: if there are no conversations, they are an iterable without a length, one is unusable, or too long
+            and `over_long="raise"`, or no row is left. Of images and videos it is checked that they are there and have
+            a size; a damaged one is found when it is used.
     """
 
     def __init__(
@@ -126,6 +126,11 @@ class PackedDataset(Dataset):
     ):
         _check_over_long(over_long)
         budget = Budget(max_text_tokens, max_image_tokens)
+        if not isinstance(examples, Sized):
+            raise ValueError(
+                f"PackedDataset plans rows ahead, but the examples are a {type(examples).__name__} without a length. "
+                "Give it a list of them, or give the iterable to the trainer, with CasaDataCollator(packing=True)."
+            )
         if not len(examples):
             raise ValueError("There are no conversations in the data; name files or data sets that have some.")
         self.examples = examples

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint, has_length
 
 from ..card_merge import Card, union
 from ..configuration_casa import CasaConfig
@@ -58,6 +58,7 @@ class CasaTrainer(Trainer):
     """
 
     _resumed_steps = 0
+    eval_dataset: Any
     optimizer: torch.optim.Optimizer | None
     compute_loss_func: Callable[..., torch.Tensor] | None
     _signature_columns: list[str] | None
@@ -108,7 +109,7 @@ class CasaTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Transformers; from a checkpoint of a finished run no step is taken, and a warning says so."""
         is_last = resume_from_checkpoint is True
-        folder = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
+        folder: Any = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
         state = Path(folder) / TRAINER_STATE_NAME if folder else None
         is_there = state is not None and state.is_file()
         self._resumed_steps = TrainerState.load_from_json(str(state)).global_step if is_there else 0
@@ -141,6 +142,27 @@ class CasaTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; without a cache, which it would fill for nothing."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in Transformers; an iterable is read into memory if need be, see `_at_hand`."""
+        if isinstance(eval_dataset, str):  # that of several in a mapping
+            self.eval_dataset = {**self.eval_dataset, eval_dataset: self._at_hand(self.eval_dataset[eval_dataset])}
+        elif eval_dataset is None and not isinstance(self.eval_dataset, dict):
+            self.eval_dataset = self._at_hand(self.eval_dataset)
+        return super().get_eval_dataloader(self._at_hand(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in Transformers; an iterable is read into memory if need be, see `_at_hand`."""
+        return super().get_test_dataloader(self._at_hand(test_dataset))
+
+    def _at_hand(self, dataset: Any) -> Any:
+        """The data set, as a list if it has no length and the work is shared by index.
+
+        Of an iterable, each of several processes would see its own part alone, of which the last batches differ in
+        number, or have rows of the first ones again.
+        """
+        is_shared = self.generate_kwargs is not None or self.accelerator.num_processes > 1
+        return list(dataset) if dataset is not None and is_shared and not has_length(dataset) else dataset
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -291,6 +313,5 @@ def _drop_folder(card: Card, source: str | None) -> None:
 
 def _examples(dataset: Any) -> list[Mapping[str, Any]]:
     """The conversations of a data set, packed or not."""
-    is_sized = hasattr(dataset, "__len__")
-    features = [dataset[index] for index in range(len(dataset))] if is_sized else list(dataset)
+    features = [dataset[index] for index in range(len(dataset))]
     return [example for feature in features for example in ([feature] if isinstance(feature, Mapping) else feature)]
