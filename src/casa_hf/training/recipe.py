@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from huggingface_hub import get_token
 
-from ..checks import check_count, check_number, check_positive
+from ..checks import check_count, check_number, check_positive, is_number
 from ..configuration_casa import CasaConfig
 from ..conversion.errors import disk_is_full, one_line
 from ..conversion.shards import read_json
@@ -413,12 +413,14 @@ def _check_arguments(config: TrainingConfig) -> None:
             "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
     _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
+    _refuse_kinds("trainer", config.trainer, TrainingArguments)
     if "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
         refuse_several_gpus(torch.cuda.device_count())
     if config.lora is not None:
         from peft import LoraConfig
 
         _refuse_unknown("lora", config.lora, {f.name for f in fields(LoraConfig)}, "PEFT's LoraConfig")
+        _refuse_kinds("lora", config.lora, LoraConfig)
     if config.generate is not None:
         known = vars(GenerationConfig()).keys() | inspect.signature(CasaForConditionalGeneration.generate).parameters
         _refuse_unknown("generate", config.generate, known, "generate")
@@ -442,6 +444,21 @@ def _refuse_unknown(setting: str, given: Mapping[str, Any], known: Iterable[str]
             near = get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{setting}.{name} is no argument of {of}{hint}")
+
+
+def _refuse_kinds(setting: str, given: Mapping[str, Any], of: type) -> None:
+    """Refuse what is no number or no truth value where a dataclass has one; it would compare a text with a number."""
+    for name, hint in get_type_hints(of).items():
+        value, kinds = given.get(name), set(get_args(hint) or [hint]) - {type(None)}
+        if value is None or not kinds <= {bool, int, float}:
+            continue
+        if bool in kinds:
+            fits, expected = isinstance(value, bool), "true or false"
+        else:
+            fits = is_number(value, Real if float in kinds else Integral)
+            expected = "a number" if float in kinds else "an integer"
+        if not fits:
+            raise ValueError(f"{setting}.{name}={value!r} must be {expected}.")
 
 
 def _check_model(model: str, folder: Path) -> None:
@@ -595,17 +612,25 @@ def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    targets = settings.get("target_modules", "fusion")
-    if isinstance(targets, str):
-        pattern = LORA_TARGETS.get(targets, targets)
-        if targets != _ALL_LINEAR and not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
-            known = [name for name in LORA_TARGETS if name != targets]
-            raise ValueError(
-                f"lora.target_modules={targets!r} names no layer of this model (variant {model.config.variant}). "
-                f"Choose {' or '.join(known)}, or a regular expression of whole names."
-            )
-        targets = pattern
+    given = "fusion" if settings.get("target_modules") is None else settings["target_modules"]
+    targets = LORA_TARGETS.get(given, given) if isinstance(given, str) else given
+    if given != _ALL_LINEAR and not any(_is_target(name, targets) for name, _ in model.named_modules()):
+        known = [name for name in LORA_TARGETS if name != given]
+        raise ValueError(
+            f"lora.target_modules={given!r} names no layer of this model (variant {model.config.variant}). "
+            f"Choose {' or '.join(known)}, or a regular expression of whole names, or a list of their last parts."
+        )
     return get_peft_model(model, LoraConfig(**{**_beside_adapters(model), **settings, "target_modules": targets}))
+
+
+def _is_target(module: str, targets: Any) -> bool:
+    """Whether PEFT takes this module for one of `target_modules`."""
+    if not isinstance(targets, str):
+        return any(module == target or module.endswith(f".{target}") for target in targets)
+    try:
+        return re.fullmatch(targets, module) is not None
+    except re.error as error:
+        raise ValueError(f"lora.target_modules={targets!r} is no regular expression: {error}.") from error
 
 
 def _beside_adapters(model: Any) -> dict[str, Any]:
