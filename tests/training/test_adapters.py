@@ -167,6 +167,13 @@ def test_trl_with_its_own_labels_and_with_the_collator_and_adapters(casa_folder,
     peft = pytest.importorskip("peft")
     processor = load_processor(casa_folder)
     plain = sft_trainer(load_model(casa_folder, torch.float32), processor, tmp_path / "plain")
+    batch = plain.data_collator([dict(row) for row in table()])
+    ours = CasaDataCollator(processor)([CONVERSATIONS[0], CONVERSATIONS[2]])
+    assert all(torch.equal(batch[name], ours[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+    # TRL's are on every token, those of prompts too; both have the answers.
+    expected = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert torch.equal(batch["labels"], expected) and not torch.equal(batch["labels"], ours["labels"])
+    assert torch.equal(batch["labels"].where(ours["labels"] != -100, -100), ours["labels"])
     plain.train()
     assert plain.state.log_history[-1]["train_loss"] > 0
     trainer = sft_trainer(
