@@ -63,6 +63,7 @@ def test_a_run_trains_the_recipe_and_writes_a_model_that_loads(settings, casa_fo
     assert all("casa_attn" in name or "visual.blocks" in name for name in changed)
     model = CasaForConditionalGeneration.from_pretrained(report.output)
     assert model.generation_config.eos_token_id is not None
+    assert "use_cache" not in json.loads((report.output / "config.json").read_text())
     assert CasaProcessor.from_pretrained(report.output).chat_template
     assert not list(tmp_path.glob("*.incomplete"))
 

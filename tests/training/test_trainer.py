@@ -350,8 +350,28 @@ def test_the_processor_of_the_collator_is_saved(casa_folder, processor, tmp_path
 
 
 def test_several_gpus_in_one_process_are_refused(casa_folder, processor, tmp_path):
-    options = arguments(tmp_path, max_steps=1)
+    options = arguments(tmp_path / "run", max_steps=1)
     assert options.n_gpu <= 1
     options._n_gpu = 2  # as it is where there are two
+    model = fusion_model(casa_folder)
     with pytest.raises(ValueError, match=r"2 GPUs and one process.*accelerate launch --num_processes 2"):
-        CasaTrainer(fusion_model(casa_folder), options, processing_class=processor)
+        CasaTrainer(model, options, processing_class=processor)
+    assert not (tmp_path / "run").exists()
+    model.hf_device_map = {"model.visual": "meta", "": "cpu"}  # as `device_map` leaves one whose layers are on several
+    CasaTrainer(model, options, processing_class=processor)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # its name in 5.17
+@pytest.mark.parametrize("before", [None, True, False])
+def test_a_model_is_saved_with_the_use_cache_that_it_had(casa_folder, processor, tmp_path, before):
+    model = fusion_model(casa_folder)
+    if before is not None:
+        model.config.use_cache = before
+    trainer = CasaTrainer(
+        model,
+        arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, gradient_checkpointing=True),
+        train_dataset=CONVERSATIONS,
+        processing_class=processor,
+    )
+    trainer.train()
+    assert json.loads((tmp_path / "checkpoint-1" / "config.json").read_text()).get("use_cache") is before

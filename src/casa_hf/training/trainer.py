@@ -89,14 +89,20 @@ class CasaTrainer(Trainer):
         if config is not None and vars(config).pop("use_cache", None) is not None and "use_cache" in before:
             # The Trainer switches it off, also for those who generate with what is saved; `compute_loss` does without.
             config.use_cache = before["use_cache"]
-        if not self.is_model_parallel:
-            refuse_several_gpus(self.args.n_gpu)
-        # Else one process would read batches of an iterable, and cut them for all by rows, pixels too.
-        self.accelerator.dataloader_config.dispatch_batches = False
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
         if self.label_smoother is not None and self.compute_loss_func is None:
             self.compute_loss_func = self._smoothed_loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Transformers, which comes here first, and anew for each trial of a search; data aren't cut by rows."""
+        placed = (getattr(self.model, "hf_device_map", None) or {}).values()
+        elsewhere = {torch.device(place) for place in placed if place not in ("cpu", "disk")} - {self.args.device}
+        if not elsewhere:  # else layers are on several GPUs, as the Trainer sees it, and batches stay whole
+            refuse_several_gpus(self.args.n_gpu)
+        super().create_accelerator_and_postprocess()
+        # Else one process would read batches of an iterable, and cut them for all by rows, pixels too.
+        self.accelerator.dataloader_config.dispatch_batches = False
 
     def _smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss with `label_smoothing_factor`; the base class shifts labels for causal models of its own list only,
