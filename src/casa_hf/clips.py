@@ -45,8 +45,9 @@ def load_frames(
     """The frames of a video that go into the prompt.
 
     Args:
-        video: path or URL of a video file; or the decoded frames, as an array or tensor (frames, height, width,
-            channels) or (frames, channels, height, width), or as a list of PIL images, of arrays or of image files.
+        video: path or URL of a video file, or its contents as bytes; or the decoded frames, as an array or tensor
+            (frames, height, width, channels) or (frames, channels, height, width), or as a list of PIL images, of
+            arrays or of image files.
         fps: frames per second of the clip; only for files, since decoded frames don't tell their rate.
         num_frames: frames in all, at even spacing.
         sample: False takes every frame; then the others must be None.
@@ -63,8 +64,8 @@ def load_frames(
         ImportError: for files, without PyAV.
     """
     check_sampling(fps, num_frames, sample)
-    if isinstance(video, (str, os.PathLike)):
-        return _read_file(str(video), fps, num_frames, sample)
+    if isinstance(video, (str, os.PathLike, bytes)):
+        return _read_file(_file(video), fps, num_frames, sample)
     return _choose(list(video), fps, num_frames)
 
 
@@ -84,10 +85,10 @@ def measure_frames(
         ValueError, ImportError: as `load_frames`, but for frames that can't be decoded.
     """
     check_sampling(fps, num_frames, sample)
-    if isinstance(video, (str, os.PathLike)):
-        _, chosen, size = _scan_file(str(video), fps, num_frames, sample)
+    if isinstance(video, (str, os.PathLike, bytes)):
+        _, chosen, size = _scan_file(_file(video), fps, num_frames, sample)
         if 0 in size:  # a container that doesn't state it
-            return _read_file(str(video), fps, num_frames, sample)
+            return _read_file(_file(video), fps, num_frames, sample)
         return [size] * len(chosen)
     return _choose(list(video), fps, num_frames)
 
@@ -136,16 +137,24 @@ def _evenly_spaced(available: int, num_frames: int) -> list[int]:
     return [index * available // num_frames for index in range(num_frames)]
 
 
-def _pyav(source: str) -> Any:
+def _file(video: str | os.PathLike | bytes) -> str | bytes:
+    return video if isinstance(video, bytes) else str(video)
+
+
+def _name(source: str | bytes) -> str:
+    return f"of {len(source)} bytes" if isinstance(source, bytes) else repr(source)
+
+
+def _pyav(source: str | bytes) -> Any:
     # Code that a checkpoint carries is refused by Transformers for imports outside `try` that aren't installed.
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"Reading the video {source!r} needs PyAV: pip install casa_hf[video]") from error
+        raise ImportError(f"Reading the video {_name(source)} needs PyAV: pip install casa_hf[video]") from error
     return av
 
 
-def _read_file(source: str, fps: float | None, num_frames: int | None, sample: bool) -> list[Any]:
+def _read_file(source: str | bytes, fps: float | None, num_frames: int | None, sample: bool) -> list[Any]:
     media, chosen, _ = _scan_file(source, fps, num_frames, sample)
     av = _pyav(source)
     try:
@@ -154,20 +163,21 @@ def _read_file(source: str, fps: float | None, num_frames: int | None, sample: b
         with av.open(media) as container:
             return _decode(container, chosen)
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"The video {source!r} can't be used: {error}.") from error
+        raise ValueError(f"The video {_name(source)} can't be used: {error}.") from error
 
 
 def _scan_file(
-    source: str, fps: float | None, num_frames: int | None, sample: bool
+    source: str | bytes, fps: float | None, num_frames: int | None, sample: bool
 ) -> tuple[str | BytesIO, Sequence[int], tuple[int, int]]:
     """A file or its contents, which of its frames to take, and their width and height; from its packets alone."""
     av = _pyav(source)
-    is_url = source.startswith(("http://", "https://"))
-    if not is_url and not os.path.isfile(source):
+    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
+    if isinstance(source, str) and not is_url and not os.path.isfile(source):
         raise ValueError(f"The video {source!r} doesn't exist; give the path of a file or a URL.")
     try:
         # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
-        media = BytesIO(_download(source)) if is_url else os.path.abspath(source)
+        contents = _download(str(source)) if is_url else source
+        media = BytesIO(contents) if isinstance(contents, bytes) else os.path.abspath(contents)
         with av.open(media) as container:
             times, duration = _frame_times(container)
             codec = container.streams.video[0].codec_context
@@ -176,7 +186,7 @@ def _scan_file(
         return media, chosen, size
     except (OSError, ValueError, av.error.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error  # without the name that those of FFmpeg end with
-        raise ValueError(f"The video {source!r} can't be used: {reason}.") from error
+        raise ValueError(f"The video {_name(source)} can't be used: {reason}.") from error
 
 
 def _download(url: str) -> bytes:

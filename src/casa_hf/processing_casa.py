@@ -270,8 +270,8 @@ class CasaProcessor(ProcessorMixin):
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
                 `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
                 token and a video at each `<|video|>`. Gist tokens needn't be written. None to process pixels only.
-            videos: a video, a list, or a list of lists like `images`. A video is a path, a URL, an array or tensor of
-                frames, or a list of frames; see `casa_hf.video.load_frames`.
+            videos: a video, a list, or a list of lists like `images`. A video is a path, a URL, the bytes of a file,
+                an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: not supported; must be None.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
                 (`min_pixels`, `max_pixels` or `size`, ...); for videos `fps`, `num_frames`, `do_sample_frames` and
@@ -543,7 +543,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _is_video(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike)):
+    if isinstance(value, (str, os.PathLike, bytes)):
         return True
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_is_image(frame) and not isinstance(frame, (str, os.PathLike)) for frame in value)

@@ -15,7 +15,7 @@ from PIL import Image
 from casa_hf.training import CasaDataCollator, PackedDataset, TrainingConfig, load_conversations, load_mixture
 from casa_hf.training import recipe as recipe_module
 from casa_hf.training.data import Mixture, shares
-from casa_hf.training.samples import Dialogue, measure
+from casa_hf.training.samples import measure
 from tests.clips import write_clip
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
 
@@ -293,18 +293,27 @@ def test_pictures_in_tables_are_not_decoded_for_the_plan(processor, tmp_path):
                 CasaDataCollator(processor)([planned[0]])
 
 
-def test_videos_in_tables_are_their_files(processor, tmp_path):
-    """Without a decoder of `datasets`, which wants torchcodec; bytes are refused by name."""
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_videos_in_tables_are_their_files(casa_folder, tmp_path, is_embedded):
+    """Named or embedded; without a decoder of `datasets`, which wants torchcodec."""
     datasets = pytest.importorskip("datasets")
+    processor = load_processor(casa_folder)
     clip = write_clip(tmp_path / "clip.mp4", 4, 2)
-    rows = [{"messages": ask("q", "a")["messages"], "videos": [str(clip)]}]
-    table = datasets.Dataset.from_list(rows).cast_column("videos", datasets.List(datasets.Video()))
-    table.to_parquet(tmp_path / "train.parquet")
-    found = Dialogue.of(load_conversations(tmp_path / "train.parquet")[0])
-    assert found.videos == [str(clip)]
-    embedded = {**rows[0], "videos": [{"bytes": clip.read_bytes(), "path": "clip.mp4"}]}
-    with pytest.raises(ValueError, match=r"video \(clip\.mp4\) is given by its bytes.*file"):
-        Dialogue.of(embedded)
+    row = {"messages": ask("q", "a")["messages"], "videos": [str(clip)]}
+    given = {"bytes": clip.read_bytes(), "path": "lost.mp4"} if is_embedded else str(clip)
+    table = datasets.Dataset.from_list([{**row, "videos": [given]}])
+    table.cast_column("videos", datasets.List(datasets.Video())).to_parquet(tmp_path / "train.parquet")
+    examples = load_conversations(tmp_path / "train.parquet")
+    assert measure(processor, examples[0]) == measure(processor, row)
+    expected, found = CasaDataCollator(processor)([row]), CasaDataCollator(processor)([examples[0]])
+    assert len(expected["image_grid_thw"]) == 4 and expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_an_embedded_video_that_is_none_is_refused_by_its_size(casa_folder):
+    row = {"messages": ask("q", "a")["messages"], "videos": [{"bytes": b"no film", "path": None}]}
+    with pytest.raises(ValueError, match=r"Example 0: The video of 7 bytes can't be used"):
+        PackedDataset([row], load_processor(casa_folder))
 
 
 def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path, monkeypatch):

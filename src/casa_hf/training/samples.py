@@ -317,10 +317,7 @@ def _source(source: Any, kind: str) -> Any:
         return source
     if source.get("bytes") is not None:
         if kind == "video":
-            raise ValueError(
-                f"A video ({source.get('path')}) is given by its bytes. Write them to a file and name that, or give a "
-                "list of frames."
-            )
+            return source["bytes"]
         from PIL import Image
 
         return Image.open(BytesIO(source["bytes"]))
