@@ -5,6 +5,7 @@ numbers, and each program at toy size."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -513,3 +514,10 @@ def test_bars_of_a_training_step() -> None:
     found = train_step.missed_bars({"ca": {"speed": 1.19, "memory": 0.5}, "casa": {"speed": 1.1, "memory": 0.56}})
     assert [line.split(":")[0] for line in found] == ["ca", "casa"]
     assert "1.19 times" in found[0] and "0.56 times" in found[1] and len(found) == 2
+
+
+def test_bars_of_a_training_step_are_for_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_step", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        train_step.main()
+    assert ended.value.code == 2 and "--check is for a GPU and a size other than tiny" in capsys.readouterr().err

@@ -206,6 +206,23 @@ def test_a_full_disk_leaves_what_a_run_can_go_on_from(casa_folder, finished, tmp
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_line(casa_folder, tmp_path):
+    """The settings, written first, have no room."""
+    run = configuration(casa_folder, tmp_path, max_steps=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(parts, data):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"The disk is full.*No checkpoint in .* is complete") as failed:
+            train(TrainingConfig.from_dict(run), on_start=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(failed.value) and not (tmp_path / "trained").exists()
+    assert train(TrainingConfig.from_dict({**run, "resume": True})).steps == 1  # as it advises
+
+
 def save_by_name(tensors, file):
     torch.save(tensors, file)
 
