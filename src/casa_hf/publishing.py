@@ -49,7 +49,7 @@ from .export import code_files, has_code, modelling_files, names_code, without_a
 from .hub import LICENSE_FILES, PresentCard, published_card
 from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
-from .sharing import CARD, holds, names_of, other_model, present_card, read_json
+from .sharing import CARD, holds, names_of, other_model, present_card, read_json, taken
 
 # What belongs to a checkpoint besides its weights; optimizer states, logs and the like stay at home.
 _CHECKPOINT_FILES = (
@@ -478,7 +478,7 @@ def _find_repository(api: HfApi, repository: str, private: bool, revision: str |
                 )
     held = _foreign_content(api, repository, target.info or info)
     if held is not None:
-        raise PublishingError(f"{repository} is taken: it holds {held}. Choose another name.")
+        raise PublishingError(taken(repository, held))
     return target
 
 

@@ -110,7 +110,12 @@ def refuse_other_model(api: HfApi, repository: str, info: ModelInfo) -> None:
     """
     held = other_model(api, repository, info)
     if held is not None:
-        raise ValueError(f"{repository} is taken: it holds {held}. Choose another name.")
+        raise ValueError(taken(repository, held))
+
+
+def taken(repository: str, held: str) -> str:
+    """Why nothing is published in a repository, and the way out; `held` is what it holds, in words."""
+    return f"{repository} is taken: it holds {held}. Choose another name."
 
 
 def _download(api: HfApi, repository: str, info: ModelInfo, name: str) -> bytes:

@@ -328,7 +328,8 @@ def _load_dataset(path: str, name: str | None, split: str) -> Any:
 
 def _undecoded(dataset: Any) -> Any:
     """The data set with its images and videos as they are stored, {"bytes", "path"}, wherever in its columns."""
-    media = tuple(getattr(_datasets(), name) for name in ("Image", "Video") if hasattr(_datasets(), name))
+    datasets = _datasets()
+    media = tuple(getattr(datasets, name) for name in ("Image", "Video") if hasattr(datasets, name))
 
     def change(feature: Any) -> Any:
         if isinstance(feature, media):

@@ -83,8 +83,6 @@ _FREE_TO_CHANGE = {
 }
 # In the folder of checkpoints; the Trainer publishes nothing whose name begins so.
 _SETTINGS = "_settings.json"
-# What PEFT knows by this name.
-_ALL_LINEAR = "all-linear"
 _BY_LENGTH = (("train_sampling_strategy", "group_by_length"), ("group_by_length", True))
 
 
@@ -614,7 +612,8 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 
     given = "fusion" if settings.get("target_modules") is None else settings["target_modules"]
     targets = LORA_TARGETS.get(given, given) if isinstance(given, str) else given
-    if given != _ALL_LINEAR and not any(_is_target(name, targets) for name, _ in model.named_modules()):
+    # PEFT knows "all-linear" by name.
+    if given != "all-linear" and not any(_is_target(name, targets) for name, _ in model.named_modules()):
         known = [name for name in LORA_TARGETS if name != given]
         raise ValueError(
             f"lora.target_modules={given!r} names no layer of this model (variant {model.config.variant}). "
