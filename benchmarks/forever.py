@@ -226,9 +226,9 @@ def check_eviction(model: CasaForConditionalGeneration, sizes: Sizes) -> float:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.text_window), generator=generator).to(model.device)
     moved, fresh = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    model(ids, past_key_values=moved)
+    model(ids, cache=moved)
     kept = model.evict_text(moved, (sizes.text_window + sizes.prompt) // 2, sizes.prompt)
-    model(ids[:, kept[0]], past_key_values=fresh)
+    model(ids[:, kept[0]], cache=fresh)
     return gate("keys after an eviction", moved.layers[0].keys, fresh.layers[0].keys, model.dtype)
 
 

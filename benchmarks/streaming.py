@@ -70,6 +70,7 @@ from benchmarks.common import (
 from benchmarks.counting import head_flops, image_flops, step_bytes, text_flops, tower_flops
 from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
+from casa_hf.transformers_versions import CACHE
 
 # A static cache of the source starts with room for a sixteenth of the turns and is made four times as long when full.
 STATIC_START, STATIC_GROWTH = 16, 4
@@ -215,7 +216,7 @@ class CasaContender:
     def step(self, token: Tensor) -> Tensor:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        return self._step(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self._step(input_ids=token, cache=self.cache, use_cache=True, logits_to_keep=1).logits
 
     def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
         parts, places, length = [calls[0]], [], calls[0].shape[1]
@@ -250,7 +251,7 @@ class CasaContender:
         }
 
     def _forward(self, **inputs: Any) -> Tensor:
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(**inputs, cache=self.cache, use_cache=True, logits_to_keep=1).logits
 
 
 class InsertionContender:
@@ -371,7 +372,7 @@ class InsertionContender:
         }
 
     def _forward(self, forward: Callable, advance: int, **inputs: Any) -> Tensor:
-        logits = forward(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = forward(**inputs, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
         self.length += inputs["input_ids"].shape[1]
         self.position += advance
         return logits

@@ -155,9 +155,7 @@ class Contestant:
 
     @torch.no_grad()
     def _forward(self, start: int, end: int) -> Tensor:
-        return self.model(
-            **self.inputs(start, end), past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits
+        return self.model(**self.inputs(start, end), cache=self.cache, use_cache=True, logits_to_keep=1).logits
 
 
 def contestants(sizes: Sizes) -> dict[str, Contestant]:

@@ -76,9 +76,9 @@ def main() -> None:
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     answer = processor.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)[0]
-    held = cache_nbytes(output.past_key_values)
+    held = cache_nbytes(output.cache)
     print(f"   {answer!r}, which means nothing: it has never seen a photograph.")
-    print(f"   The cache holds {output.past_key_values.get_seq_length()} text tokens ({held['text']:,} bytes)")
+    print(f"   The cache holds {output.cache.get_seq_length()} text tokens ({held['text']:,} bytes)")
     print(f"   and the keys and values of the current image ({held['image']:,} bytes).")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from transformers.utils.logging import disable_progress_bar
 
-from casa_hf import convert_checkpoint
+from casa_hf import convert_checkpoint, foreign_arguments
 from examples.tiny_source import build_tiny_source
 
 disable_progress_bar()
@@ -31,6 +32,26 @@ def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def casa_folder(source_folder: Path) -> Path:
     """The same as a CASA checkpoint of the variant `casa`; read only."""
     return convert_checkpoint(source_folder, source_folder.with_name("casa")).output
+
+
+class _Refusal(logging.Handler):
+    """Whatever runs in the tests passes no argument that nobody reads, unless that is what is tested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def every_argument_is_read(request: pytest.FixtureRequest) -> Iterator[None]:
+    handler = _Refusal()
+    foreign_arguments.logger.addHandler(handler)
+    yield
+    foreign_arguments.logger.removeHandler(handler)
+    assert not handler.messages or "logged" in request.fixturenames, handler.messages
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

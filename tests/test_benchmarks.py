@@ -129,9 +129,9 @@ def test_memory_with_its_room_is_counted_once(source):
     model = casa_model(source, "casa")
     layers, cache = model.config.text_config.num_hidden_layers, DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.full((1, 7), 9), past_key_values=cache)
+        model(input_ids=torch.full((1, 7), 9), cache=cache)
         assert allocated_bytes(cache) == sum(cache_nbytes(cache).values())  # as long as nothing was appended
-        model(input_ids=torch.full((1, 1), 9), past_key_values=cache)
+        model(input_ids=torch.full((1, 1), 9), cache=cache)
     text = cache_nbytes(cache)["text"] // 8  # of one token
     assert allocated_bytes(cache) == text * (7 + 1 + 64)
     assert text == layers * 2 * 4 * cache.layers[0].keys.shape[1] * cache.layers[0].keys.shape[3]

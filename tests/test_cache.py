@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from casa_hf import cache_nbytes
 from casa_hf.configuration_casa import VARIANTS as ALL_VARIANTS
+from casa_hf.transformers_versions import CACHE
 from tests.helpers_generation import (
     MAIN,
     VARIANTS,
@@ -59,7 +60,7 @@ def feed(model: Any, row: Row, cache: Any = None, start: int = 0, **inputs: Any)
     images = image_inputs([image for _, image in new])
     if new:
         images["image_positions"] = torch.tensor([[0, place] for place, _ in new])
-    return model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **images, **inputs)
+    return model(input_ids=torch.tensor([ids]), cache=cache, use_cache=True, **images, **inputs)
 
 
 def in_chunks(model: Any, row: Row, sizes: Sequence[int], cache: Any = None) -> torch.Tensor:
@@ -71,8 +72,8 @@ def in_chunks(model: Any, row: Row, sizes: Sequence[int], cache: Any = None) -> 
         images = image_inputs([image for place, image in marked if start <= place < end])
         if images:
             images["image_positions"] = torch.tensor([[0, p - start] for p, _ in marked if start <= p < end])
-        output = model(input_ids=torch.tensor([ids[start:end]]), past_key_values=cache, use_cache=True, **images)
-        cache = output.past_key_values
+        output = model(input_ids=torch.tensor([ids[start:end]]), cache=cache, use_cache=True, **images)
+        cache = output.cache
         logits.append(output.logits[0])
         start, turn = end, turn + 1
     return torch.cat(logits)
@@ -129,19 +130,19 @@ def test_every_design_keeps_its_state_in_the_cache(design):
     expected = one_shot(model, ROW)
     for cache in (None, StaticCache(config=model.config, max_cache_len=40)):
         assert relative_error(in_chunks(model, ROW, [1, 5], cache), expected) < TOLERANCE
-    cache = feed(model, [*words(3, 1), A, *words(4, 2)]).past_key_values
+    cache = feed(model, [*words(3, 1), A, *words(4, 2)]).cache
     cache.crop(-2)
     rest: Row = [*words(2, 9), B, *words(2, 10)]
     whole: Row = [*words(3, 1), A, *words(4, 2)[:2], *rest]
     assert relative_error(feed(model, rest, cache).logits[0], one_shot(model, whole)[-6:]) < TOLERANCE
-    cache = model(**batch(*ROWS)).past_key_values
+    cache = model(**batch(*ROWS)).cache
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     forked = copy.deepcopy(cache)
     continued(model, cache, [2, 0, 0])
     forked.batch_repeat_interleave(2)
     continued(model, forked, [2, 2, 0, 0, 0, 0])
     cache.reset()
-    model(**batch(*ROWS), past_key_values=cache)
+    model(**batch(*ROWS), cache=cache)
     continued(model, cache, [0, 1, 2])
     settings = {"max_new_tokens": 4, "do_sample": False}
     tokens = model.generate(**batch(*ROWS), **settings, cache_implementation="static")[:, -4:]
@@ -209,8 +210,8 @@ def in_ragged_turns(
         inputs = {**image_inputs(new), "attention_mask": seen if masks == "all tokens" else mask}
         if frames and new:
             inputs["mm_token_type_ids"] = types
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)
-        cache = output.past_key_values
+        output = model(input_ids=tokens, cache=cache, use_cache=True, **inputs)
+        cache = output.cache
         for r, count in enumerate(counts):
             logits[r].append(output.logits[r, mask[r].bool()])
             fed[r] += count
@@ -248,14 +249,14 @@ def test_padding_of_the_first_call_is_remembered(later_mask, side, static):
     later = [[C, *words(3, 3)], [*words(3, 5), D]]
     cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
     first = batch(*rows, side=side)
-    model(**first, past_key_values=cache)
+    model(**first, cache=cache)
     second = batch(*later)
     mask = second.pop("attention_mask")
     if later_mask != "none":
         second["attention_mask"] = mask
     if later_mask == "all tokens":
         second["attention_mask"] = torch.cat([first["attention_mask"], mask], 1)
-    logits = model(**second, past_key_values=cache).logits
+    logits = model(**second, cache=cache).logits
     for actual, row, more in zip(logits, rows, later, strict=True):
         assert relative_error(actual, one_shot(model, [*row, *more])[-5:]) < TOLERANCE
 
@@ -264,10 +265,10 @@ def test_positions_continue_and_may_be_given():
     model, row = shared_model("casa"), [*words(3, 1), A, *words(2, 2), B, *words(2, 3)]
     expected = one_shot(model, row)[-4:]
     for positions in (None, torch.arange(7, 11)[None], torch.arange(7, 11).expand(3, 1, -1)):
-        cache = feed(model, row[:6]).past_key_values
+        cache = feed(model, row[:6]).cache
         logits = feed(model, row, cache, start=7, position_ids=positions).logits[0]
         assert relative_error(logits, expected) < TOLERANCE
-    cache = feed(model, row[:6]).past_key_values
+    cache = feed(model, row[:6]).cache
     assert (
         relative_error(feed(model, row, cache, start=7, position_ids=torch.arange(4)[None]).logits[0], expected) > 1e-2
     )
@@ -306,7 +307,7 @@ def test_memory_of_images_and_windows_stays_constant_over_many_turns(variant, ba
     for turn in range(50):
         inputs = batch(*[[Image(2, 3, turn + row), *words(3, turn)] for row in range(batch_size)])
         inputs.pop("attention_mask")
-        model(**inputs, past_key_values=cache)
+        model(**inputs, cache=cache)
         dead.append([weakref.ref(state) for state in states(cache.layers)])
         sizes.append(cache_nbytes(cache))
         # Text has room for more: 64 slots or a quarter of it, in self-attention and in the window. Nothing else does.
@@ -326,7 +327,7 @@ def test_memory_of_images_and_windows_stays_constant_over_many_turns(variant, ba
 def test_memory_follows_the_largest_window_of_the_batch():
     model = shared_model("ca")
     small, large = Image(1, 1, 1), Image(4, 4, 2)
-    cache = feed(model, [large, 5]).past_key_values
+    cache = feed(model, [large, 5]).cache
     bytes_of_large = cache_nbytes(cache)["image"]
     feed(model, [small, 5], cache)
     assert cache_nbytes(cache)["image"] * 16 == bytes_of_large
@@ -336,16 +337,16 @@ def test_memory_follows_the_largest_window_of_the_batch():
     assert cache_nbytes(cache)["image"] * 16 == bytes_of_large * 17
     # Two rows: the small window costs as many columns as the large one next to it.
     inputs = batch([large, 5], [small, 5])
-    cache = model(**inputs).past_key_values
+    cache = model(**inputs).cache
     assert cache_nbytes(cache)["image"] == 2 * bytes_of_large
     inputs = batch([small, 5], words(3, 1))
-    cache = model(**{**inputs, "attention_mask": None}, past_key_values=cache).past_key_values
+    cache = model(**{**inputs, "attention_mask": None}, cache=cache).cache
     assert cache_nbytes(cache)["image"] * 8 == bytes_of_large
 
 
 def test_decoding_adds_text_only():
     model = shared_model("casa")
-    cache = feed(model, ROW).past_key_values
+    cache = feed(model, ROW).cache
     sizes = []
     for token in words(5, 8):
         feed(model, [token], cache)
@@ -357,53 +358,75 @@ def test_decoding_adds_text_only():
 # ------------------------------------------------------------------------------------ crop
 
 
+def empty_cache(model: Any, static: bool) -> Any:
+    return StaticCache(config=model.config, max_cache_len=60) if static else DynamicCache()
+
+
+STATIC = pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+
+
+@STATIC
 @pytest.mark.parametrize("removed", [1, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cropping_within_the_window_equals_never_having_fed_the_tokens(variant, removed):
+def test_cropping_within_the_window_equals_never_having_fed_the_tokens(variant, removed, static):
     model = shared_model(variant)
     row: Row = [*words(3, 1), A, *words(4, 2)]
     rest: Row = [*words(2, 9), B, *words(2, 10)]
-    cache = feed(model, row).past_key_values
+    cache = feed(model, row, empty_cache(model, static)).cache
     cache.crop(-removed)
-    assert (
-        relative_error(feed(model, rest, cache).logits[0], one_shot(model, [*row[:-removed], *rest])[-6:]) < TOLERANCE
-    )
+    assert int(cache.get_seq_length()) == len(token_ids(row)) - removed
+    expected = one_shot(model, [*row[:-removed], *rest])[-6:]
+    assert relative_error(feed(model, rest, cache).logits[0], expected) < TOLERANCE
 
 
-def test_cropping_reopens_the_group():
+@STATIC
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_decoded_one_by_one_can_be_taken_back(variant, static):
+    """As assisted decoding does: several at once, a few of them back, over and over."""
+    model = shared_model(variant)
+    row: Row = [*words(3, 1), A, *words(2, 2)]
+    cache = feed(model, row, empty_cache(model, static)).cache
+    for turn in range(4):
+        feed(model, words(4, 20 + turn), cache)
+        cache.crop(-3)
+        row = [*row, words(4, 20 + turn)[0]]
+        token = words(1, 30 + turn)
+        logits = feed(model, token, cache).logits[0]
+        row = [*row, *token]
+        assert relative_error(logits, one_shot(model, row)[-1:]) < TOLERANCE
+
+
+@STATIC
+def test_cropping_reopens_the_group(static):
     """Once the text after an image is taken back, the next image joins its group again."""
     model = shared_model("casa")
-    cache = feed(model, [*words(2, 1), A, *words(2, 2)]).past_key_values
-    cache.crop(-1)
-    kept = copy.deepcopy(cache)
-    assert (
-        relative_error(
-            feed(model, [B, 5], kept).logits[0], one_shot(model, [*words(2, 1), A, words(2, 2)[0], B, 5])[-3:]
-        )
-        < TOLERANCE
-    )
-    cache.crop(-1)
-    assert (
-        relative_error(feed(model, [B, 5], cache).logits[0], one_shot(model, [*words(2, 1), A, B, 5])[-3:]) < TOLERANCE
-    )
+    start: Row = [*words(2, 1), A]
+    for removed, before in ((1, [*start, words(2, 2)[0]]), (2, start)):
+        cache = feed(model, [*start, *words(2, 2)], empty_cache(model, static)).cache
+        for _ in range(removed):
+            cache.crop(-1)
+        expected = one_shot(model, [*before, B, 5])[-3:]
+        assert relative_error(feed(model, [B, 5], cache).logits[0], expected) < TOLERANCE
 
 
-def test_cropping_gives_positions_back_in_padded_rows():
+@STATIC
+def test_cropping_gives_positions_back_in_padded_rows(static):
     model = shared_model("casa")
     rows = [[A, *words(4, 2)], [B, *words(2, 4)]]
-    cache = model(**batch(*rows, side="right")).past_key_values
+    cache = model(**batch(*rows, side="right"), cache=empty_cache(model, static)).cache
     cache.crop(-2)
-    logits = model(**{**batch([C, 7], [D, 7]), "attention_mask": None}, past_key_values=cache).logits
+    logits = model(**{**batch([C, 7], [D, 7]), "attention_mask": None}, cache=cache).logits
     for actual, row, more in zip(logits, ([A, *words(4, 2)[:2]], rows[1]), ([C, 7], [D, 7]), strict=True):
         assert relative_error(actual, one_shot(model, [*row, *more])[-3:]) < TOLERANCE
 
 
-def test_text_before_any_image_can_be_cropped():
+@STATIC
+def test_text_before_any_image_can_be_cropped(static):
     model, text = shared_model("casa"), words(6, 1)
-    cache = feed(model, text).past_key_values
+    cache = feed(model, text, empty_cache(model, static)).cache
     cache.crop(-4)
     assert relative_error(feed(model, [A, 5], cache).logits[0], one_shot(model, [*text[:2], A, 5])[-3:]) < TOLERANCE
-    cache = feed(model, text).past_key_values
+    cache = feed(model, text, empty_cache(model, static)).cache
     untouched = snapshot(cache)
     with pytest.raises(ValueError, match="Can't crop 7 of 6 tokens") as error:
         cache.crop(-7)
@@ -411,10 +434,11 @@ def test_text_before_any_image_can_be_cropped():
     assert same(snapshot(cache), untouched)
 
 
+@STATIC
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cropping_past_the_start_of_the_window_raises_and_changes_nothing(variant):
+def test_cropping_past_the_start_of_the_window_raises_and_changes_nothing(variant, static):
     model = shared_model(variant)
-    cache = feed(model, [*words(3, 1), A, *words(4, 2)]).past_key_values
+    cache = feed(model, [*words(3, 1), A, *words(4, 2)], empty_cache(model, static)).cache
     untouched = snapshot(cache)
     for removed in (5, 6, 9, 99):
         message = f"Can't crop {removed} of 9 tokens.*at most 4 can be taken back.*copy of the cache taken before"
@@ -426,11 +450,12 @@ def test_cropping_past_the_start_of_the_window_raises_and_changes_nothing(varian
     cache.crop(-4)
 
 
+@STATIC
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
-def test_a_length_to_crop_to_is_refused_as_a_whole(layers):
+def test_a_length_to_crop_to_is_refused_as_a_whole(layers, static):
     """Only a number of tokens to take back means the same in blocks with and without self-attention."""
     model, row = new_model("casa-replace", casa_layers=layers), [*words(3, 1), A, *words(4, 2)]
-    cache = feed(model, row).past_key_values
+    cache = feed(model, row, empty_cache(model, static)).cache
     untouched = snapshot(cache)
     with pytest.raises(ValueError, match=r"crop\(6\): give the number of tokens to take back as a negative number"):
         cache.crop(6)
@@ -439,17 +464,37 @@ def test_a_length_to_crop_to_is_refused_as_a_whole(layers):
     assert relative_error(feed(model, [5, 6], cache).logits[0], one_shot(model, [*row[:-2], 5, 6])[-2:]) < TOLERANCE
 
 
-@pytest.mark.parametrize("change", ["crop", "batch_repeat_interleave", "batch_select_indices"])
-@pytest.mark.parametrize("kind_of_cache", ["static", "quantized"])
+def quantized_cache(model: Any) -> Any:
+    try:
+        return QuantizedCache(backend="fp8", config=model.config)
+    except ValueError:
+        pytest.skip("this version of Transformers has no quantised cache that runs here")
+
+
+def test_caches_say_whether_they_can_be_cropped():
+    """`generate` asks them before it relies on it."""
+    model = shared_model("casa")
+    for cache, croppable in (
+        (lambda: empty_cache(model, True), True),
+        (lambda: empty_cache(model, False), True),
+        (lambda: quantized_cache(model), False),
+    ):
+        assert feed(model, [A, 5], cache()).cache.is_croppable == croppable
+
+
+@pytest.mark.parametrize(
+    "kind_of_cache, change",
+    [
+        ("static", "batch_repeat_interleave"),
+        ("static", "batch_select_indices"),
+        ("quantized", "crop"),
+        ("quantized", "batch_repeat_interleave"),
+        ("quantized", "batch_select_indices"),
+    ],
+)
 def test_what_a_cache_cannot_do_is_refused_before_anything_changes(kind_of_cache, change):
     model = shared_model("casa")
-    if kind_of_cache == "static":
-        cache: Any = StaticCache(config=model.config, max_cache_len=40)
-    else:
-        try:
-            cache = QuantizedCache(backend="fp8", config=model.config)
-        except ValueError:
-            pytest.skip("this version of Transformers has no quantised cache that runs here")
+    cache = empty_cache(model, True) if kind_of_cache == "static" else quantized_cache(model)
     feed(model, [*words(3, 1), A, *words(4, 2)], cache)
     feed(model, words(1, 1), cache)
     untouched = snapshot(cache)
@@ -471,7 +516,7 @@ def continued(model: Any, cache: Any, order: Sequence[int]) -> None:
     """The rows of the cache are `ROWS` in this order; each continues with its part of `MORE`."""
     inputs = batch(*[MORE[row] for row in order])
     inputs.pop("attention_mask")
-    for actual, row in zip(model(**inputs, past_key_values=cache).logits, order, strict=True):
+    for actual, row in zip(model(**inputs, cache=cache).logits, order, strict=True):
         assert relative_error(actual, one_shot(model, [*ROWS[row], *MORE[row]])[-len(actual) :]) < TOLERANCE
 
 
@@ -485,7 +530,7 @@ def test_rows_can_be_reordered_repeated_and_selected(variant):
         (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
     ]
     for change, order in changes:
-        cache = model(**batch(*ROWS)).past_key_values
+        cache = model(**batch(*ROWS)).cache
         change(cache)
         continued(model, cache, order)
 
@@ -493,7 +538,7 @@ def test_rows_can_be_reordered_repeated_and_selected(variant):
 def test_static_rows_can_be_reordered():
     model = shared_model("casa")
     cache = StaticCache(config=model.config, max_cache_len=40)
-    model(**batch(*ROWS), past_key_values=cache)
+    model(**batch(*ROWS), cache=cache)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     continued(model, cache, [2, 0, 0])
 
@@ -505,7 +550,7 @@ def test_a_reset_cache_is_a_new_one(variant, static):
     cache = StaticCache(config=model.config, max_cache_len=60) if static else DynamicCache()
     expected = model(**batch(*ROWS)).logits
     for _ in range(2):
-        assert torch.equal(model(**batch(*ROWS), past_key_values=cache).logits, expected)
+        assert torch.equal(model(**batch(*ROWS), cache=cache).logits, expected)
         continued(model, cache, [0, 1, 2])
         cache.reset()
         assert int(cache.get_seq_length()) == 0
@@ -519,7 +564,7 @@ def test_a_reset_cache_is_a_new_one(variant, static):
 @pytest.mark.parametrize("fork", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_of_a_cache_forks_the_stream(variant, fork):
     model = shared_model(variant)
-    cache = model(**batch(*ROWS)).past_key_values
+    cache = model(**batch(*ROWS)).cache
     if fork == "deepcopy":
         other = copy.deepcopy(cache)
     elif fork == "pickle":
@@ -528,7 +573,7 @@ def test_a_copy_of_a_cache_forks_the_stream(variant, fork):
         buffer = io.BytesIO()
         torch.save(cache, buffer)
         other = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-    model(**{**batch([D, 4], [D, 4], [D, 4]), "attention_mask": None}, past_key_values=cache)
+    model(**{**batch([D, 4], [D, 4], [D, 4]), "attention_mask": None}, cache=cache)
     continued(model, other, [0, 1, 2])
 
 
@@ -550,7 +595,7 @@ def test_a_prefix_that_the_source_model_cached_is_continued(static, padding):
     mask = torch.tensor([[0] * padding + [1] * 6])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     ids = torch.tensor([[PAD] * padding + prefix])
-    stock_model(model)(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    stock_model(model)(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
     masks = {"attention_mask": torch.nn.functional.pad(mask, (0, 6), value=1)} if padding else {}
     logits = feed(model, [A, *words(4, 9)], cache, **masks).logits[0]
     expected = one_shot(model, [*prefix, A, *words(4, 9)])
@@ -561,27 +606,27 @@ def test_a_prefix_that_the_source_model_cached_is_continued(static, padding):
 
 def test_tokens_that_another_model_added_in_between_are_noticed():
     model = shared_model("casa")
-    cache = feed(model, [A, *words(2, 1)]).past_key_values
-    stock_model(model)(torch.tensor([words(3, 2)]), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values"):
+    cache = feed(model, [A, *words(2, 1)]).cache
+    stock_model(model)(torch.tensor([words(3, 2)]), **{CACHE: cache})
+    with pytest.raises(ValueError, match="another model has extended the cache"):
         feed(model, words(2, 3), cache)
 
 
 @pytest.mark.parametrize("masks", [None, 1, 17])
 def test_another_batch_size_is_refused(masks):
     model = shared_model("casa")
-    cache = feed(model, [*words(10, 1), A, *words(4, 2)]).past_key_values
+    cache = feed(model, [*words(10, 1), A, *words(4, 2)]).cache
     untouched = snapshot(cache)
     inputs = {} if masks is None else {"attention_mask": torch.ones(2, masks)}
-    with pytest.raises(ValueError, match=r"input has 2 rows but past_key_values holds 1.*batch_repeat_interleave"):
-        model(torch.tensor([[5], [6]]), past_key_values=cache, **inputs)
+    with pytest.raises(ValueError, match=r"input has 2 rows but the cache holds 1.*batch_repeat_interleave"):
+        model(torch.tensor([[5], [6]]), cache=cache, **inputs)
     assert same(snapshot(cache), untouched)
 
 
 @pytest.mark.parametrize(
     "cache, error, message",
     [
-        (((torch.zeros(1), torch.zeros(1)),), TypeError, "past_key_values is a tuple; pass.*DynamicCache"),
+        (((torch.zeros(1), torch.zeros(1)),), TypeError, "The cache is a tuple; pass.*DynamicCache"),
         (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "EncoderDecoderCache; pass.*StaticCache"),
         (
             Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4) for _ in range(3)]),
@@ -594,15 +639,15 @@ def test_another_batch_size_is_refused(masks):
 )
 def test_caches_that_cannot_be_used(cache, error, message):
     with pytest.raises(error, match=message):
-        shared_model("casa")(torch.tensor([[5, 6]]), past_key_values=cache)
+        shared_model("casa")(torch.tensor([[5, 6]]), cache=cache)
 
 
 def test_packed_samples_have_no_cache():
     model = shared_model("casa")
     ids, positions = torch.tensor([words(6, 1)]), torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match=r"position_ids restart.*packed samples.*Drop past_key_values"):
-        model(ids, position_ids=positions, past_key_values=DynamicCache())
-    assert model(ids, position_ids=positions, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match=r"position_ids restart.*packed samples.*Leave the cache out"):
+        model(ids, position_ids=positions, cache=DynamicCache())
+    assert model(ids, position_ids=positions, use_cache=True).cache is None
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
@@ -665,11 +710,11 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_are_named_and_leave_the_cache_as_it_was(case):
     model = shared_model("casa")
-    cache = feed(model, [*words(3, 1), A, *words(4, 2)]).past_key_values
+    cache = feed(model, [*words(3, 1), A, *words(4, 2)]).cache
     untouched = snapshot(cache)
     inputs, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
-        model(torch.tensor([token_ids([B, *words(2, 3)])]), past_key_values=cache, **inputs)
+        model(torch.tensor([token_ids([B, *words(2, 3)])]), cache=cache, **inputs)
     assert same(snapshot(cache), untouched)
 
 

@@ -280,7 +280,7 @@ def test_inspect_agrees_with_the_loaded_model(cli: Cli, casa_folder: Path) -> No
     model = CasaForConditionalGeneration.from_pretrained(casa_folder)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     added = sum(size for name, size in sizes.items() if ".casa_" in name)
-    cache = model(torch.tensor([[5, 6, 7]]), past_key_values=DynamicCache()).past_key_values
+    cache = model(torch.tensor([[5, 6, 7]]), cache=DynamicCache()).cache
     token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 3
     assert facts["variant"] == "casa"
     assert facts["backbone"] == "Qwen2.5-VL"

@@ -34,7 +34,7 @@ def new_cache(model: Any, static: bool) -> Any:
 
 def step(model: Any, cache: Any, *tokens: int) -> torch.Tensor:
     """(rows, vocabulary) logits after one more token in every row."""
-    return model(input_ids=torch.tensor(tokens)[:, None], past_key_values=cache).logits[:, -1]
+    return model(input_ids=torch.tensor(tokens)[:, None], cache=cache).logits[:, -1]
 
 
 def images_in(cache: Any) -> list[torch.Tensor]:
@@ -55,7 +55,7 @@ def test_a_step_neither_copies_nor_recomputes_images(variant: str, rows: int, st
     model = new_model(variant, casa_static_image_tokens=512)
     cache = new_cache(model, static)
     # In the second row a smaller image, so that its columns are padded.
-    model(**batch(*[[*words(3, 1), LARGE, 5], [A, *words(2, 2)]][:rows]), past_key_values=cache)
+    model(**batch(*[[*words(3, 1), LARGE, 5], [A, *words(2, 2)]][:rows]), cache=cache)
     before = places(images_in(cache))
     one_image = images_in(cache)[0].numel()
     assert one_image >= rows * 512 * 2 * 16
@@ -86,7 +86,7 @@ def test_a_step_that_copied_images_would_be_noticed(rows: int) -> None:
     model = new_model("casa", attn_implementation="eager", dtype=torch.float32)
     cache = DynamicCache()
     inputs = batch(*[[3, LARGE, 5]] * rows)
-    model(**{**inputs, "pixel_values": inputs["pixel_values"].float()}, past_key_values=cache)
+    model(**{**inputs, "pixel_values": inputs["pixel_values"].float()}, cache=cache)
     with Ledger() as ledger:
         step(model, cache, *[7] * rows)
     assert ledger.largest >= images_in(cache)[0].numel()
@@ -97,7 +97,7 @@ def test_a_step_that_copied_images_would_be_noticed(rows: int) -> None:
 def test_text_is_stored_once_unless_the_fusion_layer_has_keys_of_its_own(variant: str, static: bool) -> None:
     model = shared_model(variant)
     cache = new_cache(model, static)
-    model(**batch([LARGE, *words(9, 1)]), past_key_values=cache)
+    model(**batch([LARGE, *words(9, 1)]), cache=cache)
     step(model, cache, 5)
     fused = model.config.fusion_layers
     with_text = 3 - len(fused) if variant == "casa-replace" else 3
@@ -115,7 +115,7 @@ def test_text_is_stored_once_unless_the_fusion_layer_has_keys_of_its_own(variant
 def test_text_does_not_move_from_step_to_step() -> None:
     """But for the few times that memory runs out."""
     model, cache = shared_model("casa"), DynamicCache()
-    model(**batch([A, *words(3, 1)]), past_key_values=cache)
+    model(**batch([A, *words(3, 1)]), cache=cache)
     found = []
     for token in words(100, 2):
         step(model, cache, token)
@@ -157,7 +157,7 @@ def test_forked_caches_go_their_own_ways(variant: str, fork: str) -> None:
     """Two caches with one past, extended in turns by different tokens."""
     model = shared_model(variant)
     cache, row = DynamicCache(), [*words(3, 1), A, *words(4, 2)]
-    model(**batch(row), past_key_values=cache)
+    model(**batch(row), cache=cache)
     step(model, cache, 7)  # from here on there is room behind the text
     step(model, cache, 8)
     other = FORKS[fork](model, cache)
@@ -172,7 +172,7 @@ def test_forked_caches_go_their_own_ways(variant: str, fork: str) -> None:
 def test_what_somebody_holds_is_never_overwritten(variant: str) -> None:
     """Views of the keys, taken before a crop, keep their values."""
     model, cache = shared_model(variant), DynamicCache()
-    model(**batch([A, *words(4, 2)]), past_key_values=cache)
+    model(**batch([A, *words(4, 2)]), cache=cache)
     for token in (7, 8, 9):
         step(model, cache, token)
     held = [t for layer in cache.layers for kv in ((layer.keys, layer.values), *layer.fusion.values()) for t in kv]
@@ -190,14 +190,14 @@ def test_changed_rows_have_memory_of_their_own(variant: str, change: str) -> Non
     """A copy that is taken before rows change goes on unharmed, and so does the changed cache."""
     model, cache = shared_model(variant), DynamicCache()
     rows = [[*words(3, 1), A, *words(4, 2)], [B, *words(2, 3)]]
-    model(**batch(*rows), past_key_values=cache)
+    model(**batch(*rows), cache=cache)
     step(model, cache, 7, 8)
     rows = [[*rows[0], 7], [*rows[1], 8]]
     other = copy_of_the_layers(model, cache)
     if change == "reset":
         cache.reset()
         changed = [[C, 4], [C, 4]]
-        model(**batch(*changed), past_key_values=cache)
+        model(**batch(*changed), cache=cache)
     elif change == "batch_repeat_interleave":
         cache.batch_repeat_interleave(2)
         changed = [rows[0], rows[0], rows[1], rows[1]]
@@ -219,7 +219,7 @@ def test_from_inference_mode_to_no_grad_and_back(variant: str) -> None:
     model, cache = shared_model(variant), DynamicCache()
     row = [A, *words(4, 2)]
     with torch.inference_mode():
-        model(**batch(row), past_key_values=cache)
+        model(**batch(row), cache=cache)
         step(model, cache, 7)
     step(model, cache, 8)
     with torch.inference_mode():
@@ -249,14 +249,14 @@ def test_gradients_through_several_calls_on_one_cache(variant: str, trained: str
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     cache = DynamicCache()
-    model(**batch(row), past_key_values=cache)
+    model(**batch(row), cache=cache)
     step(model, cache, tokens[0])
     with torch.enable_grad():
         actual = gradients(torch.cat([step(model, cache, token) for token in tokens[1:]]))
     fresh = DynamicCache()
-    model(**batch([*row, tokens[0]]), past_key_values=fresh)
+    model(**batch([*row, tokens[0]]), cache=fresh)
     with torch.enable_grad():
-        expected = gradients(model(input_ids=torch.tensor([tokens[1:]]), past_key_values=fresh).logits[0])
+        expected = gradients(model(input_ids=torch.tensor([tokens[1:]]), cache=fresh).logits[0])
     assert len(actual) == len(expected) > 0
     largest = max(float(gradient.abs().max()) for gradient in expected)
     for one, other in zip(actual, expected, strict=True):

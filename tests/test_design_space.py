@@ -111,11 +111,11 @@ def run(model, samples, bounds):
             ids[:, begin:end],
             attention_mask=mask[:, :end],
             mm_token_type_ids=types[:, begin:end],
-            past_key_values=past,
+            cache=past,
             use_cache=bool(bounds),
             **images,
         )
-        past = output.past_key_values
+        past = output.cache
         outputs.append(output.logits)
     logits = torch.cat(outputs, dim=1)
     return [logits[row, length - len(one.input_ids) :] for row, one in enumerate(samples)]

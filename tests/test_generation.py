@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from torch import nn
 from transformers import (
     CompileConfig,
@@ -27,6 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import QuantizedCache
 
+from casa_hf.transformers_versions import is_older_than
 from examples.tiny_source import build_tokenizer
 from tests.helpers_generation import (
     MAIN,
@@ -77,10 +76,10 @@ FORMS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "static": lambda model: {**batch(*ROWS), "cache_implementation": "static"},
     "static of the caller": lambda model: {
         **batch(*ROWS),
-        "past_key_values": StaticCache(config=model.config, max_cache_len=40),
+        "cache": StaticCache(config=model.config, max_cache_len=40),
     },
-    "dynamic of the caller": lambda model: {**batch(*ROWS), "past_key_values": DynamicCache(config=model.config)},
-    "dynamic without a config": lambda model: {**batch(*ROWS), "past_key_values": DynamicCache()},
+    "dynamic of the caller": lambda model: {**batch(*ROWS), "cache": DynamicCache(config=model.config)},
+    "dynamic without a config": lambda model: {**batch(*ROWS), "cache": DynamicCache()},
     "embedded": lambda model: embedded(model, *ROWS),
     "embedded, static": lambda model: {**embedded(model, *ROWS), "cache_implementation": "static"},
     "embedded, no cache": lambda model: {**embedded(model, *ROWS), "use_cache": False},
@@ -393,13 +392,13 @@ def test_quantized_cache_rounds_text_and_leaves_images_exact(variant):
     with torch.no_grad():
         for step in range(STEPS):
             fed = inputs if step == 0 else {"input_ids": torch.tensor([ids[-1:]])}
-            ids.append(int(model(**fed, past_key_values=plain).logits[0, -1].argmax()))
+            ids.append(int(model(**fed, cache=plain).logits[0, -1].argmax()))
             for index, layer in enumerate(plain.layers):
                 for name in ("keys", "values"):
                     states = getattr(layer, name).float()
                     scale = scales.setdefault((index, name), states.abs().amax() / 448)
                     setattr(layer, name, ((states / scale).to(torch.float8_e4m3fn).float() * scale).double())
-    assert generate(model, batch(ONE), past_key_values=cache)[0].tolist() == ids
+    assert generate(model, batch(ONE), cache=cache)[0].tolist() == ids
     settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     assert generate(model, batch(ONE), **settings)[0].tolist() == ids
 
@@ -435,8 +434,8 @@ def test_two_interleaved_generations_dont_touch_each_other():
         for step in range(STEPS):
             for index, rows in enumerate(streams):
                 fed = batch(*rows) if step == 0 else {"input_ids": produced[index][-1]}
-                output = model(**fed, past_key_values=caches[index])
-                caches[index] = output.past_key_values
+                output = model(**fed, cache=caches[index])
+                caches[index] = output.cache
                 produced[index].append(output.logits[:, -1:].argmax(-1))
     for rows, tokens in zip(streams, produced, strict=True):
         assert torch.cat(tokens, 1).tolist() == [greedy(model, row, STEPS) for row in rows]
@@ -473,7 +472,7 @@ TURNS: list[list[Row]] = [
 
 # Transformers itself can't continue a filled cache in these ways: not at all, or not in its older versions.
 REFUSABLE = {"lookup": "assisted|prompt_lookup"}
-if version.parse(transformers.__version__) < version.parse("5.20"):
+if is_older_than(5, 20):
     REFUSABLE["in chunks"] = "prefill_chunk_size"
 
 
@@ -512,7 +511,7 @@ def test_a_later_call_continues_the_cache(variant, form, images):
         if form == "in chunks":
             settings["prefill_chunk_size"] = 3
         try:
-            produced = generate(model, {**inputs, "past_key_values": cache}, **settings)
+            produced = generate(model, {**inputs, "cache": cache}, **settings)
         except NotImplementedError as error:
             assert form in REFUSABLE and re.search(REFUSABLE[form], str(error))
             return
@@ -524,18 +523,35 @@ def test_a_later_call_continues_the_cache(variant, form, images):
         assert int(cache.get_seq_length()) == ids.shape[1] - 1
 
 
+@pytest.mark.parametrize("variant", MAIN)
+def test_lookup_on_a_static_cache(variant):
+    """Rejected proposals are taken back from it too, with versions of Transformers that try."""
+    model, row = shared_model(variant), [*words(3, 1), A, *words(3, 2), *words(3, 1)]
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}
+    if is_older_than(5, 24):
+        with pytest.raises(ValueError, match="not supported with Static cache"):
+            generate(model, batch(row), cache=cache, **settings)
+        return
+    tokens = generate(model, batch(row), cache=cache, **settings)[0].tolist()
+    assert tokens == greedy(model, row, 12)
+    later = [*row, *tokens, B, 5]
+    expected = greedy(model, later, 3)
+    assert generate(model, batch(later), cache=cache, max_new_tokens=3)[0].tolist() == expected
+
+
 def test_a_cache_that_decoded_by_lookup_continues_in_beams():
     """Cropping leaves plain numbers behind, whatever type the count had."""
     model = shared_model("casa")
     row: Row = [*words(3, 1), A, *words(3, 2), *words(3, 1)]
     cache = DynamicCache()
-    tokens = generate(model, batch(row), past_key_values=cache, prompt_lookup_num_tokens=3)[0].tolist()
+    tokens = generate(model, batch(row), cache=cache, prompt_lookup_num_tokens=3)[0].tolist()
     assert isinstance(cache.layers[0].window_state.length, int)
     cache.batch_repeat_interleave(3)
     continued = [*row, *tokens, *words(2, 9)]
     ids = torch.tensor([token_ids(continued)] * 3)
     with torch.no_grad():
-        logits = model(ids[:, int(cache.get_seq_length()) :], past_key_values=cache).logits
+        logits = model(ids[:, int(cache.get_seq_length()) :], cache=cache).logits
     for copy_of_row in logits:
         assert relative_error(copy_of_row, one_shot(model, continued)[-logits.shape[1] :]) < 1e-9
 
@@ -543,10 +559,10 @@ def test_a_cache_that_decoded_by_lookup_continues_in_beams():
 def test_new_ids_without_the_whole_mask_are_refused():
     """`generate` reads the ids as the whole text; shorter than the cache, they can't be."""
     model, cache = shared_model("casa"), DynamicCache()
-    generate(model, batch(ONE), past_key_values=cache)
+    generate(model, batch(ONE), cache=cache)
     later = without(batch([B, *words(2, 3)]), "attention_mask")
     with pytest.raises(ValueError, match=r"attention_mask.*cache|cache.*attention_mask"):
-        generate(model, later, past_key_values=cache)
+        generate(model, later, cache=cache)
 
 
 # ------------------------------------------------------------------------------------ refused by name
@@ -639,11 +655,11 @@ def test_embedded_prompts_must_say_where_images_stand():
 
 def test_the_cache_of_the_caller_is_as_before_after_a_refusal():
     model, cache = shared_model("casa"), DynamicCache()
-    tokens = generate(model, batch(ONE), past_key_values=cache)[0].tolist()
+    tokens = generate(model, batch(ONE), cache=cache)[0].tolist()
     untouched = copy.deepcopy(cache)
     later = batch([*ONE, *tokens, B, *words(2, 3)])
     with pytest.raises(ValueError, match="4 image marks, 1 of them after the 23 cached tokens, but 2 images"):
-        generate(model, {**later, **image_inputs([A, B])}, past_key_values=cache)
-    answers = [generate(model, {**later, **image_inputs([B])}, past_key_values=c) for c in (cache, untouched)]
+        generate(model, {**later, **image_inputs([A, B])}, cache=cache)
+    answers = [generate(model, {**later, **image_inputs([B])}, cache=c) for c in (cache, untouched)]
     assert torch.equal(*answers)
     assert answers[0][0].tolist() == greedy(model, [*ONE, *tokens, B, *words(2, 3)], STEPS)

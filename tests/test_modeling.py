@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from casa_hf import CasaForConditionalGeneration
 from casa_hf.backbones import BACKBONES
+from casa_hf.transformers_versions import CACHE
 from tests.tiny import END, START, casa_config, random_tensor, source_config
 
 VARIANTS = ("casa", "ca", "casa-shared", "ca-shared")
@@ -72,8 +73,8 @@ def test_text_alone_gives_the_source_model_bit_for_bit(variant, attn):
     ids = with_marks(ids, (0, 4))
     ours, theirs = model(ids), source(ids)
     assert torch.equal(ours.logits, theirs.logits)
-    ours = model(ids[:, :3], past_key_values=ours.past_key_values).logits
-    assert torch.equal(ours, source(ids[:, :3], past_key_values=theirs.past_key_values).logits)
+    ours = model(ids[:, :3], cache=ours.cache).logits
+    assert torch.equal(ours, source(ids[:, :3], **{CACHE: theirs[CACHE]}).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -159,9 +160,9 @@ def test_dozens_of_images_in_one_prompt_equal_one_call_each():
             ids[:, turn * length : (turn + 1) * length],
             pixel_values=patches[turn],
             image_grid_thw=images["image_grid_thw"][turn : turn + 1],
-            past_key_values=cache,
+            cache=cache,
         )
-        cache = output.past_key_values
+        cache = output.cache
         logits.append(output.logits)
     difference = (torch.cat(logits, dim=1) - reference).abs().max() / reference.abs().max()
     assert difference < 1e-7
@@ -196,7 +197,7 @@ def test_parallel_plans_are_declared():
             assert plan[f"model.language_model.layers.*.{attention}.{name}"] == "colwise"
         assert plan[f"model.language_model.layers.*.{attention}.o_proj"] == "rowwise"
     assert {"CasaDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(model._no_split_modules)
-    assert "past_key_values" in model._skip_keys_device_placement
+    assert {"cache", "past_key_values"} <= set(model._skip_keys_device_placement)
 
 
 def test_tables_of_backbones_name_what_exists():

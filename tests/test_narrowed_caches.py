@@ -24,11 +24,11 @@ ROWS = (
 def filled(model):
     inputs = batch(*ROWS)
     assert inputs.pop("attention_mask").all()
-    return model(**inputs, use_cache=True).past_key_values
+    return model(**inputs, use_cache=True).cache
 
 
 def step(model, cache, token=7):
-    return model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return model(torch.tensor([[token]]), cache=cache).logits[0, -1]
 
 
 @pytest.mark.parametrize("row", range(3))
@@ -47,11 +47,11 @@ def test_one_row_of_several_goes_on_alone(variant, row):
 @torch.no_grad()
 def test_a_repeated_row_goes_its_own_way(variant):
     model, image = shared_model(variant), Image(3, 3, 9)
-    cache = model(**batch(ROWS[1])).past_key_values
+    cache = model(**batch(ROWS[1])).cache
     cache.batch_repeat_interleave(2)
     inputs = batch([image, 5], words(3, 6))
     inputs.pop("attention_mask")
-    model(**inputs, past_key_values=cache)
+    model(**inputs, cache=cache)
     cache.batch_select_indices(torch.tensor([1]))
     assert relative_error(step(model, cache), one_shot(model, [*ROWS[1], *words(3, 6), 7])[-1]) < TOLERANCE
 
@@ -70,7 +70,7 @@ def test_a_row_without_an_image_is_taken_back_further_than_the_window(variant):
 def test_text_that_was_taken_back_is_never_read_again(variant):
     model, row = shared_model(variant), ROWS[0]
     with torch.no_grad():
-        cache = model(**batch(row)).past_key_values
+        cache = model(**batch(row)).cache
         step(model, cache, token=11)
         cache.crop(-1)
     step(model, cache, token=12)  # with gradients: the window is a tensor of its own, as long as it was
@@ -101,6 +101,6 @@ def test_more_tokens_than_a_static_cache_has_slots_for_are_refused_before_any_wo
     model = shared_model("casa")
     cache = StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(ValueError, match=r"20 slots, but 21 tokens may have to be kept.*max_cache_len"):
-        model.generate(**batch(ROWS[0]), past_key_values=cache, max_new_tokens=14)
-    output = model.generate(**batch(ROWS[0]), past_key_values=cache, max_new_tokens=13)
+        model.generate(**batch(ROWS[0]), cache=cache, max_new_tokens=14)
+    output = model.generate(**batch(ROWS[0]), cache=cache, max_new_tokens=13)
     assert torch.equal(output, model.generate(**batch(ROWS[0]), max_new_tokens=13))

@@ -32,7 +32,7 @@ def test_python_blocks(workplace, capsys):
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    nbytes = names["casa_hf"].cache_nbytes(names["output"].past_key_values)
+    nbytes = names["casa_hf"].cache_nbytes(names["output"].cache)
     assert nbytes["image"] > 0
     assert str(nbytes) in capsys.readouterr().out
     # The first answer came from pixels, this one from features of the same picture.

@@ -423,7 +423,7 @@ def run(
             call["attention_mask"] = masks
         if images and not by_marks:
             call["image_positions"] = torch.tensor(places)
-        output = model(**call, past_key_values=cache, use_cache=cache is not None).logits
+        output = model(**call, cache=cache, use_cache=cache is not None).logits
         for row, kept in enumerate(mask.bool()):
             logits[row].append(output[row, kept])
         begins = [begin + length for begin, length in zip(begins, lengths, strict=True)]
@@ -591,8 +591,8 @@ def random_sample(random: Random) -> Sample:
 def test_model_reads_marks_without_images_as_text() -> None:
     config, sample, later = tiny.casa_config("casa"), tiny.sample("4 2x3 5"), tiny.sample("2 1x1 3", seed=1)
     model, cache = model_of(config), DynamicCache()
-    model(input_ids=torch.tensor([sample.input_ids]), past_key_values=cache, **image_inputs(list(sample.images)))
-    logits = model(input_ids=torch.tensor([later.input_ids]), past_key_values=cache).logits[0]
+    model(input_ids=torch.tensor([sample.input_ids]), cache=cache, **image_inputs(list(sample.images)))
+    logits = model(input_ids=torch.tensor([later.input_ids]), cache=cache).logits[0]
     whole = replace(sample, input_ids=[*sample.input_ids, *later.input_ids])
     [expected] = reference_logits(config, tiny.random_weights(config), [whole])
     assert error(logits, expected[len(sample.input_ids) :]) < TOLERANCE

@@ -344,8 +344,8 @@ def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], bac
         config, [[wide_sample(script, config, seed)] for seed, script in enumerate(("3 2x3 2 1x2 3", "2x2 1"))]
     )
     with hook, torch.no_grad():
-        past = model(**{**case.inputs, "use_cache": True}, image_embeds=case.features).past_key_values
-        model(input_ids=torch.full((2, 1), 9), past_key_values=past)
+        past = model(**{**case.inputs, "use_cache": True}, image_embeds=case.features).cache
+        model(input_ids=torch.full((2, 1), 9), cache=past)
     for fusion in seen:
         assert fusion.route is not None
         before, after = tensors_in(fusion), tensors_in(fusion.to("meta"))

@@ -73,14 +73,14 @@ def test_streams_equal_one_shot(variant: str, side: str, reserved: int) -> None:
     for _ in range(4):
         turn = [random_turn(generator, 3) for _ in past]
         inputs = batch(*turn, side=side)
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, cache=cache).logits
         for number, row in enumerate(turn):
             past[number] += row
             kept = logits[number, inputs["attention_mask"][number].bool()]
             assert relative_error(kept, one_shot(model, past[number])[-len(kept) :]) < TOLERANCE
         for _ in range(2):
             tokens = [generator.randrange(3, 50) for _ in past]
-            logits = model(input_ids=torch.tensor(tokens)[:, None], past_key_values=cache).logits[:, -1]
+            logits = model(input_ids=torch.tensor(tokens)[:, None], cache=cache).logits[:, -1]
             for number, token in enumerate(tokens):
                 past[number].append(token)
                 assert relative_error(logits[number], one_shot(model, past[number])[-1]) < TOLERANCE
@@ -92,7 +92,7 @@ def test_reserved_slots_stay_and_grow_in_steps(variant: str) -> None:
     cache = static_cache(model)
 
     def slots_after(*images: Image) -> tuple[int, set[int]]:
-        model(**batch([*images, 5]), past_key_values=cache)
+        model(**batch([*images, 5]), cache=cache)
         found = {layer.fusion["image"].keys.shape[2] for layer in cache.layers}
         assert len(found) == 1
         return found.pop(), {layer.fusion["image"].keys.data_ptr() for layer in cache.layers}
@@ -116,8 +116,8 @@ def test_reset_and_reuse(variant: str) -> None:
         [[*words(6, 6), Image(4, 3, 6), 9], words(3, 7)],
     ):
         inputs = batch(*rows)
-        logits = [model(**inputs, past_key_values=cache).logits[:, -1]]
-        logits += [model(input_ids=torch.full((2, 1), t), past_key_values=cache).logits[:, -1] for t in (11, 12)]
+        logits = [model(**inputs, cache=cache).logits[:, -1]]
+        logits += [model(input_ids=torch.full((2, 1), t), cache=cache).logits[:, -1] for t in (11, 12)]
         held = cache_nbytes(cache)
         for number, row in enumerate(rows):
             for count, actual in enumerate(logits):
@@ -148,7 +148,7 @@ def test_a_conversation_through_generate(variant: str) -> None:
     for row in ([*words(3, 1), A, 5], [Image(4, 4, 5), *words(2, 2)], words(3, 3), [B, C, 6]):
         past += row
         inputs = batch(past)
-        new = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+        new = model.generate(**inputs, cache=cache, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
         assert new == greedy(model, past, 4)
         past += new
 
@@ -158,12 +158,12 @@ def test_gist_tokens() -> None:
     row: Row = [*words(3, 1), A, *GISTS, *words(2, 2), B, *GISTS]
     caches = static_cache(model), DynamicCache()
     for cache in caches:
-        model(**batch(row), past_key_values=cache)
+        model(**batch(row), cache=cache)
     past = list(row)
     for token in (GISTS[0], 7, GISTS[1], 8):
         past.append(token)
         for cache in caches:
-            logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            logits = model(input_ids=torch.tensor([[token]]), cache=cache).logits[0, -1]
             assert relative_error(logits, one_shot(model, past)[-1]) < TOLERANCE
 
 
@@ -171,13 +171,13 @@ def test_gist_tokens() -> None:
 def test_a_cache_too_small_is_named_and_left_as_it_was(variant: str) -> None:
     model = shared_model(variant)
     with pytest.raises(ValueError, match=r"8 slots.*11 tokens.*max_cache_len"):
-        model(**batch([*words(8, 1), A, 5]), past_key_values=static_cache(model, 8))
+        model(**batch([*words(8, 1), A, 5]), cache=static_cache(model, 8))
     cache, row = static_cache(model, 8), [A, *words(4, 1)]
-    model(**batch(row), past_key_values=cache)
+    model(**batch(row), cache=cache)
     for later in ([B, *words(3, 3)], words(5, 2)):
         with pytest.raises(ValueError, match=r"8 slots.*11 tokens.*max_cache_len"):
-            model(input_ids=torch.tensor([token_ids(later)]), past_key_values=cache, **images(later))
-    logits = model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits[0]
+            model(input_ids=torch.tensor([token_ids(later)]), cache=cache, **images(later))
+    logits = model(input_ids=torch.tensor([[7]]), cache=cache).logits[0]
     assert relative_error(logits, one_shot(model, [*row, 7])[-1:]) < TOLERANCE
 
 
@@ -197,12 +197,12 @@ def stream(model: Any, step: Any, cache: Any, turns: Sequence[Sequence[Row]], to
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         if len(turn) == 1:
             del inputs["attention_mask"]
-        model(**inputs, past_key_values=cache)
-        expected = model(**inputs, past_key_values=growing).logits[:, -1]
+        model(**inputs, cache=cache)
+        expected = model(**inputs, cache=growing).logits[:, -1]
         for _ in range(tokens):
             ids = expected.argmax(-1, keepdim=True)
-            actual = step(input_ids=ids, past_key_values=cache).logits[:, -1]
-            expected = model(input_ids=ids, past_key_values=growing).logits[:, -1]
+            actual = step(input_ids=ids, cache=cache).logits[:, -1]
+            expected = model(input_ids=ids, cache=growing).logits[:, -1]
             assert relative_error(actual, expected) < (TOLERANCE if model.dtype == torch.float64 else 1e-4)
             if once is not None:
                 once()

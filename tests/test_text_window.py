@@ -92,7 +92,7 @@ def run(
             call_inputs["attention_mask"] = mask
         if images:
             call_inputs["image_positions"] = torch.tensor(places)
-        logits = model(**call_inputs, past_key_values=cache).logits
+        logits = model(**call_inputs, cache=cache).logits
         for row, own, kept in zip(rows, logits, mask.bool(), strict=True):
             row.logits.append(own[kept])
         if call in evictions:
@@ -251,7 +251,7 @@ def test_what_stays_are_the_first_tokens_and_the_last():
     model = model_of(tiny.casa_config("casa"))
     for length, keep, sinks in ((20, 8, 3), (5, 8, 3), (9, 9, 0), (10, 9, 0)):
         cache = DynamicCache(config=model.config)
-        model(torch.arange(3, 3 + length)[None], past_key_values=cache)
+        model(torch.arange(3, 3 + length)[None], cache=cache)
         kept = model.evict_text(cache, keep, sinks)
         if length <= keep:
             assert kept is None
@@ -268,7 +268,7 @@ def test_a_static_cache_forgets_in_place(variant):
     samples = [tiny.sample(script, seed) for seed, script in enumerate(SCRIPTS[:2])]
     model, turns = model_of(config), in_turns(samples, (6, 7))
     cache = StaticCache(config=config.get_text_config(), max_cache_len=32)
-    model(torch.tensor([[5], [6]]), past_key_values=cache)
+    model(torch.tensor([[5], [6]]), cache=cache)
     cache.reset()
     addresses = [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
     rows = run(model, samples, turns, {2: (11, 3), 4: (12, 4), 6: (9, 4)}, cache)
@@ -292,15 +292,15 @@ def test_moved_keys_are_those_of_their_new_position(rope_type, dtype):
     images["image_embeds"] = tiny.features(2, 3, seed=1).to(dtype)
     ids = torch.tensor([[*range(3, 43), tiny.START, tiny.END, *range(10, 20)]])
     moved, fresh = DynamicCache(config=config), DynamicCache(config=config)
-    model(ids, past_key_values=moved, **images)
+    model(ids, cache=moved, **images)
     kept = model.evict_text(moved, 40, 4)
     kept = kept[0, model.evict_text(moved, 30, 4)[0]]
-    model(ids[:, kept], past_key_values=fresh, **images)
+    model(ids[:, kept], cache=fresh, **images)
     bar = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for name in ("image", "window"):
         assert error(moved.layers[0].fusion[name].keys, fresh.layers[0].fusion[name].keys) < bar
     assert error(moved.layers[0].keys, fresh.layers[0].keys) < bar
-    stayed = model_of(config).to(dtype)(ids, past_key_values=DynamicCache(config=config), **images).past_key_values
+    stayed = model_of(config).to(dtype)(ids, cache=DynamicCache(config=config), **images).cache
     assert error(stayed.layers[0].keys[:, :, kept], fresh.layers[0].keys) > 10 * bar
 
 
@@ -365,22 +365,22 @@ def test_generate_and_crop_go_on_after_an_eviction():
         cache = DynamicCache(config=config)
         ids = torch.tensor([one.input_ids])
         types = torch.where(ids == tiny.END, 2, 0)
-        model(ids, past_key_values=cache, mm_token_type_ids=types, **features(one.images))
+        model(ids, cache=cache, mm_token_type_ids=types, **features(one.images))
         return cache, ids[:, model.evict_text(cache, 16, 4)[0]]
 
     cache, _ = filled()
     token, by_hand = 7, []
     for _ in range(5):
-        token = int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
+        token = int(model(torch.tensor([[token]]), cache=cache).logits[0, -1].argmax())
         by_hand.append(token)
     cache, ids = filled()
     output = model.generate(
-        torch.cat([ids, torch.tensor([[7]])], dim=1), past_key_values=cache, max_new_tokens=5, do_sample=False
+        torch.cat([ids, torch.tensor([[7]])], dim=1), cache=cache, max_new_tokens=5, do_sample=False
     )
     assert output[0, -5:].tolist() == by_hand
     cache.crop(-4)  # the 7 and what followed it, the last token having never been fed
     cache.crop(-1)
-    again = model(torch.tensor([[7]]), past_key_values=cache).logits[0, -1].argmax()
+    again = model(torch.tensor([[7]]), cache=cache).logits[0, -1].argmax()
     assert int(again) == by_hand[0]
 
 
@@ -389,7 +389,7 @@ def test_what_cannot_be_evicted_is_refused_and_left_alone():
     cache = DynamicCache(config=model.config)
     with pytest.raises(TypeError, match="a CASA model has filled; this DynamicCache is none"):
         model.evict_text(cache, 8)
-    model(torch.arange(3, 23)[None].repeat(2, 1), past_key_values=cache)
+    model(torch.arange(3, 23)[None].repeat(2, 1), cache=cache)
     for arguments, message in (
         ((4, 4), "window of 4 text tokens with 4 sink tokens"),
         ((4, -1), "at least 0 sinks"),
@@ -403,7 +403,7 @@ def test_what_cannot_be_evicted_is_refused_and_left_alone():
     assert kept.tolist() == [list(range(11, 20)), [-1, -1, -1, 0, 1, 2, 3, 18, 19]]
     insertion = model_of(tiny.casa_config("insertion"))
     cache = DynamicCache(config=insertion.config)
-    insertion(torch.arange(3, 23)[None], past_key_values=cache)
+    insertion(torch.arange(3, 23)[None], cache=cache)
     with pytest.raises(ValueError, match='is "all"'):
         insertion.evict_text(cache, 8)
     model.model.language_model.rotary_emb.rope_type = "longrope"

@@ -61,7 +61,7 @@ def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) ->
     for turn in turns:
         inputs = batch(*turn, side="right")
         masks = inputs["attention_mask"].bool()
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, cache=cache).logits
         for number, row in enumerate(turn):
             past[number] += row
             expected = truth(input_ids=torch.tensor([token_ids(past[number])]), **images_of(past[number])).logits[0]
@@ -74,10 +74,10 @@ def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) ->
 def test_empty_slots_of_a_static_cache_are_not_seen(variant: str, back_end: str) -> None:
     model, truth, row = model_for(variant, back_end), new_model(variant), [*words(4, 1), A, 3]
     cache = StaticCache(config=model.config, max_cache_len=40)
-    model(input_ids=torch.tensor([token_ids(row)]), past_key_values=cache, **images_of(row))
+    model(input_ids=torch.tensor([token_ids(row)]), cache=cache, **images_of(row))
     for token in (7, 8):
         row.append(token)
-        logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0]
+        logits = model(input_ids=torch.tensor([[token]]), cache=cache).logits[0]
         expected = truth(input_ids=torch.tensor([token_ids(row)]), **images_of(row)).logits[0, -1:]
         assert relative_error(logits, expected) < TOLERANCE
 
@@ -183,9 +183,9 @@ def test_blocks_never_wait_for_the_device(variant: str, back_end: str, static: b
         for row in ([*words(3, 1), A, 4, B, *words(2, 2)], [5, C, 6]):
             inputs = batch(row)
             inputs.pop("attention_mask")
-            model(**inputs, past_key_values=cache)
+            model(**inputs, cache=cache)
         if not (static and back_end == "flash_attention_2"):
-            model(torch.tensor([[7]]), past_key_values=cache)
+            model(torch.tensor([[7]]), cache=cache)
     finally:
         kernels.attention = kernel
     assert waits.count == 0
@@ -222,9 +222,9 @@ def test_a_compiled_step_takes_a_mask_of_everything() -> None:
     mask = inputs.pop("attention_mask")
     caches = StaticCache(config=model.config, max_cache_len=30), DynamicCache()
     for cache in caches:
-        model(**inputs, attention_mask=mask, past_key_values=cache)
+        model(**inputs, attention_mask=mask, cache=cache)
     for token in (7, 8, 9):
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         ids = torch.tensor([[token], [token + 1]])
-        logits = step(ids, attention_mask=mask, past_key_values=caches[0]).logits
-        assert relative_error(logits, model(ids, attention_mask=mask, past_key_values=caches[1]).logits) < 1e-5
+        logits = step(ids, attention_mask=mask, cache=caches[0]).logits
+        assert relative_error(logits, model(ids, attention_mask=mask, cache=caches[1]).logits) < 1e-5

@@ -70,13 +70,13 @@ class TextInputs:
 
     Attributes:
         position_embeddings: cos and sin of the text positions.
-        past_key_values: cache prepared by `prepare_cache`, or None.
+        cache: cache prepared by `prepare_cache`, or None.
         attention_mask: causal mask in the form that the back end takes.
         kwargs: further arguments of the attention interface.
     """
 
     position_embeddings: Rotary
-    past_key_values: Cache | None
+    cache: Cache | None
     attention_mask: torch.Tensor | None
     kwargs: dict[str, Any]
 
@@ -178,8 +178,8 @@ class AttentionMath:
         key, value = self.keys(self_attn, states)
         query, key = self.rotate_both(query, key, *text.position_embeddings)
         keys = KeysValues(key, value)
-        if text.past_key_values is not None:
-            keys = KeysValues(*text.past_key_values.update(*keys, self.layer_idx))
+        if text.cache is not None:
+            keys = KeysValues(*text.cache.update(*keys, self.layer_idx))
         return query, keys
 
     def image_keys(
@@ -209,8 +209,8 @@ class AttentionMath:
                 assert fusion.image_rotary is not None
                 key = self.rotate(key, fusion.image_rotary)
             new = KeysValues(*(fusion.plan.place(x[0].transpose(0, 1)).transpose(1, 2) for x in (key, value)))
-        if text.past_key_values is not None:
-            return text.past_key_values.layers[self.layer_idx].update_images(store, new, fusion.plan)
+        if text.cache is not None:
+            return text.cache.layers[self.layer_idx].update_images(store, new, fusion.plan)
         return new
 
 
@@ -289,7 +289,7 @@ class CasaBorrowedAttention(FusionBase):
             key, value = self.math.keys(projections, hidden_states)
             query, key = self.math.rotate_both(query, key, *text.position_embeddings)
             window = KeysValues(key, value)
-        cache_layer = None if text.past_key_values is None else text.past_key_values.layers[self.layer_idx]
+        cache_layer = None if text.cache is None else text.cache.layers[self.layer_idx]
         if window is not None and cache_layer is not None and isinstance(fusion.route, StepRoute):
             images, window = cache_layer.update_step(window, fusion.plan)
         else:

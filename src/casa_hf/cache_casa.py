@@ -189,14 +189,14 @@ class CasaLayerMixin:
             return self.window_state.length
         return super().get_seq_length()  # type: ignore[misc]
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` works on this layer; `generate` asks before it relies on it."""
+        return self._grows
+
     def crop(self, tokens_to_remove: int) -> None:
         self._require_dynamic("crop")
-        removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
-        if removed < 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number. A length to "
-                "keep isn't taken, because blocks without self-attention don't know theirs."
-            )
+        removed = _number_to_remove(tokens_to_remove)
         # What may refuse comes first: a refused crop leaves the cache as it was.
         state = None if self.window_state is None else self.window_state.crop(removed)
         if not self._without_text:
@@ -276,11 +276,16 @@ class CasaLayerMixin:
 
     def _require_dynamic(self, operation: str) -> None:
         """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
-        if not isinstance(self, DynamicLayer) or hasattr(self, "_quantized_keys"):
+        if not self._grows:
             raise NotImplementedError(
                 f"{operation} isn't possible on a {type(self).__name__}, a static or quantized cache layer; use a "
                 "DynamicCache."
             )
+
+    @property
+    def _grows(self) -> bool:
+        """Whether the layer is one that grows and isn't quantised."""
+        return isinstance(self, DynamicLayer) and not hasattr(self, "_quantized_keys")
 
     @property
     def _without_text(self) -> bool:
@@ -336,6 +341,18 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
     def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
         return self.update_images("image", None, plan), self.update_window(new, plan)
 
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # Keys and values stay; what comes next is written over them.
+        removed = _number_to_remove(tokens_to_remove)
+        if self.window_state is not None:
+            self.window_state = self.window_state.assign(self.window_state.growing().crop(removed))
+        if not self._without_text:
+            self.cumulative_length.sub_(removed)
+
     def require_evictable(self) -> None:
         pass
 
@@ -381,12 +398,40 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
             self.window_state = state.assign(replace(empty, reserved_columns=state.reserved_columns))
 
 
+def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
+    """How many tokens `crop` is asked to take back.
+
+    Raises:
+        ValueError: for a length to keep, which earlier versions of Transformers took.
+    """
+    removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
+    if removed < 0:
+        raise ValueError(
+            f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number. A length to "
+            "keep isn't taken, because blocks without self-attention don't know theirs."
+        )
+    return removed
+
+
 @memoize
 def _casa_class(layer_class: type) -> Any:
     known: dict[type, type] = {DynamicLayer: CasaDynamicLayer, StaticLayer: CasaStaticLayer}
     if layer_class in known:
         return known[layer_class]
     return type(f"Casa{layer_class.__name__}", (CasaLayerMixin, layer_class), {})
+
+
+def require_decoder_cache(cache: Any) -> None:
+    """Refuse what CASA models can't keep their state in.
+
+    Raises:
+        TypeError: if `cache` isn't a `Cache`, or is one of an encoder-decoder model.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(
+            f"The cache is a {type(cache).__name__}; pass a decoder's cache such as DynamicCache or StaticCache. "
+            "Caches of continuous batching (paged) and of encoder-decoder models aren't supported."
+        )
 
 
 def prepare_cache(cache: Cache, num_layers: int) -> None:
@@ -400,17 +445,14 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
         TypeError: if `cache` isn't a `Cache`, or a layer isn't a full-attention layer.
         ValueError: if it has too few layers.
     """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; pass a decoder cache such as DynamicCache or StaticCache."
-        )
+    require_decoder_cache(cache)
     if cache.layers and isinstance(cache.layers[0], CasaLayerMixin):
         return
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) < num_layers:
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, the model has {num_layers}. Make the cache with this "
+            f"The cache has {len(cache.layers)} layers, the model has {num_layers}. Make the cache with this "
             "model's config."
         )
     cache.layers = [_with_fusion_state(layer) for layer in cache.layers]
@@ -419,7 +461,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
 def _with_fusion_state(layer: Any) -> Any:
     if not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False):
         raise TypeError(
-            f"past_key_values has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
+            f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
             "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
     casa_class = _casa_class(type(layer))  # type: ignore[arg-type]
@@ -462,13 +504,13 @@ def window_state(
         return state
     if state.batch_size != batch_size:
         raise ValueError(
-            f"The input has {batch_size} rows but past_key_values holds {state.batch_size}. Pass the same rows, or "
-            "use past_key_values.batch_repeat_interleave / batch_select_indices first."
+            f"The input has {batch_size} rows but the cache holds {state.batch_size}. Pass the same rows, or "
+            "use cache.batch_repeat_interleave / batch_select_indices first."
         )
     # A static cache counts on its device; it isn't asked, so as not to wait for it.
     if isinstance(length, int) and length != state.length:
         raise ValueError(
-            f"past_key_values holds {length} tokens, but CASA has seen {state.length} of them: another model has "
+            f"The cache holds {length} tokens, but CASA has seen {state.length} of them: another model has "
             "extended the cache. Give each model a cache of its own."
         )
     return state.to(device)

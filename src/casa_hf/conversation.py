@@ -2,7 +2,7 @@
 """A conversation of several turns on one cache.
 
 Every turn feeds the model what it hasn't seen yet: the new message and the pixels of its images. What was said before
-stays in `past_key_values`, token for token as it was generated; it is never decoded and tokenised again.
+stays in the cache, token for token as it was generated; it is never decoded and tokenised again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Conversation:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=self._cache,
+                cache=self._cache,
                 return_dict_in_generate=True,
                 **self._image_inputs(inputs),
                 **generate_kwargs,
@@ -75,7 +75,7 @@ class Conversation:
             raise
         answer_ids = self._without_end(output.sequences[0, ids.shape[1] :])
         answer = self.processor.decode(answer_ids, skip_special_tokens=True)
-        self._cache = output.past_key_values
+        self._cache = output.cache
         self._ids = torch.cat([ids, answer_ids[None]], dim=1)
         return answer
 

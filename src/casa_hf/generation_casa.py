@@ -1,29 +1,41 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Images in Transformers' `generate`.
 
-`generate` itself is untouched. These hooks resolve, once and from the prompt alone, before which slot each image
-stands, hand every forward the images that belong to the tokens it is fed, and forget them after the prefill. What is
-generated later, or proposed by an assistant, is text even where it looks like an image mark.
+`generate` is Transformers' own, and also takes the cache by both of its names. These hooks resolve, once and from the
+prompt alone, before which slot each image stands, hand every forward the images that belong to the tokens it is fed,
+and forget them after the prefill. What is generated later, or proposed by an assistant, is text even where it looks
+like an image mark.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import wraps
+from typing import Any, cast
 
 import torch
-import transformers
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, QuantizedCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
+from .foreign_arguments import refuse_foreign
+from .transformers_versions import CACHE, is_older_than, takes_cache, with_both_cache_names, with_one_cache_name
 
 IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions")
 
 
 class CasaGenerationMixin(GenerationMixin):
     """Generation hooks of [`CasaForConditionalGeneration`]."""
+
+    @cast(Any, wraps(GenerationMixin.generate))
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = with_one_cache_name(kwargs, CACHE)
+        refuse_foreign({name: value for name, value in kwargs.items() if name != CACHE})
+        if kwargs.get(CACHE) is not None:
+            require_decoder_cache(kwargs[CACHE])
+        return with_both_cache_names(super().generate(*args, **kwargs))
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
         # The batch size of embedded prompts is read off the first tensor found, which must not be an image.
@@ -46,7 +58,7 @@ class CasaGenerationMixin(GenerationMixin):
         images = {name: value for name in IMAGE_INPUTS if (value := model_kwargs.pop(name, None)) is not None}
         _check_image_inputs(images)
         embeds = model_kwargs.get("inputs_embeds")
-        past = _cached_length(model_kwargs.get("past_key_values"))
+        past = _cached_length(model_kwargs.get(CACHE))
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
         places = images.pop("image_positions", None)
         if places is None and embeds is None:
@@ -85,7 +97,7 @@ class CasaGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         layers = getattr(cache, "layers", None)
         slots = getattr(layers[0], "max_cache_len", None) if layers else None
         if slots is not None and slots < max_cache_length:
@@ -181,11 +193,12 @@ class CasaGenerationMixin(GenerationMixin):
     def _tokens_per_image(self, grids: torch.Tensor) -> list[int]:
         return (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -201,10 +214,10 @@ class CasaGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         fed = model_inputs.get("inputs_embeds")
@@ -215,7 +228,7 @@ class CasaGenerationMixin(GenerationMixin):
             # A static cache turns the mask into a 4-D one, from which padding can't be read any more.
             model_inputs["token_mask"] = attention_mask[:, -num_tokens:].bool().to(fed.device)
         if images:
-            start = _cached_length(past_key_values)
+            start = _cached_length(cache)
             model_inputs |= self._images_between(images, types, start, start + num_tokens, fed)
         return model_inputs
 
@@ -302,7 +315,7 @@ def _check_image_inputs(images: dict[str, Any]) -> None:
 
 def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, past: int) -> None:
     """Refuse by name what Transformers can't do with this cache or prompt."""
-    if getattr(model_kwargs.get("past_key_values"), "offloading", False):
+    if getattr(model_kwargs.get(CACHE), "offloading", False):
         raise NotImplementedError(
             "Offloaded caches would leave the images' keys and values on the device, which hasn't been tried; use a "
             "DynamicCache or StaticCache without offloading."
@@ -314,17 +327,18 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
     if config.prefill_chunk_size is not None:
         if model_kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError("prefill_chunk_size splits input_ids, not inputs_embeds; leave it out.")
-        if past and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
+        if past and is_older_than(5, 20):
             raise NotImplementedError(
                 "prefill_chunk_size with a filled cache needs Transformers 5.20 or newer; leave it out, or feed the "
                 "chunks to the model."
             )
-    if generation_mode == GenerationMode.ASSISTED_GENERATION and isinstance(
-        model_kwargs.get("past_key_values"), QuantizedCache
-    ):
-        raise NotImplementedError(
-            "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
-        )
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        if model_kwargs.get(CACHE) is None:
+            raise ValueError("Assisted decoding needs a cache: set use_cache=True, or leave the assistant out.")
+        if isinstance(model_kwargs[CACHE], QuantizedCache):
+            raise NotImplementedError(
+                "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
+            )
 
 
 def refuse_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:

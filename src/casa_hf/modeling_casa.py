@@ -9,7 +9,7 @@ Transformers modules; the table in `backbones.py` names them.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,12 +45,24 @@ from .attention import (
 from .backbones import BACKBONES
 from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
+from .foreign_arguments import check_foreign
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_window import KeyRotation, check_history, evict_text
+from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
+
+
+@dataclass
+class CasaModelOutput(CacheByBothNames, BaseModelOutputWithPastAndCrossAttentions):
+    """What [`CasaModel`] returns: `attentions` of self-attention, `cross_attentions` of the fusion layers."""
+
+
+@dataclass
+class CasaOutput(CacheByBothNames, CausalLMOutputWithCrossAttentions):
+    """What [`CasaForConditionalGeneration`] returns: the same beside logits and the loss."""
 
 
 class CasaDecoderLayer(GradientCheckpointingLayer):
@@ -80,12 +92,13 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         if self.placement in ("before", "after"):
             self.casa_layernorm = copy.deepcopy(stock.input_layernorm)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         image_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         fusion: FusionInputs | None = None,
@@ -97,7 +110,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             hidden_states: (batch, tokens, hidden) text states.
             image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
             attention_mask: causal mask of self-attention in the form its back end takes.
-            past_key_values: cache prepared by `prepare_cache`, or None.
+            cache: cache prepared by `prepare_cache`, or None.
             use_cache: whether the cache is in use.
             position_embeddings: cos and sin of the text positions.
             fusion: windows of the call; None if no token has anything to see.
@@ -107,7 +120,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             Text states, image states, and the weights of self-attention and fusion, where the back end gives any.
         """
         assert position_embeddings is not None
-        text = TextInputs(position_embeddings, past_key_values, attention_mask, kwargs)
+        text = TextInputs(position_embeddings, cache, attention_mask, kwargs)
         fusion_weights = None
         if self.placement == "before" and fusion is not None:
             attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
@@ -145,8 +158,8 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             output, weights = self.self_attn(
                 hidden_states=normed,
                 attention_mask=text.attention_mask,
-                past_key_values=text.past_key_values,
                 position_embeddings=text.position_embeddings,
+                **{CACHE: text.cache},
                 **text.kwargs,
             )
             attended = Attended(output, self_weights=weights)
@@ -197,7 +210,7 @@ class CasaPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["CasaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -303,6 +316,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if not text_config.base_model_tp_plan:
             self._tp_plan = {}  # a family without a plan for its own layers has none for fusion layers either
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -312,7 +326,7 @@ class CasaTextModel(CasaPreTrainedModel):
         token_mask: torch.Tensor,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         images: ImagePlacement | None = None,
         image_states: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
@@ -321,7 +335,7 @@ class CasaTextModel(CasaPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> CasaModelOutput:
         """Run the blocks over one call's text and new images.
 
         Args:
@@ -331,7 +345,7 @@ class CasaTextModel(CasaPreTrainedModel):
             attention_mask: None, (batch, all slots), or a prepared mask.
             position_ids: None, (batch, tokens), (axes, batch, tokens) or (1 + axes, batch, tokens); see
                 `CasaModel.forward`.
-            past_key_values: cache with the earlier text, windows and positions.
+            cache: cache with the earlier text, windows and positions.
             images: where the new images stand; None without any.
             image_states: (num_image_tokens, hidden) embedded images.
             deepstack: features like `image_states` that are added to them after the first blocks.
@@ -340,13 +354,13 @@ class CasaTextModel(CasaPreTrainedModel):
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
         """
-        samples = self._packed_samples(position_ids, token_mask, past_key_values)
-        if use_cache and past_key_values is None and samples is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            prepare_cache(past_key_values, len(self.layers))
+        samples = self._packed_samples(position_ids, token_mask, cache)
+        if use_cache and cache is None and samples is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            prepare_cache(cache, len(self.layers))
         state = window_state(
-            past_key_values,
+            cache,
             inputs_embeds.shape[0],
             inputs_embeds.device,
             attention_mask,
@@ -354,7 +368,7 @@ class CasaTextModel(CasaPreTrainedModel):
         )
         if images is not None or inputs_embeds.shape[1] > 1:
             state = state.growing()  # only a decoding step works on the fixed state of a static cache
-        check_room(past_key_values, state.length, inputs_embeds.shape[1])
+        check_room(cache, state.length, inputs_embeds.shape[1])
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,
@@ -375,14 +389,14 @@ class CasaTextModel(CasaPreTrainedModel):
             # These back ends keep neither packed samples nor the empty slots of a static cache apart by themselves.
             if samples is not None:
                 attention_mask, kwargs = None, {**kwargs, **packed_lengths(samples, token_mask)}
-            elif past_key_values is not None and isinstance(past_key_values.layers[0], StaticLayer):
+            elif cache is not None and isinstance(cache.layers[0], StaticLayer):
                 attention_mask = {"full_attention": plan.next_state.valid}
                 length = plan.next_state.length
                 if isinstance(length, int) and len(token_mask) == 1 and bool(plan.next_state.valid.all()):
                     attention_mask = {"full_attention": None}
                     lengths = single_row_lengths(token_mask.shape[1], length, token_mask.device)
                     kwargs = {**kwargs, **lengths}
-        causal_mask = self._causal_mask(attention_mask, inputs_embeds, past_key_values, text_index, samples)
+        causal_mask = self._causal_mask(attention_mask, inputs_embeds, cache, text_index, samples)
         position_embeddings = self._rotary(inputs_embeds, positions)
         fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
 
@@ -397,22 +411,22 @@ class CasaTextModel(CasaPreTrainedModel):
                 image_states,
                 attention_mask=causal_mask,
                 position_ids=text_index,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 fusion=fusion,
+                **{CACHE: cache},
                 **kwargs,
             )
             if image_states is not None and index < len(deepstack):
                 image_states = image_states + deepstack[index].to(image_states.device)
             self_attentions.append(self_weights)
             cross_attentions.append(fusion_weights)
-        if past_key_values is not None:
+        if cache is not None:
             padded = state.padded or attention_mask is not None
-            past_key_values.layers[0].store_state(replace(plan.next_state, padded=padded))
-        return BaseModelOutputWithPastAndCrossAttentions(
+            cache.layers[0].store_state(replace(plan.next_state, padded=padded))
+        return CasaModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attentions=tuple(self_attentions)
             if output_attentions and any(w is not None for w in self_attentions)
             else None,
@@ -422,10 +436,10 @@ class CasaTextModel(CasaPreTrainedModel):
         )
 
     def evict_text(
-        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
+        self, cache: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
         """See [`CasaForConditionalGeneration.evict_text`]."""
-        return evict_text(past_key_values, self.window_rules, self.key_rotation, keep, num_sink_tokens)
+        return evict_text(cache, self.window_rules, self.key_rotation, keep, num_sink_tokens)
 
     def key_rotation(self) -> KeyRotation:
         """What moves stored keys to other positions.
@@ -437,19 +451,19 @@ class CasaTextModel(CasaPreTrainedModel):
         return KeyRotation(self.rotary_emb, self.rotate_keys)
 
     def _packed_samples(
-        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, past_key_values: Cache | None
+        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
         """(batch, tokens) index of each token's sample; None if every row holds one."""
         if position_ids is None or (position_ids.ndim == 3 and position_ids.shape[0] == self.position_rules.axes):
             return None
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             return None
         index = position_ids if position_ids.ndim == 2 else position_ids[0]
         samples = packed_samples(index.expand_as(token_mask), token_mask)
-        if samples is not None and past_key_values is not None:
+        if samples is not None and cache is not None:
             raise ValueError(
                 "position_ids restart within a row, so the row holds several packed samples, which a cache can't "
-                "continue. Drop past_key_values, or pass one sample per row."
+                "continue. Leave the cache out, or pass one sample per row."
             )
         return samples
 
@@ -461,7 +475,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self,
         attention_mask: torch.Tensor | dict | None,
         inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         text_index: torch.Tensor | None,
         samples: torch.Tensor | None,
     ) -> torch.Tensor | None:
@@ -473,9 +487,9 @@ class CasaTextModel(CasaPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=text_index,
             and_mask_function=packed_sequence_mask_function(samples) if beside_mask else None,
+            **{CACHE: cache},
         )
 
     def _fusion_inputs(
@@ -543,6 +557,7 @@ class CasaModel(CasaPreTrainedModel):
     def __init__(self, config: CasaConfig):
         super().__init__(config)
         config.validate_design()
+        warn_if_untested()
         tower = config.backbone.vision
         self.visual = tower.load()._from_config(config.vision_config)
         self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
@@ -601,13 +616,14 @@ class CasaModel(CasaPreTrainedModel):
         outputs.pooler_output = torch.split(features, sizes)
         return outputs
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -617,7 +633,7 @@ class CasaModel(CasaPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> CasaModelOutput:
         """One call on new text and, optionally, new images.
 
         Args:
@@ -626,7 +642,7 @@ class CasaModel(CasaPreTrainedModel):
             position_ids: (batch, tokens), (3, batch, tokens) or (4, batch, tokens) with the contiguous text index of
                 each sample in row 0. Without a filled cache, a text index that doesn't continue starts a new packed
                 sample. None: positions continue those in the cache.
-            past_key_values: a cache, which holds all state between calls.
+            cache: a cache, which holds all state between calls; `past_key_values` is another name of this argument.
             inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`. Delimiters are
                 recognised where a row equals their embedding exactly: noise on them closes a group of images.
             use_cache: whether to return a cache.
@@ -638,13 +654,17 @@ class CasaModel(CasaPreTrainedModel):
                 per image.
             mm_token_type_ids: (batch, tokens) 2 where the image is a video frame.
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
+            **kwargs: for the attention interface. A name that nobody is known to read is logged once.
 
         Returns:
             `attentions` are those of self-attention, `cross_attentions` those of the fusion layers.
 
         Raises:
-            ValueError: if images, their marks and their positions don't fit each other.
+            TypeError: if the cache isn't a decoder's `Cache`, or comes under an unknown name.
+            ValueError: if images, their marks and their positions don't fit each other, for both names of the cache
+                at once, and for images, videos or states in another model's form.
         """
+        check_foreign(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if use_cache is None:
@@ -658,10 +678,10 @@ class CasaModel(CasaPreTrainedModel):
                 f"The input has {inputs_embeds.shape[0]} rows of {inputs_embeds.shape[1]} tokens; pass at least one "
                 "row and one new token."
             )
-        if past_key_values is not None:
-            prepare_cache(past_key_values, len(self.language_model.layers))
+        if cache is not None:
+            prepare_cache(cache, len(self.language_model.layers))
         text_shape = inputs_embeds.shape[:2]
-        attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, past_key_values)
+        attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
         images = image_states = None
         deepstack: tuple[torch.Tensor, ...] = ()
@@ -686,7 +706,7 @@ class CasaModel(CasaPreTrainedModel):
             token_mask=token_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             images=images,
             image_states=image_states,
             deepstack=deepstack,
@@ -703,7 +723,7 @@ class CasaModel(CasaPreTrainedModel):
         attention_mask: torch.Tensor | dict | None,
         token_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor | dict | None, torch.Tensor]:
         """The mask of self-attention over all slots, and the validity of the new tokens."""
         batch_size, num_tokens = inputs_embeds.shape[:2]
@@ -712,12 +732,12 @@ class CasaModel(CasaPreTrainedModel):
         everything = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             return attention_mask, everything
-        state = None if past_key_values is None else past_key_values.layers[0].window_state
+        state = None if cache is None else cache.layers[0].window_state
         if state is not None and state.slots is not None and num_tokens == 1:
             # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which
             # of the earlier slots are padding.
             return state.valid_with(attention_mask[:, -1:].bool()), attention_mask[:, -1:].bool()
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past = 0 if cache is None else int(cache.get_seq_length())
         if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (num_tokens, past + num_tokens):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch_size}, "
@@ -727,7 +747,7 @@ class CasaModel(CasaPreTrainedModel):
         attention_mask = attention_mask.to(inputs_embeds.device)
         token_mask = attention_mask[:, -num_tokens:].bool()
         if attention_mask.shape[1] == num_tokens and past:
-            earlier = window_state(past_key_values, batch_size, inputs_embeds.device).growing().valid
+            earlier = window_state(cache, batch_size, inputs_embeds.device).growing().valid
             attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
         return attention_mask, token_mask
 
@@ -878,7 +898,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def evict_text(
-        self, past_key_values: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
+        self, cache: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
         """Forget text between the first tokens and the most recent ones, so that a cache can be used for ever.
 
@@ -887,7 +907,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         rows of a batch goes too. Later calls pass masks for what is there now, or for their new tokens alone.
 
         Args:
-            past_key_values: a cache that this model has filled.
+            cache: a cache that this model has filled.
             keep: number of text tokens that each row keeps, the first ones included; one number, or (batch,).
             num_sink_tokens: number of first tokens to keep; one number, or (batch,).
 
@@ -901,15 +921,16 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             ValueError: if no recent token would stay. Where text is to go, also if every image is kept for ever (the
                 history "all"), or the frequencies of the rotary embedding depend on the length of the text.
         """
-        return self.model.language_model.evict_text(past_key_values, keep, num_sink_tokens)
+        return self.model.language_model.evict_text(cache, keep, num_sink_tokens)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -921,7 +942,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         token_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithCrossAttentions:
+    ) -> CasaOutput:
         """Logits and, with `labels`, the loss. Arguments as in [`CasaModel.forward`], and:
 
         Args:
@@ -932,7 +953,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -948,10 +969,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
+        return CasaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

@@ -248,7 +248,7 @@ def evict_text(
     if not cache.layers or not isinstance(cache.layers[0], CasaLayerMixin) or cache.layers[0].window_state is None:
         raise TypeError(
             f"Text is evicted from a cache that a CASA model has filled; this {type(cache).__name__} is none. Pass "
-            "the past_key_values of a forward or generate call."
+            "the cache of a forward or generate call."
         )
     state: WindowState = cache.layers[0].window_state
     keep, sinks = (

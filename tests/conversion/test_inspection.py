@@ -97,7 +97,7 @@ def assert_cache_is_as_told(folder):
     inputs = processor(text=f"What is in {mark} and why?", images=picture, return_tensors="pt")
     assert inputs["image_grid_thw"].prod() == 4 * summary.image_tokens
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True).cache
     ids = inputs["input_ids"][0].tolist()
     in_window = len(ids) - ids.index(model.config.image_token_id)
     assert 0 < in_window < len(ids)

@@ -164,7 +164,7 @@ def test_layers_never_wait_for_the_device(device: str, variant: str, static: boo
     with torch.no_grad(), no_waiting_in(model.model.language_model.layers) as passed:
         for row in ([*words(3, 1), IMAGES[0], 5, IMAGES[1], *words(2, 2)], [IMAGES[2], *words(3, 3)], [7]):
             inputs = {name: x for name, x in on(device, batch(row), model.dtype).items() if name != "attention_mask"}
-            model(**inputs, past_key_values=cache)
+            model(**inputs, cache=cache)
         if static:
             inputs = on(device, batch([*words(3, 1), IMAGES[0], 5]), model.dtype)
             model.generate(**inputs, **settings, cache_implementation="static")

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import casa_hf
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, push_checkpoint
@@ -206,7 +207,7 @@ def test_adapters(hub: Hub, casa_folder: Path, model: Any, processor: Any, besid
 
     Beside a model with its code that code stays usable, so the card goes on to say how.
     """
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     if beside:
         push_checkpoint(casa_folder, NAME, with_code=True)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))

@@ -109,7 +109,7 @@ def test_cut_batches_have_the_gradients_of_the_whole(source, processor):
     model.zero_grad()
     answered, total = training._gradients(model, batcher, found)
     assert answered == int((batch["labels"] != -100).sum())
-    assert total == pytest.approx(answered * float(loss), rel=1e-5)
+    assert total == pytest.approx(answered * loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6)
 

@@ -308,7 +308,7 @@ class CasaStreamBatch:
     def _next_tokens(self) -> dict[int, torch.Tensor]:
         """Run the forward that streams wait for; by stream, the token (1, 1) that follows."""
         self._bound_text()
-        output = self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
+        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
         tokens = self._drawn(output.logits[:, -1])
         for stream, forward in self._forwards.items():
             self._rows[stream].held += len(forward.ids)

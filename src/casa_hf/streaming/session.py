@@ -520,7 +520,7 @@ class CasaStream:
         self._bound_text()
         output = self.model(
             input_ids=torch.tensor([forward.ids], device=self.model.device),
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
             **{name: value.to(self.model.device) for name, value in forward.images.items()},
