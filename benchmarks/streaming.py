@@ -372,7 +372,7 @@ class InsertionContender:
         }
 
     def _forward(self, forward: Callable, advance: int, **inputs: Any) -> Tensor:
-        logits = forward(**inputs, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
+        logits = forward(**{**inputs, CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
         self.length += inputs["input_ids"].shape[1]
         self.position += advance
         return logits

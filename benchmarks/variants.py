@@ -56,6 +56,7 @@ from benchmarks.counting import (
 )
 from casa_hf import CasaConfig, cache_nbytes
 from casa_hf.configuration_casa import VARIANTS
+from casa_hf.transformers_versions import CACHE
 
 STAGES = ("prefill", "decode", "frame", "train")
 GATE = 1e-3
@@ -155,7 +156,8 @@ class Contestant:
 
     @torch.no_grad()
     def _forward(self, start: int, end: int) -> Tensor:
-        return self.model(**self.inputs(start, end), cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        inputs = {**self.inputs(start, end), CACHE: self.cache}
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits
 
 
 def contestants(sizes: Sizes) -> dict[str, Contestant]:
