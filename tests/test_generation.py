@@ -472,7 +472,7 @@ TURNS: list[list[Row]] = [
 
 # Transformers itself can't continue a filled cache in these ways: not at all, or not in its older versions.
 REFUSABLE = {"lookup": "assisted|prompt_lookup"}
-if is_older_than(5, 20):
+if is_older_than(5, 21):
     REFUSABLE["in chunks"] = "prefill_chunk_size"
 
 

@@ -327,9 +327,9 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
     if config.prefill_chunk_size is not None:
         if model_kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError("prefill_chunk_size splits input_ids, not inputs_embeds; leave it out.")
-        if past and is_older_than(5, 20):
+        if past and is_older_than(5, 21):
             raise NotImplementedError(
-                "prefill_chunk_size with a filled cache needs Transformers 5.20 or newer; leave it out, or feed the "
+                "prefill_chunk_size with a filled cache needs Transformers 5.21 or newer; leave it out, or feed the "
                 "chunks to the model."
             )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
