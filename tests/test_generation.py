@@ -581,6 +581,7 @@ def test_new_ids_without_the_whole_mask_are_refused():
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, NotImplementedError, "group_beam_search"),
         ({"num_beams": 4, "force_words_ids": [[5]]}, NotImplementedError, "constrained_beam_search"),
         ({"cache_implementation": "paged"}, NotImplementedError, "continuous batching.*paged"),
+        ({"cache_implementation": "offloaded"}, NotImplementedError, "Offloaded caches.*without offloading"),
         ({"assistant_early_exit": 1}, NotImplementedError, "assistant_early_exit"),
         ({"prefill_chunk_size": 3, "use_cache": False}, ValueError, "chunking without a cache"),
         ({"prompt_lookup_num_tokens": 3, "use_cache": False}, ValueError, "use_cache=True"),

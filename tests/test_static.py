@@ -185,6 +185,24 @@ def images(row: Row) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch(row).items() if name not in ("input_ids", "attention_mask")}
 
 
+@pytest.mark.parametrize(
+    "variant, layers", [("casa", None), ("ca-replace", [0]), ("casa-replace", [0, 1]), ("casa-replace", None)]
+)
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 3}], ids=str)
+def test_generate_makes_a_static_cache(variant: str, layers: list[int] | None, settings: dict[str, Any]) -> None:
+    """It has room for text in every block, also where self-attention is replaced and no text comes."""
+    model = new_model(variant, casa_layers=layers)
+    row: Row = [*words(3, 1), A, *words(4, 2), B, *words(3, 3)]
+    inputs = {**batch(row), **settings, "cache_implementation": "static", "return_dict_in_generate": True}
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    produced = output.sequences[0, -6:].tolist()
+    assert produced == greedy(model, row, 6)
+    output.cache.crop(-2)
+    assert int(output.cache.get_seq_length()) == len(token_ids(row)) + 3
+    logits = model(torch.tensor([[5, 6]]), cache=output.cache).logits[0]
+    assert relative_error(logits, one_shot(model, [*row, *produced[:3], 5, 6])[-2:]) < TOLERANCE
+
+
 # ------------------------------------------------------------------------------------ one compiled step
 
 
@@ -206,6 +224,23 @@ def stream(model: Any, step: Any, cache: Any, turns: Sequence[Sequence[Row]], to
             assert relative_error(actual, expected) < (TOLERANCE if model.dtype == torch.float64 else 1e-4)
             if once is not None:
                 once()
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-shared"])
+def test_a_compiled_step_goes_on_after_tokens_were_taken_back(fresh_compiler: None, variant: str) -> None:
+    """In the same graph: what is taken back changes no address."""
+    model, row = new_model(variant, dtype=torch.float32), [A, *words(3, 1)]
+    cache = static_cache(model)
+    model(**batch(row), cache=cache)
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for turn in range(3):
+        for token in (7 + turn, 8, 9):
+            step(input_ids=torch.tensor([[token]]), cache=cache)
+        cache.crop(-2)
+        row = [*row, 7 + turn, 5]
+        logits = step(input_ids=torch.tensor([[5]]), cache=cache).logits
+        assert relative_error(logits[0], one_shot(model, row)[-1:]) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def turns_for(rows: int) -> list[list[Row]]:

@@ -10,16 +10,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image as Picture
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from casa_hf import CasaForConditionalGeneration, Conversation, foreign_arguments, transformers_versions
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation, foreign_arguments, transformers_versions
 from casa_hf.transformers_versions import CACHE, NEWEST_TESTED
 from tests.helpers_generation import (
     Image,
@@ -105,10 +107,6 @@ def test_generate_takes_the_cache_by_both_names(name: str, recwarn: pytest.Warni
 
 def test_a_conversation_remembers(casa_folder: Path) -> None:
     """Its answers are those of the whole conversation in one go."""
-    from PIL import Image as Picture
-
-    from casa_hf import CasaProcessor
-
     model = CasaForConditionalGeneration.from_pretrained(casa_folder, dtype=torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -126,6 +124,70 @@ def test_a_conversation_remembers(casa_folder: Path) -> None:
     produced = (ids == model.config.image_token_id).nonzero()
     logits = model(input_ids=ids, **inputs, image_positions=produced, use_cache=False).logits
     assert logits[0, -7:-1].argmax(-1).tolist() == ids[0, -6:].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_takes_no_cache(casa_folder: Path, name: str) -> None:
+    """It has its own, and stays as it is."""
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    chat = Conversation(CasaForConditionalGeneration.from_pretrained(casa_folder), processor)
+    for _ in range(2):
+        before, cache = chat._ids, chat._cache
+        with pytest.raises(TypeError, match=f"cache of its own; leave {name} out"):
+            chat.ask("And now?", max_new_tokens=3, **{name: DynamicCache()})
+        assert torch.equal(chat._ids, before) and chat._cache is cache
+        chat.ask("What?", max_new_tokens=3)
+
+
+def test_a_cache_by_position() -> None:
+    cache, inputs = DynamicCache(), batch(START)
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    shared_model("casa")(inputs["input_ids"], None, None, cache, **images, past_key_values=None)
+    assert cache.get_seq_length() == len(token_ids(START))
+    with pytest.raises(TypeError, match="multiple values for argument 'cache'"):
+        shared_model("casa")(inputs["input_ids"], None, None, cache, **images, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head", [True, False], ids=["with head", "language model"])
+def test_text_is_evicted_from_a_cache_by_both_names(name: str, head: bool) -> None:
+    model, cache = shared_model("casa"), DynamicCache()
+    model(**batch([A, *words(20, 2)]), cache=cache)
+    (model if head else model.model.language_model).evict_text(**{name: cache}, keep=12)
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_language_model_takes_both_names(name: str) -> None:
+    """Whatever calls it: its own catch-all would swallow the other one."""
+    model, cache = shared_model("casa").model.language_model, DynamicCache()
+    embedded = model.embed_tokens(torch.tensor([words(4, 1)]))
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    model(inputs_embeds=embedded, closes_window=everything, token_mask=everything, **{name: cache})
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # the call's name on 5.17
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_blocks_leave_the_cache_alone(name: str, reentrant: bool) -> None:
+    """A block that is run again in the backward pass would fill it twice; Transformers takes it out of each call."""
+
+    def gradients(**cache: Any) -> list[torch.Tensor]:
+        model = new_model("casa").train()
+        if cache:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with torch.enable_grad():
+            inputs = batch(START)
+            model(**inputs, labels=inputs["input_ids"], **cache).loss.backward()
+        return [parameter.grad for parameter in model.model.language_model.parameters()]
+
+    cache = DynamicCache()
+    actual = gradients(**{name: cache})
+    assert all(layer.keys is None for layer in cache.layers)
+    for one, other in zip(actual, gradients(), strict=True):
+        assert relative_error(one, other) < 1e-9
 
 
 @pytest.mark.parametrize("which", [CasaForConditionalGeneration, "base"])
@@ -175,16 +237,32 @@ def test_outputs_answer_to_both_names(head: bool) -> None:
     assert len(output.cross_attentions) == len(output.attentions) == len(whole.model.language_model.layers)
     assert [key for key in output if key in NAMES] == [CACHE], "one entry"
     assert output.get("no such thing", 5) == 5 and "no such thing" not in output
+    other = DynamicCache()
+    output["cache"] = other
+    assert output.past_key_values is other
+    output.cache = None
+    assert output.past_key_values is None
     without = model(**batch(START), use_cache=False)
     assert without.cache is without.past_key_values is None and not any(name in without for name in NAMES)
     assert torch.equal(pickle.loads(pickle.dumps(without))[0], without[0])
     assert isinstance(model(**batch(START), return_dict=False), tuple)
 
 
-def test_outputs_of_generate_have_both_names() -> None:
-    output = shared_model("casa").generate(**batch(START), max_new_tokens=2, return_dict_in_generate=True)
-    assert output.cache is output.past_key_values
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+def test_outputs_of_generate_have_both_names(settings: dict[str, Any]) -> None:
+    output = shared_model("casa").generate(
+        **batch(START), max_new_tokens=2, return_dict_in_generate=True, output_logits=True, **settings
+    )
     assert int(output.cache.get_seq_length()) == len(token_ids(START)) + 1
+    for copy in (output, pickle.loads(pickle.dumps(output)), replace(output), type(output)(**output)):
+        for name in NAMES:
+            assert getattr(copy, name) is copy[name] is copy.get(name) is copy.cache
+            assert name in copy
+        assert copy.cache is not None and len(copy.logits) == 2 and torch.equal(copy.sequences, output.sequences)
+    output.cache = None
+    assert output.past_key_values is None
     uncached = shared_model("casa").generate(
         **batch(START), max_new_tokens=2, return_dict_in_generate=True, use_cache=False
     )
@@ -213,12 +291,20 @@ def test_placement_and_evaluation_leave_the_cache_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["cache_params", "past", "layer_past", "memory"])
-def test_a_cache_by_an_unknown_name_is_refused(call: Callable[..., Any], name: str) -> None:
+@pytest.mark.parametrize(
+    "cache",
+    [
+        DynamicCache(),
+        StaticCache(config=shared_model("casa").config, max_cache_len=40),
+        PagedAttentionCache.__new__(PagedAttentionCache),
+        [DynamicCache(), DynamicCache()],
+    ],
+    ids=["dynamic", "static", "paged", "several"],
+)
+def test_a_cache_by_an_unknown_name_is_refused(call: Callable[..., Any], name: str, cache: Any) -> None:
     """It would be swallowed, and every step would start without memory."""
-    cache = DynamicCache()
-    with pytest.raises(TypeError, match=rf"{name} is a DynamicCache.*`cache` or `past_key_values`"):
+    with pytest.raises(TypeError, match=rf"{name} is a {type(cache).__name__}.*`cache` or `past_key_values`"):
         call(shared_model("casa"), **{name: cache})
-    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,6 +335,11 @@ def test_inputs_in_the_form_of_other_models_are_refused(call: Callable[..., Any]
         call(shared_model("casa"), **{name: torch.ones(1, 3)})
     if call is not CALLS["generate"]:  # which drops no argument, None or not
         call(shared_model("casa"), **{name: None})
+    inputs = batch(START)
+    with pytest.raises(ValueError, match=rf"don't take {name}"):
+        shared_model("casa").get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"], **{name: torch.ones(1, 3)}
+        )
 
 
 # ------------------------------------------------------------------------------------ what nobody reads
@@ -279,13 +370,12 @@ def test_what_trainers_adapters_and_attention_pass_is_not_named(logged: list[str
         "TRL": {
             "token_type_ids": torch.zeros_like(ids),
             "image_sizes": torch.ones(1, 2),
-            "pixel_attention_mask": torch.ones(1, 2),
             "use_cache": False,
             "output_hidden_states": True,
             "return_dict": True,
         },
         "PEFT": {"task_ids": torch.zeros(1)},
-        "attention": {"is_causal": True, "softcap": None, "deterministic": True},
+        "attention": {"is_causal": True, "softcap": None},
         "packing": {"cu_seq_lens_q": None, "cu_seq_lens_k": None, "max_length_q": None, "max_length_k": None},
     }
     expected = shared_model("casa")(**inputs, labels=ids)
@@ -293,6 +383,28 @@ def test_what_trainers_adapters_and_attention_pass_is_not_named(logged: list[str
         output = shared_model("casa")(**inputs, labels=ids, **arguments)
         assert torch.equal(output.logits, expected.logits)
     assert logged == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_read_depends_on_the_back_end(logged: list[str], attention: str) -> None:
+    model = new_model("casa", attn_implementation=attention)
+    arguments = {"block_table": torch.zeros(1), "deterministic": True, "pixel_attention_mask": torch.ones(1, 2)}
+    model(**batch(START), **arguments)
+    assert len(logged) == 3
+    for message, name in zip(logged, arguments, strict=True):
+        assert repr(name) in message and repr(attention) in message
+    flash = foreign_arguments._read_by("flash_attention_2")
+    assert {"cu_seq_lens_q", "deterministic", "softcap", "s_aux", "shift_labels"} <= flash
+    assert not {"labels", "pixel_attention_mask"} & flash
+
+
+def test_a_compiled_call_with_an_unknown_argument_is_one_graph() -> None:
+    model = new_model("casa", dtype=torch.float32)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(**batch(START), cache=cache)
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    logits = step(input_ids=torch.tensor([[7]]), cache=cache, colour=1).logits
+    assert relative_error(logits[0], one_shot(model, [*START, 7])[-1:]) < 1e-5
 
 
 def test_trainers_find_that_the_loss_takes_arguments() -> None:

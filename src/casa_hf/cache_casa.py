@@ -97,6 +97,7 @@ class CasaLayerMixin:
             self-attention.
         memory: where growing keys/values are kept, by name; "text" for those of self-attention.
         window_state: in layer 0 only, the state of the windows.
+        block_has_text: whether the block has self-attention, which fills the layer with text.
     """
 
     keys: torch.Tensor | None
@@ -104,6 +105,7 @@ class CasaLayerMixin:
     fusion: dict[str, KeysValues]
     memory: dict[str, GrowingMemory]
     window_state: WindowState | None
+    block_has_text: bool
 
     def update_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
         """Add new image keys/values and return all that this call can see; only what stays visible is stored."""
@@ -289,8 +291,9 @@ class CasaLayerMixin:
 
     @property
     def _without_text(self) -> bool:
-        """Whether the layer holds no text, as in blocks whose self-attention is replaced."""
-        return self.keys is None
+        """Whether the layer holds no text, as in blocks whose self-attention is replaced. `generate` may have given
+        it room for some all the same."""
+        return self.keys is None or not self.block_has_text
 
     def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.fusion = {name: KeysValues(*map(change, stored)) for name, stored in self.fusion.items()}
@@ -434,12 +437,12 @@ def require_decoder_cache(cache: Any) -> None:
         )
 
 
-def prepare_cache(cache: Cache, num_layers: int) -> None:
+def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
     """Give every layer of `cache` the fusion state; a cache that has it is left alone.
 
     Args:
         cache: a cache of full-attention layers, empty or filled with text by the source language model.
-        num_layers: number of decoder blocks.
+        blocks_with_text: for each decoder block whether it has self-attention.
 
     Raises:
         TypeError: if `cache` isn't a `Cache`, or a layer isn't a full-attention layer.
@@ -448,6 +451,7 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
     require_decoder_cache(cache)
     if cache.layers and isinstance(cache.layers[0], CasaLayerMixin):
         return
+    num_layers = len(blocks_with_text)
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) < num_layers:
@@ -455,10 +459,14 @@ def prepare_cache(cache: Cache, num_layers: int) -> None:
             f"The cache has {len(cache.layers)} layers, the model has {num_layers}. Make the cache with this "
             "model's config."
         )
-    cache.layers = [_with_fusion_state(layer) for layer in cache.layers]
+    further = [True] * (len(cache.layers) - num_layers)
+    cache.layers = [
+        _with_fusion_state(layer, has_text)
+        for layer, has_text in zip(cache.layers, [*blocks_with_text, *further], strict=True)
+    ]
 
 
-def _with_fusion_state(layer: Any) -> Any:
+def _with_fusion_state(layer: Any, block_has_text: bool) -> Any:
     if not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False):
         raise TypeError(
             f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
@@ -466,7 +474,7 @@ def _with_fusion_state(layer: Any) -> Any:
         )
     casa_class = _casa_class(type(layer))  # type: ignore[arg-type]
     adopted = casa_class.__new__(casa_class)
-    adopted.__dict__.update(layer.__dict__, fusion={}, memory={}, window_state=None)
+    adopted.__dict__.update(layer.__dict__, fusion={}, memory={}, window_state=None, block_has_text=block_has_text)
     return adopted
 
 
@@ -570,7 +578,7 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
     Raises:
         ValueError: if what it holds has lengths that don't fit together.
     """
-    prepare_cache(cache, len(state["layers"]))
+    prepare_cache(cache, [bool(stored["text"]) for stored in state["layers"]])
     for layer, stored, device in zip(cache.layers, state["layers"], devices, strict=True):
         if stored["text"]:
             text = KeysValues(*(tensor.to(device, copy=True) for tensor in stored["text"]))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .transformers_versions import CACHE_NAMES
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -49,9 +51,12 @@ class Conversation:
             **generate_kwargs: for `generate`, such as `max_new_tokens` or `streamer`.
 
         Raises:
+            TypeError: for a cache; the conversation has its own.
             ValueError: if the processor refuses the message; the conversation stays as it was. If generation fails,
                 the conversation is reset.
         """
+        if given := [name for name in CACHE_NAMES if name in generate_kwargs]:
+            raise TypeError(f"A conversation has a cache of its own; leave {given[0]} out, or call model.generate.")
         message = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
         inputs = self.processor(
             text=[self._new_text(message)],

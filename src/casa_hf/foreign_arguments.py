@@ -9,49 +9,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs, logging
-
-from .varlen import torch_varlen_forward
+from transformers.utils.generic import is_flash_attention_requested
 
 logger = logging.get_logger(__name__)
 
-_READERS = (
-    ForCausalLMLoss,
-    flash_attention_forward,
-    _flash_attention_forward,
-    sdpa_attention_forward,
-    torch_varlen_forward,
-)
+# What `Trainer`, TRL and PEFT pass to every model; a CASA model has no use for it.
+_PASSED_TO_ALL = {"image_sizes", "skip_logits", "task_ids", "token_type_ids"}
 
-# What `Trainer`, TRL, PEFT and processors pass to every model; a CASA model has no use for it.
-_PASSED_TO_ALL = {
-    "image_position_ids",
-    "image_sizes",
-    "pixel_attention_mask",
-    "skip_logits",
-    "spatial_shapes",
-    "task_ids",
-    "token_type_ids",
-}
-
-_READ = (
-    {
-        parameter.name
-        for reader in _READERS
-        for parameter in inspect.signature(reader).parameters.values()
-        if parameter.default is not parameter.empty
-    }
-    | set(TransformersKwargs.__annotations__)
-    | {"debug_io", "debug_io_dir", "prune_layers", "return_dict"}
-)
+# What the decorators of `forward` read, and what every model of Transformers is documented to take.
+_READ_ALWAYS = {"debug_io", "debug_io_dir", "prune_layers", "return_dict", *TransformersKwargs.__annotations__}
 
 _VIDEO = "A video's frames are images to a CASA model: pass the pixel_values and image_grid_thw of CasaProcessor."
 
@@ -74,7 +50,7 @@ def refuse_foreign(arguments: Mapping[str, Any]) -> None:
         ValueError: for images, videos or states in another model's form.
     """
     for name, value in arguments.items():
-        if isinstance(value, Cache):
+        if _is_cache(value):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, but a CASA model has no argument of this name for its cache. "
                 "Pass it as `cache` or `past_key_values`."
@@ -83,13 +59,39 @@ def refuse_foreign(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"CASA models don't take {name}. {_REFUSED[name]}")
 
 
-def check_foreign(arguments: Mapping[str, Any]) -> None:
-    """Refuse what `refuse_foreign` refuses, and name once each other argument that nobody is known to read."""
+def check_foreign(arguments: Mapping[str, Any], attn_implementation: str) -> None:
+    """Refuse what `refuse_foreign` refuses, and name once each other argument that nobody is known to read.
+
+    A compiled call names none: logging would break its graph.
+
+    Args:
+        arguments: keyword arguments beyond those of the model's own.
+        attn_implementation: the back end of attention, which gets them.
+    """
     refuse_foreign(arguments)
-    unread = {name for name, value in arguments.items() if value is not None} - _READ - _PASSED_TO_ALL
-    if unread and not torch.compiler.is_compiling():
-        for name in sorted(unread):
-            logger.warning_once(
-                f"The argument {name!r} is unknown to CASA models and to the losses and attention functions of "
-                "Transformers. It is passed on to the attention function and has no effect unless that one reads it."
-            )
+    if not arguments or torch.compiler.is_compiling():
+        return
+    given = {name for name, value in arguments.items() if value is not None}
+    for name in sorted(given - _PASSED_TO_ALL - _READ_ALWAYS - _read_by(attn_implementation)):
+        logger.warning_once(
+            f"The argument {name!r} is unknown to CASA models, to the loss and to the attention function "
+            f"{attn_implementation!r}. It is passed on to both and has no effect unless one of them reads it."
+        )
+
+
+@cache
+def _read_by(attn_implementation: str) -> frozenset[str]:
+    """Optional arguments of the loss and of a back end of attention."""
+    readers = [ForCausalLMLoss]
+    if attn_implementation in ALL_ATTENTION_FUNCTIONS:
+        readers.append(ALL_ATTENTION_FUNCTIONS[attn_implementation])
+    if is_flash_attention_requested(requested_attention_implementation=attn_implementation):
+        readers.append(_flash_attention_forward)
+    parameters = [parameter for reader in readers for parameter in inspect.signature(reader).parameters.values()]
+    return frozenset(parameter.name for parameter in parameters if parameter.default is not parameter.empty)
+
+
+def _is_cache(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_cache, value))
+    return isinstance(value, Cache | PagedAttentionCache)

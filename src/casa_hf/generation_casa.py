@@ -9,6 +9,7 @@ like an image mark.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, cast
 
@@ -16,18 +17,50 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, QuantizedCache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.generation.utils import (
+    GENERATION_MODES_MAPPING,
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+)
 
 from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
-from .transformers_versions import CACHE, is_older_than, takes_cache, with_both_cache_names, with_one_cache_name
+from .transformers_versions import (
+    CACHE,
+    CacheByBothNames,
+    InputsByBothNames,
+    is_older_than,
+    takes_cache,
+    with_one_cache_name,
+)
 
 IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions")
 
 
+@dataclass
+class CasaGenerateOutput(CacheByBothNames, GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`, by greedy search, sampling or with an assistant."""
+
+
+@dataclass
+class CasaGenerateBeamOutput(CacheByBothNames, GenerateBeamDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`, by beam search."""
+
+
+_BY_BOTH_NAMES: dict[type, type] = {
+    GenerateDecoderOnlyOutput: CasaGenerateOutput,
+    GenerateBeamDecoderOnlyOutput: CasaGenerateBeamOutput,
+}
+
+
 class CasaGenerationMixin(GenerationMixin):
-    """Generation hooks of [`CasaForConditionalGeneration`]."""
+    """Generation hooks of [`CasaForConditionalGeneration`].
+
+    `generate` takes what Transformers' own takes, the cache as `cache` or `past_key_values`, and raises TypeError for
+    a cache by another name or of another kind, ValueError for both names at once and for videos in another model's
+    form, and NotImplementedError for ways to generate that don't work with windows of images.
+    """
 
     @cast(Any, wraps(GenerationMixin.generate))
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +68,9 @@ class CasaGenerationMixin(GenerationMixin):
         refuse_foreign({name: value for name, value in kwargs.items() if name != CACHE})
         if kwargs.get(CACHE) is not None:
             require_decoder_cache(kwargs[CACHE])
-        return with_both_cache_names(super().generate(*args, **kwargs))
+        output = super().generate(*args, **kwargs)
+        by_both_names = _BY_BOTH_NAMES.get(type(output))
+        return by_both_names(**vars(output)) if by_both_names is not None else output
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
         # The batch size of embedded prompts is read off the first tensor found, which must not be an image.
@@ -230,7 +265,7 @@ class CasaGenerationMixin(GenerationMixin):
         if images:
             start = _cached_length(cache)
             model_inputs |= self._images_between(images, types, start, start + num_tokens, fed)
-        return model_inputs
+        return InputsByBothNames(model_inputs)
 
     def _images_between(
         self, images: dict[str, Any], types: torch.Tensor | None, start: int, end: int, fed: torch.Tensor
@@ -243,11 +278,12 @@ class CasaGenerationMixin(GenerationMixin):
         if len(inside) < len(slots):
             self._select_images(images, inside)
         positions = images["image_positions"][inside] - torch.tensor([0, start], device=slots.device)
-        selected = {**images, "image_positions": positions}
-        if types is not None:
-            selected["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))[
-                :, start:end
-            ]
+        if types is None:
+            # They also say how many tokens these positions count: forward notices a prompt that an adapter adds.
+            types = torch.zeros(fed.shape[0], end, dtype=torch.long)
+            types[positions[:, 0], positions[:, 1] + start] = 1
+        types = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))
+        selected = {**images, "image_positions": positions, "mm_token_type_ids": types[:, start:end]}
         return {
             name: value.to(fed.device) if isinstance(value, torch.Tensor) else value
             for name, value in selected.items()

@@ -45,7 +45,7 @@ from .attention import (
 from .backbones import BACKBONES
 from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
-from .foreign_arguments import check_foreign
+from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
@@ -308,6 +308,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self.attends_to_update = config.casa_image_updates == "full"
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
+        self.blocks_with_text = [layer.self_attn is not None for layer in self.layers]
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
         self.rotate_keys = config.backbone.load("apply_rotary")
@@ -358,7 +359,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if use_cache and cache is None and samples is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            prepare_cache(cache, len(self.layers))
+            prepare_cache(cache, self.blocks_with_text)
         state = window_state(
             cache,
             inputs_embeds.shape[0],
@@ -435,6 +436,7 @@ class CasaTextModel(CasaPreTrainedModel):
             else None,
         )
 
+    @takes_cache
     def evict_text(
         self, cache: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
@@ -600,6 +602,7 @@ class CasaModel(CasaPreTrainedModel):
         Raises:
             ValueError: if the number of patches doesn't fit the grids.
         """
+        refuse_foreign(kwargs)
         image_grid_thw = self._check_grids(image_grid_thw)
         patches = int(image_grid_thw.prod(-1).sum())
         if pixel_values.shape[0] != patches:
@@ -664,7 +667,7 @@ class CasaModel(CasaPreTrainedModel):
             ValueError: if images, their marks and their positions don't fit each other, for both names of the cache
                 at once, and for images, videos or states in another model's form.
         """
-        check_foreign(kwargs)
+        check_foreign(kwargs, self.language_model.config._attn_implementation)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if use_cache is None:
@@ -679,7 +682,7 @@ class CasaModel(CasaPreTrainedModel):
                 "row and one new token."
             )
         if cache is not None:
-            prepare_cache(cache, len(self.language_model.layers))
+            prepare_cache(cache, self.language_model.blocks_with_text)
         text_shape = inputs_embeds.shape[:2]
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
@@ -845,7 +848,8 @@ class CasaModel(CasaPreTrainedModel):
             if mm_token_type_ids.shape != text_shape:
                 raise ValueError(
                     f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text_shape)}, one "
-                    "entry per new token."
+                    "entry per new token. (If PEFT has put a learned prompt before the text: images can't be placed "
+                    "then. Use prefix tuning or LoRA.)"
                 )
             is_frame = mm_token_type_ids.to(rows.device)[rows, indices] == 2
         per_row = torch.zeros(text_shape[0], dtype=torch.long, device=rows.device)
@@ -897,6 +901,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         """See [`CasaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
+    @takes_cache
     def evict_text(
         self, cache: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:

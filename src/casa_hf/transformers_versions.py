@@ -24,6 +24,7 @@ _Result = TypeVar("_Result")
 NEWEST_TESTED = (5, 24)
 
 _OLD_NAME = "past_key_values"
+CACHE_NAMES = ("cache", _OLD_NAME)
 
 _INSTALLED = tuple(map(int, transformers.__version__.split(".")[:2]))
 
@@ -35,22 +36,19 @@ def with_one_cache_name(arguments: Mapping[str, Any], name: str = "cache") -> di
     """Keyword arguments whose cache, given by either name, goes by one.
 
     Args:
-        arguments: of a function that takes a cache.
+        arguments: of a function that takes a cache, by default None.
         name: the one to go by, "cache" or "past_key_values".
 
     Raises:
         ValueError: if both names hold a cache.
     """
-    given = {key: value for key, value in arguments.items() if key in ("cache", _OLD_NAME)}
-    if not given:
-        return dict(arguments)
-    caches = [value for value in given.values() if value is not None]
+    caches = [arguments[key] for key in CACHE_NAMES if arguments.get(key) is not None]
     if len(caches) > 1:
         raise ValueError(
             f"Both cache and {_OLD_NAME} were given; they are two names of the same argument. Pass one of them."
         )
-    others = {key: value for key, value in arguments.items() if key not in given}
-    return {**others, name: caches[0] if caches else None}
+    others = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
+    return {**others, name: caches[0]} if caches else others
 
 
 def takes_cache(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -79,10 +77,17 @@ class CacheByBothNames:
 
         @property
         def cache(self) -> Any:
-            return self.past_key_values  # type: ignore[attr-defined]
+            return self.past_key_values
+
+        @cache.setter
+        def cache(self, value: Any) -> None:
+            self.past_key_values = value
 
         def __getitem__(self, key: Any) -> Any:
             return super().__getitem__(_OLD_NAME if key == "cache" else key)  # type: ignore[misc]
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(_OLD_NAME if key == "cache" else key, value)  # type: ignore[misc]
 
         def __contains__(self, key: Any) -> bool:
             return super().__contains__(_OLD_NAME if key == "cache" else key)  # type: ignore[misc]
@@ -91,11 +96,24 @@ class CacheByBothNames:
             return super().get(_OLD_NAME if key == "cache" else key, default)  # type: ignore[misc]
 
 
-def with_both_cache_names(output: Any) -> Any:
-    """An output of `generate` whose cache, if it has one, is its attribute by both names."""
-    if CACHE == _OLD_NAME and hasattr(output, _OLD_NAME):
-        output.cache = output.past_key_values
-    return output
+class InputsByBothNames(dict[str, Any]):
+    """Inputs of a forward whose cache is read and replaced by either name.
+
+    PEFT's prompt learning looks for `past_key_values` in what `prepare_inputs_for_generation` returns, and puts the
+    prefix that it has learned there; up to PEFT 0.21 it does so with Transformers 5.24 too.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(CACHE if key in CACHE_NAMES else key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(CACHE if key in CACHE_NAMES else key, value)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(CACHE if key in CACHE_NAMES else key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(CACHE if key in CACHE_NAMES else key, default)
 
 
 def is_older_than(major: int, minor: int) -> bool:
@@ -109,6 +127,7 @@ def warn_if_untested() -> None:
         newest = ".".join(map(str, NEWEST_TESTED))
         logger.warning_once(
             f"casa_hf was tested with Transformers up to {newest}; Transformers {transformers.__version__} is "
-            "installed. If something fails or answers look wrong, update casa_hf or install "
+            "installed. If something fails or answers look wrong, update casa_hf (or the code that came with the "
+            "checkpoint), or install "
             f'"transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}".'
         )
