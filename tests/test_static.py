@@ -198,7 +198,10 @@ def test_generate_makes_a_static_cache(variant: str, layers: list[int] | None, s
     produced = output.sequences[0, -6:].tolist()
     assert produced == greedy(model, row, 6)
     output.cache.crop(-2)
-    assert int(output.cache.get_seq_length()) == len(token_ids(row)) + 3
+    length = len(token_ids(row)) + 3
+    assert int(output.cache.get_seq_length()) == length
+    for block, layer in zip(model.model.language_model.layers, output.cache.layers, strict=True):
+        assert int(layer.cumulative_length) == (0 if block.self_attn is None else length)
     logits = model(torch.tensor([[5, 6]]), cache=output.cache).logits[0]
     assert relative_error(logits, one_shot(model, [*row, *produced[:3], 5, 6])[-2:]) < TOLERANCE
 
@@ -236,7 +239,9 @@ def test_a_compiled_step_goes_on_after_tokens_were_taken_back(fresh_compiler: No
     for turn in range(3):
         for token in (7 + turn, 8, 9):
             step(input_ids=torch.tensor([[token]]), cache=cache)
+        addresses = [tensor.data_ptr() for tensor in cache.layers[0].window_state._tensors().values()]
         cache.crop(-2)
+        assert [tensor.data_ptr() for tensor in cache.layers[0].window_state._tensors().values()] == addresses
         row = [*row, 7 + turn, 5]
         logits = step(input_ids=torch.tensor([[5]]), cache=cache).logits
         assert relative_error(logits[0], one_shot(model, row)[-1:]) < 1e-5
