@@ -523,6 +523,17 @@ def test_a_later_call_continues_the_cache(variant, form, images):
         assert int(cache.get_seq_length()) == ids.shape[1] - 1
 
 
+def test_a_prompt_without_token_types_gets_them():
+    """1 where an image stands: they also tell forward how many tokens the places of images were counted in."""
+    model, seen = new_model("casa"), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("mm_token_type_ids")), with_kwargs=True
+    )
+    inputs = batch([A, *words(3, 1), B, 5], [*words(4, 2), C, 7])
+    generate(model, inputs, max_new_tokens=2)
+    assert seen[0].tolist() == (inputs["input_ids"] == END).long().tolist() and seen[1] is None
+
+
 @pytest.mark.parametrize("variant", MAIN)
 def test_lookup_on_a_static_cache(variant):
     """Rejected proposals are taken back from it too, with versions of Transformers that try."""
