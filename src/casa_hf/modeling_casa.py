@@ -443,6 +443,11 @@ class CasaTextModel(CasaPreTrainedModel):
         """See [`CasaForConditionalGeneration.evict_text`]."""
         return evict_text(cache, self.window_rules, self.key_rotation, keep, num_sink_tokens)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks run again in the backward pass; Transformers takes the cache out of their calls then."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
     def key_rotation(self) -> KeyRotation:
         """What moves stored keys to other positions.
 
@@ -665,7 +670,8 @@ class CasaModel(CasaPreTrainedModel):
         Raises:
             TypeError: if the cache isn't a decoder's `Cache`, or comes under an unknown name.
             ValueError: if images, their marks and their positions don't fit each other, for both names of the cache
-                at once, and for images, videos or states in another model's form.
+                at once, for a filled cache under gradient checkpointing, and for images, videos or states in another
+                model's form.
         """
         check_foreign(kwargs, self.language_model.config._attn_implementation)
         if (input_ids is None) == (inputs_embeds is None):
@@ -683,6 +689,13 @@ class CasaModel(CasaPreTrainedModel):
             )
         if cache is not None:
             prepare_cache(cache, self.language_model.blocks_with_text)
+            if self.language_model.recomputes and not int(cache.get_seq_length()):
+                cache = None
+            elif self.language_model.recomputes:
+                raise ValueError(
+                    "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, which "
+                    "can't go on from a cache. Call model.eval() or model.gradient_checkpointing_disable() first."
+                )
         text_shape = inputs_embeds.shape[:2]
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
