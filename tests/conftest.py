@@ -34,8 +34,8 @@ def casa_folder(source_folder: Path) -> Path:
     return convert_checkpoint(source_folder, source_folder.with_name("casa")).output
 
 
-class _Refusal(logging.Handler):
-    """Whatever runs in the tests passes no argument that nobody reads, unless that is what is tested."""
+class KeptMessages(logging.Handler):
+    """Keeps what is logged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,8 @@ class _Refusal(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def every_argument_is_read(request: pytest.FixtureRequest) -> Iterator[None]:
-    handler = _Refusal()
+    """Whatever runs in the tests passes no argument that nobody reads, unless that is what is tested."""
+    handler = KeptMessages()
     foreign_arguments.logger.addHandler(handler)
     yield
     foreign_arguments.logger.removeHandler(handler)

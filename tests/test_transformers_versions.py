@@ -23,13 +23,12 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation, foreign_arguments, transformers_versions
 from casa_hf.transformers_versions import CACHE, NEWEST_TESTED
+from tests.conftest import KeptMessages
 from tests.helpers_generation import (
     Image,
     Row,
     batch,
     greedy,
-    image_inputs,
-    images_of,
     new_model,
     one_shot,
     relative_error,
@@ -54,24 +53,14 @@ def no_gradients() -> Iterator[None]:
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     """What is logged once, from here on as if nothing had been logged before."""
-    messages: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
-    handler, loggers = Kept(), (foreign_arguments.logger, transformers_versions.logger)
+    handler, loggers = KeptMessages(), (foreign_arguments.logger, transformers_versions.logger)
     for logger in loggers:
         logger.addHandler(handler)
-    yield messages
+    yield handler.messages
     for logger in loggers:
         logger.removeHandler(handler)
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
-
-
-def rest_of(row: Row) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.tensor([token_ids(row)]), **image_inputs(images_of([row]))}
 
 
 # ------------------------------------------------------------------------------------ both names
@@ -85,7 +74,7 @@ def test_forward_takes_the_cache_by_both_names(name: str, head: bool, kind: type
     model = whole if head else whole.model
     cache = DynamicCache() if kind is DynamicCache else StaticCache(config=whole.config, max_cache_len=40)
     model(**batch(START), **{name: cache})
-    output = model(**rest_of(REST), **{name: cache})
+    output = model(**batch(REST), **{name: cache})
     assert output.cache is cache
     logits = output.logits if head else whole.lm_head(output.last_hidden_state)
     assert relative_error(logits[0], one_shot(whole, [*START, *REST])[-6:]) < 1e-9

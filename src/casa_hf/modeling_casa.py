@@ -689,13 +689,14 @@ class CasaModel(CasaPreTrainedModel):
             )
         if cache is not None:
             prepare_cache(cache, self.language_model.blocks_with_text)
-            if self.language_model.recomputes and not int(cache.get_seq_length()):
+            if self.language_model.recomputes:
+                if int(cache.get_seq_length()):
+                    raise ValueError(
+                        "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, "
+                        "which can't go on from a cache. Call model.eval() or model.gradient_checkpointing_disable() "
+                        "first."
+                    )
                 cache = None
-            elif self.language_model.recomputes:
-                raise ValueError(
-                    "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, which "
-                    "can't go on from a cache. Call model.eval() or model.gradient_checkpointing_disable() first."
-                )
         text_shape = inputs_embeds.shape[:2]
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 

@@ -70,7 +70,35 @@ def takes_cache(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return either
 
 
-class CacheByBothNames:
+class _KeysByBothNames:
+    """A dictionary whose cache is an entry by either name."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_known(key))  # type: ignore[misc]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_known(key), value)  # type: ignore[misc]
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(_known(key))  # type: ignore[misc]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_known(key), default)  # type: ignore[misc]
+
+
+def _known(key: Any) -> Any:
+    return CACHE if key in CACHE_NAMES else key
+
+
+class InputsByBothNames(_KeysByBothNames, dict[str, Any]):
+    """Inputs of a forward whose cache is read and replaced by either name.
+
+    PEFT's prompt learning looks for `past_key_values` in what `prepare_inputs_for_generation` returns, and puts the
+    prefix that it has learned there; up to PEFT 0.21 it does so with Transformers 5.24 too.
+    """
+
+
+class CacheByBothNames(_KeysByBothNames):
     """An output that answers to both names of its cache: outputs of Transformers do so from 5.24 on."""
 
     if CACHE == _OLD_NAME:
@@ -82,38 +110,6 @@ class CacheByBothNames:
         @cache.setter
         def cache(self, value: Any) -> None:
             self.past_key_values = value
-
-        def __getitem__(self, key: Any) -> Any:
-            return super().__getitem__(_OLD_NAME if key == "cache" else key)  # type: ignore[misc]
-
-        def __setitem__(self, key: Any, value: Any) -> None:
-            super().__setitem__(_OLD_NAME if key == "cache" else key, value)  # type: ignore[misc]
-
-        def __contains__(self, key: Any) -> bool:
-            return super().__contains__(_OLD_NAME if key == "cache" else key)  # type: ignore[misc]
-
-        def get(self, key: Any, default: Any = None) -> Any:
-            return super().get(_OLD_NAME if key == "cache" else key, default)  # type: ignore[misc]
-
-
-class InputsByBothNames(dict[str, Any]):
-    """Inputs of a forward whose cache is read and replaced by either name.
-
-    PEFT's prompt learning looks for `past_key_values` in what `prepare_inputs_for_generation` returns, and puts the
-    prefix that it has learned there; up to PEFT 0.21 it does so with Transformers 5.24 too.
-    """
-
-    def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(CACHE if key in CACHE_NAMES else key)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(CACHE if key in CACHE_NAMES else key, value)
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(CACHE if key in CACHE_NAMES else key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return super().get(CACHE if key in CACHE_NAMES else key, default)
 
 
 def is_older_than(major: int, minor: int) -> bool:
