@@ -46,7 +46,7 @@ def test_python_blocks(workplace, capsys):
 def test_commands(workplace, monkeypatch):
     from typer.testing import CliRunner
 
-    from casa_hf.cli import app
+    from casa_hf.cli.app import app
 
     others = ["inspect", "generate", "chat", "caption", "push"]
     assert [command.split()[0] for command in COMMANDS] == ["convert"] * 4 + others

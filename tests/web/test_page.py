@@ -468,7 +468,7 @@ def test_the_command(casa_folder: Path, clip: Path, tmp_path: Path) -> None:
 def test_the_command_refuses_options_that_do_not_go_together() -> None:
     from typer.testing import CliRunner
 
-    from casa_hf.cli import app
+    from casa_hf.cli.app import app
 
     for arguments, expected in (
         (["--web", "--ask", "What?"], "ask on the page"),

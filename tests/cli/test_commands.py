@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +18,13 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
-from casa_hf.cli import main
 from casa_hf.conversation import Conversation
 from examples.tiny_source import build_tiny_helium
+from tests.command_line import Cli
 
-PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "assets"
+PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "assets"
 CAT, COFFEE = str(PHOTOGRAPHS / "cat.jpg"), str(PHOTOGRAPHS / "coffee.jpg")
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    def failed_with_one_line(self, *parts: str) -> bool:
-        """Whether the command ended in exit code 1 and one line on standard error that has all parts."""
-        one_line = self.err.startswith("error: ") and self.err.count("\n") == 1
-        return self.code == 1 and self.out == "" and one_line and all(part in self.err for part in parts)
-
-
-class Terminal(io.StringIO):
-    """A stream at whose other end somebody sits."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class Cli:
-    """Runs `casa-hf` in this process; its streams are no terminals unless said."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str | Path, stdin: str = "", terminal: bool = False) -> Outcome:
-        stream = Terminal if terminal else io.StringIO
-        self.capsys.readouterr()
-        with self.monkeypatch.context() as patched:
-            patched.setattr(sys, "stdin", stream(stdin))
-            patched.setattr(sys, "stderr", errors := stream())
-            with pytest.raises(SystemExit) as ended:
-                main([str(argument) for argument in arguments])
-        return Outcome(int(ended.value.code or 0), self.capsys.readouterr().out, errors.getvalue())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(monkeypatch, capsys)
-
 
 # ---------------------------------------------------------------- usage
 
@@ -395,7 +351,7 @@ def test_generate_as_a_process_prints_the_answer_and_nothing_else(casa_folder: P
     ("options", "parts"),
     [
         (["--image", "nowhere.jpg"], ["nowhere.jpg", "path or URL"]),
-        (["--image", __file__], ["test_cli.py", "JPEG"]),
+        (["--image", __file__], ["test_commands.py", "JPEG"]),
         (["--device", "nonsense"], ["'nonsense'", "cpu"]),
         (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
         (["--attn", "nonsense"], ["nonsense", "eager"]),

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .terminal import quiet_unless_terminal
+
 if TYPE_CHECKING:
     import torch
 
-    from .modeling_casa import CasaForConditionalGeneration
-    from .processing_casa import CasaProcessor
+    from ..modeling_casa import CasaForConditionalGeneration
+    from ..processing_casa import CasaProcessor
 
 
 class Dtype(StrEnum):
@@ -53,8 +54,8 @@ def load_model(
     quiet_unless_terminal()
     from safetensors import SafetensorError
 
-    from . import CasaForConditionalGeneration, CasaProcessor
-    from .conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
+    from .. import CasaForConditionalGeneration, CasaProcessor
+    from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 
     where = _device(device)
     repository = hub_id(name, revision=None)
@@ -80,13 +81,3 @@ def _device(name: str | None) -> torch.device:
         if name in (str(device), device.type):
             return device
     raise ValueError(f"--device {name!r} is not available here; choose one of {', '.join(map(str, here))}.")
-
-
-def quiet_unless_terminal() -> None:
-    """Switch off the progress bars of the libraries where nobody watches."""
-    if not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bars()
-        disable_progress_bar()

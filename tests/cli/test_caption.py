@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
-from casa_hf.cli_caption import Question, _events
+from casa_hf.cli.caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
 from tests.clips import http_camera, jpeg_part, picture, write_clip
-from tests.test_cli import Cli, cli  # noqa: F401
+from tests.command_line import Cli
 
 av = pytest.importorskip("av")
 
-BUNNY = str(Path(__file__).parents[1] / "examples" / "assets" / "bunny.mp4")
+BUNNY = str(Path(__file__).parents[2] / "examples" / "assets" / "bunny.mp4")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def events_of(checkpoint: Path, **options: object) -> list[dict[str, object]]:
 ARGUMENTS = ("--start", "0:01", "--end", "4", "--max-new-tokens", "4", "--device", "cpu")
 
 
-def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.srt", "a.vtt", "a.jsonl")]
     outs = [argument for file in files for argument in ("--out", file)]
     questions = ["--ask", "What is it?", "--ask", "@2 Where is it?"]
@@ -117,7 +117,7 @@ DRAWS = {"do_sample": True, "temperature": 1.5, "seed": 7}
     ids=lambda value: value[-2] if isinstance(value, list | tuple) and len(value) > 1 else None,
 )
 def test_each_option_is_the_setting_of_the_library(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     checkpoint: Path,
     pair: tuple[CasaForConditionalGeneration, CasaProcessor],
     tmp_path: Path,
@@ -159,7 +159,7 @@ LIVE = ("--fps", "200", "--live", "--max-new-tokens", "9", "--device", "cpu", "-
     ],
 )
 def test_what_becomes_of_late_frames(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     checkpoint: Path,
     fast: Path,
     tmp_path: Path,
@@ -193,7 +193,7 @@ def test_what_becomes_of_late_frames(
 
 @pytest.mark.parametrize(("options", "drops"), [([], False), (["--live"], True)])
 def test_on_the_page_too_late_frames_are_dropped_when_live(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     checkpoint: Path,
     fast: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -227,7 +227,7 @@ def test_on_the_page_too_late_frames_are_dropped_when_live(
     assert (max(lengths) < 9) == drops, "the time of a frame is bounded where frames are dropped"
 
 
-def test_what_is_said_about_the_source_is_done(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_said_about_the_source_is_done(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     """Raw pixels say neither their size nor their rate; images of a folder not theirs; a device can be a recording."""
     (tmp_path / "folder").mkdir()
     for index in range(6):
@@ -249,7 +249,7 @@ def test_what_is_said_about_the_source_is_done(cli: Cli, checkpoint: Path, tmp_p
         assert {event["kind"] for event in events} <= {"text", "end"}
 
 
-def test_an_http_camera_is_captioned_live(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_http_camera_is_captioned_live(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     """At its own speed, whatever FFmpeg makes of it; and as a recording if that is what it is said to be."""
     out = tmp_path / "a.jsonl"
 
@@ -276,7 +276,7 @@ def test_an_http_camera_is_captioned_live(cli: Cli, checkpoint: Path, tmp_path: 
     assert live[0] == 0 and live[-1] > 0.9, "the last picture is sent a second after the first one has come"
 
 
-def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     srt, video = tmp_path / "a.srt", write_clip(tmp_path / "a.mp4", 2, 10)
     srt.write_text("old")
     arguments = ["caption", BUNNY, "--model", checkpoint, "--out", srt, "--overlay", video, "--device", "cpu"]
@@ -295,7 +295,7 @@ def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_that_was_not_made_is_not_named(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +318,7 @@ def test_a_file_that_was_not_made_is_not_named(
     assert left == ({"a.srt": "old", "a.mp4": "old"} if overwrite else {})
 
 
-def test_the_source_is_never_replaced(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+def test_the_source_is_never_replaced(cli: Cli, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 10, 10)
     whole = clip.read_bytes()
     (tmp_path / "a.srt").symlink_to(clip)
@@ -349,7 +349,7 @@ def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None
     assert asked == [question.text for question in questions], "in the order in which they were given"
 
 
-def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     silent = tmp_path / "silent"
     shutil.copytree(checkpoint, silent)
     settings = json.loads((silent / "generation_config.json").read_text("utf-8"))
@@ -367,7 +367,7 @@ def test_silent_answers_are_told_from_silent_frames(cli: Cli, checkpoint: Path, 
     assert [event["question"] for event in events if event["kind"] == "answered"] == ["Who?", "What?", "Where?"]
 
 
-def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F811
+def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
     outcome = cli("caption", BUNNY, "--model", checkpoint, *ARGUMENTS, "--live", "--late", "wait", terminal=True)
     assert outcome.code == 0, outcome.err
     for part in ("time", "of 0:00:04.0", "6 frames", "latency", "mean", "behind", "memory", "text tokens"):
@@ -379,7 +379,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
     ("options", "parts"),
     [
         (["nowhere.mp4"], ["nowhere.mp4", "doesn't exist"]),
-        ([__file__], ["test_cli_caption.py", "can't be used"]),
+        ([__file__], ["test_caption.py", "can't be used"]),
         ([BUNNY, "--out", "captions.txt"], ["captions.txt", ".srt"]),
         ([BUNNY, "--out", "nowhere/captions.srt"], ["nowhere", "doesn't exist"]),
         ([BUNNY, "--overlay", "video.avi"], ["video.avi", ".mp4"]),
@@ -396,7 +396,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:  # noqa: F8
     ],
 )
 def test_it_fails_in_one_line_before_any_work(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -432,7 +432,7 @@ def test_it_fails_in_one_line_before_any_work(
         (["--font", "a.ttf"], "--font: it is for --overlay"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:  # noqa: F811
+def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:
     outcome = cli("caption", BUNNY, "--model", "nowhere", *options)
     assert outcome.code == 2
     assert complaint in " ".join(outcome.err.split())

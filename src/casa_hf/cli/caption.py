@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .cli_options import AttnOption, DeviceOption, DtypeOption, load_model
+from .options import AttnOption, DeviceOption, DtypeOption, load_model
 
 if TYPE_CHECKING:
-    from .streaming import CaptionEvent, CasaStream, LiveCaptions
-    from .subtitles import CaptionWriter
-    from .video import VideoSource
-    from .web import CaptionServer
+    from ..streaming import CaptionEvent, CasaStream, LiveCaptions
+    from ..subtitles import CaptionWriter
+    from ..video import VideoSource
+    from ..web import CaptionServer
 
 # As shells report a program that Ctrl-C has ended.
 INTERRUPTED = 130
@@ -236,10 +236,10 @@ def caption(
         raise typer.BadParameter("it is for --overlay.", param_hint="--font")
     if temperature is None and (top_k is not None or seed is not None):
         raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
-    from .overlay import Overlay
-    from .streaming import CasaStream, LiveCaptions
-    from .subtitles import WRITERS, check_output
-    from .video import open_video
+    from ..overlay import Overlay
+    from ..streaming import CasaStream, LiveCaptions
+    from ..subtitles import WRITERS, check_output
+    from ..video import open_video
 
     video = open_video(source, fps=fps, start=start, end=end, rate=rate, live=live_source, options=ffmpeg_options)
     real_time = live or video.live
@@ -277,7 +277,7 @@ def caption(
         opened.enter_context(files)
         server = None
         if web:  # takes its port before the model is loaded
-            from .web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
+            from ..web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
 
             server = CaptionServer(
                 loaded.pop,
@@ -341,7 +341,7 @@ class _Files(AbstractContextManager["_Files"]):
 
     def write(self, event: CaptionEvent) -> None:
         if not self._writers:
-            from .subtitles import caption_writer
+            from ..subtitles import caption_writer
 
             for path in self._paths:
                 writer = caption_writer(path, words=self._words, overwrite=self._overwrite)

@@ -1,0 +1,6 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,65 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from .options import AttnOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument
+from .talking import load_conversation, open_image, streamer
+from .terminal import EXPLAINED, complain
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHAT_HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit ends."
+
+
+def chat(
+    model: ModelArgument,
+    max_new_tokens: MaxNewTokensOption = 256,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    attn: AttnOption = None,
+) -> None:
+    """Talk in several turns, one line each; an image may come with any of them."""
+    conversation = load_conversation(model, device, dtype, attn)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        typer.echo(CHAT_HELP, err=True)
+    pending: list[Image] = []
+    for line in _lines("> " if interactive else ""):
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+                pending = []
+            elif command == "/image":
+                pending.append(open_image(argument.strip()))
+            elif command.startswith("/"):
+                raise ValueError(f"{command} is not a command. {CHAT_HELP}")
+            else:
+                images, pending = pending, []
+                conversation.ask(line, images, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
+        except EXPLAINED as error:
+            # A person can try again; a script must not go on with half of its input.
+            if not interactive:
+                raise
+            complain(error)
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """The non-empty lines of standard input."""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line

@@ -1,0 +1,131 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Dtype
+from .terminal import progress_bar, quiet_unless_terminal
+
+if TYPE_CHECKING:
+    from ..conversion import ConversionPlan
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id, such as of a Qwen2.5-VL checkpoint.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Argument(help="Folder to make; not needed with --dry-run.", show_default=False)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Such as ca, casa-shared or exact. Default: casa, or a CASA checkpoint's own.")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(help="image, window or context.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Fused blocks: every:2, 4,8,12, last:8 or all.")] = None,
+    placement: Annotated[str | None, typer.Option(help="parallel, replace, before or after.")] = None,
+    image_updates: Annotated[str | None, typer.Option(help="none, ffn or full.")] = None,
+    image_history: Annotated[str | None, typer.Option(help="latest, group or all.")] = None,
+    video_history: Annotated[str | None, typer.Option(help="The same for video frames.")] = None,
+    positions: Annotated[str | None, typer.Option(help="contiguous or insertion.")] = None,
+    image_positions: Annotated[str | None, typer.Option(help="at or before.")] = None,
+    text_windows: Annotated[
+        bool | None, typer.Option(help="Whether text before the first image is a window.", show_default=False)
+    ] = None,
+    share_projections: Annotated[
+        bool | None, typer.Option(help="Whether to fuse with self-attention's projections.", show_default=False)
+    ] = None,
+    gate: Annotated[str | None, typer.Option(help="tanh or none.")] = None,
+    gist_tokens: Annotated[int | None, typer.Option(min=0, help="Gist tokens after each image.")] = None,
+    vision_from: Annotated[
+        str | None, typer.Option(help="Folder or Hub id that gives a text-only source its vision tower.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image at most.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: keep the source's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most.")] = "5GB",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, for trust_remote_code=True without casa_hf.")
+    ] = False,
+    to_source: Annotated[
+        bool, typer.Option("--to-source", help="Take a CASA checkpoint back to the form of its source.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be written; write nothing. The weights of a Hub id are downloaded."
+        ),
+    ] = False,
+) -> None:
+    """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
+    if output is None and not dry_run:
+        raise typer.BadParameter("name the folder to make, or look first with --dry-run.", param_hint="OUTPUT")
+    quiet_unless_terminal()
+    from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
+
+    weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
+    design: dict[str, Any] = {
+        "casa_keys": keys,
+        "casa_layers": layers,
+        "casa_placement": placement,
+        "casa_image_updates": image_updates,
+        "casa_image_history": image_history,
+        "casa_video_history": video_history,
+        "casa_positions": positions,
+        "casa_image_positions": image_positions,
+        "casa_text_windows": text_windows,
+        "casa_share_projections": share_projections,
+        "casa_gate": gate,
+        "num_gist_tokens": gist_tokens,
+    }
+    design = {name: value for name, value in design.items() if value is not None}
+    if gate == "none":
+        design["casa_gate"] = None
+    form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
+    if to_source and (design or with_code or any(value is not None for value in (variant, vision_from, max_pixels))):
+        raise ValueError("--to-source takes no design: leave out --variant and what describes a CASA model.")
+    if output is None or dry_run:
+        _print_plan(
+            plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
+        )
+        return
+    with progress_bar("Writing weights") as progress:
+        weights |= {"overwrite": overwrite, "progress": progress}
+        if to_source:
+            report = convert_to_source(source, output, **weights)
+        else:
+            report = convert_checkpoint(source, output, variant, with_code=with_code, **form, **weights)
+    if to_source:
+        typer.echo(
+            f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without "
+            f"{len(report.dropped)} tensors that the source has no place for."
+        )
+        for name, reason in report.dropped.items():
+            typer.echo(f"left out: {name} ({reason})")
+        return
+    typer.echo(
+        f"Wrote {report.output}: {report.config.variant or 'a design of its own'}, "
+        f"{report.source_parameters:,} parameters of the source and {report.added_parameters:,} new ones."
+    )
+    for name, start in report.initialised.items():
+        typer.echo(f"new: {name} ({start})")
+    typer.echo(report.note)
+
+
+def _print_plan(plan: ConversionPlan) -> None:
+    for file, tensors in plan.files.items():
+        typer.echo(f"{file}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes")
+        for tensor in tensors:
+            size = f"{tensor.dtype} {list(tensor.shape)} {tensor.nbytes:,} bytes"
+            typer.echo(f"  {tensor.name} {size} <- {tensor.origin}")
+    for name, reason in plan.dropped.items():
+        typer.echo(f"left out: {name} ({reason})")
+    typer.echo(
+        f"{plan.num_bytes:,} bytes in {len(plan.files)} files: {plan.source_parameters:,} parameters taken over, "
+        f"{plan.added_parameters:,} new. Nothing was written."
+    )

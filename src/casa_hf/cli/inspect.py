@@ -1,0 +1,54 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..conversion import CheckpointSummary
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+) -> None:
+    """Show what a CASA checkpoint is made of and what it costs to run, without loading its weights."""
+    from rich.filesize import decimal
+
+    from ..conversion import inspect_checkpoint
+
+    summary = inspect_checkpoint(path)
+    blocks = f"{len(summary.fusion_layers)} of {summary.num_layers} blocks"
+    if len(summary.fusion_layers) < summary.num_layers:
+        blocks += f": {', '.join(map(str, summary.fusion_layers))}"
+    text_token = decimal(summary.text_token_bytes)
+    if summary.window_text_bytes:
+        text_token += f", and {decimal(summary.window_text_bytes)} more while its window is open"
+    rows = {
+        "variant": summary.variant or "none of the named ones",
+        "backbone": summary.backbone,
+        "fusion layers": blocks,
+        "parameters": f"{summary.source_parameters:,} of the source, {summary.added_parameters:,} added",
+        "weights": f"{decimal(summary.num_bytes)}, {summary.dtype}",
+        **_image_rows(summary),
+        "text token": text_token,
+    }
+    for label, value in rows.items():
+        typer.echo(f"{label:<15}{value}")
+
+
+def _image_rows(summary: CheckpointSummary) -> dict[str, str]:
+    """What the keys and values of images take: until the next window, or for good."""
+    from rich.filesize import decimal
+
+    size = f"{decimal(summary.image_bytes)} for an image of {summary.image_tokens:,} tokens, the largest"
+    images_stay, frames_stay = summary.image_history == "all", summary.video_history == "all"
+    rows = {"per image": f"{size}; never freed"} if images_stay else {"window": size}
+    if frames_stay != images_stay:
+        rows["video frame"] = (
+            f"in proportion to its tokens; {'never freed' if frames_stay else 'freed with its window'}"
+        )
+    return rows

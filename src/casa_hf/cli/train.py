@@ -1,0 +1,76 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `casa-hf train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import quiet_unless_terminal
+
+if TYPE_CHECKING:
+    from ..training import PackedDataset
+    from ..training.parameters import Part
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file; docs/training.md lists its settings.", show_default=False)
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Fine-tune a CASA checkpoint on conversations with images."""
+    quiet_unless_terminal()
+    from dataclasses import replace
+
+    from ..training import TrainingConfig, parts_table
+    from ..training import train as run
+    from ..training.recipe import is_first_process
+
+    settings = TrainingConfig.from_yaml(config)
+    if resume:
+        settings = replace(settings, resume=True)
+
+    def announce(parts: list[Part], data: PackedDataset) -> None:
+        typer.echo(parts_table(parts))
+        typer.echo(
+            f"{len(data.examples) - data.num_dropped} conversations in {len(data)} packed sequences, "
+            f"{data.num_dropped} dropped as too long."
+        )
+
+    speaks = is_first_process()
+    output = Path(settings.output)
+    existed = output.exists()
+    try:
+        report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
+    except KeyboardInterrupt as error:
+        if not speaks:
+            raise
+        raise OSError(_interrupted(config, output, settings.checkpoint_folder, existed)) from error
+    if speaks:
+        typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
+        typer.echo(f"Wrote {report.output}.")
+
+
+def _interrupted(config: Path, output: Path, checkpoints: Path, existed: bool) -> str:
+    """What is left of an interrupted training, and how to go on; `existed` is whether the output did before."""
+    from ..training.checkpoints import last_checkpoint
+
+    if existed:
+        return f"The training was interrupted before it began; {output} is not of this run."
+    if output.exists():
+        return f"The training was interrupted when the model was trained; it is saved in {output}."
+    last, skipped = last_checkpoint(checkpoints)
+    if last is None and skipped:
+        folder, fault = next(iter(skipped.items()))
+        way = f"Remove {checkpoints} to start anew."
+        return f"The training was interrupted, and {folder} is incomplete ({fault}). {way}"
+    if last is None:
+        return "The training was interrupted before its first checkpoint. The same command starts it anew."
+    return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."
+
+
+def _logged(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items() if isinstance(value, int | float))
