@@ -39,11 +39,11 @@ from huggingface_hub.utils import (
 from transformers import GenerationConfig
 
 from .card_merge import Card, Preference, decode_card
+from .checkpoint_files.errors import disk_is_full, listed, one_line
+from .checkpoint_files.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .configuration_casa import CasaConfig
 from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
-from .conversion.errors import disk_is_full, listed, one_line
 from .conversion.plan import SOURCE_ROWS_FILE
-from .conversion.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, names_code, without_auto_map
 from .hub import LICENSE_FILES, PresentCard, published_card

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import convert as benchmark
+from casa_hf.checkpoint_files.shards import read_checkpoint
 from casa_hf.conversion import convert_checkpoint
-from casa_hf.conversion.shards import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

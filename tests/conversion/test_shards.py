@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from casa_hf.conversion import ConversionError, shards
-from casa_hf.conversion.shards import (
+from casa_hf.checkpoint_files import shards
+from casa_hf.checkpoint_files.shards import (
     DTYPE_CODES,
     ComputedTensor,
     PlannedTensor,
@@ -20,6 +20,7 @@ from casa_hf.conversion.shards import (
     split_files,
     write_checkpoint,
 )
+from casa_hf.conversion import ConversionError
 from tests.conversion.helpers import INDEX, assert_same, load_weights, stored_names
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -19,8 +19,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from casa_hf.checkpoint_files.errors import disk_is_full
 from casa_hf.cli.train import _interrupted
-from casa_hf.conversion.errors import disk_is_full
 from casa_hf.training import TrainingConfig, train
 from casa_hf.training.checkpoints import last_checkpoint
 from tests.conversion.helpers import load_weights

@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """From source checkpoints to CASA checkpoints, from one design to another, and back."""
 
+from ..checkpoint_files.errors import ConversionError
 from .convert import ConversionReport, convert_checkpoint, plan_conversion
-from .errors import ConversionError
 from .inspection import CheckpointSummary, inspect_checkpoint
 from .plan import ConversionPlan
 from .to_source import convert_to_source, plan_to_source

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..checkpoint_files.destination import check_distinct, check_target, new_folder
+from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from ..configuration_casa import CasaConfig
 from ..export import add_code
 from ..hub import Origin, license_files, model_card, origin_records, read_license, untrained_effect
 from ..processing_casa import CasaProcessor
 from .design import OPTIONS, resolve_design
-from .destination import check_distinct, check_target, new_folder
-from .errors import ConversionError
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
 from .plan import SOURCE_ROWS_FILE, ConversionPlan, make_plan
-from .shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from .source import (
     SMALL_FILES,
     WEIGHT_FILES,

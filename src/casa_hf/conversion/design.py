@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint_files.errors import ConversionError
 from ..configuration_casa import DESIGN_FIELDS, CasaConfig, variant_overrides
-from .errors import ConversionError
 
 OPTIONS = (*DESIGN_FIELDS, "num_gist_tokens")
 

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.shards import DTYPES, read_checkpoint, read_json
 from ..configuration_casa import CasaConfig
-from .errors import ConversionError
 from .mapping import ADDED, TOKEN_ROWS
-from .shards import DTYPES, read_checkpoint, read_json
 
 
 @dataclass(frozen=True)

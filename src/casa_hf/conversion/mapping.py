@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..backbones import Backbone
+from ..checkpoint_files.errors import ConversionError, listed
 from ..configuration_casa import CasaConfig
-from .errors import ConversionError, listed
 
 Shape = tuple[int, ...]
 

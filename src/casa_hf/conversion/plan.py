@@ -11,10 +11,18 @@ from functools import cache, partial
 import torch
 from transformers import PreTrainedConfig
 
+from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.shards import (
+    DTYPES,
+    ComputedTensor,
+    PlannedTensor,
+    StoredTensor,
+    row_statistics,
+    same_values,
+    split_files,
+)
 from ..configuration_casa import CasaConfig
-from .errors import ConversionError
 from .mapping import EMBEDDINGS, PROJECTOR, TIED, TOKEN_ROWS, TensorMap
-from .shards import DTYPES, ComputedTensor, PlannedTensor, StoredTensor, row_statistics, same_values, split_files
 
 PROJECTOR_SEED = 0
 GIST_SEED = 1

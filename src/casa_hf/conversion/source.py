@@ -17,11 +17,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
+from ..checkpoint_files.errors import ConversionError, disk_is_full, one_line
+from ..checkpoint_files.shards import read_json
 from ..configuration_casa import CasaConfig
 from ..hub import LICENSE_FILES
 from ..processing_casa import CasaProcessor
-from .errors import ConversionError, disk_is_full, one_line
-from .shards import read_json
 
 # What is downloaded: first everything that decides whether the source can be converted, then the weights.
 SMALL_FILES = ("*.json", "*.jinja", "*merges.txt", "README.md", *LICENSE_FILES)

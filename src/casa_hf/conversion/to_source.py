@@ -15,6 +15,17 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint_files.destination import check_distinct, check_target, new_folder
+from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.shards import (
+    PlannedTensor,
+    Progress,
+    StoredTensor,
+    read_checkpoint,
+    read_tensors,
+    split_files,
+    write_checkpoint,
+)
 from ..configuration_casa import CasaConfig
 from ..hub import Origin, license_files, source_card
 from .convert import (
@@ -28,19 +39,8 @@ from .convert import (
     dtype_code,
     open_source,
 )
-from .destination import check_distinct, check_target, new_folder
-from .errors import ConversionError
 from .mapping import ADDED, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
 from .plan import SOURCE_ROWS_FILE, ConversionPlan, overwritten_rows, set_dtype
-from .shards import (
-    PlannedTensor,
-    Progress,
-    StoredTensor,
-    read_checkpoint,
-    read_tensors,
-    split_files,
-    write_checkpoint,
-)
 from .source import read_source_config, source_processor_files, stock_config
 
 

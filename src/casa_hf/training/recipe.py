@@ -22,10 +22,10 @@ from typing import Any, get_args, get_type_hints
 import torch
 from huggingface_hub import get_token
 
+from ..checkpoint_files.errors import disk_is_full, one_line
+from ..checkpoint_files.shards import read_json
 from ..checks import check_count, check_number, check_positive, is_number
 from ..configuration_casa import CasaConfig
-from ..conversion.errors import disk_is_full, one_line
-from ..conversion.shards import read_json
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
