@@ -355,9 +355,9 @@ def test_an_argument_that_nobody_reads_is_named_once(logged: list[str], head: bo
 
 
 def test_a_base_model_has_no_loss(logged: list[str]) -> None:
-    """What only the model with a head reads."""
+    """Nor logits to keep, which TRL's distillation asks it for too: that changes nothing, so it isn't named."""
     shared_model("casa").model(**batch(START), labels=batch(START)["input_ids"], logits_to_keep=1)
-    assert ["'labels'" in logged[0], "'logits_to_keep'" in logged[1]] == [True, True]
+    assert len(logged) == 1 and "'labels'" in logged[0]
 
 
 def test_what_trainers_adapters_and_attention_pass_is_not_named(logged: list[str]) -> None:

@@ -1,10 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """CASA vision-language models for Transformers: load, convert, generate, train.
 
-Importing the package registers its classes with Transformers' Auto classes.
+Importing the package makes its classes known to Transformers, see `registration`.
 """
-
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .cache_casa import cache_nbytes
 from .configuration_casa import CasaConfig
@@ -20,13 +18,11 @@ from .conversion import (
 from .export import add_code
 from .modeling_casa import CasaModel
 from .publishing import PublishingError, push_checkpoint
+from .registration import register
 from .sharing import CasaForConditionalGeneration, CasaProcessor
 from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 
-AutoConfig.register("casa", CasaConfig, exist_ok=True)
-AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
-AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
+register()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -338,8 +338,15 @@ class CasaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CasaConfig":
-        """As in Transformers, and from the dictionary of a source checkpoint too (see `get_config_dict`)."""
-        return super().from_dict(cls._adopt_source(config_dict, kwargs), **kwargs)
+        """As in Transformers, and from the dictionary of a source checkpoint too (see `get_config_dict`).
+
+        `auto_map`, which names the code that a checkpoint carries, is left out unless this class is of that code: what
+        the installed classes save doesn't come with it.
+        """
+        config_dict = cls._adopt_source(config_dict, kwargs)
+        if cls._auto_class is None:
+            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def _adopt_source(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:

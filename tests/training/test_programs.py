@@ -43,11 +43,13 @@ def workplace(casa_folder, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*` is deprecated:FutureWarning")  # in PEFT, in TRL
 def test_python_blocks_of_the_document(workplace):
     pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    shutil.copytree(PHOTOGRAPHS, "photos")
     found = blocks("python")
-    assert len(found) == 4
+    assert len(found) == 5
     names: dict = {}
     for block in found:
         exec(compile(block, "training.md", "exec"), names)
