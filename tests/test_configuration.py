@@ -224,7 +224,7 @@ def test_from_source_maps_tokens_and_keeps_the_rest(tmp_path):
         assert (made.image_token_id, made.vision_start_token_id, made.vision_end_token_id) == (11, 10, 11)
         assert made.delimiter_token_ids == (10, 11)
         assert made.placeholder_token_ids == (12, 13)
-        assert made.source_config["model_type"] == "qwen2_5_vl"
+        assert made.source_config["source_model_type"] == "qwen2_5_vl"
         assert (made.source_config["image_token_id"], made.source_config["video_token_id"]) == (12, 13)
         assert made.tie_word_embeddings
         assert made.dtype == torch.bfloat16

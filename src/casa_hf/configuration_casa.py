@@ -78,8 +78,20 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "casa_gate": (None, "tanh"),
 }
 
+# What `source_config` calls the source's `model_type`. A stock configuration class that is given another type's
+# checkpoint takes a dictionary in it that has its own `model_type` for the whole, and defaults for what isn't there.
+SOURCE_MODEL_TYPE = "source_model_type"
+
 # Settings that decide which tensors a checkpoint has.
 _TENSOR_FIELDS = ("casa_share_projections", "casa_layers", "casa_placement", "casa_gate", "num_gist_tokens")
+
+# (field, value of a checkpoint, value under which it has more tensors and misses none of those it had).
+_ADDITIONS = (
+    ("casa_share_projections", True, False),
+    ("casa_gate", None, "tanh"),
+    ("casa_placement", "parallel", "before"),
+    ("casa_placement", "parallel", "after"),
+)
 
 DESIGN_FIELDS: tuple[str, ...] = ("casa_share_projections", "casa_layers", "casa_text_windows", *CHOICES)
 
@@ -135,7 +147,8 @@ class CasaConfig(PreTrainedConfig):
             Whether the output head shares the embedding matrix.
         source_config (`dict`, *optional*):
             Top-level settings of the source checkpoint that CASA itself doesn't use, kept for converting back. Its
-            `image_token_id` and `video_token_id` are the ids of the source's expanded placeholders.
+            `image_token_id` and `video_token_id` are the ids of the source's expanded placeholders, its
+            `source_model_type` is the source's `model_type`.
         source_origins (`list[dict]`, *optional*):
             Where the source comes from and what it states about its licence, one entry per checkpoint, for the model
             card of whatever becomes of this model; see `casa_hf.hub.origin_records`.
@@ -173,6 +186,9 @@ class CasaConfig(PreTrainedConfig):
     source_origins: list[dict] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.source_config and "model_type" in self.source_config:  # written by an earlier version
+            kept = dict(self.source_config)
+            self.source_config = {SOURCE_MODEL_TYPE: kept.pop("model_type"), **kept}
         self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")
         if self.vision_config is None:
             self.vision_config = {self.backbone.vision.hidden_size_field: self.text_config.hidden_size}
@@ -302,7 +318,7 @@ class CasaConfig(PreTrainedConfig):
             )
         generic = PreTrainedConfig().to_dict().keys() | {"text_config", "vision_config", "torch_dtype"}
         kept = {k: v for k, v in source.to_dict().items() if k not in generic}
-        kept |= {"model_type": source_type, "architectures": source.architectures}
+        kept |= {SOURCE_MODEL_TYPE: source_type, "architectures": source.architectures}
         fields: dict[str, Any] = {
             "tie_word_embeddings": source.tie_word_embeddings,
             "source_config": kept,
@@ -351,14 +367,13 @@ class CasaConfig(PreTrainedConfig):
     @classmethod
     def _adopt_source(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         if config_dict.get("model_type", cls.model_type) == cls.model_type:
-            changed = {field: kwargs[field] for field in _TENSOR_FIELDS if field in kwargs}
-            changed = {field: value for field, value in changed.items() if config_dict.get(field) != value}
-            if "casa_variant" in kwargs or changed:
-                asked = ", ".join(
-                    f"{field}={kwargs[field]!r}" for field in ("casa_variant", *changed) if field in kwargs
-                )
+            given = [field for field in _TENSOR_FIELDS if field in kwargs]
+            asked = ["casa_variant"] if "casa_variant" in kwargs else []
+            asked += [field for field in given if _loses(config_dict, field, kwargs[field])]
+            if asked:
+                options = ", ".join(f"{field}={kwargs[field]!r}" for field in asked)
                 raise ValueError(
-                    f"{asked} would change which tensors this CASA checkpoint has, and lose or invent some. "
+                    f"{options} would change which tensors this CASA checkpoint has, and lose or invent some. "
                     "Convert it: `casa-hf convert CHECKPOINT OUTPUT` with the options wanted."
                 )
             return config_dict
@@ -486,6 +501,16 @@ class CasaConfig(PreTrainedConfig):
                 f"vision_config.{tower.hidden_size_field}={tower.hidden_size(vision)} must equal "
                 f"text_config.hidden_size={text.hidden_size}."
             )
+
+
+def _loses(checkpoint: dict[str, Any], field: str, value: Any) -> bool:
+    """Whether another value of a field leaves no place for tensors of a CASA checkpoint, or needs some that nothing in
+    it is like; fusion layers and gates that are added start as a conversion starts them."""
+    before = checkpoint.get(field, getattr(CasaConfig, field))
+    if field == "casa_layers":
+        fewer = isinstance(value, list | tuple | range | set) and (before is None or not set(before) <= set(value))
+        return before != value and fewer
+    return before != value and (field, before, value) not in _ADDITIONS
 
 
 def variant_overrides(name: str, num_hidden_layers: int) -> dict[str, Any]:

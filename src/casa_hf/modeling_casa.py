@@ -8,8 +8,11 @@ Transformers modules; the table in `backbones.py` names them.
 """
 
 import copy
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ from .attention import (
 from .backbones import BACKBONES
 from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
+from .folder_files import own_file
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin, refuse_placeholders
 from .positions import PositionRules, packed_samples
@@ -53,6 +57,16 @@ from .text_window import KeyRotation, check_history, evict_text
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
+
+# Where `_finalize_model_loading` leaves for `from_pretrained` what the checkpoint lacks.
+_LOST = "_lost_while_loading"
+
+# Names of the tensors that a source hasn't.
+_ADDED = r"\.casa_(attn|layernorm)\.|(^|\.)multi_modal_projector\."
+_ADDED_WHERE_REPLACED = r"\.casa_attn\.image_norm\.|(^|\.)multi_modal_projector\."
+
+# What finds the config.json beside weights again.
+_DOWNLOAD_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
@@ -235,6 +249,10 @@ class CasaPreTrainedModel(PreTrainedModel):
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
         """Load, and let a replaced block's fusion layer take the self-attention that a source checkpoint has there."""
+        folder = load_config.pretrained_model_name_or_path
+        if expected_keys is None and folder is not None and os.path.isdir(folder):  # expected_keys: of an adapter
+            for file in checkpoint_files or ():
+                own_file(folder, Path.cwd() / file)
         if model.config.casa_placement == "replace":
             renamings = [
                 WeightRenaming(f"layers.{index}.self_attn.", f"layers.{index}.casa_attn.")
@@ -242,6 +260,32 @@ class CasaPreTrainedModel(PreTrainedModel):
             ]
             load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), *renamings])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if not load_config.ignore_mismatched_sizes:
+            model.__dict__[_LOST] = _lost(model, load_config, loading_info)
+        return loading_info
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but a checkpoint that lacks tensors of the model which its config.json describes is
+        refused: Transformers would make random ones.
+
+        Not refused are tensors that follow from this call: fusion layers of an unconverted source, those that
+        `casa_gate`, `casa_layers` or another setting adds (they start as a conversion starts them), and a head that
+        another class has. With `ignore_mismatched_sizes=True` or `output_loading_info=True` nothing is refused.
+
+        Raises:
+            ValueError: naming tensors that are missing; for a weight file outside its folder.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        reported = isinstance(loaded, tuple)
+        refusal = (loaded[0] if reported else loaded).__dict__.pop(_LOST, None)
+        if refusal and not reported:
+            raise ValueError(refusal)
+        return loaded
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; "torch_varlen" reaches the vision tower too."""
@@ -262,6 +306,44 @@ class CasaPreTrainedModel(PreTrainedModel):
         read, never written)."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _lost(model: CasaPreTrainedModel, load_config: Any, loading_info: Any) -> str | None:
+    """What to say if a checkpoint lacks tensors of the model that its own config.json describes; else None."""
+    source = load_config.pretrained_model_name_or_path
+    if source is None or not loading_info.missing_keys:
+        return None
+    options = {name: value for name, value in load_config.download_kwargs.items() if name in _DOWNLOAD_OPTIONS}
+    stated = PreTrainedConfig.get_config_dict(source, **options)[0]
+    config: CasaConfig = model.config
+    if stated.get("model_type") in (None, CasaConfig.model_type):
+        described = CasaConfig.from_dict(stated) if stated else config
+        # A class of somebody else's has no head that is known here.
+        written_by = next(iter(stated.get("architectures") or ()), CasaForConditionalGeneration.__name__)
+        classes = {known.__name__: known for known in (CasaForConditionalGeneration, type(model))}
+        with torch.device("meta"):
+            names = classes.get(written_by, CasaModel)(described).state_dict()
+        promised = {name.removeprefix("model.") for name in names}
+        lost = {name for name in loading_info.missing_keys if name.removeprefix("model.") in promised}
+    else:
+        # In replaced blocks the projections are the source's own, under another name.
+        patterns = [_ADDED_WHERE_REPLACED if config.casa_placement == "replace" else _ADDED]
+        patterns += [r"(^|\.)visual\."] if config.backbone.text_only else []
+        lost = {name for name in loading_info.missing_keys if not re.search("|".join(patterns), name)}
+    if not lost:
+        return None
+    found = sorted(loading_info.unexpected_keys)
+    others = f" It holds {len(found)} that no part of the model has: {_listed(found)}." if found else ""
+    return (
+        f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
+        f"{_listed(sorted(lost))}.{others} Get or write it again, with the config.json that belongs to it. "
+        "from_pretrained(..., ignore_mismatched_sizes=True) makes new values for what is missing."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _initialize_fusion(block: CasaDecoderLayer) -> None:

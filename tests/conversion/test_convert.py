@@ -222,7 +222,7 @@ def test_configuration(source_folder, casa_folder):
     assert config.text_config.to_dict() == source.text_config.to_dict()
     assert config.vision_config.to_dict() == source.vision_config.to_dict()
     # What CASA doesn't use, for the way back.
-    assert config.source_config["model_type"] == "qwen2_5_vl"
+    assert config.source_config["source_model_type"] == "qwen2_5_vl"
     assert config.source_config["video_token_id"] == source.video_token_id
     assert isinstance(AutoModelForImageTextToText.from_pretrained(casa_folder), CasaForConditionalGeneration)
 

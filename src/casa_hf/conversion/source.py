@@ -19,7 +19,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from ..checkpoint_files.errors import ConversionError, disk_is_full, one_line
 from ..checkpoint_files.shards import read_json
-from ..configuration_casa import CasaConfig
+from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
 from ..hub import LICENSE_FILES
 from ..processing_casa import CasaProcessor
 
@@ -147,7 +147,7 @@ def stock_config(config: CasaConfig, *, keep_tokens: bool = False) -> PreTrained
     if not config.source_config:
         raise ConversionError("config.json has no source_config, so the source's form isn't known; convert it anew.")
     kept = dict(config.source_config)
-    model_type = kept.pop("model_type", config.backbone.source_model_type)
+    model_type = kept.pop(SOURCE_MODEL_TYPE, config.backbone.source_model_type)
     text = {name: value for name, value in config.text_config.to_dict().items() if name != "model_type"}
     vocab_size = kept.pop("vocab_size", text["vocab_size"])
     if not keep_tokens:

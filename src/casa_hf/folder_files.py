@@ -1,0 +1,100 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Files of a checkpoint folder: which of them are its own, and what the JSON among them holds."""
+
+import codecs
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Configurations are a few levels deep; what is much deeper ends in a RecursionError, if not here then in a copy.
+_MAX_DEPTH = 100
+
+
+def own_file(folder: str | os.PathLike, name: str | os.PathLike, error: type[ValueError] = ValueError) -> Path:
+    """A file of a folder, which needn't exist, by a name that may come from elsewhere, such as an index of shards.
+
+    What lies outside is no file of the folder, whether the name or a symbolic link leads there. The Hub's download
+    cache is one folder in this respect: its snapshots are links to files in its `blobs`.
+
+    Args:
+        folder: of a checkpoint.
+        name: of the file, relative to the folder.
+        error: type of the error.
+
+    Raises:
+        ValueError: if the file is outside the folder, or the name can't be one; of the type `error`.
+    """
+    file = Path(folder, name)
+    try:
+        real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    except ValueError as unusable:  # a null character, half a surrogate pair
+        raise error(f"{os.fspath(name)!r} is not a file name ({unusable}). Get the files of {folder} again.") from None
+    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not real.is_relative_to(root) and not in_cache:
+        raise error(
+            f"{os.fspath(name)!r} leads out of {folder}, to {real}, but only files inside a checkpoint's folder "
+            "belong to it. If you trust the file, put a copy into the folder."
+        )
+    return file
+
+
+def read_json(file: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: to read.
+        error: type of the error.
+
+    Raises:
+        ValueError: in one line with the file's name, if it can't be read or doesn't hold a JSON object in UTF-8; of
+            the type `error`.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as failed:
+        raise error(f"{file} can't be read ({failed.strerror}). Check the file and its permissions.") from failed
+    return parse_json(content, str(file), error)
+
+
+def parse_json(content: bytes, name: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Args:
+        content: the text in UTF-8.
+        name: of the text, for messages.
+        error: type of the error.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise error(f"{name} begins with a byte-order mark, which JSON mustn't. Save it as UTF-8 without one.")
+    try:
+        parsed = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        parsed = None
+    except UnicodeDecodeError as undecodable:
+        raise error(f"{name} is not UTF-8 text ({undecodable}). Download it again.") from undecodable
+    except ValueError as invalid:
+        raise error(f"{name} is not valid JSON ({' '.join(str(invalid).split())}). Download it again.") from invalid
+    else:
+        if not isinstance(parsed, dict):
+            raise error(f"{name} should hold a JSON object, got a {type(parsed).__name__}. Download it again.")
+    if parsed is None or _is_deep(parsed):
+        raise error(f"{name} is nested deeper than {_MAX_DEPTH} levels, as no checkpoint's is. Download it again.")
+    return parsed
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            part
+            for container in level
+            for part in (container.values() if isinstance(container, dict) else container)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return False
+    return True
