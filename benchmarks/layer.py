@@ -52,7 +52,7 @@ from benchmarks.counting import Dimensions
 from benchmarks.prefill import BACKENDS, SIZES, Prompt, contenders
 from benchmarks.variants import Contestant
 from casa_hf import CasaConfig
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 
 STAGES = ("prefill", "decode", "frame")
 OWN = [name for name in VARIANTS if not CasaConfig.from_variant(name).casa_share_projections]

@@ -51,7 +51,7 @@ from benchmarks.common import (
 )
 from benchmarks.counting import head_flops, image_flops, text_flops
 from casa_hf import CasaConfig
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "torch_varlen")
 LINEAR_BAR = 9

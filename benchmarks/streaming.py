@@ -69,7 +69,7 @@ from benchmarks.common import (
 )
 from benchmarks.counting import head_flops, image_flops, step_bytes, text_flops, tower_flops
 from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 from casa_hf.transformers_versions import CACHE
 
 # A static cache of the source starts with room for a sixteenth of the turns and is made four times as long when full.

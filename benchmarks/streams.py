@@ -47,7 +47,7 @@ from benchmarks.common import (
 from benchmarks.counting import language_parameters
 from benchmarks.streaming import SIZES, Camera, CasaContender, InsertionContender, Sizes, greedy
 from casa_hf import CasaConfig, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 
 RATE_BAR = 2.0  # frames per second and stream, 32 streams on one GPU
 PICTURES = 4

@@ -55,7 +55,7 @@ from benchmarks.counting import (
     text_flops,
 )
 from casa_hf import CasaConfig, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 from casa_hf.transformers_versions import CACHE
 
 STAGES = ("prefill", "decode", "frame", "train")

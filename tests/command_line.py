@@ -24,6 +24,12 @@ class Outcome:
         one_line = self.err.startswith("error: ") and self.err.count("\n") == 1
         return self.code == 1 and self.out == "" and one_line and all(part in self.err for part in parts)
 
+    def refused(self, *parts: str) -> bool:
+        """Whether the command ended in exit code 2, and a complaint about a value that has all parts."""
+        complaint = " ".join(self.err.rpartition("\nError: ")[2].split())
+        named = complaint.startswith("Invalid value for ")
+        return self.code == 2 and self.out == "" and named and all(part in complaint for part in parts)
+
 
 class Terminal(io.StringIO):
     """A stream at whose other end somebody sits."""

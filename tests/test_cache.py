@@ -19,7 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, Qwen2_5_VLForConditi
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedCache
 
 from casa_hf import cache_nbytes
-from casa_hf.configuration_casa import VARIANTS as ALL_VARIANTS
+from casa_hf.design_space import VARIANTS as ALL_VARIANTS
 from casa_hf.transformers_versions import CACHE
 from tests.helpers_generation import (
     MAIN,

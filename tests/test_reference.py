@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
-from casa_hf.configuration_casa import CHOICES, VARIANTS
+from casa_hf.design_space import CHOICES, VARIANTS
 from tests import tiny
 from tests.reference import Image, Sample, reference_logits
 

@@ -19,7 +19,7 @@ from benchmarks import variants as benchmark
 from benchmarks.counting import Dimensions
 from benchmarks.variants import TINY, Contestant
 from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "variants.md"

@@ -2,81 +2,16 @@
 """Configuration of CASA models: one source backbone and five design axes."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbones import BACKBONES, SOURCE_BACKBONES, Backbone, supported_sources
-
-
-def _odd_layers(num_hidden_layers: int) -> list[int]:
-    return list(range(1, num_hidden_layers, 2))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A named point of the design space.
-
-    Attributes:
-        overrides: configuration fields that differ from the defaults of `CasaConfig`.
-        layers: maps the number of decoder blocks to `casa_layers`; None for all blocks.
-        description: one line for tables and model cards.
-    """
-
-    overrides: dict[str, Any]
-    description: str
-    layers: Callable[[int], list[int]] | None = None
-
+from .design_space import CHOICES, DESIGN_FIELDS, VARIANTS, unknown_value
 
 # Before towers had a type of their own, checkpoints gave them the type of the whole model.
 _VISION_SOURCES = tuple(name for name, backbone in SOURCE_BACKBONES.items() if not backbone.text_only)
-
-_INSERTION = {
-    "casa_share_projections": True,
-    "casa_keys": "context",
-    "casa_image_updates": "full",
-    "casa_positions": "insertion",
-}
-
-VARIANTS: dict[str, Variant] = {
-    "casa": Variant({}, "cross-attention to the current image and the text of its window"),
-    "ca": Variant({"casa_keys": "image"}, "cross-attention to the current image only"),
-    "ca-shared": Variant(
-        {"casa_keys": "image", "casa_share_projections": True}, "`ca` with the projections of self-attention"
-    ),
-    "casa-shared": Variant({"casa_share_projections": True}, "`casa` with the projections of self-attention"),
-    "ca-replace": Variant(
-        {"casa_keys": "image", "casa_placement": "replace"},
-        "`ca` in place of every second self-attention",
-        _odd_layers,
-    ),
-    "casa-replace": Variant(
-        {"casa_placement": "replace", "casa_text_windows": True},
-        "`casa` in place of every second self-attention",
-        _odd_layers,
-    ),
-    "casa-before": Variant({"casa_placement": "before"}, "`casa` before self-attention"),
-    "ca-ffn": Variant({"casa_keys": "image", "casa_image_updates": "ffn"}, "`ca`, image tokens pass the MLPs"),
-    "casa-ffn": Variant({"casa_image_updates": "ffn"}, "`casa`, image tokens pass the MLPs"),
-    "exact": Variant(_INSERTION, "equal to the source for a single group of images, no training"),
-    "insertion": Variant(
-        {**_INSERTION, "casa_image_history": "all", "casa_video_history": "all"}, "token insertion, the baseline"
-    ),
-}
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "casa_keys": ("image", "window", "context"),
-    "casa_placement": ("parallel", "replace", "before", "after"),
-    "casa_image_updates": ("none", "ffn", "full"),
-    "casa_image_history": ("latest", "group", "all"),
-    "casa_video_history": ("latest", "group", "all"),
-    "casa_positions": ("contiguous", "insertion"),
-    "casa_image_positions": ("at", "before"),
-    "casa_gate": (None, "tanh"),
-}
 
 # What `source_config` calls the source's `model_type`. A stock configuration class that is given another type's
 # checkpoint takes a dictionary in it that has its own `model_type` for the whole, and defaults for what isn't there.
@@ -92,8 +27,6 @@ _ADDITIONS = (
     ("casa_placement", "parallel", "before"),
     ("casa_placement", "parallel", "after"),
 )
-
-DESIGN_FIELDS: tuple[str, ...] = ("casa_share_projections", "casa_layers", "casa_text_windows", *CHOICES)
 
 
 @strict
@@ -391,7 +324,7 @@ class CasaConfig(PreTrainedConfig):
         for field, choices in CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
-                raise ValueError(f"{field}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+                raise ValueError(f"{field}={value!r} is unknown; {unknown_value(value, choices)}")
         if self.casa_static_image_tokens < 1:
             raise ValueError(
                 f"casa_static_image_tokens={self.casa_static_image_tokens} must be positive: the number of image "
@@ -516,7 +449,7 @@ def _loses(checkpoint: dict[str, Any], field: str, value: Any) -> bool:
 def variant_overrides(name: str, num_hidden_layers: int) -> dict[str, Any]:
     """The configuration fields that make the named variant of a model with this many blocks."""
     if name not in VARIANTS:
-        raise ValueError(f"variant {name!r} is unknown; choose one of {', '.join(map(repr, VARIANTS))}.")
+        raise ValueError(f"variant {name!r} is unknown; {unknown_value(name, VARIANTS)}")
     variant = VARIANTS[name]
     layers = {} if variant.layers is None else {"casa_layers": variant.layers(num_hidden_layers)}
     return {**variant.overrides, **layers}
@@ -551,4 +484,4 @@ def _build_sub_config(field: str, value: dict | PreTrainedConfig | None, default
     return CONFIG_MAPPING[model_type](**{k: v for k, v in value.items() if k != "model_type"})
 
 
-__all__ = ["VARIANTS", "CasaConfig", "Variant"]
+__all__ = ["CasaConfig"]

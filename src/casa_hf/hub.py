@@ -26,7 +26,8 @@ from .card_merge import (
     merge,
     union,
 )
-from .configuration_casa import DESIGN_FIELDS, VARIANTS, CasaConfig, variant_overrides
+from .configuration_casa import CasaConfig, variant_overrides
+from .design_space import DESIGN_FIELDS, VARIANTS
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 

@@ -281,7 +281,7 @@ def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path
     srt.write_text("old")
     arguments = ["caption", BUNNY, "--model", checkpoint, "--out", srt, "--overlay", video, "--device", "cpu"]
     arguments += ["--end", "0.4", "--max-new-tokens", "12", "--words", "--allow-repeats", *DRAWN]
-    assert cli(*arguments).failed_with_one_line("exists; choose another name")
+    assert cli(*arguments).refused("--out", "exists; choose another name")
     assert srt.read_text() == "old"
     outcome = cli(*arguments, "--overwrite")
     assert outcome.code == 0, outcome.err
@@ -318,13 +318,13 @@ def test_a_file_that_was_not_made_is_not_named(
     assert left == ({"a.srt": "old", "a.mp4": "old"} if overwrite else {})
 
 
-def test_the_source_is_never_replaced(cli: Cli, tmp_path: Path) -> None:
+def test_the_source_is_never_replaced(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 10, 10)
     whole = clip.read_bytes()
     (tmp_path / "a.srt").symlink_to(clip)
     for option, file in (("--overlay", clip), ("--out", tmp_path / "a.srt")):
-        outcome = cli("caption", clip, "--model", "nowhere", option, file, "--overwrite")
-        assert outcome.failed_with_one_line(str(file), "is the source itself; choose another name")
+        outcome = cli("caption", clip, "--model", checkpoint, option, file, "--overwrite")
+        assert outcome.refused(str(file), "is the source itself; choose another name")
     assert clip.read_bytes() == whole
 
 
@@ -378,24 +378,23 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["nowhere.mp4"], ["nowhere.mp4", "doesn't exist"]),
+        (["nowhere.mp4"], ["nowhere.mp4", "no file or folder"]),
         ([__file__], ["test_caption.py", "can't be used"]),
         ([BUNNY, "--out", "captions.txt"], ["captions.txt", ".srt"]),
         ([BUNNY, "--out", "nowhere/captions.srt"], ["nowhere", "doesn't exist"]),
         ([BUNNY, "--overlay", "video.avi"], ["video.avi", ".mp4"]),
         ([BUNNY, "--overlay", "video.mp4", "--font", "nowhere.ttf"], ["nowhere.ttf", "can't be used"]),
-        ([BUNNY, "--fps", "0"], ["fps=0", "positive"]),
+        ([BUNNY, "--fps", "0"], ["--fps 0", "positive"]),
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
-        (["lavfi:testsrc", "--start", "3"], ["start=3", "live"]),
-        ([BUNNY, "--live-source", "--start", "3"], ["start=3", "live"]),
-        ([BUNNY, "--rate", "5"], ["rate=5.0 is asked of devices", "leave it out"]),
+        (["lavfi:testsrc", "--start", "3"], ["--start 3", "live"]),
+        ([BUNNY, "--live-source", "--start", "3"], ["--start 3", "live"]),
+        ([BUNNY, "--rate", "5"], ["--rate 5.0 is asked of devices", "leave it out"]),
         ([str(Path(BUNNY).parent), "--option", "video_size=64x48"], ["video_size", "are for FFmpeg"]),
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
         ([BUNNY, "--out", "a.srt", "--ask", "<|vision_start|><|image_pad|><|vision_end|>?"], ["marks of images"]),
-        ([BUNNY, "--out", "a.srt", "--out", "a.vtt", "--start", "100"], ["no frames between 100 s"]),
     ],
 )
-def test_it_fails_in_one_line_before_any_work(
+def test_wrong_values_are_refused_before_any_work(
     cli: Cli,
     checkpoint: Path,
     tmp_path: Path,
@@ -405,7 +404,16 @@ def test_it_fails_in_one_line_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = [] if "--model" in options else ["--model", str(checkpoint)]
-    assert cli("caption", *options, *model).failed_with_one_line(*parts)
+    assert cli("caption", *options, *model).refused(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_caption_is_said_before_any_file_is_made(
+    cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("caption", BUNNY, "--model", checkpoint, "--out", "a.srt", "--out", "a.vtt", "--start", "100")
+    assert outcome.failed_with_one_line("no frames between 100 s")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -433,7 +441,7 @@ def test_it_fails_in_one_line_before_any_work(
     ],
 )
 def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:
-    outcome = cli("caption", BUNNY, "--model", "nowhere", *options)
+    outcome = cli("caption", BUNNY, "--model", checkpoint, *options)
     assert outcome.code == 2
     assert complaint in " ".join(outcome.err.split())
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa_hf.configuration_casa import VARIANTS
 from casa_hf.conversion import convert_checkpoint
 from casa_hf.conversion.source import processor_limits
+from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_source
 from tests.conversion.helpers import (
     INDEX,

@@ -151,7 +151,7 @@ def test_card_names_both_sources(helium, source_folder, tmp_path):
 
 
 def test_towers_that_dont_fit(helium, source_folder, casa_folder, tmp_path):
-    assert_refused(helium, tmp_path / "casa", "text-only", "--vision-from")
+    assert_refused(helium, tmp_path / "casa", "text-only", "vision_from")
     assert_refused(source_folder, tmp_path / "casa", "isn't text-only", vision_from=source_folder)
     for vision in (helium, casa_folder, build_tiny_source(tmp_path / "qwen3", family="qwen3_vl")):
         assert_refused(helium, tmp_path / "casa", "'qwen2_5_vl_vision'", vision_from=vision)

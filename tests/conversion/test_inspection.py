@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
 from casa_hf.conversion import ConversionError, convert_checkpoint, inspect_checkpoint
+from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 
 SIDE = 112

@@ -93,7 +93,7 @@ def test_broken_processor(source, tmp_path, name):
 def test_too_few_pixels(source_folder, casa_folder, tmp_path):
     """The option is to blame, not the files; from a source and from a CASA checkpoint."""
     for folder in (source_folder, casa_folder):
-        message = assert_refused(folder, tmp_path / "casa", "max_pixels=10 (--max-pixels)", "3136", max_pixels=10)
+        message = assert_refused(folder, tmp_path / "casa", "max_pixels=10", "3136", max_pixels=10)
         assert "unusable" not in message
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, cache_nbytes
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 from casa_hf.streaming.session import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
 

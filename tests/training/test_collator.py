@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from casa_hf import convert_checkpoint
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 from casa_hf.training import CasaDataCollator, PackedDataset
 from casa_hf.training.collator import Budget, pack
 from casa_hf.training.samples import measure

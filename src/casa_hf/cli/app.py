@@ -1,15 +1,20 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `casa-hf`: convert a checkpoint, look at one, train it, ask it about images and videos, publish it.
 
-Thin wrappers of library functions, which are imported when a command runs. Answers and results go to standard output,
-everything else to standard error. What goes wrong ends in one line and exit code 1; wrong usage in exit code 2.
+Thin wrappers of library functions. Nothing here and in the modules of the commands imports the library before a
+command runs: options are read, and wrong ones refused, at once. Answers and results go to standard output, everything
+else to standard error. What goes wrong ends in one line and exit code 1; a wrong value in exit code 2.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .caption import caption
 from .chat import CHAT_HELP, chat
@@ -23,18 +28,55 @@ from .train import train
 app = typer.Typer(
     help="Vision-language models that keep image tokens out of the sequence and the KV cache.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-app.command()(convert)
-app.command()(inspect)
-app.command()(push)
-app.command()(generate)
-app.command(epilog=CHAT_HELP)(chat)
-app.command()(caption)
-app.command()(train)
+
+class _Command(TyperCommand):
+    """A command that loads the library when its options have been read."""
+
+    def invoke(self, context: Any) -> Any:
+        package = sys.modules["casa_hf"]
+        if not hasattr(package, "__version__") and package.__spec__ and package.__spec__.loader:
+            package.__spec__.loader.exec_module(package)  # see casa_hf_command
+        return super().invoke(context)
+
+
+def _add(command: Callable[..., None], epilog: str | None = None) -> None:
+    app.command(cls=_Command, epilog=epilog)(command)
+
+
+_add(convert)
+_add(inspect)
+_add(push)
+_add(generate)
+_add(chat, epilog=CHAT_HELP)
+_add(caption)
+_add(train)
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    found = []
+    for package in ("casa_hf", "transformers", "torch"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} not installed")
+    typer.echo(", ".join([*found, f"Python {sys.version.split()[0]}"]))
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .options import AttnOption, DeviceOption, DtypeOption, load_model
+from .loading import load_model
+from .options import AttnOption, DeviceOption, DtypeOption, casa_checkpoint, video_name, wrong_value
 
 if TYPE_CHECKING:
     from ..streaming import CaptionEvent, CasaStream, LiveCaptions
@@ -98,12 +99,15 @@ def caption(
     source: Annotated[
         str,
         typer.Argument(
+            parser=video_name,
             help="Video file, URL, folder of images, or camera: camera, camera:1, /dev/video0, or FORMAT:DEVICE of "
             "FFmpeg.",
             show_default=False,
         ),
     ],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a CASA checkpoint.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(parser=casa_checkpoint, help="Folder or Hub id of a CASA checkpoint.", show_default=False)
+    ],
     prompt: Annotated[
         str | None, typer.Option(help="What to say about the video. Default: what happens.", show_default=False)
     ] = None,
@@ -241,7 +245,8 @@ def caption(
     from ..subtitles import WRITERS, check_output
     from ..video import open_video
 
-    video = open_video(source, fps=fps, start=start, end=end, rate=rate, live=live_source, options=ffmpeg_options)
+    with wrong_value("SOURCE", **{name: f"--{name}" for name in ("fps", "start", "end", "rate")}):
+        video = open_video(source, fps=fps, start=start, end=end, rate=rate, live=live_source, options=ffmpeg_options)
     real_time = live or video.live
     if late not in (None, Late.WAIT) and not real_time:
         raise typer.BadParameter(
@@ -249,13 +254,17 @@ def caption(
         )
     late = late or (Late.DROP if real_time else Late.WAIT)
     outs = out or []
-    for path in outs:
-        check_output(path, WRITERS, overwrite, video.files)
-    picture = None if overlay is None else Overlay(video, overlay, font=font, overwrite=overwrite)
+    with wrong_value("--out"):
+        for path in outs:
+            check_output(path, WRITERS, overwrite, video.files)
+    with wrong_value("--overlay"):
+        picture = None if overlay is None else Overlay(video, overlay, font=font, overwrite=overwrite)
     resolved = [path.resolve() for path in outs]
     for path, place in zip(outs, resolved, strict=True):
         if resolved.count(place) > 1:
-            raise ValueError(f"--out {str(path)!r} is given {resolved.count(place)} times; name each file once.")
+            raise typer.BadParameter(
+                f"{str(path)!r} is given {resolved.count(place)} times; name each file once.", param_hint="--out"
+            )
     options: dict[str, Any] = {
         "system": system,
         "prefix": prefix,
@@ -291,7 +300,8 @@ def caption(
             opened.callback(server.close)
         stream = opened.enter_context(CasaStream(*load_model(model, device, dtype, attn), fps=fps, **options))
         for question in questions:
-            stream.turns.question(question.text)  # or says what is wrong with it, hours before it is asked
+            with wrong_value("--ask"):
+                stream.turns.question(question.text)  # or says what is wrong with it, hours before it is asked
         if server is not None:
             loaded.append(stream)
             _serve(server)

@@ -8,44 +8,65 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Dtype
+from ..design_space import SETTINGS, VARIANTS
+from .options import checkpoint, dtype_option, one_of, wrong_value
 from .terminal import progress_bar, quiet_unless_terminal
 
 if TYPE_CHECKING:
     from ..conversion import ConversionPlan
 
+_SETTINGS = {setting.field: setting for setting in SETTINGS}
+# What the library calls an option -> the option.
+_OPTIONS = {
+    **{setting.field: setting.option for setting in SETTINGS},
+    "vision_from": "--vision-from",
+    "max_pixels": "--max-pixels",
+    "max_shard_size": "--max-shard-size",
+}
+
+
+def _setting(field: str) -> Any:
+    """The option of a setting of the design space."""
+    setting = _SETTINGS[field]
+    if setting.choices:
+        return one_of([choice or "none" for choice in setting.choices], setting.meaning)
+    return typer.Option(help=setting.meaning, show_default=False)
+
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder or Hub id, such as of a Qwen2.5-VL checkpoint.", show_default=False)
+        str,
+        typer.Argument(
+            parser=checkpoint, help="Folder or Hub id, such as of a Qwen2.5-VL checkpoint.", show_default=False
+        ),
     ],
     output: Annotated[
         Path | None, typer.Argument(help="Folder to make; not needed with --dry-run.", show_default=False)
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Such as ca, casa-shared or exact. Default: casa, or a CASA checkpoint's own.")
+        str | None,
+        one_of(list(VARIANTS), f"{', '.join(VARIANTS)}. Default: casa, or a CASA checkpoint's own.", "VARIANT"),
     ] = None,
-    keys: Annotated[str | None, typer.Option(help="image, window or context.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Fused blocks: every:2, 4,8,12, last:8 or all.")] = None,
-    placement: Annotated[str | None, typer.Option(help="parallel, replace, before or after.")] = None,
-    image_updates: Annotated[str | None, typer.Option(help="none, ffn or full.")] = None,
-    image_history: Annotated[str | None, typer.Option(help="latest, group or all.")] = None,
-    video_history: Annotated[str | None, typer.Option(help="The same for video frames.")] = None,
-    positions: Annotated[str | None, typer.Option(help="contiguous or insertion.")] = None,
-    image_positions: Annotated[str | None, typer.Option(help="at or before.")] = None,
-    text_windows: Annotated[
-        bool | None, typer.Option(help="Whether text before the first image is a window.", show_default=False)
+    keys: Annotated[str | None, _setting("casa_keys")] = None,
+    layers: Annotated[str | None, _setting("casa_layers")] = None,
+    placement: Annotated[str | None, _setting("casa_placement")] = None,
+    image_updates: Annotated[str | None, _setting("casa_image_updates")] = None,
+    image_history: Annotated[str | None, _setting("casa_image_history")] = None,
+    video_history: Annotated[str | None, _setting("casa_video_history")] = None,
+    positions: Annotated[str | None, _setting("casa_positions")] = None,
+    image_positions: Annotated[str | None, _setting("casa_image_positions")] = None,
+    text_windows: Annotated[bool | None, _setting("casa_text_windows")] = None,
+    share_projections: Annotated[bool | None, _setting("casa_share_projections")] = None,
+    gate: Annotated[str | None, _setting("casa_gate")] = None,
+    gist_tokens: Annotated[
+        int | None, typer.Option(min=0, help=_SETTINGS["num_gist_tokens"].meaning, show_default=False)
     ] = None,
-    share_projections: Annotated[
-        bool | None, typer.Option(help="Whether to fuse with self-attention's projections.", show_default=False)
-    ] = None,
-    gate: Annotated[str | None, typer.Option(help="tanh or none.")] = None,
-    gist_tokens: Annotated[int | None, typer.Option(min=0, help="Gist tokens after each image.")] = None,
     vision_from: Annotated[
-        str | None, typer.Option(help="Folder or Hub id that gives a text-only source its vision tower.")
+        str | None,
+        typer.Option(parser=checkpoint, help="Folder or Hub id that gives a text-only source its vision tower."),
     ] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image at most.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Cast the weights. Default: keep the source's.")] = None,
+    dtype: Annotated[str | None, dtype_option("Cast the weights. Default: keep the source's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most.")] = "5GB",
@@ -65,10 +86,10 @@ def convert(
     """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
     if output is None and not dry_run:
         raise typer.BadParameter("name the folder to make, or look first with --dry-run.", param_hint="OUTPUT")
-    quiet_unless_terminal()
-    from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
-
-    weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
+    if revision is not None and Path(source).is_dir():
+        raise typer.BadParameter(
+            f"{revision!r} is for a Hub id, but {source} is a local folder.", param_hint="--revision"
+        )
     design: dict[str, Any] = {
         "casa_keys": keys,
         "casa_layers": layers,
@@ -84,17 +105,27 @@ def convert(
         "num_gist_tokens": gist_tokens,
     }
     design = {name: value for name, value in design.items() if value is not None}
+    given = {"--variant": variant, "--vision-from": vision_from, "--max-pixels": max_pixels}
+    named = [_OPTIONS[field] for field in design] + [name for name, value in given.items() if value is not None]
+    named += ["--with-code"] if with_code else []
+    if to_source and named:
+        raise typer.BadParameter(
+            f"leave out {', '.join(named)}: the source's form has no design of CASA.", param_hint="--to-source"
+        )
     if gate == "none":
         design["casa_gate"] = None
+    quiet_unless_terminal()
+    from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
+
+    weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
     form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
-    if to_source and (design or with_code or any(value is not None for value in (variant, vision_from, max_pixels))):
-        raise ValueError("--to-source takes no design: leave out --variant and what describes a CASA model.")
     if output is None or dry_run:
-        _print_plan(
-            plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
-        )
+        with wrong_value(**_OPTIONS):
+            _print_plan(
+                plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
+            )
         return
-    with progress_bar("Writing weights") as progress:
+    with wrong_value(**_OPTIONS), progress_bar("Writing weights") as progress:
         weights |= {"overwrite": overwrite, "progress": progress}
         if to_source:
             report = convert_to_source(source, output, **weights)

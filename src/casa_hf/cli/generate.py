@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import AttnOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument
+from .options import AttnOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument, picture_name
 from .talking import load_conversation, open_image, streamer
 
 
@@ -15,7 +15,8 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="The question or instruction.", show_default=False)],
     image: Annotated[
-        list[str] | None, typer.Option(help="File or URL of an image; repeat for several.", show_default=False)
+        list[str] | None,
+        typer.Option(parser=picture_name, help="File or URL of an image; repeat for several.", show_default=False),
     ] = None,
     max_new_tokens: MaxNewTokensOption = 256,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,

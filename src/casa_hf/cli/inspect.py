@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import existing
+
 if TYPE_CHECKING:
     from ..conversion import CheckpointSummary
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    path: Annotated[Path, existing("folder", help="Folder of a checkpoint.", show_default=False)],
 ) -> None:
     """Show what a CASA checkpoint is made of and what it costs to run, without loading its weights."""
     from rich.filesize import decimal

@@ -1,83 +1,193 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What commands that run a model share: their options, and how it is loaded."""
+"""Options that commands share, and how a value becomes what is meant or is refused before the library is loaded."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .terminal import quiet_unless_terminal
+from ..checkpoint_files.names import is_hub_id
+from ..design_space import unknown_value
 
-if TYPE_CHECKING:
-    import torch
-
-    from ..modeling_casa import CasaForConditionalGeneration
-    from ..processing_casa import CasaProcessor
-
-
-class Dtype(StrEnum):
-    """Number formats of weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+# Number formats of weights, by every name that people write.
+DTYPES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
-ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a CASA checkpoint.", show_default=False)]
+def one_of(choices: Sequence[str], help: str, metavar: str | None = None) -> Any:
+    """An option that takes one of some names; what is none of them is answered by the nearest."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise typer.BadParameter(f"{text!r} is unknown; {unknown_value(text, choices)}")
+        return text
+
+    return typer.Option(
+        parser=parse,
+        metavar=metavar or "|".join(choices),
+        help=help,
+        autocompletion=lambda incomplete: [name for name in choices if name.startswith(incomplete)],
+        show_default=False,
+    )
+
+
+def dtype_name(text: str) -> str:
+    """The name that PyTorch has for a number format.
+
+    Raises:
+        BadParameter: if it isn't one of `DTYPES`.
+    """
+    name = text.lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise typer.BadParameter(f"{text!r} is unknown; {unknown_value(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_option(help: str) -> Any:
+    """An option that takes a number format by any of its names."""
+    return typer.Option(
+        parser=dtype_name,
+        metavar="bf16|fp16|fp32",
+        help=help,
+        autocompletion=lambda incomplete: [name for name in DTYPES if name.startswith(incomplete)],
+        show_default=False,
+    )
+
+
+def checkpoint(text: str) -> str:
+    """The folder or the Hub id of a checkpoint.
+
+    Raises:
+        BadParameter: if it is neither.
+    """
+    if not Path(text).is_dir() and not is_hub_id(text):
+        raise typer.BadParameter(
+            f"{text!r} is not a folder. Give the folder of a checkpoint, or a Hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct."
+        )
+    return text
+
+
+def casa_checkpoint(text: str) -> str:
+    """The folder or the Hub id of a CASA checkpoint.
+
+    Raises:
+        BadParameter: if it is neither, or the folder holds another kind of checkpoint.
+    """
+    if Path(checkpoint(text)).is_dir():
+        check_is_casa(Path(text), text)
+    return text
+
+
+def check_is_casa(folder: Path, name: str) -> None:
+    """Refuse a folder whose config.json describes another kind of model, or isn't there.
+
+    Args:
+        folder: of the checkpoint.
+        name: what the user calls it.
+
+    Raises:
+        BadParameter: with the way to a CASA checkpoint.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise typer.BadParameter(f"{name!r} has no config.json. Give the folder of a CASA checkpoint.")
+    try:
+        model_type = json.loads(file.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # a damaged file is the library's to explain
+    if model_type != "casa":
+        raise typer.BadParameter(
+            f"{name!r} is a checkpoint of the type {model_type!r}, not a CASA checkpoint. Convert it first: "
+            f"`casa-hf convert {name} OUTPUT`."
+        )
+
+
+def picture_name(text: str) -> str:
+    """The file or the URL of a picture.
+
+    Raises:
+        BadParameter: if it is a file that isn't there.
+    """
+    if not text.startswith(("http://", "https://", "data:")) and not Path(text).expanduser().is_file():
+        raise typer.BadParameter(f"There is no image file {text!r}; give the path or URL of one.")
+    return text
+
+
+def video_name(text: str) -> str:
+    """A video, as `open_video` takes it.
+
+    Raises:
+        BadParameter: if it is a file or folder that isn't there.
+    """
+    is_place = ":" not in text and text != "camera"  # rather than a URL, a camera, or FORMAT:DEVICE
+    if is_place and not Path(text).expanduser().exists():
+        raise typer.BadParameter(f"There is no file or folder {text!r}; give the path or URL of a video, or a camera.")
+    return text
+
+
+@contextmanager
+def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
+    """What the library refuses within is a wrong value, which ends in exit code 2 and names options as they are typed.
+
+    Args:
+        option: whose value is wrong; None lets a message that names none of the others pass as it is.
+        **options: what the library calls an option, and its name here.
+    """
+    names = (
+        re.compile("|".join(rf"\b{name}\b(?:=(?:'[^']*'|\w+(?:\.\w+)*))?" for name in options)) if options else None
+    )
+    try:
+        yield
+    except ValueError as error:
+        found = names.search(str(error)) if names else None
+        if names is None or found is None:
+            if option is None:
+                raise
+            raise typer.BadParameter(str(error), param_hint=option) from error
+        message = names.sub(lambda field: _as_typed(field[0], options), str(error))
+        raise typer.BadParameter(message, param_hint=options[found[0].partition("=")[0]]) from error
+
+
+def _as_typed(field: str, options: Mapping[str, str]) -> str:
+    """`casa_gate='tanh'` as `--gate tanh`, `casa_share_projections=False` as `--no-share-projections`."""
+    name, _, value = field.partition("=")
+    option, value = options[name], value.strip("'")
+    if value in ("True", "False"):
+        return option if value == "True" else f"--no-{option.removeprefix('--')}"
+    return f"{option} {'none' if value == 'None' else value}".strip()
+
+
+def existing(kind: str, **options: Any) -> Callable[..., Any]:
+    """An argument that names a file or a folder which has to be there.
+
+    Args:
+        kind: "file" or "folder".
+        **options: of the argument.
+    """
+    return typer.Argument(exists=True, file_okay=kind == "file", dir_okay=kind == "folder", **options)
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(parser=casa_checkpoint, help="Folder or Hub id of a CASA checkpoint.", show_default=False)
+]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer at most, in tokens.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run, such as cpu or cuda:0. Default: a GPU if there is one.")
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format to run in. Default: the checkpoint's.")]
+DtypeOption = Annotated[str | None, dtype_option("Number format to run in. Default: the checkpoint's.")]
 AttnOption = Annotated[
     str | None, typer.Option(help="Attention back end, such as sdpa or eager. Default: chosen by Transformers.")
 ]
-
-
-def load_model(
-    name: str, device: str | None, dtype: Dtype | None, attn: str | None
-) -> tuple[CasaForConditionalGeneration, CasaProcessor]:
-    """The model of a checkpoint, ready to generate, and its processor.
-
-    Args:
-        name: folder or Hub id.
-        device: where to run; None for an accelerator if there is one.
-        dtype: None for the checkpoint's.
-        attn: attention back end; None for what Transformers chooses.
-
-    Raises:
-        ValueError: if the device isn't there, or there is no such checkpoint, or it is damaged.
-    """
-    quiet_unless_terminal()
-    from safetensors import SafetensorError
-
-    from .. import CasaForConditionalGeneration, CasaProcessor
-    from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
-
-    where = _device(device)
-    repository = hub_id(name, revision=None)
-    folder = Path(name) if repository is None else download(repository, None, (*SMALL_FILES, *WEIGHT_FILES))
-    processor = CasaProcessor.from_pretrained(folder)
-    try:
-        model = CasaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", attn_implementation=attn)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {name} are damaged ({error}); convert or download them again.") from error
-    return model.to(where).eval(), processor
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    here = [torch.device("cpu")]
-    if accelerator is not None:
-        here = [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())] + here
-    if name is None:
-        return here[0]
-    for device in here:
-        if name in (str(device), device.type):
-            return device
-    raise ValueError(f"--device {name!r} is not available here; choose one of {', '.join(map(str, here))}.")

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from .options import existing
 from .terminal import quiet_unless_terminal
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a CASA checkpoint.", show_default=False)],
+    folder: Annotated[Path, existing("folder", help="Folder of a CASA checkpoint.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="Such as namespace/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to publish on, made if need be.")] = None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Dtype, load_model
+from .loading import load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +40,7 @@ def open_image(name: str) -> Image:
         raise ValueError(f"{name!r} can't be read as an image ({error}); give a JPEG, PNG or WebP file.") from error
 
 
-def load_conversation(name: str, device: str | None, dtype: Dtype | None, attn: str | None) -> Conversation:
+def load_conversation(name: str, device: str | None, dtype: str | None, attn: str | None) -> Conversation:
     """A conversation with the model of a checkpoint; see `load_model`."""
     from ..conversation import Conversation
 

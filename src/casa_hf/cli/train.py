@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import existing
 from .terminal import quiet_unless_terminal
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[
-        Path, typer.Argument(help="YAML file; docs/training.md lists its settings.", show_default=False)
+        Path, existing("file", help="YAML file; docs/training.md lists its settings.", show_default=False)
     ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:

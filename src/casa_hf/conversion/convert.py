@@ -255,7 +255,7 @@ def _prepare(
     if text_only != (vision_from is not None):
         needs = "is text-only and needs" if text_only else "isn't text-only and takes no"
         raise ConversionError(
-            f"{folder} (model_type {source_config.model_type!r}) {needs} vision_from (--vision-from), the checkpoint "
+            f"{folder} (model_type {source_config.model_type!r}) {needs} vision_from, the checkpoint "
             "that gives its vision tower."
         )
     vision_folder, load_vision = (None, None) if vision_from is None else open_source(vision_from, None)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint_files.errors import ConversionError
-from ..configuration_casa import DESIGN_FIELDS, CasaConfig, variant_overrides
+from ..configuration_casa import CasaConfig, variant_overrides
+from ..design_space import DESIGN_FIELDS
 
 OPTIONS = (*DESIGN_FIELDS, "num_gist_tokens")
 
@@ -58,8 +59,10 @@ def layer_indices(text: str, num_layers: int) -> list[int] | None:
     if match := re.fullmatch(r"(every|last):(\d+)", text):
         number = int(match[2])
         if not 0 < number <= num_layers:
-            raise ConversionError(f"layers {text!r} must have a number from 1 to {num_layers}, as there are blocks.")
+            raise ConversionError(
+                f"casa_layers={text!r} must have a number from 1 to {num_layers}, as there are blocks."
+            )
         return list(range(number - 1, num_layers, number) if match[1] == "every" else range(num_layers)[-number:])
     if re.fullmatch(r"\d+(,\d+)*", text):
         return [int(index) for index in text.split(",")]
-    raise ConversionError(f"layers {text!r} can't be read; write 'every:2', '4,8,12', 'last:8' or 'all'.")
+    raise ConversionError(f"casa_layers={text!r} can't be read; write 'every:2', '4,8,12', 'last:8' or 'all'.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from textwrap import shorten
@@ -18,6 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from ..checkpoint_files.errors import ConversionError, disk_is_full, one_line
+from ..checkpoint_files.names import is_hub_id
 from ..checkpoint_files.shards import read_json
 from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
 from ..hub import LICENSE_FILES
@@ -29,8 +29,6 @@ WEIGHT_FILES = ("*.safetensors",)
 
 # A source's processor may be described in these.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def hub_id(source: str | Path, revision: str | None) -> str | None:
@@ -45,7 +43,7 @@ def hub_id(source: str | Path, revision: str | None) -> str | None:
                 f"revision={revision!r} is for Hub ids, but {source} is a local folder. Leave out revision."
             )
         return None
-    if os.path.exists(source) or not _HUB_ID.fullmatch(str(source)):
+    if not is_hub_id(source):
         raise ConversionError(
             f"{source} is not a folder. Give the folder of a checkpoint, or a Hub id such as "
             "Qwen/Qwen2.5-VL-3B-Instruct."
@@ -234,7 +232,7 @@ def _limit_pixels(processor: CasaProcessor, max_pixels: int) -> None:
     smallest = images.size["shortest_edge"]
     if max_pixels < smallest:
         raise ConversionError(
-            f"max_pixels={max_pixels} (--max-pixels) is below {smallest}, the pixels of the smallest image that the "
+            f"max_pixels={max_pixels} is below {smallest}, the pixels of the smallest image that the "
             "source's image processor makes. Give at least that many."
         )
     size = {"shortest_edge": smallest, "longest_edge": max_pixels}

@@ -24,7 +24,7 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 
 from ..cache_casa import cache_nbytes, cache_state, restore_cache
 from ..checks import check_count, check_number, check_positive, is_number
-from ..configuration_casa import DESIGN_FIELDS
+from ..design_space import DESIGN_FIELDS
 from ..logits_process import caption_processors, history_length
 from ..processing_casa import FRAME_TYPE
 from .events import CaptionEvent, EventKind
