@@ -58,6 +58,18 @@ def cut(file, size=None):
     file.write_bytes(content[: len(content) // 2 if size is None else size])
 
 
+def spoil(file):
+    """Other bytes in the middle, as a machine that goes down may leave them; the end is whole."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(255 - byte for byte in content[middle : middle + 64])
+    file.write_bytes(content)
+
+
+def restate(folder, content):
+    (folder / "trainer_state.json").write_bytes(content)
+
+
 DAMAGES = {
     "trainer_state.json, which is written last": lambda folder: (folder / "trainer_state.json").unlink(),
     "trainer_state.json is damaged": lambda folder: cut(folder / "trainer_state.json"),
@@ -66,6 +78,13 @@ DAMAGES = {
     "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
     "marked so by checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
     "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth", size=0),
+    "optimizer.pt is damaged": lambda folder: spoil(folder / "optimizer.pt"),
+    "scheduler.pt is damaged": lambda folder: spoil(folder / "scheduler.pt"),
+    "rng_state.pth is damaged": lambda folder: spoil(folder / "rng_state.pth"),
+    "trainer_state.json is damaged ": lambda folder: restate(folder, b"[]"),
+    "trainer_state.json is damaged  ": lambda folder: restate(folder, b'{"steps": 3}'),
+    "trainer_state.json is damaged   ": lambda folder: restate(folder, b'{"global_step": "\xff"}'),
+    "trainer_state.json is damaged    ": lambda folder: restate(folder, b"[" * 100_000),
     "without optimizer.pt": lambda folder: (folder / "optimizer.pt").unlink(),
     "without scheduler.pt": lambda folder: (folder / "scheduler.pt").unlink(),
     "without rng_state.pth": lambda folder: (folder / "rng_state.pth").unlink(),
@@ -87,7 +106,7 @@ def test_a_checkpoint_that_is_cut_off_is_skipped(finished, tmp_path, fault):
     DAMAGES[fault](tmp_path / "checkpoint-3")
     last, skipped = last_checkpoint(tmp_path)
     assert last == tmp_path / "checkpoint-2"
-    assert list(skipped) == [tmp_path / "checkpoint-3"] and fault in skipped[tmp_path / "checkpoint-3"]
+    assert list(skipped) == [tmp_path / "checkpoint-3"] and fault.strip() in skipped[tmp_path / "checkpoint-3"]
 
 
 def test_a_lost_shard_is_noticed(finished, tmp_path):

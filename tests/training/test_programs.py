@@ -44,6 +44,7 @@ def workplace(casa_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*` is deprecated:FutureWarning")  # in PEFT, in TRL
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # of the plain Trainers
 def test_python_blocks_of_the_document(workplace):
     pytest.importorskip("peft")
     pytest.importorskip("trl")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -314,6 +315,107 @@ def test_an_iterable_trains_as_its_list_does(casa_folder, processor, tmp_path, k
     assert found_scores["eval_exact_match"] == scores["eval_exact_match"]
 
 
+class SizedStream(Stream):
+    """An iterable that knows its length."""
+
+    def __len__(self):
+        return len(ALIKE)
+
+
+def test_an_iterable_with_a_length_is_evaluated_as_its_list_is(casa_folder, processor, tmp_path):
+    def evaluated(data):
+        trainer = CasaTrainer(
+            model=load_model(casa_folder, torch.float32),
+            args=arguments(tmp_path, per_device_eval_batch_size=2),
+            eval_dataset=data,
+            processing_class=processor,
+            generate={"max_new_tokens": 3, "do_sample": False},
+            score=lambda answers, references: {"answers": answers},
+        )
+        metrics = trainer.evaluate()
+        return metrics["eval_answers"], metrics["eval_loss"]
+
+    assert evaluated(SizedStream()) == evaluated(ALIKE)
+    with pytest.raises(ValueError, match="plans rows ahead, but the examples are an iterable, a SizedStream"):
+        PackedDataset(SizedStream(), processor)
+
+
+class Passes(torch.utils.data.IterableDataset):
+    """Conversations in another order in each pass."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return (CONVERSATIONS[index] for index in order)
+
+
+class SizedPasses(Passes):
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("data", "accumulated", "saved"),
+    [
+        (Passes, 1, 2),  # in the first pass
+        (Passes, 1, 4),  # at its end
+        (Passes, 1, 7),  # in the second
+        (Passes, 3, 2),  # in the second; each leaves one batch over, whose gradients count in the next
+        (Passes, 3, 3),
+        (SizedPasses, 1, 7),
+        (SizedPasses, 3, 3),
+    ],
+)
+def test_an_iterable_goes_on_in_the_pass_where_it_was(casa_folder, processor, tmp_path, data, accumulated, saved):
+    """Weights are those of the run that wasn't interrupted, bit for bit; one that is made longer too."""
+
+    def trained(steps, resume=None):
+        trainer = CasaTrainer(
+            model=fusion_model(casa_folder),
+            args=arguments(
+                tmp_path / "run",
+                max_steps=steps,
+                save_strategy="steps",
+                save_steps=saved,
+                gradient_accumulation_steps=accumulated,
+            ),
+            train_dataset=data(),
+            processing_class=processor,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained(saved + 2)
+    shutil.move(tmp_path / "run", tmp_path / "whole")
+    trained(saved)
+    for folder in ("whole", "run"):  # of a run of the same steps, and of a shorter one
+        resumed = trained(saved + 2, str(tmp_path / folder / f"checkpoint-{saved}"))
+        assert resumed.state.epoch == whole.state.epoch
+        for name, value in weights(whole.model).items():
+            assert torch.equal(weights(resumed.model)[name], value), name
+
+
+@pytest.mark.parametrize("generate", [None, {"max_new_tokens": 1}])
+def test_the_speed_of_an_evaluation_counts_conversations(casa_folder, processor, tmp_path, generate):
+    data = PackedDataset(CONVERSATIONS, processor, max_text_tokens=150)
+    assert len(data) < len(CONVERSATIONS)
+    trainer = CasaTrainer(
+        model=load_model(casa_folder, torch.float32),
+        args=arguments(tmp_path, per_device_eval_batch_size=1),
+        eval_dataset=data,
+        processing_class=processor,
+        generate=generate,
+    )
+    for metrics in (trainer.evaluate(), {**trainer.evaluate(), **trainer.state.log_history[-1]}):
+        speed = {name: metrics[f"eval_{name}_per_second"] * metrics["eval_runtime"] for name in ("samples", "steps")}
+        assert speed == pytest.approx({"samples": len(CONVERSATIONS), "steps": len(data)}, rel=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # its name in 5.17
 def test_recomputed_activations_change_nothing(casa_folder, processor, tmp_path):
     """`gradient_checkpointing=True` of the arguments, with the frozen parts that the recipe has."""
@@ -359,6 +461,25 @@ def test_several_gpus_in_one_process_are_refused(casa_folder, processor, tmp_pat
     assert not (tmp_path / "run").exists()
     model.hf_device_map = {"model.visual": "meta", "": "cpu"}  # as `device_map` leaves one whose layers are on several
     CasaTrainer(model, options, processing_class=processor)
+
+
+def test_several_gpus_and_a_model_that_is_made_later(casa_folder, processor, tmp_path):
+    """Refused as with a model, unless it is spread over them."""
+    options = arguments(tmp_path / "run", max_steps=1)
+    options._n_gpu = 2  # as it is where there are two
+
+    def spread():
+        model = fusion_model(casa_folder)
+        model.hf_device_map = {"model.visual": "meta", "": "cpu"}
+        return model
+
+    with pytest.raises(ValueError, match="2 GPUs and one process"):
+        CasaTrainer(model_init=lambda: fusion_model(casa_folder), args=options, processing_class=processor)
+    assert not (tmp_path / "run").exists()
+    trainer = CasaTrainer(model_init=spread, args=options, train_dataset=CONVERSATIONS, processing_class=processor)
+    assert trainer.args.n_gpu == 1
+    assert trainer.train().global_step == 1
+    assert "use_cache" not in json.loads(trainer.model.config.to_json_string())
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # its name in 5.17

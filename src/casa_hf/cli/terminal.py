@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import typer
 
 # Their messages say what to do; any other exception is a mistake of the program.
-EXPLAINED = (ValueError, OSError, ImportError, NotImplementedError)
+EXPLAINED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 
 
 def complain(error: Exception) -> None:

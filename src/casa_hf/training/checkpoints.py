@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 _LAST_FILE = "trainer_state.json"
@@ -26,11 +31,13 @@ _STATES = {
 NO_OPTIMIZER = "without optimizer.pt"
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+def last_checkpoint(folder: Path, reads_all: bool = True) -> tuple[Path | None, dict[Path, str]]:
     """The last complete checkpoint of a run.
 
     Args:
         folder: with the checkpoints of Transformers' Trainer; it needn't exist.
+        reads_all: whether to read files to their end, which tells damaged ones and weights that aren't finite; else
+            what is missing or cut off is found, at once.
 
     Returns:
         The checkpoint, or None if there is none; and later ones that are incomplete -> what is wrong with each.
@@ -38,11 +45,19 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _step(path) is not None]
     incomplete: dict[Path, str] = {}
     for path in sorted(found, key=lambda path: _step(path) or 0, reverse=True):
-        fault = _fault(path)
+        fault = _fault(path, reads_all)
         if fault is None:
             return path, incomplete
         incomplete[path] = fault
     return None, incomplete
+
+
+def warn_of_skipped(last: Path | None, skipped: dict[Path, str]) -> None:
+    """Say which checkpoints are passed over, and which one is taken; both as `last_checkpoint` gives them."""
+    for folder, fault in skipped.items():
+        logger.warning(
+            "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
+        )
 
 
 def _step(checkpoint: Path) -> int | None:
@@ -50,16 +65,13 @@ def _step(checkpoint: Path) -> int | None:
     return int(step) if step.isdecimal() else None
 
 
-def _fault(checkpoint: Path) -> str | None:
+def _fault(checkpoint: Path, reads_all: bool) -> str | None:
     """What a checkpoint lacks, in words; None if nothing."""
     if (checkpoint / _MARK).exists():
         return f"marked so by {_MARK}"
-    try:
-        if not isinstance(json.loads((checkpoint / _LAST_FILE).read_text("utf-8")), dict):
-            return f"{_LAST_FILE} is damaged"
-    except FileNotFoundError:
+    if not (checkpoint / _LAST_FILE).is_file():
         return f"without {_LAST_FILE}, which is written last"
-    except ValueError:
+    if not _is_state(checkpoint):
         return f"{_LAST_FILE} is damaged"
     if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
         return "without weights"
@@ -67,21 +79,50 @@ def _fault(checkpoint: Path) -> str | None:
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"without {name}"
     for file in sorted(checkpoint.rglob("*")):
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            return f"{file.name} is cut off"
-        if file.suffix in (".pt", ".pth", ".bin") and not is_zipfile(file):  # as torch.save writes them
-            return f"{file.name} is cut off"
-        if file.name.endswith(".safetensors.index.json") and (missing := _missing_shards(file)):
+        fault = None
+        if file.suffix == ".safetensors":
+            fault = _fault_of_weights(file, reads_all)
+        elif file.suffix in (".pt", ".pth", ".bin"):  # as torch.save writes them
+            fault = _fault_of_archive(file, reads_all)
+        elif file.name.endswith(".safetensors.index.json") and (missing := _missing_shards(file)):
             return f"without {missing}"
+        if fault is not None:
+            return f"{file.name} {fault}"
     return None
 
 
-def _is_whole(file: Path) -> bool:
+def _is_state(checkpoint: Path) -> bool:
+    """Whether the Trainer can read the state."""
     try:
-        with safe_open(file, framework="pt"):  # reads the header, which tells the size
-            return True
-    except (SafetensorError, OSError):
+        return isinstance(TrainerState.load_from_json(str(checkpoint / _LAST_FILE)).global_step, int)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _fault_of_weights(file: Path, reads_all: bool) -> str | None:
+    try:
+        with safe_open(file, framework="pt") as tensors:  # reads the header, which tells the size
+            if reads_all and not all(_is_finite(tensors.get_tensor(name)) for name in tensors.keys()):  # noqa: SIM118
+                return "has values that aren't finite"
+    except (SafetensorError, OSError):
+        return "is cut off"
+    return None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.itemsize < 2 or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _fault_of_archive(file: Path, reads_all: bool) -> str | None:
+    try:
+        archive = ZipFile(file)  # reads the directory at its end
+    except (BadZipFile, OSError):
+        return "is cut off"
+    with archive:
+        try:
+            return "is damaged" if reads_all and archive.testzip() is not None else None
+        except (BadZipFile, OSError, EOFError, ValueError, NotImplementedError):
+            return "is damaged"
 
 
 def _missing_shards(index: Path) -> str | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .data import Mixture, describe
 from .samples import IGNORED, Sample, encode, measure, unseen_image
@@ -107,10 +107,11 @@ class PackedDataset(Dataset):
     Attributes:
         rows: indices of the examples of each row.
         num_dropped: conversations left out for their length.
+        num_conversations: those that are not.
         num_text_tokens, num_image_tokens: in all rows together.
 
     Raises:
-        ValueError: if there are no conversations, they are an iterable without a length, one is unusable, or too long
+        ValueError: if there are no conversations, they are an iterable, one is unusable, or too long
             and `over_long="raise"`, or no row is left. Of images and videos it is checked that they are there and have
             a size; a damaged one is found when it is used.
     """
@@ -126,9 +127,9 @@ class PackedDataset(Dataset):
     ):
         _check_over_long(over_long)
         budget = Budget(max_text_tokens, max_image_tokens)
-        if not isinstance(examples, Sized):
+        if not isinstance(examples, Sized) or isinstance(examples, IterableDataset):
             raise ValueError(
-                f"PackedDataset plans rows ahead, but the examples are a {type(examples).__name__} without a length. "
+                f"PackedDataset plans rows ahead, but the examples are an iterable, a {type(examples).__name__}. "
                 "Give it a list of them, or give the iterable to the trainer, with CasaDataCollator(packing=True)."
             )
         if not len(examples):
@@ -149,7 +150,7 @@ class PackedDataset(Dataset):
         if not kept:
             raise ValueError(f"None of the {len(examples)} examples fits the budget of a row; raise it.")
         self.rows = [[kept[place] for place in row] for row in pack(sizes, budget)]
-        self.num_dropped = len(examples) - len(kept)
+        self.num_dropped, self.num_conversations = len(examples) - len(kept), len(kept)
         self.num_text_tokens, self.num_image_tokens = (sum(counts) for counts in zip(*sizes, strict=True))
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint, has_length
@@ -26,6 +28,7 @@ from ..configuration_casa import CasaConfig
 from ..hub import published_card
 from ..publishing import explained
 from ..sharing import CARD, present_card, refuse_other_model, repository_info
+from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
@@ -57,7 +60,11 @@ class CasaTrainer(Trainer):
             one process would train on several GPUs.
     """
 
-    _resumed_steps = 0
+    _resumed: TrainerState | None = None
+    _has_length = True
+    _loss_is_finite: torch.Tensor | None = None
+    _num_eval_batches: dict[str, int]
+    _config_before: dict[str, Any] | None = None
     eval_dataset: Any
     optimizer: torch.optim.Optimizer | None
     compute_loss_func: Callable[..., torch.Tensor] | None
@@ -83,26 +90,44 @@ class CasaTrainer(Trainer):
             given["processing_class"] = collator.processor
         if getattr(given.get("args"), "hub_token", None) is not None:
             raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
-        config = getattr(given.get("model"), "config", None)
-        before = {} if config is None else dict(vars(config))
+        self._remember_config(given.get("model"))
         super().__init__(**given)
+        config, before = getattr(self.model, "config", None), self._config_before or {}
         if config is not None and vars(config).pop("use_cache", None) is not None and "use_cache" in before:
             # The Trainer switches it off, also for those who generate with what is saved; `compute_loss` does without.
             config.use_cache = before["use_cache"]
+        if self.accelerator.device.type == "cpu":
+            self.args.dataloader_pin_memory = False  # without an accelerator it does nothing but warn
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
+        self._num_eval_batches = {}
         if self.label_smoother is not None and self.compute_loss_func is None:
             self.compute_loss_func = self._smoothed_loss
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Transformers, which comes here first, and anew for each trial of a search; data aren't cut by rows."""
-        placed = (getattr(self.model, "hf_device_map", None) or {}).values()
-        elsewhere = {torch.device(place) for place in placed if place not in ("cpu", "disk")} - {self.args.device}
-        if not elsewhere:  # else layers are on several GPUs, as the Trainer sees it, and batches stay whole
-            refuse_several_gpus(self.args.n_gpu)
+        if self.model is not None:  # else `model_init` makes it later
+            self._refuse_several_gpus(self.model)
         super().create_accelerator_and_postprocess()
         # Else one process would read batches of an iterable, and cut them for all by rows, pixels too.
         self.accelerator.dataloader_config.dispatch_batches = False
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; several GPUs are refused unless the model is spread over them."""
+        model = super().call_model_init(*args, **kwargs)
+        self._refuse_several_gpus(model)
+        self._remember_config(model)
+        return model
+
+    def _refuse_several_gpus(self, model: Any) -> None:
+        placed = (getattr(model, "hf_device_map", None) or {}).values()
+        elsewhere = {torch.device(place) for place in placed if place not in ("cpu", "disk")} - {self.args.device}
+        if not elsewhere:  # else layers are on several GPUs, as the Trainer sees it, and batches stay whole
+            refuse_several_gpus(self.args.n_gpu)
+
+    def _remember_config(self, model: Any) -> None:
+        config = getattr(model, "config", None)
+        self._config_before = None if config is None else dict(vars(config))
 
     def _smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss with `label_smoothing_factor`; the base class shifts labels for causal models of its own list only,
@@ -113,28 +138,103 @@ class CasaTrainer(Trainer):
         return mean * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in Transformers; from a checkpoint of a finished run no step is taken, and a warning says so."""
+        """As in Transformers; from a checkpoint of a finished run no step is taken, and a warning says so.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the last complete one of the output folder; a warning names
+                those that are skipped.
+            *args, **kwargs: as in Transformers.
+
+        Raises:
+            FloatingPointError: at the first loss, gradient norm, weight or evaluation loss that isn't finite. The
+                weights stay as they were before that step, and nothing is saved.
+        """
+        if resume_from_checkpoint is True and not self.args.save_only_model:
+            resume_from_checkpoint = self._last_checkpoint() or True
         is_last = resume_from_checkpoint is True
         folder: Any = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
         state = Path(folder) / TRAINER_STATE_NAME if folder else None
         is_there = state is not None and state.is_file()
-        self._resumed_steps = TrainerState.load_from_json(str(state)).global_step if is_there else 0
+        self._resumed = TrainerState.load_from_json(str(state)) if is_there else None
+        self._loss_is_finite = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_checkpoint(self) -> str | None:
+        last, skipped = last_checkpoint(Path(self.args.output_dir))
+        if self.is_world_process_zero():
+            warn_of_skipped(last, skipped)
+        return None if last is None else str(last)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any) -> tuple[Any, ...]:
         """As in Transformers; with no pass over the data if all steps are done, which it sees only after one more."""
+        self._has_length = has_length(dataloader)
         values = super().set_initial_training_values(args, dataloader, *rest)
         max_steps = values[-1]
-        if self._resumed_steps < max_steps:
+        if self._resumed is None or self._resumed.global_step < max_steps:
             return values
         if self.is_world_process_zero():
             logger.warning(
                 "The checkpoint has %d of %d steps, so this run is finished and nothing is trained. Raise the steps "
                 "or epochs to go on, or start from its weights.",
-                self._resumed_steps,
+                self._resumed.global_step,
                 max_steps,
             )
         return (0, *values[1:])
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in Transformers, which takes data without a length for a single pass, so that a run that is resumed in a
+        later one would begin with data that were due in another."""
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        if self._resumed is None or self._has_length or self._resumed.epoch is None:
+            return passes, batches
+        # The state counts passes and, as part of as many batches as the whole run has, those of the current one.
+        passes = max(math.ceil(self._resumed.epoch) - 1, 0)
+        part = (self._resumed.epoch - passes) * self._resumed.max_steps * self.args.gradient_accumulation_steps
+        return passes, 0 if self.args.ignore_data_skip else round(part)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Transformers; whether losses are finite is remembered until the gradients are complete."""
+        loss = super().training_step(*args, **kwargs)
+        is_finite = loss.isfinite().all()
+        self._loss_is_finite = is_finite if self._loss_is_finite is None else self._loss_is_finite & is_finite
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, before each step of the optimizer.
+
+        Raises:
+            FloatingPointError: if the norm, or a loss since the last step, isn't finite.
+        """
+        norm = super()._get_grad_norm(*args, **kwargs)
+        loss_is_finite, self._loss_is_finite = self._loss_is_finite, None
+        if loss_is_finite is not None and not loss_is_finite:
+            raise FloatingPointError(self._diverged("The loss"))
+        # With float16, steps with such gradients are left out, and the scale of the loss is lowered.
+        if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise FloatingPointError(self._diverged("The norm of the gradients"))
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Transformers, for checkpoints too.
+
+        Raises:
+            FloatingPointError: if weights that are trained aren't finite; nothing is written then.
+        """
+        for parameter in self.model.parameters():
+            # Sharded, it is this process's part.
+            part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if part.requires_grad and not part.isfinite().all():
+                raise FloatingPointError(self._diverged("A weight"))
+        super().save_model(output_dir, _internal_call)
+
+    def _diverged(self, what: str) -> str:
+        last, _ = last_checkpoint(Path(self.args.output_dir))
+        steps = f"{self.state.global_step} of {self.state.max_steps} steps"
+        way = "No checkpoint with finite weights is there" if last is None else f"The last finite checkpoint is {last}"
+        return (
+            f"{what} is not finite (nan or inf) after {steps}, so the run is stopped and nothing is saved. {way}; "
+            "start with lower learning rates."
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, with the groups of `parameter_groups`."""
@@ -162,28 +262,47 @@ class CasaTrainer(Trainer):
         return super().get_test_dataloader(self._at_hand(test_dataset))
 
     def _at_hand(self, dataset: Any) -> Any:
-        """The data set, as a list if it has no length and the work is shared by index.
+        """The data set, as a list if it is an iterable and the work is shared by index.
 
         Of an iterable, each of several processes would see its own part alone, of which the last batches differ in
         number, or have rows of the first ones again.
         """
         is_shared = self.generate_kwargs is not None or self.accelerator.num_processes > 1
-        return list(dataset) if dataset is not None and is_shared and not has_length(dataset) else dataset
+        is_iterable = isinstance(dataset, IterableDataset) or not has_length(dataset)
+        return list(dataset) if dataset is not None and is_shared and is_iterable else dataset
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """The loss, a mean over all answer tokens whatever the batches, and the score of generated answers."""
+        """The loss, a mean over all answer tokens whatever the batches, and the score of generated answers.
+
+        Raises:
+            FloatingPointError: while the model trains, if the loss isn't finite.
+        """
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self._evaluated.tolist()
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+            if self.is_in_train and not math.isfinite(total):
+                raise FloatingPointError(self._diverged("The loss of the evaluation"))
+        conversations = getattr(dataloader.dataset, "num_conversations", output.num_samples)
         if self.generate_kwargs is not None:
             answers, references = self._answers(_examples(dataloader.dataset))
+            conversations = len(answers)
             scores = self.score(answers, references)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output
+        num_batches = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
+        self._num_eval_batches = {metric_key_prefix: num_batches}
+        return output._replace(num_samples=conversations)  # of which the Trainer makes samples per second
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; the steps of an evaluation are batches, though its samples are conversations."""
+        for prefix, number in self._num_eval_batches.items():
+            if logs.get(f"{prefix}_runtime"):
+                logs[f"{prefix}_steps_per_second"] = round(number / logs[f"{prefix}_runtime"], 3)
+        self._num_eval_batches = {}
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -194,7 +313,8 @@ class CasaTrainer(Trainer):
         if loss is not None and labels is not None:
             tokens = (labels[:, 1:] != IGNORED).sum()
             # By rows, since those that a process has been given twice to fill its last batch are cut off again.
-            parts = torch.stack([loss * tokens, tokens]).float().expand(len(labels), 2) / len(labels)
+            total = torch.where(tokens > 0, loss * tokens, 0)  # without any, the mean is nan
+            parts = torch.stack([total, tokens]).float().expand(len(labels), 2) / len(labels)
             gathered = self.accelerator.gather_for_metrics(parts.contiguous())
             self._evaluated += gathered.sum(0).to(self._evaluated)
         return found
