@@ -7,17 +7,25 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from casa_hf.training import CasaDataCollator, PackedDataset, TrainingConfig, load_conversations, load_mixture
+from casa_hf.training import (
+    CasaDataCollator,
+    PackedDataset,
+    TrainingConfig,
+    generate_answers,
+    load_conversations,
+    load_mixture,
+)
 from casa_hf.training import recipe as recipe_module
 from casa_hf.training.data import Mixture, shares
 from casa_hf.training.samples import measure
 from tests.clips import write_clip
-from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
+from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_model, load_processor
 
 
 def write(path, answers, image=None):
@@ -307,6 +315,43 @@ def test_videos_in_tables_are_their_files(casa_folder, tmp_path, is_embedded):
     assert measure(processor, examples[0]) == measure(processor, row)
     expected, found = CasaDataCollator(processor)([row]), CasaDataCollator(processor)([examples[0]])
     assert len(expected["image_grid_thw"]) == 4 and expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("place", ["videos", "video", "part"])
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_frames_in_tables(casa_folder, tmp_path, is_embedded, place):
+    """Of a video that is the list of its frames, each a picture of the table, in a column or in a part."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow.parquet
+
+    processor = load_processor(casa_folder)
+    (tmp_path / "frames").mkdir()
+    names = [f"frames/{name}.jpg" for name in ("cat", "coffee", "rocket")]
+    for name in names:
+        shutil.copy(PHOTOGRAPHS / Path(name).name, tmp_path / name)
+    frames = [{"bytes": (tmp_path / n).read_bytes(), "path": "lost.jpg"} if is_embedded else n for n in names]
+    pictures = [Image.open(tmp_path / name) for name in names]
+    expected = CasaDataCollator(processor)([{**ask("q", "a"), "videos": [pictures]}])
+    text, clip = datasets.Value("string"), datasets.List(datasets.Image())
+    parts = datasets.List({"type": text, "text": text, "video": clip})
+    features = {"messages": datasets.List({"role": text, "content": parts})}
+    question, answer = [{"type": "text", "text": "q", "video": None}], [{"type": "text", "text": "a", "video": None}]
+    row: dict = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    if place == "part":
+        question.insert(0, {"type": "video", "text": None, "video": frames})
+    else:
+        row[place] = [frames] if place == "videos" else frames
+        features[place] = datasets.List(clip) if place == "videos" else clip
+    table = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    # `to_parquet` would embed the files.
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "train.parquet")
+    (example,) = load_conversations(tmp_path / "train.parquet")
+    assert measure(processor, example)[1] > 0
+    found = CasaDataCollator(processor)([example])
+    assert len(found["image_grid_thw"]) == 3
+    model = load_model(casa_folder, torch.float32)
+    assert len(generate_answers(model, processor, [example, ask("q", "a")], max_new_tokens=1)) == 2
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 

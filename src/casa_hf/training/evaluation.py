@@ -39,14 +39,14 @@ def generate_answers(
         for start in range(0, len(examples), batch_size):
             questions = [Dialogue.of(example).question()[0] for example in examples[start : start + batch_size]]
             images = upright([image for question in questions for image in question.images])
-            videos = [video for question in questions for video in question.videos]
+            videos = [question.videos for question in questions]
             inputs = processor(
                 text=[
                     processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
                     for question in questions
                 ],
                 images=images or None,
-                videos=videos or None,
+                videos=videos if any(videos) else None,
                 add_special_tokens=False,
                 padding=True,
                 padding_side="left",

@@ -152,7 +152,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     inputs = processor(
         text=[text],
         images=upright(conversation.images) or None,
-        videos=conversation.videos or None,
+        videos=[conversation.videos] if conversation.videos else None,  # in a list of its own, files may be frames
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_tensors="pt",
@@ -181,9 +181,8 @@ def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, 
     """The numbers of text and image tokens that `encode` would give, without making pixels."""
     conversation = Dialogue.of(example)
     text = processor.apply_chat_template(conversation.messages, tokenize=False)
-    return processor.measure(
-        text, conversation.images or None, conversation.videos or None, add_special_tokens=False, padding=False
-    )
+    videos = [conversation.videos] if conversation.videos else None
+    return processor.measure(text, conversation.images or None, videos, add_special_tokens=False, padding=False)
 
 
 def upright(images: Sequence[Any]) -> list[Any]:
@@ -313,6 +312,8 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _source(source: Any, kind: str) -> Any:
     """An image or video as the processor takes it; a table gives {"bytes", "path"}, an API {"url"}."""
+    if kind == "video" and isinstance(source, list | tuple):
+        return [_source(frame, "image") for frame in source]
     if not isinstance(source, Mapping):
         return source
     if source.get("bytes") is not None:
