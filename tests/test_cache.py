@@ -723,7 +723,7 @@ def test_either_ids_or_embeddings():
     for inputs in ({}, {"input_ids": torch.tensor([[5]]), "inputs_embeds": torch.zeros(1, 1, 64)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**inputs)
-    with pytest.raises(ValueError, match="inputs_embeds need image_positions"):
+    with pytest.raises(ValueError, match=r"images beside inputs_embeds.*0 such rows but 1 images.*image_positions"):
         model(inputs_embeds=torch.zeros(1, 2, 64).double(), **image_inputs([B]))
 
 

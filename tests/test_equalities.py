@@ -105,6 +105,11 @@ class Case:
 
     def insertion(self, ids, mask=None) -> Tensor:
         """Logits of the source with image tokens inserted, at the text tokens."""
+        is_text = torch.tensor([owner is None for owner in self.inserted(ids)[1]])
+        return self.source_outputs(ids, attention_mask=mask).logits[0, is_text]
+
+    def source_outputs(self, ids, **kwargs):
+        """What the source gives for the ids with image tokens inserted."""
         tokens, owners = self.inserted(ids)
         is_text = torch.tensor([owner is None for owner in owners])
         if isinstance(self.source, HeliumForCausalLM):
@@ -117,7 +122,7 @@ class Case:
             types = (~is_text)[None].int()
             inputs["position_ids"], _ = self.source.model.get_rope_index(**inputs, mm_token_type_ids=types)
             inputs |= {"pixel_values": self.pixels, "mm_token_type_ids": types}
-        return self.source(**inputs, attention_mask=mask).logits[0, is_text]
+        return self.source(**inputs, **kwargs)
 
 
 def make_case(family, variant, **overrides) -> Case:
@@ -188,6 +193,26 @@ def test_text_alone_is_the_source(family, variant):
     case = make_case(family, variant)
     ids = torch.tensor([[5, 6, 7, 8, 9, START, END, 10]])
     assert torch.equal(case.model(ids).logits, case.source(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["exact", "insertion"])
+def test_attentions_are_the_sources(family, variant):
+    """Of text to text as `attentions`, of text to images as `cross_attentions`: one softmax in the source."""
+    case = make_case(family, variant)
+    case.model.set_attn_implementation("eager"), case.source.set_attn_implementation("eager")
+    ours = case.model(
+        input_ids=torch.tensor([ONE_GROUP]),
+        pixel_values=case.pixels,
+        image_grid_thw=case.grids,
+        output_attentions=True,
+    )
+    is_text = torch.tensor([owner is None for owner in case.inserted(ONE_GROUP)[1]])
+    theirs = case.source_outputs(ONE_GROUP, output_attentions=True).attentions
+    assert len(ours.attentions) == len(ours.cross_attentions) == len(theirs)
+    for to_text, to_images, both in zip(ours.attentions, ours.cross_attentions, theirs, strict=True):
+        assert error(to_text, both[:, :, is_text][..., is_text]) < TOLERANCE
+        assert error(to_images, both[:, :, is_text][..., ~is_text]) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -421,6 +421,32 @@ def test_hidden_states_and_attentions_of_each_step():
     assert [step[0].shape[-1] for step in output.attentions] == [len(token_ids(ONE)) + i for i in range(3)]
 
 
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-before", "exact", "insertion"])
+def test_attentions_of_assisted_decoding_are_those_of_greedy_search(variant):
+    """One tuple per token, each as if the token had been decoded alone."""
+    model = new_model(variant, attn_implementation="eager")
+    row = [*words(3, 1), A, *words(3, 2), *words(3, 1)]
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    lookup = {"prompt_lookup_num_tokens": 2}
+    plain, assisted = (model.generate(**batch(row), **settings, **way) for way in ({}, lookup))
+    assert torch.equal(plain.sequences, assisted.sequences)
+    assert len(plain.attentions) == len(assisted.attentions) == 5
+    for step, other in zip(plain.attentions, assisted.attentions, strict=True):
+        for weights, others in zip(step, other, strict=True):
+            assert relative_error(others, weights) < 1e-9
+
+
+def test_attentions_that_assisted_decoding_cannot_return_are_refused_by_name():
+    settings = {"prompt_lookup_num_tokens": 2, "output_attentions": True, "return_dict_in_generate": True}
+    with pytest.raises(ValueError, match=r"'sdpa' doesn't give.*set_attn_implementation\(\"eager\"\)"):
+        shared_model("casa").generate(**batch(ONE), max_new_tokens=3, **settings)
+    replaced = new_model("casa-replace", attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match=r"no self-attention.*Leave output_attentions out"):
+        replaced.generate(**batch(ONE), max_new_tokens=3, **settings)
+    tokens = generate(replaced, batch(ONE), output_attentions=True, return_dict_in_generate=False)
+    assert tokens[0].tolist() == greedy(replaced, ONE, STEPS)
+
+
 # ------------------------------------------------------------------------------------ no state outside the cache
 
 
@@ -659,10 +685,27 @@ def test_images_that_dont_fit_the_prompt(change, message, beams):
         generate(model, inputs, num_beams=beams)
 
 
-def test_embedded_prompts_must_say_where_images_stand():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_of_an_embedded_prompt_stand_where_their_embedding_does(variant, truth):
+    model = shared_model(variant)
+    inputs = without(embedded(model, *ROWS), "image_positions")
+    for settings in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert generate(model, inputs, **settings).tolist() == truth[variant]
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(generate(model, inputs, **beams), generate(model, batch(*ROWS), **beams))
+
+
+def test_an_embedded_prompt_may_come_beside_its_ids(truth):
+    """The ids say where images stand, also if noise hides it in the embeddings."""
     model = shared_model("casa")
-    with pytest.raises(ValueError, match="inputs_embeds need image_positions"):
-        generate(model, without(embedded(model, *ROWS), "image_positions"))
+    inputs = without(embedded(model, *ROWS), "image_positions")
+    noise = 1e-9 * torch.randn(inputs["inputs_embeds"].shape, generator=torch.Generator().manual_seed(0)).double()
+    noisy = {**inputs, "inputs_embeds": inputs["inputs_embeds"] + noise}
+    with pytest.raises(ValueError, match=r"0 image marks.*but 6 images.*image_positions"):
+        generate(model, noisy)
+    sequences = model.generate(**noisy, input_ids=batch(*ROWS)["input_ids"], max_new_tokens=1, do_sample=False)
+    # Delimiters aren't recognised in it, so that only what follows single images is as it was.
+    assert [sequences[row, -1] for row in (1, 2)] == [truth["casa"][row][0] for row in (1, 2)]
 
 
 def test_the_cache_of_the_caller_is_as_before_after_a_refusal():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration, StaticCache
 
 from casa_hf import CasaForConditionalGeneration
 from tests.helpers_generation import (
@@ -75,6 +77,73 @@ def test_attentions_are_counted_by_block():
     assert len(output.attentions) == 3
     assert [attention is not None for attention in output.cross_attentions] == [False, True, False]
     assert not model(**batch(ONE)).cross_attentions
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-before", "casa-replace", "exact", "insertion"])
+def test_weights_of_attention_are_kept_only_where_they_are_asked_for(variant):
+    """Those of each block are freed before the next block begins."""
+    model = new_model(variant, attn_implementation="eager")
+    kept: list[list[int]] = []
+    made: list[Any] = []
+
+    def bytes_kept() -> int:
+        gc.collect()
+        return sum(weights.nbytes for reference in made if (weights := reference()) is not None)
+
+    def before(module: Any, args: Any) -> None:
+        kept[-1].append(bytes_kept())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        made.extend(weakref.ref(weights) for weights in output[2:] if weights is not None)
+
+    language_model = model.model.language_model
+    hooks = [layer.register_forward_pre_hook(before) for layer in [*language_model.layers, language_model.norm]]
+    hooks += [layer.register_forward_hook(after) for layer in language_model.layers]
+    for asked in (False, True):
+        kept.append([])
+        made.clear()
+        with torch.no_grad():
+            output = model(**batch(ONE), output_attentions=asked)
+        assert len(made) >= 3, "the back end gives them in any case"
+        # At the start of each block and at the end: nothing, or what all blocks before have made.
+        assert kept[-1][0] == 0
+        assert not any(kept[-1]) if not asked else 0 < kept[-1][1] < kept[-1][2] < kept[-1][3]
+        assert (output.attentions is not None) == asked
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("variant", ["exact", "insertion"])
+def test_attentions_of_steps_on_a_cache_are_rows_of_the_whole(variant, static):
+    """Of one softmax over images and text, also where a row of the batch is padded or has no image."""
+    model = new_model(variant, attn_implementation="eager")
+    inputs = batch([*words(3, 1), A, *words(6, 2)], [*words(1, 3), B, *words(4, 5)], words(7, 4))
+    tokens, split = inputs["input_ids"].shape[1], 8
+    cache = StaticCache(config=model.config, max_cache_len=tokens) if static else DynamicCache()
+    with torch.no_grad():
+        whole = model(**inputs, output_attentions=True)
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        first = model(ids[:, :split], attention_mask=mask[:, :split], cache=cache, **inputs)
+        steps = [
+            model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=first.cache, output_attentions=True)
+            for i in range(split, tokens)
+        ]
+    images = whole.cross_attentions[0].shape[-1]
+    assert [step.attentions[0].shape[-1] for step in steps] == [
+        tokens if static else i + 1 for i in range(split, tokens)
+    ]
+    for block in range(3):
+        to_text, to_images = whole.attentions[block], whole.cross_attentions[block]
+        text = mask.bool()[:, None].expand(-1, 4, -1)
+        assert torch.allclose((to_text.sum(-1) + to_images.sum(-1))[text], torch.ones(()).double(), atol=1e-6)
+        assert to_text.triu(1).abs().max() == 0 and to_images[2].abs().max() == 0
+        assert to_images[0, :, 5:].amin() >= 0 and to_images[0, :, 5:, :6].sum(-1).amin() > 0
+        for i, step in zip(range(split, tokens), steps, strict=True):
+            assert relative_error(step.attentions[block][..., : i + 1], to_text[:, :, i : i + 1, : i + 1]) < 1e-6
+            # Stored image columns are right-aligned, those of a call left-aligned.
+            sums = step.cross_attentions[block].sum(-1), to_images[:, :, i : i + 1].sum(-1)
+            assert relative_error(*sums) < 1e-6 and step.cross_attentions[block].shape[-1] >= images
 
 
 def test_attentions_of_other_back_ends_are_as_in_the_source_model():

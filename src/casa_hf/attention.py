@@ -395,7 +395,11 @@ class CasaContextAttention(FusionBase):
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = self.math.image_keys(self_attn, normed, fusion, text, rotate=True)
         output, weights = self._attend(self_attn, query, images, keys.slots(0, fusion.plan.text_slots[1]), fusion)
-        return Attended(self_attn.o_proj(output), fusion_weights=weights, text=keys, images=images)
+        attended = Attended(self_attn.o_proj(output), text=keys, images=images)
+        if weights is None:
+            return attended
+        num_columns = 0 if images is None else images.keys.shape[2]
+        return attended._replace(self_weights=weights[..., num_columns:], fusion_weights=weights[..., :num_columns])
 
 
 def _takes_masks(attention_mask: torch.Tensor | None) -> bool:

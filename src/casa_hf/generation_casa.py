@@ -26,6 +26,8 @@ from transformers.generation.utils import (
 from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
+from .image_positions import image_tokens, refuse_placeholders, warn_of_untyped_frames
+from .routes import is_varlen
 from .transformers_versions import (
     CACHE,
     CacheByBothNames,
@@ -91,28 +93,27 @@ class CasaGenerationMixin(GenerationMixin):
         """Expand text as usual; find the images' places, counted from the end of the prompt, and keep the images
         themselves for `_prepare_cache_for_generation`, which knows what is cached."""
         images = {name: value for name in IMAGE_INPUTS if (value := model_kwargs.pop(name, None)) is not None}
-        _check_image_inputs(images)
         embeds = model_kwargs.get("inputs_embeds")
         past = _cached_length(model_kwargs.get(CACHE))
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
+        first_new = past if past < prompt_length else 0
+        has_content = _check_image_inputs(images, past)
         places = images.pop("image_positions", None)
-        if places is None and embeds is None:
-            if images:
-                refuse_placeholders(self.config, input_ids[:, past if past < prompt_length else 0 :])
-            marks = input_ids == self.config.image_token_id
+        types = model_kwargs.get("mm_token_type_ids")
+        if places is None and (images or embeds is None):
+            ids = input_ids if input_ids is not None and input_ids.shape[1] == prompt_length else None
+            found = image_tokens(self.config, ids, embeds, self.get_input_embeddings(), types)
+            if has_content and ids is not None:
+                refuse_placeholders(self.config, ids[:, first_new:] if types is None else ids[found])
             if (mask := model_kwargs.get("attention_mask")) is not None:
-                marks = marks & mask[:, -prompt_length:].bool().to(marks.device)
-            places = marks.nonzero()
-            if not images and len(places) and not past:
-                raise ValueError(
-                    f"The prompt has {len(places)} image marks (token {self.config.image_token_id}) but 0 images were "
-                    "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the marks."
-                )
-        elif places is None and images:
-            raise ValueError(
-                "Images beside inputs_embeds need image_positions (num_images, 2): row and index of the token that "
-                "each image precedes."
-            )
+                found = found & mask[:, -prompt_length:].bool().to(found.device)
+            places = found.nonzero()
+            if not has_content:
+                num_places = int((places[:, 1] >= first_new).sum())
+                _check_left_over(self.config, images, num_places, prompt_length - first_new, past)
+                images = {}
+        if images and types is None:
+            warn_of_untyped_frames(self.config, places.tolist())
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -150,6 +151,8 @@ class CasaGenerationMixin(GenerationMixin):
                 "for all tokens, the cached ones and the new ones, or start with a new cache."
             )
         _check_generation(generation_config, model_kwargs, generation_mode, past)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and generation_config.output_attentions:
+            self._check_attentions()
         if generation_mode == GenerationMode.ASSISTED_GENERATION and past:
             model_kwargs["num_cached_ids"] = past
         if model_kwargs.get("image_positions") is None:
@@ -182,6 +185,21 @@ class CasaGenerationMixin(GenerationMixin):
         if copies > 1:
             self._repeat_images(model_kwargs, copies)
         return result
+
+    def _check_attentions(self) -> None:
+        """Refuse to return attention weights with an assistant where Transformers, which cuts every block's into those
+        of single tokens, wouldn't find any."""
+        implementation = self.config.text_config._attn_implementation
+        if implementation == "sdpa" or is_varlen(implementation):
+            raise ValueError(
+                f"output_attentions=True needs weights of attention, which {implementation!r} doesn't give. Call "
+                'model.set_attn_implementation("eager"), or leave output_attentions out.'
+            )
+        if self.config.casa_placement == "replace":
+            raise NotImplementedError(
+                "Assisted decoding can't return the attentions of a model in which some blocks have no self-attention "
+                '(casa_placement="replace"). Leave output_attentions out, or decode without an assistant.'
+            )
 
     def _hide_last_image(self, model_kwargs: dict[str, Any]) -> None:
         """Leave out an image before the prompt's last token: an assistant takes that token back after its first
@@ -338,14 +356,38 @@ class CasaGenerationMixin(GenerationMixin):
     continuous_batching_context_manager = init_continuous_batching
 
 
-def _check_image_inputs(images: dict[str, Any]) -> None:
-    """Refuse a part of what describes images, before anything is expanded or encoded."""
+def _check_image_inputs(images: dict[str, Any], past: int) -> bool:
+    """Whether there are images; a part of what describes them is refused before anything is expanded or encoded.
+
+    Beside a filled cache, grids may be left over from the prompt.
+    """
     content = [name for name in ("pixel_values", "image_embeds") if name in images]
     if content and "image_grid_thw" not in images:
         raise ValueError(f"{content[0]} need image_grid_thw (num_images, 3); pass it as the processor returned it.")
-    if images and not content:
+    if content and len(images[content[0]]) and not len(images["image_grid_thw"]):
+        raise ValueError(
+            f"{content[0]} hold images, but image_grid_thw is empty; pass both as the processor made them."
+        )
+    if not content and (
+        len(images.get("image_positions", ())) or (len(images.get("image_grid_thw", ())) and not past)
+    ):
         raise ValueError(
             f"{' and '.join(images)} was given without images; pass pixel_values or image_embeds too, or neither."
+        )
+    return bool(content) and len(images["image_grid_thw"]) > 0
+
+
+def _check_left_over(config: CasaConfig, images: dict[str, Any], num_places: int, num_new: int, past: int) -> None:
+    """Refuse text that announces images which aren't given. On a filled cache a mark is text, since the model may have
+    written it, unless grids say that there are images."""
+    if not num_places:
+        return
+    if past and num_new > 1 and len(images.get("image_grid_thw", ())):
+        raise ValueError("image_grid_thw was given without images; pass pixel_values or image_embeds too, or neither.")
+    if not past:
+        raise ValueError(
+            f"The prompt has {num_places} image marks (token {config.image_token_id}) but 0 images were "
+            "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the marks."
         )
 
 
@@ -375,22 +417,6 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
             raise NotImplementedError(
                 "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
             )
-
-
-def refuse_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:
-    """Refuse a prompt with images that was made by the source's processor.
-
-    Raises:
-        ValueError: if `input_ids` contain the source's expanded placeholders.
-    """
-    placeholders = config.placeholder_token_ids
-    ids = torch.tensor(placeholders, device=input_ids.device, dtype=input_ids.dtype)
-    if torch.isin(input_ids, ids).any():
-        raise ValueError(
-            f"input_ids contain placeholders of the source model (one of the ids {list(placeholders)}). In CASA an "
-            f"image takes no place in the text: it stands before the token {config.image_token_id}. Use CasaProcessor "
-            "or remove the placeholders."
-        )
 
 
 def _cached_length(cache: Cache | None) -> int:

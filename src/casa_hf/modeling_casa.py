@@ -50,7 +50,8 @@ from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .folder_files import own_file
 from .foreign_arguments import check_foreign, refuse_foreign
-from .generation_casa import CasaGenerationMixin, refuse_placeholders
+from .generation_casa import CasaGenerationMixin
+from .image_positions import FRAME_TYPE, are_tokens, image_tokens, refuse_placeholders, warn_of_untyped_frames
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_window import KeyRotation, check_history, evict_text
@@ -489,7 +490,7 @@ class CasaTextModel(CasaPreTrainedModel):
         cross_attentions: list[torch.Tensor | None] = []
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
-            hidden_states, image_states, self_weights, fusion_weights = layer(
+            outputs = layer(
                 hidden_states,
                 image_states,
                 attention_mask=causal_mask,
@@ -500,22 +501,21 @@ class CasaTextModel(CasaPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
+            hidden_states, image_states = outputs[:2]
+            if output_attentions:
+                self_attentions.append(outputs[2])
+                cross_attentions.append(outputs[3])
+            del outputs  # else the weights of one block would be kept until the next one has made its own
             if image_states is not None and index < len(deepstack):
                 image_states = image_states + deepstack[index].to(image_states.device)
-            self_attentions.append(self_weights)
-            cross_attentions.append(fusion_weights)
         if cache is not None:
             padded = state.padded or attention_mask is not None
             cache.layers[0].store_state(replace(plan.next_state, padded=padded))
         return CasaModelOutput(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE: cache},
-            attentions=tuple(self_attentions)
-            if output_attentions and any(w is not None for w in self_attentions)
-            else None,
-            cross_attentions=tuple(cross_attentions)
-            if output_attentions and any(w is not None for w in cross_attentions)
-            else None,
+            attentions=tuple(self_attentions) if any(w is not None for w in self_attentions) else None,
+            cross_attentions=tuple(cross_attentions) if any(w is not None for w in cross_attentions) else None,
         )
 
     @takes_cache
@@ -733,21 +733,23 @@ class CasaModel(CasaPreTrainedModel):
                 each sample in row 0. Without a filled cache, a text index that doesn't continue starts a new packed
                 sample. None: positions continue those in the cache.
             cache: a cache, which holds all state between calls; `past_key_values` is another name of this argument.
-            inputs_embeds: (batch, tokens, hidden) embedded text; images then need `image_positions`. Delimiters are
-                recognised where a row equals their embedding exactly: noise on them closes a group of images.
+            inputs_embeds: (batch, tokens, hidden) embedded text. Delimiters and the tokens that images precede are
+                recognised where a row equals their embedding exactly: with noise on them, say where images stand.
             use_cache: whether to return a cache.
             pixel_values: (patches, patch dim) of the new images, in reading order over the batch.
             image_grid_thw: (num_images, 3) patches in time (1), height and width.
             image_positions: (num_images, 2) row and index, in that row's new tokens, of the token that each image
-                precedes; None: the tokens `config.image_token_id`.
+                precedes. None: the tokens that `mm_token_type_ids` name, without these each `config.image_token_id`.
             image_embeds: features in place of pixels: (num_image_tokens, `config.image_features_size`), or one tensor
                 per image.
-            mm_token_type_ids: (batch, tokens) 2 where the image is a video frame.
+            mm_token_type_ids: (batch, tokens) or (batch, all tokens so far) 1 at tokens that an image precedes, 2 at
+                those that a video frame precedes, else 0. Without them every image is a still one.
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
             **kwargs: for the attention interface. A name that nobody is known to read is logged once.
 
         Returns:
-            `attentions` are those of self-attention, `cross_attentions` those of the fusion layers.
+            `attentions` are those of self-attention, `cross_attentions` those of the fusion layers; where both are
+            one softmax (`casa_keys="context"`), the weights of its text and of its image columns.
 
         Raises:
             TypeError: if the cache isn't a decoder's `Cache`, or comes under an unknown name.
@@ -785,19 +787,31 @@ class CasaModel(CasaPreTrainedModel):
         images = image_states = None
         deepstack: tuple[torch.Tensor, ...] = ()
         gist_ids = self.config.gist_token_ids
-        if pixel_values is not None or image_embeds is not None:
+        content = image_embeds if pixel_values is None else pixel_values
+        if content is not None:
             grids = self._check_grids(image_grid_thw)
-            rows, indices = self._image_marks(input_ids, image_positions, grids, token_mask)
-            if len(grids):  # a batch without images may carry empty tensors
-                images = self._place_images(rows, indices, grids, mm_token_type_ids, text_shape)
+            types = self._new_token_types(mm_token_type_ids, text_shape, cache)
+            rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, token_mask)
+            if len(grids) or len(content):  # a batch without images may carry empty tensors
+                images = self._place_images(rows, indices, grids, types, text_shape)
                 images = images.to(inputs_embeds.device)
                 image_states = self._embed_images(pixel_values, image_embeds, grids)
                 image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
                     self.config.text_config.hidden_size, dim=-1
                 )
-        elif image_grid_thw is not None or image_positions is not None:
-            given = "image_grid_thw" if image_grid_thw is not None else "image_positions"
-            raise ValueError(f"{given} was given without images; pass pixel_values or image_embeds too, or neither.")
+        elif image_positions is not None or (image_grid_thw is not None and len(image_grid_thw)):
+            # Beside a filled cache, grids are left over from the prompt, unless a new image is announced.
+            left_over = image_positions is None and cache is not None and int(cache.get_seq_length()) > 0
+            if left_over and text_shape[1] > 1:
+                types = mm_token_type_ids
+                if types is not None and types.shape != text_shape:
+                    types = None  # left over too
+                left_over = not self._image_tokens(input_ids, inputs_embeds, types, token_mask).any()
+            if not left_over:
+                raise ValueError(
+                    f"{'image_grid_thw' if image_positions is None else 'image_positions'} was given without images; "
+                    "pass pixel_values or image_embeds too, or neither."
+                )
 
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -853,17 +867,9 @@ class CasaModel(CasaPreTrainedModel):
     def _are(
         self, token_ids: Sequence[int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, tokens) whether a token is one of these; embedded text is compared with their embeddings."""
-        if input_ids is not None:
-            # Compared one by one: a tensor of ids would have to be copied to the device in every step.
-            found = input_ids == token_ids[0]
-            for token_id in token_ids[1:]:
-                found = found | (input_ids == token_id)
-            return found.to(inputs_embeds.device)
-        ids = torch.tensor(token_ids, device=inputs_embeds.device)
-        embedding = self.language_model.embed_tokens
-        embedded = embedding(ids.to(embedding.weight.device)).to(inputs_embeds.device)
-        return (inputs_embeds[:, :, None] == embedded).all(-1).any(-1)
+        """(batch, tokens) whether a token is one of these, on the device of the states."""
+        found = are_tokens(token_ids, input_ids, inputs_embeds, self.language_model.embed_tokens)
+        return found.to(inputs_embeds.device)
 
     # ---------------------------------------------------------------- images
 
@@ -888,28 +894,55 @@ class CasaModel(CasaPreTrainedModel):
                 )
         return image_grid_thw.long()
 
-    def _image_marks(
+    def _new_token_types(
+        self, mm_token_type_ids: torch.Tensor | None, text_shape: torch.Size, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """The types of the new tokens."""
+        if mm_token_type_ids is None:
+            return None
+        batch_size, num_tokens = text_shape
+        if mm_token_type_ids.shape == text_shape:
+            return mm_token_type_ids
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if mm_token_type_ids.shape != (batch_size, past + num_tokens):
+            raise ValueError(
+                f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text_shape)}, one "
+                "entry per new token. (If PEFT has put a learned prompt before the text: images can't be placed "
+                "then. Use prefix tuning or LoRA.)"
+            )
+        return mm_token_type_ids[:, -num_tokens:]
+
+    def _image_tokens(
         self,
         input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        types: torch.Tensor | None,
+        token_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """(batch, tokens) whether an image stands before each new token, padding excluded."""
+        found = image_tokens(self.config, input_ids, inputs_embeds, self.language_model.embed_tokens, types)
+        return found & token_mask.to(found.device)
+
+    def _image_places(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
         image_positions: torch.Tensor | None,
+        types: torch.Tensor | None,
         grids: torch.Tensor,
         token_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and index of the token that each image precedes."""
         if image_positions is None:
-            if input_ids is None:
-                raise ValueError(
-                    "Images beside inputs_embeds need image_positions (num_images, 2): row and index of the token "
-                    "that each image precedes."
-                )
-            refuse_placeholders(self.config, input_ids)
-            marks = (input_ids == self.config.image_token_id) & token_mask.to(input_ids.device)
-            image_positions = marks.nonzero()
+            found = self._image_tokens(input_ids, inputs_embeds, types, token_mask)
+            if input_ids is not None:
+                refuse_placeholders(self.config, input_ids if types is None else input_ids[found])
+            image_positions = found.nonzero()
             if len(image_positions) != len(grids):
                 raise ValueError(
-                    f"The text has {len(image_positions)} image marks (token {self.config.image_token_id}) but "
-                    f"{len(grids)} images were given. Write one mark per new image, or pass image_positions (a mark "
-                    "that the model itself has written is text)."
+                    f"{self._found(len(image_positions), input_ids, types)} but {len(grids)} images were given. Write "
+                    "one mark per new image, or pass image_positions (num_images, 2), row and index of the token that "
+                    "each image precedes (a mark that the model itself has written is text)."
                 )
         batch_size, num_tokens = token_mask.shape
         if image_positions.shape != (len(grids), 2):
@@ -927,27 +960,34 @@ class CasaModel(CasaPreTrainedModel):
                     f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
                     f"{num_tokens} tokens (padding excluded)."
                 )
+        if types is None:
+            warn_of_untyped_frames(self.config, places)
         image_positions = image_positions.long()
         return image_positions[:, 0], image_positions[:, 1]
+
+    def _found(self, number: int, input_ids: torch.Tensor | None, types: torch.Tensor | None) -> str:
+        """What has been found in place of `image_positions`, in words."""
+        if types is not None:
+            return f"mm_token_type_ids have {number} image marks (1 or 2)"
+        if input_ids is not None:
+            return f"The text has {number} image marks (token {self.config.image_token_id})"
+        return (
+            "Without image_positions or mm_token_type_ids, images beside inputs_embeds stand where a row equals the "
+            f"embedding of token {self.config.image_token_id}: there are {number} such rows"
+        )
 
     def _place_images(
         self,
         rows: torch.Tensor,
         indices: torch.Tensor,
         image_grid_thw: torch.Tensor,
-        mm_token_type_ids: torch.Tensor | None,
+        types: torch.Tensor | None,
         text_shape: torch.Size,
     ) -> ImagePlacement:
         grids = image_grid_thw[:, 1:].to(rows.device) // self.config.vision_config.spatial_merge_size
         is_frame = torch.zeros_like(rows, dtype=torch.bool)
-        if mm_token_type_ids is not None:
-            if mm_token_type_ids.shape != text_shape:
-                raise ValueError(
-                    f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text_shape)}, one "
-                    "entry per new token. (If PEFT has put a learned prompt before the text: images can't be placed "
-                    "then. Use prefix tuning or LoRA.)"
-                )
-            is_frame = mm_token_type_ids.to(rows.device)[rows, indices] == 2
+        if types is not None:
+            is_frame = types.to(rows.device)[rows, indices] == FRAME_TYPE
         per_row = torch.zeros(text_shape[0], dtype=torch.long, device=rows.device)
         per_row = per_row.index_put((rows,), grids.prod(-1), accumulate=True)
         return ImagePlacement(rows, indices, grids, is_frame, max_row_tokens=int(per_row.max()))
