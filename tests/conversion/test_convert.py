@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
+from casa_hf.checkpoint_files.errors import ConversionError
 from casa_hf.conversion import convert_checkpoint
 from casa_hf.conversion.source import processor_limits
 from casa_hf.design_space import VARIANTS
@@ -443,7 +444,7 @@ def test_a_failed_write_leaves_nothing(source_folder, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(ConversionError, match=f"{tmp_path / 'casa'} can't be written: the disk is full"):
             convert_checkpoint(source_folder, tmp_path / "casa")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -471,6 +472,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(source_folder, 
     left = [file.name for file in tmp_path.iterdir()]
     assert len(left) == 1 and left[0].startswith("casa.incomplete-")
     convert_checkpoint(source_folder, output)
+    assert [file.name for file in tmp_path.iterdir()] == ["casa"]
     assert filecmp.cmp(output / "model.safetensors", casa_folder / "model.safetensors", shallow=False)
 
 

@@ -1,16 +1,46 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where a new checkpoint goes: checked before any work, and filled in one step."""
+"""Where a new checkpoint goes: checked before any work, filled beside its place, and moved there in one step.
+
+What appears at the place in the meantime stays: a folder is moved by calls that can't replace anything, and only the
+checkpoint that was there in the beginning may be overwritten. A new one that can't go to its place is kept beside it.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from .errors import ConversionError
+from .errors import ConversionError, disk_is_full, listed, one_line
+
+if os.name == "posix":
+    import fcntl
+
+_UNFINISHED = ".incomplete-"
+
+# In a folder that is being filled: the destination. Locked by the process that fills it, as long as that lives.
+_OWNER = "owner"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A place for a checkpoint.
+
+    Attributes:
+        target: folder to make.
+        parent: the nearest existing folder above, where it is filled.
+        replaces: state of the folder that it may take the place of; None if there is none.
+    """
+
+    target: Path
+    parent: Path
+    replaces: tuple[int, int, int] | None = None
 
 
 def check_distinct(source: Path, target: Path) -> None:
@@ -19,8 +49,17 @@ def check_distinct(source: Path, target: Path) -> None:
         raise ConversionError(f"The output {target} would replace the source {source}. Choose another output folder.")
 
 
-def check_target(target: Path, overwrite: bool) -> Path:
-    """Refuse a destination that can't be written, or mustn't be; the nearest existing folder above it."""
+def check_target(target: Path, overwrite: bool) -> Destination:
+    """Look at a destination, and take away what a process that was killed has left there.
+
+    Raises:
+        ConversionError: if it can't be written, or mustn't be.
+    """
+    parent = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise ConversionError(f"{parent} is not a folder, so {target} can't be made. Choose another output folder.")
+    _remove_leftovers(target, parent)
+    replaces = None
     if os.path.lexists(target):
         if not overwrite:
             raise ConversionError(
@@ -30,30 +69,59 @@ def check_target(target: Path, overwrite: bool) -> Path:
             raise ConversionError(
                 f"{target} is not a checkpoint folder, so it isn't overwritten. Choose another output folder."
             )
-    parent = next(parent for parent in target.parents if os.path.lexists(parent))
-    if not parent.is_dir():
-        raise ConversionError(f"{parent} is not a folder, so {target} can't be made. Choose another output folder.")
-    return parent
+        replaces = _state(target)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConversionError(
+            f"{parent} can't be written to, so {target} can't be made. Choose another output folder."
+        )
+    return Destination(target, parent, replaces)
 
 
 @contextmanager
-def new_folder(target: Path, parent: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder that becomes `target` when the block ends, and vanishes if it fails.
+def new_folder(destination: Destination, num_bytes: int) -> Iterator[Path]:
+    """A folder that becomes the destination when the block ends, and vanishes if it fails.
 
     Args:
-        target: where it goes.
-        parent: an existing folder above, see `check_target`.
+        destination: where it goes.
         num_bytes: about how large it will be.
 
     Raises:
-        ConversionError: if there isn't enough space.
+        ConversionError: if there isn't enough space, if the disk doesn't take what is written, or if something else is
+            at the destination by now; then the message says where the finished folder is.
     """
-    _check_space(parent, num_bytes)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.incomplete-", dir=parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        yield new
-        _publish(new, target, Path(temporary, "old"))
+    target, parent = destination.target, destination.parent
+    with ExitStack() as owner, _explained(target):
+        _check_space(destination, num_bytes)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}{_UNFINISHED}", dir=parent))
+        new, old = temporary / "new", temporary / "old"
+        place: Path | None = None
+        try:
+            owner.enter_context(_owned(temporary, target))
+            new.mkdir()
+            yield new
+            for path in (*new.iterdir(), new):
+                _sync(path)
+            try:
+                _publish(new, old, destination)
+            except OSError as error:
+                place = _keep(new, target)
+                raise ConversionError(
+                    f"{_obstacle(destination, error)} The finished checkpoint is {place}; move it where you want it."
+                ) from error
+        finally:
+            if new.exists() and (place == new or os.path.lexists(old)):
+                # Nowhere else to go; and what nobody owns is never removed.
+                (temporary / _OWNER).unlink(missing_ok=True)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _obstacle(destination: Destination, error: OSError) -> str:
+    if not os.path.lexists(destination.target):
+        return f"{destination.target} can't be made ({one_line(error)})."
+    if destination.replaces is None:
+        return f"{destination.target} has come into being meanwhile, and stays as it is."
+    return f"{destination.target} was changed meanwhile, and stays as it is."
 
 
 def _is_empty_or_checkpoint(path: Path) -> bool:
@@ -62,32 +130,110 @@ def _is_empty_or_checkpoint(path: Path) -> bool:
     return not any(path.iterdir()) or ((path / "config.json").is_file() and any(path.glob("*.safetensors")))
 
 
-def _check_space(parent: Path, num_bytes: int) -> None:
+def _state(path: Path) -> tuple[int, int, int]:
+    """What tells a folder from others, and from itself with other files."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _check_space(destination: Destination, num_bytes: int) -> None:
+    parent = destination.parent
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
+        left = sorted(folder.name for folder in _unfinished(destination.target, parent))
+        unfinished = f" (unfinished ones are {listed(left)})" if left else ""
         raise ConversionError(
-            f"The weights need {num_bytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left. Free some space, "
-            "or choose an output folder on another disk."
+            f"The weights need {num_bytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left{unfinished}. Free "
+            "some space, or choose an output folder on another disk."
         )
 
 
-def _publish(new: Path, target: Path, old: Path) -> None:
-    """Move the complete folder `new` to `target`; what was there goes to `old`, and comes back if that fails.
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Say in one line that the disk doesn't take what is written.
+
+    Raises:
+        ConversionError: for errors of files inside, and for what libraries that write files make of them.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:  # tokenizers raises plain exceptions
+        if disk_is_full(error):
+            raise ConversionError(
+                f"{target} can't be written: the disk is full, or the file too large for it ({one_line(error)}). Free "
+                "some space, or choose an output folder on another disk."
+            ) from error
+        if isinstance(error, OSError):
+            raise ConversionError(
+                f"{target} can't be written ({one_line(error)}). Choose another output folder."
+            ) from error
+        raise
+
+
+# ---------------------------------------------------------------- moving
+
+
+def move_new(folder: Path, target: Path) -> None:
+    """Move a folder to a place where nothing is, in one step.
+
+    Raises:
+        OSError: if something is there, whenever it has come.
+    """
+    if os.name != "posix":
+        os.rename(folder, target)  # never replaces
+        return
+    # A folder takes the place of no other than an empty one, and only one process can have made that.
+    os.mkdir(target)
+    try:
+        os.rename(folder, target)
+    except BaseException:
+        with suppress(OSError):  # an interrupt may come when it has been moved
+            os.rmdir(target)
+        raise
+
+
+def _publish(new: Path, old: Path, destination: Destination) -> None:
+    """Move the complete folder `new` to its destination; what was there goes to `old`, and comes back if that fails.
 
     An interrupt may come before, between and after the two moves; only between them is there something to put back.
+
+    Raises:
+        OSError: if the destination isn't as it was, or can't be made.
     """
-    for path in (*new.iterdir(), new):
-        _sync(path)
+    target = destination.target
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if target.exists():
+        if destination.replaces is not None and os.path.lexists(target):
+            if _state(target) != destination.replaces:
+                raise FileExistsError(f"{target} has changed")
             os.rename(target, old)
-        os.rename(new, target)
+            if _state(old)[:2] != destination.replaces[:2] or not _is_empty_or_checkpoint(old):
+                raise FileExistsError(f"{target} has changed")
+        move_new(new, target)
     except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        if new.exists() and os.path.lexists(old):
+            try:
+                os.rename(old, target)
+            except OSError:
+                _keep(old, target)
         raise
     _sync(target.parent)
+
+
+def _keep(folder: Path, target: Path) -> Path:
+    """Put a folder beside the place that it can't have; where it is then."""
+    for number in count(2):
+        place = target.with_name(f"{target.name}-{number}")
+        try:
+            move_new(folder, place)
+        except FileExistsError:
+            continue
+        except OSError:
+            return folder
+        return place
+    raise AssertionError
 
 
 def _sync(path: Path) -> None:
@@ -100,3 +246,55 @@ def _sync(path: Path) -> None:
         return
     with open(path, "r+b") as stream:
         os.fsync(stream.fileno())
+
+
+# ---------------------------------------------------------------- whose it is
+
+
+@contextmanager
+def _owned(temporary: Path, target: Path) -> Iterator[None]:
+    """Show as long as the block lasts, and the process lives, that somebody fills a folder."""
+    if os.name != "posix":
+        yield
+        return
+    with open(temporary / _OWNER, "x", encoding="utf-8", errors="surrogateescape") as stream:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            # Only now: who finds no destination in it leaves the folder alone.
+            stream.write(str(target))
+            stream.flush()
+        yield
+
+
+def _unfinished(target: Path, parent: Path) -> Iterator[Path]:
+    """Folders that somebody fills or has filled for a target of this name."""
+    return parent.glob(f"{glob.escape(target.name)}{_UNFINISHED}*")
+
+
+def _remove_leftovers(target: Path, parent: Path) -> None:
+    """Remove what processes have left that were killed while they filled or moved a folder for the same target.
+
+    Raises:
+        ConversionError: if another one is about to make it.
+    """
+    if os.name == "posix":
+        for folder in _unfinished(target, parent):
+            with suppress(OSError):  # nobody's, somebody else's, or gone
+                _remove_leftover(folder, target)
+
+
+def _remove_leftover(folder: Path, target: Path) -> None:
+    with open(folder / _OWNER, "r+", encoding="utf-8", errors="surrogateescape") as stream:
+        if stream.read() != str(target):
+            return
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConversionError(
+                f"Another process is writing {target} (in {folder}). Wait for it, or choose another output folder."
+            ) from error
+        new, old = folder / "new", folder / "old"
+        if new.exists() and os.path.lexists(old):
+            # Killed between the two moves: what was there comes back, unless somebody has made another one.
+            os.rename(old, target)
+        shutil.rmtree(folder, ignore_errors=True)

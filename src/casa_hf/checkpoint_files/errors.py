@@ -7,8 +7,6 @@ import errno
 import re
 from collections.abc import Iterable
 
-from safetensors import SafetensorError
-
 _LISTED = 4
 
 _FAILED_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos")
@@ -36,8 +34,8 @@ def disk_is_full(error: BaseException | None) -> bool:
     Of PyTorch's writer it is a guess: it doesn't say why a file isn't as long as it should be.
     """
     while error is not None:
-        # Safetensors has an exception of its own, with the number in its text.
-        stated = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        # Safetensors and tokenizers have exceptions of their own, with the number in their text.
+        stated = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
         number = int(stated[1]) if stated else getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

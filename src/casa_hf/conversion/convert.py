@@ -171,7 +171,7 @@ def convert_checkpoint(
     for given in (source, vision_from):
         if given is not None and os.path.isdir(given):
             check_distinct(Path(given), target)
-    parent = check_target(target, overwrite)
+    destination = check_target(target, overwrite)
     prepared = _prepare(source, variant, design, vision_from, dtype, revision, max_pixels, max_shard_size)
     plan, config = prepared.plan, prepared.config
     code = dtype_code(dtype)
@@ -198,7 +198,7 @@ def convert_checkpoint(
         with_code=with_code,
     )
     _record_origins(config, prepared)
-    with new_folder(target, parent, plan.num_bytes) as new:
+    with new_folder(destination, plan.num_bytes) as new:
         config.save_pretrained(new)
         GenerationConfig.from_model_config(config).save_pretrained(new)
         prepared.processor.save_pretrained(new)

@@ -67,9 +67,9 @@ def convert_to_source(
     target = Path(os.path.abspath(output))
     if os.path.isdir(casa):
         check_distinct(Path(casa), target)
-    parent = check_target(target, overwrite)
+    destination = check_target(target, overwrite)
     plan, folder, config = _prepare(casa, dtype, revision, max_shard_size)
-    with new_folder(target, parent, plan.num_bytes) as new:
+    with new_folder(destination, plan.num_bytes) as new:
         plan.config.save_pretrained(new)
         for file, name in _copied_files(folder, config):
             shutil.copyfile(file, new / name)
