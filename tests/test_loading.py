@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaModel, convert_checkpoint
-from casa_hf.configuration_casa import VARIANTS
+from casa_hf.design_space import VARIANTS
 from casa_hf.modeling_casa import CasaPreTrainedModel
 from tests.conversion.helpers import INDEX, altered
 
