@@ -8,10 +8,10 @@ over sequences, refuse what a real kernel would misread, and write down what the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import pairwise
 from typing import Any
 
@@ -129,7 +129,7 @@ def _scores(query: Tensor, key: Tensor, causal: bool, scale: float | None) -> Te
     scores = query.transpose(0, 1) @ _grouped(query, key).transpose(1, 2)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        seen = torch.ones_like(scores[0], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
         scores = scores.masked_fill(~seen, -torch.inf)
     return scores
 
@@ -218,22 +218,32 @@ def flash_attn_func(
 ) -> Tensor:
     """As in the package flash-attn: rows of equal length."""
     (rows, length), keys = q.shape[:2], k.shape[1]
-    starts = torch.arange(rows + 1, dtype=torch.int32)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     options = dropout_p, softmax_scale, causal, deterministic
     output = flash_attn_varlen_func(*flat, starts * length, starts * keys, length, keys, *options)
     return output.unflatten(0, (rows, length))
 
 
+def _within(around: Callable[[], Any], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with around():
+            return kernel(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Both dispatchers with these kernels behind them."""
+def reference_kernels(around: Callable[[], Any] = nullcontext) -> Iterator[None]:
+    """Both dispatchers with these kernels behind them; those of flash-attn run within `around()`."""
     register_torch_kernel()
     calls.clear()
     loaded = {name: value for name, value in vars(flash_utils).items() if name in _LOADED}
     # Newer versions of Transformers also load a function for paged caches.
     paged = (None,) * ("_flash_with_kvcache_fn" in loaded)
-    functions = (flash_attn_func, flash_attn_varlen_func, *paged, flash_utils._pad_input, flash_utils._unpad_input)
+    kernels = (_within(around, kernel) for kernel in (flash_attn_func, flash_attn_varlen_func))
+    functions = (*kernels, *paged, flash_utils._pad_input, flash_utils._unpad_input)
     flash_utils._lazy_imports = lambda *args, **kwargs: functions
     flash_utils._loaded_implementation = None
     try:

@@ -98,6 +98,10 @@ class CasaGenerationMixin(GenerationMixin):
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
         first_new = past if past < prompt_length else 0
         has_content = _check_image_inputs(images, past)
+        # Sizes and places are chosen from and counted, which a device would have to be asked for each time.
+        for name in ("image_grid_thw", "image_positions"):
+            if isinstance(images.get(name), torch.Tensor):
+                images[name] = images[name].cpu()
         places = images.pop("image_positions", None)
         types = model_kwargs.get("mm_token_type_ids")
         if places is None and (images or embeds is None):
@@ -107,7 +111,7 @@ class CasaGenerationMixin(GenerationMixin):
                 refuse_placeholders(self.config, ids[:, first_new:] if types is None else ids[found])
             if (mask := model_kwargs.get("attention_mask")) is not None:
                 found = found & mask[:, -prompt_length:].bool().to(found.device)
-            places = found.nonzero()
+            places = found.cpu().nonzero()
             if not has_content:
                 num_places = int((places[:, 1] >= first_new).sum())
                 _check_left_over(self.config, images, num_places, prompt_length - first_new, past)
@@ -118,7 +122,7 @@ class CasaGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if images:
-            images["image_positions"] = places - torch.tensor([0, prompt_length], device=places.device)
+            images["image_positions"] = places - torch.tensor([0, prompt_length])
         return input_ids, {**model_kwargs, **images}
 
     def _prepare_cache_for_generation(
@@ -161,9 +165,7 @@ class CasaGenerationMixin(GenerationMixin):
             self._hide_last_image(model_kwargs)
             if model_kwargs.get("image_positions") is None:
                 return result
-        places = model_kwargs["image_positions"] + torch.tensor(
-            [0, total], device=model_kwargs["image_positions"].device
-        )
+        places = model_kwargs["image_positions"] + torch.tensor([0, total])
         grids = model_kwargs.get("image_grid_thw")
         num_images = 0 if grids is None else len(grids)
         new = places[:, 1] >= past
@@ -216,7 +218,7 @@ class CasaGenerationMixin(GenerationMixin):
         """Replace pixels by features, one tensor per image."""
         grids = model_kwargs["image_grid_thw"]
         if (pixels := model_kwargs.pop("pixel_values", None)) is not None:
-            features = self.get_image_features(pixels.to(self.device), grids.to(self.device), return_dict=True)
+            features = self.get_image_features(pixels.to(self.device), grids, return_dict=True)
             model_kwargs["image_embeds"] = features.pooler_output
         elif isinstance(model_kwargs["image_embeds"], torch.Tensor):
             model_kwargs["image_embeds"] = model_kwargs["image_embeds"].split(self._tokens_per_image(grids))
@@ -224,8 +226,8 @@ class CasaGenerationMixin(GenerationMixin):
     def _repeat_images(self, model_kwargs: dict[str, Any], copies: int) -> None:
         """Give each of the `copies` rows that a prompt was expanded to its images, in reading order."""
         places = model_kwargs["image_positions"]
-        rows = (places[:, :1] * copies + torch.arange(copies, device=places.device)).flatten()
-        source = torch.arange(len(places), device=places.device).repeat_interleave(copies)
+        rows = (places[:, :1] * copies + torch.arange(copies)).flatten()
+        source = torch.arange(len(places)).repeat_interleave(copies)
         order = torch.argsort(rows, stable=True)
         rows, source = rows[order], source[order]
         model_kwargs["image_positions"] = torch.stack([rows, places[source, 1]], dim=1)
@@ -241,7 +243,7 @@ class CasaGenerationMixin(GenerationMixin):
             if isinstance(features, torch.Tensor):
                 features = features.split(self._tokens_per_image(grids))
             model_kwargs["image_embeds"] = tuple(features[i] for i in wanted)
-        model_kwargs["image_grid_thw"] = grids[indices.to(grids.device)]
+        model_kwargs["image_grid_thw"] = grids[indices]
 
     def _tokens_per_image(self, grids: torch.Tensor) -> list[int]:
         return (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
@@ -295,17 +297,15 @@ class CasaGenerationMixin(GenerationMixin):
             return {}
         if len(inside) < len(slots):
             self._select_images(images, inside)
-        positions = images["image_positions"][inside] - torch.tensor([0, start], device=slots.device)
+        positions = images["image_positions"][inside] - torch.tensor([0, start])
         if types is None:
             # They also say how many tokens these positions count: forward notices a prompt that an adapter adds.
             types = torch.zeros(fed.shape[0], end, dtype=torch.long)
             types[positions[:, 0], positions[:, 1] + start] = 1
         types = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))
-        selected = {**images, "image_positions": positions, "mm_token_type_ids": types[:, start:end]}
-        return {
-            name: value.to(fed.device) if isinstance(value, torch.Tensor) else value
-            for name, value in selected.items()
-        }
+        if isinstance(pixels := images.get("pixel_values"), torch.Tensor):
+            images["pixel_values"] = pixels.to(fed.device)
+        return {**images, "image_positions": positions, "mm_token_type_ids": types[:, start:end]}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -55,6 +55,7 @@ from .image_positions import FRAME_TYPE, are_tokens, image_tokens, refuse_placeh
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_window import KeyRotation, check_history, evict_text
+from .tower_inputs import tower_inputs
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
@@ -697,7 +698,8 @@ class CasaModel(CasaPreTrainedModel):
                 f"pixel_values has {pixel_values.shape[0]} patches, but image_grid_thw {image_grid_thw.tolist()} "
                 f"needs {patches}. Pass both as the image processor returned them."
             )
-        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **kwargs)
+        derived = tower_inputs(self.visual, image_grid_thw, pixel_values.device)
+        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **{**derived, **kwargs})
         sizes = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         features = outputs.pooler_output
         if self.multi_modal_projector is not None:
@@ -874,9 +876,10 @@ class CasaModel(CasaPreTrainedModel):
     # ---------------------------------------------------------------- images
 
     def _check_grids(self, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        """The grids on the CPU, where all is computed that depends on them."""
         if image_grid_thw is None:
             raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
-        image_grid_thw = torch.as_tensor(image_grid_thw)
+        image_grid_thw = torch.as_tensor(image_grid_thw).cpu()
         if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
             raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
         merge = self.config.vision_config.spatial_merge_size

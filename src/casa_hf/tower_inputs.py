@@ -1,0 +1,55 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a vision tower derives from the sizes of its images, computed on the host.
+
+Stock towers compute it where the sizes are, and read those sizes, image by image. On a GPU that waits for the device
+many times, and sizes that stayed on the CPU end in an operation on two devices. The towers take all of it as keyword
+arguments too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import get_max_seqlen, is_flash_attention_requested
+from transformers.vision_utils import (
+    get_vision_attention_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+
+def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a tower's forward beside pixels and grids.
+
+    Args:
+        tower: a vision tower of Transformers, of a family in `backbones.VISION_TOWERS`.
+        grids: (num_images, 3) patches in time, height and width; on the CPU.
+        device: of the pixels.
+    """
+    config: Any = tower.config
+    merge = config.spatial_merge_size
+    inputs: dict[str, Any] = {"position_ids": get_vision_position_ids(grids, merge)}
+    inputs["cu_seqlens"], inputs["max_seqlen"] = get_vision_attention_seqlens(grids, config)
+    if hasattr(tower, "window_size"):
+        inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
+            grids, merge, tower.window_size, config.patch_size
+        )
+        inputs["max_window_seqlen"] = get_max_seqlen(inputs["cu_window_seqlens"], config)
+    if hasattr(tower, "num_grid_per_side"):
+        inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grids,
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+    # Kernels read the bounds of images on the device; the other back ends split by them on the host.
+    stays = () if is_flash_attention_requested(config) else ("cu_seqlens", "cu_window_seqlens")
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name not in stays else value
+        for name, value in inputs.items()
+        if value is not None
+    }
