@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -67,11 +68,13 @@ def write_clip(
     size: tuple[int, int] = (64, 48),
     sound: str | None = None,
     header: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
     **options: str,
 ) -> Path:
     """A clip of `count` frames at `rate` frames per second, or with frames at these multiples of 1/rate seconds.
 
-    `sound` is the codec of a tone beside it, `header` are options of the container, `options` those of the encoder.
+    `sound` is the codec of a tone beside it, `aspect` that of the pixels, `header` are options of the container,
+    `options` those of the encoder.
     """
     import av
 
@@ -79,6 +82,8 @@ def write_clip(
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p" if not (size[0] % 2 or size[1] % 2) else "yuv444p"
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         audio = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
         for index in range(count):
             frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24")
@@ -94,24 +99,46 @@ def write_clip(
     return path
 
 
-def write_turned_clip(path: Path) -> Path:
-    """One frame, whose left half is white, filmed with the camera upright: shown as it should be, the top is white."""
+def write_turned_clip(
+    path: Path, matrix: tuple[int, int, int, int] = (0, 1, -1, 0), frame: np.ndarray | None = None
+) -> Path:
+    """One frame with a display matrix: a point (x, y) is to be seen at (a x + c y, b x + d y), moved into view.
+
+    Without a `frame`, its left half is white. With the matrix given it is filmed with the camera upright: shown as it
+    should be, the top is white.
+    """
     import av
 
-    left_white = np.zeros((48, 64, 3), np.uint8)
-    left_white[:, :32] = 255
+    if frame is None:
+        frame = np.zeros((48, 64, 3), np.uint8)
+        frame[:, :32] = 255
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(left_white, format="rgb24")))
+        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 16  # name; version and flags; times, track, duration; layer, volume
+    place = data.index(b"tkhd") + 4 + 4 + 20 + 16  # name; version and flags; times, track, duration; layer, volume
     identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    assert data[matrix : matrix + 36] == identity
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    assert data[place : place + 36] == identity
+    a, b, c, d = (number * (1 << 16) for number in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
+
+
+def damage_packets(path: Path, numbers: list[int]) -> Path:
+    """The same clip with zeros for these packets of it."""
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(container.streams.video[0]) if packet.size]
+    data = bytearray(path.read_bytes())
+    for start, size in (packets[number] for number in numbers):
+        data[start : start + size] = b"\xff" * size
+    damaged = path.with_name(f"damaged-{path.name}")
+    damaged.write_bytes(data)
+    return damaged
 
 
 def jpeg_part(number: int) -> bytes:

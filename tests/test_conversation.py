@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -122,6 +124,22 @@ def test_a_new_image_changes_the_answer(
         conversation.ask("Hello!", max_new_tokens=NEW_TOKENS)
         answers.add(conversation.ask("What is this?", [photographs[name]], max_new_tokens=NEW_TOKENS))
     assert len(answers) == len(photographs)
+
+
+def test_one_picture_of_any_form_needs_no_list(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    def answers(*images: Any) -> str:
+        return Conversation(model, processor).ask("What is this?", *images, max_new_tokens=NEW_TOKENS)
+
+    cat = photographs["cat"]
+    expected = answers([cat])
+    file = PHOTOGRAPHS / "cat.jpg"
+    for form in (cat, str(file), file, file.read_bytes(), np.asarray(cat), torch.tensor(np.asarray(cat)), (cat,)):
+        assert answers(form) == expected
+    assert answers(None) == answers() == answers([]) != expected
+    with pytest.raises(ValueError, match=r"The image 'cat\.jpg' can't be used: there is no such file"):
+        answers("cat.jpg")
 
 
 def test_reset_forgets(

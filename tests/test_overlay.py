@@ -199,7 +199,7 @@ def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
     # A fragmented file begins at 0.
     assert [round(time, 2) for time, _ in frames] == [0.0, 0.8]
     assert numbers([frames[1][1]]) == [9]
-    assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 0.800 s (ValueError: a frame")
+    assert overlay.note.startswith("1 frame couldn't be drawn; the first was that at 0.800 s (ValueError: The image")
 
 
 def test_frames_of_every_kind_are_drawn_as_the_model_sees_them(tmp_path):

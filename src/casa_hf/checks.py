@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but never True and False; pictures."""
+"""Checks of numbers that callers give: of every kind, Python's and NumPy's, but never True and False."""
 
 from __future__ import annotations
 
@@ -45,16 +45,3 @@ def check_count(name: str, value: Any) -> None:
         ValueError: with the name, the value and what is expected.
     """
     check_number(name, value, Integral, lambda number: number >= 1, "a positive integer")
-
-
-def check_pixel_mode(name: str, image: Any) -> None:
-    """Refuse a PIL image with more than 8 bits per channel, as of depth: Pillow turns it into RGB by clipping.
-
-    Raises:
-        ValueError: with the name, the mode and the way out.
-    """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"{name} has pixels of the mode {image.mode!r}, of more than 8 bits, and would be clipped at 255; scale "
-            "them to 0 to 255, and make 8-bit pixels of them."
-        )

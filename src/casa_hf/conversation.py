@@ -7,16 +7,15 @@ stays in the cache, token for token as it was generated; it is never decoded and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .media_casa import pictures_of
 from .transformers_versions import CACHE_NAMES
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from .modeling_casa import CasaForConditionalGeneration
     from .processing_casa import CasaProcessor
 
@@ -42,12 +41,13 @@ class Conversation:
         self._ids = torch.empty((1, 0), dtype=torch.long, device=self.model.device)
         self._cache: Any = None
 
-    def ask(self, text: str, images: Sequence[Image] = (), **generate_kwargs: Any) -> str:
+    def ask(self, text: str, images: Any = (), **generate_kwargs: Any) -> str:
         """Send one message and return the answer.
 
         Args:
             text: the message; its images come before it.
-            images: the new images only.
+            images: the new images only: one, in any form that the processor takes (a PIL image, a path, a URL, base64,
+                bytes, an array), or a list of such.
             **generate_kwargs: for `generate`, such as `max_new_tokens` or `streamer`.
 
         Raises:
@@ -57,10 +57,11 @@ class Conversation:
         """
         if given := [name for name in CACHE_NAMES if name in generate_kwargs]:
             raise TypeError(f"A conversation has a cache of its own; leave {given[0]} out, or call model.generate.")
+        images = pictures_of(images)
         message = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
         inputs = self.processor(
             text=[self._new_text(message)],
-            images=list(images) or None,
+            images=images or None,
             add_special_tokens=False,
             return_tensors="pt",
         ).to(self.model.device)

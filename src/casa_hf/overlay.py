@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .pictures import rgb_picture
+from .media_casa import rgb_picture
 from .streaming import CaptionEvent
 from .subtitles import Caption, CaptionCollector, check_output
 from .video import Frame, MediaSource, VideoProblem, VideoSource
@@ -149,7 +149,7 @@ class OverlayWriter:
             text: drawn into it; nothing if empty.
 
         Raises:
-            Exception: of many kinds, if the frame is no picture, as `casa_hf.pictures.rgb_picture` says.
+            ValueError: if the frame is no picture, as `casa_hf.media_casa.rgb_picture` says.
         """
         import av
         from av.video.frame import PictureType

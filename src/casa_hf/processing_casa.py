@@ -17,22 +17,27 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate, groupby
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple, TypedDict
 
 import torch
-from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import get_image_size, is_valid_image, load_image, to_numpy_array
+from transformers.image_utils import is_valid_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .checks import check_pixel_mode
-from .clips import check_sampling, load_frames, measure_frames
+from .media_casa import (
+    MediaPolicy,
+    check_sampling,
+    is_picture,
+    load_frames,
+    measure_frames,
+    picture_size,
+    rgb_picture,
+)
 
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
@@ -54,10 +59,9 @@ FRAME_TYPE = 2
 _NOT_TYPED = "(?<!\U000f0000)"
 _PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})")
 
-# The smallest pictures there are take some 40 bytes.
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
-
 _LIMITS = ("size", "min_pixels", "max_pixels")
+# Forms that may hold a picture or a video.
+_FILES = (str, os.PathLike, bytes)
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 # Conversations with a text-only source: a line per turn, answers closed by the end-of-text token.
@@ -118,6 +122,8 @@ class CasaProcessor(ProcessorMixin):
     Attributes:
         image_token_id: id of `image_token`.
         gist_token_ids: ids of the gist tokens, in order.
+        media_policy: whether URLs are fetched and paths are read, and how large pictures may be; the
+            [`~media_casa.MediaPolicy`] may be replaced at any time, and isn't saved with the processor.
 
     Raises:
         ValueError: if the tokenizer lacks one of these tokens, or `num_gist_tokens` is negative.
@@ -146,6 +152,7 @@ class CasaProcessor(ProcessorMixin):
         _check_gist_tokens(tokenizer, gists)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.gist_token_ids = tokenizer.convert_tokens_to_ids(gists)
+        self.media_policy = MediaPolicy()
         self._notation = _Notation.of(image_token, "".join(gists))
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
@@ -161,17 +168,21 @@ class CasaProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *args, **kwargs: as elsewhere in Transformers; also the settings that hold from now on: `min_pixels` and
-                `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images and
-                `frame_max_pixels` for video frames.
+                `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images,
+                `frame_max_pixels` for video frames, and `media_policy`, a [`~media_casa.MediaPolicy`] or a dictionary
+                of its fields. Without one, any URL is fetched and any path is read, as by Transformers' processors;
+                a server gives `{"network": False, "local_files": False}`.
 
         Raises:
-            ValueError: if the limits don't fit together.
+            ValueError: if the limits don't fit together, or the policy is no such.
         """
+        media_policy = MediaPolicy.of(kwargs.pop("media_policy", None))
         limits = {name: kwargs.pop(name) for name in _LIMITS if name in kwargs}
         has_frame_limit = "frame_max_pixels" in kwargs
         frame_max_pixels = kwargs.pop("frame_max_pixels", None)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.image_processor = _with_limits(processor.image_processor, limits)
+        processor.media_policy = media_policy
         if has_frame_limit:
             processor.frame_max_pixels = frame_max_pixels
         return processor
@@ -264,8 +275,9 @@ class CasaProcessor(ProcessorMixin):
 
         Args:
             images: an image, a list of them in reading order over the batch, or a list of such lists, one per prompt.
-                An image is a PIL image, an array or tensor (height, width, channels) or (channels, height, width), a
-                path, a URL, or base64.
+                An image is a PIL image, an array or tensor (height, width, channels), (channels, height, width) or
+                (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same picture, turned
+                upright, on white where it isn't opaque: see [`~media_casa.rgb_picture`].
             text: a prompt or a list of them. An image stands at each `<|vision_start|><|vision_end|>` or
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
                 `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
@@ -274,8 +286,9 @@ class CasaProcessor(ProcessorMixin):
                 an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: not supported; must be None.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
-                (`min_pixels`, `max_pixels` or `size`, ...); for videos `fps`, `num_frames`, `do_sample_frames` and
-                `frame_max_pixels`; `return_tensors`.
+                (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps`,
+                `num_frames`, `do_sample_frames` and `frame_max_pixels`; `media_policy`, for this call alone;
+                `return_tensors`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at a token that an image precedes, 2 at one that a
@@ -289,7 +302,8 @@ class CasaProcessor(ProcessorMixin):
             raise ValueError("Give at least one of text, images and videos.")
         if audio is not None:
             raise ValueError("CASA models take no audio; leave it out.")
-        all_images = _collect("images", images, _is_image, _is_image)
+        policy = self._policy(kwargs)
+        all_images = _collect("images", images, is_picture, is_picture)
         all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
         texts = text if text is None or isinstance(text, (list, tuple)) else [text]
         if texts is None:
@@ -304,13 +318,24 @@ class CasaProcessor(ProcessorMixin):
         )
         return_tensors = options["text_kwargs"].pop("return_tensors", None)
         sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
-        rows = self._load(marks_of_row, all_images.items, all_videos.items, options["videos_kwargs"])
+        rows = self._load(marks_of_row, all_images.items, all_videos.items, options, policy)
 
         data: dict[str, Any] = {}
         if texts is not None:
             data.update(self._tokenize(texts, rows, options["text_kwargs"]))
         data.update(self._pixels([visual for row in rows for visual in row], sizes, options["images_kwargs"]))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, which would fetch parts with audio, whatever the policy of this processor.
+
+        Raises:
+            ValueError: if there are such; and as for a call.
+        """
+        _refuse_audio(conversation)
+        if kwargs.get("load_audio_from_video"):
+            raise ValueError("CASA models take no audio; leave load_audio_from_video out.")
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def measure(self, text: str, images: Any = None, videos: Any = None, **kwargs: Any) -> tuple[int, int]:
         """What a prompt will take, without making its pixels.
@@ -327,7 +352,8 @@ class CasaProcessor(ProcessorMixin):
         Raises:
             ValueError: as for a call.
         """
-        all_images = _collect("images", images, _is_image, _is_image)
+        policy = self._policy(kwargs)
+        all_images = _collect("images", images, is_picture, is_picture)
         all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
         marks = _marks(text, self._notation)
         _check_counts("images", self._notation.image, IMAGE_TYPE, [marks], all_images)
@@ -337,7 +363,7 @@ class CasaProcessor(ProcessorMixin):
         )
         sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
         [visuals] = self._visuals(
-            [marks], all_images.items, all_videos.items, options["videos_kwargs"], frames_of=measure_frames
+            [marks], all_images.items, all_videos.items, options["videos_kwargs"], policy, frames_of=measure_frames
         )
         options["text_kwargs"].pop("return_tensors", None)
         input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
@@ -345,7 +371,9 @@ class CasaProcessor(ProcessorMixin):
         for visual in visuals:
             edges = sizes[visual.type]
             limits = {"min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
-            for width, height in map(_picture_size, visual.pictures):
+            for picture in visual.pictures:
+                layout = options["images_kwargs"].get("input_data_format")
+                width, height = picture if isinstance(picture, tuple) else picture_size(picture, policy, layout)
                 patches += self.image_processor.get_number_of_image_patches(height, width, limits)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
@@ -379,13 +407,32 @@ class CasaProcessor(ProcessorMixin):
             _check_size(sizes[FRAME_TYPE], "frame_max_pixels")
         return sizes
 
+    def _policy(self, kwargs: dict[str, Any]) -> MediaPolicy:
+        """The policy among the options of a call, which loses it, or the processor's."""
+        given = kwargs.pop("media_policy", None)
+        return MediaPolicy.of(self.media_policy if given is None else given)
+
     def _load(
-        self, marks_of_row: list[list[int]], images: list[Any], videos: list[Any], videos_kwargs: dict
+        self,
+        marks_of_row: list[list[int]],
+        images: list[Any],
+        videos: list[Any],
+        options: dict[str, dict],
+        policy: MediaPolicy,
     ) -> "list[list[_Visual]]":
-        """What stands at each mark of each row, ready for the image processor."""
+        """What stands at each mark of each row, as RGB images."""
+        images_kwargs = options["images_kwargs"]
+        layout = images_kwargs.pop("input_data_format", None)
+        rows = self._visuals(marks_of_row, images, videos, options["videos_kwargs"], policy)
+        if images_kwargs.get("do_rescale") is False:
+            _check_floating([picture for row in rows for visual in row for picture in visual.pictures])
+            del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
         return [
-            [_Visual(visual.type, [load_picture(picture) for picture in visual.pictures]) for visual in row]
-            for row in self._visuals(marks_of_row, images, videos, videos_kwargs)
+            [
+                _Visual(visual.type, [rgb_picture(picture, policy, layout) for picture in visual.pictures])
+                for visual in row
+            ]
+            for row in rows
         ]
 
     def _visuals(
@@ -394,6 +441,7 @@ class CasaProcessor(ProcessorMixin):
         images: list[Any],
         videos: list[Any],
         videos_kwargs: dict,
+        policy: MediaPolicy,
         frames_of: Callable[..., list[Any]] = load_frames,
     ) -> "list[list[_Visual]]":
         """What stands at each mark of each row, pictures as they were given."""
@@ -405,7 +453,8 @@ class CasaProcessor(ProcessorMixin):
         def visual(mark: int) -> _Visual:
             if mark == IMAGE_TYPE:
                 return _Visual(mark, [next(next_image)])
-            return _Visual(mark, frames_of(next(next_video), fps=fps, num_frames=num_frames, sample=sample))
+            options = {"fps": fps, "num_frames": num_frames, "sample": sample, "policy": policy}
+            return _Visual(mark, frames_of(next(next_video), **options))
 
         return [[visual(mark) for mark in marks] for marks in marks_of_row]
 
@@ -536,24 +585,18 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
     )
 
 
-def _is_image(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike)):
-        return True
-    return is_valid_image(value) and (not hasattr(value, "shape") or (value.ndim == 3 and 0 not in value.shape))
-
-
 def _is_video(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike, bytes)):
+    if isinstance(value, _FILES):
         return True
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_image(frame) and not isinstance(frame, (str, os.PathLike)) for frame in value)
+        return bool(value) and all(is_picture(frame) and not isinstance(frame, _FILES) for frame in value)
     return is_valid_image(value) and hasattr(value, "shape") and value.ndim == 4 and 0 not in value.shape
 
 
 def _is_video_or_files(value: Any) -> bool:
     """In a list of videos, a list of files would be several videos; within the list of a prompt it is one."""
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_image(frame) for frame in value)
+        return bool(value) and all(is_picture(frame) for frame in value)
     return _is_video(value)
 
 
@@ -598,6 +641,29 @@ class _Visual(NamedTuple):
 
     type: int
     pictures: list[Any]
+
+
+def _check_floating(pictures: list[Any]) -> None:
+    for picture in pictures:
+        dtype = str(getattr(picture, "dtype", type(picture).__name__))
+        if "float" not in dtype:
+            raise ValueError(
+                f"do_rescale=False is for floating values from 0 to 1, but an image is of the type {dtype}; leave "
+                "do_rescale out: what the values of an image mean is told by their type."
+            )
+
+
+def _refuse_audio(conversation: Any) -> None:
+    """Refuse parts with audio in a conversation or a batch of them; other faults are found by who reads them."""
+    if isinstance(conversation, Mapping):
+        parts = conversation.get("content")
+        if isinstance(parts, list) and any(
+            isinstance(part, Mapping) and part.get("type") == "audio" for part in parts
+        ):
+            raise ValueError("A message has a part with audio, but CASA models take no audio; leave it out.")
+    elif isinstance(conversation, (list, tuple)):
+        for element in conversation:
+            _refuse_audio(element)
 
 
 class _Prompt(NamedTuple):
@@ -649,57 +715,6 @@ class _Prompt(NamedTuple):
         if self.copied[last]:
             stop = self.spans[last][0] + end - self.starts[last]
         return begin, stop
-
-
-def load_picture(picture: Any) -> Any:
-    """The RGB image of a file, a URL or base64 text, upright; a picture of another kind as it is.
-
-    Raises:
-        ValueError: if it can't be loaded.
-    """
-    if not isinstance(picture, (str, os.PathLike)):
-        if isinstance(picture, Image.Image):
-            check_pixel_mode("The image", picture)
-        return picture
-    if not _may_hold_image(picture):
-        name = shorten(str(picture), 200)
-        raise ValueError(f"The image {name!r} can't be loaded: there is no such file, and it is no URL or base64.")
-    try:
-        if os.path.isfile(picture):
-            with Image.open(picture) as opened:  # the loader turns it into RGB without a word
-                check_pixel_mode("It", opened)
-        # Not the image processor's own loader, so that a file has the same pixels whichever back end is installed.
-        return load_image(os.fspath(picture))
-    except Exception as error:  # as many kinds as there are sources: network, files, decoders
-        name, reason = (shorten(str(words), 200) for words in (picture, error))
-        raise ValueError(f"The image {name!r} can't be loaded: {reason}") from error
-
-
-def _may_hold_image(picture: str | os.PathLike) -> bool:
-    """Whether a path or text is a file, a URL, or might be base64: nothing short, and nothing with a full stop."""
-    if os.path.isfile(picture):
-        return True
-    if not isinstance(picture, str):
-        return False
-    return picture.startswith(("http://", "https://", "data:")) or _BASE64.fullmatch(picture) is not None
-
-
-def _picture_size(picture: Any) -> tuple[int, int]:
-    """Width and height, not yet turned upright; a local file isn't decoded for them. A size is its own."""
-    if isinstance(picture, tuple):
-        return picture
-    if isinstance(picture, (str, os.PathLike)):
-        if os.path.isfile(picture):
-            try:
-                with Image.open(picture) as opened:
-                    return opened.size
-            except OSError:
-                pass  # the loader says what is wrong
-        picture = load_picture(picture)
-    if isinstance(picture, Image.Image):
-        return picture.size
-    height, width = get_image_size(to_numpy_array(picture))
-    return width, height
 
 
 def _read_json(path: Path) -> dict[str, Any]:

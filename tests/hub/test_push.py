@@ -182,7 +182,7 @@ def test_a_new_version_leaves_nothing_of_the_old_one(hub: Hub, casa_folder: Path
 
 def test_a_file_that_has_the_name_of_one_of_ours_stays(hub: Hub, casa_folder: Path) -> None:
     """Nobody's code is removed where the checkpoint that is there doesn't carry ours."""
-    theirs = {"attention.py": b"theirs", "clips.py": b"theirs"}
+    theirs = {"attention.py": b"theirs", "media_casa.py": b"theirs"}
     hub.create(NAME, files=theirs)
     for _ in range(2):
         report = push_checkpoint(casa_folder, NAME)

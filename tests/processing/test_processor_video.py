@@ -204,8 +204,8 @@ def test_files_that_are_no_videos(processor, tmp_path, long_clip, serve):
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     for video, message in (
-        (tmp_path / "missing.mp4", "missing.mp4' doesn't exist"),
-        (tmp_path, "doesn't exist; give the path of a file or a URL"),
+        (tmp_path / "missing.mp4", "missing.mp4' can't be used: it doesn't exist"),
+        (tmp_path, "it doesn't exist; give the path of a file or a URL"),
         (text, "text.mp4' can't be used: .*Invalid data"),
         (cut, "cut.mp4' can't be used: "),
         (silent, "sound.wav' can't be used: it has no video stream"),

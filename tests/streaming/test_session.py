@@ -324,10 +324,8 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
         (np.linspace(-1, 1, 2352).reshape(28, 28, 3), "float64 from -1 to 1"),
         (np.full((28, 28, 3), np.nan), "float64 from nan"),
         (torch.full((28, 28, 3), torch.inf), "float32 from inf"),
-        (np.ones((28, 28, 3), bool), "bool"),
-        (torch.ones(3, 28, 28, dtype=torch.bool), "bool"),
         (np.ones((28, 28, 3), complex), "complex128"),
-        (np.full((28, 28, 3), 256, np.uint16), "uint16 from 256 to 256"),
+        (np.full((28, 28, 3), 256, np.uint16), "got uint16"),
         (torch.full((28, 28, 3), -1), "int64 from -1 to -1"),
     ],
     ids=str,
@@ -335,7 +333,7 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
 def test_numbers_that_are_no_pixels_are_an_error(model, processor, pixels, found):
     [event] = stream_of(model("casa"), processor).push(pixels)
     assert event.kind == "error" and found in event.message
-    assert "integers from 0 to 255 or floating values from 0 to 1" in event.message
+    assert "integers from 0 to 255, floating values from 0 to 1" in event.message
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])

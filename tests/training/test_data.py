@@ -361,7 +361,7 @@ def test_an_embedded_video_that_is_none_is_refused_by_its_size(casa_folder):
         PackedDataset([row], load_processor(casa_folder))
 
 
-def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path, monkeypatch):
+def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path):
     processor = load_processor(casa_folder)
     file = write(tmp_path / "train.jsonl", ["a"], "cat.jpg")
     shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
@@ -372,6 +372,6 @@ def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path, monkeypat
         PackedDataset(load_mixture(file), processor)
     with pytest.raises(ValueError, match=named):
         CasaDataCollator(processor)([planned[0]])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"line 1\): DecompressionBombError"):
-        PackedDataset(load_conversations(file), load_processor(casa_folder))
+    strict = load_processor(casa_folder, media_policy={"max_decoded_pixels": 100})
+    with pytest.raises(ValueError, match=r"line 1\): The image '.*cat\.jpg' can't be used: .* max_decoded_pixels=100"):
+        PackedDataset(load_conversations(file), strict)

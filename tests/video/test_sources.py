@@ -657,7 +657,7 @@ def test_depth_images_of_a_folder_are_refused(tmp_path, ending):
     problems = [item for item in items if isinstance(item, VideoProblem)]
     assert [problem.timestamp for problem in problems] == [0.5, 1.5, 2.0]
     for problem, name, mode in zip(problems, (f"1.{ending}", "3.tiff", "4.tiff"), ("I;16", "I", "F"), strict=True):
-        assert f"The image '{name}' has pixels of the mode '{mode}'" in problem.message
+        assert f"{name}' can't be used: it has pixels of the mode '{mode}'" in problem.message
         assert "scale them to 0 to 255" in problem.message
 
 

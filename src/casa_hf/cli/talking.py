@@ -20,24 +20,14 @@ def open_image(name: str) -> Image:
     Raises:
         ValueError: if there is none.
     """
-    from PIL import Image
-    from transformers.image_utils import load_image
+    from ..media_casa import rgb_picture
 
-    from ..checks import check_pixel_mode
-
-    is_url = name.startswith(("http://", "https://"))
-    if not is_url:
+    if not name.startswith(("http://", "https://")):
         file = Path(name).expanduser()
         if not file.is_file():
             raise ValueError(f"There is no image file {name!r}; give the path or URL of one.")
         name = str(file)
-    try:
-        if not is_url:
-            with Image.open(name) as opened:  # the loader turns it into RGB without a word
-                check_pixel_mode(f"The image {name!r}", opened)
-        return load_image(name)
-    except OSError as error:
-        raise ValueError(f"{name!r} can't be read as an image ({error}); give a JPEG, PNG or WebP file.") from error
+    return rgb_picture(name)
 
 
 def load_conversation(name: str, device: str | None, dtype: str | None, attn: str | None) -> Conversation:

@@ -13,7 +13,7 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import TracebackType
@@ -26,6 +26,7 @@ from ..cache_casa import cache_nbytes, cache_state, restore_cache
 from ..checks import check_count, check_number, check_positive, is_number
 from ..design_space import DESIGN_FIELDS
 from ..logits_process import caption_processors, history_length
+from ..media_casa import MediaPolicy
 from ..processing_casa import FRAME_TYPE
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
@@ -109,6 +110,8 @@ class CasaStream:
         frame_budget: seconds after `push` from which on a frame gets no further token; it gets at least one. None for
             no limit.
         seed: of the random numbers; None for a new one. The global random state is neither used nor changed.
+        media_policy: what frames may be read from, and how large they may be, as a [`~media_casa.MediaPolicy`] or a
+            dictionary of its fields; None for the processor's.
 
     Attributes:
         stop_token_ids: the tokens that end the text of a frame: `model.generation_config.eos_token_id`.
@@ -153,6 +156,7 @@ class CasaStream:
         num_sink_tokens: int | None = None,
         frame_budget: float | None = None,
         seed: int | None = None,
+        media_policy: MediaPolicy | Mapping[str, Any] | None = None,
     ):
         check_positive("fps", fps)
         check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
@@ -168,7 +172,8 @@ class CasaStream:
         self.seed = None if seed is None else int(seed)
         self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
-        self.turns = StreamTurns(processor, system, prompt, prefix)
+        policy = None if media_policy is None else MediaPolicy.of(media_policy)
+        self.turns = StreamTurns(processor, system, prompt, prefix, policy)
         _check_window(text_window, len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens)
         self.text_window = None if text_window is None else int(text_window)
         self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else int(num_sink_tokens)
@@ -211,9 +216,10 @@ class CasaStream:
         `push` or `ask` ends what is open.
 
         Args:
-            frame: a PIL image, a file, or an array or tensor of RGB pixels (height, width, 3) or (3, height, width):
-                integers from 0 to 255, or floating values from 0 to 1; or a list of such frames, which are shown one
-                after the other in one forward, with text after the last.
+            frame: a PIL image, a file, a URL, base64, bytes, or an array or tensor of pixels (height, width, 3) or
+                (3, height, width), integers from 0 to 255 or floating values from 0 to 1, as
+                `casa_hf.media_casa.rgb_picture` takes them; or a list of such frames, which are shown one after the
+                other in one forward, with text after the last.
             timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
                 it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..pictures import rgb_picture
+from ..media_casa import MediaPolicy, rgb_picture
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
@@ -30,6 +30,7 @@ class StreamTurns:
         system: the system message; None for what the template writes without one.
         prompt: the user's message before the first frame.
         prefix: text that the captions begin with, behind the first frame.
+        media_policy: what frames may be read from, and how large they may be; None for the processor's.
 
     Attributes:
         opening: ids before the first frame.
@@ -42,8 +43,16 @@ class StreamTurns:
         ValueError: if a text holds marks of images or videos.
     """
 
-    def __init__(self, processor: CasaProcessor, system: str | None, prompt: str, prefix: str = ""):
+    def __init__(
+        self,
+        processor: CasaProcessor,
+        system: str | None,
+        prompt: str,
+        prefix: str = "",
+        media_policy: MediaPolicy | None = None,
+    ):
         self.processor = processor
+        self.media_policy = media_policy
         for text in (system or "", prompt, prefix):
             self._check(text)
         self._user = _message("user", prompt)
@@ -69,12 +78,14 @@ class StreamTurns:
         """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
 
         Args:
-            frame: of any kind that `casa_hf.pictures.rgb_picture` takes.
+            frame: of any kind that `casa_hf.media_casa.rgb_picture` takes.
 
         Raises:
-            Exception: of many kinds, if the frame can't be used.
+            ValueError: if the frame can't be used.
         """
-        return dict(self.processor(videos=[[[rgb_picture(frame)]]], return_tensors="pt"))
+        policy = self.processor.media_policy if self.media_policy is None else self.media_policy
+        shown = rgb_picture(frame, policy)
+        return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
 
     def _after_said(self, messages: list[dict[str, Any]]) -> str:
         """What the template puts behind what the assistant has said, with the new messages, up to its next turn."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .samples import Dialogue, upright
+from .samples import Dialogue
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -38,7 +38,7 @@ def generate_answers(
     try:
         for start in range(0, len(examples), batch_size):
             questions = [Dialogue.of(example).question()[0] for example in examples[start : start + batch_size]]
-            images = upright([image for question in questions for image in question.images])
+            images = [image for question in questions for image in question.images]
             videos = [question.videos for question in questions]
             inputs = processor(
                 text=[

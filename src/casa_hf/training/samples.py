@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +113,7 @@ class Dialogue:
                         f"{kind!r} without a source of their own."
                     )
                 source = rest[kind].pop(0)
-            found[kind].append(_source(source, kind))
+            found[kind].append(_source(source))
         for kind, left in rest.items():
             if left:
                 raise ValueError(
@@ -151,7 +150,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     text, answers = _render(processor, conversation.messages)
     inputs = processor(
         text=[text],
-        images=upright(conversation.images) or None,
+        images=conversation.images or None,
         videos=[conversation.videos] if conversation.videos else None,  # in a list of its own, files may be frames
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -183,13 +182,6 @@ def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, 
     text = processor.apply_chat_template(conversation.messages, tokenize=False)
     videos = [conversation.videos] if conversation.videos else None
     return processor.measure(text, conversation.images or None, videos, add_special_tokens=False, padding=False)
-
-
-def upright(images: Sequence[Any]) -> list[Any]:
-    """The images, those that are open turned as their files say; the processor turns what it opens itself."""
-    from PIL import Image, ImageOps
-
-    return [ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image for image in images]
 
 
 def unseen_image(processor: CasaProcessor) -> Sample:
@@ -310,16 +302,12 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _source(source: Any, kind: str) -> Any:
+def _source(source: Any) -> Any:
     """An image or video as the processor takes it; a table gives {"bytes", "path"}, an API {"url"}."""
-    if kind == "video" and isinstance(source, list | tuple):
-        return [_source(frame, "image") for frame in source]
+    if isinstance(source, list | tuple):
+        return [_source(frame) for frame in source]
     if not isinstance(source, Mapping):
         return source
     if source.get("bytes") is not None:
-        if kind == "video":
-            return source["bytes"]
-        from PIL import Image
-
-        return Image.open(BytesIO(source["bytes"]))
+        return source["bytes"]
     return source.get("url") or source.get("path")

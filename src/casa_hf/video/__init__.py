@@ -1,16 +1,14 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Videos: a few frames of a clip for a prompt, and frames one after another, each with its time, for a stream."""
 
-from ..clips import DEFAULT_FPS, check_sampling, load_frames, sample_indices
+from ..media_casa import DEFAULT_FPS, VideoProblem, VideoWarning, check_sampling, load_frames, sample_indices
 from .read_ahead import ReadAhead
 from .sources import (
     Frame,
     FrameIterator,
     ImageFolder,
     MediaSource,
-    VideoProblem,
     VideoSource,
-    VideoWarning,
     open_video,
 )
 

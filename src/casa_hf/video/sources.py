@@ -15,29 +15,37 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..checks import check_pixel_mode, is_number, is_positive
-from ..clips import DEFAULT_FPS
+from ..checks import is_number, is_positive
+from ..media_casa import (
+    DEFAULT_FPS,
+    UNREAD_FORMATS,
+    VideoProblem,
+    VideoWarning,
+    decoded,
+    frame_picture,
+    missing_end,
+    pixel_aspect,
+    reason_of,
+    rgb_picture,
+    shown_url,
+    square_size,
+)
 from .read_ahead import ReadAhead
 
 # Containers round times to their time base; a frame that starts this much late still counts as on time.
 TOLERANCE_SECONDS = 1e-3
 # How many decoded frames wait for the consumer.
 READ_AHEAD = 8
-# How much of the end may be missing before that is worth a word; headers aren't exact.
-_MISSING_SECONDS = 0.5
 # Times that jump back by more than this begin anew; frames that come back by less are duplicates or out of order.
 _RESTART_SECONDS = 1.0
-# A network or a device that is silent for so long has ended.
+# A network that is silent for so long has ended.
 _SILENCE_SECONDS = 10.0
-_BUSY_SECONDS = 0.005
 # An HTTP camera that nobody has read for so long, as while a model is loaded, is connected to anew: what waits is old,
 # and small cameras hang up after a few seconds.
 _FRESH_SECONDS = 1.0
@@ -64,23 +72,6 @@ class Frame(NamedTuple):
 
     timestamp: float
     image: Any
-
-
-@dataclass(frozen=True)
-class VideoProblem:
-    """Something in a video that could not be used.
-
-    Attributes:
-        timestamp: where, in seconds; after the last frame where nothing more is known.
-        message: what and why.
-    """
-
-    timestamp: float
-    message: str
-
-
-class VideoWarning(UserWarning):
-    """A part of a video could not be used."""
 
 
 class _Shown(NamedTuple):
@@ -347,7 +338,7 @@ class MediaSource(VideoSource):
     Attributes:
         url: what FFmpeg opens: of a file, its absolute path. `name`, which messages have, is as it was given, without
             user, password and query.
-        size: width and height in pixels, before any turning.
+        size: width and height of a frame in square pixels, before any turning.
         rate: frames per second on average, as stated; None if not known.
 
     Raises:
@@ -368,7 +359,7 @@ class MediaSource(VideoSource):
         is_file = format is None and os.path.isfile(local)
         scheme = "" if is_file else url.partition("://")[0]
         known_live = format is not None or scheme in _LIVE_SCHEMES
-        name = _shown_url(url) if format is None else f"{format}:{url}"
+        name = shown_url(url) if format is None else f"{format}:{url}"
         super().__init__(name, live=known_live if live is None else live, **selection)
         # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
         self.url = os.path.abspath(local) if is_file else url
@@ -391,7 +382,8 @@ class MediaSource(VideoSource):
         self._stamped_on_arrival = untimed and self.live
         self._untimed_format = self._opened.format.name
         stream = self._opened.streams.video[0]
-        self.size = (stream.codec_context.width, stream.codec_context.height)
+        self._aspect = pixel_aspect(stream)
+        self.size = square_size(stream.codec_context.width, stream.codec_context.height, self._aspect)
         stated_rate = None if self._stamped_on_arrival else stream.average_rate
         self.rate = float(stated_rate) if stated_rate else None
         # Of several streams, the longest one makes the duration of the container.
@@ -432,7 +424,7 @@ class MediaSource(VideoSource):
         try:
             container = av.open(self.url, format=format, options=options, timeout=timeout)
         except (OSError, ValueError, av.error.FFmpegError) as error:
-            reason = _reason(error)
+            reason = reason_of(error)
             raise ValueError(f"The video {self.name!r} can't be used: {reason}.{self._way_out()}") from error
         if not container.streams.video:
             container.close()
@@ -474,7 +466,7 @@ class MediaSource(VideoSource):
         The first frame says what time 0 is. Whether seeking has led to the right place is seen by its result; where
         it has not, everything is decoded.
         """
-        frames = _decoded(opened[0])
+        frames = decoded(opened[0])
         if not self.start:
             yield from frames
             return
@@ -488,7 +480,7 @@ class MediaSource(VideoSource):
             return
         yield from before
         if first.pts is not None and self._seek(opened[0], first):
-            sought = _decoded(opened[0])
+            sought = decoded(opened[0])
             landed = next((frame for frame in sought if not isinstance(frame, VideoProblem)), None)
             tolerance = self.start + TOLERANCE_SECONDS
             if landed is not None and landed.pts is not None and _seconds(landed, first.pts) <= tolerance:
@@ -497,7 +489,7 @@ class MediaSource(VideoSource):
                 yield from sought
                 return
         opened.append(self.open_container())
-        again = _decoded(opened[-1])
+        again = decoded(opened[-1])
         for frame in again:
             if not isinstance(frame, VideoProblem):
                 break
@@ -522,14 +514,9 @@ class MediaSource(VideoSource):
             return
         yield from timeline.follow(self._counted(frames, period))
         if timeline.last is not None and self._stated is not None:
-            end = float(timeline.end)
-            missing = self._stated - end
-            if missing > max(_MISSING_SECONDS, 2 * float(period)):
-                yield VideoProblem(
-                    float(timeline.last),
-                    f"the video ends after {end:.3f} s of the {self._stated:.3f} s that its header states; the end is "
-                    "missing",
-                )
+            missing = missing_end(self._stated, float(timeline.end), float(period))
+            if missing:
+                yield VideoProblem(float(timeline.last), missing)
 
     def _counted(self, frames: Iterable[Any], period: Fraction) -> Iterator[_Shown | VideoProblem]:
         """Frames with the times of the container, counted from the first one."""
@@ -543,7 +530,7 @@ class MediaSource(VideoSource):
             count += 1
             origin = stamp if origin is None else origin
             length = frame.duration * Fraction(frame.time_base) if frame.duration else period
-            yield _Shown(stamp - origin, length, partial(_upright, frame))
+            yield _Shown(stamp - origin, length, partial(frame_picture, frame, self._aspect))
 
     def _arriving(self, frames: Iterable[Any]) -> Iterator[_Shown | VideoProblem]:
         """Frames with the times at which they come, counted from the first one.
@@ -557,7 +544,7 @@ class MediaSource(VideoSource):
                 continue
             now = time.monotonic()
             begin = now if begin is None else begin
-            yield _Shown(now - begin, None, partial(_upright, frame))
+            yield _Shown(now - begin, None, partial(frame_picture, frame, self._aspect))
 
 
 class ImageFolder(VideoSource):
@@ -585,7 +572,7 @@ class ImageFolder(VideoSource):
 
     def _frames(self) -> Iterator[_Shown | VideoProblem]:
         for index, file in enumerate(self.files):
-            yield _Shown(index / self.rate, 1 / self.rate, partial(_image_file, file))
+            yield _Shown(index / self.rate, 1 / self.rate, partial(rgb_picture, file))
 
 
 class FrameIterator(VideoSource):
@@ -711,7 +698,7 @@ def open_video(
         return MediaSource(name, format=format, options=asked | (options or {}), live=live, **selection)
     if rate is not None:
         raise ValueError(
-            f"rate={rate} is asked of devices and of folders of images; {_shown_url(name)!r} is neither: leave it out."
+            f"rate={rate} is asked of devices and of folders of images; {shown_url(name)!r} is neither: leave it out."
         )
     return MediaSource(name, options=options, live=live, **selection)
 
@@ -757,67 +744,8 @@ def _has_no_times(container: Any) -> bool:
     return bool(container.format.flags & Flags.no_timestamps.value)
 
 
-def _decoded(container: Any) -> Iterator[Any]:
-    """Frames of the first video stream; a run of packets that can't be decoded is one problem.
-
-    The times of problems are the container's, or NaN where that says nothing.
-    """
-    import av
-
-    stream = container.streams.video[0]
-    broken = False
-    silent = 0.0
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-            silent = 0.0
-        except StopIteration:
-            return
-        except BlockingIOError:  # a device that has nothing yet
-            if silent > _SILENCE_SECONDS:
-                yield VideoProblem(math.nan, f"nothing came for {_SILENCE_SECONDS:g} s")
-                return
-            time.sleep(_BUSY_SECONDS)
-            silent += _BUSY_SECONDS
-            packets = container.demux(stream)
-            continue
-        except (OSError, av.error.FFmpegError) as error:
-            yield from chain(_flushed(stream), [VideoProblem(math.nan, f"reading ended early: {_reason(error)}")])
-            return
-        try:
-            frames = packet.decode()
-        except (OSError, ValueError, av.error.FFmpegError) as error:
-            if not broken:
-                stamp = packet.dts if packet.pts is None else packet.pts
-                place = math.nan if stamp is None else float(stamp * packet.time_base)
-                yield VideoProblem(place, f"a part can't be decoded: {_reason(error)}")
-            broken = True
-            continue
-        broken = broken and not frames
-        yield from frames
-
-
-def _flushed(stream: Any) -> list[Any]:
-    """The frames that the decoder still holds."""
-    import av
-
-    try:
-        frames = stream.decode(None)
-    except (OSError, av.error.FFmpegError):
-        return []
-    for frame in frames:
-        frame.time_base = stream.time_base  # which they have from the packet that they come of, and here is none
-    return frames
-
-
 def _seconds(frame: Any, first_pts: int) -> float:
     return float((frame.pts - first_pts) * Fraction(frame.time_base))
-
-
-def _upright(frame: Any) -> Any:
-    image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _given(image: Any) -> Any:
@@ -832,17 +760,9 @@ def _image_endings() -> set[str]:
     readable = {"MPO"}  # opened as JPEG
     for name, (factory, _) in Image.OPEN.items():
         stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
-        if not stub and name not in ("MPEG", "EPS"):  # a film; a document that takes another program
+        if not stub and name not in UNREAD_FORMATS:
             readable.add(name)
     return {ending for ending, name in formats.items() if name in readable}
-
-
-def _image_file(file: Path) -> Any:
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        check_pixel_mode(f"The image {file.name!r}", image)
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _natural(file: Path) -> list[tuple[int, int, str]]:
@@ -857,16 +777,6 @@ def _time(given: Any) -> float:
         return math.nan if isinstance(given, bool | str | bytes) else float(given)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _shown_url(url: str) -> str:
-    """A source as messages and pages name it: a URL without user and password, and without its query."""
-    return re.sub(r"^([\w+.-]+://)(?:[^/?#]*@)?([^?]*).*", r"\1\2", url, flags=re.DOTALL)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, without the URL that those of FFmpeg end with."""
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _rate(rate: float | None, fps: float | None) -> float:

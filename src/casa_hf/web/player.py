@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL.Image import Image
 from transformers.utils import logging
 
-from ..pictures import rgb_picture
+from ..media_casa import rgb_picture
 from ..streaming.live import LiveCaptions
 from .history import History
 
