@@ -2,15 +2,16 @@
 """Rules that hold for every CASA model, whatever its numbers: what text without images gives, what nothing changes."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from casa_hf import CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.backbones import BACKBONES
 from casa_hf.transformers_versions import CACHE
-from tests.tiny import END, START, casa_config, random_tensor, source_config
+from tests.tiny import END, START, TEXT, casa_config, random_tensor, source_config
 
 VARIANTS = ("casa", "ca", "casa-shared", "ca-shared")
 MERGE = 2
@@ -198,6 +199,38 @@ def test_parallel_plans_are_declared():
         assert plan[f"model.language_model.layers.*.{attention}.o_proj"] == "rowwise"
     assert {"CasaDecoderLayer", "Qwen2_5_VLVisionBlock"} <= set(model._no_split_modules)
     assert {"cache", "past_key_values"} <= set(model._skip_keys_device_placement)
+
+
+@pytest.mark.parametrize("family", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "variant, overrides",
+    [
+        *((variant, {}) for variant in VARIANTS),
+        ("ca-replace", {}),
+        ("casa-replace", {"casa_layers": None}),
+        ("exact", {}),
+    ],
+)
+def test_parallel_plans_name_what_exists(variant, overrides, family):
+    """Transformers logs a warning for each rule that fits no tensor."""
+    text_config = {**TEXT, "model_type": family, "head_dim": 16}
+    if family == "helium":
+        text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    width = {"hidden_size": 64} if family == "qwen2_vl_text" else {"out_hidden_size": 64}
+    vision_config = {"model_type": BACKBONES[family].vision_model_type, "depth": 1, **width}
+    marks = {"image_token_id": END, "vision_start_token_id": START, "vision_end_token_id": END}
+    config = CasaConfig.from_variant(
+        variant, text_config=text_config, vision_config=vision_config, **marks, **overrides
+    )
+    with torch.device("meta"):
+        model = CasaForConditionalGeneration(config)
+    tensors = {re.sub(r"\d+", "*", name.rsplit(".", 1)[0]) for name in model.state_dict()}
+    plan = model.tp_plan
+    assert plan.keys() <= tensors
+    attentions = {name.split(".")[-2] for name in plan if "_attn." in name}
+    stock = config.text_config.base_model_tp_plan or {}
+    own = {name.split(".")[-2] for name in tensors if "_attn.q_proj" in name}
+    assert attentions == (own if "layers.*.self_attn.q_proj" in stock else set())
 
 
 def test_tables_of_backbones_name_what_exists():

@@ -87,7 +87,7 @@ class Conversation:
 
     def _image_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The new images, and where they stand; a mark that the model has written itself is text."""
-        if "pixel_values" not in inputs:
+        if not len(inputs["image_grid_thw"]):
             return {}
         places = (inputs["input_ids"] == self.model.config.image_token_id).nonzero()
         places[:, 1] += self._ids.shape[1]

@@ -22,6 +22,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_casa.CasaConfig",
     "AutoModel": "modeling_casa.CasaModel",
     "AutoModelForImageTextToText": "modeling_casa.CasaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_casa.CasaForConditionalGeneration",
     "AutoProcessor": "processing_casa.CasaProcessor",
 }
 

@@ -398,8 +398,11 @@ class CasaTextModel(CasaPreTrainedModel):
         self.rotate_keys = config.backbone.load("apply_rotary")
         self.gradient_checkpointing = False
         self.post_init()
-        if not text_config.base_model_tp_plan:
-            self._tp_plan = {}  # a family without a plan for its own layers has none for fusion layers either
+        # Rules for what this design has; none for fusion layers where the family has none for its own attention.
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        if not any("self_attn" in name for name in text_config.base_model_tp_plan or ()):
+            names = {name for name in names if "casa_attn" not in name}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
 
     @takes_cache
     @merge_with_config_defaults

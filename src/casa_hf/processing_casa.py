@@ -27,8 +27,9 @@ from transformers import BatchFeature
 from transformers.image_utils import is_valid_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .image_positions import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import (
     MediaPolicy,
     check_sampling,
@@ -50,10 +51,6 @@ VIDEO_MARK = "<|video|>"
 
 MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
-
-# Values of mm_token_type_ids at the token that an image precedes.
-IMAGE_TYPE = 1
-FRAME_TYPE = 2
 
 # Transformers puts this character before a control token that a user typed (`sanitize_control_tokens`): it is text.
 _NOT_TYPED = "(?<!\U000f0000)"
@@ -274,7 +271,8 @@ class CasaProcessor(ProcessorMixin):
         """Inputs of the model for one or several prompts.
 
         Args:
-            images: an image, a list of them in reading order over the batch, or a list of such lists, one per prompt.
+            images: an image, a list of them in reading order over the batch, or a list with one list per prompt, in
+                which None stands for none.
                 An image is a PIL image, an array or tensor (height, width, channels), (channels, height, width) or
                 (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same picture, turned
                 upright, on white where it isn't opaque: see [`~media_casa.rgb_picture`].
@@ -293,7 +291,8 @@ class CasaProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at a token that an image precedes, 2 at one that a
             video frame precedes, 0 elsewhere), each (batch, tokens); `pixel_values` (patches, patch dim) and
-            `image_grid_thw` (images, 3) with images and frames in reading order over the batch.
+            `image_grid_thw` (images, 3) with images and frames in reading order over the batch. With `return_tensors`,
+            both are empty where there are none, so that prompts with and without images have the same keys.
 
         Raises:
             ValueError: if marks and images or videos don't match, or an image, a video or an option is unusable.
@@ -323,7 +322,10 @@ class CasaProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if texts is not None:
             data.update(self._tokenize(texts, rows, options["text_kwargs"]))
-        data.update(self._pixels([visual for row in rows for visual in row], sizes, options["images_kwargs"]))
+        visuals = [visual for row in rows for visual in row]
+        data.update(self._pixels(visuals, sizes, options["images_kwargs"]))
+        if not visuals and return_tensors is not None:
+            data.update(self._no_pixels())
         return BatchFeature(data, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -369,13 +371,49 @@ class CasaProcessor(ProcessorMixin):
         input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
         patches = 0
         for visual in visuals:
-            edges = sizes[visual.type]
-            limits = {"min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
             for picture in visual.pictures:
                 layout = options["images_kwargs"].get("input_data_format")
                 width, height = picture if isinstance(picture, tuple) else picture_size(picture, policy, layout)
-                patches += self.image_processor.get_number_of_image_patches(height, width, limits)
+                patches += self._num_patches(sizes[visual.type], height, width)
         return len(input_ids), patches // self.image_processor.merge_size**2
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Iterable[tuple[int, int]] | None = None,
+        video_sizes: Iterable[tuple[int, int, int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """Numbers of image tokens by size, for engines that plan before there are pictures.
+
+        None of these tokens stands in the text, where an image takes the tokens of its mark alone.
+
+        Args:
+            image_sizes: (height, width) of each image, in pixels.
+            video_sizes: (frames, height, width) of each video, counted with the frames that are taken.
+            **kwargs: options as for a call.
+
+        Returns:
+            `num_image_tokens` and `num_image_patches`, one number per image, and `num_video_tokens`, one per video.
+        """
+        options = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=video_sizes is not None)
+        merge = self.image_processor.merge_size**2
+        numbers: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            patches = [self._num_patches(sizes[IMAGE_TYPE], height, width) for height, width in image_sizes]
+            numbers |= {"num_image_patches": patches, "num_image_tokens": [number // merge for number in patches]}
+        if video_sizes is not None:
+            numbers["num_video_tokens"] = [
+                frames * self._num_patches(sizes[FRAME_TYPE], height, width) // merge
+                for frames, height, width in video_sizes
+            ]
+        return MultiModalData(**numbers)
+
+    def _num_patches(self, size: dict[str, int], height: int, width: int) -> int:
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return self.image_processor.get_number_of_image_patches(height, width, limits)
 
     def count_marks(self, text: str) -> int:
         """Number of images and videos that a prompt has marks for.
@@ -467,7 +505,8 @@ class CasaProcessor(ProcessorMixin):
         ]
         encoding = dict(self.tokenizer([prompt.text for prompt in prompts], **text_kwargs))
         types = [self._token_types(ids, row) for ids, row in zip(encoding["input_ids"], rows, strict=True)]
-        if with_types:
+        if with_types or any(visual.type == FRAME_TYPE for row in rows for visual in row):
+            # Frames without types would be taken for stills.
             encoding["mm_token_type_ids"] = types
         if "offset_mapping" in encoding:
             encoding["offset_mapping"] = [
@@ -497,6 +536,15 @@ class CasaProcessor(ProcessorMixin):
             pictures = [picture for visual in run for picture in visual.pictures]
             runs.append(self.image_processor(images=pictures, size=sizes[kind], return_tensors="pt", **others))
         return {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
+
+    def _no_pixels(self) -> dict[str, torch.Tensor]:
+        """Patches and grids of no picture."""
+        processor = self.image_processor
+        patch_dim = 3 * processor.temporal_patch_size * processor.patch_size**2
+        return {
+            "pixel_values": torch.zeros(0, patch_dim),
+            "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
+        }
 
 
 # -------------------------------------------------------------------- how images are written
@@ -568,6 +616,8 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
     if is_item(given):
         return _Given([given], None)
     items = list(given) if isinstance(given, Iterable) else [given]
+    if any(item is None for item in items):  # a prompt without any
+        items = [[] if item is None else [item] if is_item(item) else item for item in items]
     if all(is_item(item) for item in items):
         return _Given(items, None)
     per_row = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_casa import CasaConfig
 from .modeling_casa import CasaModel
@@ -21,7 +21,8 @@ def register() -> None:
     """
     AutoConfig.register(CasaConfig.model_type, CasaConfig, exist_ok=True)
     AutoModel.register(CasaConfig, CasaModel, exist_ok=True)
-    AutoModelForImageTextToText.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
     # Transformers puts another object in the place of its module while it loads; this is the one that others get.
     _publish(sys.modules["transformers"], CasaConfig, CasaModel, CasaForConditionalGeneration, CasaProcessor)

@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+)
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
 from casa_hf.checkpoint_files.errors import ConversionError
@@ -225,7 +231,8 @@ def test_configuration(source_folder, casa_folder):
     # What CASA doesn't use, for the way back.
     assert config.source_config["source_model_type"] == "qwen2_5_vl"
     assert config.source_config["video_token_id"] == source.video_token_id
-    assert isinstance(AutoModelForImageTextToText.from_pretrained(casa_folder), CasaForConditionalGeneration)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        assert isinstance(auto.from_pretrained(casa_folder), CasaForConditionalGeneration)
 
 
 @pytest.mark.parametrize("tied", [False, True])

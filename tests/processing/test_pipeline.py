@@ -56,6 +56,29 @@ def test_a_batch_of_prompts(folder, pipe, processor, photos):
     assert [record["generated_text"] for record in records] == generated(folder, inputs)
 
 
+def test_a_batch_with_and_without_pictures(pipe, photos):
+    """The pipeline puts only inputs with the same keys into one batch."""
+    asked = [(photos["cat"], "What?"), (None, "And what else?"), (photos["coffee"], "Hm?"), (None, "Say it.")]
+    chats = []
+    for picture, text in asked:
+        content = [{"type": "image", "image": picture}] if picture else []
+        chats.append([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    alone = [pipe(text=chat, **options)[0]["generated_text"] for chat in chats]
+    assert len(set(alone)) == len(chats)
+    together = pipe(text=chats, batch_size=4, **options)
+    assert [records[0]["generated_text"] for records in together] == alone
+
+
+def test_lists_of_pictures_by_prompt(pipe, photos):
+    texts = [f"{MARK}What?", "And what else?", f"{MARK}{MARK}Hm?"]
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    images = [[photos["cat"]], [], [photos["coffee"], photos["cat"]]]
+    alone = [pipe(text=text, images=own or None, **options)[0] for text, own in zip(texts, images, strict=True)]
+    together = pipe(text=texts, images=images, **options)
+    assert [record["generated_text"] for record in together] == [record["generated_text"] for record in alone]
+
+
 def test_text_alone(folder, pipe, processor):
     (record,) = pipe(text="What is the answer?", max_new_tokens=8, return_full_text=False)
     assert [record["generated_text"]] == generated(folder, processor(text="What is the answer?", return_tensors="pt"))

@@ -179,9 +179,56 @@ def test_pixels_alone_and_text_alone(processor, stock_pixels, photos):
     pixels = processor(images=[photos["cat"], photos["coffee"]], return_tensors="pt")
     assert equal(dict(pixels), dict(stock_pixels([photos["cat"], photos["coffee"]])))
     text = processor(text="Nothing to see.", return_tensors="pt")
-    assert set(text) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert not text["mm_token_type_ids"].any()
     assert "mm_token_type_ids" not in processor(text="x", return_mm_token_type_ids=False)
+    # Tensors have the same keys as with images, lists those that say something.
+    assert {key: len(text[key]) for key in pixels} == {"pixel_values": 0, "image_grid_thw": 0}
+    assert all(torch.equal(torch.cat([text[key], pixels[key]]), pixels[key]) for key in pixels)
+    assert set(processor(text="Nothing to see.")) == {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def test_a_prompt_without_images_may_be_given_as_none(processor, photos):
+    texts = [f"{PAIR}One.", "None.", f"{PAIR}{PAIR}Two."]
+    cat, coffee, rocket = photos.values()
+    expected = processor(text=texts, images=[[cat], [], [coffee, rocket]], return_tensors="pt")
+    actual = processor(text=texts, images=[[cat], None, [coffee, rocket]], return_tensors="pt")
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    one_each = {"text": [texts[1], texts[0]], "return_tensors": "pt"}
+    actual, expected = (processor(images=images, **one_each) for images in ([None, cat], [[], [cat]]))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    video = [cat, coffee]
+    texts = ["None.", f"{VIDEO}One."]
+    actual, expected = (processor(text=texts, videos=v, return_tensors="pt") for v in ([None, video], [[], [video]]))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match=r"Prompt 0 has 1 marks for images.*but 0 images"):
+        processor(text=[f"{PAIR}One.", "None."], images=[None, cat])
+
+
+def test_types_of_frames_are_always_given(processor, photos):
+    """Without them the model would take frames for still images, which it sees otherwise."""
+    inputs = processor(text=VIDEO, videos=[[photos["cat"]] * 3], return_mm_token_type_ids=False)
+    assert inputs["mm_token_type_ids"][0].count(2) == 3
+    assert "mm_token_type_ids" not in processor(text=PAIR, images=photos["cat"], return_mm_token_type_ids=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_pixels": 100**2}, {"images_kwargs": {"max_pixels": 100**2}}])
+def test_numbers_of_tokens_by_size(processor, options):
+    """As engines ask for them, which plan before there is a picture."""
+    sizes = [(100, 100), (300, 100), (500, 30), (213, 167)]
+    pictures = [np.zeros((*size, 3), dtype=np.uint8) for size in sizes]
+    numbers = processor._get_num_multimodal_tokens(
+        image_sizes=sizes, video_sizes=[(4, *size) for size in sizes], **options
+    )
+    patches = processor(images=pictures, return_tensors="pt", **options)["image_grid_thw"].prod(-1)
+    assert numbers["num_image_patches"] == patches.tolist()
+    assert numbers["num_image_tokens"] == (patches // 4).tolist()
+    of_frames = [
+        int(processor(videos=[[picture] * 4], return_tensors="pt", **options)["image_grid_thw"].prod(-1).sum()) // 4
+        for picture in pictures
+    ]
+    assert numbers["num_video_tokens"] == of_frames
+    only = processor._get_num_multimodal_tokens(image_sizes=sizes[:1])
+    assert only["num_video_tokens"] is None and len(only["num_image_tokens"]) == 1
 
 
 def test_offsets_refer_to_the_text_as_it_was_given(processor, photos):

@@ -164,15 +164,15 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
         in_answer |= (starts >= start) & (ends <= end) & (ends > starts)
     marks = processor.tokenizer(processor.image_mark, add_special_tokens=False)["input_ids"]
     marks = torch.tensor([*marks, *processor.gist_token_ids])
-    grids = inputs.get("image_grid_thw")
+    grids = inputs["image_grid_thw"]
     merge = processor.image_processor.merge_size
     return Sample(
         input_ids=input_ids,
         labels=torch.where(in_answer & ~torch.isin(input_ids, marks), input_ids, IGNORED),
         mm_token_type_ids=inputs["mm_token_type_ids"][0],
-        pixel_values=inputs.get("pixel_values"),
-        image_grid_thw=grids,
-        num_image_tokens=0 if grids is None else int(grids.prod(-1).sum()) // merge**2,
+        pixel_values=inputs["pixel_values"] if len(grids) else None,
+        image_grid_thw=grids if len(grids) else None,
+        num_image_tokens=int(grids.prod(-1).sum()) // merge**2,
     )
 
 
