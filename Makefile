@@ -6,6 +6,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
 TORCHAO := .venv-torchao
+# The demonstration needs the package alone; where the environment of the tests is there, it will do.
+DEMO := $(if $(wildcard $(VENV)/installed),$(VENV),.venv-demo)
 
 # Two test processes with one thread each: more threads would only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -16,7 +18,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 .PHONY: bench-gpu bench-forever bench-captions soak lint quality style clean
 
 help:
-	@echo "make demo               convert a small trained checkpoint and ask it about pictures"
+	@echo "make demo               convert a small trained checkpoint, ask it about pictures, look at its cache"
 	@echo "make tiny-world         train a small source that sees, and its CASA form"
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
@@ -34,8 +36,8 @@ help:
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
 
-demo: $(VENV)/installed
-	$(VENV)/bin/python -m examples.demo
+demo: $(DEMO)/installed
+	$(DEMO)/bin/python -m examples.demo
 
 tiny-world: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m examples.tiny_world tiny-world-output
@@ -101,12 +103,19 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-demo/installed: $(INPUTS)
+	@echo "Installing the package and what it needs into .venv-demo, once: a few minutes. With PyTorch for the CPU these"
+	@echo "are 1.2 GB; the PyTorch that PyPI has for Linux brings CUDA's libraries, several GB more."
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --constraint constraints.txt --editable .
 	touch $@
 
 $(TORCHAO)/installed: $(INPUTS)

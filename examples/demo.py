@@ -8,31 +8,35 @@ and characters, and nothing else. A large checkpoint takes the same steps.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes, convert_checkpoint
+from casa_hf.samples import CAT, COFFEE, ROCKET
 from casa_hf.training import Dialogue, generate_answers, load_conversations
+from casa_hf.transformers_versions import CACHE
 from examples.tiny_world.asking import Source
 
 TINY_WORLD = Path(__file__).parent / "tiny_world"
 SOURCE = TINY_WORLD / "checkpoints" / "source"
 ADAPTED = TINY_WORLD / "checkpoints" / "casa"
-PHOTOGRAPH = Path(__file__).parent / "assets" / "cat.jpg"
 
 
 def main() -> None:
-    """Convert, ask, compare; then a photograph."""
+    """Convert, ask, compare; then what stays in the cache."""
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         print("1. Convert a small Qwen2.5-VL checkpoint to CASA")
         report = convert_checkpoint(SOURCE, Path(folder, "casa"))
         print(f"   variant {report.config.variant}: {report.source_parameters:,} parameters of the source are kept,")
         print(f"   {report.added_parameters:,} are added in {len(report.config.fusion_layers)} fusion layers")
+        print("   (Transformers' own processor of such a source needs torchvision; CasaProcessor does without.)")
         exact = convert_checkpoint(SOURCE, Path(folder, "exact"), "exact").output
 
         print("2. Ask about pictures that none of the models was trained on (* = wrong)")
@@ -56,30 +60,47 @@ def main() -> None:
         print("   `converted` is `casa` as converted, `trained` the same with its fusion layers trained.")
         print("   docs/results.md has the scores on thousands of questions.")
 
-    print("3. A photograph takes the same steps")
+    print("3. What stays in the cache: a chat about photographs, one after the other")
+    print("   pictures   text tokens   CASA's cache               the source's cache")
+    for row in _caches((1, 4, 16)):
+        print(f"   {row.pictures:8}   {row.tokens:11}   {row.casa:12,} bytes   {row.source:15,} bytes")
+    print("   CASA's grows with the text alone: of the pictures it holds the current one.")
+    print("   What these models say of photographs means nothing: they have never seen one.")
+
+
+class _Caches(NamedTuple):
+    """What a chat about some pictures leaves in the caches: CASA's and the source's."""
+
+    pictures: int
+    tokens: int
+    casa: int
+    source: int
+
+
+def _caches(counts: Sequence[int]) -> Iterator[_Caches]:
+    """Chats with one photograph in each turn, the same for both models."""
     model = CasaForConditionalGeneration.from_pretrained(ADAPTED).eval()
     processor = CasaProcessor.from_pretrained(ADAPTED)
-    image = Image.open(PHOTOGRAPH)
-    question = [{"type": "image", "image": image}, {"type": "text", "text": "What shape is red?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    prompt_length = inputs["input_ids"].shape[1]
-    merge = model.config.vision_config.spatial_merge_size
-    image_tokens = int(inputs["image_grid_thw"].prod()) // merge**2
-    print(f"   {PHOTOGRAPH.name}, {image.width} x {image.height} pixels: {image_tokens} image tokens beside a")
-    print(f"   sequence of {prompt_length} text tokens, none of them a placeholder")
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
-    answer = processor.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)[0]
-    held = cache_nbytes(output.cache)
-    print(f"   {answer!r}, which means nothing: it has never seen a photograph.")
-    print(f"   The cache holds {output.cache.get_seq_length()} text tokens ({held['text']:,} bytes)")
-    print(f"   and the keys and values of the current image ({held['image']:,} bytes).")
+    source = Source(SOURCE)
+    question = [{"type": "image"}, {"type": "text", "text": "What shape is red?"}]
+    turn = [{"role": "user", "content": question}, {"role": "assistant", "content": "square."}]
+    for count in counts:
+        photographs = [_photograph(path) for path in islice(cycle((CAT, COFFEE, ROCKET)), count)]
+        asked = (turn * count)[:-1]
+        text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=text, images=photographs, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            casa = model(**inputs, use_cache=True).cache
+            stock = source.model(**source.inputs({"messages": turn * count, "images": photographs}), use_cache=True)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in getattr(stock, CACHE).layers)
+        yield _Caches(count, inputs["input_ids"].shape[1], sum(cache_nbytes(casa).values()), held)
+
+
+def _photograph(path: str) -> Image.Image:
+    """Small enough that sixteen fit into the source's context."""
+    photograph = Image.open(path)
+    photograph.thumbnail((336, 336))
+    return photograph
 
 
 def _answers(folder: str | Path, questions: Sequence) -> list[str]:

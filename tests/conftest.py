@@ -19,8 +19,6 @@ from examples.tiny_source import build_tiny_source
 
 disable_progress_bar()
 
-PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "assets"
-
 
 @pytest.fixture(scope="session")
 def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,8 +15,7 @@ from PIL import Image
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.conversation import Conversation
-
-PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "assets"
+from casa_hf.samples import PHOTOGRAPHS
 
 OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

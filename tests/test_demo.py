@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from examples import demo
 from examples.tiny_world.held_out import held_out
@@ -18,9 +17,13 @@ def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     demo.main()
     shown = capsys.readouterr().out
     assert [line[:2] for line in shown.splitlines() if line[0].isdigit()] == ["1.", "2.", "3."]
-    # 28 x 28 pixels make one image token.
-    width, height = Image.open(demo.PHOTOGRAPH).size
-    assert f"{round(width / 28) * round(height / 28)} image tokens" in shown
+    # Of pictures, CASA holds the current one: every third is the cat, so only the text makes a difference.
+    rows = re.findall(r"^ +(\d+) +(\d+) +([\d,]+) bytes +([\d,]+) bytes$", shown, flags=re.M)
+    pictures, tokens, casa, source = zip(*([int(cell.replace(",", "")) for cell in row] for row in rows), strict=True)
+    assert pictures == (1, 4, 16)
+    text = 4 * 4 * 2 * 2 * 32  # bytes of one token: 4 layers, float32, keys and values, 2 heads of 32
+    assert casa[2] - casa[1] == text * (tokens[2] - tokens[1])
+    assert source[2] - source[1] > 12 * text * 60 and source[2] > 4 * casa[2]
     # Each model's answers are counted, and wrong ones are marked: both say the same.
     counts = [tuple(map(int, found)) for found in re.findall(r"(\d+) of (\d+) right", shown)]
     assert len(counts) == 4 and {total for _, total in counts} == {len(held_out())}

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 from casa_hf.media_casa import MediaPolicy, fetch, is_picture, picture_size, pictures_of, rgb_picture
+from casa_hf.samples import PHOTOGRAPHS
 from tests.clips import every_kind, picture
 from tests.forms import forms_of, transparent_drawing, turned_photograph
 
-CAT = Path(__file__).parents[1] / "examples" / "assets" / "cat.jpg"
+CAT = PHOTOGRAPHS / "cat.jpg"
 
 
 def test_every_kind_of_frame_is_the_same_picture(tmp_path: Path) -> None:

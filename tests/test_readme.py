@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from casa_hf import CasaForConditionalGeneration
+from casa_hf.samples import CAT
 from examples.tiny_source import build_tiny_source
 
 ROOT = Path(__file__).parents[1]
@@ -18,11 +19,8 @@ COMMANDS = re.findall(r"^casa-hf (.*)$", README, flags=re.MULTILINE)
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the README's paths name; the checkpoint's name is that of the real one."""
-    build_tiny_source(tmp_path / "Qwen2.5-VL-3B-Instruct")
-    (tmp_path / "Qwen").mkdir()
-    shutil.copytree(tmp_path / "Qwen2.5-VL-3B-Instruct", tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct")
-    shutil.copytree(ROOT / "examples" / "assets", tmp_path / "examples" / "assets")
+    """An empty folder but for what would be downloaded; the checkpoint's name is that of the real one."""
+    build_tiny_source(tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -43,11 +41,23 @@ def test_python_blocks(workplace, capsys):
     assert CasaForConditionalGeneration.from_pretrained("my-finetuned-model").config.variant == "casa"
 
 
+def test_no_link_needs_the_repository():
+    """The page is shown where the package is published, too."""
+    links = re.findall(r"\]\(([^)]*)\)", README)
+    assert links and all(link.startswith("https://") for link in links)
+    named = set(re.findall(r"`([\w/-]+\.md)`", README))
+    assert {"docs/README.md", "docs/training.md"} <= named and all((ROOT / name).is_file() for name in named)
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text("utf-8")))
+    assert listed == {file.name for file in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
 def test_commands(workplace, monkeypatch):
     from typer.testing import CliRunner
 
     from casa_hf.cli.app import app
 
+    shutil.copy(CAT, "cat.jpg")
+    shutil.copy(ROOT / "examples" / "assets" / "bunny.mp4", "clip.mp4")
     others = ["inspect", "generate", "chat", "caption", "push"]
     assert [command.split()[0] for command in COMMANDS] == ["convert"] * 4 + others
     for command in COMMANDS[:-1]:  # `push` needs a Hub: see hub/test_docs.py
@@ -55,7 +65,7 @@ def test_commands(workplace, monkeypatch):
         result = CliRunner().invoke(app, [quoted or plain for quoted, plain in arguments], input="Hello\n/quit\n")
         assert result.exit_code == 0, result.output
     made = {path.name for path in workplace.iterdir() if (path / "config.json").is_file()}
-    assert {"my-casa-model", "my-gated-model", "my-qwen-model"} <= made
+    assert {"qwen-casa", "qwen-gated", "qwen-again"} <= made
     assert "not-written" not in made
     assert (workplace / "captions.srt").read_text("utf-8").startswith("1\n00:00:00,000 --> ")
     assert (workplace / "captioned.mp4").is_file()

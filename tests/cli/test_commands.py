@@ -19,11 +19,10 @@ from transformers import DynamicCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
 from casa_hf.conversation import Conversation
+from casa_hf.samples import CAT, COFFEE
 from examples.tiny_source import build_tiny_helium
 from tests.command_line import Cli
 
-PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "assets"
-CAT, COFFEE = str(PHOTOGRAPHS / "cat.jpg"), str(PHOTOGRAPHS / "coffee.jpg")
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
 
 # ---------------------------------------------------------------- usage

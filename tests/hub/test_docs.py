@@ -41,8 +41,8 @@ def test_publishing(hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_readme(hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(casa_folder, tmp_path / "my-finetuned-model")
+    shutil.copytree(casa_folder, tmp_path / "qwen-casa")
     monkeypatch.chdir(tmp_path)
     (command,) = re.findall(r"^casa-hf push .*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     push(command)
-    assert list(hub.repositories) == ["me/my-finetuned-model"]
+    assert list(hub.repositories) == ["me/qwen-casa"]

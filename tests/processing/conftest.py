@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from casa_hf import CasaProcessor
+from casa_hf.samples import PHOTOGRAPHS
 from examples.tiny_source import build_tiny_source
 
-PHOTOS = Path(__file__).parents[2] / "examples" / "assets"
 SIDE = 140
 
 
@@ -48,4 +48,4 @@ def tokenizer(source: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def photos() -> dict[str, Image.Image]:
-    return {name: Image.open(PHOTOS / f"{name}.jpg").convert("RGB") for name in ("cat", "coffee", "rocket")}
+    return {name: Image.open(PHOTOGRAPHS / f"{name}.jpg").convert("RGB") for name in ("cat", "coffee", "rocket")}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import inspect
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
-PHOTOS = Path(__file__).parents[2] / "examples" / "assets"
+from casa_hf.samples import PHOTOGRAPHS
+
 ALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 
 
@@ -66,15 +66,15 @@ def test_the_prompt_is_what_qwen_writes(processor):
 
 
 def encoded_photo() -> str:
-    return base64.b64encode((PHOTOS / "cat.jpg").read_bytes()).decode()
+    return base64.b64encode((PHOTOGRAPHS / "cat.jpg").read_bytes()).decode()
 
 
 @pytest.mark.parametrize(
     "part",
     [
-        lambda cat: {"type": "image", "path": str(PHOTOS / "cat.jpg")},
-        lambda cat: image(str(PHOTOS / "cat.jpg")),
-        lambda cat: image(PHOTOS / "cat.jpg"),
+        lambda cat: {"type": "image", "path": str(PHOTOGRAPHS / "cat.jpg")},
+        lambda cat: image(str(PHOTOGRAPHS / "cat.jpg")),
+        lambda cat: image(PHOTOGRAPHS / "cat.jpg"),
         lambda cat: {"type": "image", "base64": encoded_photo()},
         lambda cat: {"type": "image", "url": f"data:image/jpeg;base64,{encoded_photo()}"},
         lambda cat: image(np.array(cat)),
@@ -91,7 +91,7 @@ def test_an_image_can_come_from_anywhere(processor, photos, part):
 
 @pytest.mark.parametrize("form", ["url", "image_url"])
 def test_an_image_can_come_from_the_web(processor, photos, serve, form):
-    url = f"{serve(PHOTOS)}/cat.jpg"
+    url = f"{serve(PHOTOGRAPHS)}/cat.jpg"
     part = {"type": "image", "url": url} if form == "url" else {"type": "image_url", "image_url": {"url": url}}
     expected = processor.apply_chat_template([user(image(photos["cat"]), "What?")], **ALL)
     inputs = processor.apply_chat_template([user(part, "What?")], **ALL)
@@ -176,14 +176,14 @@ def test_marks_that_a_user_typed_can_be_kept_as_text(processor, photos):
         processor.apply_chat_template([user(image(photos["cat"]), typed)], **ALL)
 
 
-@pytest.mark.parametrize("picture", ["missing.jpg", str(PHOTOS / "README.md"), "aGVsbG8="])
+@pytest.mark.parametrize("picture", ["missing.jpg", str(PHOTOGRAPHS / "README.md"), "aGVsbG8="])
 def test_an_image_that_cannot_be_loaded_is_named(processor, picture):
     with pytest.raises(ValueError, match=f"The image '.*{picture[-9:]}' can't be used: "):
         processor.apply_chat_template([user(image(picture), "What?")], **ALL)
 
 
 def test_an_image_that_the_server_does_not_have_is_named(processor, serve):
-    url = f"{serve(PHOTOS)}/missing.jpg"
+    url = f"{serve(PHOTOGRAPHS)}/missing.jpg"
     with pytest.raises(ValueError, match=f"The image '{url}' can't be used: "):
         processor.apply_chat_template([user(image(url), "What?")], **ALL)
 

@@ -26,7 +26,6 @@ def test_code_of_the_first_sections(casa_folder, tmp_path, monkeypatch, capsys):
     document = (ROOT / "docs" / "streaming.md").read_text("utf-8")
     sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", document, flags=re.MULTILINE | re.DOTALL))
     shutil.copytree(casa_folder, tmp_path / "my-casa-model")
-    shutil.copytree(ROOT / "examples" / "assets", tmp_path / "examples" / "assets")
     settings = json.loads((tmp_path / "my-casa-model" / "processor_config.json").read_text("utf-8"))
     settings["frame_max_pixels"] = 56 * 112  # small frames are as good here, and quick
     (tmp_path / "my-casa-model" / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -10,9 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.samples import PHOTOGRAPHS
 from examples.tiny_source import _randomize
-
-PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "assets"
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float64, seed: int = 1, **kwargs: Any) -> Any:
