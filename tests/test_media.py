@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -117,6 +118,15 @@ def test_channels_are_found_where_transformers_finds_them_or_where_one_says() ->
     assert picture_size(pixels) == (10, 4) and picture_size(pixels[..., 0]) == (10, 4)
     grey = Image.fromarray(pixels[..., :2].copy())
     assert grey.mode == "LA" and rgb_picture(np.asarray(grey)) == rgb_picture(grey)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # as Pillow says
+@pytest.mark.parametrize("ending", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("data", [b"Exif\0\0 no such data", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"])
+def test_damaged_data_about_a_picture_is_no_damage_to_it(ending: str, data: bytes) -> None:
+    file = BytesIO()
+    Image.fromarray(picture(77)).save(file, ending, exif=data)
+    assert rgb_picture(file.getvalue()).size == rgb_picture(Image.open(file)).size == (64, 48)
 
 
 def test_one_picture_or_several() -> None:
@@ -347,9 +357,14 @@ def test_a_server_that_is_not_there_or_says_nothing() -> None:
             request.wfile.write(b"x")
             time.sleep(0.1)
 
-    with server(answer) as address:
-        for path in ("/silent", "/slow"):
+    def drip(request: BaseHTTPRequestHandler) -> None:
+        for _ in range(50):
+            request.wfile.write(b"H")
+            time.sleep(0.1)
+
+    with server(answer) as address, server(drip) as dripping:
+        for path in (f"{address}/silent", f"{address}/slow", dripping):
             begin = time.monotonic()
             with pytest.raises(ValueError, match=r"wasn't there within 0\.3 s \(timeout of the MediaPolicy\)"):
-                rgb_picture(address + path, MediaPolicy(timeout=0.3))
+                rgb_picture(path, MediaPolicy(timeout=0.3))
             assert time.monotonic() - begin < 4

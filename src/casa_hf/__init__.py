@@ -16,6 +16,7 @@ from .conversion import (
     plan_to_source,
 )
 from .export import add_code
+from .media_casa import MediaPolicy
 from .modeling_casa import CasaModel
 from .publishing import PublishingError, push_checkpoint
 from .registration import register
@@ -35,6 +36,7 @@ __all__ = [
     "CasaStreamBatch",
     "Conversation",
     "ConversionError",
+    "MediaPolicy",
     "PublishingError",
     "add_code",
     "cache_nbytes",

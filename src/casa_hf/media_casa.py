@@ -27,12 +27,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image
 
 from .checks import check_count, check_positive
@@ -229,7 +231,7 @@ def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
         )
     if not image.width or not image.height:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
-    if image.getexif().get(0x0112, 1) != 1:  # the orientation
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -238,6 +240,14 @@ def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
         image = image.convert(opaque[image.mode])
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """What the EXIF data of an image says about its orientation; 1, upright, where they say nothing."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged data about a picture that may be whole
+        return 1
 
 
 def _opened(file: BinaryIO) -> Image.Image:
@@ -372,6 +382,27 @@ def fetch(url: str, policy: MediaPolicy = DEFAULT_POLICY) -> bytes:
     """
     if not policy.network:
         raise ValueError("URLs aren't fetched (MediaPolicy.network=False); give contents: base64, bytes or an image")
+    # In a thread, since neither looking up a name nor a server that sends its headers byte by byte has a time-out.
+    outcome: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(_fetched(url, policy))
+        except Exception as error:
+            outcome.put(error)
+
+    Thread(target=run, name="casa-fetch", daemon=True).start()
+    try:
+        contents = outcome.get(timeout=policy.timeout)
+    except Empty:
+        raise ValueError(_late(policy)) from None
+    if isinstance(contents, Exception):
+        raise contents
+    return contents
+
+
+def _fetched(url: str, policy: MediaPolicy) -> bytes:
+    """As `fetch`, which waits for it."""
     until = time.monotonic() + policy.timeout
     opener = urllib.request.OpenerDirector()
     for handler in (  # without those of FTP, files and data

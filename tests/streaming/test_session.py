@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor
 
-from casa_hf import CaptionEvent, CasaStream, cache_nbytes
+from casa_hf import CaptionEvent, CasaStream, CasaStreamBatch, MediaPolicy, cache_nbytes
 from casa_hf.design_space import VARIANTS
 from casa_hf.streaming.session import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
@@ -352,6 +352,29 @@ def test_pictures_of_more_than_8_bits_are_an_error(model, processor, tmp_path, m
     expected = stream.turns.pixels(grey.convert("RGB"))["pixel_values"]
     assert torch.equal(stream.turns.pixels(grey)["pixel_values"], expected)
     assert emitted(stream.push(grey))
+
+
+def test_a_stream_reads_what_its_policy_allows(model, processor, tmp_path):
+    PICTURES[0].save(tmp_path / "frame.png")
+    contents = (tmp_path / "frame.png").read_bytes()
+    expected = emitted(stream_of(model("casa"), processor).push(contents))
+    assert expected
+    policy = {"network": False, "local_files": False}
+    batch = CasaStreamBatch(model("casa"), processor, max_new_tokens_per_frame=8, media_policy=policy)
+    single = stream_of(model("casa"), processor, media_policy=policy)
+    for stream in (single, single.fork()):
+        for frame in (tmp_path / "frame.png", str(tmp_path / "frame.png"), "http://127.0.0.1:9/frame.png"):
+            [event] = stream.push(frame)
+            assert event.kind == "error" and "MediaPolicy." in event.message
+        assert emitted(stream.push(contents)) == expected
+    member = batch.add(prompt=PROMPT)
+    [(_, event)] = batch.push({member: tmp_path / "frame.png"})
+    assert event.kind == "error" and "MediaPolicy.local_files=False" in event.message
+    assert emitted(event for _, event in batch.push({member: contents})) == expected
+    small = stream_of(model("casa"), processor, media_policy=MediaPolicy(max_decoded_pixels=10))
+    assert [event.kind for event in small.push(PICTURES[0])] == ["error"]
+    with pytest.raises(ValueError, match="media_policy=3 must be a MediaPolicy"):
+        stream_of(model("casa"), processor, media_policy=3)
 
 
 def test_a_truncated_file_is_a_broken_frame(model, processor, tmp_path):

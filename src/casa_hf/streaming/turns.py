@@ -83,7 +83,7 @@ class StreamTurns:
         Raises:
             ValueError: if the frame can't be used.
         """
-        policy = self.processor.media_policy if self.media_policy is None else self.media_policy
+        policy = MediaPolicy.of(self.processor.media_policy if self.media_policy is None else self.media_policy)
         shown = rgb_picture(frame, policy)
         return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
 
