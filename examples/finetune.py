@@ -5,8 +5,8 @@
     python -m examples.finetune video trained "[{path: images, weight: 3}, {path: clips, weight: 1}]" trained-on-video
     accelerate launch -m examples.finetune image my-casa-model conversations/ trained
 
-Each stage is a `TrainingConfig`; further settings are given as NAME=VALUE, such as `max_steps=1000`, and those of
-Transformers' TrainingArguments as `trainer.NAME=VALUE`.
+Each stage is a `TrainingConfig`; further settings, and arguments of Transformers' TrainingArguments, are given as
+NAME=VALUE, such as `max_steps=1000`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import argparse
 import sys
 from typing import Any
 
-import yaml
-
 from casa_hf.training import TrainingConfig, parts_table, train
 from casa_hf.training.recipe import is_first_process
+from casa_hf.training.settings import read_yaml
 
 # Text and image tokens per packed sequence; 128 of these per update, 1e-4 for new and 1e-5 for existing parameters.
 # The tower is frozen where frames come in; frames of 504 x 504 pixels are 324 tokens, of 448 x 448 they are 256.
@@ -55,15 +54,16 @@ def configuration(stage: str, model: str, data: str, output: str, settings: list
     Raises:
         ValueError: for a setting that isn't NAME=VALUE or that doesn't exist.
     """
-    sources = yaml.safe_load(data) if data.startswith(("[", "{")) else data
-    content: dict[str, Any] = {"model": model, "data": sources, "output": output, **STAGES[stage], "trainer": {}}
+    sources = read_yaml(data, "DATA") if data.startswith(("[", "{")) else data
+    content: dict[str, Any] = {"model": model, "data": sources, "output": output, **STAGES[stage]}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} is no setting; write NAME=VALUE.")
-        outer, _, inner = name.rpartition(".")
-        (content["trainer"] if outer == "trainer" else content)[inner or name] = yaml.safe_load(value)
-    if content.get("epochs") is not None and not any(setting.startswith("max_steps=") for setting in settings):
+        content[name] = read_yaml(value, setting)
+    if content.get("num_train_epochs") is not None and not any(
+        setting.startswith("max_steps=") for setting in settings
+    ):
         del content["max_steps"]  # the stage's own
     return TrainingConfig.from_dict(content)
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = configuration(given.stage, given.model, given.data, given.output, given.settings)
         report = train(config, on_log=print, on_start=lambda parts, data: print(parts_table(parts)))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     if is_first_process():
         print(f"Wrote {report.output} after {report.steps} steps.")

@@ -132,7 +132,7 @@ def test_what_training_leaves(
     data.write_text("".join(f"{json.dumps(example)}\n" for example in CONVERSATIONS))
     settings = {"model": str(casa_folder), "data": str(data), "output": str(tmp_path / "out"), "max_steps": 2}
     settings |= {"max_pixels": 84 * 84, "max_text_tokens": 70, "sequences_per_update": 1, "lr_new": 1e-2}
-    (tmp_path / "run.json").write_text(json.dumps(settings | {"trainer": {"use_cpu": True}}))
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"use_cpu": True}))
     branch = "runs/first"
     for command in (["train", str(tmp_path / "run.json")], ["push", settings["output"], NAME, "--revision", branch]):
         with pytest.raises(SystemExit) as ended:

@@ -36,7 +36,7 @@ def settings(hub: Hub, casa_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "max_pixels": 84 * 84,
         "sequences_per_update": 1,
         "max_steps": 1,
-        "trainer": {"use_cpu": True},
+        "use_cpu": True,
     }
 
 
@@ -90,9 +90,9 @@ def test_the_card_of_an_adapter_names_no_folder(
     config.source_origins = origin_records([(Origin("Qwen/source", True), {"license": "apache-2.0"})])
     config.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
-    pushing = {**settings["trainer"], "push_to_hub": True, "hub_model_id": "me/adapter", "hub_strategy": "end"}
+    pushing = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_strategy": "end"}
     model = str(folder) if is_absolute else folder.name
-    train(TrainingConfig.from_dict({**settings, "model": model, "lora": {"r": 2}, "trainer": pushing}))
+    train(TrainingConfig.from_dict({**settings, "model": model, "lora": {"r": 2}, **pushing}))
     published = hub.files("me/adapter")
     assert "adapter_model.safetensors" in published
     card = ModelCard(published["README.md"].decode())
@@ -109,7 +109,7 @@ def test_an_id_that_does_not_exist_is_refused(settings: dict[str, Any], tmp_path
 
 def test_the_trainer_publishes_what_was_saved(settings: dict[str, Any], hub: Hub) -> None:
     pushing = {"push_to_hub": True, "hub_model_id": "me/trained", "hub_strategy": "end"}
-    report = train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], **pushing}}))
+    report = train(TrainingConfig.from_dict({**settings, **pushing}))
     published = hub.files("me/trained")
     assert published["model.safetensors"] == (report.output / "model.safetensors").read_bytes()
     assert {name: published.get(name) for name in KEPT} == KEPT
@@ -119,13 +119,13 @@ def test_the_trainer_publishes_what_was_saved(settings: dict[str, Any], hub: Hub
 
 def test_a_repository_has_the_name_of_the_output(settings: dict[str, Any], hub: Hub) -> None:
     pushing = {"push_to_hub": True, "hub_strategy": "end"}
-    train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], **pushing}}))
+    train(TrainingConfig.from_dict({**settings, **pushing}))
     assert "model.safetensors" in hub.files("me/trained")
 
 
 def test_a_token_among_the_settings_is_refused(settings: dict[str, Any], hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.hub_token: .*training_args\.bin.*HF_TOKEN"):
-        train(TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], "hub_token": WRITER}}))
+    with pytest.raises(ValueError, match=r"hub_token: .*training_args\.bin.*HF_TOKEN"):
+        train(TrainingConfig.from_dict({**settings, "hub_token": WRITER}))
     assert not (tmp_path / "trained").exists()
 
 
@@ -135,7 +135,7 @@ def test_publishing_that_fails_leaves_the_trained_model(settings: dict[str, Any]
 
     hub.before_commit = refuse
     pushing = {"push_to_hub": True, "hub_model_id": "me/trained", "hub_strategy": "end"}
-    run = TrainingConfig.from_dict({**settings, "trainer": {**settings["trainer"], **pushing}})
+    run = TrainingConfig.from_dict({**settings, **pushing})
     with pytest.raises(OSError, match="No more commits today") as failed:
         train(run)
     assert failed.value.__notes__[-1] == f"The model is trained and saved in {settings['output']}."

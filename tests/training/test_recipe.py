@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cli, convert_checkpoint
-from casa_hf.training import TrainingConfig, load_conversations, train
+from casa_hf.training import TrainingConfig, load_conversations, recipe, train
+from casa_hf.training.data import Source
 from casa_hf.training.samples import encode
 from examples.tiny_source import build_tiny_helium
+from tests.command_line import Cli
 from tests.conversion.helpers import load_weights
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask
 
@@ -44,13 +48,14 @@ def settings(casa_folder, data, tmp_path):
         "max_text_tokens": 70,
         "sequences_per_update": 2,
         "max_steps": 2,
-        "trainer": {"use_cpu": True, "logging_steps": 1},
+        "use_cpu": True,
+        "logging_steps": 1,
     }
 
 
 def test_a_run_trains_the_recipe_and_writes_a_model_that_loads(settings, casa_folder, tmp_path):
     logs = []
-    schedule = {"max_steps": 8, "sequences_per_update": 1, "warmup": 0.25, "decay": 0.5}
+    schedule = {"max_steps": 8, "sequences_per_update": 1, "warmup_steps": 0.25, "decay_steps": 0.5}
     report = train(TrainingConfig.from_dict({**settings, **schedule, "eval_data": settings["data"]}), logs.append)
     assert (report.steps, report.dropped, report.output) == (8, 0, tmp_path / "trained")
     assert report.sequences > 1 and report.metrics["eval_loss"] > 0
@@ -85,10 +90,12 @@ def test_a_text_only_source_trains_its_language_model_and_keeps_what_the_way_bac
     ("schedule", "shares"),
     [
         ({"max_steps": 1}, [1]),
-        ({"max_steps": 1, "warmup": 1, "decay": 0}, [1]),
-        ({"max_steps": 3, "warmup": 0.5, "decay": 0.5}, [0, 0.5, 1]),
-        ({"max_steps": 4, "warmup": 0, "decay": 1}, [1, 0.75, 0.5, 0.25]),
-        ({"max_steps": None, "epochs": 1.5, "warmup": 0, "decay": 0}, [1, 1, 1]),
+        ({"max_steps": 1, "warmup_steps": 1, "decay_steps": 0}, [1]),
+        ({"max_steps": 3, "warmup_steps": 0.5, "decay_steps": 0.5}, [0, 0.5, 1]),
+        ({"max_steps": 4, "warmup_steps": 0, "decay_steps": 4}, [1, 0.75, 0.5, 0.25]),
+        ({"max_steps": 4, "warmup_steps": 2, "decay_steps": 2}, [0, 0.5, 1, 0.5]),
+        ({"max_steps": 4, "warmup_steps": 2, "lr_scheduler_type": "linear"}, [0, 0.5, 1, 0.5]),
+        ({"max_steps": None, "num_train_epochs": 1.5, "warmup_steps": 0, "decay_steps": 0}, [1, 1, 1]),
     ],
 )
 def test_short_schedules_reach_the_full_rate(settings, casa_folder, schedule, shares):
@@ -102,7 +109,7 @@ def test_short_schedules_reach_the_full_rate(settings, casa_folder, schedule, sh
 def test_how_long_a_run_is():
     given = {"model": "m", "data": "d", "output": "o"}
     assert TrainingConfig(**given).max_steps == 25_000
-    assert TrainingConfig(**given, epochs=2).max_steps is None
+    assert TrainingConfig(**given, num_train_epochs=2).max_steps is None
 
 
 def test_a_run_says_how_it_goes_and_what_it_lacks(settings, tmp_path, caplog):
@@ -112,7 +119,7 @@ def test_a_run_says_how_it_goes_and_what_it_lacks(settings, tmp_path, caplog):
     (tmp_path / "eval.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     logs = []
     changes = {"sequences_per_update": 64, "over_long": "drop", "max_steps": 11}
-    changes |= {"eval_data": str(tmp_path / "eval.jsonl"), "trainer": {"use_cpu": True}}
+    changes |= {"eval_data": str(tmp_path / "eval.jsonl"), "logging_steps": 10}
     report = train(TrainingConfig.from_dict({**settings, **changes}), logs.append)
     assert len([log for log in logs if "loss" in log]) == 2
     assert f"only {report.sequences} packed sequences" in caplog.text
@@ -127,8 +134,7 @@ def pixels(folder):
 @pytest.mark.parametrize("keep", [False, True])
 def test_limits_are_those_of_the_run_unless_they_are_kept(settings, casa_folder, tmp_path, keep):
     limits = {"max_pixels": 84 * 84, "frame_max_pixels": 56 * 56}
-    saving = {**settings["trainer"], "save_steps": 1}
-    report = train(TrainingConfig.from_dict({**settings, **limits, "keep_limits": keep, "trainer": saving}))
+    report = train(TrainingConfig.from_dict({**settings, **limits, "keep_limits": keep, "save_steps": 1}))
     published = tuple(limits.values()) if keep else pixels(casa_folder)
     assert pixels(casa_folder)[0] > 84 * 84 and pixels(casa_folder)[1] > 56 * 56
     assert pixels(report.output) == pixels(tmp_path / "trained-checkpoints" / "checkpoint-2") == published
@@ -154,7 +160,7 @@ def test_a_damaged_image_is_one_line_that_names_the_example(settings, tmp_path, 
     (tmp_path / "damaged.jsonl").write_text(json.dumps({**CONVERSATIONS[0], "images": ["cut.jpg"]}))
     changes = {
         "data": str(tmp_path / "damaged.jsonl"),
-        "trainer": {"use_cpu": True, "dataloader_num_workers": workers},
+        "dataloader_num_workers": workers,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, **changes}))
     with pytest.raises(SystemExit):
@@ -189,8 +195,8 @@ def test_adapters_of_fusion_layers_that_have_no_projections(settings, converted)
 def test_adapters_of_other_variants_and_going_on(settings, converted, tmp_path, variant):
     """Adapters of a broken run end as those of an unbroken one; all of them have learned."""
     pytest.importorskip("peft")
-    saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 2}
-    run = {**settings, "model": str(converted(variant)), "lora": {"r": 2}, "max_steps": 4, "trainer": saving}
+    saving = {"save_steps": 2}
+    run = {**settings, "model": str(converted(variant)), "lora": {"r": 2}, "max_steps": 4, **saving}
     run |= {"sequences_per_update": 1, "checkpoints": str(tmp_path / "c"), "lr_new": 1e-2}
     whole = train(TrainingConfig.from_dict({**run, "output": str(tmp_path / "whole")})).output
     shutil.rmtree(tmp_path / "c" / "checkpoint-4")
@@ -224,12 +230,12 @@ def test_what_nobody_has_trained_trains_beside_adapters(settings, source_folder,
 
 
 def test_a_broken_run_goes_on_and_ends_as_an_unbroken_one(settings, tmp_path):
-    saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 2}
+    saving = {"save_steps": 2}
     run = {
         **settings,
         "max_steps": 4,
         "sequences_per_update": 1,
-        "trainer": saving,
+        **saving,
         "checkpoints": str(tmp_path / "c"),
     }
     whole = train(TrainingConfig.from_dict({**run, "output": str(tmp_path / "whole")}))
@@ -256,9 +262,75 @@ def test_a_finished_run_is_written_again(settings, tmp_path, caplog):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "longer", "rates"),
+    [
+        ({"lr_scheduler_type": "constant"}, {"max_steps": 4}, [1, 1]),
+        ({"warmup_steps": 0, "decay_steps": 0.5}, {"max_steps": 4}, [1, 0.5]),  # not the 0 at which it ended
+        ({"warmup_steps": 0, "decay_steps": 0}, {"max_steps": None, "num_train_epochs": 2.0}, None),
+    ],
+)
+def test_a_finished_run_can_be_made_longer(settings, tmp_path, schedule, longer, rates):
+    run = {**settings, **schedule, "sequences_per_update": 1, "checkpoints": str(tmp_path / "c"), "lr_new": 1e-3}
+    first = train(TrainingConfig.from_dict(run))
+    with pytest.raises(ValueError, match=rf"exists; .*longer, with checkpoints={tmp_path / 'c'}\), or remove it"):
+        train(TrainingConfig.from_dict({**run, **longer, "resume": True}))
+    logs = []
+    again = {**run, **longer, "output": str(tmp_path / "longer"), "resume": True}
+    second = train(TrainingConfig.from_dict(again), logs.append)
+    whole = {**run, **longer, "output": str(tmp_path / "whole"), "checkpoints": str(tmp_path / "others")}
+    expected = train(TrainingConfig.from_dict(whole))
+    assert first.steps == 2 < second.steps == expected.steps
+    if rates:
+        found = [log["learning_rate"] for log in logs if "loss" in log]
+        assert found == pytest.approx([1e-3 * share for share in rates])
+    if rates != [1, 0.5]:  # without the decay of the first run, it is the longer one
+        weights, others = load_weights(expected.output), load_weights(second.output)
+        assert all(torch.equal(others[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(ValueError, match=r"max_steps=2 \(was "):
+        train(TrainingConfig.from_dict({**run, "output": str(tmp_path / "shorter"), "resume": True}))
+
+
+def test_metrics_are_in_files_of_the_output(settings, tmp_path):
+    report = train(TrainingConfig.from_dict({**settings, "eval_data": settings["data"]}))
+    results = json.loads((report.output / "all_results.json").read_text())
+    assert results == report.metrics and results["eval_loss"] > 0 and results["train_loss"] > 0
+    logs = json.loads((report.output / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2]
+    assert logs[-1]["eval_loss"] == results["eval_loss"]
+    assert not list(report.output.glob("*.incomplete"))
+
+
+def test_a_terminal_has_a_bar_with_steps_and_time_left(settings, tmp_path, monkeypatch, capsys):
+    command_line = Cli(monkeypatch, capsys)
+    settings = {**settings, "sequences_per_update": 1, "save_steps": 1, "checkpoints": str(tmp_path / "c")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    outcome = command_line("train", file, terminal=True)
+    assert outcome.code == 0
+    assert re.search(r"2/2 \[\d\d:\d\d<00:00, ", outcome.err), outcome.err
+    assert outcome.err.count("loss ") >= 2 and "{" not in outcome.out + outcome.err
+    # From where it was, with the time that is left; its line ends before an error.
+    file.write_text(yaml.safe_dump({**settings, "max_steps": 4, "output": str(tmp_path / "longer")}))
+    outcome = command_line("train", file, "--resume", terminal=True)
+    assert outcome.code == 0 and "2/4 [" in outcome.err and "4/4 [" in outcome.err and "1/4 [" not in outcome.err
+    file.write_text(yaml.safe_dump({**settings, "lr_new": 1e30, "max_steps": 3, "checkpoints": str(tmp_path / "d")}))
+    shutil.rmtree(settings["output"])
+    outcome = command_line("train", file, terminal=True)
+    assert outcome.code == 1 and "/3 [" in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("error: The loss is not finite (nan or inf) after 2 of 3 steps")
+    assert f"The last finite checkpoint is {tmp_path / 'd' / 'checkpoint-2'};" in last
+    assert not Path(settings["output"]).exists()
+    file.write_text(yaml.safe_dump(settings))
+    shutil.rmtree(tmp_path / "c")
+    outcome = command_line("train", file)
+    assert outcome.code == 0 and "\r" not in outcome.err and "2/2" not in outcome.err
+
+
 def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tmp_path):
-    saving = {**settings["trainer"], "save_strategy": "steps", "save_steps": 1}
-    run = {**settings, "checkpoints": str(tmp_path / "c"), "trainer": saving}
+    saving = {"save_steps": 1}
+    run = {**settings, "checkpoints": str(tmp_path / "c"), **saving}
     train(TrainingConfig.from_dict(run))
     shutil.rmtree(tmp_path / "c" / "checkpoint-2")
     shutil.rmtree(tmp_path / "trained")
@@ -266,10 +338,11 @@ def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tm
     changes = {
         "lr_new": 1e-9,
         "weight_decay": 0.5,
-        "warmup": 0,
+        "warmup_steps": 0,
         "seed": 7,
         "sequences_per_update": 1,
-        "max_steps": 3,
+        "max_steps": 1,
+        "max_grad_norm": 2,
         "trainable": "fusion-only",
         "model": str(other),
         "max_text_tokens": 90,
@@ -313,59 +386,72 @@ def test_the_command(settings, tmp_path, capsys):
     ("changes", "words"),
     [
         ({"lr_nwe": 1.0}, ["'lr_nwe'", "'lr_new'"]),
+        ({"max_grad_nrom": 1}, ["'max_grad_nrom'", "'max_grad_norm'"]),
+        ({"warmup": 0.1}, ["'warmup'", "'warmup_steps'"]),
+        ({"trainer": {"save_steps": 1}}, ["'trainer'", "beside the other settings"]),
         ({"model": None}, ["doesn't say model"]),
         ({"max_steps": 0}, ["max_steps=0", "positive"]),
-        ({"lr_new": "fast"}, ["lr_new='fast'"]),
-        ({"epochs": 1}, ["max_steps=2 and epochs=1"]),
-        ({"warmup": 0.6, "decay": 0.6}, ["warmup=0.6 and decay=0.6"]),
-        ({"decay": 2}, ["decay=2", "0 to 1"]),
+        ({"lr_new": "fast"}, ["lr_new='fast' must be a number."]),
+        ({"lr_new": True}, ["lr_new=True must be a number."]),
+        ({"lr_new": "-1e-4"}, ["lr_new=-0.0001 must be a positive number."]),
+        ({"num_train_epochs": 1}, ["max_steps=2 and num_train_epochs=1"]),
+        ({"warmup_steps": 0.6, "decay_steps": 0.6}, ["warmup_steps=0.6 and decay_steps=0.6", "2 steps"]),
+        ({"warmup_steps": 2, "decay_steps": 1}, ["warmup_steps=2 and decay_steps=1"]),
+        ({"warmup_steps": -1}, ["warmup_steps=-1", "share"]),
+        ({"decay_steps": 1, "lr_scheduler_type": "cosine"}, ["decay_steps=1", "'cosine'"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
         ({"dtype": "float16"}, ["dtype='float16'", "bfloat16"]),
+        ({"bf16": "yes", "use_cpu": False}, ["bf16=True", "set use_cpu"]),
+        ({"fp16": True}, ["fp16=True needs a GPU"]),
         ({"lora": {"r": 2}, "trainable": "fusion-only"}, ["trainable"]),
         ({"lora": {"rank": 2}}, ["lora.rank"]),
         ({"lora": {"target_modules": "fuson"}}, ["lora.target_modules='fuson'", "fusion or self-attention"]),
         ({"lora": {"target_modules": ["k_prj"]}}, ["lora.target_modules=['k_prj']", "list of their last parts"]),
         ({"lora": {"target_modules": ".*(q_proj"}}, ["lora.target_modules='.*(q_proj'", "no regular expression"]),
         ({"lora": {"r": "two"}}, ["lora.r='two'", "an integer"]),
-        ({"trainer": {"save_steps": "abc"}}, ["trainer.save_steps='abc' must be a number."]),
-        ({"trainer": {"save_total_limit": 2.5}}, ["trainer.save_total_limit=2.5 must be an integer."]),
-        ({"trainer": {"use_cpu": "yes"}}, ["trainer.use_cpu='yes' must be true or false."]),
-        ({"trainer": {"use_cpu": True, "optim": "adamx"}}, ["trainer=", "'adamx'", "isn't possible", "adamw_torch"]),
+        ({"save_steps": "abc"}, ["save_steps='abc' must be a number."]),
+        ({"save_total_limit": 2.5}, ["save_total_limit=2.5 must be an integer."]),
+        ({"save_total_limit": "2.5"}, ["save_total_limit='2.5' must be an integer."]),
+        ({"use_cpu": "maybe"}, ["use_cpu='maybe' must be true or false."]),
+        ({"optim": "adamx"}, ["optim='adamx' isn't possible", "adamw_torch"]),
+        ({"logging_steps": 0}, ["logging_steps=0 isn't possible", "non-zero"]),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, ["load_best_model_at_end=True isn't possible"]),
+        ({"report_to": "tensorbord"}, ["report_to='tensorbord' is unknown", "'tensorboard'"]),
         ({"output": ""}, ["output=''", "names no folder"]),
         ({"output": "."}, ["output='.'", "names no folder"]),
         ({"output": "a/.."}, ["output='a/..'", "names no folder"]),
-        ({"trainer": {"max_grad_nrom": 1}}, ["trainer.max_grad_nrom", "'max_grad_norm'"]),
-        ({"trainer": {"max_steps": 4}}, ["trainer.max_steps follows from max_steps;"]),
-        ({"trainer": {"learning_rate": 1e-2}}, ["trainer.learning_rate follows from lr_new and lr_existing;"]),
-        ({"trainer": {"num_train_epochs": 2}}, ["trainer.num_train_epochs follows from epochs;"]),
-        ({"trainer": {"output_dir": "elsewhere"}}, ["trainer.output_dir follows from checkpoints;"]),
-        ({"trainer": {"lr_scheduler_type": "cosine"}}, ["trainer.lr_scheduler_type follows from warmup and decay;"]),
-        ({"trainer": {"gradient_accumulation_steps": 4}}, ["follows from sequences_per_update;"]),
-        ({"trainer": {"per_device_train_batch_size": 0}}, ["trainer.per_device_train_batch_size=0"]),
-        ({"trainer": ["use_cpu"]}, ["trainer=['use_cpu']", "mapping"]),
-        ({"trainer": {"train_sampling_strategy": "group_by_length"}}, ["trainer.train_sampling_strategy", "packed"]),
+        ({"output": 7}, ["output=7 must be a string."]),
+        ({"learning_rate": 1e-2}, ["learning_rate follows from lr_new and lr_existing;"]),
+        ({"output_dir": "elsewhere"}, ["output_dir follows from output"]),
+        ({"gradient_accumulation_steps": 4}, ["follows from sequences_per_update;"]),
+        ({"resume_from_checkpoint": "c"}, ["resume_from_checkpoint follows from resume;"]),
+        ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size=0"]),
+        ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "packed"]),
         ({"generate": {"num_return_sequences": 2, "num_beams": 2}}, ["one answer each", "num_return_sequences"]),
         ({"generate": {"return_dict_in_generate": True}}, ["one answer each", "return_dict_in_generate"]),
         ({"generate": {"max_new_token": 3}}, ["generate.max_new_token ", "'max_new_tokens'"]),
-        ({"generate": {"max_new_tokens": "3"}}, ["generate.max_new_tokens='3'", "positive integer"]),
+        ({"generate": {"max_new_tokens": "three"}}, ["generate.max_new_tokens='three'", "an integer"]),
+        ({"generate": {"max_new_tokens": 0}}, ["generate.max_new_tokens=0", "positive integer"]),
         ({"generate": {"cache_implementation": "sttaic"}}, ["generate={'cache_implementation': 'sttaic'}"]),
-        ({"max_steps": 4.5}, ["max_steps=4.5", "positive integer"]),
-        ({"max_text_tokens": "2k"}, ["max_text_tokens='2k'", "positive integer"]),
-        ({"max_pixels": True}, ["max_pixels=True", "positive integer"]),
+        ({"generate": ["max_new_tokens"]}, ["generate=['max_new_tokens']", "mapping"]),
+        ({"max_steps": 4.5}, ["max_steps=4.5 must be an integer."]),
+        ({"max_text_tokens": "2k"}, ["max_text_tokens='2k' must be an integer."]),
+        ({"max_pixels": True}, ["max_pixels=True must be an integer."]),
         ({"weight_decay": "none"}, ["weight_decay='none'"]),
         ({"seed": -1}, ["seed=-1"]),
-        ({"data": 3}, ["data=3", "a text"]),
-        ({"resume": True, "trainer": {"save_only_model": True}}, ["resume", "trainer.save_only_model"]),
-        ({"resume": "yes"}, ["resume='yes'", "true or false"]),
-        ({"trainer": {"per_device_train_batch_size": 3, "use_cpu": True}}, ["sequences_per_update=2", "3 sequences"]),
+        ({"data": 3}, ["data=3", "a string"]),
+        ({"data": [{"path": "a", "weight": "much"}]}, ["weight of a='much'", "a number"]),
+        ({"resume": True, "save_only_model": True}, ["resume", "save_only_model"]),
+        ({"resume": "perhaps"}, ["resume='perhaps'", "true or false"]),
+        ({"per_device_train_batch_size": 3}, ["sequences_per_update=2", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
         ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
-        ({"trainable": 3}, ["trainable=3", "a text or a list of texts"]),
-        ({"trainable": ["casa_attn", 3]}, ["trainable=['casa_attn', 3]", "a text or a list of texts"]),
-        ({"trainable": []}, ["trainable=[]", "a text or a list of texts"]),
-        ({"trainer": {"push_to_hub": True}}, ["trainer.push_to_hub", "no token", "hf auth login"]),
+        ({"trainable": 3}, ["trainable=3", "a string or a list"]),
+        ({"trainable": ["casa_attn", 3]}, ["trainable[1]=3", "a string"]),
+        ({"trainable": []}, ["trainable=[]"]),
+        ({"push_to_hub": True}, ["push_to_hub", "no token", "hf auth login"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
@@ -415,8 +501,54 @@ def test_checkpoints_are_beside_the_output(settings, tmp_path, output):
     assert config.checkpoint_folder == tmp_path / "trained-checkpoints"
 
 
-def test_no_further_arguments(settings):
-    assert TrainingConfig.from_dict({**settings, "trainer": None}).trainer == {}
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_reporter_that_is_not_installed_is_named_before_anything_is_read(settings, tmp_path, package):
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ImportError, match=f"report_to='{package}' needs the package {package}: pip install {package}"):
+        train(TrainingConfig.from_dict({**settings, "data": "nowhere", "report_to": ["none", package]}))
+
+
+def test_arguments_of_transformers_stand_beside_the_settings(settings, tmp_path):
+    """Numbers and truth values in quotes too."""
+    file = tmp_path / "run.yaml"
+    given = {name: value for name, value in settings.items() if name not in ("max_steps", "use_cpu", "max_pixels")}
+    file.write_text(
+        yaml.safe_dump(given)
+        + """
+max_steps: "2"
+max_pixels: '7056'
+lr_new: "1e-3"
+keep_limits: "no"
+bf16: "False"
+use_cpu: "yes"
+save_steps: "0.5"
+adam_beta2: '0.9'
+weight_decay: "1e-2"
+save_total_limit: null
+report_to: none
+lora: {r: "2", lora_alpha: "4", lora_dropout: "0.5", use_rslora: "true"}
+generate: {max_new_tokens: "3", temperature: "0.5", do_sample: "yes"}
+"""
+    )
+    config = TrainingConfig.from_yaml(file)
+    assert (config.max_steps, config.max_pixels, config.lr_new) == (2, 7056, 1e-3)
+    assert (config.keep_limits, config.bf16) == (False, False)
+    assert config.trainer == {
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_steps": 0.5,
+        "adam_beta2": 0.9,
+        "weight_decay": 0.01,
+        "save_total_limit": None,
+        "report_to": "none",
+    }
+    assert config.generate == {"max_new_tokens": 3, "temperature": 0.5, "do_sample": True}
+    arguments = recipe._arguments(config, 2)
+    assert (arguments.save_steps, arguments.adam_beta2, arguments.use_cpu) == (0.5, 0.9, True)
+    assert recipe._typed_lora(config.lora) == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "use_rslora": True}
+    data = [{"path": "a", "weight": "3"}, {"path": "b", "weight": "1e-1"}]
+    assert [Source.of(source).weight for source in data] == [3, 0.1]
 
 
 def test_numbers_in_yaml(tmp_path, settings):

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import existing
-from .terminal import quiet_unless_terminal
+from .terminal import complain, quiet_unless_terminal
 
 if TYPE_CHECKING:
     from ..training import PackedDataset
     from ..training.parameters import Part
+
+# As shells have it for a process that Ctrl-C has ended.
+_INTERRUPTED = 130
 
 
 def train(
@@ -45,11 +49,11 @@ def train(
     output = Path(settings.output)
     existed = output.exists()
     try:
-        report = run(settings, on_log=lambda logs: typer.echo(_logged(logs), err=True), on_start=announce)
-    except KeyboardInterrupt as error:
-        if not speaks:
-            raise
-        raise OSError(_interrupted(config, output, settings.checkpoint_folder, existed)) from error
+        report = run(settings, on_log=_log, on_start=announce)
+    except KeyboardInterrupt:
+        if speaks:
+            complain(InterruptedError(_interrupted(config, output, settings.checkpoint_folder, existed)))
+        raise typer.Exit(_INTERRUPTED) from None
     if speaks:
         typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
         typer.echo(f"Wrote {report.output}.")
@@ -63,7 +67,7 @@ def _interrupted(config: Path, output: Path, checkpoints: Path, existed: bool) -
         return f"The training was interrupted before it began; {output} is not of this run."
     if output.exists():
         return f"The training was interrupted when the model was trained; it is saved in {output}."
-    last, skipped = last_checkpoint(checkpoints)
+    last, skipped = last_checkpoint(checkpoints, reads_all=False)
     if last is None and skipped:
         folder, fault = next(iter(skipped.items()))
         way = f"Remove {checkpoints} to start anew."
@@ -71,6 +75,13 @@ def _interrupted(config: Path, output: Path, checkpoints: Path, existed: bool) -
     if last is None:
         return "The training was interrupted before its first checkpoint. The same command starts it anew."
     return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."
+
+
+def _log(values: dict[str, float]) -> None:
+    """Losses and metrics as a line on standard error, above the bars that are there."""
+    from tqdm import tqdm
+
+    tqdm.write(_logged(values), file=sys.stderr)
 
 
 def _logged(values: dict[str, float]) -> str:

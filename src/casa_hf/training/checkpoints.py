@@ -15,7 +15,7 @@ from transformers import TrainerState
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
-_LAST_FILE = "trainer_state.json"
+STATE = "trainer_state.json"  # written last
 _MARK = "checkpoint-is-incomplete.txt"  # there while `enable_jit_checkpoint` writes
 
 # Of a model or its adapters; of a model sharded by FSDP or DeepSpeed.
@@ -69,10 +69,10 @@ def _fault(checkpoint: Path, reads_all: bool) -> str | None:
     """What a checkpoint lacks, in words; None if nothing."""
     if (checkpoint / _MARK).exists():
         return f"marked so by {_MARK}"
-    if not (checkpoint / _LAST_FILE).is_file():
-        return f"without {_LAST_FILE}, which is written last"
+    if not (checkpoint / STATE).is_file():
+        return f"without {STATE}, which is written last"
     if not _is_state(checkpoint):
-        return f"{_LAST_FILE} is damaged"
+        return f"{STATE} is damaged"
     if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
         return "without weights"
     for name, patterns in _STATES.items():
@@ -94,7 +94,7 @@ def _fault(checkpoint: Path, reads_all: bool) -> str | None:
 def _is_state(checkpoint: Path) -> bool:
     """Whether the Trainer can read the state."""
     try:
-        return isinstance(TrainerState.load_from_json(str(checkpoint / _LAST_FILE)).global_step, int)
+        return isinstance(TrainerState.load_from_json(str(checkpoint / STATE)).global_step, int)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return False
 

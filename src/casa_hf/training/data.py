@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..checks import is_positive
+from .settings import typed
 
 Example = Mapping[str, Any]
 
@@ -116,9 +117,11 @@ class Source:
                 f"{', '.join(known[1:])}."
             )
         weight = given.get("weight")
+        if isinstance(weight, str):
+            weight = typed(f"The weight of {given['path']}", weight, float)
         if weight is not None and not is_positive(weight):
             raise ValueError(f"The weight of {given['path']} is {weight!r}; expected a positive number.")
-        return cls(**{**given, "path": str(given["path"])})
+        return cls(**{**given, "path": str(given["path"]), "weight": weight})
 
 
 def load_mixture(

@@ -11,29 +11,31 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.util import find_spec
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import get_token
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checkpoint_files.errors import disk_is_full, one_line
 from ..checkpoint_files.shards import read_json
-from ..checks import check_count, check_number, check_positive, is_number
+from ..checks import check_count, check_number, check_positive
 from ..configuration_casa import CasaConfig
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
-from .checkpoints import NO_OPTIMIZER, last_checkpoint
+from .checkpoints import NO_OPTIMIZER, STATE, last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator, PackedDataset
 from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
 from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
+from .settings import check_name, read_yaml_file, typed
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ logger = logging.getLogger(__name__)
 _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
 _DTYPES = ("float32", "bfloat16")  # in float16 the second moments of AdamW underflow, and weights jump
 _PAPER_STEPS = 25_000
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_SCHEDULE = "warmup_stable_decay"
+_DECAY = 0.1
 
 _COUNTS = (
     "sequences_per_update",
@@ -52,48 +55,63 @@ _COUNTS = (
     "frame_max_pixels",
 )
 
-# Arguments of `TrainingArguments` -> the settings that they follow from. Given beside these, they would win or lose
-# in part: rates belong to groups of parameters, and the schedule and the batches are counted in steps.
+# Arguments of `TrainingArguments` -> the settings that they follow from.
 _FOLLOWING = {
-    "output_dir": "checkpoints",
-    "max_steps": "max_steps",
-    "num_train_epochs": "epochs",
+    "output_dir": "output (and checkpoints)",
     "learning_rate": "lr_new and lr_existing",
-    "weight_decay": "weight_decay",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "lr_scheduler_type": "warmup and decay",
-    "lr_scheduler_kwargs": "warmup and decay",
     "gradient_accumulation_steps": "sequences_per_update",
     "auto_find_batch_size": "sequences_per_update",
-    "gradient_checkpointing": "gradient_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing",
-    "bf16": "bf16",
-    "seed": "seed",
     "resume_from_checkpoint": "resume",
 }
 
-
-# What may be another when a run goes on. Of the data it counts what was made of it.
+# What may be another when a run goes on. Of the data it counts what was made of it, and a run can be made longer.
 _FREE_TO_CHANGE = {
-    *("data", "split", "output", "checkpoints", "resume", "keep_limits", "trainer"),
+    *("data", "split", "output", "checkpoints", "resume", "keep_limits", "trainer", "max_steps", "num_train_epochs"),
     *("eval_data", "eval_split", "generate", "gradient_checkpointing", "attn_implementation"),
 }
+# Of further arguments, what may not.
+_KEPT_ARGUMENTS = (
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *(
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
+        "fp16",
+        "data_seed",
+    ),
+)
 # In the folder of checkpoints; the Trainer publishes nothing whose name begins so.
 _SETTINGS = "_settings.json"
-_BY_LENGTH = (("train_sampling_strategy", "group_by_length"), ("group_by_length", True))
+
+# Of `generate`, whose arguments have no types to read.
+_GENERATE_TYPES: dict[str, type] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "num_beams", "top_k"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_time"), float),
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate"), bool),
+    "num_return_sequences": int,
+}
+# Where `report_to` sends metrics -> the package that does it.
+_REPORTERS = {
+    **{name: name for name in ("tensorboard", "wandb", "trackio", "mlflow", "clearml", "codecarbon", "swanlab")},
+    "comet_ml": "comet-ml",
+}
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     """What to train, on what, and how; defaults are those of the paper for Qwen2.5-VL-3B.
 
+    Numbers and truth values may be strings ("3", "1e-4", "no"), as a file or a command line gives them.
+
     Attributes:
         model: folder or Hub id of a CASA checkpoint.
         data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
-        output: folder to make, with the trained model and its processor, or the adapter.
+        output: folder to make, with the trained model and its processor, or the adapter; and `all_results.json` (the
+            last metrics) and `trainer_state.json` (those of every log).
         eval_data: conversations to evaluate on, likewise.
         split, eval_split: of data sets that don't name their own; None for "train" and "validation".
         trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
@@ -105,12 +123,13 @@ class TrainingConfig:
         keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
         sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
             over the data has what is left.
-        max_steps: steps of the optimizer; None for the paper's 25,000, or where `epochs` says how long.
-        epochs: passes over the data, in place of `max_steps`.
+        max_steps: steps of the optimizer; None for the paper's 25,000, or where `num_train_epochs` says how long.
+        num_train_epochs: passes over the data, in place of `max_steps`.
         lr_new, lr_existing: learning rates of what conversion has added and of the rest.
-        weight_decay: of matrices.
-        warmup, decay: the share of the steps in which rates rise from 0, and in which they fall to 0 in the end, both
-            linearly; at least one step has the full rate.
+        warmup_steps: steps in which rates rise from 0, linearly; below 1 it is a share of all steps. At least one step
+            has the full rate.
+        decay_steps: steps in which they fall to 0 in the end, likewise; None for a tenth of all. Other schedules than
+            "warmup_stable_decay" (`lr_scheduler_type`) have none.
         gradient_checkpointing: whether to recompute activations in the backward pass.
         dtype: of the weights.
         bf16: whether to compute in bfloat16; None: where a GPU can.
@@ -119,10 +138,11 @@ class TrainingConfig:
         seed: of the order of the data, before packing and after it, and of adapters.
         checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
         resume: whether to go on from the last one there.
-        trainer: further arguments of `TrainingArguments`, except those that follow from a setting above.
+        trainer: further arguments of `TrainingArguments`, except those that follow from a setting above. In a file
+            they stand beside the others.
 
     Raises:
-        ValueError: for settings of the wrong type or out of range, or that contradict each other.
+        ValueError: for settings that are unknown, of the wrong type or out of range, or that contradict each other.
     """
 
     model: str
@@ -141,12 +161,11 @@ class TrainingConfig:
     keep_limits: bool = False
     sequences_per_update: int = 128
     max_steps: int | None = None
-    epochs: float | None = None
+    num_train_epochs: float | None = None
     lr_new: float = 1e-4
     lr_existing: float = 1e-5
-    weight_decay: float = 0.0
-    warmup: float = 0.02
-    decay: float = 0.1
+    warmup_steps: float = 0.02
+    decay_steps: float | None = None
     gradient_checkpointing: bool = True
     dtype: str = "float32"
     bf16: bool | None = None
@@ -158,29 +177,26 @@ class TrainingConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.trainer = {} if self.trainer is None else self.trainer
-        for name in (*_COUNTS, "seed"):
-            value = getattr(self, name)
-            if isinstance(value, float) and value.is_integer():  # such as 4e3
-                setattr(self, name, int(value))
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
+            setattr(self, name, typed(name, getattr(self, name), hint))
+        self._type_arguments(hints)
         for name in _COUNTS:
-            if getattr(self, name) is not None or name == "sequences_per_update":
+            if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
-        for name in ("lr_new", "lr_existing"):
-            check_positive(name, getattr(self, name))
-        if self.epochs is not None:
-            check_positive("epochs", self.epochs)
-        check_number("weight_decay", self.weight_decay, Real, lambda number: 0 <= number < math.inf, "0 or more")
-        for name in ("warmup", "decay"):
-            share = "a share of the steps, from 0 to 1"
-            check_number(name, getattr(self, name), Real, lambda number: 0 <= number <= 1, share)
-        self._check_types()
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than all steps; lower one.")
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: leave out one of them.")
-        if self.max_steps is None and self.epochs is None:
+        for name in ("lr_new", "lr_existing", "num_train_epochs"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) is not None:
+                expected = "a number of steps, or below 1 a share of them"
+                check_number(name, getattr(self, name), Real, lambda number: 0 <= number < math.inf, expected)
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: leave out one of them."
+            )
+        if self.max_steps is None and self.num_train_epochs is None:
             self.max_steps = _PAPER_STEPS
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
@@ -188,26 +204,34 @@ class TrainingConfig:
             raise ValueError(
                 f"output={str(self.output)!r} names no folder to make. Give a path such as my-casa-model."
             )
+        if self.trainable is not None and not (self.trainable and all(self.trainable)):
+            raise ValueError(f"trainable={self.trainable!r} must be a recipe, or patterns that aren't empty.")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
 
-    def _check_types(self) -> None:
-        kinds: dict[str, tuple[Any, str]] = {
-            "model output checkpoints": (str | os.PathLike, "a text"),
-            "data eval_data": (str | os.PathLike | Mapping | list, "a text, a mapping or a list of these"),
-            "split eval_split over_long dtype attn_implementation": (str, "a text"),
-            "keep_limits gradient_checkpointing bf16 resume": (bool, "true or false"),
-            "lora generate trainer": (Mapping, "a mapping of arguments"),
-        }
-        optional = {f.name for f in fields(self) if f.default is None}
-        for names, (kind, expected) in kinds.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if not isinstance(value, kind) and not (value is None and name in optional):
-                    raise ValueError(f"{name}={value!r} must be {expected}.")
-        patterns = self.trainable if isinstance(self.trainable, list | tuple) else [self.trainable]
-        if self.trainable is not None and not (patterns and all(isinstance(p, str) and p for p in patterns)):
-            raise ValueError(f"trainable={self.trainable!r} must be a text or a list of texts.")
+    def _type_arguments(self, settings: Iterable[str]) -> None:
+        """Type the arguments for other libraries, and refuse those that they don't know or that follow from a setting.
+
+        Those for PEFT are typed when it is known to be there.
+        """
+        from transformers import GenerationConfig, TrainingArguments
+
+        hints = get_type_hints(TrainingArguments)
+        arguments = {}
+        for name, value in self.trainer.items():
+            check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
+            if name in _FOLLOWING or name in settings:
+                raise ValueError(f"{name} follows from {_FOLLOWING.get(name, name)}; set that instead.")
+            arguments[name] = typed(name, value, hints[name])
+        self.trainer = arguments
+        if self.generate is not None:
+            own = inspect.signature(CasaForConditionalGeneration.generate).parameters
+            for name in self.generate:
+                check_name(name, [*vars(GenerationConfig()), *own], f"generate.{name} is no argument of generate")
+            self.generate = {
+                name: typed(f"generate.{name}", value, _GENERATE_TYPES.get(name, Any) | None)
+                for name, value in self.generate.items()
+            }
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -216,25 +240,21 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, content: Any) -> TrainingConfig:
-        """From a mapping such as a YAML file gives.
+        """From a mapping such as a YAML file gives: settings and arguments of `TrainingArguments` side by side.
 
         Raises:
-            ValueError: for unknown or missing settings.
+            ValueError: for unknown or missing settings, and as `TrainingConfig`.
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"A training configuration is {type(content).__name__}; expected a mapping of settings.")
-        known = {f.name: f for f in fields(cls)}
-        for name in content:
-            if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}."
-                raise ValueError(
-                    f"The setting {name!r} is unknown; {hint} Arguments of TrainingArguments go under `trainer`."
-                )
-        required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+        own = {f.name: f for f in fields(cls) if f.name != "trainer"}
+        if "trainer" in content:
+            raise ValueError("The setting 'trainer' is unknown; write what it holds beside the other settings.")
+        required = [f.name for f in own.values() if f.default is MISSING]
         if missing := [name for name in required if content.get(name) is None]:
             raise ValueError(f"The training configuration doesn't say {', '.join(missing)}.")
-        return cls(**_with_numbers(content))
+        given = {name: value for name, value in content.items() if name in own and value is not None}
+        return cls(**given, trainer={name: value for name, value in content.items() if name not in own})
 
     @classmethod
     def from_yaml(cls, file: str | os.PathLike) -> TrainingConfig:
@@ -244,13 +264,7 @@ class TrainingConfig:
             ValueError: if it isn't YAML, or for unknown or missing settings.
             OSError: if it can't be read.
         """
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(file).read_text("utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} isn't valid YAML: {error}") from error
-        return cls.from_dict(content)
+        return cls.from_dict(read_yaml_file(file))
 
 
 @dataclass(frozen=True)
@@ -296,16 +310,13 @@ def train(
     for package, needed in (("accelerate", True), ("peft", config.lora is not None)):
         if needed and find_spec(package) is None:
             raise ImportError(f'Training needs the package {package}: pip install "casa_hf[train]".')
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers import PrinterCallback, ProgressCallback
 
+    from .progress import LogCallback, StepsProgress
     from .trainer import CasaTrainer
 
-    class _Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if on_log is not None and state.is_world_process_zero:
-                on_log(logs)
-
     _check_arguments(config)
+    _arguments(config, config.max_steps or sys.maxsize)  # what Transformers refuses, before the data are read
     output, checkpoints = Path(config.output), config.checkpoint_folder
     resumed = _check_folders(output, checkpoints, config.resume)
     repository = hub_id(config.model, revision=None)
@@ -330,10 +341,14 @@ def train(
             len(data),
             config.sequences_per_update,
         )
-    settings = _settings(config, data)
+    steps = config.max_steps
+    if steps is None:
+        assert config.num_train_epochs is not None
+        steps = math.ceil(config.num_train_epochs * math.ceil(len(data) / config.sequences_per_update))
+    settings = _settings(config, data, steps)
     if resumed is not None:
         _check_settings(settings, checkpoints, resumed)
-    arguments = _arguments(config, len(data))
+    arguments = _arguments(config, steps)
 
     if repository is not None:
         download(repository, folder.name, WEIGHT_FILES)
@@ -362,10 +377,13 @@ def train(
         lr_new=config.lr_new,
         lr_existing=config.lr_existing,
         generate=config.generate,
-        callbacks=[_Report()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    progress = StepsProgress()
+    if not arguments.disable_tqdm:
+        trainer.add_callback(progress)
+    trainer.add_callback(LogCallback(on_log))
     if on_start is not None and trainer.is_world_process_zero():
         on_start(parts, data)
     try:
@@ -374,57 +392,62 @@ def train(
             if arguments.push_to_hub:
                 _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
         metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
-        _save(trainer, output, folder)
+        _save(trainer, output, folder, metrics)
     except Exception as error:  # those who write tensors have kinds of their own
         if disk_is_full(error):
             raise OSError(_full_disk(error, checkpoints)) from error
         _refuse_data(error)
         raise
+    finally:
+        progress.close()
     try:
         if eval_data is not None:
             metrics |= trainer.evaluate()
+            if trainer.is_world_process_zero():
+                _write_results(trainer, output, metrics)
+            if not math.isfinite(metrics["eval_loss"]):
+                raise FloatingPointError(f"The loss of the evaluation is not finite: {metrics['eval_loss']}.")
         if arguments.push_to_hub:
             trainer.push_to_hub()
     except Exception as error:
         error.add_note(f"The model is trained and saved in {output}.")
         raise
+    finally:
+        progress.close()
     return TrainingReport(output, parts, trainer.state.global_step, len(data), data.num_dropped, metrics)
 
 
 def _check_arguments(config: TrainingConfig) -> None:
-    """Refuse arguments for other libraries that these don't know, or that follow from a setting."""
-    from transformers import GenerationConfig, TrainingArguments
+    """Refuse arguments for other libraries that these would refuse late, or take in part."""
+    from transformers import GenerationConfig
 
-    for name, value in config.trainer.items():
-        if name in _FOLLOWING:
-            raise ValueError(f"trainer.{name} follows from {_FOLLOWING[name]}; set that instead, beside trainer.")
-        if (name, value) in _BY_LENGTH:
-            raise ValueError(f"trainer.{name}={value!r}: sequences are packed to the same length; leave it out.")
+    if config.trainer.get("train_sampling_strategy") == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy='group_by_length': sequences are packed to the same length; leave it out."
+        )
     if config.resume and config.trainer.get("save_only_model"):
         raise ValueError(
-            "resume needs the states that trainer.save_only_model leaves out of checkpoints; leave out one of them."
+            "resume needs the states that save_only_model leaves out of checkpoints; leave out one of them."
         )
     if config.trainer.get("hub_token") is not None:
-        raise ValueError(f"trainer.hub_token: {TOKEN_IS_SAVED}")
+        raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
     if config.trainer.get("push_to_hub") and is_first_process() and not get_token():
+        raise ValueError("push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+    kind = _schedule_type(config)
+    if config.decay_steps is not None and kind != _SCHEDULE:
         raise ValueError(
-            "trainer.push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."
+            f"decay_steps={config.decay_steps} is for lr_scheduler_type={_SCHEDULE!r}, not {kind!r}; leave out one."
         )
-    _refuse_unknown("trainer", config.trainer, {f.name for f in fields(TrainingArguments)}, "TrainingArguments")
-    _refuse_kinds("trainer", config.trainer, TrainingArguments)
+    _check_reporters(config.trainer.get("report_to"))
+    _check_precision(config)
     if "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
         refuse_several_gpus(torch.cuda.device_count())
     if config.lora is not None:
-        from peft import LoraConfig
-
-        _refuse_unknown("lora", config.lora, {f.name for f in fields(LoraConfig)}, "PEFT's LoraConfig")
-        _refuse_kinds("lora", config.lora, LoraConfig)
+        _typed_lora(config.lora)
     if config.generate is not None:
-        known = vars(GenerationConfig()).keys() | inspect.signature(CasaForConditionalGeneration.generate).parameters
-        _refuse_unknown("generate", config.generate, known, "generate")
         if config.generate.get("num_return_sequences", 1) != 1 or config.generate.get("return_dict_in_generate"):
             raise ValueError(
-                f"generate={dict(config.generate)}: evaluation compares one answer each; leave out "
+                f"generate={config.generate}: evaluation compares one answer each; leave out "
                 "num_return_sequences and return_dict_in_generate."
             )
         for name in ("max_new_tokens", "max_length", "num_beams"):
@@ -433,30 +456,41 @@ def _check_arguments(config: TrainingConfig) -> None:
         try:
             GenerationConfig().update(**config.generate)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"generate={dict(config.generate)} isn't possible: {error}") from error
+            raise ValueError(f"generate={config.generate} isn't possible: {error}") from error
 
 
-def _refuse_unknown(setting: str, given: Mapping[str, Any], known: Iterable[str], of: str) -> None:
+def _check_reporters(report_to: str | list[str] | None) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        check_name(name, ("none", "all", *INTEGRATION_TO_CALLBACK), f"report_to={name!r} is unknown")
+        if name in _REPORTERS and name not in get_available_reporting_integrations():
+            package = _REPORTERS[name]
+            raise ImportError(f"report_to={name!r} needs the package {package}: pip install {package}")
+
+
+def _check_precision(config: TrainingConfig) -> None:
+    """Refuse to compute in half precision on a device that can't, by the name of the setting."""
+    on_cpu = config.trainer.get("use_cpu") or not torch.accelerator.is_available()
+    if config.trainer.get("fp16") and on_cpu:
+        raise ValueError("fp16=True needs a GPU, and this run has none. Leave it out; on a CPU there is bf16.")
+    if config.bf16 and not config.trainer.get("use_cpu") and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "bf16=True: there is no GPU here that computes in bfloat16. Leave it out, or set use_cpu to compute in "
+            "bfloat16 on the CPU."
+        )
+
+
+def _typed_lora(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of PEFT's `LoraConfig`, typed."""
+    from peft import LoraConfig
+
+    hints = get_type_hints(LoraConfig)
     for name in given:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{setting}.{name} is no argument of {of}{hint}")
-
-
-def _refuse_kinds(setting: str, given: Mapping[str, Any], of: type) -> None:
-    """Refuse what is no number or no truth value where a dataclass has one; it would compare a text with a number."""
-    for name, hint in get_type_hints(of).items():
-        value, kinds = given.get(name), set(get_args(hint) or [hint]) - {type(None)}
-        if value is None or not kinds <= {bool, int, float}:
-            continue
-        if bool in kinds:
-            fits, expected = isinstance(value, bool), "true or false"
-        else:
-            fits = is_number(value, Real if float in kinds else Integral)
-            expected = "a number" if float in kinds else "an integer"
-        if not fits:
-            raise ValueError(f"{setting}.{name}={value!r} must be {expected}.")
+        check_name(name, [f.name for f in fields(LoraConfig)], f"lora.{name} is no argument of PEFT's LoraConfig")
+    return {name: typed(f"lora.{name}", value, hints[name] | None) for name, value in given.items()}
 
 
 def _check_model(model: str, folder: Path) -> None:
@@ -483,12 +517,13 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
                 "out."
             )
     if output.exists():
-        raise ValueError(f"The output {output} exists; choose another folder, or remove it.")
+        longer = f" (to make a finished run longer, with checkpoints={checkpoints})" if resume else ""
+        raise ValueError(f"The output {output} exists; choose another folder{longer}, or remove it.")
     last, skipped = last_checkpoint(checkpoints)
     weights_alone = [folder for folder, fault in skipped.items() if fault == NO_OPTIMIZER]
     if last is None and weights_alone:
         raise ValueError(
-            f"{weights_alone[0]} is {NO_OPTIMIZER}, as with trainer.save_only_model, so no run can go on from it. To "
+            f"{weights_alone[0]} is {NO_OPTIMIZER}, as with save_only_model, so no run can go on from it. To "
             "start with its weights, set model to it and checkpoints to another folder; to start anew, remove "
             f"{checkpoints}."
         )
@@ -498,21 +533,20 @@ def _check_folders(output: Path, checkpoints: Path, resume: bool) -> Path | None
             f"{'the start' if last is None else last.name}, choose another folder, or remove it."
         )
     if is_first_process():
-        for folder, fault in skipped.items():
-            logger.warning(
-                "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
-            )
+        warn_of_skipped(last, skipped)
     return last
 
 
-def _settings(config: TrainingConfig, data: PackedDataset) -> dict[str, Any]:
+def _settings(config: TrainingConfig, data: PackedDataset, steps: int) -> dict[str, Any]:
     """What a run has begun with and has to go on with."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE_TO_CHANGE}
+    settings |= {name: config.trainer[name] for name in _KEPT_ARGUMENTS if name in config.trainer}
     folder = Path(config.model)
     settings["model"] = str(folder.resolve() if folder.is_dir() else config.model)
     settings["rows of data"] = hashlib.sha256(
         json.dumps([data.rows, data.num_text_tokens, data.num_image_tokens]).encode()
     ).hexdigest()[:16]
+    settings["max_steps"] = steps  # those of `num_train_epochs` too
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -520,10 +554,12 @@ def _check_settings(settings: dict[str, Any], checkpoints: Path, last: Path) -> 
     """Refuse to go on with other settings: what a checkpoint holds would count in part, without a word."""
     file = checkpoints / _SETTINGS
     before = read_json(file) if file.is_file() else {}
+    if before and before.get("max_steps", 0) < settings["max_steps"]:
+        before["max_steps"] = settings["max_steps"]  # the run is made longer
     changed = [
-        f"{name}={settings.get(name)!r} (was {value!r})"
-        for name, value in before.items()
-        if settings.get(name) != value
+        f"{name}={settings.get(name)!r} (was {before.get(name)!r})"
+        for name in dict.fromkeys([*before, *(settings if before else ())])
+        if settings.get(name) != before.get(name)
     ]
     if changed:
         raise ValueError(
@@ -534,8 +570,17 @@ def _check_settings(settings: dict[str, Any], checkpoints: Path, last: Path) -> 
 
 def _write_settings(settings: dict[str, Any], checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
-    file = checkpoints / _SETTINGS
-    _partial(file).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    _write_json(checkpoints / _SETTINGS, settings)
+
+
+def _write_results(trainer: Any, folder: Path, metrics: dict[str, float]) -> None:
+    """The last metrics and those of every log, in files of the names that Transformers gives them."""
+    _write_json(folder / "all_results.json", metrics)
+    _write_json(folder / STATE, asdict(trainer.state))
+
+
+def _write_json(file: Path, content: Any) -> None:
+    _partial(file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     os.replace(_partial(file), file)
 
 
@@ -554,62 +599,96 @@ def _pack(config: TrainingConfig, processor: CasaProcessor, examples: Sequence[M
     )
 
 
-def _arguments(config: TrainingConfig, num_sequences: int) -> Any:
-    """`TrainingArguments` of the run."""
+def _schedule_type(config: TrainingConfig) -> str:
+    return config.trainer.get("lr_scheduler_type", _SCHEDULE)
+
+
+def _schedule(config: TrainingConfig, steps: int) -> dict[str, Any]:
+    """Arguments of the learning rate's course over this many steps."""
+
+    def counted(given: float) -> int:
+        return math.ceil(given * steps) if given < 1 else round(given)
+
+    decays = _schedule_type(config) == _SCHEDULE
+    warmup, decay = config.warmup_steps, _DECAY if config.decay_steps is None else config.decay_steps
+    # Shares are rounded up, together to more than all steps.
+    fits = warmup + decay <= 1 if max(warmup, decay) < 1 else counted(warmup) + counted(decay) <= steps
+    if decays and not fits:
+        raise ValueError(f"warmup_steps={warmup} and decay_steps={decay} are more than all {steps} steps; lower one.")
+    # The first step of the warm-up has the rate 0, so it mustn't be the only one.
+    warmup_steps = min(counted(warmup), steps - 1)
+    arguments: dict[str, Any] = {"lr_scheduler_type": _schedule_type(config), "warmup_steps": warmup_steps}
+    if decays:
+        decay_steps = min(counted(decay), steps - warmup_steps)
+        shape = {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"}
+        arguments["lr_scheduler_kwargs"] = {**shape, **(config.trainer.get("lr_scheduler_kwargs") or {})}
+    return arguments
+
+
+def _arguments(config: TrainingConfig, steps: int) -> Any:
+    """`TrainingArguments` of a run of this many steps."""
     from transformers import TrainingArguments
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_device = config.trainer.get("per_device_train_batch_size", 1)
-    check_count("trainer.per_device_train_batch_size", per_device)
+    check_count("per_device_train_batch_size", per_device)
     accumulation, rest = divmod(config.sequences_per_update, per_device * processes)
     if rest:
         raise ValueError(
             f"sequences_per_update={config.sequences_per_update} isn't a multiple of {processes} processes times "
-            f"{per_device} sequences (trainer.per_device_train_batch_size)."
+            f"{per_device} sequences (per_device_train_batch_size)."
         )
-    steps = config.max_steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = math.ceil(config.epochs * math.ceil(num_sequences / config.sequences_per_update))
-    # The first step of the warm-up has the rate 0, so it mustn't be the only one.
-    warmup_steps = min(math.ceil(config.warmup * steps), steps - 1)
-    decay_steps = min(math.ceil(config.decay * steps), steps - warmup_steps)
     use_bf16 = config.bf16
     if use_bf16 is None:
-        use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not config.trainer.get("fp16")
     given = {
-        "output_dir": str(config.checkpoint_folder),
-        "max_steps": steps,
         "per_device_train_batch_size": per_device,
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": accumulation,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "warmup_steps": warmup_steps,
-        "lr_scheduler_kwargs": {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"},
-        "weight_decay": config.weight_decay,
-        "bf16": use_bf16,
-        "seed": config.seed,
         "save_total_limit": 2,
         "logging_steps": 10,
         "logging_first_step": True,
         "report_to": "none",
-        "disable_tqdm": True,
+        "disable_tqdm": not sys.stderr.isatty(),
         "remove_unused_columns": False,
         "prediction_loss_only": True,
         "ddp_find_unused_parameters": False,
         # Rather than by the folder of checkpoints.
         **({"hub_model_id": Path(config.output).name} if config.trainer.get("push_to_hub") else {}),
         **config.trainer,
+        **_schedule(config, steps),
+        "output_dir": str(config.checkpoint_folder),
+        "max_steps": steps,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": use_bf16,
+        "seed": config.seed,
     }
     try:
         return TrainingArguments(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"trainer={dict(config.trainer)} isn't possible: {one_line(error)}") from error
+        _blame(config.trainer)
+        raise ValueError(f"These settings aren't possible together: {one_line(error)}") from error
+
+
+def _blame(given: Mapping[str, Any]) -> None:
+    """Find the argument that `TrainingArguments` refuses by itself, if there is one.
+
+    Raises:
+        ValueError: with its name.
+    """
+    from transformers import TrainingArguments
+
+    always = {"output_dir": "unused", "use_cpu": given.get("use_cpu", False)}
+    for name, value in given.items():
+        try:
+            TrainingArguments(**{**always, name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}={value!r} isn't possible: {one_line(error)}") from error
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    settings = _typed_lora(settings)
     given = "fusion" if settings.get("target_modules") is None else settings["target_modules"]
     targets = LORA_TARGETS.get(given, given) if isinstance(given, str) else given
     # PEFT knows "all-linear" by name.
@@ -642,8 +721,8 @@ def _beside_adapters(model: Any) -> dict[str, Any]:
     return beside
 
 
-def _save(trainer: Any, output: Path, source: Path) -> None:
-    """Write model and processor under another name, then give the folder its own."""
+def _save(trainer: Any, output: Path, source: Path, metrics: dict[str, float] | None = None) -> None:
+    """Write model, processor and metrics under another name, then give the folder its own."""
     partial = _partial(output)
     first = trainer.is_world_process_zero()
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -661,6 +740,8 @@ def _save(trainer: Any, output: Path, source: Path) -> None:
         is_complete = True
         if first:
             (partial / "training_args.bin").unlink(missing_ok=True)
+            if metrics is not None:
+                _write_results(trainer, partial, metrics)
             os.rename(partial, output)
     finally:
         if first and not is_complete:
@@ -696,14 +777,3 @@ def _copy_kept(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copy(file, target / file.name)
-
-
-def _with_numbers(value: Any) -> Any:
-    """YAML reads 1e-4, without a point, as a text."""
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(item) for item in value]
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    return value

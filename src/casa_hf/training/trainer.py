@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -174,8 +175,8 @@ class CasaTrainer(Trainer):
             return values
         if self.is_world_process_zero():
             logger.warning(
-                "The checkpoint has %d of %d steps, so this run is finished and nothing is trained. Raise the steps "
-                "or epochs to go on, or start from its weights.",
+                "The checkpoint has %d of %d steps, so this run is finished and nothing is trained. Raise "
+                "max_steps or num_train_epochs to go on, or start from its weights.",
                 self._resumed.global_step,
                 max_steps,
             )
@@ -191,6 +192,20 @@ class CasaTrainer(Trainer):
         passes = max(math.ceil(self._resumed.epoch) - 1, 0)
         part = (self._resumed.epoch - passes) * self._resumed.max_steps * self.args.gradient_accumulation_steps
         return passes, 0 if self.args.ignore_data_skip else round(part)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Transformers; with the learning rates that the schedule has now, if the run has been made longer."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # Accelerate may have wrapped it
+        if checkpoint is None or not isinstance(schedule, LambdaLR) or self.is_deepspeed_enabled:
+            return
+        rates = [
+            rate * share(schedule.last_epoch)
+            for rate, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Transformers; whether losses are finite is remembered until the gradients are complete."""
