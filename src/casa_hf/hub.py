@@ -13,56 +13,25 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from .card_merge import (
-    FIELD_GROUPS,
-    MADE_BY,
-    TRAINED_ON,
-    UNTRAINED,
-    Card,
-    CardBody,
-    Preference,
-    fields,
-    lines_of,
-    merge,
-    union,
-)
+from .card_parts import FIELD_GROUPS, Card, fields, union
 from .configuration_casa import CasaConfig, variant_overrides
 from .design_space import DESIGN_FIELDS, VARIANTS
 
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
-# In the introduction that Transformers' Trainer writes; whoever completes it is asked to remove this.
-BY_TRAINER = "<!-- This model card has been generated automatically"
-_FROM_SCRATCH = re.compile(r"^This model was trained from scratch (?:on an unknown dataset\.|(on .*))$", re.MULTILINE)
+UNTRAINED, MADE_BY = "What is untrained", "How it was made"
+TRAINED_ON, PROCEDURE = "Training data", "Training procedure"
 
-# What else it generates, see `_keep_words`.
-_ON_DATA = r"on (?:an unknown dataset|the .+ datasets?)\."
-_FINE_TUNED = rf"This model is a fine-tuned version of \[[^\]\n]*\]\([^)\n]*\) {_ON_DATA}"
-_RESULTS = re.compile(
-    r"^It achieves the following results on the evaluation set:\n"
-    r"(?:- [^:\n]+: -?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf)(?:\n|\Z))*",
-    re.MULTILINE,
-)
-_GENERATED_PARTS = {
-    "### Training hyperparameters": re.compile(
-        r"^The following hyperparameters were used during training:\n"
-        r"(?:- (?:seed|optimizer|[a-z]+(?:_[a-z]+)+): .*(?:\n|\Z))*|^More information needed$",
-        re.MULTILINE,
-    ),
-    "### Training results": re.compile(r"^\| Training Loss .*\n(?:\|.*(?:\n|\Z))*", re.MULTILINE),
-    "### Framework versions": re.compile(
-        r"(?:^- (?:PEFT|TRL|Transformers|Pytorch|Datasets|Tokenizers) \S+(?:\n|\Z))+", re.MULTILINE
-    ),
-}
+# What Transformers' Trainer says of every model whose source is no repository.
+_FROM_SCRATCH = re.compile(r"^This model was trained from scratch on ", re.MULTILINE)
+_RESULTS = re.compile(r"^It achieves the following results on the evaluation set:\n(?:- .*(?:\n|\Z))+", re.MULTILINE)
+_PROCEDURE = re.compile(rf"^## {PROCEDURE}\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 # What Transformers' `push_to_hub` describes a model by that has no card.
 _TEMPLATE_DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
 )
-
-# Of the conversion, in the section on how a checkpoint was made.
-_COMMAND = re.compile(r"^```bash\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -192,38 +161,21 @@ def model_card(
     licenses = [(origin, read_license(folder))]
     if vision_origin is not None and vision_folder is not None:
         licenses.append((vision_origin, read_license(vision_folder)))
-    metadata = _metadata(licenses, "image-text-to-text", ["casa"])
-    return f"""\
----
-{metadata.to_yaml()}
----
-
-# {Path(model).name}
-
-{_intro_text(config, licenses, variant)}
-
-## What is untrained
-
-{_training_text(config, source_parameters, added_parameters, initialised, new_tokens, cast_to, note, from_casa)}
-
-## How it was made
-
-```bash
-{command}
-```
-
-## Usage
-
-{_usage_text(json.dumps(model), with_code)}
-
-## Licence
-
-{_license_text(licenses)}
-
-## Citation
-
-{CITATION}
-"""
+    training = _training_text(
+        config, source_parameters, added_parameters, initialised, new_tokens, cast_to, note, from_casa
+    )
+    card = Card(_metadata(licenses, "image-text-to-text", ["casa"]), f"# {Path(model).name}", [])
+    card.set_sections(
+        {
+            None: _intro_text(config, licenses, variant),
+            UNTRAINED: training,
+            MADE_BY: f"```bash\n{command}\n```",
+            "Usage": _usage_text(json.dumps(model), with_code),
+            "Licence": _license_text(licenses),
+            "Citation": CITATION,
+        }
+    )
+    return card.write()
 
 
 @dataclass(frozen=True)
@@ -233,16 +185,10 @@ class PresentCard:
     Attributes:
         readme: its README.md.
         config: of the checkpoint that lies beside it; None if there is none.
-        has_other_weights: whether the weight files beside it are others than those that are published.
     """
 
     readme: str
     config: CasaConfig | None = None
-    has_other_weights: bool = False
-
-
-class CardConflict(ValueError):
-    """Two cards say different things; the message is one line and names them."""
 
 
 def published_card(
@@ -254,144 +200,93 @@ def published_card(
     datasets: Sequence[str] = (),
     with_code: bool = False,
     present: PresentCard | None = None,
-    prefer: Preference | None = None,
-    fresh: Collection[str | None] = (),
+    prefer_folder: bool = False,
+    procedure: str | None = None,
     needs_origin: bool = True,
 ) -> str:
     """The README.md under which a checkpoint is published.
 
-    What the folder's card and the repository's own say is kept: that of the converter, of Transformers' Trainer, or
-    one written by hand. What was generated is brought up to date: base model and licence where the configuration knows
-    others, the variant, and the code that loads the repository. What is missing of these and of the citation is added.
+    The part between two comments is written anew: where the checkpoint comes from, what is untrained, on what and how
+    it was trained, how it was made, how to use it, its licence, whom to cite. The text around it is that of the
+    repository's card, else of the folder's. So is the front matter, to which is added what it lacks, from the folder's
+    and from the configuration; what was generated for the checkpoint that lies there follows the new one.
 
     Args:
-        readme: the folder's README.md; None if it has none.
+        readme: the folder's README.md; None if it has none. Its part says what is untrained and how it was made.
         config: of the checkpoint.
         repository: Hub id.
         revision: branch that it is published on; None for the default one.
-        datasets: Hub ids, or names in words, of what it was trained on; a section about what is untrained gives way
-            to one about them.
+        datasets: Hub ids, or names in words, of what it was trained on, beside those that the part names already.
         with_code: whether the repository carries the code to load it with `trust_remote_code=True`.
-        present: the card that the repository has there; None if it has none. What it says to be untrained is left out
-            where the weights are others now, unless `readme` says something else of them, tells of another conversion
-            command, or says that too and is the one to prefer.
-        prefer: which card counts where both say different things, `readme` ("folder") or the present one ("hub").
-        fresh: titles of sections (None for what comes before the first), and fields of the front matter, in which
-            `readme` counts in any case. In sections that is what the Trainer generates: other words stay.
+        present: the card that the repository has there; None if it has none.
+        prefer_folder: whether the repository's card gives way to the folder's altogether.
+        procedure: how it was trained, as Markdown, by a run whose results `readme` states in its front matter; None
+            for what the part says of that already.
         needs_origin: whether a card that tells neither base model nor licence is an error.
 
     Returns:
         Markdown with front matter.
 
     Raises:
-        CardConflict: if both cards say different things, and `prefer` doesn't tell which counts.
         ValueError: if the front matter of a card is unusable, or if neither card nor configuration tells what the
             checkpoint was made from or its licence.
     """
     origins = recorded_origins(config)
-    before = config if present is None or present.config is None else present.config
     own = None if readme is None else _read_card(readme, "README.md")
-    there = None if present is None else _read_card(present.readme, f"the README.md of {repository}")
-    for known in (own, there):
-        if known is not None:
-            _renew(known.body, config, before)
-    describes_others = False
-    if there is not None and present is not None and present.has_other_weights:
-        describes_others = not _is_of_these_weights(own, there, prefer)
-    if own is not None and there is not None and present is not None:
-        _keep_words(own.body, there.body, fresh, config)
-        conflicts = merge(
-            own,
-            there,
-            is_generated=lambda title, text: any(_is_generated(title, text, known) for known in (config, before)),
-            generated_fields=[_known_fields(config), _known_fields(before)],
-            follows=present.config is not None,
-            prefer=prefer,
-            fresh=fresh,
-        )
-        if conflicts:
-            raise CardConflict(
-                f"Its README.md and that of {repository} say different things ({', '.join(conflicts)}). Make them "
-                'agree, or say which of them counts there: card="hub" or card="folder" (--card hub, --card folder).'
-            )
-    card = there or own or Card(ModelCardData(), CardBody([]), [])
+    there = None
+    if present is not None and not prefer_folder:
+        there = _read_card(present.readme, f"the README.md of {repository}")
+    before = config if present is None or present.config is None else present.config
+    if there is not None and own is not None:
+        _add_fields(there, own, renewed=() if procedure is None else ("model-index",))
+    card = there or own or Card(ModelCardData(), "", [])
     if needs_origin and not origins and not card.data.get("license") and not card.data.get("base_model"):
         raise ValueError(
             "Neither README.md nor config.json tells what the checkpoint was made from and under which licence. State "
             "`base_model` and `license` in the front matter of README.md."
         )
-    if describes_others:
-        card.body.remove(UNTRAINED)
+    of_folder = {} if own is None else own.sections()
+    known = (there.sections() if there else {}) | of_folder
+    trained_on, procedure = _trained_on(known.get(TRAINED_ON), datasets), procedure or known.get(PROCEDURE)
+    arguments = json.dumps(repository) + ("" if revision is None else f", revision={json.dumps(revision)}")
+    sections: dict[str | None, str | None] = {
+        None: _intro_text(config, origins),
+        # Nobody knows that of a checkpoint but its conversion, and it ends with training.
+        UNTRAINED: None if trained_on or procedure else of_folder.get(UNTRAINED),
+        TRAINED_ON: trained_on,
+        PROCEDURE: procedure,
+        MADE_BY: known.get(MADE_BY),
+        "Usage": _usage_text(arguments, with_code),
+        "Licence": _license_text(origins),
+        "Citation": CITATION,
+    }
+    card.text = _FROM_SCRATCH.sub("This model was trained on ", card.text) or f"# {repository.rpartition('/')[2]}"
+    card.set_sections({title: text for title, text in sections.items() if text})
     _complete_metadata(card, config, before, datasets, with_code)
-    _complete_body(card.body, config, repository, revision, datasets, with_code)
     return card.write()
 
 
-def _is_of_these_weights(own: Card | None, there: Card, prefer: Preference | None) -> bool:
-    """Whether what a folder's card says to be untrained is about the folder's weights, others than the repository's.
-
-    One that says the same as the repository's card, of the same conversion, is older than weights that differ.
-    """
-    if own is None or own.body.get(UNTRAINED) is None:
-        return False
-    if prefer == "folder" or own.body.get(UNTRAINED) != there.body.get(UNTRAINED):
-        return True
-    commands = [_COMMAND.search(card.body.get(MADE_BY) or "") for card in (own, there)]
-    return None not in commands and len({found[1] for found in commands if found}) == 2
+def training_procedure(readme: str) -> str | None:
+    """Results and procedure of a run, from the card that Transformers' Trainer writes; None if it tells neither."""
+    results, procedure = _RESULTS.search(readme), _PROCEDURE.search(readme)
+    return "\n\n".join(text.strip() for text in (results and results[0], procedure and procedure[1]) if text) or None
 
 
-def _keep_words(own: CardBody, there: CardBody, titles: Collection[str | None], config: CasaConfig) -> None:
-    """Let sections of a Trainer's card be those that a repository has, with what the Trainer generates of this run."""
-    for title in titles:
-        said, present = own.get(title), there.get(title)
-        if not said or not present or _is_generated(title, present, config):
-            continue
-        own.set(
-            title, _renewed_introduction(said, present, config) if title is None else _renewed_parts(said, present)
-        )
+def without_untrained(readme: str) -> str:
+    """A folder's card without what it says to be untrained, which a model that is saved there may not be any more."""
+    card = Card.read(readme, "README.md")
+    sections = card.sections()
+    if UNTRAINED not in sections:
+        return readme
+    card.set_sections({title: text for title, text in sections.items() if title != UNTRAINED})
+    return card.write()
 
 
-def _renewed_introduction(said: str, present: str, config: CasaConfig) -> str:
-    """The present introduction with the run's description and results."""
-    introduction = re.escape(_intro_text(config, recorded_origins(config)))
-    description = re.compile(rf"^(?:{introduction}(?:\nIt was trained {_ON_DATA})?|{_FINE_TUNED})$", re.MULTILINE)
-    described = description.search(said)
-    if described:
-        present = description.sub(lambda _: described[0], present, count=1)
-    # Whoever has removed the Trainer's comment has finished the text: what isn't there isn't missing.
-    return _renewed_block(_RESULTS, said, present, is_missing=BY_TRAINER in present)
-
-
-def _renewed_parts(said: str, present: str) -> str:
-    """The present section with what the Trainer generates below its headings of the third level."""
-    parts = _parts(present)
-    for heading, text in _parts(said).items():
-        pattern = _GENERATED_PARTS.get(heading)
-        if heading not in parts:
-            parts[heading] = text
-        elif pattern is not None:
-            parts[heading] = _renewed_block(pattern, text, parts[heading], is_missing=True)
-    return "\n\n".join(text.strip() for text in parts.values() if text.strip())
-
-
-def _parts(section: str) -> dict[str, str]:
-    """The parts of a section by the line of their heading, which they begin with; parts of one heading are one."""
-    parts = {"": ""}
-    heading = ""
-    for line, is_code in lines_of(section):
-        if line.startswith("### ") and not is_code:
-            heading = line.strip()
-        parts[heading] = f"{parts.get(heading, '')}{line}\n"
-    return parts
-
-
-def _renewed_block(pattern: re.Pattern[str], said: str, present: str, is_missing: bool) -> str:
-    """The present text with the generated lines of another; where it has none, these come last if they are missing."""
-    found = pattern.search(said)
-    new = found[0].strip() if found else ""
-    if pattern.search(present):
-        return pattern.sub(lambda _: f"{new}\n" if new else "", f"{present}\n", count=1).strip()
-    return f"{present.strip()}\n\n{new}" if new and is_missing else present
+def _trained_on(stated: str | None, datasets: Sequence[str]) -> str | None:
+    """The section on training data, with those that are new at its end."""
+    lines = (stated or "").splitlines()
+    new = [line for line in _datasets_text(datasets).splitlines() if line not in lines]
+    return "\n".join([*lines, *new]) or None
 
 
 def _read_card(readme: str, name: str) -> Card:
@@ -401,46 +296,24 @@ def _read_card(readme: str, name: str) -> Card:
         template = ModelCard.from_template(ModelCardData(), model_description=_TEMPLATE_DESCRIPTION)
     except ImportError:  # filling the template needs Jinja
         return card
-    if card.body == CardBody.read(template.text):
-        card.body = CardBody([])
+    if card.text == template.text.strip():
+        card.text = ""
     return card
 
 
-def _is_generated(title: str | None, text: str, config: CasaConfig) -> bool:
-    """Whether a section, without its heading, is as this module writes it."""
-    introduction = _intro_text(config, recorded_origins(config))
-    if title is None:
-        heading, _, rest = text.partition("\n")
-        return heading.startswith("# ") and rest.strip() == introduction
-    if title == "Usage":
-        return _USAGE.fullmatch(text) is not None
-    texts = {
-        "Architecture": introduction,
-        "Licence": _license_text(recorded_origins(config)),
-        "Citation": CITATION,
+def _add_fields(card: Card, other: Card, renewed: Collection[str]) -> None:
+    """Add what another front matter has and this one lacks, all tags, and the renewed fields in any case."""
+    stated, more = card.data.to_dict(), other.data.to_dict()
+    grouped = {key: group for group in FIELD_GROUPS for key in group}
+    present = fields(stated, stated.keys())
+    added = {
+        key: value
+        for key, value in more.items()
+        if key in renewed or not present.keys() & set(grouped.get(key, (key,)))
     }
-    return texts.get(title) == text
-
-
-def _renew(body: CardBody, config: CasaConfig, before: CasaConfig) -> None:
-    """Bring sentences that were generated, from an earlier configuration or without knowing it, up to date."""
-    origins = recorded_origins(config)
-    introduction = _intro_text(config, origins)
-    renewed = {
-        _intro_text(before, recorded_origins(before)): introduction,
-        _license_text(recorded_origins(before)): _license_text(origins),
-    }
-    for old, new in renewed.items():
-        if old and new:
-            body.sections = [(title, text.replace(old, new)) for title, text in body.sections]
-    stated = body.get(None)
-    if stated and BY_TRAINER in stated:
-
-        def described(found: re.Match[str]) -> str:
-            """What the Trainer says of all models whose source is no repository."""
-            return introduction + (f"\nIt was trained {found[1]}" if found[1] else "")
-
-        body.set(None, _FROM_SCRATCH.sub(described, stated))
+    if "tags" in stated or "tags" in more:
+        added["tags"] = union(stated.get("tags"), more.get("tags"))
+    card.data = ModelCardData(**{key: value for key, value in stated.items() if key not in renewed} | added)
 
 
 def _complete_metadata(
@@ -462,46 +335,6 @@ def _complete_metadata(
     on_hub = [name for name in datasets if _HUB_NAME.fullmatch(name)]
     if on_hub:
         data["datasets"] = union(data.get("datasets"), on_hub)
-
-
-def _complete_body(
-    body: CardBody,
-    config: CasaConfig,
-    repository: str,
-    revision: str | None,
-    datasets: Sequence[str],
-    with_code: bool,
-) -> None:
-    """Add the sections that a card lacks, and let its code load the repository."""
-    origins = recorded_origins(config)
-    introduction = _intro_text(config, origins)
-    if not body.get(None):
-        body.sections = [(None, f"# {repository.rpartition('/')[2]}\n\n{introduction}\n"), *body.sections]
-    named = f"Variant `{config.variant or ''}"
-    if not any(named in text for _, text in body.sections):
-        body.set("Architecture", f"{body.get('Architecture') or ''}\n\n{introduction}".strip())
-    arguments = json.dumps(repository) + ("" if revision is None else f", revision={json.dumps(revision)}")
-    usage = _usage_text(arguments, with_code)
-    # Words around the code are somebody's own, and so is other code.
-    body.set("Usage", _USAGE.sub(lambda _: usage, body.get("Usage") or usage))
-    if datasets:
-        _add_datasets(body, datasets)
-    if origins and body.get("Licence") is None and body.get("License") is None:
-        body.set("Licence", _license_text(origins))
-    if not any("2512.19535" in text for _, text in body.sections):
-        body.set("Citation", CITATION)
-
-
-def _add_datasets(body: CardBody, datasets: Sequence[str]) -> None:
-    present = body.get(TRAINED_ON)
-    if present is None:
-        body.rename(UNTRAINED, TRAINED_ON)
-        body.set(TRAINED_ON, _datasets_text(datasets))
-        return
-    body.remove(UNTRAINED)
-    new = [name for name in datasets if not re.search(rf"^- \[?{re.escape(name)}($|[],.;:])", present, re.MULTILINE)]
-    if new:
-        body.set(TRAINED_ON, f"{present}\n{_datasets_text(new)}")
 
 
 def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], name: str) -> str:
@@ -650,15 +483,6 @@ processor = AutoProcessor.from_pretrained({arguments}, trust_remote_code=True)
 
 {question}
 ```"""
-
-
-def _usage_pattern() -> re.Pattern[str]:
-    """What `_usage_text` gives for any arguments, with or without code."""
-    plain, full = (re.escape(_usage_text("ARGUMENTS", code)).replace("ARGUMENTS", "[^\\n]*") for code in (False, True))
-    return re.compile(f"{plain}(?:{full.removeprefix(plain)})?")
-
-
-_USAGE = _usage_pattern()
 
 
 def _datasets_text(datasets: Sequence[str]) -> str:

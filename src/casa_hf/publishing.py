@@ -13,11 +13,12 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import shorten
+from typing import Literal
 
 import torch
 from huggingface_hub import (
@@ -25,10 +26,9 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelInfo,
-    get_token,
 )
 from huggingface_hub.constants import DEFAULT_REVISION
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     HFValidationError,
     build_hf_headers,
@@ -38,7 +38,7 @@ from huggingface_hub.utils import (
 )
 from transformers import GenerationConfig
 
-from .card_merge import Card, Preference, decode_card
+from .card_parts import Card, decode_card
 from .checkpoint_files.errors import disk_is_full, listed, one_line
 from .checkpoint_files.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from .configuration_casa import CasaConfig
@@ -47,9 +47,24 @@ from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, names_code, without_auto_map
 from .hub import LICENSE_FILES, PresentCard, published_card
+from .hub_client import PublishingError
 from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
-from .sharing import CARD, holds, names_of, other_model, present_card, read_json, taken
+from .repositories import (
+    CARD,
+    cause_of,
+    holds,
+    is_local,
+    is_lost,
+    is_of_gateway,
+    names_of,
+    new_branch,
+    present_card,
+    read_json,
+    refuse_foreign,
+    repository_info,
+    writer,
+)
 
 # What belongs to a checkpoint besides its weights; optimizer states, logs and the like stay at home.
 _CHECKPOINT_FILES = (
@@ -64,17 +79,10 @@ _CHECKPOINT_FILES = (
 )
 _WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
-# Weights in any format: a repository that holds some belongs to a model.
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
-
 _BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 _AGAIN = "Nothing was published; the same command again sends only what is missing."
 _COMPLETE = "Whether the commit has arrived isn't known; the same command again completes it, or finds it complete."
-
-
-class PublishingError(ValueError):
-    """A checkpoint that can't be published, or wasn't; the message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class PushReport:
         files: names of the checkpoint's files in the repository.
         left_out: names of what lies in the folder and was not sent.
         removed: names of files of an earlier version that the commit has taken out.
-        card_changes: sections and fields of the repository's model card that are others now, or gone.
+        card_changes: fields and sections of the repository's model card that are others now, or gone.
         num_bytes: size of `files`.
     """
 
@@ -129,7 +137,7 @@ class _Target:
 
     Attributes:
         info: of the repository at the state that the commit follows; None if the repository is yet to be made.
-        branch: that is yet to be made there.
+        branch: that is yet to be made there for the commit; None if there is none to make.
     """
 
     info: ModelInfo | None
@@ -283,7 +291,7 @@ def push_checkpoint(
     token: str | None = None,
     with_code: bool = False,
     datasets: Sequence[str] = (),
-    card: Preference | None = None,
+    card: Literal["folder"] | None = None,
     message: str | None = None,
 ) -> PushReport:
     """Publish a checkpoint folder with its model card on the Hub, in one commit.
@@ -292,7 +300,7 @@ def push_checkpoint(
     to the folder's state, files of the older version that the new one doesn't have included. A broken or interrupted
     transfer leaves it unchanged, and is taken up by the same call again.
 
-    Of a model card that is there already, everything is kept that wasn't generated; see `published_card`.
+    A model card that is there already keeps what people wrote; see `published_card`.
 
     Args:
         folder: of a checkpoint, see `check_checkpoint`.
@@ -303,17 +311,16 @@ def push_checkpoint(
         with_code: whether the repository carries the code that it runs with, so that `trust_remote_code=True` loads it
             where casa_hf isn't installed. Code that the folder carries is published in any case.
         datasets: what the model was trained on, for the card: Hub ids, or names in words.
-        card: which model card counts where the folder's and the repository's say different things, "folder" or
-            "hub"; None to refuse that.
+        card: "folder" to replace the repository's model card by the folder's; None to keep what people wrote there.
         message: of the commit.
 
     Raises:
         PublishingError, ConversionError: if the folder isn't publishable, the repository is taken, not yours, or more
-            public than asked for, the two cards contradict each other, there is no valid token, or the transfer fails.
+            public than asked for, a card can't be read, there is no valid token, or the transfer fails.
             Nothing is published then, except where the answer to the commit itself was lost, which the error says.
     """
-    if card not in (None, "folder", "hub"):
-        raise PublishingError(f'card={card!r} is no card to prefer. Give "folder" or "hub".')
+    if card not in (None, "folder"):
+        raise PublishingError(f'card={card!r} is not possible. Give "folder" to replace the card, or leave it out.')
     if any(not name.strip() for name in datasets):
         raise PublishingError(
             "datasets has an empty name (--dataset). Give Hub ids, or names in words, or leave it out."
@@ -321,10 +328,7 @@ def push_checkpoint(
     checkpoint = check_checkpoint(folder)
     with_code = with_code or has_code(checkpoint.folder)
     _check_names(repository, revision)
-    token = token or get_token()
-    if token is None:
-        raise PublishingError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
-    api = HfApi(token=token)
+    api = writer(token)
     with explained(repository, "Asking the Hub who you are"):
         user = api.whoami()["name"]
     repository = repository if "/" in repository else f"{user}/{repository}"
@@ -332,14 +336,14 @@ def push_checkpoint(
         target = _find_repository(api, repository, private, revision)
     additions = [CommitOperationAdd(name, content) for name, content in _contents(checkpoint, with_code).items()]
     with explained(repository, f"Reading the model card of {repository}", user):
-        present = None if target.info is None else present_card(api, repository, target.info, additions)
+        present = _present_card(api, repository, target.info, must_be_readable=card is None)
     names = {addition.path_in_repo for addition in additions} | names_of(target.info)
-    readme = _card(checkpoint, repository, revision, with_code, datasets, present, card, names)
+    readme = _card(checkpoint, repository, revision, with_code, datasets, present, card == "folder", names)
     additions.append(CommitOperationAdd(CARD, readme.encode()))
     with explained(repository, "Checking the model card", user):
         _check_card(api, readme)
     with explained(repository, f"Preparing {repository}", user):
-        info = _make(api, repository, private, revision, target)
+        info = target.info or _make(api, repository, private)
         removed = _outdated(api, repository, info, {addition.path_in_repo for addition in additions})
     with explained(repository, f"The upload to {repository}", user):
         # Small files, of which the Hub may store some as large ones, together; weights one by one: together they would
@@ -347,7 +351,8 @@ def push_checkpoint(
         weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
         others = [addition for addition in additions if addition not in weights]
         for batch in (others, *([addition] for addition in weights)):
-            api.preupload_lfs_files(repository, batch, revision=revision, free_memory=False)
+            # A new branch is made for the commit alone, so that a transfer that fails leaves none.
+            api.preupload_lfs_files(repository, batch, revision=None if target.branch else revision, free_memory=False)
     commit = _commit(
         api,
         repository,
@@ -355,6 +360,7 @@ def push_checkpoint(
         [*additions, *(CommitOperationDelete(name) for name in removed)],
         message or f"CASA checkpoint ({checkpoint.config.variant or 'a design of its own'})",
         revision,
+        target.branch,
         info,
     )
     return PushReport(
@@ -395,6 +401,15 @@ def _contents(checkpoint: PublishableCheckpoint, with_code: bool) -> dict[str, s
     return contents
 
 
+def _present_card(api: HfApi, repository: str, info: ModelInfo | None, must_be_readable: bool) -> PresentCard | None:
+    try:
+        return None if info is None else present_card(api, repository, info)
+    except PublishingError:
+        if must_be_readable:
+            raise
+        return None
+
+
 def _card(
     checkpoint: PublishableCheckpoint,
     repository: str,
@@ -402,7 +417,7 @@ def _card(
     with_code: bool,
     datasets: Sequence[str],
     present: PresentCard | None,
-    prefer: Preference | None,
+    prefer_folder: bool,
     names: set[str],
 ) -> str:
     """The model card to publish, which refers to no licence that isn't among the names of the repository's files."""
@@ -416,7 +431,7 @@ def _card(
             datasets=datasets,
             with_code=with_code,
             present=present,
-            prefer=prefer,
+            prefer_folder=prefer_folder,
         )
     except ValueError as error:
         raise PublishingError(f"{checkpoint.folder}: {one_line(error)}") from error
@@ -456,44 +471,28 @@ def _card_changes(before: str, after: str) -> tuple[str, ...]:
 def _find_repository(api: HfApi, repository: str, private: bool, revision: str | None) -> _Target:
     """Look where the checkpoint is to go; nothing is changed there."""
     try:
-        info = api.model_info(repository, files_metadata=True)
+        info, is_new = repository_info(api, repository, revision)
     except RepositoryNotFoundError:
-        return _Target(None, branch=revision)
+        return _Target(None, branch=None if revision == DEFAULT_REVISION else revision)
     if private and not info.private:
         raise PublishingError(
             f"{repository} exists and is public. Choose another name, make it private in its settings, or leave out "
             "private (--private)."
         )
-    target = _Target(info)
-    if revision is not None:
-        try:
-            target = _Target(api.model_info(repository, revision=revision, files_metadata=True))
-        except RevisionNotFoundError:
-            target = _Target(info, branch=revision)
-        else:
-            if revision not in {branch.name for branch in api.list_repo_refs(repository).branches}:
-                raise PublishingError(
-                    f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give "
-                    "a branch, or the name of a new one."
-                )
-    held = _foreign_content(api, repository, target.info or info)
-    if held is not None:
-        raise PublishingError(taken(repository, held))
-    return target
+    branches = () if revision is None or is_new else api.list_repo_refs(repository).branches
+    if revision is not None and not is_new and revision not in {branch.name for branch in branches}:
+        raise PublishingError(
+            f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give a "
+            "branch, or the name of a new one."
+        )
+    refuse_foreign(api, repository, info)
+    return _Target(info, branch=revision if is_new else None)
 
 
-def _make(api: HfApi, repository: str, private: bool, revision: str | None, target: _Target) -> ModelInfo:
-    """The repository at the branch that is to be committed to, with what of both didn't exist."""
-    if target.info is not None and target.branch is None:
-        return target.info
-    if target.info is None:
-        _create(api, repository, private)
-    info = api.model_info(repository)
-    if target.branch is None or target.branch == DEFAULT_REVISION:
-        return info
-    # From the state that the card was made for.
-    api.create_branch(repository, branch=target.branch, revision=info.sha if target.info is None else target.info.sha)
-    return api.model_info(repository, revision=target.branch)
+def _make(api: HfApi, repository: str, private: bool) -> ModelInfo:
+    """A new repository."""
+    _create(api, repository, private)
+    return api.model_info(repository)
 
 
 def _create(api: HfApi, repository: str, private: bool) -> None:
@@ -506,15 +505,6 @@ def _create(api: HfApi, repository: str, private: bool) -> None:
             f"{repository} is taken: it exists, and the token may not read it ({_reason(error)}). Choose another "
             "name, or use a token with access to it."
         ) from error
-
-
-def _foreign_content(api: HfApi, repository: str, info: ModelInfo) -> str | None:
-    """What other model than a CASA checkpoint a repository holds, in words; None if it holds none."""
-    names = names_of(info)
-    if "config.json" in names:
-        return other_model(api, repository, info)
-    weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
-    return f"weights of another kind ({listed(weights)})" if weights else None
 
 
 def _outdated(api: HfApi, repository: str, info: ModelInfo, contents: set[str]) -> list[str]:
@@ -536,41 +526,27 @@ def _commit(
     operations: list[CommitOperationAdd | CommitOperationDelete],
     message: str,
     revision: str | None,
+    branch: str | None,
     parent: ModelInfo,
 ) -> str:
     """The hash of the commit, also where the answer to it got lost and the Hub holds its content."""
     with explained(repository, f"The commit to {repository}", user, when_lost=_COMPLETE):
         try:
-            return api.create_commit(
-                repository,
-                operations,
-                commit_message=message,
-                revision=revision,
-                parent_commit=parent.sha,
-            ).oid
+            with nullcontext() if branch is None else new_branch(api, repository, branch, str(parent.sha)):
+                return api.create_commit(
+                    repository,
+                    operations,
+                    commit_message=message,
+                    revision=revision,
+                    parent_commit=parent.sha,
+                ).oid
         except Exception as error:  # as many kinds as `explained` knows
-            if not _is_lost(error):
+            if not is_lost(error):
                 raise
             arrived = _arrived(api, repository, operations, revision)
             if arrived is None:
                 raise
             return arrived
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether the Hub may have done what was asked in spite of an error: no answer, or one from before the Hub."""
-    cause = _cause(error)
-    response = getattr(cause, "response", None)
-    return not _is_local(cause) if response is None else _is_of_gateway(response.status_code)
-
-
-def _is_local(error: BaseException) -> bool:
-    """Whether this client has raised an error by itself; an answer that isn't JSON comes from elsewhere."""
-    return isinstance(error, ValueError | TypeError) and not isinstance(error, json.JSONDecodeError)
-
-
-def _is_of_gateway(status: int) -> bool:
-    return status == 408 or (status >= 500 and status != 507)
 
 
 def _arrived(
@@ -616,19 +592,14 @@ def explained(repository: str, doing: str, user: str | None = None, when_lost: s
     except PublishingError:
         raise
     except Exception as error:  # the Hub's client lets many kinds through, also wrapped in each other
-        cause = _cause(error)
+        cause = cause_of(error)
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             status = cause.response.status_code
             raise PublishingError(_refusal(cause, status, repository, doing, user, when_lost)) from error
-        if _is_local(cause):
+        if is_local(cause):
             raise PublishingError(f"{doing} failed ({_reason(cause)}). {_AGAIN}") from error
         remedy = "Free some space on the disk." if disk_is_full(error) else "Check the connection."
         raise PublishingError(f"{doing} failed ({_reason(cause)}). {remedy} {when_lost}") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What the Hub's client has wrapped."""
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
 
 
 def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, user: str | None, when_lost: str) -> str:
@@ -645,7 +616,7 @@ def _refusal(error: HfHubHTTPError, status: int, repository: str, doing: str, us
         return f"{repository} was changed during the upload ({said}). {_AGAIN}"
     if status in (402, 413, 507):
         return f"The Hub has no room for this ({said}). Free some storage in your account's settings. {_AGAIN}"
-    return f"{doing} failed ({said}). {when_lost if _is_of_gateway(status) else _AGAIN}"
+    return f"{doing} failed ({said}). {when_lost if is_of_gateway(status) else _AGAIN}"
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.card_parts import BEGIN, END
 
 SAMPLES = (((200, 30, 30), "red"), ((30, 200, 30), "green"), ((30, 30, 200), "blue"), ((90, 90, 90), "grey"))
 
@@ -37,6 +38,13 @@ def fine_tuned(checkpoint: Path, folder: Path, steps: int = 3) -> torch.Tensor:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return logits(model, processor)
+
+
+def with_words(readme: str, *, before: str = "", after: str = "", fields: str = "") -> str:
+    """A card as somebody edits it: words before and after our part, lines of front matter."""
+    assert readme.count(BEGIN) == readme.count(END) == 1
+    edited = readme.replace(BEGIN, f"{before}\n\n{BEGIN}").replace(END, f"{END}\n\n{after}")
+    return edited.replace("---\n", f"---\n{fields}", 1)
 
 
 @torch.no_grad()

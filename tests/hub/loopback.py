@@ -92,6 +92,7 @@ class Hub:
         before_commit, after_commit: called before a commit is taken, and before it is answered; may break the
             connection, or refuse.
         before_info: the same before a repository is described.
+        on_request: called with "METHOD path" of every request before it is answered; may wait.
     """
 
     address: str = ""
@@ -104,6 +105,7 @@ class Hub:
     before_commit: Callable[[], None] | None = None
     after_commit: Callable[[], None] | None = None
     before_info: Callable[[], None] | None = None
+    on_request: Callable[[str], None] | None = None
 
     def commits(self, repository: str, branch: str = "main") -> list[Commit]:
         """Those after the one that creation makes."""
@@ -146,11 +148,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def answer(self) -> None:
         path = urlsplit(self.path).path
-        self.hub.requests.append(f"{self.command} {unquote(path)}")
+        request = f"{self.command} {unquote(path)}"
+        self.hub.requests.append(request)
+        if self.hub.on_request is not None:
+            self.hub.on_request(request)
         try:
             for method, pattern, handle in ROUTES:
                 # A "/" in the name of a branch is quoted, those between the parts of the path are not.
@@ -245,6 +250,12 @@ class Handler(BaseHTTPRequestHandler):
         first = repository.at(start)
         history = next(history for history in repository.branches.values() if first in history)
         repository.branches[revision] = history[: history.index(first) + 1]
+        self.send_json({})
+
+    def delete_branch(self, name: str, revision: str) -> None:
+        if revision not in self.writable(name).branches:
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        del self.hub.repositories[name].branches[revision]
         self.send_json({})
 
     def refs(self, name: str) -> None:
@@ -396,6 +407,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", Handler.preupload),
     ("POST", f"/api/models/{_NAME}/commit/{_REVISION}", Handler.commit),
     ("POST", f"/api/models/{_NAME}/branch/{_REVISION}", Handler.branch),
+    ("DELETE", f"/api/models/{_NAME}/branch/{_REVISION}", Handler.delete_branch),
     ("GET", f"/api/models/{_NAME}/refs", Handler.refs),
     ("GET", f"/api/models/{_NAME}/tree/{_REVISION}", Handler.tree),
     ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", Handler.info),

@@ -9,14 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
-from casa_hf.card_merge import CardBody
-from casa_hf.hub import BY_TRAINER as TRAINER_COMMENT
-from casa_hf.hub import CardConflict, Origin, PresentCard, origin_records, published_card, recorded_origins
+from casa_hf.card_parts import BEGIN, END, Card
+from casa_hf.hub import Origin, PresentCard, origin_records, published_card, recorded_origins
 from examples.tiny_source import build_tiny_helium
 from tests.hub.conftest import process_environment
 from tests.hub.loopback import Hub
@@ -65,7 +65,7 @@ def test_a_trained_model_without_a_card(config: CasaConfig) -> None:
         "tags": ["casa"],
         **QWEN,
     }
-    assert card.text.strip().startswith("# tiny-casa\n\n[Qwen/Qwen2.5-VL-3B-Instruct](https://")
+    assert card.text.strip().startswith(f"# tiny-casa\n\n{BEGIN}\n\n[Qwen/Qwen2.5-VL-3B-Instruct](https://")
     assert "at commit `0123abcd`" in card.text and "Variant `casa`" in card.text
     assert "- [someone/colours](https://huggingface.co/datasets/someone/colours)\n- my own pictures\n" in card.text
     assert "qwen-research, see [https://huggingface.co/Qwen/LICENSE]" in card.text
@@ -84,20 +84,14 @@ def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
     assert titles == ["Training procedure", "Architecture", "Usage", "Licence", "Citation"]
 
 
-@pytest.mark.parametrize(("data", "said"), [("an unknown dataset.", ""), ("the x/y dataset.", "the x/y dataset.")])
-def test_a_trained_model_is_not_from_scratch(config: CasaConfig, data: str, said: str) -> None:
+def test_a_trained_model_is_not_from_scratch(config: CasaConfig) -> None:
     """As the Trainer says of all whose source it doesn't know."""
-    sentence = f"{TRAINER_COMMENT}. -->\n\n# out\n\nThis model was trained from scratch on {data}\nLoss: 1.0\n"
+    sentence = "# out\n\nThis model was trained from scratch on the x/y dataset.\nLoss: 1.0\n"
     card = ModelCard(published_card(sentence, config, REPOSITORY))
-    assert "from scratch" not in card.text and "\nLoss: 1.0\n" in card.text and "Variant `casa`" in card.text
-    assert ("It was trained on the x/y dataset.\n" in card.text) == bool(said) and "unknown" not in card.text
-    by_hand = ModelCard(published_card(sentence.partition("-->\n\n")[2], config, REPOSITORY))
-    assert f"This model was trained from scratch on {data}" in by_hand.text
+    assert "This model was trained on the x/y dataset.\nLoss: 1.0\n" in card.text and "Variant `casa`" in card.text
 
 
-def test_what_somebody_wrote_is_kept(config: CasaConfig) -> None:
-    """Also what only looks like a section because it stands in a code block."""
-    text = """\
+WRITTEN = """\
 # My model
 
 Made as arXiv:2512.19535 says.
@@ -114,42 +108,67 @@ Ask it nicely.
 
 All mine.
 """
-    written = f"---\nlicense: mit\nbase_model: me/another\ndatasets: me/first\ntags: [own]\n---\n\n{text}"
-    card = ModelCard(published_card(written, config, REPOSITORY))
-    kept, _, added = card.text.strip().partition("\n\n## Architecture\n\n")
-    assert kept == text.strip() and "Variant `casa`" in added and "##" not in added
+FIELDS = "license: mit\nbase_model: me/another\ndatasets: me/first\ntags: [own]\n"
+
+
+@pytest.mark.parametrize("on_hub", [False, True], ids=["folder", "hub"])
+def test_what_somebody_wrote_is_kept(config: CasaConfig, on_hub: bool) -> None:
+    """Whatever its sections are called: what is ours comes behind it, between two comments."""
+    written = f"---\n{FIELDS}---\n\n{WRITTEN}"
+
+    def published(written: str, **options: Any) -> str:
+        if not on_hub:
+            return published_card(written, config, REPOSITORY, **options)
+        folder = "---\nlicense: apache-2.0\nlicense_link: here\n---\n\n# Another\n\nOther words.\n"
+        return published_card(folder, config, REPOSITORY, present=PresentCard(written, config), **options)
+
+    card = ModelCard(published(written))
+    kept, begin, ours = card.text.strip().partition(f"\n\n{BEGIN}\n\n")
+    assert kept == WRITTEN.strip() and begin and ours.endswith(f"\n\n{END}")
+    titles = re.findall(r"^## (.*)$", ours, re.MULTILINE)
+    assert titles == ["Architecture", "Usage", "Licence", "Citation"]
     assert card.data.license == "mit" and card.data.base_model == "me/another" and card.data.tags == ["own", "casa"]
     assert card.data.get("license_link") is None and card.data.get("base_model_relation") is None
-    again = ModelCard(published_card(written, config, REPOSITORY, datasets=["me/second"]))
+    again = ModelCard(published(written, datasets=["me/second"]))
     assert again.data.datasets == ["me/first", "me/second"]
     assert "nicely" in again.text and "All mine." in again.text
 
 
-@pytest.mark.parametrize(
-    ("block", "is_closed"),
-    [
-        ("```casa-hf push x```", True),
-        ("    ```", True),
-        ("```text\n## Not one\n```", True),
-        ("~~~ `a`\n```\n## Not one\n~~~", True),
-        ("````\n```\n## Not one\n`````", True),
-        ("```\n``` x\n## Not one\n``` ", True),
-        ("  ~~~\n## Not one\n   ~~~~", True),
-        ("```\n## Not one\n~~~", False),
-        ("~~~~\n## Not one\n~~~", False),
-    ],
-)
-def test_headings_in_code_are_none(config: CasaConfig, block: str, is_closed: bool) -> None:
-    """By CommonMark's rules. What is added comes behind a block that isn't closed, and isn't added again."""
-    written = f"# Mine\n\n{block}\n\n## Licence\n\nMine alone.\n"
-    once = published_card(written, config, REPOSITORY)
-    titles = [title for title, _ in CardBody.read(ModelCard(once).text).sections]
-    added = ["Architecture", "Usage", "Citation"]
-    assert titles == [None, "Licence", *added] if is_closed else titles == [None, *added[:2], "Licence", added[2]]
-    assert once.count("Mine alone.") == 1 and "Not one" not in titles
-    assert published_card(once, config, REPOSITORY) == once
-    present = PresentCard(once, config)
-    assert published_card(written, config, REPOSITORY, present=present, prefer="hub") == once
+def test_what_stands_around_our_part_is_nobody_elses(config: CasaConfig) -> None:
+    """Words inside it go, comments that have lost their other one take nothing with them."""
+    once = published_card(None, config, REPOSITORY)
+    again = published_card(None, config, REPOSITORY, present=PresentCard(once, config))
+    assert again == once
+    inside = once.replace("## Usage\n", "## Usage\n\nInside.\n")
+    assert published_card(None, config, REPOSITORY, present=PresentCard(inside, config)) == once
+    for stray in (BEGIN, END):
+        title, _, ours = once.partition(BEGIN)
+        text = f"{title}{stray}\n\nFirst.\n\n{BEGIN}{ours}\nLast.\n\n{stray}\n"
+        for _ in range(2):
+            text = published_card(None, config, REPOSITORY, present=PresentCard(text, config))
+            assert text.count("First.") == text.count("Last.") == text.count("eprint") == 1
+            assert text.index("First.") < text.index("eprint") < text.index("Last.")
+    unended = once.replace(END, "Mine.")
+    text = published_card(None, config, REPOSITORY, present=PresentCard(unended, config))
+    assert text.count("Mine.") == 1 and text.count(BEGIN) == 2 and text.count(END) == 1
+    assert published_card(None, config, REPOSITORY, present=PresentCard(text, config)) == text
+
+
+def test_our_part_keeps_what_a_push_knows_nothing_of(config: CasaConfig, casa_folder: Path) -> None:
+    """How it was made and trained; but what is untrained only the folder knows, and it ends with training."""
+    converted = (casa_folder / "README.md").read_text()
+    first = published_card(converted, config, REPOSITORY)
+    assert {"What is untrained", "How it was made"} <= Card.read(first, "").sections().keys()
+    trained = published_card(None, config, REPOSITORY, present=PresentCard(first, config), datasets=["me/one"])
+    later = published_card(None, config, REPOSITORY, present=PresentCard(trained, config), procedure="At night.")
+    last = published_card(converted, config, REPOSITORY, present=PresentCard(later, config), datasets=["me/two"])
+    sections = Card.read(last, "").sections()
+    assert sections["Training data"].count("\n") == 1 and sections["Training procedure"] == "At night."
+    assert sections["How it was made"] == Card.read(first, "").sections()["How it was made"]
+    assert "What is untrained" not in sections
+    assert Card.read(last, "").data.datasets == ["me/one", "me/two"]
+    replaced = published_card(converted, config, REPOSITORY, present=PresentCard(last, config), prefer_folder=True)
+    assert replaced == first
 
 
 def test_what_is_false_is_stated(config: CasaConfig) -> None:
@@ -164,13 +183,12 @@ def test_what_is_false_is_stated(config: CasaConfig) -> None:
     one = ModelCard(published_card("---\nlanguage: no\n---\n", config, REPOSITORY))
     assert one.data.language == "no"
     other = PresentCard(written.replace("inference: false", "inference: true"), config)
-    with pytest.raises(CardConflict, match="inference"):
-        published_card(written, config, REPOSITORY, present=other)
+    assert ModelCard(published_card(written, config, REPOSITORY, present=other)).data.get("inference") is True
 
 
 def test_no_front_matter(config: CasaConfig, caplog: pytest.LogCaptureFixture) -> None:
     card = ModelCard(published_card("# Plain\n\nWords.\n", config, REPOSITORY))
-    assert card.text.strip().startswith("# Plain\n\nWords.\n\n## Architecture")
+    assert card.text.strip().startswith(f"# Plain\n\nWords.\n\n{BEGIN}\n\n## Architecture")
     assert card.data.license_name == "qwen-research"
     assert not caplog.records
 

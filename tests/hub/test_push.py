@@ -33,6 +33,7 @@ from casa_hf import (
     convert_checkpoint,
     push_checkpoint,
 )
+from casa_hf.card_parts import BEGIN
 from casa_hf.cli import main
 from casa_hf.conversion import ConversionError
 from casa_hf.conversion.source import SMALL_FILES, download
@@ -517,7 +518,7 @@ def test_a_taken_name(hub: Hub, casa_folder: Path, files: dict[str, bytes], held
 
 
 def test_a_repository_with_words_alone_is_not_taken(hub: Hub, casa_folder: Path) -> None:
-    """Its words stay, and the converter's sections come behind them."""
+    """Its words stay, and our part comes behind them."""
     words = (
         "---\nlicense: mit\ntags:\n- own\nextra_gated_prompt: Promise.\n---\n\n"
         "# To come\n\nSoon.\n\n## Plans\n\nMany.\n"
@@ -526,11 +527,11 @@ def test_a_repository_with_words_alone_is_not_taken(hub: Hub, casa_folder: Path)
     report = push_checkpoint(casa_folder, NAME)
     assert {"picture.png", "model.safetensors"} <= hub.files(NAME).keys()
     card = ModelCard(hub.files(NAME)["README.md"].decode())
-    assert card.text.strip().startswith("# To come\n\nSoon.\n\n## Plans\n\nMany.\n\n## What is untrained\n\n")
+    assert card.text.strip().startswith(f"# To come\n\nSoon.\n\n## Plans\n\nMany.\n\n{BEGIN}\n\n## Architecture\n\n")
     titles = re.findall("^## (.*)$", card.text, re.MULTILINE)
-    assert titles[1:] == ["What is untrained", "How it was made", "Architecture", "Usage", "Licence", "Citation"]
+    assert titles[1:] == ["Architecture", "What is untrained", "How it was made", "Usage", "Licence", "Citation"]
     assert card.data.license == "mit" and card.data.extra_gated_prompt == "Promise."
-    assert card.data.tags == ["own", "casa"] and report.card_changes == ("tags",)
+    assert card.data.tags == ["own", "casa"] and report.card_changes == ("tags",), report.card_changes
 
 
 def test_somebody_else_commits_meanwhile(hub: Hub, casa_folder: Path) -> None:

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import casa_hf
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, push_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
 from casa_hf.hub import Origin, origin_records
-from tests.hub.helpers import fine_tuned, logits
+from tests.hub.helpers import fine_tuned, logits, with_words
 from tests.hub.loopback import Hub, Refused
 
 NAME = "me/by-hand"
@@ -73,19 +73,21 @@ def test_push_to_hub(hub: Hub, model: Any, processor: Any, first: str, capsys: p
 
 def test_what_somebody_wrote_on_the_hub_stays(hub: Hub, model: Any, processor: Any) -> None:
     model.push_to_hub(NAME)
-    edited = readme(hub).replace("\n## Usage\n", "\nIt dreams.\n\n## Usage\n\nAsk it nicely.\n")
-    hub.edit(NAME, README=edited.replace("tags:", "extra_gated_prompt: Promise.\ntags:"))
+    words = {"before": "It dreams.", "after": "## Gallery\n\nPictures.", "fields": "extra_gated_prompt: Promise.\n"}
+    hub.edit(NAME, README=with_words(readme(hub), **words))
     before = readme(hub)
     for pushed in (model, processor):
         pushed.push_to_hub(NAME)
-        assert readme(hub) == before
+        # Behind other words our part has a heading.
+        assert ModelCard(readme(hub)).text.replace("## Architecture\n\n", "") == ModelCard(before).text
+        assert ModelCard(readme(hub)).data.to_dict() == ModelCard(before).data.to_dict()
     model.push_to_hub(NAME, tags=["dreams"])
     assert ModelCard(readme(hub)).data.tags == ["casa", "dreams"] and "It dreams." in readme(hub)
 
 
 def test_the_card_of_the_branch_counts(hub: Hub, model: Any, processor: Any) -> None:
     model.push_to_hub(NAME)
-    hub.edit(NAME, README=readme(hub).replace("\n## Usage", "\nOn main.\n\n## Usage"))
+    hub.edit(NAME, README=with_words(readme(hub), before="On main."))
     model.push_to_hub(NAME, revision="v2")
     assert "On main." in readme(hub, "v2") and f'from_pretrained("{NAME}", revision="v2")' in readme(hub, "v2")
     hub.edit(NAME, "v2", README=readme(hub, "v2").replace("On main.", "On the branch."))
@@ -114,23 +116,18 @@ def test_save_pretrained_with_push(hub: Hub, model: Any, processor: Any, tmp_pat
     assert (tmp_path / "other" / "README.md").read_text() == readme(hub)
 
 
-def test_a_card_that_is_not_utf8(hub: Hub, model: Any, tmp_path: Path) -> None:
+def test_a_card_that_is_not_utf8(hub: Hub, model: Any, processor: Any, tmp_path: Path) -> None:
     """Neither replaced letter by letter nor overwritten, in the folder or on the Hub."""
     (tmp_path / "README.md").write_bytes(b"# Ma\xe7on\n")
     with pytest.raises(ValueError, match=r"README\.md isn't encoded as UTF-8 \(at byte 4\)"):
         model.save_pretrained(tmp_path, push_to_hub=True, repo_id=NAME)
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["README.md"]
+    assert hub.requests == []
     hub.create(NAME, files={"README.md": b"# Ma\xe7on\n"})
-    with pytest.raises(ValueError, match="utf-8"):  # Transformers reads it first
-        model.push_to_hub(NAME)
+    for push in (model.push_to_hub, processor.push_to_hub):
+        with pytest.raises(PublishingError, match=f"the README.md of {NAME} isn't encoded as UTF-8"):
+            push(NAME)
     assert hub.files(NAME)["README.md"] == b"# Ma\xe7on\n" and not hub.commits(NAME)
-
-
-def test_another_model_stays(hub: Hub, model: Any) -> None:
-    hub.create(NAME, files={"config.json": b'{"model_type": "qwen2_5_vl"}'})
-    with pytest.raises(ValueError, match=rf"{NAME} is taken: it holds a model of type 'qwen2_5_vl'"):
-        model.push_to_hub(NAME)
-    assert not hub.commits(NAME)
 
 
 def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_folder: Path, tmp_path: Path) -> None:
@@ -147,14 +144,26 @@ def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_f
         model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
     assert (folder / "README.md").read_text() == written
     hub.before_commit = None
-    model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
-    assert_says_what_it_is(readme(hub))
-    assert "## How it was made\n\n```bash\ncasa-hf convert" in readme(hub) and "ntrained" not in readme(hub)
-    hub.edit(NAME, README=readme(hub).replace("casa-hf convert", "casa-hf convert --secret"))
-    edited = readme(hub)
     for _ in range(2):
         model.save_pretrained(folder, push_to_hub=True, repo_id=NAME)
-        assert readme(hub) == edited and (folder / "README.md").read_text() == written
+        assert_says_what_it_is(readme(hub))
+        assert "## How it was made\n\n```bash\ncasa-hf convert" in readme(hub) and "ntrained" not in readme(hub)
+        kept = (folder / "README.md").read_text()
+        assert kept == re.sub(r"## What is untrained\n.*?(?=## )", "", written, flags=re.DOTALL)
+
+
+def test_a_folders_card_says_no_longer_what_is_untrained(model: Any, casa_folder: Path, tmp_path: Path) -> None:
+    """Once a model is saved there, which may be trained; one that nobody can read is left as it is."""
+    folder = shutil.copytree(casa_folder, tmp_path / "casa")
+    written = (folder / "README.md").read_text()
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == re.sub(
+        r"## What is untrained\n.*?(?=## )", "", written, flags=re.DOTALL
+    )
+    for content in (b"# Ma\xe7on\n", b"---\nlicense: [\n---\n", b"# Mine\n\n## What is untrained\n\nAll of it.\n"):
+        (folder / "README.md").write_bytes(content)
+        model.save_pretrained(folder)
+        assert (folder / "README.md").read_bytes() == content
 
 
 def test_tags_on_a_branch(hub: Hub, model: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
 from casa_hf.training import CasaDataCollator, CasaTrainer
 from tests.hub.conftest import empty_cache
-from tests.hub.helpers import SAMPLES, logits, sample
+from tests.hub.helpers import SAMPLES, logits, sample, with_words
 from tests.hub.loopback import BLIND, WRITER, Hub
 from tests.training.helpers import CONVERSATIONS, load_processor
 
@@ -88,8 +88,9 @@ def test_casa_trainer(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     for part in ("learning_rate: 0.01", f'from_pretrained("{name}")', "Variant `casa`", "eprint = {2512.19535}"):
         assert part in card.text
     assert "ntrained" not in card.text and "## How it was made" in card.text and "from scratch" not in card.text
-    written = hub.files(name)["README.md"].decode().replace("\n## Usage", "\n## Gallery\n\nPictures.\n\n## Usage")
-    hub.edit(name, README=written.replace("tags:", "extra_gated_prompt: Promise.\ntags:", 1))
+    written = hub.files(name)["README.md"].decode()
+    words = {"after": "## Gallery\n\nPictures.", "fields": "extra_gated_prompt: Promise.\n"}
+    hub.edit(name, README=with_words(written, **words))
     card = run(0.02)
     assert "learning_rate: 0.02" in card.text and "learning_rate: 0.01" not in card.text
     assert "Pictures." in card.text and card.data.extra_gated_prompt == "Promise."
@@ -106,7 +107,7 @@ def test_saves_do_not_undo_edits(hub: Hub, casa_folder: Path, tmp_path: Path) ->
     trainer = casa_trainer(casa_folder, tmp_path / "out", **options)
     trainer.train()
     trainer.push_to_hub()
-    edited = hub.files(name)["README.md"].decode().replace("\n## Usage", "\n## Gallery\n\nPictures.\n\n## Usage")
+    edited = with_words(hub.files(name)["README.md"].decode(), after="## Gallery\n\nPictures.")
     hub.edit(name, README=edited)
     trainer = casa_trainer(casa_folder, tmp_path / "out", **options, max_steps=2)
     trainer.train(resume_from_checkpoint=True)
@@ -143,7 +144,7 @@ def test_the_card_of_the_branch_that_is_asked_for(
     push_checkpoint(casa_folder, name)
     push_checkpoint(casa_folder, name, revision="v2")
     text = hub.files(name, "v2")["README.md"].decode()
-    hub.edit(name, "v2", README=text.replace("\n## Usage", "\nOn the branch.\n\n## Usage"))
+    hub.edit(name, "v2", README=with_words(text, before="On the branch."))
     hub.repositories[name].private = True
     monkeypatch.setenv("HF_TOKEN", BLIND)
     before = hub.files(name)["README.md"]
@@ -155,51 +156,33 @@ def test_the_card_of_the_branch_that_is_asked_for(
     assert "asked" in ModelCard(text).data.tags and hub.files(name)["README.md"] == before
 
 
-def test_words_between_the_trainers_figures_stay(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
-    """In the introduction and in the procedure; with and without the Trainer's comment."""
+def test_the_figures_of_a_run_are_in_our_part(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
+    """Those of the next run take their place, in the front matter too; what stands around them stays."""
     name = "me/trained"
 
-    def text() -> str:
-        return hub.files(name)["README.md"].decode()
-
-    def figures(card: str) -> str:
-        """Without the padding of tables."""
-        return re.sub(r" +\|", " |", re.sub(r"\|:-+:", "|:-:", card))
-
-    def run(folder: str, rate: float, score: float | None) -> None:
+    def run(folder: str, rate: float, score: float | None) -> str:
         trainer = casa_trainer(casa_folder, tmp_path / folder, learning_rate=rate)
         trainer.train()
         if score is not None:
             at = {"epoch": 1.0, "step": 1}
             trainer.state.log_history[:0] = [{"loss": 1.5, **at}, {"eval_loss": score, **at}]
         trainer.push_to_hub()
+        return hub.files(name)["README.md"].decode()
 
-    run("first", 0.01, 0.75)
-    assert "- Loss: 0.75\n" in text() and "- learning_rate: 0.01\n" in text()
-    assert re.search(r"^\| 1\.5 .*\| 0\.75 +\|$", text(), re.MULTILINE)
-    edits = {
-        "\nIt achieves": "\nMy own words.\n\nIt achieves",
-        "- Loss: 0.75\n": "- Loss: 0.75\n- Also: nothing else.\n",
-        "## Training procedure\n": "## Training procedure\n\nOn one machine.\n",
-        "### Framework versions\n": "I stopped it.\n\n### Framework versions\n\nOf spring:\n",
-        "### Training results\n": "### Machine\n\n```\n### Framework versions\n```\n\n"
-        "### Training results\n\n| Day | Sun |\n|---|---|\n| 1 | no |\n",
-    }
-    edited = text()
-    for old, new in edits.items():
-        assert edited.count(old) == 1, old
-        edited = edited.replace(old, new)
-    hub.edit(name, README=edited)
-    run("second", 0.02, 0.5)
-    assert figures(text()) == figures(edited.replace("0.75", "0.5").replace("0.01", "0.02"))
-    without = re.sub(r"<!--.*?-->\n\n", "", text(), flags=re.DOTALL)
-    hub.edit(name, README=without)
-    run("third", 0.03, 0.25)
-    assert figures(text()) == figures(without.replace("0.5", "0.25").replace("0.02", "0.03"))
-    run("fourth", 0.03, None)
-    assert "0.25" not in text() and "It achieves" not in text() and "- Also: nothing else." in text()
-    run("fifth", 0.03, 0.125)
-    assert "0.125" in text() and "It achieves" not in text()  # whoever removed the comment has finished that text
+    first = run("first", 0.01, 0.75)
+    assert "- Loss: 0.75\n" in first and "- learning_rate: 0.01\n" in first and first.count("0.75") == 2
+    assert re.search(r"^\| 1\.5 .*\| 0\.75 +\|$", first, re.MULTILINE)
+    # Nothing of what the Trainer leaves to be filled in.
+    assert "More information needed" not in first and "This model was trained" not in first
+    hub.edit(name, README=with_words(first, before="My own words.", after="Loss: 0.75, says the Trainer."))
+    second = run("second", 0.02, 0.5)
+    assert "My own words." in second and second.rstrip().endswith("Loss: 0.75, says the Trainer.")
+    assert "- Loss: 0.5\n" in second and "- learning_rate: 0.02\n" in second and second.count("0.75") == 1
+    assert re.findall("^- name: (.*)", second, re.MULTILINE) == ["trained"]  # in model-index
+    third = run("third", 0.03, None)
+    assert "It achieves" not in third and "- learning_rate: 0.03\n" in third and "My own words." in third
+    # A push of the folder knows nothing newer.
+    assert not push_checkpoint(tmp_path / "third", name).changed
 
 
 def test_another_model_stays(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:

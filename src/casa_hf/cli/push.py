@@ -25,8 +25,8 @@ def push(
         typer.Option(help="What it was trained on, for the card; repeat for several.", show_default=False),
     ] = None,
     card: Annotated[
-        Literal["folder", "hub"] | None,
-        typer.Option(help="The model card that counts where folder and repository differ.", show_default=False),
+        Literal["folder"] | None,
+        typer.Option(help="Replace the model card that is there by the folder's.", show_default=False),
     ] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
 ) -> None:

@@ -21,6 +21,7 @@ from ..checkpoint_files.names import is_hub_id
 from ..checkpoint_files.shards import read_json
 from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
 from ..hub import LICENSE_FILES
+from ..hub_client import hub_token, limit_waiting
 from ..processing_casa import CasaProcessor
 
 # What is downloaded: first everything that decides whether the source can be converted, then the weights.
@@ -60,6 +61,11 @@ def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -
     Raises:
         ConversionError: if they can't be had.
     """
+    limit_waiting()
+    try:
+        hub_token()
+    except ValueError as error:  # the Hub's client would show it
+        raise ConversionError(str(error)) from None
     try:
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from huggingface_hub import get_token
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checkpoint_files.errors import disk_is_full, one_line
@@ -28,6 +27,7 @@ from ..checkpoint_files.shards import read_json
 from ..checks import check_count, check_number, check_positive
 from ..configuration_casa import CasaConfig
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
+from ..hub_client import hub_token
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
 from .checkpoints import NO_OPTIMIZER, STATE, last_checkpoint, warn_of_skipped
@@ -431,7 +431,7 @@ def _check_arguments(config: TrainingConfig) -> None:
         )
     if config.trainer.get("hub_token") is not None:
         raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
-    if config.trainer.get("push_to_hub") and is_first_process() and not get_token():
+    if config.trainer.get("push_to_hub") and is_first_process() and hub_token() is None:
         raise ValueError("push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
     kind = _schedule_type(config)
     if config.decay_steps is not None and kind != _SCHEDULE:

@@ -10,13 +10,12 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
@@ -24,11 +23,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint, has_length
 
-from ..card_merge import Card, union
+from ..card_parts import Card, decode_card, union
 from ..configuration_casa import CasaConfig
-from ..hub import published_card
+from ..hub import published_card, training_procedure
 from ..publishing import explained
-from ..sharing import CARD, present_card, refuse_other_model, repository_info
+from ..repositories import CARD, client, new_branch, present_card, refuse_foreign, repository_info
 from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
@@ -363,28 +362,53 @@ class CasaTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As in Transformers; the card is merged with that of the branch it goes to, see `create_model_card`."""
+        """As in Transformers; what people wrote into the card of the branch it goes to stays, see `create_model_card`.
+
+        A branch that doesn't exist is made, and removed if the push is refused.
+        """
         # The base class waits for it between making the card and sending it, which is time for edits.
         self._finish_current_push()
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, kwargs.get("private"), revision=revision)
         # It hands on what it doesn't know itself to `create_model_card`.
         kwargs |= {"hub_token": token, "hub_revision": revision}
-        return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+        with self._branch(token, revision):
+            return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
 
-    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, with the way out in its errors; a repository that holds another model is left alone.
+    @contextmanager
+    def _branch(self, token: str | None = None, revision: str | None = None) -> Iterator[None]:
+        """Where a push goes, made if need be: the base class would fail without it, at the end of the training."""
+        revision = self.args.hub_revision if revision is None else revision
+        if revision is None or not self.is_world_process_zero():
+            yield
+            return
+        api = client(self.args.hub_token if token is None else token)
+        info, is_new = repository_info(api, self.hub_model_id, revision)
+        with new_branch(api, self.hub_model_id, revision, str(info.sha)) if is_new else nullcontext():
+            yield
+
+    def init_hf_repo(
+        self, token: str | None = None, private: bool | None = None, *args: Any, revision: str | None = None
+    ) -> None:
+        """As in Transformers, before the training: what would have the push refused after it ends it here.
 
         Raises:
-            PublishingError: if the Hub can't be asked, doesn't accept the token, or doesn't let it write there.
-            ValueError: if the repository holds another model.
+            PublishingError: if the token is unusable, the Hub can't be asked, doesn't accept the token, or doesn't let
+                it write there; if the repository holds another model; or if a card, there or in the output folder,
+                can't be read.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if not self.is_world_process_zero():
+            return super().init_hf_repo(token, private, *args)
+        file = Path(self.args.output_dir) / CARD  # the base class reads it for its own
+        if file.is_file():
+            Card.read(decode_card(file.read_bytes(), str(file)), str(file))
+        api = client(self.args.hub_token if token is None else token)
         with explained(name, f"Preparing {name}"):
-            super().init_hf_repo(token, *args, **kwargs)
-            if not self.is_world_process_zero():
-                return
-            api = HfApi(token=token)
-            info = repository_info(api, self.hub_model_id, self.args.hub_revision)
-        refuse_other_model(api, self.hub_model_id, info)
+            super().init_hf_repo(token, private, *args)
+            info, _ = repository_info(api, self.hub_model_id, self.args.hub_revision if revision is None else revision)
+            refuse_foreign(api, self.hub_model_id, info, is_adapter=hasattr(self.model, "peft_config"))
+            present_card(api, self.hub_model_id, info)
 
     def create_model_card(
         self, *args: Any, hub_token: str | None = None, hub_revision: str | None = None, **kwargs: Any
@@ -392,7 +416,7 @@ class CasaTrainer(Trainer):
         """As in Transformers; where it goes to the Hub, with what the card of a CASA checkpoint says.
 
         Transformers' card is about this run alone and takes the place of the repository's one, also of what somebody
-        wrote there. Here the run's procedure and results are brought into that card.
+        wrote there. Here the run's procedure and results go into our part of that card.
 
         Args:
             *args, **kwargs: as in Transformers.
@@ -407,20 +431,17 @@ class CasaTrainer(Trainer):
         card = Card.read(file.read_text("utf-8"), CARD)
         card.data["tags"] = union(card.data.get("tags"), [_TAG])  # PEFT replaces those of the Trainer
         _drop_folder(card, config.name_or_path)
-        api = HfApi(token=self.args.hub_token if hub_token is None else hub_token)
+        procedure, card.text = training_procedure(card.text), ""
+        api = client(self.args.hub_token if hub_token is None else hub_token)
         revision = self.args.hub_revision if hub_revision is None else hub_revision
-        info = repository_info(api, self.hub_model_id, revision)
-        present = present_card(api, self.hub_model_id, info, ())
-        if present is not None:
-            present = replace(present, has_other_weights=True)
+        info, _ = repository_info(api, self.hub_model_id, revision)
         readme = published_card(
             card.write(),
             config,
             self.hub_model_id,
             revision=revision,
-            present=present,
-            prefer="hub",
-            fresh=(None, "Training procedure", "model-index"),
+            present=present_card(api, self.hub_model_id, info),
+            procedure=procedure,
             needs_origin=False,
         )
         file.write_text(readme, "utf-8")
@@ -435,7 +456,8 @@ class CasaTrainer(Trainer):
         sends = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
         if sends and file.is_file() and f"\n- {_TAG}\n" in file.read_text("utf-8", "replace"):
             file.unlink()
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._branch() if sends else nullcontext():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.

@@ -1,0 +1,70 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What every request to the Hub has: a token that can be sent, and a time-out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from huggingface_hub import get_token, set_client_factory
+from huggingface_hub.utils import _http
+
+# Seconds to wait for a connection, and for the next byte of an answer or of what is sent: a commit of many files takes
+# the Hub a while, and a gateway gives up after a minute.
+CONNECT_TIMEOUT, READ_TIMEOUT = 20.0, 120.0
+
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
+class PublishingError(ValueError):
+    """What can't be published, or wasn't; the message is one line and says what to do."""
+
+
+def hub_token(token: str | bool | None = None) -> str | None:
+    """The token to send, or None if there is none.
+
+    Args:
+        token: one of the Hub; None or True for that of `hf auth login` or HF_TOKEN, False for none.
+
+    Raises:
+        PublishingError: if it has characters that no token has; the message doesn't show it, as the client's would.
+    """
+    if token is False:
+        return None
+    found = token if isinstance(token, str) else get_token()
+    if not found:
+        return None
+    if not _PRINTABLE.fullmatch(found):
+        place = next(index for index, character in enumerate(found) if not _PRINTABLE.fullmatch(character))
+        kind = "line break" if found[place] in "\r\n" else "space" if found[place].isspace() else "character"
+        raise PublishingError(
+            f"The token for the Hub has a {kind} that no token has, at place {place + 1} of {len(found)}. Copy it "
+            "again, without what stands around it, log in with `hf auth login`, or set HF_TOKEN."
+        )
+    return found
+
+
+def limit_waiting() -> None:
+    """Give the requests of the Hub's client a time-out from now on, where they have none.
+
+    The client waits for ever for most answers. What it is asked to wait for each request counts, and so does a client
+    that somebody has set up (`huggingface_hub.set_client_factory`), except where these say for ever.
+    """
+    make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+    if getattr(make, "has_timeouts", False):
+        return
+
+    def client() -> Any:
+        made = make()
+        made.event_hooks["request"].append(_limit)
+        return made
+
+    client.has_timeouts = True  # type: ignore[attr-defined]
+    set_client_factory(client)
+
+
+def _limit(request: Any) -> None:
+    """Fill in what a request lacks; the client's own default doesn't hold where a call says `timeout=None`."""
+    limits = {"connect": CONNECT_TIMEOUT, "read": READ_TIMEOUT, "write": READ_TIMEOUT, "pool": READ_TIMEOUT}
+    given = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = limits | {name: value for name, value in given.items() if value is not None}

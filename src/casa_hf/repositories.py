@@ -1,0 +1,253 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a repository on the Hub holds, what may be published there, and the branch that it goes to.
+
+One rule for all ways to publish: a checkpoint goes into a new repository, one without model or processor, or one that
+holds a CASA checkpoint. Whoever wants to replace something else deletes its files there first.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
+
+from .card_parts import Card, decode_card
+from .checkpoint_files.errors import listed
+from .configuration_casa import CasaConfig
+from .hub import PresentCard
+from .hub_client import PublishingError, hub_token, limit_waiting
+
+CARD = "README.md"
+
+# Weights in any format: a repository that holds some belongs to a model.
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
+# What a Trainer puts beside them, in such formats too.
+_STATES = re.compile(r"training_args\.bin|optimizer.*|scheduler\.pt|scaler\.pt|rng_state.*\.pth")
+_ADAPTER = re.compile(r"adapter_model(-\d+-of-\d+)?\.(safetensors|bin)")
+
+# Of a processor or tokenizer; none of them says by its name whose it is.
+_PROCESSORS = {"preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def client(token: str | bool | None = None) -> HfApi:
+    """The Hub's client, for whom the token is usable and no request waits for ever; see `hub_token`."""
+    limit_waiting()
+    return HfApi(token=hub_token(token) or False)
+
+
+def writer(token: str | bool | None = None) -> HfApi:
+    """The Hub's client with a token, of which only the Hub knows whether it may write.
+
+    Args:
+        token: see `hub_token`.
+
+    Raises:
+        PublishingError: if there is none, or it is unusable.
+    """
+    if hub_token(token) is None:
+        raise PublishingError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+    return client(token)
+
+
+def names_of(info: ModelInfo | None) -> set[str]:
+    """Names of a repository's files; of None, a repository that doesn't exist, none."""
+    return set() if info is None else {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def holds(sibling: RepoSibling, addition: CommitOperationAdd) -> bool:
+    """Whether a file in a repository, with its metadata, has the content that an addition brings."""
+    if sibling.lfs is not None:
+        return sibling.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as stream:
+        return sibling.blob_id == git_hash(stream.read())
+
+
+def read_json(api: HfApi, repository: str, info: ModelInfo, name: str) -> dict[str, Any] | None:
+    """A JSON object in a repository; None if the file isn't there, or holds something else."""
+    if name not in names_of(info):
+        return None
+    try:
+        content = json.loads(_download(api, repository, info, name))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def present_card(api: HfApi, repository: str, info: ModelInfo) -> PresentCard | None:
+    """The model card that a repository has before a commit; None if it has none.
+
+    Args:
+        api: the Hub's client.
+        repository: Hub id.
+        info: of the repository at the commit before.
+
+    Raises:
+        PublishingError: if it isn't UTF-8, or its front matter can't be read.
+    """
+    if CARD not in names_of(info):
+        return None
+    name = f"the {CARD} of {repository}"
+    content = _download(api, repository, info, CARD)
+    try:
+        readme = decode_card(content, name)
+        Card.read(readme, name)
+    except ValueError as error:
+        raise PublishingError(str(error)) from error
+    stated = read_json(api, repository, info, "config.json") or {}
+    config = None
+    if stated.get("model_type") == CasaConfig.model_type:
+        try:
+            config = CasaConfig.from_dict(stated)
+        except Exception:  # of another version, say: then nothing is known about it, as about a card without a model
+            config = None
+    return PresentCard(readme, config)
+
+
+def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[ModelInfo, bool]:
+    """A repository at the state that a commit to a branch follows, and whether that branch is yet to be made.
+
+    Args:
+        api: the Hub's client.
+        repository: Hub id.
+        revision: the branch; None for the default one, from which a new one starts.
+
+    Returns:
+        Information with the metadata of the files, and a truth value.
+    """
+    try:
+        return api.model_info(repository, revision=revision, files_metadata=True), False
+    except RevisionNotFoundError:
+        return api.model_info(repository, files_metadata=True), True
+
+
+def refuse_foreign(api: HfApi, repository: str, info: ModelInfo, is_adapter: bool = False) -> None:
+    """Leave a repository alone that holds another model than a CASA checkpoint.
+
+    Args:
+        api: the Hub's client.
+        repository: Hub id.
+        info: of the repository at the commit before.
+        is_adapter: whether adapters are published, which may follow others.
+
+    Raises:
+        PublishingError: if it does, with the way out.
+    """
+    held = _foreign(api, repository, info, is_adapter)
+    if held is not None:
+        raise PublishingError(
+            f"{repository} is taken: it holds {held}. Choose another name, or delete these files there first."
+        )
+
+
+def check_repository(repository: str, token: str | bool | None, revision: str | None, is_adapter: bool) -> None:
+    """Find out before anything is saved or trained whether a repository, if it exists, can be published to.
+
+    Args:
+        repository: Hub id.
+        token: see `hub_token`.
+        revision: branch; None for the default one.
+        is_adapter: see `refuse_foreign`.
+
+    Raises:
+        PublishingError: if the token is unusable, the repository holds another model, or its card can't be read.
+    """
+    api = client(token)
+    if "/" not in repository:
+        return  # whose it is follows when it is made, and so does this check
+    try:
+        info, _ = repository_info(api, repository, revision)
+    except RepositoryNotFoundError:
+        return
+    refuse_foreign(api, repository, info, is_adapter)
+    present_card(api, repository, info)
+
+
+@contextmanager
+def new_branch(api: HfApi, repository: str, branch: str, start: str) -> Iterator[None]:
+    """Make a branch for a commit, and remove it if the commit is refused; one that may have arrived keeps it.
+
+    Args:
+        api: the Hub's client.
+        repository: Hub id.
+        branch: to make.
+        start: hash of the commit that it starts from.
+    """
+    api.create_branch(repository, branch=branch, revision=start)
+    try:
+        yield
+    except Exception as error:
+        if not is_lost(error):
+            with suppress(Exception):  # what counts is why there is nothing to keep
+                if api.model_info(repository, revision=branch).sha == start:
+                    api.delete_branch(repository, branch=branch)
+        raise
+
+
+# ---------------------------------------------------------------- errors of the client
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What the Hub's client has wrapped."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the Hub may have done what was asked in spite of an error: no answer, or one from before the Hub."""
+    cause = cause_of(error)
+    response = getattr(cause, "response", None)
+    return not is_local(cause) if response is None else is_of_gateway(response.status_code)
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether this client has raised an error by itself; an answer that isn't JSON comes from elsewhere."""
+    return isinstance(error, ValueError | TypeError) and not isinstance(error, json.JSONDecodeError)
+
+
+def is_of_gateway(status: int) -> bool:
+    """Whether a gateway answers with this status in the Hub's place."""
+    return status == 408 or (status >= 500 and status != 507)
+
+
+def is_conflict(error: HfHubHTTPError) -> bool:
+    """Whether somebody else has changed the repository meanwhile."""
+    return error.response is not None and error.response.status_code in (409, 412)
+
+
+def _foreign(api: HfApi, repository: str, info: ModelInfo, is_adapter: bool) -> str | None:
+    """What a repository holds instead of a CASA checkpoint, in words; None if nothing."""
+    names = names_of(info)
+    if "config.json" in names:
+        model_type = (read_json(api, repository, info, "config.json") or {}).get("model_type")
+        if model_type == CasaConfig.model_type:
+            return None
+        return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
+    weights = sorted(
+        name for name in names if _WEIGHTS.fullmatch(name) and not _STATES.fullmatch(posixpath.basename(name))
+    )
+    are_adapters = all(_ADAPTER.fullmatch(posixpath.basename(name)) for name in weights)
+    if weights and "adapter_config.json" in names and are_adapters:
+        return None if is_adapter else f"adapters ({listed(weights)})"
+    if weights:
+        return f"weights without a config.json ({listed(weights)})"
+    processors = sorted(names & _PROCESSORS)
+    if processors and (read_json(api, repository, info, "processor_config.json") or {}).get("processor_class") != (
+        "CasaProcessor"
+    ):
+        return f"a processor or tokenizer of another model ({listed(processors)})"
+    return None
+
+
+def _download(api: HfApi, repository: str, info: ModelInfo, name: str) -> bytes:
+    file = hf_hub_download(
+        repository, name, revision=info.sha, token=api.token, endpoint=api.endpoint, library_name="casa_hf"
+    )
+    return Path(file).read_bytes()
