@@ -6,6 +6,9 @@ these image tokens, followed by the text of the window up to the block's last to
 that text, so a block is causal attention aligned at the bottom right. No block knows of the others: time and memory
 grow with the number of windows, not with its square. Updates of image states (axis D4 "full") are blocks too, one per
 image.
+
+Lengths of blocks have to be known on the host, and all here are small tensors of integers. So they are computed there,
+from `WindowPlan.on_host`, and brought to the device without waiting for it.
 """
 
 from __future__ import annotations
@@ -131,7 +134,7 @@ def fusion_blocks(plan: WindowPlan) -> Blocks | None:
         starts = starts | alone
         starts[1:] = starts[1:] | alone[:-1] | (count.diff() != 1)
     first = starts.nonzero()[:, 0]
-    last = torch.cat([first[1:], first.new_tensor([len(queries)])]) - 1
+    last = torch.nn.functional.pad(first[1:], (0, 1), value=len(queries)) - 1
     rows, image_start, image_end = features[:3, first]
     pinned_start = None if plan.pinned_start is None else plan.pinned_start.flatten()[queries[first]]
     return _blocks(
@@ -255,4 +258,7 @@ def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
 
 def _moved(indices: Any, device: torch.device) -> Any:
     tensors = {f.name: getattr(indices, f.name) for f in fields(indices)}
-    return replace(indices, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+    return replace(
+        indices,
+        **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)},
+    )

@@ -787,6 +787,7 @@ class CasaModel(CasaPreTrainedModel):
                     )
                 cache = None
         text_shape = inputs_embeds.shape[:2]
+        masked = token_mask is not None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
         images = image_states = None
@@ -796,7 +797,9 @@ class CasaModel(CasaPreTrainedModel):
         if content is not None:
             grids = self._check_grids(image_grid_thw)
             types = self._new_token_types(mm_token_type_ids, text_shape, cache)
-            rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, token_mask)
+            # Without a mask, a device needn't be asked which tokens are padding.
+            valid = token_mask if masked else torch.ones(text_shape, dtype=torch.bool)
+            rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, valid)
             if len(grids) or len(content):  # a batch without images may carry empty tensors
                 images = self._place_images(rows, indices, grids, types, text_shape)
                 images = images.to(inputs_embeds.device)
@@ -938,12 +941,15 @@ class CasaModel(CasaPreTrainedModel):
         grids: torch.Tensor,
         token_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and index of the token that each image precedes."""
+        """Row and index of the token that each image precedes, on the CPU."""
         if image_positions is None:
             found = self._image_tokens(input_ids, inputs_embeds, types, token_mask)
             if input_ids is not None:
-                refuse_placeholders(self.config, input_ids if types is None else input_ids[found])
-            image_positions = found.nonzero()
+                # All that is looked at, by one copy.
+                together = torch.stack([found.long(), input_ids, token_mask.to(found.device).long()]).cpu()
+                found, ids, token_mask = together[0] > 0, together[1], together[2] > 0
+                refuse_placeholders(self.config, ids if types is None else ids[found])
+            image_positions = found.cpu().nonzero()
             if len(image_positions) != len(grids):
                 raise ValueError(
                     f"{self._found(len(image_positions), input_ids, types)} but {len(grids)} images were given. Write "
@@ -956,6 +962,7 @@ class CasaModel(CasaPreTrainedModel):
                 f"image_positions has shape {tuple(image_positions.shape)}; expected ({len(grids)}, 2) for "
                 f"{len(grids)} images."
             )
+        image_positions = image_positions.cpu().long()
         places = image_positions.tolist()
         if places != sorted(places):
             raise ValueError(f"image_positions {places} must be in reading order: by row, then by index.")
@@ -968,7 +975,6 @@ class CasaModel(CasaPreTrainedModel):
                 )
         if types is None:
             warn_of_untyped_frames(self.config, places)
-        image_positions = image_positions.long()
         return image_positions[:, 0], image_positions[:, 1]
 
     def _found(self, number: int, input_ids: torch.Tensor | None, types: torch.Tensor | None) -> str:
@@ -990,13 +996,14 @@ class CasaModel(CasaPreTrainedModel):
         types: torch.Tensor | None,
         text_shape: torch.Size,
     ) -> ImagePlacement:
-        grids = image_grid_thw[:, 1:].to(rows.device) // self.config.vision_config.spatial_merge_size
+        grids = image_grid_thw[:, 1:] // self.config.vision_config.spatial_merge_size
         is_frame = torch.zeros_like(rows, dtype=torch.bool)
         if types is not None:
-            is_frame = types.to(rows.device)[rows, indices] == FRAME_TYPE
-        per_row = torch.zeros(text_shape[0], dtype=torch.long, device=rows.device)
+            places = (part.to(types.device, non_blocking=True) for part in (rows, indices))
+            is_frame = types[tuple(places)] == FRAME_TYPE
+        per_row = torch.zeros(text_shape[0], dtype=torch.long)
         per_row = per_row.index_put((rows,), grids.prod(-1), accumulate=True)
-        return ImagePlacement(rows, indices, grids, is_frame, max_row_tokens=int(per_row.max()))
+        return ImagePlacement(rows, indices, grids, is_frame, int(per_row.sum()), int(per_row.max()))
 
     def _embed_images(
         self,

@@ -243,13 +243,13 @@ def fusion_route(
         return DenseRoute(_back_end_mask(plan.mask(), implementation, dtype)), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
         return StepRoute(None if everything_visible else plan.mask(), plan.text_slots[0]), everything_visible
-    blocks = fusion_blocks(plan)
+    blocks, device = fusion_blocks(plan.on_host), plan.sees.device
     if blocks is None:
         return None, False
     all_see = len(blocks.query_index) == plan.sees.numel()
     if varlen:
-        return VarlenRoute(blocks), all_see
-    return BlockRoute(blocks.padded(plan.sees.numel()), blocks.takes_all_keys), all_see
+        return VarlenRoute(blocks).to(device), all_see
+    return BlockRoute(blocks.padded(plan.sees.numel()), blocks.takes_all_keys).to(device), all_see
 
 
 def update_route(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> Route:
@@ -257,18 +257,19 @@ def update_route(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> R
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
         return DenseRoute(_back_end_mask(plan.update_mask(), implementation, dtype), plan)
-    blocks = update_blocks(plan)
+    blocks, device = update_blocks(plan.on_host), plan.sees.device
     if varlen:
-        return VarlenRoute(blocks)
-    return BlockRoute(blocks.padded(len(blocks.query_index)), blocks.takes_all_keys)
+        return VarlenRoute(blocks).to(device)
+    return BlockRoute(blocks.padded(len(blocks.query_index)), blocks.takes_all_keys).to(device)
 
 
 def single_row_lengths(num_queries: int, num_keys: int, device: torch.device) -> dict[str, Any]:
     """Arguments that make self-attention of one row take the first `num_keys` slots of a static cache, without a mask
     from which every layer would have to find that out."""
     return {
-        "cu_seq_lens_q": torch.tensor([0, num_queries], dtype=torch.int32, device=device),
-        "cu_seq_lens_k": torch.tensor([0, num_keys], dtype=torch.int32, device=device),
+        # Made there: a copy would wait for the device.
+        "cu_seq_lens_q": torch.arange(2, dtype=torch.int32, device=device) * num_queries,
+        "cu_seq_lens_k": torch.arange(2, dtype=torch.int32, device=device) * num_keys,
         "max_length_q": num_queries,
         "max_length_k": num_keys,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ class WindowRules:
 
     def history_is(self, history: str, is_frame: torch.Tensor) -> torch.Tensor:
         """Whether images of these kinds have the given history."""
-        by_kind = [self.image_history == history, self.video_history == history]
-        return torch.tensor(by_kind, device=is_frame.device)[is_frame.long()]
+        return torch.where(is_frame, self.video_history == history, self.image_history == history)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class ImagePlacement:
         indices: (num_images,) index, in the row's new tokens, of the token that the image precedes.
         grids: (num_images, 2) height and width in merged-grid units.
         is_frame: (num_images,) whether the image is a video frame.
+        total_tokens: number of image tokens.
         max_row_tokens: the largest number of image tokens that one row receives.
     """
 
@@ -65,16 +66,17 @@ class ImagePlacement:
     indices: torch.Tensor
     grids: torch.Tensor
     is_frame: torch.Tensor
+    total_tokens: int
     max_row_tokens: int
 
     def to(self, device: torch.device) -> ImagePlacement:
         """The placement with its tensors on `device`."""
         return replace(
             self,
-            rows=self.rows.to(device),
-            indices=self.indices.to(device),
-            grids=self.grids.to(device),
-            is_frame=self.is_frame.to(device),
+            rows=self.rows.to(device, non_blocking=True),
+            indices=self.indices.to(device, non_blocking=True),
+            grids=self.grids.to(device, non_blocking=True),
+            is_frame=self.is_frame.to(device, non_blocking=True),
         )
 
     @property
@@ -84,7 +86,7 @@ class ImagePlacement:
 
     def token_images(self) -> torch.Tensor:
         """(num_image_tokens,) the image that each image token belongs to."""
-        return torch.repeat_interleave(self.num_tokens)
+        return torch.repeat_interleave(self.num_tokens, output_size=self.total_tokens)
 
     def token_offsets(self) -> torch.Tensor:
         """(num_image_tokens,) index of each image token within its image."""
@@ -372,6 +374,23 @@ class WindowPlan:
         }
         return replace(self, **moved)
 
+    @cached_property
+    def on_host(self) -> WindowPlan:
+        """The plan with the tensors that blocks are made from on the CPU; a device is waited for once."""
+        if self.sees.device.type == "cpu":
+            return self
+        stays = ("kept_columns", "token_rows", "token_columns")
+        own = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and name not in stays}
+        update = {name: x for name, x in vars(self.update).items() if x is not None} if self.update else {}
+        tensors = [*own.values(), *update.values(), self.next_state.valid]
+        values = torch.cat([x.flatten().long() for x in tensors]).cpu().split([x.numel() for x in tensors])
+        copies = iter([value.view(x.shape).to(x.dtype) for x, value in zip(tensors, values, strict=True)])
+        copied: dict[str, Any] = {name: next(copies) for name in own}
+        if self.update is not None:
+            of_images: dict[str, Any] = {name: next(copies) for name in update}
+            copied["update"] = replace(self.update, **of_images)
+        return replace(self, **copied, next_state=replace(self.next_state, valid=next(copies)))
+
     def mask(self) -> torch.Tensor:
         """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_slots`]).
 
@@ -396,8 +415,8 @@ class WindowPlan:
         before its image (contract: axis D4, "full").
         """
         update = self.update
-        assert update is not None
-        images = torch.repeat_interleave(update.num_tokens)
+        assert update is not None and self.token_rows is not None
+        images = torch.repeat_interleave(update.num_tokens, output_size=len(self.token_rows))
 
         def per_column(of_images: torch.Tensor) -> torch.Tensor:
             return self.place(of_images[images])
