@@ -45,6 +45,21 @@ def places(tensors: list[torch.Tensor]) -> list[tuple[int, int, tuple[int, ...]]
     return [(t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape)) for t in tensors]
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("variant", ["casa", "ca", "casa-shared", "ca-shared"])
+def test_a_gated_step_of_rows_with_and_without_images(variant: str, static: bool) -> None:
+    """A row that sees nothing gets nothing through an open gate."""
+    model = new_model(variant, casa_gate="tanh")
+    rows: list[Any] = [[*words(3, 1), A, *words(2, 2)], words(7, 3), [B, 5]]
+    cache = new_cache(model, static)
+    model(**batch(*rows), cache=cache)
+    for tokens in ((7, 8, 9), (11, 12, 13)):
+        logits = step(model, cache, *tokens)
+        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+        for row, actual in zip(rows, logits, strict=True):
+            assert relative_error(actual, one_shot(model, row)[-1]) < TOLERANCE
+
+
 # ------------------------------------------------------------------------------------ what a step costs
 
 

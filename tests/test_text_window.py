@@ -384,6 +384,37 @@ def test_generate_and_crop_go_on_after_an_eviction():
     assert int(again) == by_hand[0]
 
 
+@pytest.mark.parametrize(
+    ("script", "keep", "sinks", "crop", "joins"),
+    [
+        # What closed the image's window has gone: it stays closed, also where nothing after it is left.
+        ("0 2x3 9", 5, 2, 3, False),
+        ("0 2x3 9", 5, 2, 1, False),
+        # It is still there: only without it the next image joins the group.
+        ("6 2x3 4", 7, 1, 4, True),
+        ("6 2x3 4", 7, 1, 3, False),
+    ],
+)
+@pytest.mark.parametrize("variant", ["casa", "ca-shared"])
+def test_a_window_stays_closed_after_an_eviction_unless_what_closed_it_is_cropped(
+    variant, script, keep, sinks, crop, joins
+):
+    """A new image that joins the group of the stored one is seen with it, as under "group"; else alone, as under
+    "latest"."""
+    one, other = tiny.sample(script, 1), tiny.sample("3x1 4", 2)
+    logits = []
+    for history in ("group", "latest"):
+        model = model_of(tiny.casa_config(variant, casa_image_history=history))
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([one.input_ids]), cache=cache, **features(one.images))
+        assert model.evict_text(cache, keep, sinks) is not None
+        cache.crop(-crop)
+        logits.append(model(torch.tensor([other.input_ids]), cache=cache, **features(other.images)).logits)
+    group, latest = logits
+    assert (error(group, latest) > 1e-2) == joins
+    assert joins or torch.equal(group, latest)
+
+
 def test_what_cannot_be_evicted_is_refused_and_left_alone():
     model = model_of(tiny.casa_config("casa"))
     cache = DynamicCache(config=model.config)

@@ -193,7 +193,6 @@ def map_tensors(
     computed = {name: shape for name, shape in computed_shapes(config).items() if name not in found}
     added = {new: original for new, original in copies.items() if new not in found}
     absent = [name for name in wanted if name not in {*found, *added, *computed}]
-    absent += [original for original in added.values() if original not in found]
     if absent:
         raise ConversionError(
             f"The new design needs {len(absent)} tensors that the checkpoint has no longer: {listed(absent)}. Convert "
