@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .folder_files import read_json
+
 PACKAGE = Path(__file__).parent
 
 # Auto class -> the class that it is to load, as "module.Class".
@@ -88,7 +90,7 @@ def add_code(folder: str | Path) -> list[Path]:
 
 def has_code(folder: Path) -> bool:
     """Whether a checkpoint names its classes and holds all modules that they need."""
-    if not names_code(_read(folder / "config.json")):
+    if not names_code(read_json(folder / "config.json")):
         return False
     try:
         return all(file.is_file() for file in modelling_files(folder))
@@ -104,12 +106,12 @@ def names_code(config: Mapping[str, Any]) -> bool:
 
 def with_auto_map(file: Path) -> bytes:
     """A configuration file of a checkpoint that names the classes of its own code."""
-    return _written(_read(file) | {"auto_map": {name: AUTO_MAP[name] for name in _NAMED_IN[file.name]}})
+    return _written(read_json(file) | {"auto_map": {name: AUTO_MAP[name] for name in _NAMED_IN[file.name]}})
 
 
 def without_auto_map(file: Path) -> bytes:
     """A configuration file of a checkpoint that carries no code."""
-    return _written({key: value for key, value in _read(file).items() if key != "auto_map"})
+    return _written({key: value for key, value in read_json(file).items() if key != "auto_map"})
 
 
 def _imported(module: Path) -> set[str]:
@@ -129,10 +131,6 @@ def _imported(module: Path) -> set[str]:
                 "`from .module import name`, with a module of the same folder."
             )
     return names
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8"))
 
 
 def _written(content: dict[str, Any]) -> bytes:

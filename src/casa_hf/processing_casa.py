@@ -13,7 +13,6 @@ that an image precedes; the processor writes them.
 
 # Transformers reads the annotations of typed dictionaries at run time, so they must not become strings here.
 
-import json
 import os
 import re
 from bisect import bisect_right
@@ -29,6 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .folder_files import read_json
 from .image_positions import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import (
     MediaPolicy,
@@ -767,16 +767,9 @@ class _Prompt(NamedTuple):
         return begin, stop
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} isn't valid JSON ({error}); get the file again.") from error
-
-
 def _read_source_files(folder: str | os.PathLike) -> dict[str, Any]:
     files = {name: Path(folder, name) for name in _SOURCE_FILES}
-    return {name: _read_json(path) for name, path in files.items() if path.is_file()}
+    return {name: read_json(path) for name, path in files.items() if path.is_file()}
 
 
 def _load_image_processor(folder: str | os.PathLike, max_pixels: int | None) -> Any:

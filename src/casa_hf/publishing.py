@@ -9,7 +9,6 @@ same call again sends only what is missing.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +45,7 @@ from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
 from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, names_code, without_auto_map
+from .folder_files import own_file, parse_json
 from .hub import LICENSE_FILES, PresentCard, published_card
 from .hub_client import PublishingError
 from .modeling_casa import CasaForConditionalGeneration
@@ -276,7 +276,7 @@ def _files(folder: Path, weights: set[str]) -> dict[str, Path]:
     }
     if has_code(folder):
         names |= {file.name for file in modelling_files(folder)}
-    return {name: folder / name for name in sorted(names)}
+    return {name: own_file(folder, name, PublishingError) for name in sorted(names)}
 
 
 # ---------------------------------------------------------------- the repository
@@ -396,7 +396,7 @@ def _contents(checkpoint: PublishableCheckpoint, with_code: bool) -> dict[str, s
         else:
             # Classes of code that isn't there would keep the Auto classes from loading the checkpoint.
             for name in ("config.json", "processor_config.json"):
-                if "auto_map" in json.loads(checkpoint.files[name].read_text("utf-8")):
+                if "auto_map" in parse_json(checkpoint.files[name].read_bytes(), name, PublishingError):
                     contents[name] = without_auto_map(checkpoint.files[name])
     return contents
 
@@ -421,7 +421,7 @@ def _card(
     names: set[str],
 ) -> str:
     """The model card to publish, which refers to no licence that isn't among the names of the repository's files."""
-    readme = checkpoint.folder / CARD
+    readme = own_file(checkpoint.folder, CARD, PublishingError)
     try:
         card = published_card(
             decode_card(readme.read_bytes(), CARD) if readme.is_file() else None,

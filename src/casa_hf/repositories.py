@@ -23,6 +23,7 @@ from huggingface_hub.utils.sha import git_hash
 from .card_parts import Card, decode_card
 from .checkpoint_files.errors import listed
 from .configuration_casa import CasaConfig
+from .folder_files import parse_json
 from .hub import PresentCard
 from .hub_client import PublishingError, hub_token, limit_waiting
 
@@ -76,10 +77,9 @@ def read_json(api: HfApi, repository: str, info: ModelInfo, name: str) -> dict[s
     if name not in names_of(info):
         return None
     try:
-        content = json.loads(_download(api, repository, info, name))
+        return parse_json(_download(api, repository, info, name), name)
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def present_card(api: HfApi, repository: str, info: ModelInfo) -> PresentCard | None:

@@ -8,7 +8,6 @@ repository holds.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .card_parts import Card, decode_card, union
 from .export import modelling_files
+from .folder_files import own_file, parse_json
 from .hub import published_card, without_untrained
 from .modeling_casa import CasaForConditionalGeneration as _Model
 from .processing_casa import CasaProcessor as _Processor
@@ -86,7 +86,7 @@ class _Publishing:
             attempts += 1
             info, is_new = repository_info(api, repo_id, revision)
             refuse_foreign(api, repo_id, info, self._is_adapter())
-            additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
+            additions = [CommitOperationAdd(name, str(own_file(folder, name))) for name in names]
             card = self._card(folder, api, repo_id, info, revision, additions)
             if card is not None:
                 (folder / CARD).write_text(card, "utf-8")
@@ -131,8 +131,8 @@ class CasaForConditionalGeneration(_Publishing, _Model):
         A card that is in the folder stays as it is, but for what it says to be untrained. Where there is none, the
         published one comes beside the weights.
         """
-        file = Path(save_directory) / CARD
         is_pushed = bool(kwargs.get("push_to_hub"))
+        file = own_file(save_directory, CARD) if is_pushed else Path(save_directory) / CARD
         # Transformers writes the repository's card or a template over it before the upload.
         before = file.read_bytes() if file.is_file() else None
         after = before
@@ -176,7 +176,7 @@ class CasaForConditionalGeneration(_Publishing, _Model):
     ) -> str:
         config = folder / "config.json"  # adapters have none
         named = (
-            json.loads(config.read_text("utf-8"))
+            parse_json(config.read_bytes(), str(config))
             if config.is_file()
             else read_json(api, repository, info, config.name)
         )

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from casa_hf.checkpoint_files import shards
@@ -189,10 +190,156 @@ def test_index_and_shards_disagree(sharded):
         refused(sharded, name, "of one version")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
-def test_broken_index(sharded, content):
-    (sharded / INDEX).write_text(content)
-    refused(sharded, INDEX, "again")
+BROKEN_INDEXES = {
+    "cut": "{",
+    "list": "[]",
+    "empty": "{}",
+    "map": '{"weight_map": 3}',
+    "names": '{"weight_map": {"matrix": ["a.safetensors"]}}',
+    "no name": '{"weight_map": {"matrix": ""}}',
+    "null character": '{"weight_map": {"matrix": "a\\u0000.safetensors"}}',
+    "half a character": '{"weight_map": {"matrix": "\\ud83d.safetensors"}}',
+    "deep": '{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "rather deep": '{"weight_map": ' + "[" * 300 + "]" * 300 + "}",
+    "long number": '{"weight_map": ' + "1" * 10_000 + "}",
+    "latin": '{"weight_map": "é"}'.encode("latin-1"),
+    "utf-16": '{"weight_map": {}}'.encode("utf-16"),
+    "mark": b"\xef\xbb\xbf{}",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_INDEXES)
+def test_broken_index(sharded, kind):
+    content = BROKEN_INDEXES[kind]
+    (sharded / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
+    again = "without one" if kind == "mark" else "again"
+    refused(sharded, str(sharded) if "character" in kind else INDEX, again)
+
+
+def test_an_index_that_can_not_be_read(sharded):
+    (sharded / INDEX).unlink()
+    (sharded / INDEX).mkdir()
+    refused(sharded, INDEX)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "absolute", "sub/../../outside.safetensors"])
+def test_shards_outside_the_folder(sharded, tmp_path, name):
+    (sharded / "sub").mkdir()
+    outside = (sharded / "model-00001-of-00002.safetensors").rename(tmp_path / "outside.safetensors")
+    name = str(outside) if name == "absolute" else name
+    index = (sharded / INDEX).read_text()
+    (sharded / INDEX).write_text(index.replace("model-00001-of-00002.safetensors", name))
+    refused(sharded, name, str(outside), "copy into the folder")
+    (sharded / INDEX).write_text(index)
+    (sharded / "model-00001-of-00002.safetensors").symlink_to(outside)
+    refused(sharded, "model-00001-of-00002.safetensors", str(outside), "copy into the folder")
+
+
+def test_links_inside_the_folder_and_into_the_download_cache(sharded, tmp_path):
+    first, second = (sharded / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (sharded / "sub").mkdir()
+    first.symlink_to(first.rename(sharded / "sub" / "file"))
+    blobs = tmp_path / "models--me--casa" / "blobs"
+    blobs.mkdir(parents=True)
+    second.symlink_to(second.rename(blobs / "0123"))
+    assert read_checkpoint(sharded).keys() == random_tensors().keys()
+    link = tmp_path / "link"
+    link.symlink_to(sharded)
+    assert read_checkpoint(link).keys() == random_tensors().keys()
+
+
+# -------------------------------------------------------------------- headers
+
+
+def with_header(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+BROKEN_FILES = {
+    "long header": with_header(entry(), bytes(4), length=2**63),
+    "no JSON": with_header(b"x" * 16),
+    "list": with_header(b"[]"),
+    "deep": with_header(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "entry": with_header(b'{"a": 3}'),
+    "no offsets": with_header(b'{"a": {"dtype": "F32", "shape": [1]}}', bytes(4)),
+    "dtype": with_header(entry(dtype=7), bytes(4)),
+    "shape": with_header(entry(shape=["1"]), bytes(4)),
+    "negative shape": with_header(entry(shape=[-1]), bytes(4)),
+    "other shape": with_header(entry(shape=[2]), bytes(4)),
+    "gap": with_header(entry(offsets=[4, 8]), bytes(8)),
+    "before": with_header(entry(offsets=[-4, 0]), bytes(4)),
+    "backwards": with_header(entry(offsets=[4, 0]), bytes(4)),
+    "short": with_header(entry(), bytes(3)),
+    "long": with_header(entry(), bytes(5)),
+    "twice": with_header(
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, ' + entry(offsets=[4, 8])[1:], bytes(8)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_broken_files(source, kind):
+    """As the library finds them, without mapping the file."""
+    file = source / "model.safetensors"
+    file.write_bytes(BROKEN_FILES[kind])
+    refused(source, str(file), "not a complete safetensors file")
+    with pytest.raises(SafetensorError):
+        load_file(file)
+
+
+# -------------------------------------------------------------------- sources that change
+
+
+def cut(file):
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size - 100)
+
+
+def overwrite(file):
+    with open(file, "r+b") as stream:
+        stream.seek(-100, 2)
+        stream.write(bytes(100))
+
+
+def exchange(file):
+    save_file(random_tensors(), file.with_name("new"))
+    file.with_name("new").replace(file)
+
+
+@pytest.mark.parametrize("change", [cut, overwrite, exchange, lambda file: file.unlink()])
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_file_that_changes(source, tmp_path, monkeypatch, change, when):
+    """In time, or there would be a bus error, zeros, or tensors of two versions."""
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 1000)
+    file = source / "model.safetensors"
+    stored = read_checkpoint(source)
+    planned = [PlannedTensor(name, (tensor,), tensor.dtype) for name, tensor in stored.items()]
+    calls = []
+
+    def progress(done, total):
+        calls.append(done)
+        if len(calls) == 2 and when == "while":
+            change(file)
+
+    if when == "before":
+        change(file)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(ConversionError, match=f"^{file} (was changed while|can't be read)"):
+        write_checkpoint(tmp_path / "copy", split_files(planned, "5GB"), progress)
+    if when == "before":
+        with pytest.raises(ConversionError, match=f"^{file} (was changed while|can't be read)"):
+            row_statistics(stored["matrix"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux shows what is mapped")
+def test_no_source_is_mapped(source, tmp_path):
+    seen = []
+    write(source, tmp_path / "copy", progress=lambda *_: seen.append(Path("/proc/self/maps").read_text()))
+    assert seen and not any(str(source) in maps for maps in seen)
 
 
 def test_quantised_tensors(source):

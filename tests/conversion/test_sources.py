@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from casa_hf.conversion import ConversionError, convert_checkpoint, convert_to_source
 from tests.conversion.helpers import altered, assert_refused
 
 NORM = "model.norm.weight"
@@ -169,3 +170,49 @@ def test_pickles_are_never_loaded(source, tmp_path):
     (source / "model.safetensors").unlink()
     assert_refused(source, tmp_path / "casa", "pytorch_model.bin", "never loaded", "save_pretrained")
     assert not exploded.exists()
+
+
+# -------------------------------------------------------------------- files of others, files that change
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_link_out_of_the_folder(source, tmp_path, name):
+    """Neither copied nor read."""
+    if (source / name).exists():
+        (source / name).rename(tmp_path / "secret")
+    else:
+        (tmp_path / "secret").write_text("secret")
+    (source / name).symlink_to(tmp_path / "secret")
+    assert_refused(source, tmp_path / "casa", f"{name!r} leads out of {source}", str(tmp_path / "secret"), "copy")
+    # Inside it may have any name.
+    (source / name).unlink()
+    (source / "files").mkdir()
+    (tmp_path / "secret").rename(source / "files" / "any")
+    (source / name).symlink_to("files/any")
+    convert_checkpoint(source, tmp_path / "casa")
+    assert not (tmp_path / "casa" / name).is_symlink()
+
+
+CHANGES = {
+    "tokenizer.json": lambda file: file.write_text(file.read_text() + " "),
+    "chat_template.jinja": lambda file: file.unlink(),
+    "LICENSE": lambda file: file.write_text("mine"),
+    "config.json": lambda file: file.replace(file.with_name("other")) and file.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("back", [False, True])
+def test_small_files_that_change(source_folder, casa_folder, tmp_path, name, back):
+    """In time: some of them are read before the weights are copied, others behind them."""
+    folder = altered(casa_folder if back else source_folder, tmp_path / "source")
+    convert = convert_to_source if back else convert_checkpoint
+    changes = [CHANGES[name]]
+
+    def change(done, total):
+        if changes:
+            changes.pop()(folder / name)
+
+    with pytest.raises(ConversionError, match=f"^{folder / name} was changed while it was read"):
+        convert(folder, tmp_path / "output", progress=change)
+    assert not (tmp_path / "output").exists() and not list(tmp_path.glob("*incomplete*"))

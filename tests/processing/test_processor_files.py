@@ -159,5 +159,5 @@ def test_missing_files_are_named(copy):
 
 def test_broken_files_are_named(copy):
     (copy / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json isn't valid JSON"):
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json is not valid JSON"):
         CasaProcessor.from_source(copy)

@@ -105,9 +105,7 @@ def new_folder(destination: Destination, num_bytes: int) -> Iterator[Path]:
                 _publish(new, old, destination)
             except OSError as error:
                 place = _keep(new, target)
-                raise ConversionError(
-                    f"{_obstacle(destination, error)} The finished checkpoint is {place}; move it where you want it."
-                ) from error
+                raise _displaced(destination, error, place) from error
         finally:
             if new.exists() and (place == new or os.path.lexists(old)):
                 # Nowhere else to go; and what nobody owns is never removed.
@@ -116,12 +114,15 @@ def new_folder(destination: Destination, num_bytes: int) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _obstacle(destination: Destination, error: OSError) -> str:
-    if not os.path.lexists(destination.target):
-        return f"{destination.target} can't be made ({one_line(error)})."
-    if destination.replaces is None:
-        return f"{destination.target} has come into being meanwhile, and stays as it is."
-    return f"{destination.target} was changed meanwhile, and stays as it is."
+def _displaced(destination: Destination, error: OSError, place: Path) -> ConversionError:
+    target = destination.target
+    if not os.path.lexists(target):
+        obstacle = f"{target} can't be made ({one_line(error)})."
+    elif destination.replaces is None:
+        obstacle = f"{target} has come into being meanwhile, and stays as it is."
+    else:
+        obstacle = f"{target} was changed meanwhile, and stays as it is."
+    return ConversionError(f"{obstacle} The finished checkpoint is {place}; move it where you want it.")
 
 
 def _is_empty_or_checkpoint(path: Path) -> bool:
@@ -192,6 +193,18 @@ def move_new(folder: Path, target: Path) -> None:
         with suppress(OSError):  # an interrupt may come when it has been moved
             os.rmdir(target)
         raise
+
+
+def move_finished(folder: Path, target: Path) -> None:
+    """As `move_new`, for what mustn't get lost.
+
+    Raises:
+        ConversionError: if something is there; the message says where the folder is kept.
+    """
+    try:
+        move_new(folder, target)
+    except OSError as error:
+        raise _displaced(Destination(target, target.parent), error, _keep(folder, target)) from error
 
 
 def _publish(new: Path, old: Path, destination: Destination) -> None:

@@ -6,22 +6,25 @@ the bytes. Renaming or duplicating a tensor therefore needs no tensor at all: `r
 `write_checkpoint` copies them, a few megabytes at a time, behind headers of its own. Only a change of dtype looks at
 the values, and it too works on a few megabytes at a time. What no file holds, such as a gate or the embedding of a new
 token, is computed when it is written; a tensor may be put together from ranges and computed rows.
+
+Files are read, never mapped: the process that has mapped a file ends where somebody cuts the file off.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
 
+from ..folder_files import own_file, parse_json, read_json
 from .errors import ConversionError, listed, one_line
+from .unchanged import FileState, changed, check_unchanged, file_state
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +40,9 @@ DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.ite
 
 _CHUNK_BYTES = 16 * 2**20
 
+# The largest that the format allows.
+_MAX_HEADER_BYTES = 100_000_000
+
 Progress = Callable[[int, int], None]
 
 
@@ -49,12 +55,14 @@ class StoredTensor:
         dtype: a key of `DTYPES`.
         shape: of the tensor.
         start: offset of its first byte in the file.
+        state: of the file when its header was read.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
+    state: FileState
 
     @property
     def numel(self) -> int:
@@ -67,7 +75,7 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> StoredTensor:
         """The rows `start` to `stop` (exclusive) of a tensor with at least one dimension."""
         row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-        return StoredTensor(self.file, self.dtype, (stop - start, *self.shape[1:]), self.start + start * row_bytes)
+        return replace(self, shape=(stop - start, *self.shape[1:]), start=self.start + start * row_bytes)
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,11 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         The place of every tensor by name.
 
     Raises:
-        ConversionError: if there are no safetensors weights, if a file is missing or broken, if shards and index
-            disagree, or if a tensor is quantised.
+        ConversionError: if there are no safetensors weights, if a file is missing, broken or outside the folder, if
+            shards and index disagree, or if a tensor is quantised.
     """
     if (folder / SINGLE_FILE).is_file():
-        return read_tensors(folder / SINGLE_FILE)
+        return read_tensors(own_file(folder, SINGLE_FILE, ConversionError))
     if not (folder / INDEX_FILE).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
         found = f"only pickled ones ({listed(pickles)}), which are never loaded" if pickles else "none"
@@ -147,12 +155,15 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX_FILE
-    weight_map = read_json(index).get("weight_map")
+    index = own_file(folder, INDEX_FILE, ConversionError)
+    weight_map = read_json(index, ConversionError).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ConversionError(f"{index} has no weight_map. Download the file again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise ConversionError(f"{index} should give {name} the name of a file, got {file!r}. Download it again.")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not own_file(folder, shard, ConversionError).is_file()]
     if missing:
         raise ConversionError(f"{index} names files that are not there: {listed(missing)}. Download them.")
     tensors: dict[str, StoredTensor] = {}
@@ -175,18 +186,13 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
         ConversionError: if the file is broken, or if a tensor is quantised.
     """
     try:
-        # Checks that the tensors' ranges fill the file, without gaps, to its last byte. Unlike "pt", "np" maps files
-        # read-only, so that one may be larger than the memory.
-        with safe_open(file, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
+        with open(file, "rb", buffering=0) as stream:
+            state = file_state(stream.fileno())
+            header, start = _read_header(stream, size=state[2])
+    except (_BrokenFile, OSError) as error:
         raise ConversionError(
             f"{file} is not a complete safetensors file ({one_line(error)}). Download it again."
         ) from error
-    with open(file, "rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
-    header.pop("__metadata__", None)
     quantised = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
     if quantised:
         raise ConversionError(
@@ -194,18 +200,89 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
             f"weights in {', '.join(DTYPES)}."
         )
     return {
-        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0], state)
         for name, entry in header.items()
     }
+
+
+class _BrokenFile(ValueError):
+    """What is wrong with a safetensors file, in words."""
+
+
+def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """The entries of a safetensors file's tensors by name, and where their bytes begin.
+
+    Args:
+        stream: at the begin of the file.
+        size: of the file.
+
+    Raises:
+        _BrokenFile: unless the ranges of all tensors fill the file, without gaps, to its last byte.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise _BrokenFile(f"{size} bytes can't have a header of {length}")
+    content = b""
+    while len(content) < length and (more := stream.read(length - len(content))):
+        content += more
+    header = parse_json(content, "its header", _BrokenFile)
+    header.pop("__metadata__", None)
+    end = 0
+    for name, entry in sorted(header.items(), key=_first_byte):
+        start, stop = entry["data_offsets"]
+        if start != end:
+            raise _BrokenFile(f"{name} begins at byte {start} instead of {end}")
+        if entry["dtype"] in DTYPES and stop - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+            raise _BrokenFile(f"{name} has {stop - start} bytes for {entry['dtype']} {entry['shape']}")
+        end = stop
+    if 8 + length + end != size:
+        raise _BrokenFile(f"it should have {8 + length + end} bytes, but has {size}")
+    return header, 8 + length
+
+
+def _first_byte(named: tuple[str, Any]) -> tuple[int, int]:
+    """Of a tensor's entry in a header, which is checked for its types, and where it ends."""
+    name, entry = named
+    match entry:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if start <= stop:
+            if all(isinstance(length, int) and length >= 0 for length in shape):
+                return start, stop
+    raise _BrokenFile(f"its header says of {name}: {str(entry)[:80]}")
+
+
+def _buffer(num_bytes: int | None = None) -> memoryview:
+    return memoryview(bytearray(num_bytes or _CHUNK_BYTES))
+
+
+def _chunks(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a tensor, a buffer full at a time; a chunk is valid until the next one.
+
+    Raises:
+        ConversionError: if the file isn't the one whose header was read, or can't be read.
+    """
+    try:
+        with open(tensor.file, "rb", buffering=0) as stream:
+            if file_state(stream.fileno()) != tensor.state:
+                raise changed(tensor.file)
+            stream.seek(tensor.start)
+            for left in range(tensor.nbytes, 0, -len(buffer)):
+                chunk = buffer[: min(left, len(buffer))]
+                filled = 0
+                while filled < len(chunk):
+                    num_bytes = stream.readinto(chunk[filled:])
+                    if not num_bytes:
+                        raise changed(tensor.file)
+                    filled += num_bytes
+                yield chunk
+    except OSError as error:
+        raise ConversionError(f"{tensor.file} can't be read ({one_line(error)}). Get the file again.") from error
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    a, b = (_mapped(tensor.file)[tensor.start : tensor.start + tensor.nbytes] for tensor in (first, second))
-    chunks = (slice(offset, offset + _CHUNK_BYTES) for offset in range(0, len(a), _CHUNK_BYTES))
-    return all(bytes(a[chunk]) == bytes(b[chunk]) for chunk in chunks)
+    return all(a == b for a, b in zip(_chunks(first, _buffer()), _chunks(second, _buffer()), strict=True))
 
 
 def row_statistics(tensor: StoredTensor) -> tuple[torch.Tensor, float]:
@@ -213,30 +290,13 @@ def row_statistics(tensor: StoredTensor) -> tuple[torch.Tensor, float]:
     row_bytes = tensor.nbytes // tensor.shape[0]
     rows = max(_CHUNK_BYTES // row_bytes, 1)
     total, squares = torch.zeros(2, tensor.shape[1], dtype=torch.float64)
-    data = _mapped(tensor.file)[tensor.start : tensor.start + tensor.nbytes]
-    for offset in range(0, len(data), rows * row_bytes):
-        chunk = _values(data[offset : offset + rows * row_bytes], tensor.dtype)
-        values = chunk.view(-1, tensor.shape[1]).double()
+    for chunk in _chunks(tensor, _buffer(rows * row_bytes)):
+        values = _values(chunk, tensor.dtype).view(-1, tensor.shape[1]).double()
         total += values.sum(0)
         squares += values.square().sum(0)
     mean = total / tensor.shape[0]
     variance = (squares / tensor.shape[0] - mean.square()).clamp(min=0)
     return mean, math.sqrt(variance.mean())
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ConversionError: if the file isn't JSON, or isn't an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{file} is not valid JSON ({one_line(error)}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} should hold a JSON object, got a {type(content).__name__}. Download it again.")
-    return content
 
 
 # ---------------------------------------------------------------- writing
@@ -284,7 +344,8 @@ def write_checkpoint(folder: Path, files: dict[str, list[PlannedTensor]], progre
         progress: called with (bytes written so far, bytes in all).
 
     Raises:
-        ConversionError: if a value is too large for the dtype that it is cast to.
+        ConversionError: if a value is too large for the dtype that it is cast to, or if a file has changed since its
+            header was read.
     """
     tensors = [tensor for group in files.values() for tensor in group]
     total = sum(tensor.nbytes for tensor in tensors)
@@ -296,8 +357,11 @@ def write_checkpoint(folder: Path, files: dict[str, list[PlannedTensor]], progre
         if progress is not None:
             progress(done, total)
 
+    buffer = _buffer()
     for file_name, group in files.items():
-        _write_file(folder / file_name, group, report)
+        _write_file(folder / file_name, group, buffer, report)
+    parts = [part for tensor in tensors for part in tensor.parts if isinstance(part, StoredTensor)]
+    check_unchanged({part.file: part.state for part in parts})
     if len(files) > 1:
         parameters = sum(tensor.numel for tensor in tensors)
         index = {
@@ -307,11 +371,11 @@ def write_checkpoint(folder: Path, files: dict[str, list[PlannedTensor]], progre
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Sequence[PlannedTensor], report: Callable[[int], None]) -> None:
+def _write_file(
+    path: Path, tensors: Sequence[PlannedTensor], buffer: memoryview, report: Callable[[int], None]
+) -> None:
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    stored = {part.file for tensor in tensors for part in tensor.parts if isinstance(part, StoredTensor)}
-    sources = {file: _mapped(file) for file in stored}
     with open(path, "wb") as output:
         output.write(_header(tensors))
         for tensor in tensors:
@@ -319,17 +383,9 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], report: Callable[[
                 if isinstance(part, ComputedTensor):
                     report(output.write(_cast(part.compute(), tensor)))
                     continue
-                data = sources[part.file][part.start : part.start + part.nbytes]
-                for offset in range(0, len(data), _CHUNK_BYTES):
-                    chunk = data[offset : offset + _CHUNK_BYTES]
+                for chunk in _chunks(part, buffer):
                     same = tensor.dtype == part.dtype
                     report(output.write(chunk if same else _cast(_values(chunk, part.dtype), tensor)))
-
-
-def _mapped(file: Path) -> memoryview:
-    """A file's bytes, which the kernel copies without a detour through this process."""
-    with open(file, "rb") as stream:
-        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:
@@ -348,8 +404,7 @@ def _header(tensors: Sequence[PlannedTensor]) -> bytes:
 
 
 def _values(chunk: memoryview, dtype: str) -> torch.Tensor:
-    # A copy, because torch warns about buffers that it couldn't write to.
-    return torch.frombuffer(bytearray(chunk), dtype=DTYPES[dtype])
+    return torch.frombuffer(chunk, dtype=DTYPES[dtype])
 
 
 def _cast(values: torch.Tensor, tensor: PlannedTensor) -> memoryview:

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..checkpoint_files.destination import check_distinct, check_target, new_folder
 from ..checkpoint_files.errors import ConversionError
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
+from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
 from ..configuration_casa import CasaConfig
 from ..export import add_code
 from ..hub import Origin, license_files, model_card, origin_records, read_license, untrained_effect
@@ -113,6 +114,7 @@ class _Prepared:
         vision_folder: of the checkpoint that gives a text-only source its vision tower.
         from_casa: whether the source is a CASA checkpoint.
         new_tokens: tokens that the source's tokenizer hasn't.
+        small_files: states of what else than weights was read.
     """
 
     plan: ConversionPlan
@@ -122,6 +124,7 @@ class _Prepared:
     vision_folder: Path | None
     from_casa: bool
     new_tokens: tuple[str, ...]
+    small_files: dict[Path, dict[Path, FileState]]
 
 
 def convert_checkpoint(
@@ -210,6 +213,7 @@ def convert_checkpoint(
             write_checkpoint(new, {SOURCE_ROWS_FILE: list(plan.source_rows)})
         if with_code:
             add_code(new)
+        check_small_files(prepared.small_files)
     return ConversionReport.of(plan, target)
 
 
@@ -250,6 +254,7 @@ def _prepare(
 ) -> _Prepared:
     code = dtype_code(dtype)
     folder, load_weights = open_source(source, revision)
+    small_files = {folder: folder_state(folder, SMALL_FILES)}
     source_config = read_source_config(folder)
     text_only = not isinstance(source_config, CasaConfig) and getattr(source_config, "vision_config", None) is None
     if text_only != (vision_from is not None):
@@ -259,6 +264,8 @@ def _prepare(
             "that gives its vision tower."
         )
     vision_folder, load_vision = (None, None) if vision_from is None else open_source(vision_from, None)
+    if vision_folder is not None:
+        small_files[vision_folder] = folder_state(vision_folder, SMALL_FILES)
 
     config, num_gist_tokens = _new_config(source_config, variant, design, vision_folder)
     own = source_config if isinstance(source_config, CasaConfig) else None
@@ -293,7 +300,7 @@ def _prepare(
         note=untrained_effect(config, own),
     )
     new_tokens = tuple(processor.tokenizer.convert_ids_to_tokens(new_token_ids))
-    return _Prepared(plan, config, processor, folder, vision_folder, own is not None, new_tokens)
+    return _Prepared(plan, config, processor, folder, vision_folder, own is not None, new_tokens, small_files)
 
 
 def open_source(source: str | Path, revision: str | None) -> tuple[Path, Any]:
@@ -303,6 +310,16 @@ def open_source(source: str | Path, revision: str | None) -> tuple[Path, Any]:
         return Path(source), lambda: None
     folder = download(repository, revision, SMALL_FILES)
     return folder, lambda: download(repository, folder.name, WEIGHT_FILES)
+
+
+def check_small_files(states: Mapping[Path, dict[Path, FileState]]) -> None:
+    """Compare the small files of folders with what was there in the beginning.
+
+    Raises:
+        ConversionError: naming one that has changed.
+    """
+    for folder, before in states.items():
+        check_unchanged(before, folder_state(folder, SMALL_FILES))
 
 
 def _new_config(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint_files.errors import ConversionError
-from ..checkpoint_files.shards import DTYPES, read_checkpoint, read_json
+from ..checkpoint_files.shards import DTYPES, read_checkpoint
 from ..configuration_casa import CasaConfig
+from ..folder_files import own_file, read_json
 from .mapping import ADDED, TOKEN_ROWS
+from .source import read_source_config
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,15 @@ def _read_config(folder: Path) -> CasaConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ConversionError(f"{folder} has no config.json. Give the folder of a CASA checkpoint.")
-    content = read_json(file)
+    content = read_json(own_file(folder, file.name, ConversionError), ConversionError)
     if content.get("model_type") != CasaConfig.model_type:
         raise ConversionError(
             f"{folder} has model_type {content.get('model_type')!r}, it is not a CASA checkpoint. Convert it first "
             "(`casa-hf convert`)."
         )
-    return CasaConfig.from_dict(content)
+    config = read_source_config(folder)
+    assert isinstance(config, CasaConfig)
+    return config
 
 
 def _largest_image(folder: Path, config: CasaConfig) -> int:
@@ -125,10 +129,10 @@ def _largest_image(folder: Path, config: CasaConfig) -> int:
         raise ConversionError(f"{folder} has no processor_config.json. Add the one that belongs to the checkpoint.")
     token_side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     try:
-        largest = read_json(file)["image_processor"]["size"]["longest_edge"]
+        settings = read_json(own_file(folder, file.name, ConversionError), ConversionError)
+        return settings["image_processor"]["size"]["longest_edge"] // token_side**2
     except (KeyError, TypeError) as error:
         raise ConversionError(
             f"{file} has no image_processor.size.longest_edge, the pixels of the largest image. Write it anew with "
             "CasaProcessor.save_pretrained, or add the one that belongs to the checkpoint."
         ) from error
-    return largest // token_side**2

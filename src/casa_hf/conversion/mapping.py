@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..backbones import Backbone
-from ..checkpoint_files.errors import ConversionError, listed
+from ..checkpoint_files.errors import ConversionError, listed, one_line
 from ..configuration_casa import CasaConfig
 
 Shape = tuple[int, ...]
@@ -102,13 +102,22 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
     Args:
         source_config: of the stock model.
         config: of the CASA model made from it.
+
+    Raises:
+        ConversionError: if there can't be such a model.
     """
-    with torch.device("meta"):
-        model = config.backbone.load("source_class")(source_config)
-        weights = model.state_dict()
-        if config.backbone.text_only:
-            tower = config.backbone.vision.load()._from_config(config.vision_config)
-            weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            model = config.backbone.load("source_class")(source_config)
+            weights = model.state_dict()
+            if config.backbone.text_only:
+                tower = config.backbone.vision.load()._from_config(config.vision_config)
+                weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
+    except Exception as error:  # such as the KeyError of an unknown rope_type
+        raise ConversionError(
+            f"config.json describes no {config.backbone.display_name} model that could be built "
+            f"({type(error).__name__}: {one_line(error)}). Use the config.json that belongs to the weights."
+        ) from error
     tied = TIED[:1] if config.tie_word_embeddings else ()
     shapes = {in_memory_name(name, config.backbone): tuple(tensor.shape) for name, tensor in weights.items()}
     return {name: shape for name, shape in shapes.items() if name not in tied}

@@ -11,15 +11,14 @@ from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from ..checkpoint_files.errors import ConversionError, disk_is_full, one_line
 from ..checkpoint_files.names import is_hub_id
-from ..checkpoint_files.shards import read_json
 from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
+from ..folder_files import read_json
 from ..hub import LICENSE_FILES
 from ..hub_client import hub_token, limit_waiting
 from ..processing_casa import CasaProcessor
@@ -92,8 +91,10 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ConversionError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
-    content = read_json(file)
+    content = read_json(file, ConversionError)
     model_type = content.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ConversionError(f"{file} should have a string as model_type, got {model_type!r}. Download it again.")
     is_casa = model_type == CasaConfig.model_type
     if (
         not is_casa
@@ -113,7 +114,7 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
         )
     try:
         return (CasaConfig if is_casa else CONFIG_MAPPING[model_type]).from_dict(content)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a configuration class runs into
         raise ConversionError(f"{file} is not a valid {model_type} configuration: {one_line(error)}") from error
 
 
@@ -224,7 +225,12 @@ def source_processor_files(file: Path) -> dict[str, dict]:
 
     Other names are passed over: these files are written, and a name from a download mustn't lead out of their folder.
     """
-    kept = read_json(file).get("source_config") or {}
+    kept = read_json(file, ConversionError).get("source_config") or {}
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(name, {}), dict) for name in PROCESSOR_FILES):
+        raise ConversionError(
+            f"{file} should hold the source's processor files in source_config. Copy it from the checkpoint that the "
+            "conversion made."
+        )
     return {name: kept[name] for name in PROCESSOR_FILES if name in kept}
 
 

@@ -26,6 +26,7 @@ from ..checkpoint_files.shards import (
     split_files,
     write_checkpoint,
 )
+from ..checkpoint_files.unchanged import FileState, folder_state
 from ..configuration_casa import CasaConfig
 from ..hub import Origin, license_files, source_card
 from .convert import (
@@ -36,12 +37,13 @@ from .convert import (
     TOKENIZER_FILES,
     ConversionReport,
     changed_files,
+    check_small_files,
     dtype_code,
     open_source,
 )
 from .mapping import ADDED, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
 from .plan import SOURCE_ROWS_FILE, ConversionPlan, overwritten_rows, set_dtype
-from .source import read_source_config, source_processor_files, stock_config
+from .source import SMALL_FILES, read_source_config, source_processor_files, stock_config
 
 
 def convert_to_source(
@@ -68,7 +70,7 @@ def convert_to_source(
     if os.path.isdir(casa):
         check_distinct(Path(casa), target)
     destination = check_target(target, overwrite)
-    plan, folder, config = _prepare(casa, dtype, revision, max_shard_size)
+    plan, folder, config, small_files = _prepare(casa, dtype, revision, max_shard_size)
     with new_folder(destination, plan.num_bytes) as new:
         plan.config.save_pretrained(new)
         for file, name in _copied_files(folder, config):
@@ -78,6 +80,7 @@ def convert_to_source(
         card = source_card(config, Origin.of(folder.absolute()), folder, plan.dropped, target.name)
         (new / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(new, plan.files, progress)
+        check_small_files(small_files)
     return ConversionReport.of(plan, target)
 
 
@@ -101,9 +104,10 @@ def plan_to_source(
 
 def _prepare(
     casa: str | Path, dtype: str | torch.dtype | None, revision: str | None, max_shard_size: int | str
-) -> tuple[ConversionPlan, Path, CasaConfig]:
+) -> tuple[ConversionPlan, Path, CasaConfig, dict[Path, dict[Path, FileState]]]:
     code = dtype_code(dtype)
     folder, load_weights = open_source(casa, revision)
+    small_files = {folder: folder_state(folder, SMALL_FILES)}
     config = read_source_config(folder)
     if not isinstance(config, CasaConfig):
         raise ConversionError(
@@ -159,7 +163,7 @@ def _prepare(
         dropped=dropped,
         note="Its language model and vision tower are those of the CASA checkpoint.",
     )
-    return plan, folder, config
+    return plan, folder, config, small_files
 
 
 def _read_source_rows(folder: Path) -> dict[str, StoredTensor]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -11,6 +10,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
+
+from ..folder_files import own_file, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _fault_of_archive(file: Path, reads_all: bool) -> str | None:
 
 def _missing_shards(index: Path) -> str | None:
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        return next((name for name in names if not own_file(index.parent, name).is_file()), None)
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"a usable {index.name}"
-    return next((name for name in sorted(names) if not (index.parent / name).is_file()), None)

@@ -22,11 +22,12 @@ from typing import Any, get_type_hints
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..checkpoint_files.destination import move_finished
 from ..checkpoint_files.errors import disk_is_full, one_line
-from ..checkpoint_files.shards import read_json
 from ..checks import check_count, check_number, check_positive
 from ..configuration_casa import CasaConfig
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
+from ..folder_files import own_file, read_json
 from ..hub_client import hub_token
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
@@ -742,7 +743,7 @@ def _save(trainer: Any, output: Path, source: Path, metrics: dict[str, float] | 
             (partial / "training_args.bin").unlink(missing_ok=True)
             if metrics is not None:
                 _write_results(trainer, partial, metrics)
-            os.rename(partial, output)
+            move_finished(partial, output)
     finally:
         if first and not is_complete:
             shutil.rmtree(partial, ignore_errors=True)
@@ -776,4 +777,4 @@ def _copy_kept(source: Path, target: Path) -> None:
     for pattern in _KEPT_FILES:
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copy(file, target / file.name)
+                shutil.copy(own_file(source, file.name), target / file.name)
