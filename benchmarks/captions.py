@@ -26,7 +26,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.common import begin, positive, report, save_figure, start, table
+from benchmarks.common import begin, legend_below, positive, report, save_figure, start, table
 from benchmarks.forever import MAX_RISE, MAX_SLOWER, Line, line, resident_bytes
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from examples.tiny_world import live
@@ -128,24 +128,24 @@ def plot(record: Record, sizes: Sizes, absolute: bool, path: Path) -> None:
         return [values[size * index : size * (index + 1)] for index in range(len(places))]
 
     unit = 1.0 if absolute else statistics.median(record.latency_ms)
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
     latency, memory, right = figure.subplots(1, 3)
     for share, name in ((50, "median"), (95, "95th percentile")):
         quantiles = [statistics.quantiles(block, n=100)[share - 1] / unit for block in blocks(record.latency_ms)]
         latency.plot(places, quantiles, label=name, linewidth=1.2)
     latency.set(title="latency", ylabel="ms" if absolute else "median = 1")
-    latency.legend(frameon=False, fontsize="small")
     memory.plot(places, [max(block) / 1e6 for block in blocks(record.memory)], linewidth=1.2)
     memory.set(title="memory of the process", ylabel="MB")
     right.plot(places, [100 * statistics.fmean(block) for block in blocks(record.right)], linewidth=1.2)
     right.set(title="right captions", ylabel="%", ylim=(0, 102))
     for panel in (latency, memory):
-        panel.set_ylim(0, 1.25 * panel.get_ylim()[1])  # room for the legend, and above a line that is level
+        panel.set_ylim(0, 1.25 * panel.get_ylim()[1])  # room above a line that is level
     for panel in (latency, memory, right):
         panel.set_xlabel("frame")
         panel.xaxis.set_major_locator(MaxNLocator(nbins=3))
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.grid(alpha=0.3)
+    legend_below(figure)
     save_figure(figure, path)
 
 

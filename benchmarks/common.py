@@ -10,9 +10,10 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -453,6 +454,46 @@ def report(benchmark: str, device: torch.device, sizes: Any, **results: Any) -> 
     """
     setting = {"machine": machine(device), "versions": versions(), "sizes": asdict(sizes)}
     print(json.dumps({"benchmark": benchmark, **setting, **results}))
+
+
+# What plots call contenders, so that a stranger knows which they are.
+_CONTENDERS = {
+    "insertion": "the source: image tokens in the sequence",
+    "bounded": "CASA, text bounded too",
+    "unbounded": "CASA",
+    "one by one": "CASA, streams one by one",
+    "together": "CASA, one batch, frames at the same time",
+    "staggered": "CASA, one batch, frames at any time",
+    "insertion together": "the source, one batch, frames at the same time",
+}
+
+
+def plot_name(name: str) -> str:
+    """What a plot calls a contender."""
+    if name in _CONTENDERS:
+        return _CONTENDERS[name]
+    kind, _, backend = name.partition(" ")
+    last = kind.removeprefix("insertion-last-")
+    shown = _CONTENDERS.get(kind) or (
+        f"CASA, variant {kind}" if last == kind else f"the source, its last {last} images"
+    )
+    return f"{shown}, {backend}" if backend else shown
+
+
+def legend_below(figure: Any) -> None:
+    """One legend for all panels, under them, where it hides nothing."""
+    labels: dict[str, Any] = {}
+    for panel in figure.axes:
+        handles, names = panel.get_legend_handles_labels()
+        labels |= {name: handle for name, handle in zip(names, handles, strict=True) if name not in labels}
+    columns = 2 if len(figure.axes) > 1 else 1
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def running_median(values: Sequence[float], width: int = 5) -> list[float]:
+    """The median of so many values around each, which one disturbed measurement doesn't move."""
+    half = width // 2
+    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -50,6 +50,8 @@ from benchmarks.common import (
     allocated_bytes,
     begin,
     gate,
+    legend_below,
+    plot_name,
     positive,
     process_bytes,
     report,
@@ -368,7 +370,7 @@ def lines_table(records: dict[str, Record], found: dict[str, dict[str, Line]], t
         first, last = own["turn_ms"].mean / unit, own["turn_ms"].slope / unit
         speed = [f"{len(record.cache):,}", f"{first:.2f}", f"{1000 * last:+.4f}"]
         rows.append([f"`{name}`", *speed, f"{record.kv_tokens:,}", f"{record.cache[-1] / 1e6:,.2f}", *rises])
-    what = "ms" if absolute else "bounded = 1"
+    what = "ms" if absolute else "CASA, bounded text = 1"
     over = f"rise over {turns:,} turns, part of the mean [95 %]"
     header = ["contender", "turns", f"time per turn, {what}", "per 1,000 turns", "KV tokens", "cache, MB"]
     memory = "allocated on the GPU" if absolute else "process"
@@ -382,7 +384,7 @@ def plot(
     from matplotlib.figure import Figure
 
     unit = 1.0 if absolute else found["bounded"]["turn_ms"].mean
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     panels = zip(figure.subplots(1, 2), ("turn_ms", "cache"), (unit, 1e6), strict=True)
     for panel, key, scale in panels:
         for name, record in records.items():
@@ -391,7 +393,7 @@ def plot(
             blocks = [values[i : i + size] for i in range(0, len(values), size)]
             places = [size * (index + 0.5) for index in range(len(blocks))]
             medians = [statistics.median(block) / scale for block in blocks]
-            [drawn] = panel.plot(places, medians, label=name, linewidth=1.2)
+            [drawn] = panel.plot(places, medians, label=plot_name(name), linewidth=1.2)
             if len(values) < sizes.turns:
                 own = found[name][key]
                 begin = own.mean - own.slope * own.turns / 2 - own.slope * (len(values) - own.turns)
@@ -402,13 +404,13 @@ def plot(
                     color=drawn.get_color(),
                     linestyle="--",
                     linewidth=1.0,
-                    label=f"{name}, extrapolated",
+                    label=f"{plot_name(name)}, extrapolated",
                 )
         panel.set(xlabel="turn", xscale="log", yscale="log", xlim=(1, None))
         panel.grid(alpha=0.3)
     figure.axes[0].set(title="time per turn", ylabel="ms" if absolute else "bounded = 1")
     figure.axes[1].set(title="keys and values", ylabel="MB")
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    legend_below(figure)
     save_figure(figure, path)
 
 

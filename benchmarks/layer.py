@@ -38,6 +38,8 @@ from benchmarks.common import (
     begin,
     choices,
     design,
+    legend_below,
+    plot_name,
     positive,
     random_source,
     report,
@@ -236,20 +238,22 @@ def plot(
     """Reached FLOPs per second over FLOPs per byte, under the roofline, as parts of the fastest product."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 6), layout="constrained")
     panel = figure.subplots()
     intensity = [2.0**power for power in range(-3, 12)]
     roof = [min(1.0, x * speed[1] / speed[0]) for x in intensity]
-    panel.plot(intensity, roof, color="black", linewidth=1)
+    panel.plot(intensity, roof, color="black", linewidth=1, label="what the machine can do")
+    markers = dict(zip(STAGES, "o^s", strict=True))
+    colours = {name: f"C{number}" for number, name in enumerate(measured)}
     for name, kinds in measured.items():
         own = kinds["fusion" if "fusion" in kinds else "self-attention"]
         x = [floor[name][stage]["flops"] / floor[name][stage]["bytes"] for stage in STAGES]
         y = [floor[name][stage]["flops"] / own[stage] / speed[0] for stage in STAGES]
-        panel.scatter(x, y, label=name, s=18)
         for stage, *place in zip(STAGES, x, y, strict=True):
-            panel.annotate(stage, place, fontsize="x-small", textcoords="offset points", xytext=(3, 3))
+            label = f"{plot_name(name)}: {stage}"
+            panel.scatter(*place, label=label, s=30, color=colours[name], marker=markers[stage], alpha=0.8)
     panel.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOPs per second, large product = 1")
-    panel.legend(frameon=False, fontsize="small")
+    legend_below(figure)
     panel.grid(alpha=0.3)
     save_figure(figure, path)
 

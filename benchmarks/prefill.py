@@ -37,8 +37,10 @@ from benchmarks.common import (
     choices,
     design,
     gate,
+    legend_below,
     numbers,
     peak_bytes,
+    plot_name,
     positive,
     random_source,
     report,
@@ -186,19 +188,21 @@ def plot(results: dict[str, dict[int, dict[str, float]]], absolute: bool, path: 
     """Time and memory by number of windows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     smallest = min(results["insertion"])
     for panel, key, title in zip(axes, ("seconds", "peak_bytes"), ("time", "peak memory"), strict=True):
         unit = 1.0 if absolute or key == "peak_bytes" else results["insertion"][smallest]["seconds"]
         scale = 1e6 if key == "peak_bytes" else unit
         for name, by_count in results.items():
-            panel.plot(list(by_count), [own[key] / scale for own in by_count.values()], label=name, marker=".")
+            panel.plot(
+                list(by_count), [own[key] / scale for own in by_count.values()], label=plot_name(name), marker="."
+            )
         panel.set(title=title, xlabel="windows", xscale="log", yscale="log")
-        seconds = "s" if absolute else f"insertion, {smallest} window = 1"
+        seconds = "s" if absolute else f"source, {smallest} window = 1"
         panel.set_ylabel("MB" if key == "peak_bytes" else seconds)
         panel.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize="small")
+    legend_below(figure)
     save_figure(figure, path)
 
 

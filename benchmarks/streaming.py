@@ -54,11 +54,14 @@ from benchmarks.common import (
     choices,
     design,
     gate,
+    legend_below,
     numbers,
     peak_bytes,
+    plot_name,
     positive,
     random_source,
     report,
+    running_median,
     save_figure,
     source_config,
     start,
@@ -699,17 +702,17 @@ def plot(records: dict[str, Record], absolute: bool, path: Path) -> None:
     """TTFT and decoding time by turn."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for panel, key, title in zip(axes, ("ttft", "decode"), ("time to first token", "time per token"), strict=True):
         unit = 1.0 if absolute else tenths(getattr(records["insertion"], key))[0]
         for name, record in records.items():
-            values = [value / unit for value in getattr(record, key)]
-            panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2)
-        panel.set(title=title, xlabel="turn", ylim=(0, None))
-        panel.set_ylabel("ms" if absolute else "insertion's first turns = 1")
+            values = running_median([value / unit for value in getattr(record, key)])
+            panel.plot(range(1, len(values) + 1), values, label=plot_name(name), linewidth=1.2)
+        panel.set(title=f"{title} (median of 5 turns)", xlabel="turn", ylim=(0, None))
+        panel.set_ylabel("ms" if absolute else "the source's first turns = 1")
         panel.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize="small")
+    legend_below(figure)
     save_figure(figure, path)
 
 

@@ -20,6 +20,7 @@ bytes that a decoding step must read. Times on a CPU are for ratios; the last li
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from benchmarks.common import (
     choices,
     design,
     gate,
+    legend_below,
+    plot_name,
     positive,
     random_source,
     report,
@@ -225,18 +228,24 @@ def results_table(figures: dict[str, dict[str, float]], absolute: bool) -> str:
 
 
 def plot(results: dict[str, tuple[list[float], Tensor]], period: int, absolute: bool, path: Path) -> None:
-    """Time of every turn."""
+    """Median and longest time of a turn, for each way to serve the streams."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     panel = figure.subplots()
     first = results["one by one"][0][period:]
     unit = 1e-3 if absolute else sum(first) / len(first)
-    for name, (seconds, _) in results.items():
-        panel.plot(range(1, len(seconds) + 1), [value / unit for value in seconds], label=name, linewidth=1.2)
-    panel.set(xlabel="turn", ylabel="ms per turn" if absolute else "time per turn, one by one = 1", ylim=(0, None))
-    panel.legend(frameon=False, fontsize="small")
-    panel.grid(alpha=0.3)
+    turns = {plot_name(name): [value / unit for value in seconds[period:]] for name, (seconds, _) in results.items()}
+    places = range(len(turns))
+    panel.barh(
+        [place - 0.2 for place in places], [statistics.median(own) for own in turns.values()], 0.4, label="median turn"
+    )
+    panel.barh([place + 0.2 for place in places], [max(own) for own in turns.values()], 0.4, label="longest turn")
+    panel.set_yticks(places, turns)
+    panel.invert_yaxis()
+    panel.set_xlabel("ms" if absolute else "mean turn, one by one = 1")
+    panel.grid(alpha=0.3, axis="x")
+    legend_below(figure)
     save_figure(figure, path)
 
 
