@@ -10,11 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -122,7 +125,6 @@ def test_a_lost_shard_is_noticed(finished, tmp_path):
 @pytest.mark.parametrize(
     ("lost", "kept"),
     [
-        (["optimizer.pt"], "optimizer_0/__0_0.distcp"),  # FSDP, sharded
         (["optimizer.pt"], "optimizer.bin"),  # FSDP, whole
         (["optimizer.pt", "scheduler.pt"], "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"),  # DeepSpeed
         (["rng_state.pth"], "rng_state_1.pth"),  # of several processes
@@ -136,6 +138,26 @@ def test_states_of_several_processes_have_other_names(finished, tmp_path, lost, 
     for name in lost[1:]:
         (folder / name).unlink()
     assert last_checkpoint(tmp_path) == (folder, {})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_shards_of_fsdp(finished, tmp_path):
+    """As it writes model and optimizer; a file that is cut off, or metadata that are lost, are noticed."""
+    for name in ("checkpoint-2", "checkpoint-3"):
+        folder = shutil.copytree(finished / "checkpoints" / name, tmp_path / name)
+        for file, shards in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "optimizer_0")):
+            (folder / file).unlink()
+            torch.distributed.checkpoint.save(
+                {"a": torch.ones(1_000), "b": torch.ones(1_000)}, checkpoint_id=folder / shards, no_dist=True
+            )
+    assert last_checkpoint(tmp_path) == (folder, {})
+    (shard,) = (folder / "optimizer_0").glob("*.distcp")
+    for damage, fault in (
+        (lambda: cut(shard), f"is incomplete: {shard.name} is lost or cut off"),
+        (lambda: cut(shard.parent / ".metadata"), "has no usable .metadata beside it"),
+    ):
+        damage()
+        assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", {folder: f"{shard.name} {fault}"})
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -264,6 +286,28 @@ def test_every_writer_of_tensors_says_that_the_disk_is_full(tmp_path, save):
     assert disk_is_full(failed.value)
     assert not disk_is_full(SafetensorError("I/O error: Permission denied (os error 13)"))
     assert not disk_is_full(RuntimeError("PytorchStreamReader failed reading zip archive"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_a_run_that_is_told_to_end_is_no_finished_one(casa_folder, tmp_path, monkeypatch):
+    """The Trainer's own handler of SIGTERM waits three seconds, writes a checkpoint, and ends training as usual."""
+    monkeypatch.setattr(threading, "Timer", lambda seconds, function: Timer(0.1, function))
+    run = configuration(casa_folder, tmp_path, max_steps=10_000, save_steps=10_000, enable_jit_checkpoint=True)
+    before = signal.getsignal(signal.SIGTERM)
+    sent = []
+
+    def end(logs):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    try:
+        with pytest.raises(InterruptedError, match=r"stopped from outside after \d+ of 10000 steps") as stopped:
+            train(TrainingConfig.from_dict(run), end)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    last, skipped = last_checkpoint(tmp_path / "checkpoints")
+    assert last is not None and not skipped and str(stopped.value).endswith(f" to go on from {last}.")
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -87,6 +87,8 @@ def _fault(checkpoint: Path, reads_all: bool) -> str | None:
             fault = _fault_of_archive(file, reads_all)
         elif file.name.endswith(".safetensors.index.json") and (missing := _missing_shards(file)):
             return f"without {missing}"
+        elif file.suffix == ".distcp":  # of a model or an optimizer sharded by FSDP
+            fault = _fault_of_shards(file.parent)
         if fault is not None:
             return f"{file.name} {fault}"
     return None
@@ -124,6 +126,20 @@ def _fault_of_archive(file: Path, reads_all: bool) -> str | None:
             return "is damaged" if reads_all and archive.testzip() is not None else None
         except (BadZipFile, OSError, EOFError, ValueError, NotImplementedError):
             return "is damaged"
+
+
+def _fault_of_shards(folder: Path) -> str | None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        parts = FileSystemReader(folder).read_metadata().storage_data.values()
+    except Exception:  # a pickle, damaged in any way
+        return "has no usable .metadata beside it"
+    for part in parts:
+        file = folder / part.relative_path
+        if not file.is_file() or file.stat().st_size < part.offset + part.length:
+            return f"is incomplete: {file.name} is lost or cut off"
+    return None
 
 
 def _missing_shards(index: Path) -> str | None:

@@ -306,7 +306,9 @@ def train(
 
     Raises:
         ValueError: for settings or data that don't fit; before anything is computed or written.
-        ImportError: without Accelerate, or without PEFT where `lora` asks for it.
+        ImportError: without Accelerate, or without PEFT where `lora` asks for it, or what `report_to` names.
+        FloatingPointError: if losses, gradients or weights are no longer finite; see `CasaTrainer.train`.
+        InterruptedError: if the process was told to end and `enable_jit_checkpoint` has written a checkpoint.
     """
     for package, needed in (("accelerate", True), ("peft", config.lora is not None)):
         if needed and find_spec(package) is None:
@@ -393,6 +395,8 @@ def train(
             if arguments.push_to_hub:
                 _copy_kept(folder, checkpoints)  # the folder that the Trainer publishes
         metrics = dict(trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed)).metrics)
+        if trainer.state.global_step < steps:  # as `enable_jit_checkpoint` has it end
+            raise InterruptedError(_stopped(trainer.state.global_step, steps, checkpoints))
         _save(trainer, output, folder, metrics)
     except Exception as error:  # those who write tensors have kinds of their own
         if disk_is_full(error):
@@ -404,10 +408,10 @@ def train(
     try:
         if eval_data is not None:
             metrics |= trainer.evaluate()
-            if trainer.is_world_process_zero():
-                _write_results(trainer, output, metrics)
             if not math.isfinite(metrics["eval_loss"]):
                 raise FloatingPointError(f"The loss of the evaluation is not finite: {metrics['eval_loss']}.")
+            if trainer.is_world_process_zero():
+                _write_results(trainer, output, metrics)
         if arguments.push_to_hub:
             trainer.push_to_hub()
     except Exception as error:
@@ -765,6 +769,12 @@ def _full_disk(error: Exception, checkpoints: Path) -> str:
     else:
         way = f"{last.name} in {checkpoints} is complete; free some space, and set resume (--resume) to go on from it."
     return f"The disk is full, it seems ({one_line(error)}). {way}"
+
+
+def _stopped(step: int, steps: int, checkpoints: Path) -> str:
+    last, _ = last_checkpoint(checkpoints, reads_all=False)
+    way = "There is no checkpoint" if last is None else f"Set resume (--resume) to go on from {last}"
+    return f"The training was stopped from outside after {step} of {steps} steps. {way}."
 
 
 def _partial(output: Path) -> Path:
