@@ -787,7 +787,7 @@ class CasaModel(CasaPreTrainedModel):
                     )
                 cache = None
         text_shape = inputs_embeds.shape[:2]
-        masked = token_mask is not None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+        given_mask = attention_mask if token_mask is None else token_mask
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
         images = image_states = None
@@ -797,8 +797,10 @@ class CasaModel(CasaPreTrainedModel):
         if content is not None:
             grids = self._check_grids(image_grid_thw)
             types = self._new_token_types(mm_token_type_ids, text_shape, cache)
-            # Without a mask, a device needn't be asked which tokens are padding.
-            valid = token_mask if masked else torch.ones(text_shape, dtype=torch.bool)
+            # Without a mask, or with one on the CPU, a device needn't be asked which tokens are padding.
+            valid = torch.ones(text_shape, dtype=torch.bool)
+            if isinstance(given_mask, torch.Tensor) and given_mask.ndim == 2:
+                valid = given_mask[:, -text_shape[1] :].bool()
             rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, valid)
             if len(grids) or len(content):  # a batch without images may carry empty tensors
                 images = self._place_images(rows, indices, grids, types, text_shape)
@@ -849,10 +851,11 @@ class CasaModel(CasaPreTrainedModel):
         """The mask of self-attention over all slots, and the validity of the new tokens."""
         batch_size, num_tokens = inputs_embeds.shape[:2]
         if token_mask is not None:
-            return attention_mask, token_mask.bool()
+            return attention_mask, token_mask.to(inputs_embeds.device, torch.bool, non_blocking=True)
         everything = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             return attention_mask, everything
+        attention_mask = attention_mask.to(inputs_embeds.device, non_blocking=True)
         state = None if cache is None else cache.layers[0].window_state
         if state is not None and state.slots is not None and num_tokens == 1:
             # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which
@@ -865,7 +868,6 @@ class CasaModel(CasaPreTrainedModel):
                 f"{past + num_tokens}) for all tokens including {past} cached ones, or ({batch_size}, {num_tokens}) "
                 "for the new ones."
             )
-        attention_mask = attention_mask.to(inputs_embeds.device)
         token_mask = attention_mask[:, -num_tokens:].bool()
         if attention_mask.shape[1] == num_tokens and past:
             earlier = window_state(cache, batch_size, inputs_embeds.device).growing().valid

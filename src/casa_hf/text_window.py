@@ -63,7 +63,7 @@ class KeyRotation:
     def turn(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Keys (batch, heads, length or 1, head_dim), turned in at least float32."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        cos, sin = (table.to(keys.device, dtype) for table in tables)
+        cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
         wide = keys.to(dtype)
         return self.apply_rotary(wide, wide[:, :0], cos, sin)[0].to(keys.dtype)
 

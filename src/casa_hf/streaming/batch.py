@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from ..cache_casa import cache_nbytes
 from .events import CaptionEvent
-from .session import ANEW, DEFAULT_PROMPT, CasaStream, Forward, Steps
+from .session import ANEW, DEFAULT_PROMPT, CasaStream, Forward, Steps, on_device
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -312,7 +312,8 @@ class CasaStreamBatch:
         tokens = self._drawn(output.logits[:, -1])
         for stream, forward in self._forwards.items():
             self._rows[stream].held += len(forward.ids)
-        return tokens
+        # All at once: the device is waited for here.
+        return dict(zip(tokens, torch.cat(list(tokens.values())).cpu().split(1), strict=True))
 
     def _drawn(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
         """By stream that waits, the token (1, 1) for its row of the logits (rows, vocabulary)."""
@@ -322,7 +323,8 @@ class CasaStreamBatch:
         for processors in {id(own.processors): own.processors for own in self._forwards.values()}.values():
             group = [(number, stream) for number, stream in waiting if self._forwards[stream].processors is processors]
             history = torch.cat([self._forwards[stream].history.ids for _, stream in group])
-            own_logits = logits[[number for number, _ in group]]
+            numbers = torch.tensor([number for number, _ in group])
+            own_logits = logits[numbers.to(logits.device, non_blocking=True)]
             scores = processors(history, own_logits.to(history.device, torch.float32))
             for (_, stream), own in zip(group, scores, strict=True):
                 tokens[stream] = self._rows[stream].drawn(own[None])
@@ -353,7 +355,7 @@ class CasaStreamBatch:
             inputs["mm_token_type_ids"] = types
         if not bool(mask.all()):
             inputs["attention_mask"] = mask
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
+        return on_device(inputs, self.model.device)
 
     # ---------------------------------------------------------------- rows of the cache
 

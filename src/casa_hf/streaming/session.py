@@ -73,7 +73,8 @@ class Forward:
     history: History
 
 
-# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token.
+# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token, on
+# the CPU.
 Steps = Generator[CaptionEvent | Forward, torch.Tensor, None]
 
 
@@ -524,15 +525,10 @@ class CasaStream:
     def _next_token(self, forward: Forward) -> torch.Tensor:
         """Run a forward of the model; the token (1, 1) that follows."""
         self._bound_text()
-        output = self.model(
-            input_ids=torch.tensor([forward.ids], device=self.model.device),
-            cache=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **{name: value.to(self.model.device) for name, value in forward.images.items()},
-        )
+        inputs = on_device({"input_ids": torch.tensor([forward.ids]), **forward.images}, self.model.device)
+        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs)
         ids = forward.history.ids
-        return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32)))
+        return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32))).cpu()
 
     def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""
@@ -818,13 +814,23 @@ class History:
         self.ids = torch.full((1, length), -1, dtype=torch.long, device=device)
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Append (1, tokens) ids."""
+        """Append (1, tokens) ids, on any device."""
         length = self.ids.shape[1]
+        tokens = tokens.to(self.ids.device, non_blocking=True)
         self.ids = torch.cat([self.ids, tokens], dim=1)[:, tokens.shape[1] :][:, -length:] if length else self.ids
 
     def tokens(self) -> torch.Tensor:
         """(1, tokens) the ids since the beginning."""
         return self.ids[:, self.ids[0] >= 0]
+
+
+def on_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of a forward: ids and pixels on the device, without waiting for it, and the rest, which the model looks
+    at on the host, where it is."""
+    return {
+        name: value.to(device, non_blocking=True) if name in ("input_ids", "pixel_values") else value
+        for name, value in inputs.items()
+    }
 
 
 def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
