@@ -129,33 +129,33 @@ def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[
         return api.model_info(repository, files_metadata=True), True
 
 
-def refuse_foreign(api: HfApi, repository: str, info: ModelInfo, is_adapter: bool = False) -> None:
+def refuse_foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool = False) -> None:
     """Leave a repository alone that holds another model than a CASA checkpoint.
 
     Args:
         api: the Hub's client.
         repository: Hub id.
         info: of the repository at the commit before.
-        is_adapter: whether adapters are published, which may follow others.
+        suits_adapters: whether what is published may go where adapters are: others, or a processor.
 
     Raises:
         PublishingError: if it does, with the way out.
     """
-    held = _foreign(api, repository, info, is_adapter)
+    held = _foreign(api, repository, info, suits_adapters)
     if held is not None:
         raise PublishingError(
             f"{repository} is taken: it holds {held}. Choose another name, or delete these files there first."
         )
 
 
-def check_repository(repository: str, token: str | bool | None, revision: str | None, is_adapter: bool) -> None:
+def check_repository(repository: str, token: str | bool | None, revision: str | None, suits_adapters: bool) -> None:
     """Find out before anything is saved or trained whether a repository, if it exists, can be published to.
 
     Args:
         repository: Hub id.
         token: see `hub_token`.
         revision: branch; None for the default one.
-        is_adapter: see `refuse_foreign`.
+        suits_adapters: see `refuse_foreign`.
 
     Raises:
         PublishingError: if the token is unusable, the repository holds another model, or its card can't be read.
@@ -167,7 +167,7 @@ def check_repository(repository: str, token: str | bool | None, revision: str | 
         info, _ = repository_info(api, repository, revision)
     except RepositoryNotFoundError:
         return
-    refuse_foreign(api, repository, info, is_adapter)
+    refuse_foreign(api, repository, info, suits_adapters)
     present_card(api, repository, info)
 
 
@@ -222,7 +222,7 @@ def is_conflict(error: HfHubHTTPError) -> bool:
     return error.response is not None and error.response.status_code in (409, 412)
 
 
-def _foreign(api: HfApi, repository: str, info: ModelInfo, is_adapter: bool) -> str | None:
+def _foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool) -> str | None:
     """What a repository holds instead of a CASA checkpoint, in words; None if nothing."""
     names = names_of(info)
     if "config.json" in names:
@@ -234,10 +234,10 @@ def _foreign(api: HfApi, repository: str, info: ModelInfo, is_adapter: bool) -> 
         name for name in names if _WEIGHTS.fullmatch(name) and not _STATES.fullmatch(posixpath.basename(name))
     )
     are_adapters = all(_ADAPTER.fullmatch(posixpath.basename(name)) for name in weights)
-    if weights and "adapter_config.json" in names and are_adapters:
-        return None if is_adapter else f"adapters ({listed(weights)})"
-    if weights:
+    if weights and not ("adapter_config.json" in names and are_adapters):
         return f"weights without a config.json ({listed(weights)})"
+    if weights and not suits_adapters:
+        return f"adapters ({listed(weights)})"
     processors = sorted(names & _PROCESSORS)
     if processors and (read_json(api, repository, info, "processor_config.json") or {}).get("processor_class") != (
         "CasaProcessor"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ _ATTEMPTS = 3
 class _Publishing:
     """What model and processor do differently from Transformers' `PushToHubMixin`, which has to follow."""
 
-    def _is_adapter(self) -> bool:
-        return False
+    def _suits_adapters(self) -> bool:
+        """Whether it may go where adapters are."""
+        raise NotImplementedError
 
     def _card(
         self,
@@ -59,7 +61,7 @@ class _Publishing:
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the repository is looked at before anything is saved, see `casa_hf.repositories`."""
-        check_repository(repo_id, kwargs.get("token"), kwargs.get("revision"), self._is_adapter())
+        check_repository(repo_id, kwargs.get("token"), kwargs.get("revision"), self._suits_adapters())
         return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def _upload_modified_files(
@@ -85,7 +87,7 @@ class _Publishing:
         while True:
             attempts += 1
             info, is_new = repository_info(api, repo_id, revision)
-            refuse_foreign(api, repo_id, info, self._is_adapter())
+            refuse_foreign(api, repo_id, info, self._suits_adapters())
             additions = [CommitOperationAdd(name, str(own_file(folder, name))) for name in names]
             card = self._card(folder, api, repo_id, info, revision, additions)
             if card is not None:
@@ -122,7 +124,7 @@ class CasaForConditionalGeneration(_Publishing, _Model):
     # The card that a folder has before a call of `save_pretrained`.
     _folder_card: bytes | None = None
 
-    def _is_adapter(self) -> bool:
+    def _suits_adapters(self) -> bool:
         return bool(getattr(self, "_hf_peft_config_loaded", False))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +146,7 @@ class CasaForConditionalGeneration(_Publishing, _Model):
                 raise  # before anything is written
         if is_pushed:
             repository = kwargs.get("repo_id") or Path(save_directory).name
-            check_repository(repository, kwargs.get("token"), kwargs.get("revision"), self._is_adapter())
+            check_repository(repository, kwargs.get("token"), kwargs.get("revision"), self._suits_adapters())
         self._folder_card = after
         is_saved = False
         try:
@@ -156,12 +158,12 @@ class CasaForConditionalGeneration(_Publishing, _Model):
                 file.write_bytes(kept)
             self._folder_card = None
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with the card of a CASA checkpoint; the repository is looked at first."""
+    @wraps(_Model.push_to_hub)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         # Transformers adds them to the card of the default branch, where they can't be told from those it had.
         self._asked_tags = kwargs.get("tags")
         try:
-            return super().push_to_hub(repo_id, *args, **kwargs)
+            return super().push_to_hub(*args, **kwargs)
         finally:
             self._asked_tags = None
 
@@ -198,11 +200,14 @@ class CasaForConditionalGeneration(_Publishing, _Model):
 class CasaProcessor(_Publishing, _Processor):
     __doc__ = _Processor.__doc__
 
+    def _suits_adapters(self) -> bool:
+        return True  # which are used with it
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in Transformers; with `push_to_hub=True` the repository is looked at first, and its card stays."""
         if push_to_hub:
             repository = kwargs.get("repo_id") or Path(save_directory).name
-            check_repository(repository, kwargs.get("token"), kwargs.get("revision"), self._is_adapter())
+            check_repository(repository, kwargs.get("token"), kwargs.get("revision"), self._suits_adapters())
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.utils import _http
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, hub_client, push_checkpoint
 from casa_hf.conversion import ConversionError, convert_checkpoint
@@ -101,6 +102,8 @@ FOREIGN: dict[str, tuple[dict[str, bytes], str]] = {
 def test_what_somebody_else_has_there_stays(hub: Hub, casa_folder: Path, tmp_path: Path, way: str, files: str) -> None:
     """Refused in the same words, before anything is saved; deleting it there is the way to insist."""
     content, held = FOREIGN[files]
+    if files == "adapters" and "processor" in way:
+        content, held = {**content, "tokenizer.json": b"{}"}, "a processor or tokenizer of another model"
     hub.create(NAME, files=content)
     before = states(hub)
     for revision in (None, "v2"):
@@ -150,6 +153,7 @@ def test_adapters_follow_adapters(hub: Hub, casa_folder: Path, tmp_path: Path) -
         trainer.push_to_hub()
     assert len(hub.files(NAME)["adapter_model.safetensors"]) > 100 and len(hub.commits(NAME)) == 2
     assert "training_args.bin" in hub.files(NAME)
+    by_processor(casa_folder, tmp_path, None, None)
     with pytest.raises(PublishingError, match="it holds adapters"):
         by_model(casa_folder, tmp_path, None, None)
 
@@ -264,6 +268,15 @@ def test_saves_of_a_run_go_to_a_branch_that_is_new(hub: Hub, casa_folder: Path, 
     assert len(hub.commits(NAME, "run")) == 1 and not hub.commits(NAME)
     trainer.push_to_hub()
     assert "README.md" in hub.files(NAME, "run") and not hub.commits(NAME)
+
+
+@pytest.mark.skipif("private" not in signature(Trainer.push_to_hub).parameters, reason="new in Transformers")
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_trainer_makes_a_private_repository(hub: Hub, casa_folder: Path, tmp_path: Path, by_name: bool) -> None:
+    arguments = {"private": True} if by_name else {}
+    positional = () if by_name else ("Mine", True, None, None, True)
+    trainer_of(casa_folder, tmp_path / "out").push_to_hub(*positional, **arguments)
+    assert hub.repositories[NAME].private and "README.md" in hub.files(NAME)
 
 
 # ---------------------------------------------------------------- time-outs

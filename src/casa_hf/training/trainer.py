@@ -369,7 +369,8 @@ class CasaTrainer(Trainer):
         # The base class waits for it between making the card and sending it, which is time for edits.
         self._finish_current_push()
         if self.hub_model_id is None:
-            self.init_hf_repo(token, kwargs.get("private"), revision=revision)
+            private = args[0] if args else kwargs.get("private")  # from Transformers 5.24 on
+            self.init_hf_repo(token, revision=revision, **({} if private is None else {"private": private}))
         # It hands on what it doesn't know itself to `create_model_card`.
         kwargs |= {"hub_token": token, "hub_revision": revision}
         with self._branch(token, revision):
@@ -387,9 +388,7 @@ class CasaTrainer(Trainer):
         with new_branch(api, self.hub_model_id, revision, str(info.sha)) if is_new else nullcontext():
             yield
 
-    def init_hf_repo(
-        self, token: str | None = None, private: bool | None = None, *args: Any, revision: str | None = None
-    ) -> None:
+    def init_hf_repo(self, token: str | None = None, *args: Any, revision: str | None = None, **kwargs: Any) -> None:
         """As in Transformers, before the training: what would have the push refused after it ends it here.
 
         Raises:
@@ -399,15 +398,15 @@ class CasaTrainer(Trainer):
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         if not self.is_world_process_zero():
-            return super().init_hf_repo(token, private, *args)
+            return super().init_hf_repo(token, *args, **kwargs)
         file = Path(self.args.output_dir) / CARD  # the base class reads it for its own
         if file.is_file():
             Card.read(decode_card(file.read_bytes(), str(file)), str(file))
         api = client(self.args.hub_token if token is None else token)
         with explained(name, f"Preparing {name}"):
-            super().init_hf_repo(token, private, *args)
+            super().init_hf_repo(token, *args, **kwargs)
             info, _ = repository_info(api, self.hub_model_id, self.args.hub_revision if revision is None else revision)
-            refuse_foreign(api, self.hub_model_id, info, is_adapter=hasattr(self.model, "peft_config"))
+            refuse_foreign(api, self.hub_model_id, info, suits_adapters=hasattr(self.model, "peft_config"))
             present_card(api, self.hub_model_id, info)
 
     def create_model_card(
