@@ -932,7 +932,7 @@ class CasaModel(CasaPreTrainedModel):
     ) -> torch.Tensor:
         """(batch, tokens) whether an image stands before each new token, padding excluded."""
         found = image_tokens(self.config, input_ids, inputs_embeds, self.language_model.embed_tokens, types)
-        return found & token_mask.to(found.device)
+        return found & token_mask.to(found.device, non_blocking=True)
 
     def _image_places(
         self,
@@ -948,7 +948,8 @@ class CasaModel(CasaPreTrainedModel):
             found = self._image_tokens(input_ids, inputs_embeds, types, token_mask)
             if input_ids is not None:
                 # All that is looked at, by one copy.
-                together = torch.stack([found.long(), input_ids, token_mask.to(found.device).long()]).cpu()
+                token_mask = token_mask.to(found.device, non_blocking=True)
+                together = torch.stack([found.long(), input_ids, token_mask.long()]).cpu()
                 found, ids, token_mask = together[0] > 0, together[1], together[2] > 0
                 refuse_placeholders(self.config, ids if types is None else ids[found])
             image_positions = found.cpu().nonzero()

@@ -1,0 +1,119 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How often the host waits for a CUDA device: exact numbers, which may only fall.
+
+A new image waits twice: for how many image tokens stay visible, and for the windows, from which blocks are made. On a
+static cache it also waits for the length of the text, once in our code and once in Transformers' masks. A decoding step
+waits for nothing, but where rows are padded Transformers looks whether any padding is in the mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
+from casa_hf.configuration_casa import VARIANTS
+from casa_hf.transformers_versions import is_older_than
+from casa_hf.varlen import TORCH_VARLEN
+from tests.cuda.test_model import DTYPES, in_all, put
+from tests.helpers_generation import Image, batch, new_model
+from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end
+from tests.labelled_device import LabelledDevices
+from tests.streaming.conftest import FRAME_PIXELS, randomised
+from tests.streaming.helpers import emitted, picture
+
+TOKENS = 6
+QUICK = {("casa", "sdpa"), ("casa", TORCH_VARLEN), ("ca-shared", "flash_attention_2"), ("insertion", "sdpa")}
+
+
+def waits(devices: LabelledDevices) -> tuple[int, int]:
+    """Reads and copies since the last time."""
+    counted = devices.reads.total(), devices.copies.total()
+    print(dict(devices.reads), dict(devices.copies))  # told where a number isn't the expected one
+    devices.forget()
+    return counted
+
+
+@pytest.mark.parametrize("variant, back_end", in_all(VARIANTS, ("sdpa", *KERNELS), QUICK))
+def test_a_frame_and_a_step_of_one_row(variant: str, back_end: str, devices: LabelledDevices) -> None:
+    """As in a stream: the frame's pixels are on the device, its size and place on the CPU."""
+    if back_end == TORCH_VARLEN and not register_torch_kernel():
+        pytest.skip("this torch has no such kernel")
+    model = use_back_end(new_model(variant, DTYPES.get(back_end, torch.float64)), back_end).to("cuda")
+    model.model.name_tower_back_end()
+    step = torch.tensor([[8]], device="cuda")
+    for static in (False, True):
+        cache = StaticCache(model.config.get_text_config(), max_cache_len=32) if static else DynamicCache()
+        for number in range(3):
+            inputs = put(batch([5, Image(2, 3, number)]), "cuda", model.dtype, "cpu")
+            del inputs["attention_mask"]
+            inputs["image_positions"] = torch.tensor([[0, 2]])
+            with reference_kernels(devices.uncounted), torch.no_grad():
+                devices.forget()
+                model(**inputs, cache=cache)
+                # A new static cache brings Transformers' counts of text to the device, one for each layer.
+                frame = waits(devices) if number else devices.forget()
+                model(input_ids=step, cache=cache)
+        static_layers = 3 * (static and back_end == "flash_attention_2")
+        assert frame == (2 + 2 * static, 0)
+        assert waits(devices)[0] <= 2 * static_layers and not devices.copies
+
+
+@pytest.mark.parametrize("given", ["ids", "positions", "all on the device", "padding"])
+def test_what_a_prompt_of_several_rows_waits_for(given: str, devices: LabelledDevices) -> None:
+    model = new_model("casa").to("cuda")
+    inputs = put(batch([5, Image(2, 3, 1), 6], [7, Image(1, 2, 2), 8]), "cuda", torch.float64, "cpu")
+    mask = inputs.pop("attention_mask")
+    expected = 3  # the places too
+    if given == "positions":
+        inputs["image_positions"], expected = torch.tensor([[0, 2], [1, 2]]), 2
+    if given == "all on the device":
+        inputs["image_grid_thw"], expected = inputs["image_grid_thw"].cuda(), 4
+    if given == "padding":
+        mask[1, 0] = 0
+        inputs["attention_mask"], expected = mask, 5  # Transformers looks for padding, for a mask of two dimensions
+    devices.forget()
+    with torch.no_grad():
+        model(**inputs, cache=DynamicCache())
+    assert waits(devices) == (expected, 0)
+
+
+def test_streams(source_folder: Path, devices: LabelledDevices) -> None:
+    """Each token is read once, whatever the number of rows, and a frame waits for its windows."""
+    processor = CasaProcessor.from_source(source_folder, max_pixels=4 * FRAME_PIXELS, frame_max_pixels=FRAME_PIXELS)
+    model = randomised(CasaForConditionalGeneration.from_pretrained(source_folder, casa_variant="casa")).to("cuda")
+    model.generation_config.eos_token_id = None
+    for drawn in (False, True):
+        stream = CasaStream(model, processor, max_new_tokens_per_frame=TOKENS, do_sample=drawn, seed=1)
+        emitted(stream.push(picture(0)))
+        devices.forget()
+        emitted(stream.push(picture(1)))
+        # torch checks the probabilities that it draws from.
+        assert waits(devices) == (2 + TOKENS + drawn * TOKENS, 0)
+
+    with CasaStreamBatch(model, processor, max_new_tokens_per_frame=TOKENS) as rows:
+        first, second = rows.add(), rows.add()
+        list(rows.push({first: picture(0), second: picture(1)}))
+        devices.forget()
+        list(rows.push({first: picture(2), second: picture(3)}))
+        assert waits(devices) == (2 + TOKENS, 0)
+        list(rows.push({second: picture(4)}))
+        assert waits(devices) == (2 + TOKENS + (TOKENS - 1), 0)
+
+
+def test_turns_of_a_conversation(source_folder: Path, devices: LabelledDevices) -> None:
+    processor = CasaProcessor.from_source(source_folder, max_pixels=4 * FRAME_PIXELS)
+    model = randomised(CasaForConditionalGeneration.from_pretrained(source_folder, casa_variant="casa")).to("cuda")
+    model.generation_config.eos_token_id = None
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
+    conversation = Conversation(model, processor)
+    for question in ("What is this?", "And this?"):
+        devices.forget()
+        conversation.ask(question, [picture(0)], **settings)
+    reads, copies = waits(devices)
+    # `generate` looks after each token whether all rows have ended; older versions also whether the mask is all ones.
+    assert reads <= TOKENS + 9 + (TOKENS - 1) * is_older_than(5, 24) and copies <= 7
