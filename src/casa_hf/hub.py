@@ -337,7 +337,9 @@ def _complete_metadata(
         data["datasets"] = union(data.get("datasets"), on_hub)
 
 
-def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], name: str) -> str:
+def source_card(
+    config: CasaConfig, origin: Origin, folder: Path, dropped: Mapping[str, str], note: str, name: str
+) -> str:
     """The README.md of a checkpoint in the source's form that was made from a CASA checkpoint.
 
     Args:
@@ -345,6 +347,7 @@ def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mappi
         origin: of it.
         folder: of it; what it states about its licence is taken over.
         dropped: names of its tensors that were left out.
+        note: what may be wrong with it, in sentences.
         name: of the new checkpoint.
 
     Returns:
@@ -360,7 +363,7 @@ def source_card(config: CasaConfig, origin: Origin, folder: Path, dropped: Mappi
 # {name}
 
 {_origin_text(origin)}, a CASA model, taken back to the form of its source ({config.backbone.display_name}): language
-model and vision weights as they are there, without {len(dropped)} tensors of fusion layers and new tokens.
+model and vision weights as they are there, without {len(dropped)} tensors of fusion layers and new tokens. {note}
 
 ## Licence
 

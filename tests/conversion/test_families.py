@@ -127,6 +127,8 @@ def test_helium_goes_back_without_its_tower(helium, source_folder, tmp_path):
     report = convert_to_source(tmp_path / "casa", tmp_path / "back")
     assert_same(load_weights(tmp_path / "back"), load_weights(helium))
     assert any("visual" in name for name in report.dropped) and any("rows" in name for name in report.dropped)
+    kinds = " ".join(report.left_out)
+    assert len(report.left_out) == 3 and all(kind in kinds for kind in ("fusion layers", "vision tower", "rows of"))
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
     for file in helium.iterdir():

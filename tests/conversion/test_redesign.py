@@ -138,6 +138,10 @@ def test_what_was_trained_goes_back(trained, source_folder, tmp_path):
     assert load_weights(tmp_path / "back").keys() == load_weights(source_folder).keys()
     assert report.config.text_config.vocab_size == 768
     assert f"{BLOCK}.0.casa_attn.gate" in report.dropped
+    assert report.left_out == [
+        "rows of 2 tensors (tokens that the source hasn't)",
+        "27 tensors (fusion layers, which the source hasn't)",
+    ]
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source_folder / "tokenizer.json").read_bytes()
 
 

@@ -133,11 +133,12 @@ def convert(
             report = convert_checkpoint(source, output, variant, with_code=with_code, **form, **weights)
     if to_source:
         typer.echo(
-            f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without "
-            f"{len(report.dropped)} tensors that the source has no place for."
+            f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without what the "
+            "source has no place for."
         )
-        for name, reason in report.dropped.items():
-            typer.echo(f"left out: {name} ({reason})")
+        for kind in report.left_out:
+            typer.echo(f"left out: {kind}")
+        typer.echo(report.note)
         return
     typer.echo(
         f"Wrote {report.output}: {report.config.variant or 'a design of its own'}, "
@@ -154,8 +155,8 @@ def _print_plan(plan: ConversionPlan) -> None:
         for tensor in tensors:
             size = f"{tensor.dtype} {list(tensor.shape)} {tensor.nbytes:,} bytes"
             typer.echo(f"  {tensor.name} {size} <- {tensor.origin}")
-    for name, reason in plan.dropped.items():
-        typer.echo(f"left out: {name} ({reason})")
+    for kind in plan.left_out:
+        typer.echo(f"left out: {kind}")
     typer.echo(
         f"{plan.num_bytes:,} bytes in {len(plan.files)} files: {plan.source_parameters:,} parameters taken over, "
         f"{plan.added_parameters:,} new. Nothing was written."

@@ -30,7 +30,7 @@ from ..hub import Origin, license_files, model_card, origin_records, read_licens
 from ..processing_casa import CasaProcessor
 from .design import OPTIONS, resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
-from .plan import SOURCE_ROWS_FILE, ConversionPlan, make_plan
+from .plan import SOURCE_ROWS_FILE, ConversionPlan, kinds_of_dropped, make_plan
 from .source import (
     SMALL_FILES,
     WEIGHT_FILES,
@@ -85,6 +85,11 @@ class ConversionReport:
     initialised: dict[str, str]
     dropped: dict[str, str]
     note: str
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was left out of the source, a line for each kind of tensors."""
+        return kinds_of_dropped(self.dropped)
 
     @classmethod
     def of(cls, plan: ConversionPlan, output: Path) -> ConversionReport:

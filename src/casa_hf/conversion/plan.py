@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -70,6 +70,23 @@ class ConversionPlan:
     def num_bytes(self) -> int:
         """Size of all weights."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What is left out of the source, a line for each kind of tensors."""
+        return kinds_of_dropped(self.dropped)
+
+
+def kinds_of_dropped(dropped: Mapping[str, str]) -> list[str]:
+    """A line for each reason for which tensors are left out: how many, and why."""
+    kinds: dict[tuple[str, bool], set[str]] = {}
+    for part, reason in dropped.items():
+        name, rows, _ = part.partition(", row")
+        kinds.setdefault((reason, bool(rows)), set()).add(name)
+    return [
+        f"{'rows of ' if rows else ''}{len(names)} tensor{'' if len(names) == 1 else 's'} ({reason})"
+        for (reason, rows), names in kinds.items()
+    ]
 
 
 def make_plan(

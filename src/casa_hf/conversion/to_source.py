@@ -41,7 +41,7 @@ from .convert import (
     dtype_code,
     open_source,
 )
-from .mapping import ADDED, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
+from .mapping import ADDED, PROJECTOR, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
 from .plan import SOURCE_ROWS_FILE, ConversionPlan, overwritten_rows, set_dtype
 from .source import SMALL_FILES, read_source_config, source_processor_files, stock_config
 
@@ -77,7 +77,7 @@ def convert_to_source(
             shutil.copyfile(file, new / name)
         for name, content in _processor_files(folder, config).items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        card = source_card(config, Origin.of(folder.absolute()), folder, plan.dropped, target.name)
+        card = source_card(config, Origin.of(folder.absolute()), folder, plan.dropped, plan.note, target.name)
         (new / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(new, plan.files, progress)
         check_small_files(small_files)
@@ -161,9 +161,23 @@ def _prepare(
         added={},
         initialised={},
         dropped=dropped,
-        note="Its language model and vision tower are those of the CASA checkpoint.",
+        note=_note(config),
     )
     return plan, folder, config, small_files
+
+
+def _note(config: CasaConfig) -> str:
+    """What the new checkpoint is, in sentences, with what may be wrong with it."""
+    if config.backbone.text_only:
+        return (
+            "Its language model is that of the CASA checkpoint. If it was trained there, it was trained to read text "
+            "beside fusion layers that see images, which it hasn't any more."
+        )
+    return (
+        "Its language model and vision tower are those of the CASA checkpoint. If blocks of the tower were trained "
+        "there, as the paper's recipes do, they were trained for CASA's fusion layers: with image tokens in its "
+        "sequence the source's form may see worse than the original source."
+    )
 
 
 def _read_source_rows(folder: Path) -> dict[str, StoredTensor]:
@@ -195,8 +209,10 @@ def _with_rows(matrix: StoredTensor, indices: Sequence[int], rows: StoredTensor 
 
 def _drop_reason(name: str, config: CasaConfig) -> str | None:
     """Why the source has no such tensor; None if it has."""
+    if name.startswith(PROJECTOR):
+        return "projector of image features, which the source hasn't"
     if ADDED.search(name):
-        return "part of the fusion of images, which the source hasn't"
+        return "fusion layers, which the source hasn't"
     if config.backbone.text_only and name.startswith(VISION):
         return "vision tower, which the source hasn't"
     return None
