@@ -178,13 +178,36 @@ def test_tuples_hold_what_outputs_hold():
     model, inputs = shared_model("casa"), labelled(*ROWS)
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True)
-        loss, logits, cache, hidden_states = model(**inputs, output_hidden_states=True, return_dict=False)
+        loss, logits, cache, hidden_states, images = model(**inputs, output_hidden_states=True, return_dict=False)
         inner = model.model(**batch(*ROWS, side="right"), return_dict=False)
     assert torch.equal(loss, output.loss)
     assert torch.equal(logits, output.logits)
     assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1]
     assert all(torch.equal(one, other) for one, other in zip(hidden_states, output.hidden_states, strict=True))
+    assert isinstance(images, tuple) and torch.equal(images[0], output.image_outputs.last_hidden_state)
     assert torch.equal(inner[0], output.hidden_states[-1])
+
+
+def test_the_towers_outputs_come_with_the_models():
+    """Under the name that outputs of other models have for them."""
+    model, inputs = new_model("casa", attn_implementation="eager"), batch(*ROWS)
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        features = model.get_image_features(**images, **asked)
+        outputs = [each(**inputs, **asked).image_outputs for each in (model, model.model)]
+        for output in outputs:
+            for name in ("pooler_output", "hidden_states", "attentions"):
+                pairs = zip(output[name], features[name], strict=True)
+                assert all(torch.equal(actual, expected) for actual, expected in pairs), name
+        assert len(outputs[0].pooler_output) == 6 and len(outputs[0].hidden_states) >= 2
+        plain = model(**inputs).image_outputs
+        assert torch.equal(torch.cat(plain.pooler_output), torch.cat(features.pooler_output))
+        assert plain.hidden_states is None and plain.attentions is None
+        embedded = {"image_embeds": features.pooler_output, "image_grid_thw": images["image_grid_thw"]}
+        assert model(input_ids=inputs["input_ids"], **embedded).image_outputs is None
+        assert model(**batch(words(4, 1))).image_outputs is None
+    assert "image_outputs" in model.config.keys_to_ignore_at_inference
 
 
 def test_logits_to_keep():

@@ -92,7 +92,7 @@ class CasaConfig(PreTrainedConfig):
 
     model_type = "casa"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
 
     # Any: checked in `_build_sub_config`, which also builds them from dictionaries.
     text_config: Any = None

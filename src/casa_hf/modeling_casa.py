@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -67,18 +67,34 @@ _LOST = "_lost_while_loading"
 _ADDED = r"\.casa_(attn|layernorm)\.|(^|\.)multi_modal_projector\."
 _ADDED_WHERE_REPLACED = r"\.casa_attn\.image_norm\.|(^|\.)multi_modal_projector\."
 
+# What the vision tower is asked for too.
+_RECORDED = ("output_attentions", "output_hidden_states")
+
 # What finds the config.json beside weights again.
 _DOWNLOAD_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-@dataclass
-class CasaModelOutput(CacheByBothNames, BaseModelOutputWithPastAndCrossAttentions):
-    """What [`CasaModel`] returns: `attentions` of self-attention, `cross_attentions` of the fusion layers."""
+class _NestedOutput(CacheByBothNames):
+    """An output that holds another one, which is a tuple within its tuple."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        values = super().to_tuple()  # type: ignore[misc]
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
 
 
 @dataclass
-class CasaOutput(CacheByBothNames, CausalLMOutputWithCrossAttentions):
+class CasaModelOutput(_NestedOutput, BaseModelOutputWithPastAndCrossAttentions):
+    """What [`CasaModel`] returns: `attentions` of self-attention, `cross_attentions` of the fusion layers, and
+    `image_outputs` of the vision tower where pixels were given."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
     """What [`CasaForConditionalGeneration`] returns: the same beside logits and the loss."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class CasaDecoderLayer(GradientCheckpointingLayer):
@@ -754,7 +770,8 @@ class CasaModel(CasaPreTrainedModel):
 
         Returns:
             `attentions` are those of self-attention, `cross_attentions` those of the fusion layers; where both are
-            one softmax (`casa_keys="context"`), the weights of its text and of its image columns.
+            one softmax (`casa_keys="context"`), the weights of its text and of its image columns. `image_outputs` is
+            what `get_image_features` gives for the pixels.
 
         Raises:
             TypeError: if the cache isn't a decoder's `Cache`, or comes under an unknown name.
@@ -790,7 +807,7 @@ class CasaModel(CasaPreTrainedModel):
         given_mask = attention_mask if token_mask is None else token_mask
         attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
 
-        images = image_states = None
+        images = image_states = image_outputs = None
         deepstack: tuple[torch.Tensor, ...] = ()
         gist_ids = self.config.gist_token_ids
         content = image_embeds if pixel_values is None else pixel_values
@@ -805,7 +822,8 @@ class CasaModel(CasaPreTrainedModel):
             if len(grids) or len(content):  # a batch without images may carry empty tensors
                 images = self._place_images(rows, indices, grids, types, text_shape)
                 images = images.to(inputs_embeds.device)
-                image_states = self._embed_images(pixel_values, image_embeds, grids)
+                recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
+                image_states, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
                 image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
                     self.config.text_config.hidden_size, dim=-1
                 )
@@ -823,7 +841,7 @@ class CasaModel(CasaPreTrainedModel):
                     "pass pixel_values or image_embeds too, or neither."
                 )
 
-        return self.language_model(
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             closes_window=~self._are(self.config.delimiter_token_ids, input_ids, inputs_embeds),
             token_mask=token_mask,
@@ -836,8 +854,10 @@ class CasaModel(CasaPreTrainedModel):
             gist=self._are(gist_ids, input_ids, inputs_embeds) if gist_ids else None,
             static_image_tokens=self.config.casa_static_image_tokens,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
+        outputs.image_outputs = image_outputs
+        return outputs
 
     # ---------------------------------------------------------------- text
 
@@ -1013,12 +1033,14 @@ class CasaModel(CasaPreTrainedModel):
         pixel_values: torch.Tensor | None,
         image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None,
         image_grid_thw: torch.Tensor,
-    ) -> torch.Tensor:
-        """(num_image_tokens, `config.image_features_size`) features of all images."""
+        **recorded: Any,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
+        """(num_image_tokens, `config.image_features_size`) features of all images, and the tower's outputs."""
         if pixel_values is not None and image_embeds is not None:
             raise ValueError("Pass pixel_values or image_embeds, not both.")
         if pixel_values is not None:
-            return torch.cat(self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+            outputs = self.get_image_features(pixel_values, image_grid_thw, **recorded, return_dict=True)
+            return torch.cat(outputs.pooler_output), outputs
         features = image_embeds if isinstance(image_embeds, torch.Tensor) else torch.cat(list(image_embeds or ()))
         expected = int(image_grid_thw.prod(-1).sum()) // self.config.vision_config.spatial_merge_size**2
         if features.shape != (expected, self.config.image_features_size):
@@ -1026,7 +1048,7 @@ class CasaModel(CasaPreTrainedModel):
                 f"image_embeds has shape {tuple(features.shape)}; image_grid_thw {image_grid_thw.tolist()} needs "
                 f"({expected}, {self.config.image_features_size}). Pass get_image_features(...).pooler_output."
             )
-        return features
+        return features, None
 
 
 class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
@@ -1133,6 +1155,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            image_outputs=outputs.image_outputs,
         )
 
 
