@@ -41,6 +41,7 @@ def forms_of(file: Path, address: str) -> dict[str, Any]:
     return {
         "path": file,
         "name": str(file),
+        "file URL": file.as_uri(),
         "opened": Image.open(file),
         "decoded": decoded,
         "bytes": contents,

@@ -179,7 +179,7 @@ def truncated(folder: Path) -> Path:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "in no format that is known"),
         ("data:image/png;base64", "a comma"),
         ("data:image/png;base64,abcde", "base64 is damaged"),
-        ("file:///etc/hostname", "no such file"),
+        ("file:///nowhere/cat.jpg", "file:///nowhere/cat.jpg' can't be used: there is no such file"),
         ("\0", "no such file"),
         ("x" * 5000, "in no format that is known"),
         (png_header(13_000, 13_000), "13000 x 13000 pixels, more than max_decoded_pixels=89478485"),

@@ -30,7 +30,7 @@ from itertools import chain
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 import numpy as np
 import torch
@@ -175,13 +175,13 @@ def rgb_picture(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str 
     """A picture of any form as an RGB image.
 
     Args:
-        picture: a PIL image; the path of a file; a URL; a data URL or base64; the bytes of a file; or an array or
-            tensor, (height, width) in grey, (height, width, channels) or (channels, height, width), on any device. One
-            channel is grey, two are grey with opacity, three RGB, four RGB with opacity. What values mean is said by
-            their type: floating ones go from 0 to 1, integers from 0 to 255, booleans are black and white. Of 16-bit
-            values nothing says the range (depth, scans), so they are refused; so is a PIL image with more than 8 bits
-            per channel. A PIL image is turned by the EXIF data that it has; `PIL.ImageOps.exif_transpose` takes them
-            away.
+        picture: a PIL image; the path of a file, or its URL (file:///...); a URL; a data URL or base64; the bytes of a
+            file; or an array or tensor, (height, width) in grey, (height, width, channels) or (channels, height,
+            width), on any device. One channel is grey, two are grey with opacity, three RGB, four RGB with opacity.
+            What values mean is said by their type: floating ones go from 0 to 1, integers from 0 to 255, booleans are
+            black and white. Of 16-bit values nothing says the range (depth, scans), so they are refused; so is a PIL
+            image with more than 8 bits per channel. A PIL image is turned by the EXIF data that it has;
+            `PIL.ImageOps.exif_transpose` takes them away.
         policy: what may be read, and how large it may be.
         layout: "channels_first" or "channels_last", for arrays; None finds it out.
 
@@ -197,7 +197,7 @@ def rgb_picture(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str 
                 return _flat(_opened(file), policy)
         return _flat(picture if isinstance(picture, Image.Image) else _from_array(picture, policy, layout), policy)
     except Exception as error:  # as many kinds as there are sources: network, files, decoders
-        raise ValueError(f"The image {_called(picture)} can't be used: {reason_of(error)}.") from error
+        raise ValueError(f"The image {called(picture)} can't be used: {reason_of(error)}.") from error
 
 
 def picture_size(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> tuple[int, int]:
@@ -218,7 +218,7 @@ def picture_size(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str
         policy.check_size(*size)
         return size
     except Exception as error:
-        raise ValueError(f"The image {_called(picture)} can't be used: {reason_of(error)}.") from error
+        raise ValueError(f"The image {called(picture)} can't be used: {reason_of(error)}.") from error
 
 
 def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
@@ -233,11 +233,13 @@ def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    opaque = {"La": "LA", "RGBa": "RGBA"}
-    if image.mode in opaque:  # the only conversion that these have
-        image = image.convert(opaque[image.mode])
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    straight = {"La": "LA", "RGBa": "RGBA"}
+    if image.mode in straight:  # the only conversion that these have
+        image = image.convert(straight[image.mode])
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
@@ -276,6 +278,7 @@ def _contents(picture: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> B
             return BytesIO(fetch(picture, policy))
         if picture.startswith("data:"):
             return BytesIO(_from_data_url(picture))
+        picture = _path_of(picture)
     # In this order: a file may have a name that could be base64. What may not be read isn't looked for either.
     if policy.local_files and os.path.isfile(picture):
         return open(picture, "rb")
@@ -283,6 +286,11 @@ def _contents(picture: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> B
         return BytesIO(base64.b64decode(picture))
     _check_local(policy)
     raise ValueError("there is no such file, and it is no URL or base64")
+
+
+def _path_of(name: str) -> str:
+    """A path as it is; that of a URL of a file."""
+    return unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
 
 
 def _check_local(policy: MediaPolicy) -> None:
@@ -473,8 +481,10 @@ def shown_url(url: str) -> str:
     return re.sub(r"^([\w+.-]+://)(?:[^/?#]*@)?([^?]*).*", r"\1\2", url, flags=re.DOTALL)
 
 
-def _called(picture: Any) -> str:
-    """What messages call a picture."""
+def called(picture: Any) -> str:
+    """What messages call a picture or a video; a size is its own."""
+    if isinstance(picture, tuple) and len(picture) == 2:
+        return f"of {picture[0]} x {picture[1]} pixels"
     if isinstance(picture, bytes):
         return f"of {len(picture)} bytes"
     if isinstance(picture, (str, os.PathLike)):
@@ -482,6 +492,8 @@ def _called(picture: Any) -> str:
     file = getattr(picture, "filename", None)  # of a PIL image
     if isinstance(file, (str, os.PathLike)) and str(file):
         return repr(_short(str(file)))
+    if isinstance(picture, Image.Image):
+        return called(picture.size)
     shape = getattr(picture, "shape", None)
     return f"({type(picture).__name__}" + (f" of shape {tuple(shape)})" if shape is not None else ")")
 
@@ -666,7 +678,7 @@ def _read_file(
     source: str | bytes, fps: float | None, num_frames: int | None, sample: bool, policy: MediaPolicy
 ) -> list[Any]:
     clip = _scan_file(source, fps, num_frames, sample, policy)
-    av = _pyav(_called(source))
+    av = _pyav(called(source))
     try:
         # Threads that each decode a frame are faster, but lose good ones beside one that is damaged, even silently.
         for threads in ("AUTO", "SLICE"):
@@ -680,11 +692,11 @@ def _read_file(
         if not frames:
             raise ValueError("none of its frames can be decoded")
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"The video {_called(source)} can't be used: {reason_of(error)}.") from error
+        raise ValueError(f"The video {called(source)} can't be used: {reason_of(error)}.") from error
     messages = [problem.message for problem in problems] + ([clip.missing] if clip.missing else [])
     if messages:
         others = f" ({len(messages) - 1} more problems)" if len(messages) > 1 else ""
-        warnings.warn(f"The video {_called(source)}: {messages[0]}{others}", VideoWarning, stacklevel=2)
+        warnings.warn(f"The video {called(source)}: {messages[0]}{others}", VideoWarning, stacklevel=2)
     return frames
 
 
@@ -692,7 +704,7 @@ def _scan_file(
     source: str | bytes, fps: float | None, num_frames: int | None, sample: bool, policy: MediaPolicy
 ) -> _Clip:
     """Which frames of a file to take, from its packets alone."""
-    av = _pyav(_called(source))
+    av = _pyav(called(source))
     try:
         media, options = _media(source, policy)
         with av.open(media, options=options) as container:
@@ -706,7 +718,7 @@ def _scan_file(
         moments = [times[index] for index in chosen]
         return _Clip(media, options, moments, origin, period, size, missing_end(stated, duration, period))
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"The video {_called(source)} can't be used: {reason_of(error)}.") from error
+        raise ValueError(f"The video {called(source)} can't be used: {reason_of(error)}.") from error
 
 
 def _media(source: str | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dict[str, str]]:
@@ -716,6 +728,7 @@ def _media(source: str | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dic
     if source.startswith(_URL_SCHEMES):
         return BytesIO(fetch(source, policy)), _ALONE
     _check_local(policy)
+    source = _path_of(source)
     if not os.path.isfile(source):
         raise ValueError("it doesn't exist; give the path of a file or a URL")
     # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
@@ -854,7 +867,7 @@ def square_size(width: int, height: int, aspect: float) -> tuple[int, int]:
 
 
 def frame_picture(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT_POLICY) -> Image.Image:
-    """A decoded frame as it is to be seen: with square pixels, turned and mirrored as its display matrix says.
+    """A decoded frame as it is to be seen: on white, with square pixels, turned and mirrored by its display matrix.
 
     Args:
         frame: of PyAV.
@@ -867,7 +880,10 @@ def frame_picture(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT
     size = square_size(frame.width, frame.height, aspect)
     policy.check_size(frame.width, frame.height)
     policy.check_size(*size)
-    image = frame.to_image()
+    if any(component.is_alpha for component in frame.format.components):
+        image = _on_white(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        image = frame.to_image()
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)

@@ -32,6 +32,7 @@ from .folder_files import read_json
 from .image_positions import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import (
     MediaPolicy,
+    called,
     check_sampling,
     is_picture,
     load_frames,
@@ -317,7 +318,7 @@ class CasaProcessor(ProcessorMixin):
         )
         return_tensors = options["text_kwargs"].pop("return_tensors", None)
         sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
-        rows = self._load(marks_of_row, all_images.items, all_videos.items, options, policy)
+        rows = self._load(marks_of_row, all_images.items, all_videos.items, sizes, options, policy)
 
         data: dict[str, Any] = {}
         if texts is not None:
@@ -370,11 +371,11 @@ class CasaProcessor(ProcessorMixin):
         options["text_kwargs"].pop("return_tensors", None)
         input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
         patches = 0
+        layout = options["images_kwargs"].get("input_data_format")
         for visual in visuals:
             for picture in visual.pictures:
-                layout = options["images_kwargs"].get("input_data_format")
                 width, height = picture if isinstance(picture, tuple) else picture_size(picture, policy, layout)
-                patches += self._num_patches(sizes[visual.type], height, width)
+                patches += self._num_patches(sizes[visual.type], height, width, picture)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
     def _get_num_multimodal_tokens(
@@ -411,9 +412,18 @@ class CasaProcessor(ProcessorMixin):
             ]
         return MultiModalData(**numbers)
 
-    def _num_patches(self, size: dict[str, int], height: int, width: int) -> int:
+    def _num_patches(self, size: dict[str, int], height: int, width: int, picture: Any = None) -> int:
+        """How many patches a picture of this height and width gives.
+
+        Raises:
+            ValueError: if the image processor takes none of this shape; it names the picture.
+        """
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        return self.image_processor.get_number_of_image_patches(height, width, limits)
+        try:
+            return self.image_processor.get_number_of_image_patches(height, width, limits)
+        except ValueError as error:
+            name = called((width, height) if picture is None else picture)
+            raise ValueError(f"The image {name} can't be used: it has {width} x {height} pixels ({error}).") from error
 
     def count_marks(self, text: str) -> int:
         """Number of images and videos that a prompt has marks for.
@@ -455,6 +465,7 @@ class CasaProcessor(ProcessorMixin):
         marks_of_row: list[list[int]],
         images: list[Any],
         videos: list[Any],
+        sizes: dict[int, dict[str, int]],
         options: dict[str, dict],
         policy: MediaPolicy,
     ) -> "list[list[_Visual]]":
@@ -465,11 +476,14 @@ class CasaProcessor(ProcessorMixin):
         if images_kwargs.get("do_rescale") is False:
             _check_floating([picture for row in rows for visual in row for picture in visual.pictures])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
+
+        def seen(picture: Any, kind: int) -> Any:
+            image = rgb_picture(picture, policy, layout)
+            self._num_patches(sizes[kind], image.height, image.width, picture)  # or says what is wrong with it
+            return image
+
         return [
-            [
-                _Visual(visual.type, [rgb_picture(picture, policy, layout) for picture in visual.pictures])
-                for visual in row
-            ]
+            [_Visual(visual.type, [seen(picture, visual.type) for picture in visual.pictures]) for visual in row]
             for row in rows
         ]
 

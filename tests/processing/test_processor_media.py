@@ -140,3 +140,12 @@ def test_large_pictures_are_refused_before_they_are_decoded(processor, tmp_path)
     for read in (processor, processor.measure):
         with pytest.raises(ValueError, match=r"large\.png' can't be used: it has 13000 x 13000 pixels, more than"):
             read(images=str(tmp_path / "large.png"), text=IMAGE)
+
+
+def test_shapes_that_the_image_processor_refuses_are_named(processor, tmp_path):
+    Image.new("RGB", (600, 2)).save(tmp_path / "line.png")
+    for read in (processor, processor.measure):
+        with pytest.raises(ValueError, match=r"line\.png' can't be used: it has 600 x 2 pixels \(.*200"):
+            read(images=[Image.new("RGB", (40, 40)), str(tmp_path / "line.png")], text=IMAGE * 2)
+        with pytest.raises(ValueError, match=r"The image of 600 x 2 pixels can't be used"):
+            read(videos=[[[Image.open(tmp_path / "line.png").convert("RGB")]]], text=VIDEO)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from casa_hf import CaptionEvent, CasaProcessor
 from casa_hf.media_casa import MediaPolicy, measure_frames
@@ -82,6 +83,23 @@ def test_all_ways_to_hold_a_camera(tmp_path, a, d, turned):
     for [frame] in (load_frames(clip), streamed(clip)):
         assert np.abs(np.asarray(frame).astype(int) - seen).max(axis=2).mean() < 4
     assert sorted(measure_frames(clip)[0]) == sorted(frame.size)
+
+
+def test_frames_that_are_not_opaque_are_on_white(tmp_path):
+    """As a picture of the same file is."""
+    colours = np.zeros((48, 64, 4), np.uint8)
+    colours[..., 0], colours[:24, :, 3] = 200, 255
+    with av.open(str(tmp_path / "clip.mov"), "w") as container:
+        stream = container.add_stream("qtrle", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "argb"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(colours, format="rgba").reformat(format="argb")))
+        container.mux(stream.encode())
+    Image.fromarray(colours).save(tmp_path / "clip.gif")
+    seen = np.full((48, 64, 3), 255, np.uint8)
+    seen[:24] = (200, 0, 0)
+    for name in ("clip.mov", "clip.gif"):
+        for [frame] in (load_frames(tmp_path / name), streamed(tmp_path / name)):
+            assert np.abs(np.asarray(frame).astype(int) - seen).max() < 3, name
 
 
 # -------------------------------------------------------------------- damage
