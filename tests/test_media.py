@@ -173,6 +173,7 @@ def truncated(folder: Path) -> Path:
         (np.full((4, 4, 3), "x"), "got <U1"),
         (np.zeros((5, 5, 5), np.uint8), r"1 to 4 channels .* its shape is \(5, 5, 5\)"),
         (torch.zeros((3, 4, 4), device="meta"), "image .Tensor of shape"),
+        (Image.new("RGB", (0, 4)), "0 x 4 pixels"),
         (Image.new("I", (4, 4)), "mode 'I', of more than 8 bits"),
         (Image.new("F", (4, 4)), "mode 'F', of more than 8 bits"),
         (b"no picture", "image of 10 bytes can't be used: it is in no format that is known"),

@@ -789,8 +789,6 @@ def _decode(container: Any, clip: _Clip, policy: MediaPolicy) -> tuple[list[Imag
             shown = None
         if not pending:
             break
-    if pending and shown is not None:
-        taken.append(frame_picture(shown, aspect, policy))
     return taken, problems
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent, CasaProcessor
-from casa_hf.media_casa import MediaPolicy, measure_frames
+from casa_hf.media_casa import MediaPolicy, frame_picture, measure_frames
 from casa_hf.overlay import Overlay
 from casa_hf.video import Frame, VideoWarning, load_frames, open_video
 from tests.clips import damage_packets, numbers, write_clip, write_turned_clip
@@ -65,6 +65,8 @@ def test_a_size_that_only_its_pixels_make_too_large(tmp_path):
     for read in (load_frames, measure_frames):
         with pytest.raises(ValueError, match=r"clip\.mp4' can't be used: it has 640 x 48 pixels, more than max_dec"):
             read(clip, policy=policy)
+    with av.open(str(clip)) as container, pytest.raises(ValueError, match="it has 640 x 48 pixels"):
+        frame_picture(next(container.decode(video=0)), 10.0, policy)
 
 
 @pytest.mark.parametrize("a", [1, -1])
@@ -106,16 +108,18 @@ def test_frames_that_are_not_opaque_are_on_white(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libx264"), ("clip.avi", "mpeg4")])
-def test_both_readers_go_on_behind_damage_with_the_same_frames(tmp_path, name, codec):
-    whole = write_clip(tmp_path / name, 60, 10, codec, g="10")
-    clip = damage_packets(whole, [21, 22, 23, 40])
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_both_readers_go_on_behind_damage_with_the_same_frames(tmp_path, name, codec, at_the_end):
+    whole = write_clip(tmp_path / name, 60, 10, codec, g="10", bf="0")
+    clip = damage_packets(whole, [21, 22, 23, 40, *(range(55, 60) if at_the_end else ())])
     for selection in ({}, {"fps": 2}, {"fps": 5}):
         sample = {"sample": False} if not selection else {}
         with pytest.warns(VideoWarning, match=f"The video '.*{clip.name}': a part can't be decoded: Invalid data"):
             frames = load_frames(clip, **selection, **sample)
         assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in streamed(clip, **selection)]
         assert 0 < len(frames) <= len(measure_frames(clip, **selection, **sample))
-    assert numbers(frames)[-2:] == [56, 58]  # what is behind it has its own time
+    # What is behind it has its own time.
+    assert numbers(frames)[-2:] == ([52, 54] if at_the_end else [56, 58])
 
 
 def test_a_file_without_its_end_is_read_up_to_there(tmp_path):
