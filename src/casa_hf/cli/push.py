@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .options import existing
-from .terminal import quiet_unless_terminal
+from .terminal import INTERRUPTED, complain, quiet_unless_terminal
 
 
 def push(
@@ -50,11 +50,11 @@ def push(
     except PublishingError:
         _close_progress_bars()
         raise
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         _close_progress_bars()
-        raise OSError(
-            f"The push to {repository} was interrupted. The same command again sends only what is missing."
-        ) from error
+        again = "The same command again sends only what is missing."
+        complain(InterruptedError(f"The push to {repository} was interrupted. {again}"))
+        raise typer.Exit(INTERRUPTED) from None
     size = f"{len(report.files)} files, {decimal(report.num_bytes)}"
     typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")
     for name in report.removed:

@@ -13,6 +13,10 @@ import typer
 EXPLAINED = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 
 
+# The exit code that shells have for a process that Ctrl-C has ended.
+INTERRUPTED = 130
+
+
 def complain(error: Exception) -> None:
     """Say on standard error, in one line, what went wrong."""
     message = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import existing
-from .terminal import complain, quiet_unless_terminal
+from .terminal import INTERRUPTED, complain, quiet_unless_terminal
 
 if TYPE_CHECKING:
     from ..training import PackedDataset
     from ..training.parameters import Part
-
-# As shells have it for a process that Ctrl-C has ended.
-_INTERRUPTED = 130
 
 
 def train(
@@ -53,7 +50,7 @@ def train(
     except KeyboardInterrupt:
         if speaks:
             complain(InterruptedError(_interrupted(config, output, settings.checkpoint_folder, existed)))
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     if speaks:
         typer.echo(f"{report.steps} steps: {_logged(report.metrics)}")
         typer.echo(f"Wrote {report.output}.")

@@ -96,8 +96,8 @@ class CasaTrainer(Trainer):
         if config is not None and vars(config).pop("use_cache", None) is not None and "use_cache" in before:
             # The Trainer switches it off, also for those who generate with what is saved; `compute_loss` does without.
             config.use_cache = before["use_cache"]
-        if self.accelerator.device.type == "cpu":
-            self.args.dataloader_pin_memory = False  # without an accelerator it does nothing but warn
+        if self.accelerator.device.type in ("cpu", "mps"):
+            self.args.dataloader_pin_memory = False  # there it does nothing but warn
         self.lr_new, self.lr_existing = lr_new, lr_existing
         self.generate_kwargs, self.score = generate, score
         self._num_eval_batches = {}
