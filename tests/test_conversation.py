@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache, GenerationConfig
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes
+from casa_hf.cache_casa import cache_snapshot
 from casa_hf.conversation import Conversation
 from casa_hf.samples import PHOTOGRAPHS
 
@@ -56,7 +58,7 @@ class Rereader:
         self.images: list[Image.Image] = []
         self.positions: list[tuple[int, int]] = []
 
-    def ask(self, text: str, images: list[Image.Image], last_token: int | None) -> str:
+    def ask(self, text: str, images: list[Image.Image], last_token: int | None, **settings: Any) -> str:
         tokenizer = self.processor.tokenizer
         for token in tokenizer(USER.format(MARK * len(images) + text))["input_ids"]:
             if token == self.model.config.image_token_id:
@@ -73,6 +75,7 @@ class Rereader:
             forced_eos_token_id=last_token,
             use_cache=False,
             **pixels,
+            **settings,
         )
         answer = output[0, len(self.ids) :].tolist()
         self.ids += answer[:-1] if answer[-1] in self.model.generation_config.eos_token_id else answer
@@ -157,21 +160,143 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(
     undisturbed, disturbed = Conversation(model, processor), Conversation(model, processor)
     for conversation in (undisturbed, disturbed):
         conversation.ask("What is this?", [photographs["cat"]], max_new_tokens=NEW_TOKENS)
-    with pytest.raises(ValueError, match="image"):
-        disturbed.ask(f"A mark without an image: {MARK}", max_new_tokens=NEW_TOKENS)
+    with pytest.raises(ValueError, match="half a character"):
+        disturbed.ask("A broken \ud83d", max_new_tokens=NEW_TOKENS)
     expected = undisturbed.ask("And now?", max_new_tokens=NEW_TOKENS)
     assert disturbed.ask("And now?", max_new_tokens=NEW_TOKENS) == expected
 
 
-def test_a_failure_while_generating_resets(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
-    class Failing:
-        def put(self, value: torch.Tensor) -> None:
-            raise OSError("the reader has gone")
+class Failing:
+    """A reader of answers that goes away before, or after, the first token."""
 
-        def end(self) -> None: ...
+    def __init__(self, after: int, error: BaseException) -> None:
+        self.left, self.error = after, error
 
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("error", [OSError("the reader has gone"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("turn", range(len(TURNS)))
+def test_whatever_fails_leaves_the_conversation_as_it_was(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    photographs: dict[str, Image.Image],
+    turn: int,
+    error: BaseException,
+) -> None:
+    undisturbed, disturbed = Conversation(model, processor), Conversation(model, processor)
+    for number, (text, names) in enumerate(TURNS):
+        images = [photographs[name] for name in names]
+        if number == turn:  # another message with another picture, which opens a window and frees the one before
+            for after in (0, 2):
+                with pytest.raises(type(error)):
+                    disturbed.ask(
+                        "Stop!", [photographs["rocket"]], max_new_tokens=NEW_TOKENS, streamer=Failing(after, error)
+                    )
+        expected = undisturbed.ask(text, images, max_new_tokens=NEW_TOKENS)
+        assert disturbed.ask(text, images, max_new_tokens=NEW_TOKENS) == expected
+    assert disturbed._ids.equal(undisturbed._ids)
+    assert cache_nbytes(disturbed._cache) == cache_nbytes(undisturbed._cache)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True, "length_penalty": 2.0},
+        {"do_sample": True, "top_k": 5},
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": GenerationConfig(num_beams=3, eos_token_id=None)},
+    ],
+    ids=str,
+)
+def test_every_way_to_generate_goes_on_from_its_answer(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    photographs: dict[str, Image.Image],
+    settings: dict[str, Any],
+) -> None:
+    """What the conversation then holds gives the logits of one call on everything that was said."""
     conversation = Conversation(model, processor)
-    first = conversation.ask("Hello!", max_new_tokens=NEW_TOKENS)
-    with pytest.raises(OSError, match="the reader has gone"):
-        conversation.ask("Go on.", max_new_tokens=NEW_TOKENS, streamer=Failing())
-    assert conversation.ask("Hello!", max_new_tokens=NEW_TOKENS) == first
+    grids, patches, places = [], [], []
+    for text, names in TURNS:
+        torch.manual_seed(0)
+        images, before = [photographs[name] for name in names], conversation._ids.shape[1]
+        conversation.ask(text, images, max_new_tokens=NEW_TOKENS, **settings)
+        ids = conversation._ids
+        if images:
+            own = processor.image_processor(images, return_tensors="pt")
+            grids.append(own["image_grid_thw"])
+            patches.append(own["pixel_values"])
+            marks = (ids[0, before:] == model.config.image_token_id).nonzero()[: len(images), 0] + before
+            places += [[0, mark] for mark in marks.tolist()]
+        shown = {}
+        if grids:
+            shown = {"image_grid_thw": torch.cat(grids), "pixel_values": torch.cat(patches)}
+            shown["image_positions"] = torch.tensor(places)
+        following = torch.cat([ids, torch.tensor([[5]])], dim=1)
+        with torch.no_grad():
+            expected = model(input_ids=following, use_cache=False, **shown).logits[0, -1]
+            cache = cache_snapshot(conversation._cache)
+            new = following[:, cache.get_seq_length() :]
+            logits = model(input_ids=new, cache=cache).logits[0, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_beams_find_what_they_find_when_all_is_read_anew(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    conversation, rereader = Conversation(model, processor), Rereader(model, processor)
+    for text, names in TURNS:
+        images = [photographs[name] for name in names]
+        answer = conversation.ask(text, images, max_new_tokens=NEW_TOKENS, num_beams=3)
+        assert answer == rereader.ask(text, images, None, num_beams=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"use_cache": False}, ValueError, "use_cache=False: a conversation keeps"),
+        ({"generation_config": GenerationConfig(use_cache=False)}, ValueError, "use_cache=False"),
+        ({"cache_implementation": "static"}, ValueError, "cache_implementation='static'"),
+        ({"cache_implementation": "quantized"}, ValueError, "cache_implementation='quantized'"),
+        ({"num_return_sequences": 2, "do_sample": True}, ValueError, "num_return_sequences=2"),
+        ({"num_return_sequences": 2, "num_beams": 2}, ValueError, "num_return_sequences=2"),
+        ({"cache": DynamicCache()}, TypeError, "cache"),
+        ({"past_key_values": DynamicCache()}, TypeError, "past_key_values"),
+        ({"pixel_values": torch.zeros(1)}, TypeError, "pixel_values"),
+        ({"attention_mask": torch.zeros(1)}, TypeError, "attention_mask"),
+        ({"return_dict_in_generate": False}, TypeError, "return_dict_in_generate"),
+        ({"num_beams": 2, "streamer": Failing(9, OSError())}, ValueError, "streamer"),
+        ({"no_such_setting": 2}, ValueError, "no_such_setting"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_conversation_cannot_have_are_refused_before_anything_is_lost(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    photographs: dict[str, Image.Image],
+    settings: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    conversation, undisturbed = Conversation(model, processor), Conversation(model, processor)
+    for each in (conversation, undisturbed):
+        each.ask("What is this?", [photographs["cat"]], max_new_tokens=NEW_TOKENS)
+    with pytest.raises(error, match=message):
+        conversation.ask("And now?", max_new_tokens=NEW_TOKENS, **settings)
+    expected = undisturbed.ask("And now?", max_new_tokens=NEW_TOKENS)
+    assert conversation.ask("And now?", max_new_tokens=NEW_TOKENS) == expected
+
+
+def test_a_model_whose_settings_ask_for_a_static_cache_is_refused_by_name(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    with pytest.raises(ValueError, match=r"model\.generation_config"):
+        Conversation(model, processor).ask("Hello!")

@@ -8,6 +8,7 @@ reaches the layers one by one and so reaches this state too. Layer 0 also owns t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache as memoize
@@ -543,6 +544,20 @@ def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int)
             f"The static cache has {layer.max_cache_len} slots, but the text has {length + num_tokens} tokens now. "
             "Make it with a larger max_cache_len."
         )
+
+
+def cache_snapshot(cache: Cache) -> Cache:
+    """A cache that holds what this growing one holds now, and goes on to, whatever becomes of that one.
+
+    It shares the memory of what both hold, which is never written again; only what the original frees stays for as
+    long as the snapshot lives.
+    """
+    snapshot = copy.copy(cache)
+    snapshot.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in snapshot.layers:
+        if isinstance(layer, CasaLayerMixin):
+            layer.fusion, layer.memory = dict(layer.fusion), {}
+    return snapshot
 
 
 def cache_state(cache: Cache) -> dict[str, Any]:

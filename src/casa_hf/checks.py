@@ -1,22 +1,38 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checks of numbers that callers give: of every kind, Python's and NumPy's, but never True and False."""
+"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but never True and False; texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
+
+_MAX_SHOWN = 100
 
 
 def is_number(value: Any, kind: type = Real) -> bool:
-    """Whether this is a number of a kind of `numbers`."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+    """Whether this is a number of a kind of `numbers`; as Real, one that a float can hold, or infinite or NaN."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    try:
+        return kind is not Real or isinstance(float(cast(Any, value)), float)
+    except OverflowError:  # such as 10**400
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def is_positive(value: Any) -> bool:
     """Whether this is a number, positive and finite."""
-    return is_number(value) and 0 < value < math.inf
+    return is_number(value) and 0 < float(value) < math.inf
 
 
 def check_number(name: str, value: Any, kind: type, allowed: Callable[[Any], bool], expected: str) -> None:
@@ -26,7 +42,7 @@ def check_number(name: str, value: Any, kind: type, allowed: Callable[[Any], boo
         ValueError: with the name, the value and what is expected.
     """
     if not is_number(value, kind) or not allowed(value):
-        raise ValueError(f"{name}={value!r} must be {expected}.")
+        raise ValueError(f"{name}={shown(value)} must be {expected}.")
 
 
 def check_positive(name: str, value: Any, expected: str = "a positive number") -> None:
@@ -45,3 +61,21 @@ def check_count(name: str, value: Any) -> None:
         ValueError: with the name, the value and what is expected.
     """
     check_number(name, value, Integral, lambda number: number >= 1, "a positive integer")
+
+
+def check_text(name: str, text: Any) -> None:
+    """Refuse what is no text, or has a lone surrogate, which no tokenizer and no file takes.
+
+    Raises:
+        ValueError: with the name, the character and its place.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: text must be a string, not {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = error.start
+        raise ValueError(
+            f"{name} has {text[place]!r} at index {place}, which is half a character: text of bytes that aren't "
+            "UTF-8, or of half an escape such as \\ud83d\\ude00 in JSON. Write it in whole characters."
+        ) from None

@@ -11,16 +11,29 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
+from .cache_casa import cache_snapshot
+from .chat_text import SAID, ChatText, message, render_chat
+from .generation_casa import IMAGE_INPUTS
 from .media_casa import pictures_of
-from .transformers_versions import CACHE_NAMES
+from .transformers_versions import CACHE, CACHE_NAMES
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration
     from .processing_casa import CasaProcessor
 
-# Stands for the last answer while the chat template is rendered; no message contains it.
-_ANSWER = "\0answer\0"
+# What the conversation itself gives to `generate`.
+_OWN = (
+    *CACHE_NAMES,
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "mm_token_type_ids",
+    "return_dict_in_generate",
+    *IMAGE_INPUTS,
+)
 
 
 class Conversation:
@@ -29,11 +42,20 @@ class Conversation:
     Args:
         model: answers.
         processor: the model's.
+        sanitize_control_tokens: whether control tokens and marks of images in messages are text like any other. False
+            lets them count.
     """
 
-    def __init__(self, model: CasaForConditionalGeneration, processor: CasaProcessor):
+    def __init__(
+        self,
+        model: CasaForConditionalGeneration,
+        processor: CasaProcessor,
+        *,
+        sanitize_control_tokens: bool = True,
+    ):
         self.model = model
         self.processor = processor
+        self.sanitize_control_tokens = sanitize_control_tokens
         self.reset()
 
     def reset(self) -> None:
@@ -44,46 +66,89 @@ class Conversation:
     def ask(self, text: str, images: Any = (), **generate_kwargs: Any) -> str:
         """Send one message and return the answer.
 
+        Whatever is raised, also by a `streamer` or Ctrl-C, leaves the conversation as it was. Where the cache that
+        `generate` ends with isn't that of the answer, as after a beam search, the turn is read once more.
+
         Args:
             text: the message; its images come before it.
             images: the new images only: one, in any form that the processor takes (a PIL image, a path, a URL, base64,
                 bytes, an array), or a list of such.
-            **generate_kwargs: for `generate`, such as `max_new_tokens` or `streamer`.
+            **generate_kwargs: for `generate`, such as `max_new_tokens`, `num_beams` or `streamer`.
 
         Raises:
-            TypeError: for a cache; the conversation has its own.
-            ValueError: if the processor refuses the message; the conversation stays as it was. If generation fails,
-                the conversation is reset.
+            TypeError: for what the conversation has itself: a cache, ids, masks, images by another name.
+            ValueError: if the processor refuses the message, or for settings that a conversation can't have: no cache,
+                one that doesn't grow, several answers.
         """
-        if given := [name for name in CACHE_NAMES if name in generate_kwargs]:
-            raise TypeError(f"A conversation has a cache of its own; leave {given[0]} out, or call model.generate.")
+        self._check_settings(generate_kwargs)
         images = pictures_of(images)
-        message = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
         inputs = self.processor(
-            text=[self._new_text(message)],
+            text=[self._new_text(message("user", text, len(images)))],
             images=images or None,
             add_special_tokens=False,
             return_tensors="pt",
         ).to(self.model.device)
         ids = torch.cat([self._ids, inputs["input_ids"]], dim=1)
+        shown = self._image_inputs(inputs)
+        before, cache = self._cache, self._cache
+        if cache is not None:
+            before = cache_snapshot(cache)
+            if (copies := _setting("num_beams", generate_kwargs, self.model) or 1) > 1:
+                cache = cache_snapshot(cache)
+                cache.batch_repeat_interleave(copies)
         try:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                cache=self._cache,
                 return_dict_in_generate=True,
-                **self._image_inputs(inputs),
+                **{"use_cache": True, CACHE: cache},
+                **shown,
                 **generate_kwargs,
             )
+            answer_ids = self._without_end(output.sequences[0, ids.shape[1] :])
+            answer = self.processor.decode(answer_ids, skip_special_tokens=True)
+            cache, everything = output.cache, torch.cat([ids, answer_ids[None]], dim=1)
+            if not _holds_one_row(cache) or cache.get_seq_length() != output.sequences.shape[1] - 1:
+                cache = self._read(everything, shown, before)
         except BaseException:
-            # The cache may hold a part of this turn by now.
-            self.reset()
+            self._cache = before
             raise
-        answer_ids = self._without_end(output.sequences[0, ids.shape[1] :])
-        answer = self.processor.decode(answer_ids, skip_special_tokens=True)
-        self._cache = output.cache
-        self._ids = torch.cat([ids, answer_ids[None]], dim=1)
+        self._cache, self._ids = cache, everything
         return answer
+
+    def _check_settings(self, given: Mapping[str, Any]) -> None:
+        """Refuse settings of `generate` that a conversation can't have."""
+        if own := [name for name in _OWN if name in given]:
+            what = "a cache" if own[0] in CACHE_NAMES else own[0]
+            raise TypeError(f"A conversation has {what} of its own; leave {own[0]} out, or call model.generate.")
+        if given.get("use_cache") is False or getattr(given.get("generation_config"), "use_cache", None) is False:
+            raise ValueError(
+                "use_cache=False: a conversation keeps what was said and shown in its cache. Leave it out, or call "
+                "model.generate with everything that was said."
+            )
+        if (kind := _setting("cache_implementation", given, self.model)) is not None:
+            raise ValueError(
+                f"cache_implementation={kind!r}: a conversation has a cache of its own, which grows with each turn. "
+                "Leave it out, or set it to None in model.generation_config; model.generate takes any."
+            )
+        if (number := _setting("num_return_sequences", given, self.model) or 1) > 1:
+            raise ValueError(
+                f"num_return_sequences={number}: a conversation goes on from one answer. Leave it out, or call "
+                "model.generate."
+            )
+
+    @torch.no_grad()
+    def _read(self, ids: torch.Tensor, images: Mapping[str, torch.Tensor], cache: Any) -> Any:
+        """A cache that holds these ids: the one of the turns before, and what is new with its images."""
+        if cache is None:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = cache_snapshot(cache)
+        past = cache.get_seq_length()
+        inputs = dict(images)
+        if "image_positions" in inputs:
+            inputs["image_positions"] = inputs["image_positions"] - torch.tensor([0, past], device=ids.device)
+        self.model(input_ids=ids[:, past:], logits_to_keep=1, **{"use_cache": True, CACHE: cache}, **inputs)
+        return cache
 
     def _image_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The new images, and where they stand; a mark that the model has written itself is text."""
@@ -97,18 +162,24 @@ class Conversation:
             "image_positions": places,
         }
 
-    def _new_text(self, message: dict[str, Any]) -> str:
+    def _new_text(self, new: dict[str, Any]) -> ChatText:
         """What the chat template puts after the last answer, up to where the next one begins."""
-        if not self._ids.shape[1]:
-            return self._render([message])
-        answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-        return self._render([message, answer, message]).rpartition(_ANSWER)[2]
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages = [new, message("assistant", SAID), new] if self._ids.shape[1] else [new]
+        return render_chat(self.processor, messages, sanitize_control_tokens=self.sanitize_control_tokens)
 
     def _without_end(self, ids: torch.Tensor) -> torch.Tensor:
         # The template repeats the token that ended the answer. It is the last one, so the cache doesn't hold it yet.
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        return ids[:-1] if ids[-1].item() in ends else ids
+        return ids[:-1] if len(ids) and ids[-1].item() in ends else ids
+
+
+def _setting(name: str, given: Mapping[str, Any], model: Any) -> Any:
+    """What `generate` takes for a setting: that of the call, of its generation_config, or of the model's."""
+    sources = (given.get(name), getattr(given.get("generation_config"), name, None))
+    return next((value for value in sources if value is not None), getattr(model.generation_config, name, None))
+
+
+def _holds_one_row(cache: Any) -> bool:
+    state = cache.layers[0].window_state if cache is not None and cache.layers else None
+    return state is not None and state.batch_size == 1

@@ -28,6 +28,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .chat_text import ChatText, token_ids
+from .checks import check_text
 from .folder_files import read_json
 from .image_positions import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import (
@@ -517,7 +519,11 @@ class CasaProcessor(ProcessorMixin):
             _Prompt.write(text, [len(visual.pictures) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
-        encoding = dict(self.tokenizer([prompt.text for prompt in prompts], **text_kwargs))
+        if len(texts) == 1 and isinstance(texts[0], ChatText):  # whose template writes all control tokens
+            ids = token_ids(self.tokenizer, prompts[0].text, texts[0].typed)
+            encoding: dict[str, Any] = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
+        else:
+            encoding = dict(self.tokenizer([prompt.text for prompt in prompts], **text_kwargs))
         types = [self._token_types(ids, row) for ids, row in zip(encoding["input_ids"], rows, strict=True)]
         if with_types or any(visual.type == FRAME_TYPE for row in rows for visual in row):
             # Frames without types would be taken for stills.
@@ -668,6 +674,7 @@ def _marks(text: Any, notation: _Notation) -> list[int]:
     """Types of the images and videos that a prompt has marks for, in reading order."""
     if not isinstance(text, str):
         raise ValueError(f"text must be a string or a list of strings, got an element of type {type(text).__name__}.")
+    check_text("text", text)
     marks = [match["placeholder"] for match in notation.pattern.finditer(text)]
     used = sum(mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) for mark in marks)
     stray = len(_PLACEHOLDER.findall(text)) - used

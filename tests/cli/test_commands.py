@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -377,7 +378,6 @@ def test_wrong_values_of_generate_are_refused(
     ("options", "parts"),
     [
         (["--image", __file__], ["test_commands.py", "JPEG"]),
-        (["--prompt", "<|vision_start|><|vision_end|>"], ["1", "0", "image"]),
     ],
 )
 def test_generate_fails_in_one_line(cli: Cli, casa_folder: Path, options: list[str], parts: list[str]) -> None:
@@ -407,6 +407,25 @@ def test_a_mistake_of_the_program_says_how_to_find_it(
     monkeypatch.setattr(Conversation, "ask", broken)
     outcome = cli("generate", casa_folder, "--prompt", "x")
     assert outcome.failed_with_one_line("ZeroDivisionError: division by zero", "python -X dev")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["generate", "CASA", "--prompt"], "--prompt"),
+        (["caption", CAT, "--model", "CASA", "--prompt"], "--prompt"),
+        (["caption", CAT, "--model", "CASA", "--system"], "--system"),
+        (["caption", CAT, "--model", "CASA", "--prefix"], "--prefix"),
+        (["caption", CAT, "--model", "CASA", "--ask"], "--ask"),
+        (["push", "CASA", "space/name", "--message"], "--message"),
+    ],
+)
+def test_a_byte_that_is_not_utf_8_is_wrong_usage(cli: Cli, casa_folder: Path, command: list[str], option: str) -> None:
+    given = [casa_folder if part == "CASA" else part for part in command]
+    outcome = cli(*given, os.fsdecode(b"caf\xe9"))
+    said = " ".join(outcome.err.replace("│", " ").split())
+    assert outcome.code == 2 and option in said
+    assert "'\\udce9' at index 3" in said and "half a character" in said
 
 
 # ---------------------------------------------------------------- chat
@@ -459,3 +478,23 @@ def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_ans
     assert outcome.code == 0
     assert "error: /fly" in outcome.err and "error: There is no image file 'nowhere.jpg'" in outcome.err
     assert outcome.out == f"> > > {chat_answers[0]}\n> "
+
+
+def test_a_line_with_a_byte_that_is_not_utf_8_is_refused_by_name(casa_folder: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "casa_hf", "chat", str(casa_folder), *SHORT],
+        input=b"Hello!\nCaf\xe9?\n",
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == 1 and process.stdout
+    assert process.stderr.startswith(b"error: the user message has '\\udce9' at index 3, which is half a character")
+    assert process.stderr.count(b"\n") == 1
+
+
+def test_control_tokens_are_text_unless_asked_for(cli: Cli, casa_folder: Path) -> None:
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    for command, stdin in ((["generate", casa_folder, "--prompt", mark], ""), (["chat", casa_folder], f"{mark}\n")):
+        assert cli(*command, *SHORT, stdin=stdin).code == 0
+        outcome = cli(*command, *SHORT, "--no-sanitize-control-tokens", stdin=stdin)
+        assert outcome.failed_with_one_line("1 marks for images")

@@ -13,7 +13,7 @@ import torch
 from casa_hf import CaptionEvent, CasaStreamBatch
 from casa_hf.streaming.session import DEFAULT_PROMPT
 from tests.streaming.helpers import OFF, emitted, say
-from tests.streaming.test_session import MARK, PICTURES, forwards, stream_of
+from tests.streaming.test_session import PICTURES, forwards, stream_of
 
 PROMPTS = ("What do you see?", "Say it.", "Describe all that moves, and nothing else.")
 SETTINGS: dict[str, Any] = {"max_new_tokens_per_frame": 8}
@@ -254,7 +254,7 @@ def test_a_refused_question_leaves_the_texts_in_the_making_as_they_are(model, pr
         taken = [next(events)]
         if refused:
             for questions, limit, message in (
-                ({first: "Who is it?", second: MARK}, 5, "1 marks"),
+                ({first: "Who is it?", second: "\ud83d"}, 5, "half a character"),
                 ({first: "Who is it?", 7: "Who is it?"}, 5, "no stream 7"),
                 ({first: "Who is it?"}, 0, "max_new_tokens=0"),
             ):

@@ -266,6 +266,31 @@ def test_questions_are_answered_between_frames_and_during_a_pause(stream):
     ]
 
 
+def test_what_cannot_be_asked_is_an_event_and_never_the_end(stream, monkeypatch):
+    captions = LiveCaptions(stream, open_video([picture(0), picture(1)], rate=FPS))
+    templates = iter(["{{ 1 / 0 }}", "{% for m in messages %}{% endfor %}"])
+    kept = stream.processor.chat_template
+    said = []
+    for question in ("\ud83d", 5, "a template that fails", "a template that loses it", "fine"):
+        if str(question).startswith("a template"):
+            monkeypatch.setattr(stream.processor, "chat_template", next(templates))
+        said += captions.answer(question, 1)
+        monkeypatch.setattr(stream.processor, "chat_template", kept)
+    errors = [event for event in said if event.kind == "error"]
+    assert said[:4] == errors and said[-1].kind == "answered"
+    for event, expected in zip(errors, ("half a char", "a string", "ZeroDivisionError: ", "0 times"), strict=True):
+        assert expected in event.message
+    assert [event.kind for event in captions].count("end") == 2
+
+
+def test_times_that_the_stream_cannot_tell_apart_are_an_event_and_never_the_end(stream):
+    """So late that half a second more is the same number."""
+    list(stream.push(picture(0), 1e17))
+    captions = LiveCaptions(stream, open_video([picture(1), picture(2)], rate=FPS), late="wait")
+    kinds = [event.kind for event in captions]
+    assert kinds and set(kinds) == {"error"}
+
+
 def test_too_many_questions_are_refused_and_so_is_one_that_nobody_would_answer(stream):
     captions = LiveCaptions(stream, recorded(2))
     with pytest.raises(ValueError, match="16 questions wait"):

@@ -973,6 +973,9 @@ def test_timestamps_of_several_frames(model, processor):
     assert starts(2, torch.tensor([2.0, 3.0])) == [2.0, 3.0]
     assert [*starts(1, Fraction(7, 2)), *starts(1, np.float32(4.0))] == [3.5, 4.0]
     assert starts(1, torch.tensor(5.0)) == [5.0]
+    starts(1, 1e17)
+    with pytest.raises(ValueError, match=r"timestamp=None must be .* later than 1e\+17"):
+        stream.push(PICTURES[0])
     stream.reset()
     starts(1, 0.0)
     for bad, message in (
@@ -983,6 +986,9 @@ def test_timestamps_of_several_frames(model, processor):
         (["1", "2"], "must be a finite number of seconds"),
         (True, "timestamp=True must be"),
         ([[1.0], [2.0]], "must be a finite"),
+        (10**400, "timestamp=1000"),
+        (10**5000, "timestamp=an integer of 16610 bits must be a finite number of seconds"),
+        ([1.0, Fraction(10**400)], "must be a finite"),
     ):
         with pytest.raises(ValueError, match=message):
             stream.push(PICTURES[:2], bad)
@@ -1049,11 +1055,18 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"fps": True}, "fps=True"),
         ({"fps": "2"}, "fps='2'"),
         ({"max_new_tokens_per_frame": True}, "max_new_tokens_per_frame=True"),
-        ({"prompt": f"What is {MARK}?"}, "1 marks"),
-        ({"system": MARK}, "1 marks"),
-        ({"prefix": MARK}, "1 marks"),
+        ({"prompt": f"What is {MARK}?", "sanitize_control_tokens": False}, "1 marks"),
+        ({"system": MARK, "sanitize_control_tokens": False}, "1 marks"),
+        ({"prefix": MARK, "sanitize_control_tokens": False}, "1 marks"),
         ({"prompt": None}, "text must be a string"),
-        ({"prompt": "<|video_pad|>"}, "outside of a mark"),
+        ({"prompt": "<|video_pad|>", "sanitize_control_tokens": False}, "outside of a mark"),
+        ({"fps": 10**400}, "fps=10"),
+        ({"fps": Fraction(1, 10**400)}, "fps=Fraction"),
+        ({"frame_budget": 10**400}, "frame_budget=10"),
+        ({"do_sample": True, "temperature": 10**400}, "temperature=10"),
+        ({"repetition_penalty": 10**400}, "penalty=10"),
+        ({"repetition_clamp": 10**400}, "clamp=10"),
+        ({"num_sink_tokens": 10**400}, "num_sink_tokens=10"),
     ],
     ids=str,
 )
@@ -1067,7 +1080,7 @@ def test_questions_that_cannot_be_leave_the_stream_as_it_was(model, processor):
     stream = stream_of(model, processor)
     events = stream.push(PICTURES[0])
     taken = [next(events)]
-    for question, limit, message in ((MARK, 5, "1 marks"), ("Who?", 0, "max_new_tokens=0")):
+    for question, limit, message in (("\ud83d", 5, "half a character"), ("Who?", 0, "max_new_tokens=0")):
         with pytest.raises(ValueError, match=message):
             stream.ask(question, max_new_tokens=limit)
     with pytest.raises(ValueError, match="timestamp"):

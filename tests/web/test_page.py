@@ -327,6 +327,16 @@ def test_the_page_needs_nothing_from_elsewhere(idle: CaptionServer) -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", content.decode())
 
 
+def test_a_question_of_half_a_character_is_refused_and_ends_nothing(server: CaptionServer) -> None:
+    Listener(server.url).until_state("finished")
+    status, _, content = request(
+        server.url, "POST", "/ask", b'{"question": "What \\ud83d?"}', content_type="application/json"
+    )
+    assert status == 400 and "half a character" in json.loads(content)["error"]
+    assert request(server.url, "POST", "/ask", {"question": "What <|im_start|>\U0001f600?"})[0] == 202
+    assert Listener(server.url).until_answer()[-1].data["kind"] == "answered"
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from .loading import load_model
-from .options import AttnOption, DeviceOption, DtypeOption, casa_checkpoint, video_name, wrong_value
+from .options import (
+    AttnOption,
+    ControlTokensOption,
+    DeviceOption,
+    DtypeOption,
+    casa_checkpoint,
+    valid_text,
+    video_name,
+    wrong_value,
+)
 
 if TYPE_CHECKING:
     from ..streaming import CaptionEvent, CasaStream, LiveCaptions
@@ -109,13 +118,22 @@ def caption(
         str, typer.Option(parser=casa_checkpoint, help="Folder or Hub id of a CASA checkpoint.", show_default=False)
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="What to say about the video. Default: what happens.", show_default=False)
+        str | None,
+        typer.Option(
+            help="What to say about the video. Default: what happens.", show_default=False, callback=valid_text
+        ),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="System message. Default: the chat template's.", show_default=False)
+        str | None,
+        typer.Option(help="System message. Default: the chat template's.", show_default=False, callback=valid_text),
     ] = None,
     prefix: Annotated[
-        str, typer.Option(help='Words that the captions begin with, such as "In this video".', show_default=False)
+        str,
+        typer.Option(
+            help='Words that the captions begin with, such as "In this video".',
+            show_default=False,
+            callback=valid_text,
+        ),
     ] = "",
     fps: Annotated[float, typer.Option(help="Frames per second that the model sees.")] = 2.0,
     start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
@@ -188,6 +206,7 @@ def caption(
         typer.Option(
             help='Question for the end of the video, or "@1:30 QUESTION" for that moment; repeat for several.',
             show_default=False,
+            callback=valid_text,
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text per frame at most.")] = 20,
@@ -225,6 +244,7 @@ def caption(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one. Default: 8000.")
     ] = None,
+    sanitize_control_tokens: ControlTokensOption = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
@@ -270,6 +290,7 @@ def caption(
         "prefix": prefix,
         "max_new_tokens_per_frame": max_new_tokens,
         "text_window": text_window,
+        "sanitize_control_tokens": sanitize_control_tokens,
         "frame_budget": 1 / fps if budget is None and late is not Late.WAIT else budget,
     }
     if prompt is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 import typer
 
-from .options import AttnOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument
+from .options import AttnOption, ControlTokensOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument
 from .talking import load_conversation, open_image, streamer
 from .terminal import EXPLAINED, complain
 
@@ -22,12 +23,13 @@ CHAT_HELP = "/image FILE adds an image to the next message, /reset starts anew, 
 def chat(
     model: ModelArgument,
     max_new_tokens: MaxNewTokensOption = 256,
+    sanitize_control_tokens: ControlTokensOption = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
     """Talk in several turns, one line each; an image may come with any of them."""
-    conversation = load_conversation(model, device, dtype, attn)
+    conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
     interactive = sys.stdin.isatty()
     if interactive:
         typer.echo(CHAT_HELP, err=True)
@@ -55,7 +57,9 @@ def chat(
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """The non-empty lines of standard input."""
+    """The non-empty lines of standard input; where bytes aren't UTF-8, the conversation refuses the line by name."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input(prompt).strip()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint_files.names import is_hub_id
+from ..checks import check_text
 from ..design_space import unknown_value
 
 # Number formats of weights, by every name that people write.
@@ -138,6 +139,20 @@ def video_name(text: str) -> str:
     return text
 
 
+def valid_text(given: str | list[str] | None) -> str | list[str] | None:
+    """A text option, or several, as it was given; bytes that aren't UTF-8 come as half characters.
+
+    Raises:
+        BadParameter: for those.
+    """
+    for text in [given] if isinstance(given, str) else given or []:
+        try:
+            check_text("it", text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return given
+
+
 @contextmanager
 def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
     """What the library refuses within is a wrong value, which ends in exit code 2 and names options as they are typed.
@@ -188,6 +203,13 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run, such as cpu or cuda:0. Default: a GPU if there is one.")
 ]
 DtypeOption = Annotated[str | None, dtype_option("Number format to run in. Default: the checkpoint's.")]
+ControlTokensOption = Annotated[
+    bool,
+    typer.Option(
+        "--sanitize-control-tokens/--no-sanitize-control-tokens",
+        help="Whether control tokens such as <|im_start|> are text where they are typed, or count.",
+    ),
+]
 AttnOption = Annotated[
     str | None, typer.Option(help="Attention back end, such as sdpa or eager. Default: chosen by Transformers.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import existing
+from .options import existing, valid_text
 from .terminal import INTERRUPTED, complain, quiet_unless_terminal
 
 
@@ -28,7 +28,9 @@ def push(
         Literal["folder"] | None,
         typer.Option(help="Replace the model card that is there by the folder's.", show_default=False),
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Of the commit.", show_default=False, callback=valid_text)
+    ] = None,
 ) -> None:
     """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
     quiet_unless_terminal()

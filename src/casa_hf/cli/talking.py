@@ -30,11 +30,13 @@ def open_image(name: str) -> Image:
     return rgb_picture(name)
 
 
-def load_conversation(name: str, device: str | None, dtype: str | None, attn: str | None) -> Conversation:
+def load_conversation(
+    name: str, device: str | None, dtype: str | None, attn: str | None, sanitize_control_tokens: bool
+) -> Conversation:
     """A conversation with the model of a checkpoint; see `load_model`."""
     from ..conversation import Conversation
 
-    return Conversation(*load_model(name, device, dtype, attn))
+    return Conversation(*load_model(name, device, dtype, attn), sanitize_control_tokens=sanitize_control_tokens)
 
 
 def streamer(conversation: Conversation) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..checks import check_count
 from ..video import Frame, ReadAhead, VideoProblem, VideoSource
@@ -303,7 +303,10 @@ class LiveCaptions:
         for report in reports:
             message = report.message + (f" (the last of {report.count})" if report.count > 1 else "")
             if report.kind == "dropped":
-                event = self.stream.drop(self._placed(report.timestamp), message, report.count)
+                try:
+                    event = self.stream.drop(self._placed(report.timestamp), message, report.count)
+                except ValueError as error:
+                    event = _refused(error, count=report.count)
             else:
                 event = CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, count=report.count)
             yield self._timed(event, report.timestamp)
@@ -322,7 +325,12 @@ class LiveCaptions:
                 self._on_frame(frame)
         first = self.stream.num_frames
         images, timestamps = [frame.image for frame in frames], [self._placed(frame.timestamp) for frame in frames]
-        for event in self.stream.push(images, timestamps):
+        try:
+            events = self.stream.push(images, timestamps)
+        except ValueError as error:  # times that the stream can't tell apart, say
+            yield self._timed(_refused(error, count=len(frames)), frames[-1].timestamp)
+            return
+        for event in events:
             yield self._timed(event, frames[event.frame_index - first].timestamp)
 
     def _placed(self, timestamp: float) -> float:
@@ -344,7 +352,15 @@ class LiveCaptions:
         events: Iterator[CaptionEvent]
         try:
             events = self.stream.ask(question, max_new_tokens)
-        except ValueError as error:
-            events = iter([CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=str(error), question=question)])
+        except RuntimeError:  # the stream is closed, or another thread's
+            raise
+        except Exception as error:  # of many kinds: chat templates and tokenizers have their own
+            events = iter([_refused(error, question=question)])
         for event in events:
             yield self._timed(event, self._latest or 0.0)
+
+
+def _refused(error: Exception, **content: Any) -> CaptionEvent:
+    """What couldn't be asked or shown, before the model has looked at it."""
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=f"{name}{error}", **content)

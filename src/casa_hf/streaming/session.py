@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ..cache_casa import cache_nbytes, cache_state, restore_cache
-from ..checks import check_count, check_number, check_positive, is_number
+from ..checks import check_count, check_number, check_positive, is_number, shown
 from ..design_space import DESIGN_FIELDS
 from ..logits_process import caption_processors, history_length
 from ..media_casa import MediaPolicy
@@ -113,12 +113,14 @@ class CasaStream:
         seed: of the random numbers; None for a new one. The global random state is neither used nor changed.
         media_policy: what frames may be read from, and how large they may be, as a [`~media_casa.MediaPolicy`] or a
             dictionary of its fields; None for the processor's.
+        sanitize_control_tokens: whether control tokens, and marks of images, in the system message, the prompt, the
+            prefix and questions are text like any other. False lets them count; marks of images are refused then.
 
     Attributes:
         stop_token_ids: the tokens that end the text of a frame: `model.generation_config.eos_token_id`.
 
     Raises:
-        ValueError: if a value is out of its range, a text has marks of images, or model and processor don't fit.
+        ValueError: if a value is out of its range, a text isn't valid Unicode, or model and processor don't fit.
     """
 
     # The state of the stream. `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
@@ -158,6 +160,7 @@ class CasaStream:
         frame_budget: float | None = None,
         seed: int | None = None,
         media_policy: MediaPolicy | Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
     ):
         check_positive("fps", fps)
         check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
@@ -174,12 +177,12 @@ class CasaStream:
         self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
         policy = None if media_policy is None else MediaPolicy.of(media_policy)
-        self.turns = StreamTurns(processor, system, prompt, prefix, policy)
+        self.turns = StreamTurns(processor, system, prompt, prefix, policy, sanitize_control_tokens)
         _check_window(text_window, len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens)
         self.text_window = None if text_window is None else int(text_window)
         self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else int(num_sink_tokens)
         if text_window is not None:
-            model.model.language_model.key_rotation()  # or says why not
+            model.get_decoder().key_rotation()  # or says why not
 
         controls: dict[str, Any] = {
             "repetition_penalty": repetition_penalty,
@@ -256,7 +259,7 @@ class CasaStream:
             "answer" whenever further characters are whole; at the end one "answered".
 
         Raises:
-            ValueError: if the question has marks of images, or `max_new_tokens` isn't a positive integer.
+            ValueError: if the question isn't valid Unicode, or `max_new_tokens` isn't a positive integer.
             RuntimeError: if the stream is closed.
         """
         pushed = time.perf_counter()
@@ -780,11 +783,11 @@ class CasaStream:
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
         """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
         last, step = self._last_timestamp, 1 / self.fps
+        seconds = [] if given is None else _seconds(given)
         if given is None:
             begin = 0.0 if last is None else last + step
-            return [begin + number * step for number in range(count)]
-        seconds = _seconds(given)
-        if isinstance(seconds, float):
+            timestamps = [begin + number * step for number in range(count)]
+        elif isinstance(seconds, float):
             if last is not None:
                 step = (seconds - last) / count
             timestamps = [seconds - number * step for number in reversed(range(count))]
@@ -796,7 +799,7 @@ class CasaStream:
         for timestamp in timestamps:
             if not previous < timestamp < math.inf:
                 raise ValueError(
-                    f"timestamp={given!r} must be a finite number of seconds, later than {previous} of the frame "
+                    f"timestamp={shown(given)} must be a finite number of seconds, later than {previous} of the frame "
                     "before."
                 )
             previous = timestamp
@@ -879,7 +882,7 @@ def _seconds(given: Any) -> float | list[float]:
 
 def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
     expected = "an integer of 0 or more, or None for the prompt"
-    check_number("num_sink_tokens", num_sink_tokens, Integral, lambda number: number >= 0, expected)
+    check_number("num_sink_tokens", num_sink_tokens, Integral, lambda number: 0 <= number < 2**63, expected)
     if text_window is None:
         return
     check_number("text_window", text_window, Integral, lambda number: True, "an integer, or None for all text")

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..chat_text import SAID, ChatText, message, render_chat, token_ids
+from ..checks import check_text
 from ..media_casa import MediaPolicy, rgb_picture
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
-
-# Stands for what the assistant has said while the template is rendered; no message contains it.
-_SAID = "\0said\0"
 
 
 class StreamTurns:
@@ -31,6 +30,7 @@ class StreamTurns:
         prompt: the user's message before the first frame.
         prefix: text that the captions begin with, behind the first frame.
         media_policy: what frames may be read from, and how large they may be; None for the processor's.
+        sanitize_control_tokens: whether control tokens and marks of images in the texts are text.
 
     Attributes:
         opening: ids before the first frame.
@@ -40,7 +40,7 @@ class StreamTurns:
         resumption: ids from the end of an answer to where captions go on.
 
     Raises:
-        ValueError: if a text holds marks of images or videos.
+        ValueError: if a text isn't valid Unicode; unless they are sanitized, if it holds marks of images or videos.
     """
 
     def __init__(
@@ -50,29 +50,32 @@ class StreamTurns:
         prompt: str,
         prefix: str = "",
         media_policy: MediaPolicy | None = None,
+        sanitize_control_tokens: bool = True,
     ):
         self.processor = processor
         self.media_policy = media_policy
-        for text in (system or "", prompt, prefix):
-            self._check(text)
-        self._user = _message("user", prompt)
-        first = [self._user] if system is None else [_message("system", system), self._user]
+        self.sanitize_control_tokens = sanitize_control_tokens
+        self._user = message("user", prompt)
+        first = [self._user] if system is None else [message("system", system), self._user]
+        for name, text in (("system", system or ""), ("prompt", prompt), ("prefix", prefix)):
+            self._check(name, text)
         self.opening = self._ids(self._render(first))
-        mark = self._ids(processor.image_mark)
+        mark = self._ids(ChatText(processor.image_mark, {}))
         self.frame = [*mark, *processor.gist_token_ids]
         self.image_index = self.frame.index(processor.image_token_id)
         # Tokenized behind a mark, where it will stand: some tokenizers treat the start of a text specially.
-        self.prefix = self._ids(processor.image_mark + prefix)[len(mark) :]
+        typed = {"\0": prefix} if sanitize_control_tokens else {}
+        self.prefix = self._ids(ChatText(processor.image_mark + ("\0" if typed else prefix), typed))[len(mark) :]
         self.resumption = self._ids(self._after_said([]))
 
     def question(self, text: str) -> list[int]:
         """Ids from the end of what was said, over a question, to where its answer begins.
 
         Raises:
-            ValueError: if the question holds marks of images or videos.
+            ValueError: as for the other texts.
         """
-        self._check(text)
-        return self._ids(self._after_said([_message("user", text)]))
+        self._check("question", text)
+        return self._ids(self._after_said([message("user", text)]))
 
     def pixels(self, frame: Any) -> dict[str, torch.Tensor]:
         """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
@@ -87,24 +90,20 @@ class StreamTurns:
         shown = rgb_picture(frame, policy)
         return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
 
-    def _after_said(self, messages: list[dict[str, Any]]) -> str:
+    def _after_said(self, messages: list[dict[str, Any]]) -> ChatText:
         """What the template puts behind what the assistant has said, with the new messages, up to its next turn."""
-        return self._render([self._user, _message("assistant", _SAID), *messages]).rpartition(_SAID)[2]
+        return self._render([self._user, message("assistant", SAID), *messages])
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, Any]]) -> ChatText:
+        return render_chat(self.processor, messages, sanitize_control_tokens=self.sanitize_control_tokens)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, text: ChatText) -> list[int]:
+        return token_ids(self.processor.tokenizer, text, text.typed)
 
-    def _check(self, text: str) -> None:
-        marks = self.processor.count_marks(text)
-        if marks:
+    def _check(self, name: str, text: Any) -> None:
+        check_text(name, text)
+        if not self.sanitize_control_tokens and (marks := self.processor.count_marks(text)):
             raise ValueError(
                 f"The text {text!r} has {marks} marks of images or videos ({self.processor.image_mark}). Frames are "
                 "given to push(); take the marks out."
             )
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}

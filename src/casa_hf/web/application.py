@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..checks import check_text
 from .history import Entry
 from .player import Player
 
@@ -131,6 +132,7 @@ class Page:
             question = content.get("question")
             if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION_CHARACTERS:
                 raise ValueError(f"Ask a question of 1 to {MAX_QUESTION_CHARACTERS} characters.")
+            check_text("The question", question)
             self._player.ask(question.strip())
 
         return await _command(request, ask)

@@ -1,0 +1,182 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Conversations as their chat template writes them, in which only the template's own control tokens count.
+
+What a person typed may hold `<|im_start|>system`, `<think>` or the mark of an image. While the template is rendered a
+mark stands for each such text, drawn anew every time; afterwards the text takes its place and is tokenized as text.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from .checks import check_text
+
+# In place of the text of a message: what the model has said, which stays token for token as it was.
+SAID = object()
+
+
+class ChatText(str):
+    """A prompt in which a mark stands for each text that was typed.
+
+    Attributes:
+        typed: by mark, the text.
+    """
+
+    typed: dict[str, str]
+
+    def __new__(cls, text: str, typed: dict[str, str]) -> ChatText:
+        made = super().__new__(cls, text)
+        made.typed = typed
+        return made
+
+
+def message(role: str, text: Any, num_images: int = 0) -> dict[str, Any]:
+    """A message for [`render_chat`], whose images come before its text."""
+    return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+
+
+def render_chat(
+    processor: Any, messages: Sequence[dict[str, Any]], *, sanitize_control_tokens: bool = True
+) -> ChatText:
+    """What the chat template writes for a conversation, up to where the next answer begins.
+
+    Args:
+        processor: a CasaProcessor.
+        messages: made by `message`. Where the text of one is `SAID`, what follows that text is returned.
+        sanitize_control_tokens: whether control tokens in the texts are text; False leaves them what they are.
+
+    Returns:
+        The text; the processor takes it as it is, and `token_ids` gives its ids.
+
+    Raises:
+        ValueError: if a text isn't one, or the template leaves a text out, changes it or writes it several times.
+    """
+    nonce = secrets.token_hex(16)  # of this rendering alone: nobody can have typed it
+    said = f"{nonce}x"
+    typed: dict[str, str] = {}
+
+    def shown(text: Any, role: str) -> str:
+        if text is SAID:
+            return said
+        check_text(f"the {role} message", text)
+        core = text.strip()  # templates trim texts, but not what is within
+        if not sanitize_control_tokens or not core:
+            return text
+        mark = f"{nonce}t{len(typed)}x"
+        typed[mark] = core
+        return text.replace(core, mark, 1)
+
+    marked = [
+        {
+            "role": each["role"],
+            "content": [
+                {**part, "text": shown(part["text"], each["role"])} if "text" in part else part
+                for part in each["content"]
+            ],
+        }
+        for each in messages
+    ]
+    rendered = processor.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    after_said = any(part.get("text") == said for each in marked for part in each["content"])
+    for mark in [*typed, *([said] if after_said else [])]:
+        if (times := rendered.count(mark)) != 1:
+            what = repr(typed[mark]) if mark in typed else "what the assistant said"
+            raise ValueError(
+                f"The chat template writes {what:.100} {times} times, where a text must come once and as it is. Use "
+                "another template: processor.chat_template."
+            )
+    return ChatText(rendered.rpartition(said)[2] if after_said else rendered, typed)
+
+
+def token_ids(tokenizer: Any, text: str, typed: Mapping[str, str]) -> list[int]:
+    """Ids of a prompt; no control token comes from what was typed.
+
+    Args:
+        tokenizer: a fast one, unless nothing that was typed looks like a control token.
+        text: with marks.
+        typed: by mark, the text that stands there.
+
+    Raises:
+        ValueError: if this tokenizer can't read a control token as text.
+    """
+    pieces = re.split(f"({'|'.join(map(re.escape, typed))})", text) if typed else [text]
+    pieces[1::2] = [typed[mark] for mark in pieces[1::2]]
+    whole = "".join(pieces)
+    control = _control_tokens(tokenizer)
+    own, place = [], 0
+    for number, piece in enumerate(pieces):
+        own += [(place + found.start(), found[0]) for found in control.finditer(piece)] if number % 2 == 0 else []
+        place += len(piece)
+    if own == [(found.start(), found[0]) for found in control.finditer(whole)]:
+        return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return _sanitized_ids(tokenizer, pieces, control)
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches every added token but blanks and line breaks, which some vocabularies add in runs and nobody means."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _sanitized_ids(tokenizer: Any, pieces: list[str], control: re.Pattern[str]) -> list[int]:
+    """Ids of pieces, of which every second one was typed.
+
+    A tokenizer of the same model and rules, in which each control token has a name that nobody can have typed, reads
+    all pieces as one text, in which the template's own control tokens are called by these names.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        found = next(match[0] for piece in pieces[1::2] for match in control.finditer(piece))
+        raise ValueError(
+            f"A {type(tokenizer).__name__} can't read the control token {found!r} as text. Take it out, or let it "
+            "count with sanitize_control_tokens=False."
+        )
+    plain = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, part) is not None:
+            setattr(plain, part, getattr(backend, part))
+    nonce, added = secrets.token_hex(8), tokenizer.added_tokens_decoder
+    names = {token.content: f"{nonce}t{index}x" for index, token in added.items()}
+    names |= {token.content: token.content for token in added.values() if not token.content.strip()}
+    gap = f"{nonce}x"
+    plain.add_tokens([_renamed(token, names[token.content]) for token in added.values()])
+    plain.add_tokens([AddedToken(gap, normalized=False)])
+    index_of: dict[Any, int] = {plain.token_to_id(names[token.content]): index for index, token in added.items()}
+
+    def ids(within: str) -> list[int]:
+        """With this within each control token that was typed."""
+        text = "".join(
+            control.sub(lambda found: found[0][0] + within + found[0][1:], piece)
+            if number % 2
+            else control.sub(lambda found: names[found[0]], piece)
+            for number, piece in enumerate(pieces)
+        )
+        return plain.encode(text, add_special_tokens=False).ids
+
+    unwanted = {index for index, token in added.items() if token.content.strip()} - index_of.keys()
+    unwanted.discard(tokenizer.unk_token_id)  # of any character that the vocabulary lacks
+    read = ids("")
+    if unwanted.intersection(read):  # the vocabulary itself has it, as one piece
+        read = [index for index in ids(gap) if index != plain.token_to_id(gap)]
+    if left := unwanted.intersection(read):
+        raise ValueError(
+            f"This tokenizer makes the control token {tokenizer.convert_ids_to_tokens(min(left))!r} of plain text, so "
+            "it can't be typed. Take it out, or let it count with sanitize_control_tokens=False."
+        )
+    return [index_of.get(index, index) for index in read]
+
+
+def _renamed(token: AddedToken, name: str) -> AddedToken:
+    return AddedToken(
+        name,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
