@@ -631,6 +631,11 @@ def _check_lengths(cache: Cache) -> None:
                         f"The state is damaged: {name} of layer {number} is {tensor.dtype} of shape "
                         f"{tuple(tensor.shape)}, which doesn't fit the rest; give all of it, as it was saved."
                     )
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(
+                        f"The state is damaged: {name} of layer {number} has numbers that aren't finite, from "
+                        "which the model would say nonsense. Go on from an earlier state, or begin a new stream."
+                    )
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:

@@ -188,6 +188,21 @@ class WindowState:
                     f"The state is damaged: {name} of its windows doesn't fit the rest; give all of it, as it was "
                     "saved."
                 )
+        length = self.valid.shape[1]
+        bounds = {
+            "positions": (0, None),
+            "next_position": (0, None),
+            "image_tokens": (0, self.image_columns),
+            "last_image": (-1, length - 1),
+            "window_start": (0, length),
+        }
+        for name, (least, most) in bounds.items():
+            numbers = getattr(self, name)
+            if bool((numbers < least).any()) or (most is not None and bool((numbers > most).any())):
+                raise ValueError(
+                    f"The state is damaged: {name} of its windows is {numbers.tolist()!r:.100}, where numbers from "
+                    f"{least} to {'anything' if most is None else most} are expected; give all of it, as it was saved."
+                )
 
     def select(self, rows: torch.Tensor) -> WindowState:
         """The state with the given rows, in their order."""

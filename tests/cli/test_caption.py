@@ -391,7 +391,10 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
         ([BUNNY, "--rate", "5"], ["--rate 5.0 is asked of devices", "leave it out"]),
         ([str(Path(BUNNY).parent), "--option", "video_size=64x48"], ["video_size", "are for FFmpeg"]),
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
-        ([BUNNY, "--out", "a.srt", "--ask", "<|vision_start|><|image_pad|><|vision_end|>?"], ["marks of images"]),
+        (
+            [BUNNY, "--out", "a.srt", "--ask", "<|image_pad|>", "--no-sanitize-control-tokens"],
+            ["--ask", "outside of a mark"],
+        ),
     ],
 )
 def test_wrong_values_are_refused_before_any_work(

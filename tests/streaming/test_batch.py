@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -220,51 +224,224 @@ def test_a_reset_stream_reports_nothing_of_before(model, processor):
     assert untimed(events[first]) == untimed(alone.push(PICTURES[3]))
 
 
-def test_a_failure_of_the_model_begins_all_streams_anew(model, processor):
+@contextmanager
+def failing_for(
+    model: Any, row: int | None, error: BaseException, most_tokens: float = math.inf
+) -> Iterator[list[int]]:
+    """Every forward in which this row has new tokens, or any row if None, fails in its midst.
+
+    Forwards in which it has more than `most_tokens` don't. Gives the numbers of rows that failed together.
+    """
+    rows: dict[int, int] = {}
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask", torch.ones_like(kwargs["input_ids"]))
+        rows.clear()
+        rows.update({row: count for row, count in enumerate(mask.sum(1).tolist()) if count})
+
+    def fail(module: Any, *_: Any) -> None:
+        if row is None or 0 < rows.get(row, 0) <= most_tokens:
+            failed.append(len(rows))
+            raise error
+
+    failed: list[int] = []
+    handles = [
+        model.register_forward_pre_hook(note, with_kwargs=True),
+        model.model.language_model.layers[1].register_forward_hook(fail),
+    ]
+    try:
+        yield failed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("moment", "variant", "window", "sampled"),
+    [
+        ("frame", "casa", 60, True),
+        ("word", "casa", 60, False),
+        ("word", "exact", None, True),
+        ("question", "casa", 60, False),
+    ],
+)
+def test_a_failing_forward_ends_the_text_of_the_row_that_it_fails_for(
+    model, processor, variant, window, moment, sampled
+):
+    """The others say what they say without it, and the row goes on with its next frame as if it hadn't been asked."""
+    model = model(variant)
+    settings = {"text_window": window, "num_sink_tokens": 4, "do_sample": sampled}
+    batch = batch_of(model, processor, **settings)
+    alone = {}
+    for number, prompt in enumerate((*PROMPTS, PROMPTS[0])):
+        stream = batch.add(prompt=prompt, seed=number)
+        alone[stream] = stream_of(model, processor, prompt=prompt, seed=number, **SETTINGS, **settings)
+
+    def check(events: dict[int, list[CaptionEvent]], expected: dict[int, Any]) -> None:
+        for stream, own in expected.items():
+            assert untimed(events[stream]) == untimed(own)
+
+    for turn in range(3):
+        check(
+            by_stream(batch.push({stream: PICTURES[turn + stream] for stream in alone})),
+            {stream: own.push(PICTURES[turn + stream]) for stream, own in alone.items()},
+        )
+    lengths = {stream: len(emitted(each.fork().push(PICTURES[stream]))) for stream, each in alone.items()}
+    bad = max(lengths, key=lengths.__getitem__)
+    with failing_for(model, bad, OSError("out of memory"), 1 if moment == "word" else math.inf) as failed:
+        if moment == "question":
+            events = batch.ask(dict.fromkeys(alone, "Who is it?"), 6)
+            own = {stream: each.ask("Who is it?", 6) for stream, each in alone.items() if stream != bad}
+        else:
+            events = batch.push({stream: PICTURES[stream] for stream in alone})
+            own = {stream: each.push(PICTURES[stream]) for stream, each in alone.items() if stream != bad}
+        said = by_stream(events)
+    check(said, own)
+    assert failed and max(failed) > 1, "it failed for several at first"
+    last = said[bad][-1]
+    assert (last.kind, last.message) == ("error", "OSError: out of memory")
+    assert last.question == ("Who is it?" if moment == "question" else None)
+    if moment == "word":  # its second one: as if the text had ended after the first
+        alone[bad].max_new_tokens_per_frame = 1
+        assert untimed(said[bad][:-1]) == untimed(alone[bad].push(PICTURES[bad]))[:-1]
+        alone[bad].max_new_tokens_per_frame = SETTINGS["max_new_tokens_per_frame"]
+    else:
+        assert len(said[bad]) == 1
+    if moment == "frame":
+        alone[bad].drop(last.start, "never seen")
+    for turn in range(2, 5):
+        expected = {stream: own.push(PICTURES[turn + stream]) for stream, own in alone.items()}
+        check(by_stream(batch.push({stream: PICTURES[turn + stream] for stream in alone})), expected)
+        for stream, each in alone.items():
+            assert batch.num_text_tokens(stream) == each.num_text_tokens
+            assert batch.num_frames(stream) == each.num_frames
+
+
+def test_a_device_that_has_gone_ends_every_text_and_loses_nothing(model, processor):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    alone = {batch.add(): stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS) for _ in range(3)}
+    list(batch.push(dict.fromkeys(alone, PICTURES[0])))
+    with failing_for(model, None, OSError("the device has gone")):
+        events = by_stream(batch.push({stream: [PICTURES[1], PICTURES[2]] for stream in alone}))
+    assert all([event.kind for event in events[stream]] == ["merged", "error"] for stream in alone)
+    said = by_stream(batch.push(dict.fromkeys(alone, PICTURES[3])))
+    for stream, each in alone.items():
+        list(each.push(PICTURES[0]))
+        each.drop(0.5, "never seen", 2)
+        each._last_timestamp = 1.0
+        assert untimed(said[stream]) == untimed(each.push(PICTURES[3]))
+
+
+def test_an_interrupt_during_a_forward_loses_nothing(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
-    said = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
-
-    def fail(module: Any, *_: Any) -> None:
-        raise OSError("the device has gone")
-
-    events = batch.push({first: [PICTURES[2], PICTURES[3]], second: [PICTURES[2], PICTURES[3]]})
-    assert next(events)[1].kind == "merged"  # the other one waits
-    handle = model.model.language_model.layers[1].register_forward_hook(fail)
-    try:
-        with pytest.raises(OSError, match="the device has gone") as caught:
-            list(batch.push({second: PICTURES[4]}))
-    finally:
-        handle.remove()
-    assert "streams of the batch have been reset" in caught.value.__notes__[0]
+    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    list(batch.push({first: PICTURES[0], second: PICTURES[0]}))
+    say(alone, PICTURES[:1])
+    with failing_for(model, None, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        list(batch.push({first: PICTURES[1], second: PICTURES[1]}))
     assert list(batch.push({})) == []
-    assert batch.num_frames(first) == batch.num_frames(second) == 0
-    again = [by_stream(batch.push({first: shown, second: shown})) for shown in PICTURES[:2]]
-    assert [untimed(own[first]) for own in again] == [untimed(own[first]) for own in said]
+    alone.drop(0.5, "never seen")
+    for stream in (first, second):
+        twin = alone.fork()
+        assert untimed(by_stream(batch.push({stream: PICTURES[2]}))[stream]) == untimed(twin.push(PICTURES[2]))
 
 
-def test_a_refused_question_leaves_the_texts_in_the_making_as_they_are(model, processor):
+def test_a_stream_that_cannot_read_its_token_begins_anew_alone(model, processor, monkeypatch):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    first, second = batch.add(), batch.add()
+    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    list(batch.push({first: PICTURES[0], second: PICTURES[0]}))
+    beginning = say(alone, PICTURES[:1])
+
+    def broken(token: int) -> None:
+        raise KeyError("no such token")
+
+    monkeypatch.setattr(batch._rows[first]._pieces, "add", broken)
+    events = by_stream(batch.push({first: PICTURES[1], second: PICTURES[1]}))
+    assert untimed(events[second]) == untimed(alone.push(PICTURES[1]))
+    assert [event.kind for event in events[first]] == ["error"]
+    assert events[first][0].message == "KeyError: 'no such token' (the stream has been reset)"
+    monkeypatch.undo()
+    assert [emitted(by_stream(batch.push({first: PICTURES[0]}))[first])] == beginning
+    assert emitted(by_stream(batch.push({second: PICTURES[2]}))[second]) == emitted(alone.push(PICTURES[2]))
+
+
+def test_another_thread_is_refused_during_a_forward(model, processor):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    first, second = batch.add(), batch.add()
+    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    taken = batch.push({second: PICTURES[0]})
+    calls: list[Callable[[], Any]] = [
+        batch.add,
+        batch.close,
+        lambda: batch.push({second: PICTURES[1]}),
+        lambda: batch.ask({second: "Who is it?"}),
+        lambda: batch.remove(second),
+        lambda: batch.reset(first),
+        lambda: batch.fork(first),
+        lambda: batch.drop(first, 9.0, "late"),
+        lambda: next(taken),
+    ]
+    refused: list[str] = []
+
+    def call_all() -> None:
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    def from_a_thread(*_: Any) -> None:
+        handle.remove()  # once
+        thread = threading.Thread(target=call_all)
+        thread.start()
+        thread.join()
+
+    handle = model.model.language_model.layers[1].register_forward_hook(from_a_thread)
+    events = by_stream(batch.push({first: PICTURES[0]}))
+    assert len(refused) == len(calls)
+    assert all(message.startswith("The batch is being used by another thread") for message in refused)
+    expected = untimed(alone.push(PICTURES[0]))
+    assert untimed(events[first]) == untimed(events[second]) == expected
+    # And in turns they may.
+    thread = threading.Thread(target=lambda: events.update(by_stream(batch.push({first: PICTURES[1]}))))
+    thread.start()
+    thread.join()
+    assert untimed(events[first]) == untimed(alone.push(PICTURES[1]))
+
+
+def test_what_cannot_be_asked_leaves_all_other_texts_as_they_are(model, processor):
     model = model("casa")
     expected, said = {}, {}
     for refused in (False, True):
         batch = batch_of(model, processor)
         first, second = batch.add(prompt=PROMPTS[0]), batch.add(prompt=PROMPTS[1])
+        third = batch.add()
         events = batch.push({first: PICTURES[0], second: PICTURES[1]})
         taken = [next(events)]
         if refused:
             for questions, limit, message in (
-                ({first: "Who is it?", second: "\ud83d"}, 5, "half a character"),
                 ({first: "Who is it?", 7: "Who is it?"}, 5, "no stream 7"),
                 ({first: "Who is it?"}, 0, "max_new_tokens=0"),
             ):
                 with pytest.raises(ValueError, match=message):
                     batch.ask(questions, max_new_tokens=limit)
-        taken += events
+        questions = {third: "Who is it?"} | ({second: "Who \ud83d?"} if refused else {})
+        asked = list(batch.ask(questions, max_new_tokens=5))
+        errors = [pair for pair in asked if pair[1].kind == "error"]
+        assert [(stream, error.question) for stream, error in errors] == [(second, "Who \ud83d?")] * refused
+        assert all("half a character" in error.message for _, error in errors)
+        taken += [pair for pair in asked if pair not in errors]
         taken += batch.push({first: PICTURES[2], second: PICTURES[3]})
         said = {stream: untimed(own) for stream, own in by_stream(taken).items()}
         expected = expected or said
-    assert said == expected and max(len(event.token_ids) for event in said[first]) > 1
+    assert said == expected and said.keys() == {first, second, third}
+    assert max(len(event.token_ids) for event in said[first]) > 1
 
 
 class Interrupting:
@@ -302,15 +479,41 @@ def test_only_prompts_of_streams_need_room_in_the_window(model, processor):
             batch_of(model("casa"), processor, **settings)
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ((PICTURES[0], math.nan), "timestamp=nan"),
+        ((PICTURES[0], 0.0), "later than 0.0"),
+        ((PICTURES[0], 10**400), "timestamp=10"),
+        ((PICTURES[0], "soon"), "timestamp='soon'"),
+        (([PICTURES[0], PICTURES[1]], [1.0]), "1 values for 2 frames"),
+        ((PICTURES[0], 1.0, 2.0), "a tuple of 3"),
+        ([], "empty list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_with_one_frame_refuses_that_one_alone(model, processor, bad, message):
+    model = model("casa")
+    batch = batch_of(model, processor)
+    streams = [batch.add() for _ in range(3)]
+    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    first = by_stream(batch.push(dict.fromkeys(streams, (PICTURES[0], 0.0))))
+    assert untimed(first[0]) == untimed(alone.push(PICTURES[0], 0.0))
+    events = by_stream(batch.push({0: PICTURES[1], 1: bad, 2: PICTURES[1]}))
+    expected = untimed(alone.fork().push(PICTURES[1]))
+    assert untimed(events[0]) == untimed(events[2]) == expected
+    [error] = events[1]
+    assert (error.kind, error.frame_index) == ("error", -1) and message in error.message
+    assert batch.num_frames(1) == 1
+    assert untimed(by_stream(batch.push({1: PICTURES[1]}))[1]) == expected
+
+
 def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
     for frames, message in (
         ({first: PICTURES[0], 7: PICTURES[0]}, "no stream 7"),
-        ({first: PICTURES[0], second: (PICTURES[0], 1.0, 2.0)}, "a tuple of 3"),
-        ({first: PICTURES[0], second: []}, "empty list"),
-        ({first: PICTURES[0], second: (PICTURES[0], float("nan"))}, "timestamp=nan"),
         ([PICTURES[0], PICTURES[1]], "frames is a list; give a dict"),
         (PICTURES[0], "frames is a Image; give a dict"),
     ):

@@ -705,12 +705,21 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
             ({**state, name: value}, f"damaged: its {name} can't be")
             for name, value in {
                 "num_frames": "x",
-                "last_timestamp": math.nan,
+                "last_timestamp": 10**400,
                 "begun": 1,
                 "answered": None,
                 "pieces": {"before": [0], "waiting": ["a"]},
                 "history": state["history"].float(),
             }.items()
+        ),
+        *(
+            ({**state, "last_timestamp": value}, "damaged: its last_timestamp can't be")
+            for value in (math.nan, math.inf, "1", True)
+        ),
+        *(({**state, "num_frames": value}, "damaged: its num_frames can't be") for value in (math.nan, -1, 2.0, True)),
+        *(
+            ({**state, "settings": {**state["settings"], "num_sink_tokens": value}}, "num_sink_tokens=")
+            for value in (math.nan, math.inf, "4")
         ),
         *(({**state, "pending": value}, "damaged: its pending can't be") for value in (["a"], [], [10**6], [-1])),
         *(
@@ -718,12 +727,15 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
             for name, value in {
                 "length": 1,
                 "padded": 0,
-                "image_columns": "x",
+                "image_columns": math.nan,
                 "text_start": -1,
-                "next_position": windows["next_position"].float(),
+                "next_position": windows["next_position"] - 10**6,
                 "positions": windows["positions"][:, 1:],
                 "pinned": windows["is_frame"],
                 "slots": 5,
+                "image_tokens": windows["image_tokens"] + 10**6,
+                "last_image": windows["last_image"] + 10**6,
+                "window_start": windows["window_start"] - 10**6,
             }.items()
         ),
         *(
@@ -736,6 +748,10 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
                 ({"fusion": {}}, "a part of layer 1 is missing"),
                 ({"text": [tensor[:, :, 1:] for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float64 of"),
                 ({"text": [tensor.float() for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float32 of"),
+                *(
+                    ({"text": [layers[1]["text"][0], torch.full_like(layers[1]["text"][1], value)]}, "aren't finite")
+                    for value in (math.nan, math.inf)
+                ),
                 ({"text": layers[1]["text"][:1]}, "damaged .TypeError"),
                 ({"fusion": {**layers[1]["fusion"], "image": layers[1]["fusion"]["window"]}}, "image of layer 1 is"),
                 ({"fusion": {**layers[1]["fusion"], "sound": []}}, "damaged .TypeError"),
@@ -752,6 +768,28 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
     taken += events
     twin = stream_of(model("casa"), processor, do_sample=True, seed=3)
     assert [emitted(taken), *say(stream, PICTURES[3:5])] == say(twin, PICTURES[:5])[2:]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+def test_a_stream_of_a_model_with_adapters_may_have_a_text_window(new_model, model, processor):
+    """PEFT's model is one around ours; adapters that haven't been trained change nothing."""
+    peft = pytest.importorskip("peft")
+    settings = {"text_window": 60, "num_sink_tokens": 4}
+    adapted = peft.get_peft_model(new_model("casa"), peft.LoraConfig(target_modules=["o_proj", "v_proj"])).eval()
+    stream, plain = (stream_of(each, processor, **settings) for each in (adapted, model("casa")))
+    for turn in range(6):
+        assert emitted(stream.push(PICTURES[turn])) == emitted(plain.push(PICTURES[turn]))
+    assert emitted(stream.ask("Who is it?", 4)) == emitted(plain.ask("Who is it?", 4))
+    later = stream_of(adapted, processor, **settings)
+    later.load_state_dict(stream.state_dict())
+    assert emitted(later.push(PICTURES[7])) == emitted(plain.push(PICTURES[7]))
+    batch = CasaStreamBatch(adapted, processor, max_new_tokens_per_frame=8, **settings)
+    twin, number = stream_of(model("casa"), processor, **settings), batch.add(prompt=PROMPT)
+    for turn in range(6):
+        assert emitted(event for _, event in batch.push({number: PICTURES[turn]})) == emitted(
+            twin.push(PICTURES[turn])
+        )
+    assert max(stream.num_text_tokens, batch.num_text_tokens(number)) < 60 + 30, "text was evicted"
 
 
 def test_a_reset_stream_is_a_new_one(model, processor):

@@ -7,17 +7,20 @@ the same time share it; the others wait. What pads their rows meanwhile is maske
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
-from ..cache_casa import cache_nbytes
+from ..cache_casa import cache_nbytes, cache_snapshot
+from ..checks import check_count
 from .events import CaptionEvent
-from .session import ANEW, DEFAULT_PROMPT, CasaStream, Forward, Steps, on_device
+from .session import DEFAULT_PROMPT, CasaStream, Forward, Steps, on_device
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -30,10 +33,12 @@ _SPARE_SLOTS = 64
 class CasaStreamBatch:
     """Live captions of many streams with one model; each says what a `CasaStream` of its own would say.
 
-    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. A batch
-    is for one thread. If a forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and all
-    streams begin anew, as after `reset`, without the events that weren't taken; the exception has a note of that. What
-    interrupts the program between forwards changes nothing.
+    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. Threads
+    may take turns with a batch; what one calls while another is at it is refused.
+
+    A forward that fails ends the text of those streams alone that it fails for: an event "error" says why, they are as
+    they were before it, and may go on with their next frame. It is run again for the others, which say what they would
+    have said. Ctrl-C during a forward ends the texts that waited for it; all streams are as they were before it.
 
     Args:
         model: captions the frames.
@@ -74,6 +79,7 @@ class CasaStreamBatch:
         self._steps: dict[int, Steps] = {}
         self._forwards: dict[int, Forward] = {}
         self._events: deque[tuple[int, CaptionEvent]] = deque()
+        self._in_use = threading.Lock()
 
     # ---------------------------------------------------------------- streams come and go
 
@@ -94,12 +100,13 @@ class CasaStreamBatch:
             ValueError: as [`CasaStream`] does.
             RuntimeError: if the batch is closed.
         """
-        self._require_open()
-        texts = {"system": system, "prompt": prompt, "prefix": prefix, "seed": seed}
-        row = _Row(self.model, self.processor, **{**self._settings, **texts})
-        row.share_processors(self._pattern)
-        self._append_empty_row()
-        return self._named(row)
+        with self._alone():
+            self._require_open()
+            texts = {"system": system, "prompt": prompt, "prefix": prefix, "seed": seed}
+            row = _Row(self.model, self.processor, **{**self._settings, **texts})
+            row.share_processors(self._pattern)
+            self._append_empty_row()
+            return self._named(row)
 
     def remove(self, stream: int) -> None:
         """Let a stream leave, with its events that haven't been taken; what it holds is freed.
@@ -107,11 +114,12 @@ class CasaStreamBatch:
         Raises:
             ValueError: if there is no such stream.
         """
-        self._row(stream)
-        self._end(stream)
-        self._discard_events(stream)
-        self._select([other for other in self._rows if other != stream])
-        del self._rows[stream]
+        with self._alone():
+            self._row(stream)
+            self._end(stream)
+            self._discard_events(stream)
+            self._select([other for other in self._rows if other != stream])
+            del self._rows[stream]
 
     def fork(self, stream: int) -> int:
         """Add a stream that goes on by itself from where this one is.
@@ -122,10 +130,11 @@ class CasaStreamBatch:
         Raises:
             ValueError: if there is no such stream.
         """
-        other = self._row(stream).fork()
-        assert isinstance(other, _Row)
-        self._select([*self._rows, stream])
-        return self._named(other)
+        with self._alone():
+            other = self._row(stream).fork()
+            assert isinstance(other, _Row)
+            self._select([*self._rows, stream])
+            return self._named(other)
 
     def reset(self, stream: int) -> None:
         """Let a stream forget everything, its events that haven't been taken too, and begin anew with its prompt.
@@ -133,23 +142,21 @@ class CasaStreamBatch:
         Raises:
             ValueError: if there is no such stream.
         """
-        row = self._row(stream)
-        self._end(stream)
-        self._discard_events(stream)
-        row.reset()
-        self._select([other for other in self._rows if other != stream])
-        del self._rows[stream]
-        self._append_empty_row()
-        self._rows[stream] = row
+        with self._alone():
+            self._row(stream)
+            self._end(stream)
+            self._discard_events(stream)
+            self._begin_anew(stream)
 
     def close(self) -> None:
         """End all streams and free the cache; of what comes later, only `close` and the properties work."""
-        for stream in self._rows:
-            self._end(stream)
-        self._rows = {}
-        self._events.clear()
-        self._cache = self._new_cache()
-        self._closed = True
+        with self._alone():
+            for stream in self._rows:
+                self._end(stream)
+            self._rows = {}
+            self._events.clear()
+            self._cache = self._new_cache()
+            self._closed = True
 
     @property
     def closed(self) -> bool:
@@ -178,28 +185,32 @@ class CasaStreamBatch:
                 [`CasaStream.push`].
 
         Yields:
-            (stream, event); the events of each stream are those of `CasaStream.push`.
+            (stream, event); the events of each stream are those of `CasaStream.push`. What can't be pushed to one
+            stream, as with a timestamp that doesn't ascend, is an "error" of that stream, with the `frame_index` -1,
+            and changes nothing else.
 
         Raises:
-            ValueError: if `frames` is no dict, there is no such stream, timestamps don't ascend, or a list of frames
-                is empty. Then nothing was pushed.
-            RuntimeError: if the batch is closed.
+            ValueError: if `frames` is no dict, or there is no such stream. Then nothing was pushed.
+            RuntimeError: if the batch is closed, or another thread is at it.
         """
-        self._require_open()
-        _check_mapping("frames", frames, "frame")
-        given = {}
-        for stream, frame in frames.items():
-            pair = frame if isinstance(frame, tuple) else (frame, None)
-            if len(pair) != 2:
-                raise ValueError(
-                    f"frames[{stream}] is a tuple of {len(pair)}; give a frame, a list of frames, or (frame, "
-                    "timestamp)."
-                )
-            self._row(stream).check(*pair)
-            given[stream] = pair
-        for stream, pair in given.items():
-            self._start(stream, self._rows[stream].push(*pair))
-        return self._serve()
+        with self._alone():
+            self._require_open()
+            _check_mapping("frames", frames, "frame")
+            rows = {stream: self._row(stream) for stream in frames}
+            for stream, frame in frames.items():
+                pair = frame if isinstance(frame, tuple) else (frame, None)
+                try:
+                    if len(pair) != 2:
+                        raise ValueError(
+                            f"frames[{stream}] is a tuple of {len(pair)}; give a frame, a list of frames, or (frame, "
+                            "timestamp)."
+                        )
+                    steps = rows[stream].push(*pair)
+                except ValueError as error:
+                    self._events.append((stream, _refusal(error)))
+                else:
+                    self._start(stream, steps)
+            return self._serve()
 
     def ask(self, questions: Mapping[int, str], max_new_tokens: int = 64) -> Iterator[tuple[int, CaptionEvent]]:
         """Ask about what is going on in streams, and receive what the model says in these and in other open streams.
@@ -209,20 +220,27 @@ class CasaStreamBatch:
             max_new_tokens: tokens that an answer may have; as in [`CasaStream.ask`].
 
         Yields:
-            (stream, event); the events of each stream are those of `CasaStream.ask`.
+            (stream, event); the events of each stream are those of `CasaStream.ask`. A question that can't be asked is
+            an "error" of its stream, and changes nothing else.
 
         Raises:
-            ValueError: if `questions` is no dict, there is no such stream, a question has marks of images, or
-                `max_new_tokens` isn't a positive integer. Then nothing was asked.
-            RuntimeError: if the batch is closed.
+            ValueError: if `questions` is no dict, there is no such stream, or `max_new_tokens` isn't a positive
+                integer. Then nothing was asked.
+            RuntimeError: if the batch is closed, or another thread is at it.
         """
-        self._require_open()
-        _check_mapping("questions", questions, "question")
-        for stream, question in questions.items():
-            self._row(stream).check_question(question, max_new_tokens)
-        for stream, question in questions.items():
-            self._start(stream, self._rows[stream].ask(question, max_new_tokens))
-        return self._serve()
+        with self._alone():
+            self._require_open()
+            _check_mapping("questions", questions, "question")
+            check_count("max_new_tokens", max_new_tokens)
+            rows = {stream: self._row(stream) for stream in questions}
+            for stream, question in questions.items():
+                try:
+                    steps = rows[stream].ask(question, max_new_tokens)
+                except Exception as error:  # of many kinds: chat templates and tokenizers have their own
+                    self._events.append((stream, _refusal(error, question)))
+                else:
+                    self._start(stream, steps)
+            return self._serve()
 
     def drop(self, stream: int, timestamp: float, message: str, count: int = 1) -> CaptionEvent:
         """Count a frame that isn't looked at, or several; as [`CasaStream.drop`].
@@ -230,7 +248,8 @@ class CasaStreamBatch:
         Raises:
             ValueError: if there is no such stream, timestamps don't ascend, or `count` isn't a positive integer.
         """
-        return self._row(stream).drop(timestamp, message, count)
+        with self._alone():
+            return self._row(stream).drop(timestamp, message, count)
 
     def num_frames(self, stream: int) -> int:
         """Frames that were pushed to a stream or dropped."""
@@ -266,11 +285,27 @@ class CasaStreamBatch:
 
     def _serve(self) -> Iterator[tuple[int, CaptionEvent]]:
         """The events of all open streams; whoever takes them makes the model work."""
-        while self._events or self._steps:
-            if self._events:
-                yield self._events.popleft()
-            else:
-                self._step()
+        while True:
+            with self._alone():
+                while self._steps and not self._events:
+                    self._step()
+                if not self._events:
+                    return
+                taken = self._events.popleft()
+            yield taken
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse what another thread calls meanwhile."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "The batch is being used by another thread; call it when that has taken its event, or make one batch "
+                "for each thread."
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _step(self) -> None:
         """One forward for all streams with a text in the making.
@@ -279,19 +314,57 @@ class CasaStreamBatch:
         """
         for stream in [stream for stream in self._steps if stream not in self._forwards]:
             self._advance(stream, None)
-        if not self._forwards:
-            return
+        if self._forwards:
+            self._run(dict(self._forwards))
+
+    def _run(self, forwards: dict[int, Forward]) -> None:
+        """One forward for these streams; where it fails, one for each half, down to those that it fails for."""
+        cache, before = cache_snapshot(self._cache), {stream: row.moment() for stream, row in self._rows.items()}
+        num_events = len(self._events)
+        failure: Exception | None = None
         try:
             # As one: between them the cache holds tokens that still wait to be read.
-            for stream, token in self._next_tokens().items():
-                self._advance(stream, token)
-        except BaseException as error:
-            error.add_note(ANEW.format("streams of the batch have"))
-            self._begin_anew()
+            try:
+                tokens = self._next_tokens(forwards)
+            except Exception as error:
+                failure = error
+            else:
+                for stream, token in tokens.items():
+                    self._advance(stream, token)
+                return
+        except BaseException:
+            self._return_to(cache, before)
+            while len(self._events) > num_events:
+                self._events.pop()
+            for stream in forwards:
+                self._end(stream)
             raise
+        self._return_to(cache, before)
+        if len(forwards) == 1:
+            [stream] = forwards
+            self._forwards.pop(stream)
+            event = self._steps[stream].throw(failure)
+            assert isinstance(event, CaptionEvent)
+            self._events.append((stream, event))
+            self._end(stream)
+            return
+        waiting = list(forwards)
+        for half in (waiting[: len(waiting) // 2], waiting[len(waiting) // 2 :]):
+            self._run({stream: forwards[stream] for stream in half})
+
+    def _return_to(self, cache: DynamicCache, moments: dict[int, Any]) -> None:
+        """Let the cache and its rows be what they were."""
+        self._cache = cache
+        self._rows = {stream: self._rows[stream] for stream in moments}
+        for stream, moment in moments.items():
+            self._rows[stream].return_to(moment)
 
     def _advance(self, stream: int, token: Any) -> None:
-        """Let a stream go on, with the token that it waited for, until it needs another forward or is done."""
+        """Let a stream go on, with the token that it waited for, until it needs another forward or is done.
+
+        A stream that can't read its token begins anew, with an event that says why: the cache holds what it hasn't
+        taken in.
+        """
         self._forwards.pop(stream, None)
         steps = self._steps[stream]
         try:
@@ -301,28 +374,32 @@ class CasaStreamBatch:
                 step = next(steps)
         except StopIteration:
             del self._steps[stream]
+        except Exception as error:
+            del self._steps[stream]
+            self._begin_anew(stream)
+            self._events.append((stream, _refusal(error, note="the stream has been reset")))
         else:
             self._forwards[stream] = step
 
     @torch.no_grad()
-    def _next_tokens(self) -> dict[int, torch.Tensor]:
-        """Run the forward that streams wait for; by stream, the token (1, 1) that follows."""
-        self._bound_text()
-        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **self._inputs())
-        tokens = self._drawn(output.logits[:, -1])
-        for stream, forward in self._forwards.items():
+    def _next_tokens(self, forwards: dict[int, Forward]) -> dict[int, torch.Tensor]:
+        """Run the forward that these streams wait for; by stream, the token (1, 1) that follows."""
+        self._bound_text(forwards)
+        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **self._inputs(forwards))
+        tokens = self._drawn(output.logits[:, -1], forwards)
+        for stream, forward in forwards.items():
             self._rows[stream].held += len(forward.ids)
         # All at once: the device is waited for here.
         return dict(zip(tokens, torch.cat(list(tokens.values())).cpu().split(1), strict=True))
 
-    def _drawn(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
+    def _drawn(self, logits: torch.Tensor, forwards: dict[int, Forward]) -> dict[int, torch.Tensor]:
         """By stream that waits, the token (1, 1) for its row of the logits (rows, vocabulary)."""
         tokens = {}
-        waiting = [(number, stream) for number, stream in enumerate(self._rows) if stream in self._forwards]
+        waiting = [(number, stream) for number, stream in enumerate(self._rows) if stream in forwards]
         # The processors work on all rows that share them at once.
-        for processors in {id(own.processors): own.processors for own in self._forwards.values()}.values():
-            group = [(number, stream) for number, stream in waiting if self._forwards[stream].processors is processors]
-            history = torch.cat([self._forwards[stream].history.ids for _, stream in group])
+        for processors in {id(own.processors): own.processors for own in forwards.values()}.values():
+            group = [(number, stream) for number, stream in waiting if forwards[stream].processors is processors]
+            history = torch.cat([forwards[stream].history.ids for _, stream in group])
             numbers = torch.tensor([number for number, _ in group])
             own_logits = logits[numbers.to(logits.device, non_blocking=True)]
             scores = processors(history, own_logits.to(history.device, torch.float32))
@@ -330,14 +407,14 @@ class CasaStreamBatch:
                 tokens[stream] = self._rows[stream].drawn(own[None])
         return tokens
 
-    def _inputs(self) -> dict[str, torch.Tensor]:
+    def _inputs(self, forwards: dict[int, Forward]) -> dict[str, torch.Tensor]:
         """Inputs of the forward that streams wait for: new ids at the end of each row, padding before them."""
-        width = max(len(forward.ids) for forward in self._forwards.values())
+        width = max(len(forward.ids) for forward in forwards.values())
         ids = torch.zeros(len(self._rows), width, dtype=torch.long)
         mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
         images: dict[str, list[torch.Tensor]] = {}
         for number, stream in enumerate(self._rows):
-            forward = self._forwards.get(stream)
+            forward = forwards.get(stream)
             if forward is None:
                 continue
             first = width - len(forward.ids)
@@ -359,11 +436,11 @@ class CasaStreamBatch:
 
     # ---------------------------------------------------------------- rows of the cache
 
-    def _bound_text(self) -> None:
+    def _bound_text(self, forwards: dict[int, Forward]) -> None:
         """Keep the text of streams that go on within their window, and close up padding where there is much of it."""
         if not self._holds_text:
             return
-        keep = [row.tokens_to_keep(stream in self._forwards) for stream, row in self._rows.items()]
+        keep = [row.tokens_to_keep(stream in forwards) for stream, row in self._rows.items()]
         held = [row.held for row in self._rows.values()]
         if keep == held and self._cache.get_seq_length() <= max(held) * 5 // 4 + _SPARE_SLOTS:
             return
@@ -404,12 +481,14 @@ class CasaStreamBatch:
             raise ValueError(f"There is no stream {stream!r} in the batch; it holds {list(self._rows)}. See add().")
         return self._rows[stream]
 
-    def _begin_anew(self) -> None:
-        for stream, row in self._rows.items():
-            self._end(stream)
-            row.reset()
-        self._events.clear()
-        self._cache = self._new_cache()
+    def _begin_anew(self, stream: int) -> None:
+        """Give a stream, whose text has ended, an empty row."""
+        row = self._rows[stream]
+        row.reset()
+        self._select([other for other in self._rows if other != stream])
+        del self._rows[stream]
+        self._append_empty_row()
+        self._rows[stream] = row
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config())
@@ -432,13 +511,19 @@ class _Row(CasaStream):
         """Take the logits processors of another row, so that they work on both at once."""
         self._caption_processors, self._answer_processors = other._caption_processors, other._answer_processors
 
-    def check(self, frame: Any, timestamp: Any) -> None:
-        """Refuse what `push` would refuse."""
-        self._checked(frame, timestamp)
+    def moment(self) -> tuple[dict[str, Any], torch.Tensor, Any, torch.Tensor | None]:
+        """What a forward changes, but for the cache; `return_to` takes it."""
+        kept = {name: getattr(self, name) for name in ("held", "_pending", "_begun", "_answered")}
+        random = None if self._generator is None else self._generator.get_state()
+        return kept, self._history.ids, self._pieces.state(), random
 
-    def check_question(self, question: str, max_new_tokens: int) -> None:
-        """Refuse what `ask` would refuse."""
-        self._asked(question, max_new_tokens)
+    def return_to(self, moment: tuple[dict[str, Any], torch.Tensor, Any, torch.Tensor | None]) -> None:
+        """Be what it was at a `moment`."""
+        kept, self._history.ids, pieces, random = moment
+        self.__dict__.update(kept)
+        self._pieces.load(pieces)
+        if self._generator is not None and random is not None:
+            self._generator.set_state(random)
 
     def drawn(self, scores: torch.Tensor) -> torch.Tensor:
         """The token (1, 1) for the scores (1, vocabulary)."""
@@ -460,6 +545,13 @@ class _Row(CasaStream):
         super()._begin()
         self._cache = None
         self.held = 0
+
+
+def _refusal(error: Exception, question: str | None = None, note: str = "") -> CaptionEvent:
+    """What was wrong with one stream, which isn't about a frame that it was shown."""
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    message = f"{name}{error}" + (f" ({note})" if note else "")
+    return CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, question=question)
 
 
 def _check_mapping(name: str, given: Any, item: str) -> None:

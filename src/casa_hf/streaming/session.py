@@ -50,7 +50,7 @@ _GEOMETRY = (
 
 
 # Told with what has interrupted a forward, of which the cache may hold a part.
-ANEW = "This came in the midst of a forward of the model; the {} been reset."
+ANEW = "This came in the midst of a forward of the model; the stream has been reset."
 
 # Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
 _STATE_VERSION = 1
@@ -370,7 +370,7 @@ class CasaStream:
             self._check_state(state)
             other._cache = self._restored(state["cache"])
             other._load_text(state)
-        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"The state is damaged ({type(error).__name__}: {error}); give what state_dict() of a CasaStream "
                 "returned."
@@ -490,7 +490,11 @@ class CasaStream:
         emitted: list[int] = []
         text = ""
         while True:
-            token = yield forward
+            try:
+                token = yield forward
+            except Exception as error:  # that a batch says it couldn't be run
+                yield event("error", message=f"{type(error).__name__}: {error}")
+                return
             token_id = int(token)
             # Only now: a batch may end a text before its first forward, and then nothing was told.
             self._answered, self._begun = kinds[0] == "answer", self._begun or kinds[0] == "text"
@@ -520,7 +524,7 @@ class CasaStream:
                 # As one: between them the cache holds tokens that still wait to be read.
                 step = steps.send(self._next_token(step))
             except BaseException as error:
-                error.add_note(ANEW.format("stream has"))
+                error.add_note(ANEW)
                 self._begin()
                 raise
 
