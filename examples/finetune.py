@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from casa_hf.training import TrainingConfig, parts_table, train
-from casa_hf.training.recipe import is_first_process
+from casa_hf.training.arguments import is_first_process
 from casa_hf.training.settings import read_yaml
 
 # Text and image tokens per packed sequence; 128 of these per update, 1e-4 for new and 1e-5 for existing parameters.

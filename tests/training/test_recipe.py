@@ -16,7 +16,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cli, convert_checkpoint
-from casa_hf.training import TrainingConfig, load_conversations, recipe, train
+from casa_hf.training import TrainingConfig, load_conversations, train
+from casa_hf.training.arguments import lora_arguments, training_arguments
 from casa_hf.training.data import Source
 from casa_hf.training.samples import encode
 from examples.tiny_source import build_tiny_helium
@@ -544,9 +545,9 @@ generate: {max_new_tokens: "3", temperature: "0.5", do_sample: "yes"}
         "report_to": "none",
     }
     assert config.generate == {"max_new_tokens": 3, "temperature": 0.5, "do_sample": True}
-    arguments = recipe._arguments(config, 2)
+    arguments = training_arguments(config, 2)
     assert (arguments.save_steps, arguments.adam_beta2, arguments.use_cpu) == (0.5, 0.9, True)
-    assert recipe._typed_lora(config.lora) == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "use_rslora": True}
+    assert lora_arguments(config.lora) == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "use_rslora": True}
     data = [{"path": "a", "weight": "3"}, {"path": "b", "weight": "1e-1"}]
     assert [Source.of(source).weight for source in data] == [3, 0.1]
 

@@ -29,7 +29,7 @@ def train(
 
     from ..training import TrainingConfig, parts_table
     from ..training import train as run
-    from ..training.recipe import is_first_process
+    from ..training.arguments import is_first_process
 
     settings = TrainingConfig.from_yaml(config)
     if resume:

@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .collator import CasaDataCollator, PackedDataset
+from .config import TrainingConfig
 from .data import load_conversations, load_mixture
 from .evaluation import exact_match, generate_answers
 from .parameters import (
@@ -15,7 +16,7 @@ from .parameters import (
     parts_table,
     trainable_parts,
 )
-from .recipe import TrainingConfig, TrainingReport, train
+from .recipe import TrainingReport, train
 from .samples import Dialogue
 
 if TYPE_CHECKING:

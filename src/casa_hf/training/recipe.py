@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -12,62 +11,32 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checkpoint_files.destination import move_finished
 from ..checkpoint_files.errors import disk_is_full, one_line
-from ..checks import check_count, check_number, check_positive
 from ..configuration_casa import CasaConfig
 from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..folder_files import own_file, read_json
-from ..hub_client import hub_token
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
+from .arguments import check_arguments, is_first_process, lora_arguments, training_arguments
 from .checkpoints import NO_OPTIMIZER, STATE, last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator, PackedDataset
+from .config import TrainingConfig
 from .data import load_mixture
 from .parameters import LORA_TARGETS, Part, checkpoint_activations, freeze, trainable_parts
-from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
-from .settings import check_name, read_yaml_file, typed
 
 logger = logging.getLogger(__name__)
 
 # Beside the weights: what a conversion back needs, and under which terms they stand.
 _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
-_DTYPES = ("float32", "bfloat16")  # in float16 the second moments of AdamW underflow, and weights jump
-_PAPER_STEPS = 25_000
-_SCHEDULE = "warmup_stable_decay"
-_DECAY = 0.1
-
-_COUNTS = (
-    "sequences_per_update",
-    "max_steps",
-    "max_text_tokens",
-    "max_image_tokens",
-    "max_pixels",
-    "frame_max_pixels",
-)
-
-# Arguments of `TrainingArguments` -> the settings that they follow from.
-_FOLLOWING = {
-    "output_dir": "output (and checkpoints)",
-    "learning_rate": "lr_new and lr_existing",
-    "gradient_accumulation_steps": "sequences_per_update",
-    "auto_find_batch_size": "sequences_per_update",
-    "gradient_checkpointing_kwargs": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing",
-    "resume_from_checkpoint": "resume",
-}
-
 # What may be another when a run goes on. Of the data it counts what was made of it, and a run can be made longer.
 _FREE_TO_CHANGE = {
     *("data", "split", "output", "checkpoints", "resume", "keep_limits", "trainer", "max_steps", "num_train_epochs"),
@@ -76,196 +45,11 @@ _FREE_TO_CHANGE = {
 # Of further arguments, what may not.
 _KEPT_ARGUMENTS = (
     *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *(
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "label_smoothing_factor",
-        "neftune_noise_alpha",
-        "fp16",
-        "data_seed",
-    ),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("fp16", "data_seed"),
 )
 # In the folder of checkpoints; the Trainer publishes nothing whose name begins so.
 _SETTINGS = "_settings.json"
-
-# Of `generate`, whose arguments have no types to read.
-_GENERATE_TYPES: dict[str, type] = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "num_beams", "top_k"), int),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_time"), float),
-    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate"), bool),
-    "num_return_sequences": int,
-}
-# Where `report_to` sends metrics -> the package that does it.
-_REPORTERS = {
-    **{name: name for name in ("tensorboard", "wandb", "trackio", "mlflow", "clearml", "codecarbon", "swanlab")},
-    "comet_ml": "comet-ml",
-}
-
-
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """What to train, on what, and how; defaults are those of the paper for Qwen2.5-VL-3B.
-
-    Numbers and truth values may be strings ("3", "1e-4", "no"), as a file or a command line gives them.
-
-    Attributes:
-        model: folder or Hub id of a CASA checkpoint.
-        data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
-        output: folder to make, with the trained model and its processor, or the adapter; and `all_results.json` (the
-            last metrics) and `trainer_state.json` (those of every log).
-        eval_data: conversations to evaluate on, likewise.
-        split, eval_split: of data sets that don't name their own; None for "train" and "validation".
-        trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
-        lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
-            key of `LORA_TARGETS`.
-        max_text_tokens, max_image_tokens: budget of a packed sequence.
-        over_long: "raise" or "drop", for conversations that exceed the budget.
-        max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
-        keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
-        sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
-            over the data has what is left.
-        max_steps: steps of the optimizer; None for the paper's 25,000, or where `num_train_epochs` says how long.
-        num_train_epochs: passes over the data, in place of `max_steps`.
-        lr_new, lr_existing: learning rates of what conversion has added and of the rest.
-        warmup_steps: steps in which rates rise from 0, linearly; below 1 it is a share of all steps. At least one step
-            has the full rate.
-        decay_steps: steps in which they fall to 0 in the end, likewise; None for a tenth of all. Other schedules than
-            "warmup_stable_decay" (`lr_scheduler_type`) have none.
-        gradient_checkpointing: whether to recompute activations in the backward pass.
-        dtype: of the weights.
-        bf16: whether to compute in bfloat16; None: where a GPU can.
-        attn_implementation: attention back end; None for Transformers' choice.
-        generate: arguments of `generate`, to have evaluation compare answers; None for the loss alone.
-        seed: of the order of the data, before packing and after it, and of adapters.
-        checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
-        resume: whether to go on from the last one there.
-        trainer: further arguments of `TrainingArguments`, except those that follow from a setting above. In a file
-            they stand beside the others.
-
-    Raises:
-        ValueError: for settings that are unknown, of the wrong type or out of range, or that contradict each other.
-    """
-
-    model: str
-    data: str | dict[str, Any] | list[Any]
-    output: str
-    eval_data: str | dict[str, Any] | list[Any] | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    trainable: str | list[str] | None = None
-    lora: dict[str, Any] | None = None
-    max_text_tokens: int = 2_048
-    max_image_tokens: int = 20_480
-    over_long: str = "raise"
-    max_pixels: int | None = None
-    frame_max_pixels: int | None = None
-    keep_limits: bool = False
-    sequences_per_update: int = 128
-    max_steps: int | None = None
-    num_train_epochs: float | None = None
-    lr_new: float = 1e-4
-    lr_existing: float = 1e-5
-    warmup_steps: float = 0.02
-    decay_steps: float | None = None
-    gradient_checkpointing: bool = True
-    dtype: str = "float32"
-    bf16: bool | None = None
-    attn_implementation: str | None = None
-    generate: dict[str, Any] | None = None
-    seed: int = 0
-    checkpoints: str | None = None
-    resume: bool = False
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name, hint in hints.items():
-            setattr(self, name, typed(name, getattr(self, name), hint))
-        self._type_arguments(hints)
-        for name in _COUNTS:
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
-        for name in ("lr_new", "lr_existing", "num_train_epochs"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) is not None:
-                expected = "a number of steps, or below 1 a share of them"
-                check_number(name, getattr(self, name), Real, lambda number: 0 <= number < math.inf, expected)
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ValueError(
-                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: leave out one of them."
-            )
-        if self.max_steps is None and self.num_train_epochs is None:
-            self.max_steps = _PAPER_STEPS
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
-        if Path(self.output).name in ("", ".."):
-            raise ValueError(
-                f"output={str(self.output)!r} names no folder to make. Give a path such as my-casa-model."
-            )
-        if self.trainable is not None and not (self.trainable and all(self.trainable)):
-            raise ValueError(f"trainable={self.trainable!r} must be a recipe, or patterns that aren't empty.")
-        if self.lora is not None and self.trainable is not None:
-            raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
-
-    def _type_arguments(self, settings: Iterable[str]) -> None:
-        """Type the arguments for other libraries, and refuse those that they don't know or that follow from a setting.
-
-        Those for PEFT are typed when it is known to be there.
-        """
-        from transformers import GenerationConfig, TrainingArguments
-
-        hints = get_type_hints(TrainingArguments)
-        arguments = {}
-        for name, value in self.trainer.items():
-            check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
-            if name in _FOLLOWING or name in settings:
-                raise ValueError(f"{name} follows from {_FOLLOWING.get(name, name)}; set that instead.")
-            arguments[name] = typed(name, value, hints[name])
-        self.trainer = arguments
-        if self.generate is not None:
-            own = inspect.signature(CasaForConditionalGeneration.generate).parameters
-            for name in self.generate:
-                check_name(name, [*vars(GenerationConfig()), *own], f"generate.{name} is no argument of generate")
-            self.generate = {
-                name: typed(f"generate.{name}", value, _GENERATE_TYPES.get(name, Any) | None)
-                for name, value in self.generate.items()
-            }
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where checkpoints on the way are."""
-        return Path(self.checkpoints or f"{Path(self.output)}-checkpoints")  # without a slash at its end
-
-    @classmethod
-    def from_dict(cls, content: Any) -> TrainingConfig:
-        """From a mapping such as a YAML file gives: settings and arguments of `TrainingArguments` side by side.
-
-        Raises:
-            ValueError: for unknown or missing settings, and as `TrainingConfig`.
-        """
-        if not isinstance(content, Mapping):
-            raise ValueError(f"A training configuration is {type(content).__name__}; expected a mapping of settings.")
-        own = {f.name: f for f in fields(cls) if f.name != "trainer"}
-        if "trainer" in content:
-            raise ValueError("The setting 'trainer' is unknown; write what it holds beside the other settings.")
-        required = [f.name for f in own.values() if f.default is MISSING]
-        if missing := [name for name in required if content.get(name) is None]:
-            raise ValueError(f"The training configuration doesn't say {', '.join(missing)}.")
-        given = {name: value for name, value in content.items() if name in own and value is not None}
-        return cls(**given, trainer={name: value for name, value in content.items() if name not in own})
-
-    @classmethod
-    def from_yaml(cls, file: str | os.PathLike) -> TrainingConfig:
-        """From a YAML file; see `from_dict`.
-
-        Raises:
-            ValueError: if it isn't YAML, or for unknown or missing settings.
-            OSError: if it can't be read.
-        """
-        return cls.from_dict(read_yaml_file(file))
 
 
 @dataclass(frozen=True)
@@ -318,8 +102,8 @@ def train(
     from .progress import LogCallback, StepsProgress
     from .trainer import CasaTrainer
 
-    _check_arguments(config)
-    _arguments(config, config.max_steps or sys.maxsize)  # what Transformers refuses, before the data are read
+    check_arguments(config)
+    training_arguments(config, config.max_steps or sys.maxsize)  # what Transformers refuses, before the data are read
     output, checkpoints = Path(config.output), config.checkpoint_folder
     resumed = _check_folders(output, checkpoints, config.resume)
     repository = hub_id(config.model, revision=None)
@@ -351,7 +135,7 @@ def train(
     settings = _settings(config, data, steps)
     if resumed is not None:
         _check_settings(settings, checkpoints, resumed)
-    arguments = _arguments(config, steps)
+    arguments = training_arguments(config, steps)
 
     if repository is not None:
         download(repository, folder.name, WEIGHT_FILES)
@@ -420,82 +204,6 @@ def train(
     finally:
         progress.close()
     return TrainingReport(output, parts, trainer.state.global_step, len(data), data.num_dropped, metrics)
-
-
-def _check_arguments(config: TrainingConfig) -> None:
-    """Refuse arguments for other libraries that these would refuse late, or take in part."""
-    from transformers import GenerationConfig
-
-    if config.trainer.get("train_sampling_strategy") == "group_by_length":
-        raise ValueError(
-            "train_sampling_strategy='group_by_length': sequences are packed to the same length; leave it out."
-        )
-    if config.resume and config.trainer.get("save_only_model"):
-        raise ValueError(
-            "resume needs the states that save_only_model leaves out of checkpoints; leave out one of them."
-        )
-    if config.trainer.get("hub_token") is not None:
-        raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
-    if config.trainer.get("push_to_hub") and is_first_process() and hub_token() is None:
-        raise ValueError("push_to_hub: there is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
-    kind = _schedule_type(config)
-    if config.decay_steps is not None and kind != _SCHEDULE:
-        raise ValueError(
-            f"decay_steps={config.decay_steps} is for lr_scheduler_type={_SCHEDULE!r}, not {kind!r}; leave out one."
-        )
-    _check_reporters(config.trainer.get("report_to"))
-    _check_precision(config)
-    if "WORLD_SIZE" not in os.environ and not config.trainer.get("use_cpu"):
-        refuse_several_gpus(torch.cuda.device_count())
-    if config.lora is not None:
-        _typed_lora(config.lora)
-    if config.generate is not None:
-        if config.generate.get("num_return_sequences", 1) != 1 or config.generate.get("return_dict_in_generate"):
-            raise ValueError(
-                f"generate={config.generate}: evaluation compares one answer each; leave out "
-                "num_return_sequences and return_dict_in_generate."
-            )
-        for name in ("max_new_tokens", "max_length", "num_beams"):
-            if config.generate.get(name) is not None:
-                check_count(f"generate.{name}", config.generate[name])
-        try:
-            GenerationConfig().update(**config.generate)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"generate={config.generate} isn't possible: {error}") from error
-
-
-def _check_reporters(report_to: str | list[str] | None) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    for name in names:
-        check_name(name, ("none", "all", *INTEGRATION_TO_CALLBACK), f"report_to={name!r} is unknown")
-        if name in _REPORTERS and name not in get_available_reporting_integrations():
-            package = _REPORTERS[name]
-            raise ImportError(f"report_to={name!r} needs the package {package}: pip install {package}")
-
-
-def _check_precision(config: TrainingConfig) -> None:
-    """Refuse to compute in half precision on a device that can't, by the name of the setting."""
-    on_cpu = config.trainer.get("use_cpu") or not torch.accelerator.is_available()
-    if config.trainer.get("fp16") and on_cpu:
-        raise ValueError("fp16=True needs a GPU, and this run has none. Leave it out; on a CPU there is bf16.")
-    if config.bf16 and not config.trainer.get("use_cpu") and not is_torch_bf16_gpu_available():
-        raise ValueError(
-            "bf16=True: there is no GPU here that computes in bfloat16. Leave it out, or set use_cpu to compute in "
-            "bfloat16 on the CPU."
-        )
-
-
-def _typed_lora(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of PEFT's `LoraConfig`, typed."""
-    from peft import LoraConfig
-
-    hints = get_type_hints(LoraConfig)
-    for name in given:
-        check_name(name, [f.name for f in fields(LoraConfig)], f"lora.{name} is no argument of PEFT's LoraConfig")
-    return {name: typed(f"lora.{name}", value, hints[name] | None) for name, value in given.items()}
 
 
 def _check_model(model: str, folder: Path) -> None:
@@ -589,11 +297,6 @@ def _write_json(file: Path, content: Any) -> None:
     os.replace(_partial(file), file)
 
 
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that speaks and publishes."""
-    return not int(os.environ.get("RANK", 0))
-
-
 def _pack(config: TrainingConfig, processor: CasaProcessor, examples: Sequence[Mapping[str, Any]]) -> PackedDataset:
     return PackedDataset(
         examples,
@@ -604,96 +307,10 @@ def _pack(config: TrainingConfig, processor: CasaProcessor, examples: Sequence[M
     )
 
 
-def _schedule_type(config: TrainingConfig) -> str:
-    return config.trainer.get("lr_scheduler_type", _SCHEDULE)
-
-
-def _schedule(config: TrainingConfig, steps: int) -> dict[str, Any]:
-    """Arguments of the learning rate's course over this many steps."""
-
-    def counted(given: float) -> int:
-        return math.ceil(given * steps) if given < 1 else round(given)
-
-    decays = _schedule_type(config) == _SCHEDULE
-    warmup, decay = config.warmup_steps, _DECAY if config.decay_steps is None else config.decay_steps
-    # Shares are rounded up, together to more than all steps.
-    fits = warmup + decay <= 1 if max(warmup, decay) < 1 else counted(warmup) + counted(decay) <= steps
-    if decays and not fits:
-        raise ValueError(f"warmup_steps={warmup} and decay_steps={decay} are more than all {steps} steps; lower one.")
-    # The first step of the warm-up has the rate 0, so it mustn't be the only one.
-    warmup_steps = min(counted(warmup), steps - 1)
-    arguments: dict[str, Any] = {"lr_scheduler_type": _schedule_type(config), "warmup_steps": warmup_steps}
-    if decays:
-        decay_steps = min(counted(decay), steps - warmup_steps)
-        shape = {"num_decay_steps": decay_steps, "warmup_type": "linear", "decay_type": "linear"}
-        arguments["lr_scheduler_kwargs"] = {**shape, **(config.trainer.get("lr_scheduler_kwargs") or {})}
-    return arguments
-
-
-def _arguments(config: TrainingConfig, steps: int) -> Any:
-    """`TrainingArguments` of a run of this many steps."""
-    from transformers import TrainingArguments
-
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    per_device = config.trainer.get("per_device_train_batch_size", 1)
-    check_count("per_device_train_batch_size", per_device)
-    accumulation, rest = divmod(config.sequences_per_update, per_device * processes)
-    if rest:
-        raise ValueError(
-            f"sequences_per_update={config.sequences_per_update} isn't a multiple of {processes} processes times "
-            f"{per_device} sequences (per_device_train_batch_size)."
-        )
-    use_bf16 = config.bf16
-    if use_bf16 is None:
-        use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not config.trainer.get("fp16")
-    given = {
-        "per_device_train_batch_size": per_device,
-        "per_device_eval_batch_size": 1,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "logging_first_step": True,
-        "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "ddp_find_unused_parameters": False,
-        # Rather than by the folder of checkpoints.
-        **({"hub_model_id": Path(config.output).name} if config.trainer.get("push_to_hub") else {}),
-        **config.trainer,
-        **_schedule(config, steps),
-        "output_dir": str(config.checkpoint_folder),
-        "max_steps": steps,
-        "gradient_accumulation_steps": accumulation,
-        "bf16": use_bf16,
-        "seed": config.seed,
-    }
-    try:
-        return TrainingArguments(**given)
-    except (TypeError, ValueError) as error:
-        _blame(config.trainer)
-        raise ValueError(f"These settings aren't possible together: {one_line(error)}") from error
-
-
-def _blame(given: Mapping[str, Any]) -> None:
-    """Find the argument that `TrainingArguments` refuses by itself, if there is one.
-
-    Raises:
-        ValueError: with its name.
-    """
-    from transformers import TrainingArguments
-
-    always = {"output_dir": "unused", "use_cpu": given.get("use_cpu", False)}
-    for name, value in given.items():
-        try:
-            TrainingArguments(**{**always, name: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}={value!r} isn't possible: {one_line(error)}") from error
-
-
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    settings = _typed_lora(settings)
+    settings = lora_arguments(settings)
     given = "fusion" if settings.get("target_modules") is None else settings["target_modules"]
     targets = LORA_TARGETS.get(given, given) if isinstance(given, str) else given
     # PEFT knows "all-linear" by name.

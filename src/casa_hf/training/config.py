@@ -1,0 +1,215 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a training run: what they are, and which values they may have."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..checks import check_count, check_number, check_positive
+from ..modeling_casa import CasaForConditionalGeneration
+from .settings import check_name, read_yaml_file, typed
+
+_DTYPES = ("float32", "bfloat16")  # in float16 the second moments of AdamW underflow, and weights jump
+_PAPER_STEPS = 25_000
+
+_COUNTS = (
+    "sequences_per_update",
+    "max_steps",
+    "max_text_tokens",
+    "max_image_tokens",
+    "max_pixels",
+    "frame_max_pixels",
+)
+
+# Arguments of `TrainingArguments` -> the settings that they follow from.
+_FOLLOWING = {
+    "output_dir": "output (and checkpoints)",
+    "learning_rate": "lr_new and lr_existing",
+    "gradient_accumulation_steps": "sequences_per_update",
+    "auto_find_batch_size": "sequences_per_update",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing",
+    "resume_from_checkpoint": "resume",
+}
+
+# Of `generate`, whose arguments have no types to read.
+_GENERATE_TYPES: dict[str, type] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "min_new_tokens", "min_length", "num_beams", "top_k"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_time"), float),
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate"), bool),
+    "num_return_sequences": int,
+}
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What to train, on what, and how; defaults are those of the paper for Qwen2.5-VL-3B.
+
+    Numbers and truth values may be strings ("3", "1e-4", "no"), as a file or a command line gives them.
+
+    Attributes:
+        model: folder or Hub id of a CASA checkpoint.
+        data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
+        output: folder to make, with the trained model and its processor, or the adapter; and `all_results.json` (the
+            last metrics) and `trainer_state.json` (those of every log).
+        eval_data: conversations to evaluate on, likewise.
+        split, eval_split: of data sets that don't name their own; None for "train" and "validation".
+        trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
+        lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
+            key of `LORA_TARGETS`.
+        max_text_tokens, max_image_tokens: budget of a packed sequence.
+        over_long: "raise" or "drop", for conversations that exceed the budget.
+        max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
+        keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
+        sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
+            over the data has what is left.
+        max_steps: steps of the optimizer; None for the paper's 25,000, or where `num_train_epochs` says how long.
+        num_train_epochs: passes over the data, in place of `max_steps`.
+        lr_new, lr_existing: learning rates of what conversion has added and of the rest.
+        warmup_steps: steps in which rates rise from 0, linearly; below 1 it is a share of all steps. At least one step
+            has the full rate.
+        decay_steps: steps in which they fall to 0 in the end, likewise; None for a tenth of all. Other schedules than
+            "warmup_stable_decay" (`lr_scheduler_type`) have none.
+        gradient_checkpointing: whether to recompute activations in the backward pass.
+        dtype: of the weights.
+        bf16: whether to compute in bfloat16; None: where a GPU can.
+        attn_implementation: attention back end; None for Transformers' choice.
+        generate: arguments of `generate`, to have evaluation compare answers; None for the loss alone.
+        seed: of the order of the data, before packing and after it, and of adapters.
+        checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
+        resume: whether to go on from the last one there.
+        trainer: further arguments of `TrainingArguments`, except those that follow from a setting above. In a file
+            they stand beside the others.
+
+    Raises:
+        ValueError: for settings that are unknown, of the wrong type or out of range, or that contradict each other.
+    """
+
+    model: str
+    data: str | dict[str, Any] | list[Any]
+    output: str
+    eval_data: str | dict[str, Any] | list[Any] | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    trainable: str | list[str] | None = None
+    lora: dict[str, Any] | None = None
+    max_text_tokens: int = 2_048
+    max_image_tokens: int = 20_480
+    over_long: str = "raise"
+    max_pixels: int | None = None
+    frame_max_pixels: int | None = None
+    keep_limits: bool = False
+    sequences_per_update: int = 128
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
+    lr_new: float = 1e-4
+    lr_existing: float = 1e-5
+    warmup_steps: float = 0.02
+    decay_steps: float | None = None
+    gradient_checkpointing: bool = True
+    dtype: str = "float32"
+    bf16: bool | None = None
+    attn_implementation: str | None = None
+    generate: dict[str, Any] | None = None
+    seed: int = 0
+    checkpoints: str | None = None
+    resume: bool = False
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
+            setattr(self, name, typed(name, getattr(self, name), hint))
+        self._type_arguments(hints)
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
+        for name in ("lr_new", "lr_existing", "num_train_epochs"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) is not None:
+                expected = "a number of steps, or below 1 a share of them"
+                check_number(name, getattr(self, name), Real, lambda number: 0 <= number < math.inf, expected)
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: leave out one of them."
+            )
+        if self.max_steps is None and self.num_train_epochs is None:
+            self.max_steps = _PAPER_STEPS
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
+        if Path(self.output).name in ("", ".."):
+            raise ValueError(
+                f"output={str(self.output)!r} names no folder to make. Give a path such as my-casa-model."
+            )
+        if self.trainable is not None and not (self.trainable and all(self.trainable)):
+            raise ValueError(f"trainable={self.trainable!r} must be a recipe, or patterns that aren't empty.")
+        if self.lora is not None and self.trainable is not None:
+            raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
+
+    def _type_arguments(self, settings: Iterable[str]) -> None:
+        """Type the arguments for other libraries, and refuse those that they don't know or that follow from a setting.
+
+        Those for PEFT are typed when it is known to be there.
+        """
+        from transformers import GenerationConfig, TrainingArguments
+
+        hints = get_type_hints(TrainingArguments)
+        arguments = {}
+        for name, value in self.trainer.items():
+            check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
+            if name in _FOLLOWING or name in settings:
+                raise ValueError(f"{name} follows from {_FOLLOWING.get(name, name)}; set that instead.")
+            arguments[name] = typed(name, value, hints[name])
+        self.trainer = arguments
+        if self.generate is not None:
+            own = inspect.signature(CasaForConditionalGeneration.generate).parameters
+            for name in self.generate:
+                check_name(name, [*vars(GenerationConfig()), *own], f"generate.{name} is no argument of generate")
+            self.generate = {
+                name: typed(f"generate.{name}", value, _GENERATE_TYPES.get(name, Any) | None)
+                for name, value in self.generate.items()
+            }
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints on the way are."""
+        return Path(self.checkpoints or f"{Path(self.output)}-checkpoints")  # without a slash at its end
+
+    @classmethod
+    def from_dict(cls, content: Any) -> TrainingConfig:
+        """From a mapping such as a YAML file gives: settings and arguments of `TrainingArguments` side by side.
+
+        Raises:
+            ValueError: for unknown or missing settings, and as `TrainingConfig`.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"A training configuration is {type(content).__name__}; expected a mapping of settings.")
+        own = {f.name: f for f in fields(cls) if f.name != "trainer"}
+        if "trainer" in content:
+            raise ValueError("The setting 'trainer' is unknown; write what it holds beside the other settings.")
+        required = [f.name for f in own.values() if f.default is MISSING]
+        if missing := [name for name in required if content.get(name) is None]:
+            raise ValueError(f"The training configuration doesn't say {', '.join(missing)}.")
+        given = {name: value for name, value in content.items() if name in own and value is not None}
+        return cls(**given, trainer={name: value for name, value in content.items() if name not in own})
+
+    @classmethod
+    def from_yaml(cls, file: str | os.PathLike) -> TrainingConfig:
+        """From a YAML file; see `from_dict`.
+
+        Raises:
+            ValueError: if it isn't YAML, or for unknown or missing settings.
+            OSError: if it can't be read.
+        """
+        return cls.from_dict(read_yaml_file(file))
