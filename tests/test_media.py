@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -364,8 +365,12 @@ def test_a_server_that_is_not_there_or_says_nothing() -> None:
             time.sleep(0.1)
 
     with server(answer) as address, server(drip) as dripping:
-        for path in (f"{address}/silent", f"{address}/slow", dripping):
+        for path in (f"{address}/slow", f"{address}/silent", dripping):
             begin = time.monotonic()
             with pytest.raises(ValueError, match=r"wasn't there within 0\.3 s \(timeout of the MediaPolicy\)"):
                 rgb_picture(path, MediaPolicy(timeout=0.3))
             assert time.monotonic() - begin < 4
+            if path.endswith("/slow"):  # nor does anything go on receiving
+                while any(thread.name == "casa-fetch" for thread in threading.enumerate()):
+                    assert time.monotonic() - begin < 4
+                    time.sleep(0.01)

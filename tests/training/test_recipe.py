@@ -141,6 +141,17 @@ def test_limits_are_those_of_the_run_unless_they_are_kept(settings, casa_folder,
     assert pixels(report.output) == pixels(tmp_path / "trained-checkpoints" / "checkpoint-2") == published
 
 
+def test_a_run_reads_what_its_policy_allows(settings, tmp_path):
+    for policy, message in (
+        ({"max_decoded_pixels": 100}, r"^Example .*\.jpg' can't be used: .* more than max_decoded_pixels=100"),
+        ({"local_files": False}, r"^Example .*\.jpg' can't be used: paths aren't read"),
+        ({"files": False}, "media_policy=.*'files'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(TrainingConfig.from_dict({**settings, "media_policy": policy}))
+    assert not (tmp_path / "trained").exists()
+
+
 def test_evaluation_that_fails_leaves_the_trained_model(settings, casa_folder, tmp_path, capsys):
     (tmp_path / "cut.jpg").write_bytes((PHOTOGRAPHS / "cat.jpg").read_bytes()[:4_000])  # has a size, but no pixels
     (tmp_path / "eval.jsonl").write_text(json.dumps({**CONVERSATIONS[0], "images": ["cut.jpg"]}))

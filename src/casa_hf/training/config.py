@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..checks import check_count, check_number, check_positive
+from ..media_casa import MediaPolicy
 from ..modeling_casa import CasaForConditionalGeneration
 from .settings import check_name, read_yaml_file, typed
 
@@ -68,6 +69,7 @@ class TrainingConfig:
         max_text_tokens, max_image_tokens: budget of a packed sequence.
         over_long: "raise" or "drop", for conversations that exceed the budget.
         max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
+        media_policy: what images and videos may be read from, and how large they may be: fields of `MediaPolicy`.
         keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
         sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
             over the data has what is left.
@@ -106,6 +108,7 @@ class TrainingConfig:
     over_long: str = "raise"
     max_pixels: int | None = None
     frame_max_pixels: int | None = None
+    media_policy: dict[str, Any] | None = None
     keep_limits: bool = False
     sequences_per_update: int = 128
     max_steps: int | None = None
@@ -132,6 +135,7 @@ class TrainingConfig:
         for name in _COUNTS:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        MediaPolicy.of(self.media_policy)  # or says what is wrong with it
         check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
         for name in ("lr_new", "lr_existing", "num_train_epochs"):
             if getattr(self, name) is not None:

@@ -40,7 +40,7 @@ _KEPT_FILES = ("source_*", "LICENSE*", "NOTICE*")
 # What may be another when a run goes on. Of the data it counts what was made of it, and a run can be made longer.
 _FREE_TO_CHANGE = {
     *("data", "split", "output", "checkpoints", "resume", "keep_limits", "trainer", "max_steps", "num_train_epochs"),
-    *("eval_data", "eval_split", "generate", "gradient_checkpointing", "attn_implementation"),
+    *("eval_data", "eval_split", "generate", "gradient_checkpointing", "attn_implementation", "media_policy"),
 }
 # Of further arguments, what may not.
 _KEPT_ARGUMENTS = (
@@ -111,7 +111,7 @@ def train(
     _check_model(config.model, folder)
     limits = {"max_pixels": config.max_pixels, "frame_max_pixels": config.frame_max_pixels}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    processor = CasaProcessor.from_pretrained(folder, **limits)
+    processor = CasaProcessor.from_pretrained(folder, media_policy=config.media_policy, **limits)
     saved = CasaProcessor.from_pretrained(folder) if limits and not config.keep_limits else processor
     data = _pack(config, processor, load_mixture(config.data, config.split, config.seed))
     eval_data = None
