@@ -2,8 +2,8 @@
 """How often the host waits for a CUDA device: exact numbers, which may only fall.
 
 A new image waits twice: for how many image tokens stay visible, and for the windows, from which blocks are made. On a
-static cache it also waits for the length of the text, once in our code and once in Transformers' masks. A decoding step
-waits for nothing, but where rows are padded Transformers looks whether any padding is in the mask.
+static cache it also waits for the length of the text, once in our code and once in Transformers' masks. A decoding
+step waits for nothing, but where rows are padded Transformers looks whether any padding is in the mask.
 """
 
 from __future__ import annotations
