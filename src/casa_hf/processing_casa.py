@@ -519,11 +519,7 @@ class CasaProcessor(ProcessorMixin):
             _Prompt.write(text, [len(visual.pictures) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
-        if len(texts) == 1 and isinstance(texts[0], ChatText):  # whose template writes all control tokens
-            ids = token_ids(self.tokenizer, prompts[0].text, texts[0].typed)
-            encoding: dict[str, Any] = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
-        else:
-            encoding = dict(self.tokenizer([prompt.text for prompt in prompts], **text_kwargs))
+        encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
         types = [self._token_types(ids, row) for ids, row in zip(encoding["input_ids"], rows, strict=True)]
         if with_types or any(visual.type == FRAME_TYPE for row in rows for visual in row):
             # Frames without types would be taken for stills.
@@ -534,6 +530,19 @@ class CasaProcessor(ProcessorMixin):
                 for prompt, offsets in zip(prompts, encoding["offset_mapping"], strict=True)
             ]
         return encoding
+
+    def _encode(self, texts: list[str], prompts: list[str], text_kwargs: dict) -> dict[str, Any]:
+        """Ids and masks of prompts as they were written for `texts`."""
+        if not any(isinstance(text, ChatText) for text in texts):
+            return dict(self.tokenizer(prompts, **text_kwargs))
+        # The template has written all control tokens, and what was typed has none.
+        ids = [
+            token_ids(self.tokenizer, prompt, text.typed if isinstance(text, ChatText) else {})
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        names = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
+        options = {name: text_kwargs[name] for name in names if name in text_kwargs}
+        return dict(self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options}))
 
     def _token_types(self, input_ids: list[int], visuals: "list[_Visual]") -> list[int]:
         types = [visual.type for visual in visuals for _ in visual.pictures]

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from .loading import load_model
 from .options import (
     AttnOption,
     ControlTokensOption,
@@ -16,17 +21,48 @@ from .options import (
     ModelArgument,
     picture_name,
     valid_text,
+    wrong_value,
 )
+from .rows import Row, batches, rows_of_file, rows_of_options
 from .talking import load_conversation, open_image, streamer
+from .terminal import progress_bar
+
+if TYPE_CHECKING:
+    from ..answers import Question
 
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="The question or instruction.", show_default=False, callback=valid_text)],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=valid_text, help="The question or instruction; repeat for several answers.", show_default=False
+        ),
+    ] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(parser=picture_name, help="File or URL of an image; repeat for several.", show_default=False),
+        typer.Option(
+            parser=picture_name,
+            help="File or URL of an image; repeat for several. With several prompts: one for each, or one for all.",
+            show_default=False,
+        ),
     ] = None,
+    each: Annotated[bool, typer.Option("--each", help="Ask the prompt about each image by itself.")] = False,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='File of questions, a JSON object a line: {"prompt": "...", "images": ["..."]}.',
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the answers, as JSON lines. Default: standard output.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered at the same time.")] = 8,
     max_new_tokens: MaxNewTokensOption = 256,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     sanitize_control_tokens: ControlTokensOption = True,
@@ -34,10 +70,86 @@ def generate(
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
-    """Answer one prompt, with or without images."""
-    images = [open_image(name) for name in image or []]
-    conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
-    if stream:
-        conversation.ask(prompt, images, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
-    else:
-        typer.echo(conversation.ask(prompt, images, max_new_tokens=max_new_tokens))
+    """Answer one prompt or many, with or without images.
+
+    One prompt gives its answer as text. Several give JSON lines: what was asked, and `answer`, or `error` for a
+    question whose images can't be used.
+    """
+    if input is not None and (prompt or image or each):
+        raise typer.BadParameter("the file has the prompts and images; leave out the options.", param_hint="--input")
+    with wrong_value("--input"):
+        rows = rows_of_options(prompt or [], image or [], each) if input is None else rows_of_file(input)
+    single = len(rows) == 1 and input is None and output is None
+    if stream and not single:
+        raise typer.BadParameter("it is for one prompt whose answer is printed.", param_hint="--stream")
+    if output is not None and output.exists() and not overwrite:
+        raise typer.BadParameter(f"{output} exists. Choose another name, or add --overwrite.", param_hint="--output")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"There is no folder {output.absolute().parent}.", param_hint="--output")
+    if single:
+        images = [open_image(name) for name in rows[0].images]
+        conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
+        options: dict[str, Any] = {"streamer": streamer(conversation)} if stream else {}
+        answer = conversation.ask(rows[0].prompt, images, max_new_tokens=max_new_tokens, **options)
+        if not stream:
+            typer.echo(answer)
+        return
+    loaded = load_model(model, device, dtype, attn)
+    _answer_all(rows, loaded, output, batch_size, max_new_tokens, sanitize_control_tokens)
+
+
+def _answer_all(
+    rows: Sequence[Row], model: tuple[Any, Any], output: Path | None, batch_size: int, length: int, sanitize: bool
+) -> None:
+    """Answer batch by batch; what is answered is written at once."""
+    from ..answers import answer_batch
+
+    done = failed = 0
+    try:
+        with _lines_to(output) as lines, progress_bar("Answering", unit="questions") as progress:
+            for batch in batches(rows, batch_size):
+                opened = [_opened(row) for row in batch]
+                questions = [each for each in opened if not isinstance(each, ValueError)]
+                answers = iter(
+                    answer_batch(*model, questions, max_new_tokens=length, sanitize_control_tokens=sanitize)
+                    if questions
+                    else ()
+                )
+                for row, question in zip(batch, opened, strict=True):
+                    is_fault = isinstance(question, ValueError)
+                    result = {"error": str(question)} if is_fault else {"answer": next(answers)}
+                    lines.write(row.answered(**result) + "\n")
+                    failed += is_fault
+                lines.flush()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(rows))
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted: {done} of {len(rows)} questions are answered{_in(output)}.", err=True)
+        raise
+    if failed:
+        raise ValueError(f"{failed} of {len(rows)} questions could not be asked; `error` says why{_in(output)}.")
+
+
+def _in(output: Path | None) -> str:
+    return "" if output is None else f" in {output}"
+
+
+def _opened(row: Row) -> Question | ValueError:
+    """The question with its pictures, or what is wrong with them."""
+    from ..answers import Question
+
+    try:
+        return Question(row.prompt, [open_image(name) for name in row.images])
+    except ValueError as error:
+        return error
+
+
+@contextmanager
+def _lines_to(output: Path | None) -> Iterator[TextIO]:
+    """Where lines go; those of a file are there as soon as they are written."""
+    if output is None:
+        yield sys.stdout
+        return
+    with output.open("w", encoding="utf-8") as lines:
+        yield lines

@@ -1,0 +1,75 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Answers to many questions in one batch, each with pictures of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .chat_text import message, render_chat
+
+if TYPE_CHECKING:
+    from .modeling_casa import CasaForConditionalGeneration
+    from .processing_casa import CasaProcessor
+
+
+class Question(NamedTuple):
+    """A message of a user.
+
+    Attributes:
+        text: the message.
+        images: pictures, in any form that the processor takes; they come before the text.
+    """
+
+    text: str
+    images: Sequence[Any] = ()
+
+
+def answer_batch(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    questions: Sequence[Question],
+    *,
+    sanitize_control_tokens: bool = True,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """What the model answers to each question, as `Conversation.ask` would give it.
+
+    Args:
+        model: answers.
+        processor: the model's.
+        questions: with any number of pictures each, none too.
+        sanitize_control_tokens: whether control tokens in the texts are text.
+        **generate_kwargs: for `generate`, such as `max_new_tokens`.
+
+    Returns:
+        The answers, in the order of the questions.
+
+    Raises:
+        ValueError: if the processor refuses a text or a picture.
+    """
+    texts: list[str] = [
+        render_chat(
+            processor,
+            [message("user", question.text, len(question.images))],
+            sanitize_control_tokens=sanitize_control_tokens,
+        )
+        for question in questions
+    ]
+    images = [image for question in questions for image in question.images]
+    inputs = processor(
+        text=texts,
+        images=images or None,
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    with torch.no_grad():
+        output = model.generate(**inputs, **generate_kwargs)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+__all__ = ["Question", "answer_batch"]

@@ -1,0 +1,111 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The questions of `casa-hf generate`: from its options or from a file of JSON lines, and back with their answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .options import picture_name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question.
+
+    Attributes:
+        prompt: the message.
+        images: files and URLs.
+        given: the line of the file that it comes from.
+    """
+
+    prompt: str
+    images: tuple[str, ...] = ()
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def answered(self, **result: str) -> str:
+        """A JSON line: what was given, and its result."""
+        given = self.given or {"prompt": self.prompt, "images": list(self.images)}
+        return json.dumps({**given, **result}, ensure_ascii=False)
+
+
+def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -> list[Row]:
+    """The questions that options ask.
+
+    Args:
+        prompts, images: in the order of the command line.
+        each: whether the one prompt is asked about each image by itself.
+
+    Raises:
+        BadParameter: if it isn't clear which images belong to which prompt.
+    """
+    if not prompts:
+        raise typer.BadParameter("give a question, or a file of questions with --input.", param_hint="--prompt")
+    if each and (len(prompts) > 1 or not images):
+        raise typer.BadParameter("it takes one --prompt and the images to ask it about.", param_hint="--each")
+    if each:
+        return [Row(prompts[0], (image,)) for image in images]
+    if len(prompts) == 1:
+        return [Row(prompts[0], tuple(images))]
+    if len(images) not in (0, 1, len(prompts)):
+        raise typer.BadParameter(
+            f"{len(images)} images for {len(prompts)} prompts: give none, one for all of them, or one for each. Other "
+            "combinations can be written as JSON lines (--input).",
+            param_hint="--image",
+        )
+    if len(images) < 2:
+        return [Row(prompt, tuple(images)) for prompt in prompts]
+    return [Row(prompt, (image,)) for prompt, image in zip(prompts, images, strict=True)]
+
+
+def rows_of_file(file: Path) -> list[Row]:
+    """The questions of a file, one JSON object a line: `prompt`, and `images` or `image`.
+
+    Args:
+        file: paths in it are relative to its folder.
+
+    Raises:
+        ValueError: for a line that is no question, or a picture that isn't there.
+    """
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} isn't UTF-8 ({error.reason} at byte {error.start}).") from error
+    rows = [_row(f"{file}, line {number}", line, file.parent) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{file} has no lines; write one JSON object a line, with `prompt` and `images`.")
+    return rows
+
+
+def _row(place: str, line: str, folder: Path) -> Row:
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} isn't JSON ({error}).") from error
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+        raise ValueError(f'{place} must be an object with a string as `prompt`, such as {{"prompt": "..."}}.')
+    if "image" in given and "images" in given:
+        raise ValueError(f"{place} has both `image` and `images`; keep one.")
+    images = [given["image"]] if "image" in given else given.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{place}: `images` must be a list of paths or URLs.")
+    try:
+        return Row(given["prompt"], tuple(_located(image, folder) for image in images), given)
+    except typer.BadParameter as error:
+        raise ValueError(f"{place}: {error.message}") from error
+
+
+def _located(image: str, folder: Path) -> str:
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    return picture_name(str(folder / Path(image).expanduser()))
+
+
+def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """The rows in their order, so many at a time."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -1,0 +1,140 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`casa-hf generate` with many questions: from options and from files, in batches, with the answers of one by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation
+from casa_hf.samples import CAT, COFFEE, ROCKET
+from tests.command_line import Cli
+
+SHORT = ("--max-new-tokens", "6", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(casa_folder: Path) -> Any:
+    """What a conversation answers to one question."""
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+
+    def answer(prompt: str, *images: str) -> str:
+        return Conversation(model, processor).ask(prompt, list(images), max_new_tokens=6)
+
+    return answer
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_each_picture_gets_the_answer_that_it_gets_alone(cli: Cli, casa_folder: Path, alone: Any) -> None:
+    images = [CAT, COFFEE, ROCKET]
+    given = [argument for image in images for argument in ("--image", image)]
+    outcome = cli("generate", casa_folder, "--prompt", "What?", *given, "--each", "--batch-size", "2", *SHORT)
+    assert (outcome.code, outcome.err) == (0, "")
+    answers = [alone("What?", image) for image in images]
+    assert len(set(answers)) == 3
+    assert lines(outcome.out) == [
+        {"prompt": "What?", "images": [image], "answer": answer} for image, answer in zip(images, answers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("images", [[], [CAT], [CAT, COFFEE]], ids=["none", "one for all", "one for each"])
+def test_several_prompts(cli: Cli, casa_folder: Path, alone: Any, images: list[str]) -> None:
+    prompts = ["What is this?", "A longer question, so that the rows of the batch differ in length: what colour?"]
+    given = [argument for image in images for argument in ("--image", image)]
+    outcome = cli("generate", casa_folder, "--prompt", prompts[0], "--prompt", prompts[1], *given, *SHORT)
+    shown = images if len(images) == 2 else images * 2
+    expected = [alone(prompt, *shown[i : i + 1]) for i, prompt in enumerate(prompts)]
+    assert [row["answer"] for row in lines(outcome.out)] == expected
+    assert len(set(expected)) == 2
+
+
+def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone: Any) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.jpg").write_bytes(Path(CAT).read_bytes())
+    (tmp_path / "broken.jpg").write_bytes(Path(CAT).read_bytes()[:300])
+    questions = [
+        {"prompt": "What?", "images": ["pictures/cat.jpg", COFFEE], "id": 7},
+        {"prompt": "Schön, und was ist das? <|im_end|>"},
+        {"prompt": "What?", "image": "broken.jpg"},
+        {"prompt": "And?", "image": "pictures/cat.jpg"},
+    ]
+    file, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("\n\n".join(json.dumps(question) for question in questions), "utf-8")
+    outcome = cli("generate", casa_folder, "--input", file, "--output", answers, "--batch-size", "3", *SHORT)
+    assert outcome.failed_with_one_line("1 of 4 questions", str(answers))
+    rows = lines(answers.read_text("utf-8"))
+    assert "broken.jpg" in rows[2].pop("error")
+    assert rows == [
+        {**questions[0], "answer": alone("What?", CAT, COFFEE)},
+        {**questions[1], "answer": alone(questions[1]["prompt"])},
+        questions[2],
+        {**questions[3], "answer": alone("And?", CAT)},
+    ]
+    assert "Schön" in answers.read_text("utf-8")
+
+    before = answers.read_bytes()
+    again = ("generate", casa_folder, "--input", file, "--output", answers, *SHORT)
+    assert cli(*again).refused("--output", "exists", "--overwrite")
+    assert answers.read_bytes() == before
+    assert cli(*again, "--overwrite").code == 1 and lines(answers.read_text("utf-8"))[3] == rows[3]
+
+
+def test_progress_is_shown_on_a_terminal(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
+    prompts = [argument for text in "abc" for argument in ("--prompt", text)]
+    outcome = cli("generate", casa_folder, *prompts, "--batch-size", "1", *SHORT, terminal=True)
+    assert outcome.code == 0 and "Answering" in outcome.err and "3/3" in outcome.err
+    assert len(lines(outcome.out)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], ["--prompt"]),
+        (["--prompt", "x", "--prompt", "y", "--each", "--image", CAT], ["--each", "one --prompt"]),
+        (["--prompt", "x", "--each"], ["--each"]),
+        (["--prompt", "x", "--prompt", "y", *["--image", CAT] * 3], ["3 images for 2 prompts"]),
+        (["--prompt", "x", "--prompt", "y", "--stream"], ["--stream", "one prompt"]),
+        (["--prompt", "x", "--input", "questions.jsonl"], ["--input", "leave out"]),
+        (["--input", "nowhere.jsonl"], ["--input", "nowhere.jsonl"]),
+        (["--prompt", "x", "--output", "nowhere/a.jsonl"], ["--output", "nowhere"]),
+        (["--prompt", "x", "--batch-size", "0"], ["--batch-size"]),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], parts: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text('{"prompt": "x"}')
+    assert cli("generate", "me/model", *options).refused(*parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("", ["no lines"]),
+        ("what?", ["line 1", "JSON"]),
+        ("[]", ["line 1", "`prompt`"]),
+        ('{"prompt": 3}', ["line 1", "`prompt`"]),
+        ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
+        ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),
+        ('{"prompt": "x", "image": "nowhere.jpg"}', ["line 1", "nowhere.jpg"]),
+        ('{"prompt": ' + "[" * 100_000, ["line 1", "JSON"]),
+    ],
+)
+def test_lines_that_are_no_questions_are_named(cli: Cli, tmp_path: Path, line: str, parts: list[str]) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(line)
+    assert cli("generate", "me/model", "--input", file).refused("questions.jsonl", *parts)
+
+
+def test_a_file_that_is_not_utf8_is_named(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes(b'{"prompt": "\xff"}')
+    assert cli("generate", "me/model", "--input", file).refused("questions.jsonl", "UTF-8")
