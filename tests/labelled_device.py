@@ -11,6 +11,7 @@ form on a CPU.
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -73,7 +74,11 @@ class Labelled(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} of tensors that say they are on CUDA, outside of LabelledDevices")
+        """For threads, which modes don't reach."""
+        return _the_devices().run(func, args, kwargs or {})
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return _the_devices().moved(Tensor.to, (self, *args), kwargs)
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"Labelled({self.device}, {self.inner!r})"
@@ -124,6 +129,16 @@ class LabelledGenerator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
+# The devices that there are.
+_active: list[LabelledDevices] = []
+
+
+def _the_devices() -> LabelledDevices:
+    if not _active:
+        raise RuntimeError("tensors that say they are on CUDA, outside of LabelledDevices")
+    return _active[-1]
+
+
 class _Factories(TorchFunctionMode):
     """What makes tensors on a device, or brings them there, and ends in CUDA's own code before any operator."""
 
@@ -134,43 +149,23 @@ class _Factories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
-            return self._moved(func, args, kwargs)
+            return self.devices.moved(func, args, kwargs)
         if func is torch.device and args and type(args[0]) is int:
             return torch.device("cuda", args[0])
         if func not in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            # Further down an explicit CPU is what torch's own code believes the device to be.
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+                args = _plain(args)
             return func(*args, **kwargs)
         device = kwargs.pop("device", None)
         if device is None and func is Tensor.new_tensor:
             device = args[0].device
         if device is None and len(args) and isinstance(args[0], Labelled):
             device = args[0].device
+        if args and isinstance(args[0], list | tuple):
+            args = (self.devices.listed(args[0]), *args[1:])
         made = func(*args, **kwargs)
         return made if device is None else self.devices.move(made, torch.device(device))
-
-    def _moved(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        x, *others = args
-        named = {name: kwargs.get(name) for name in ("device", "dtype", "copy")}
-        if func is Tensor.cpu:
-            named["device"] = "cpu"
-        elif func is Tensor.cuda:
-            named["device"] = named["device"] or (others[0] if others else "cuda")
-        else:
-            flags = []
-            for other in [*others, *([kwargs["other"]] if "other" in kwargs else [])]:
-                if isinstance(other, Tensor):
-                    named |= {"device": other.device, "dtype": other.dtype}
-                elif isinstance(other, torch.dtype):
-                    named["dtype"] = other
-                elif isinstance(other, bool):
-                    flags.append(other)
-                elif other is not None:
-                    named["device"] = other
-            named["copy"] = named["copy"] or flags[1:] == [True]
-        device = named["device"]
-        device = x.device if device is None else torch.device("cuda", device) if isinstance(device, int) else device
-        moved = x if named["dtype"] is None else Tensor.to(x, named["dtype"])
-        moved = self.devices.move(moved, torch.device(device), waits=not kwargs.get("non_blocking"))
-        return moved.clone() if named["copy"] and moved is x else moved
 
 
 class LabelledDevices(TorchDispatchMode):
@@ -219,6 +214,8 @@ class LabelledDevices(TorchDispatchMode):
             if not torch.cuda.is_available():
                 stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
             stack.enter_context(_Factories(self))
+            _active.append(self)
+            stack.callback(_active.remove, self)
             yield
 
     def move(self, x: Tensor, device: torch.device, waits: bool = True) -> Tensor:
@@ -231,6 +228,38 @@ class LabelledDevices(TorchDispatchMode):
         elif not isinstance(x, Labelled) and x.device.type == "cpu" and x.numel() and waits:
             self._wait(self.copies, "from the host")
         return _Move.apply(x, device)
+
+    def listed(self, numbers: Any) -> Any:
+        """A list of numbers, some of which may have to be read from a device."""
+        if isinstance(numbers, list | tuple):
+            return [self.listed(number) for number in numbers]
+        return numbers.item() if isinstance(numbers, Labelled) and not numbers.ndim else numbers
+
+    def moved(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What `Tensor.to`, `cpu` or `cuda` give."""
+        x, *others = args
+        named = {name: kwargs.get(name) for name in ("device", "dtype", "copy")}
+        if func is Tensor.cpu:
+            named["device"] = "cpu"
+        elif func is Tensor.cuda:
+            named["device"] = named["device"] or (others[0] if others else "cuda")
+        else:
+            flags = []
+            for other in [*others, *([kwargs["other"]] if "other" in kwargs else [])]:
+                if isinstance(other, Tensor):
+                    named |= {"device": other.device, "dtype": other.dtype}
+                elif isinstance(other, torch.dtype):
+                    named["dtype"] = other
+                elif isinstance(other, bool):
+                    flags.append(other)
+                elif other is not None:
+                    named["device"] = other
+            named["copy"] = named["copy"] or flags[1:] == [True]
+        device = named["device"]
+        device = x.device if device is None else torch.device("cuda", device) if isinstance(device, int) else device
+        moved = x if named["dtype"] is None else Tensor.to(x, named["dtype"])
+        moved = self.move(moved, torch.device(device), waits=not kwargs.get("non_blocking"))
+        return moved.clone() if named["copy"] and moved is x else moved
 
     # ---------------------------------------------------------------- what a test asks
 
@@ -253,10 +282,56 @@ class LabelledDevices(TorchDispatchMode):
         finally:
             self._counting = before
 
+    @contextmanager
+    def as_gpu(self) -> Iterator[None]:
+        """Let `torch.cuda` answer for the devices, for programs that ask it."""
+
+        class Event:
+            def __init__(self, **kwargs: Any):
+                self.time = 0.0
+
+            def record(self) -> None:
+                self.time = time.perf_counter()
+
+            def elapsed_time(self, other: Any) -> float:
+                return 1e3 * (other.time - self.time)
+
+        def set_sync_debug_mode(mode: Any) -> None:
+            self.strict = mode in ("error", 2)
+
+        def load(*args: Any, map_location: Any = "cpu", **kwargs: Any) -> Any:
+            loaded = own_load(*args, map_location="cpu", **kwargs)
+            return tree_map(lambda x: x.to(map_location) if isinstance(x, Tensor) else x, loaded)
+
+        own_load = torch.load
+        answers: dict[str, Any] = {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: DEVICES,
+            "current_device": lambda: 0,
+            "get_device_name": lambda device=None: "a CPU with a label",
+            "get_device_capability": lambda device=None: (9, 0),
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 1,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "set_sync_debug_mode": set_sync_debug_mode,
+            "Event": Event,
+        }
+        with ExitStack() as stack:
+            for name, answer in answers.items():
+                stack.enter_context(patch.object(torch.cuda, name, answer))
+            stack.enter_context(patch.object(torch, "load", load))
+            yield
+
     # ---------------------------------------------------------------- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator's result, with the label of its arguments, or of the device that it is told."""
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         labelled = [tensor for tensor in tensors if isinstance(tensor, Labelled)]
         target = kwargs.get("device")
@@ -269,7 +344,7 @@ class LabelledDevices(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
 
         name = func.overloadpacket.__name__
-        if name == "_to_copy" and labelled:
+        if labelled and target is not None and target.type == "cpu":
             target = None  # torch's own code believes that it is the CPU; what moves comes through `move`
         home = _check_devices(name, args, tensors, labelled)
         self._count(name, args, kwargs, tensors, target)
