@@ -121,6 +121,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ("", ["no lines"]),
         ("what?", ["line 1", "JSON"]),
         ("[]", ["line 1", "`prompt`"]),
+        ('{"prompt": "\\ud83d"}', ["line 1", "ud83d"]),
         ('{"prompt": 3}', ["line 1", "`prompt`"]),
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),

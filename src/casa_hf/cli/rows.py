@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from ..checks import check_text
 from .options import picture_name
 
 
@@ -89,6 +90,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
         raise ValueError(f"{place} isn't JSON ({error}).") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError(f'{place} must be an object with a string as `prompt`, such as {{"prompt": "..."}}.')
+    check_text(f"{place}: `prompt`", given["prompt"])
     if "image" in given and "images" in given:
         raise ValueError(f"{place} has both `image` and `images`; keep one.")
     images = [given["image"]] if "image" in given else given.get("images", [])
