@@ -43,6 +43,7 @@ from .attention import (
     CasaSharedAttention,
     FusionBase,
     FusionInputs,
+    Rotary,
     TextInputs,
 )
 from .backbones import BACKBONES
@@ -501,8 +502,8 @@ class CasaTextModel(CasaPreTrainedModel):
                     lengths = single_row_lengths(token_mask.shape[1], length, token_mask.device)
                     kwargs = {**kwargs, **lengths}
         causal_mask = self._causal_mask(attention_mask, inputs_embeds, cache, text_index, samples)
-        position_embeddings = self._rotary(inputs_embeds, positions)
-        fusion = self._fusion_inputs(plan, images, positions, inputs_embeds, everything_visible)
+        position_embeddings, image_rotary = self._rotary(inputs_embeds, positions, images)
+        fusion = self._fusion_inputs(plan, image_rotary, inputs_embeds, everything_visible)
 
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -576,9 +577,24 @@ class CasaTextModel(CasaPreTrainedModel):
             )
         return samples
 
-    def _rotary(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of (axes, batch, tokens) positions."""
-        return self.rotary_emb(states, positions if self.position_rules.axes == 3 else positions[0])
+    def _rotary(
+        self, states: torch.Tensor, positions: torch.Tensor, images: ImagePlacement | None
+    ) -> tuple[Rotary, Rotary | None]:
+        """cos and sin of (axes, batch, tokens) positions, and of the new images' tokens.
+
+        In one call for both, since some rope types take their frequencies from the largest position of a call.
+        """
+        shape = positions.shape[1:]
+        if images is not None:
+            of_images = self.position_rules.images(positions, images)
+            positions = torch.cat([positions.flatten(1), of_images], dim=1)[:, None]
+        rotary = self.rotary_emb(states, positions if self.position_rules.axes == 3 else positions[0])
+        if images is None:
+            return rotary, None
+        num_tokens = shape.numel()
+        cos, sin = (table[0, :num_tokens].unflatten(0, shape) for table in rotary)
+        cos_of_images, sin_of_images = (table[:, num_tokens:] for table in rotary)
+        return (cos, sin), (cos_of_images, sin_of_images)
 
     def _causal_mask(
         self,
@@ -604,23 +620,17 @@ class CasaTextModel(CasaPreTrainedModel):
     def _fusion_inputs(
         self,
         plan: WindowPlan,
-        images: ImagePlacement | None,
-        positions: torch.Tensor,
+        image_rotary: Rotary | None,
         inputs_embeds: torch.Tensor,
         everything_visible: bool,
     ) -> FusionInputs | None:
         if not plan.active:
             return None
         form = (self.config._attn_implementation, inputs_embeds.dtype)
-        fusion = FusionInputs(plan, *fusion_route(plan, *form, everything_visible))
-        if images is None:
+        fusion = FusionInputs(plan, *fusion_route(plan, *form, everything_visible), image_rotary=image_rotary)
+        if image_rotary is None or not self.attends_to_update:
             return fusion
-        image_positions = self.position_rules.images(positions, images)
-        return replace(
-            fusion,
-            image_rotary=self._rotary(inputs_embeds, image_positions[:, None]),
-            update_route=update_route(plan, *form) if self.attends_to_update else None,
-        )
+        return replace(fusion, update_route=update_route(plan, *form))
 
 
 class PatchProjection(nn.Conv3d):
