@@ -4,6 +4,7 @@
 import codecs
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def read_json(file: Path, error: type[ValueError] = ValueError) -> dict[str, Any
     return parse_json(content, str(file), error)
 
 
+def check_json(folder: Path, names: Iterable[str], error: type[ValueError] = ValueError) -> None:
+    """Read those JSON files of a folder that others will read or copy.
+
+    Args:
+        folder: of a checkpoint.
+        names: of files; others than JSON files, and what isn't there, are passed over.
+        error: type of the error.
+
+    Raises:
+        ValueError: as `own_file` and `read_json`.
+    """
+    for name in names:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(own_file(folder, name, error), error)
+
+
 def parse_json(content: bytes, name: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
     """The object in a JSON text.
 
@@ -75,14 +92,20 @@ def parse_json(content: bytes, name: str, error: type[ValueError] = ValueError) 
     except RecursionError:
         parsed = None
     except UnicodeDecodeError as undecodable:
-        raise error(f"{name} is not UTF-8 text ({undecodable}). Download it again.") from undecodable
+        raise error(f"{name} is not UTF-8 text ({undecodable}). Download or write it again.") from undecodable
     except ValueError as invalid:
-        raise error(f"{name} is not valid JSON ({' '.join(str(invalid).split())}). Download it again.") from invalid
+        raise error(
+            f"{name} is not valid JSON ({' '.join(str(invalid).split())}). Download or write it again."
+        ) from invalid
     else:
         if not isinstance(parsed, dict):
-            raise error(f"{name} should hold a JSON object, got a {type(parsed).__name__}. Download it again.")
+            raise error(
+                f"{name} should hold a JSON object, got a {type(parsed).__name__}. Download or write it again."
+            )
     if parsed is None or _is_deep(parsed):
-        raise error(f"{name} is nested deeper than {_MAX_DEPTH} levels, as no checkpoint's is. Download it again.")
+        raise error(
+            f"{name} is nested deeper than {_MAX_DEPTH} levels, as no checkpoint's is. Download or write it again."
+        )
     return parsed
 
 

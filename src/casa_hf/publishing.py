@@ -45,7 +45,7 @@ from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
 from .conversion.plan import SOURCE_ROWS_FILE
 from .conversion.source import PROCESSOR_FILES, read_source_config
 from .export import code_files, has_code, modelling_files, names_code, without_auto_map
-from .folder_files import own_file, parse_json
+from .folder_files import check_json, own_file, parse_json
 from .hub import LICENSE_FILES, PresentCard, published_card
 from .hub_client import PublishingError
 from .modeling_casa import CasaForConditionalGeneration
@@ -175,9 +175,10 @@ def check_checkpoint(folder: str | Path) -> PublishableCheckpoint:
         raise PublishingError(
             f"{folder} has no generation_config.json. Write it with model.generation_config.save_pretrained."
         )
+    check_json(folder, _CHECKPOINT_FILES, PublishingError)
     try:
         GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # of JSON, of files, of values that don't go together
+    except Exception as error:  # of values that don't go together
         raise PublishingError(
             f"generation_config.json in {folder} can't be used ({one_line(error)}). Write it anew with "
             "model.generation_config.save_pretrained."
@@ -242,8 +243,14 @@ def _check_weights(folder: Path, config: CasaConfig) -> set[str]:
         raise PublishingError(
             f"{folder} holds weights twice, as {SINGLE_FILE} and as shards with {INDEX_FILE}. Remove the older ones."
         )
-    with torch.device("meta"):
-        model = CasaForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = CasaForConditionalGeneration(config)
+    except Exception as error:  # such as the KeyError of an unknown rope_type
+        raise PublishingError(
+            f"config.json in {folder} describes no model that could be built ({type(error).__name__}: "
+            f"{one_line(error)}). Save the model anew with save_pretrained."
+        ) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         for name in model.all_tied_weights_keys:

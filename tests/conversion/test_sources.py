@@ -87,7 +87,7 @@ def test_broken_configuration(source, tmp_path, content):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
 def test_broken_processor(source, tmp_path, name):
-    (source / name).write_text("{")
+    (source / name).write_text('{"image_processor_type": "Unheard"}')
     assert_refused(source, tmp_path / "casa", "tokenizer or image processor", str(source))
 
 

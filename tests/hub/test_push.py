@@ -646,7 +646,7 @@ NORM = "model.language_model.norm.weight"
         (change("config.json", model_type="qwen2_5_vl", architectures=None), ["'qwen2_5_vl'", "Convert"]),
         (leave_an_adapter, ["adapter", "merge_and_unload"]),
         (remove("generation_config.json"), ["generation_config.json", "save_pretrained"]),
-        (lambda folder: (folder / "generation_config.json").write_text("{"), ["generation_config.json", "anew"]),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), ["generation_config.json", "JSON"]),
         (lambda folder: (folder / "chat_template.jinja").write_text("{% if"), ["chat template", "Correct"]),
         (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages.none() }}"), ["chat template"]),
         (lambda folder: (folder / "README.md").write_bytes(b"# Ma\xe7on\n"), ["README.md", "UTF-8", "byte 4"]),

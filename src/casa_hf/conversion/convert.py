@@ -21,17 +21,19 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ..checkpoint_files.destination import check_distinct, check_target, new_folder
-from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.errors import ConversionError, one_line
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
 from ..configuration_casa import CasaConfig
 from ..export import add_code
+from ..folder_files import check_json
 from ..hub import Origin, license_files, model_card, origin_records, read_license, untrained_effect
 from ..processing_casa import CasaProcessor
 from .design import OPTIONS, resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
 from .plan import SOURCE_ROWS_FILE, ConversionPlan, kinds_of_dropped, make_plan
 from .source import (
+    PROCESSOR_FILES,
     SMALL_FILES,
     WEIGHT_FILES,
     download,
@@ -58,6 +60,10 @@ OTHER_FILES = ("generation_config.json",)
 # Where the tokenizer has new tokens, the source's files go by this prefix, as `SOURCE_ROWS_FILE`, for the way
 # back.
 KEPT = "source_"
+
+# What a conversion reads and copies besides the configuration and the weights, where it is there.
+_CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
+CARRIED_FILES = (*_CARRIED, *(KEPT + name for name in _CARRIED))
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,7 @@ def _prepare(
     folder, load_weights = open_source(source, revision)
     small_files = {folder: folder_state(folder, SMALL_FILES)}
     source_config = read_source_config(folder)
+    check_json(folder, CARRIED_FILES, ConversionError)
     text_only = not isinstance(source_config, CasaConfig) and getattr(source_config, "vision_config", None) is None
     if text_only != (vision_from is not None):
         needs = "is text-only and needs" if text_only else "isn't text-only and takes no"
@@ -271,8 +278,17 @@ def _prepare(
     vision_folder, load_vision = (None, None) if vision_from is None else open_source(vision_from, None)
     if vision_folder is not None:
         small_files[vision_folder] = folder_state(vision_folder, SMALL_FILES)
+        check_json(vision_folder, PROCESSOR_FILES, ConversionError)
 
-    config, num_gist_tokens = _new_config(source_config, variant, design, vision_folder)
+    try:
+        config, num_gist_tokens = _new_config(source_config, variant, design, vision_folder)
+    except Exception as error:
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            raise  # of the design, or of what CASA has no form for
+        raise ConversionError(
+            f"{folder / 'config.json'} has a setting that can't be used ({type(error).__name__}: {one_line(error)}). "
+            "Use the config.json that belongs to the weights."
+        ) from error
     own = source_config if isinstance(source_config, CasaConfig) else None
     processor = load_processor(
         folder,

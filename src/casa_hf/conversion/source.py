@@ -162,7 +162,13 @@ def stock_config(config: CasaConfig, *, keep_tokens: bool = False) -> PreTrained
         fields = text
     fields |= {"tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
     fields["architectures"] = kept.get("architectures") or [config.backbone.source_class]
-    return CONFIG_MAPPING[model_type](**kept | fields)
+    try:
+        return CONFIG_MAPPING[model_type](**kept | fields)
+    except Exception as error:  # whatever a configuration class runs into
+        raise ConversionError(
+            f"source_config in config.json makes no valid {model_type!r} configuration: {one_line(error)}. Get the "
+            "config.json that the conversion wrote."
+        ) from error
 
 
 def load_processor(

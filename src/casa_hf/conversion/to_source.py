@@ -28,8 +28,10 @@ from ..checkpoint_files.shards import (
 )
 from ..checkpoint_files.unchanged import FileState, folder_state
 from ..configuration_casa import CasaConfig
+from ..folder_files import check_json
 from ..hub import Origin, license_files, source_card
 from .convert import (
+    CARRIED_FILES,
     KEPT,
     MAX_SHARD_SIZE,
     OTHER_FILES,
@@ -109,6 +111,7 @@ def _prepare(
     folder, load_weights = open_source(casa, revision)
     small_files = {folder: folder_state(folder, SMALL_FILES)}
     config = read_source_config(folder)
+    check_json(folder, CARRIED_FILES, ConversionError)
     if not isinstance(config, CasaConfig):
         raise ConversionError(
             f"{folder} has model_type {config.model_type!r}. Give a CASA checkpoint; only those can be taken back."
