@@ -256,6 +256,24 @@ def test_a_commit_that_may_have_arrived_keeps_its_branch(
         with pytest.raises(OSError, match="upstream request timeout"):
             WAYS[way](casa_folder, tmp_path / "out", "v2", None)
     assert len(hub.commits(NAME, "v2")) == 1
+    hub.after_commit, hub.before_commit = None, lose  # it may arrive later
+    with pytest.raises((PublishingError, OSError), match="upstream request timeout"):
+        WAYS[way](casa_folder, tmp_path / "out", "v3", None)
+    assert states(hub)["v3"] == states(hub)["main"]
+
+
+@with_branches
+def test_a_branch_that_somebody_else_uses_stays(hub: Hub, casa_folder: Path, tmp_path: Path, way: str) -> None:
+    hub.create(NAME)
+
+    def use_and_refuse() -> None:
+        hub.edit(NAME, "v2", NOTES="Mine.")
+        refuse()
+
+    hub.before_commit = use_and_refuse
+    with pytest.raises((PublishingError, OSError), match="No more commits today"):
+        WAYS[way](casa_folder, tmp_path / "out", "v2", None)
+    assert hub.files(NAME, "v2")["NOTES.md"] == b"Mine."
 
 
 def test_saves_of_a_run_go_to_a_branch_that_is_new(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
@@ -321,13 +339,18 @@ def test_nor_one_of_the_other_ways(
 def test_a_time_out_that_somebody_has_set_counts(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a client of their own, and of a call."""
     seen: list[dict[str, float]] = []
+    limit = hub_client._limit
+
+    def recorded(request: Any) -> None:
+        limit(request)
+        seen.append(request.extensions["timeout"])
 
     def client() -> Any:
         made = _http.default_client_factory()
         made.timeout = 7.0
-        made.event_hooks["request"].append(lambda request: seen.append(request.extensions["timeout"]))
         return made
 
+    monkeypatch.setattr(hub_client, "_limit", recorded)
     monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", client)
     _http.close_session()
     hub.create(NAME)
