@@ -371,8 +371,19 @@ def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tm
     (tmp_path / "edited.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(ValueError, match="rows of data="):
         train(TrainingConfig.from_dict({**run, "resume": True, "data": str(tmp_path / "edited.jsonl")}))
+    kept = tmp_path / "c" / "_settings.json"
+    content = kept.read_text()
+    kept.write_text(content[:-20])
+    with pytest.raises(ValueError, match=r"_settings\.json.* Remove the file to resume"):
+        train(TrainingConfig.from_dict({**run, "resume": True}))
+    kept.write_text(content)
     # What leaves the training as it is may change.
-    free = {"output": str(tmp_path / "elsewhere"), "eval_data": settings["data"], "gradient_checkpointing": False}
+    free = {
+        "report_to": None,
+        "output": str(tmp_path / "elsewhere"),
+        "eval_data": settings["data"],
+        "gradient_checkpointing": False,
+    }
     assert train(TrainingConfig.from_dict({**run, "resume": True, **free})).steps == 2
 
 

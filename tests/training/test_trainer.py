@@ -104,6 +104,30 @@ def test_the_loss_of_an_evaluation_is_a_mean_over_answer_tokens(casa_folder, pro
     assert trainer.evaluate(metric_key_prefix="test")["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_rows_without_answers_have_no_part_in_the_loss_of_an_evaluation(casa_folder, processor, tmp_path):
+    """A batch of them alone has the mean of nothing, which is not a number."""
+
+    class WithoutThird(CasaDataCollator):
+        def __call__(self, features):
+            batch = super().__call__(features)
+            return {**batch, "labels": torch.full_like(batch["labels"], -100)} if features == [missing] else batch
+
+    missing = CONVERSATIONS[2]
+
+    def evaluated(collator, examples):
+        trainer = CasaTrainer(
+            model=load_model(casa_folder, torch.float32),
+            args=arguments(tmp_path, per_device_eval_batch_size=1),
+            eval_dataset=examples,
+            data_collator=collator,
+        )
+        return trainer.evaluate()["eval_loss"]
+
+    others = [example for example in CONVERSATIONS if example is not missing]
+    expected = evaluated(CasaDataCollator(processor), others)
+    assert evaluated(WithoutThird(processor), CONVERSATIONS) == pytest.approx(expected, rel=1e-6)
+
+
 def test_smoothed_labels_are_those_of_the_next_token(casa_folder, processor, tmp_path):
     """One step over four unequal batches is that of PyTorch's smoothed loss of shifted labels over all of them."""
     model = fusion_model(casa_folder, torch.float64)

@@ -173,7 +173,6 @@ def training_arguments(config: TrainingConfig, steps: int) -> Any:
         "save_total_limit": 2,
         "logging_steps": 10,
         "logging_first_step": True,
-        "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "remove_unused_columns": False,
         "prediction_loss_only": True,
@@ -181,6 +180,7 @@ def training_arguments(config: TrainingConfig, steps: int) -> Any:
         # Rather than by the folder of checkpoints.
         **({"hub_model_id": Path(config.output).name} if config.trainer.get("push_to_hub") else {}),
         **config.trainer,
+        "report_to": config.trainer.get("report_to") or "none",
         **_schedule(config, steps),
         "output_dir": str(config.checkpoint_folder),
         "max_steps": steps,

@@ -266,7 +266,10 @@ def _settings(config: TrainingConfig, data: PackedDataset, steps: int) -> dict[s
 def _check_settings(settings: dict[str, Any], checkpoints: Path, last: Path) -> None:
     """Refuse to go on with other settings: what a checkpoint holds would count in part, without a word."""
     file = checkpoints / _SETTINGS
-    before = read_json(file) if file.is_file() else {}
+    try:
+        before = read_json(file) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{error} Remove the file to resume without comparing the settings.") from error
     if before and before.get("max_steps", 0) < settings["max_steps"]:
         before["max_steps"] = settings["max_steps"]  # the run is made longer
     changed = [
