@@ -695,7 +695,7 @@ def _read_file(
         raise ValueError(f"The video {called(source)} can't be used: {reason_of(error)}.") from error
     messages = [problem.message for problem in problems] + ([clip.missing] if clip.missing else [])
     if messages:
-        others = f" ({len(messages) - 1} more problems)" if len(messages) > 1 else ""
+        others = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         warnings.warn(f"The video {called(source)}: {messages[0]}{others}", VideoWarning, stacklevel=2)
     return frames
 
@@ -708,7 +708,8 @@ def _scan_file(
     try:
         media, options = _media(source, policy)
         with av.open(media, options=options) as container:
-            times, duration, origin = _frame_times(container)
+            packets, broken = _packets(container)
+            times, duration, origin = _frame_times(container.streams.video[0], packets)
             stream = container.streams.video[0]
             period = 1 / float(stream.average_rate or _RAW_STREAM_FPS)
             stated = float(stream.duration * stream.time_base) if stream.duration else 0.0
@@ -716,7 +717,8 @@ def _scan_file(
         policy.check_size(*size)
         chosen = range(len(times)) if not sample else sample_indices(times, duration, fps=fps, num_frames=num_frames)
         moments = [times[index] for index in chosen]
-        return _Clip(media, options, moments, origin, period, size, missing_end(stated, duration, period))
+        missing = broken or missing_end(stated, duration, period)
+        return _Clip(media, options, moments, origin, period, size, missing)
     except (OSError, ValueError, av.error.FFmpegError) as error:
         raise ValueError(f"The video {called(source)} can't be used: {reason_of(error)}.") from error
 
@@ -735,28 +737,40 @@ def _media(source: str | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dic
     return os.path.abspath(source), _LOCAL
 
 
-def _frame_times(container: Any) -> tuple[list[float], float, int | None]:
-    """When each frame of the first video stream appears, how long the clip is, in seconds, and the first stamp."""
+def _packets(container: Any) -> tuple[list[tuple[int | None, int]], str]:
+    """Stamps and durations of the packets of the first video stream, in ticks, and why there are no more of them.
+
+    That is empty at the end of the file.
+    """
     av = _pyav("")
     if not container.streams.video:
         raise ValueError("it has no video stream")
-    stream = container.streams.video[0]
-    packets = []
+    packets: list[tuple[int | None, int]] = []  # without what is coded in them, which may take gigabytes
+    broken = ""
     try:
-        for packet in container.demux(stream):
+        for packet in container.demux(container.streams.video[0]):
             if packet.size and not packet.is_discard:
-                packets.append(packet)
-    except (OSError, av.error.FFmpegError):
-        pass  # the end is missing; whoever decodes it says so
+                packets.append((packet.pts, packet.duration or 0))
+    except (OSError, av.error.FFmpegError) as error:
+        broken = _ended_early(error)
     if not packets:
         raise ValueError("it has no frames")
-    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+    return packets, broken
+
+
+def _ended_early(error: Exception) -> str:
+    return f"reading ended early: {reason_of(error)}"
+
+
+def _frame_times(stream: Any, packets: list[tuple[int | None, int]]) -> tuple[list[float], float, int | None]:
+    """When each frame of a stream appears, how long the clip is, in seconds, and the first stamp."""
+    stamps = sorted(stamp for stamp, _ in packets if stamp is not None)
     if len(stamps) < len(packets):  # raw streams carry no times
         period = 1 / (stream.average_rate or _RAW_STREAM_FPS)
         return [float(index * period) for index in range(len(packets))], float(len(packets) * period), None
     times = [float((stamp - stamps[0]) * stream.time_base) for stamp in stamps]
-    last = max(packets, key=lambda packet: packet.pts)
-    return times, times[-1] + float(last.duration * stream.time_base), stamps[0]
+    _, length = max((stamp, length) for stamp, length in packets if stamp is not None)
+    return times, times[-1] + float(length * stream.time_base), stamps[0]
 
 
 def _decode(container: Any, clip: _Clip, policy: MediaPolicy) -> tuple[list[Image.Image], list[VideoProblem]]:
@@ -820,7 +834,7 @@ def decoded(container: Any) -> Iterator[Any]:
             packets = container.demux(stream)
             continue
         except (OSError, av.error.FFmpegError) as error:
-            yield from chain(_flushed(stream), [VideoProblem(math.nan, f"reading ended early: {reason_of(error)}")])
+            yield from chain(_flushed(stream), [VideoProblem(math.nan, _ended_early(error))])
             return
         try:
             frames = packet.decode()
