@@ -211,6 +211,9 @@ def test_files_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             rgb_picture(form)
+    for form in (tmp_path / "nowhere.png", text, tmp_path / "depth.png", Image.open(tmp_path / "depth.png")):
+        with pytest.raises(ValueError, match=r"\.png' can't be used: "):  # without a look at the pixels
+            picture_size(form)
 
 
 def test_the_largest_size_can_be_set(tmp_path: Path) -> None:

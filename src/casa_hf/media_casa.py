@@ -209,20 +209,18 @@ def picture_size(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str
     try:
         if isinstance(picture, (str, os.PathLike, bytes)):
             with _contents(picture, policy) as file:
-                size = _opened(file).size
-        elif isinstance(picture, Image.Image):
-            size = picture.size
-        else:
-            height, width, _ = _channels_last(_pixels(picture), layout).shape
-            size = width, height
-        policy.check_size(*size)
-        return size
+                return _checked(_opened(file), policy).size
+        if isinstance(picture, Image.Image):
+            return _checked(picture, policy).size
+        height, width, _ = _channels_last(_pixels(picture), layout).shape
+        policy.check_size(width, height)
+        return width, height
     except Exception as error:
         raise ValueError(f"The image {called(picture)} can't be used: {reason_of(error)}.") from error
 
 
-def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
-    """The image upright, without opacity, in RGB."""
+def _checked(image: Image.Image, policy: MediaPolicy) -> Image.Image:
+    """The image as it is, or what is wrong with it; nothing is decoded."""
     policy.check_size(*image.size)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise ValueError(
@@ -231,6 +229,12 @@ def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
         )
     if not image.width or not image.height:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
+    return image
+
+
+def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
+    """The image upright, without opacity, in RGB."""
+    _checked(image, policy)
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     return _on_white(image) if image.has_transparency_data else image.convert("RGB")
