@@ -383,9 +383,17 @@ class SizedPasses(Passes):
         return 4
 
 
+def shuffled_table():
+    """Streamed, with an order that `datasets` draws anew in each pass."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": ask(f"What is in picture {n}?", f"Number {n}.")["messages"]} for n in range(4)]
+    return datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=4)
+
+
 @pytest.mark.parametrize(
     ("data", "accumulated", "saved"),
     [
+        (shuffled_table, 1, 7),
         (Passes, 1, 2),  # in the first pass
         (Passes, 1, 4),  # at its end
         (Passes, 1, 7),  # in the second
