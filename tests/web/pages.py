@@ -76,9 +76,10 @@ class Listener:
 
 
 def events(messages: list[Message], *names: str) -> list[dict[str, Any]]:
-    """The content of messages with these names, without what time makes different in each run."""
+    """The content of messages with these names, as `CaptionEvent` has it, but for what time
+    makes different in each run."""
     kept = [message for message in messages if message.name in (names or ("caption",))]
-    return [{key: value for key, value in message.data.items() if key != "latency"} for message in kept]
+    return [{key: value for key, value in message.data.items() if key not in ("latency", "cut")} for message in kept]
 
 
 @contextmanager

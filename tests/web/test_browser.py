@@ -156,6 +156,58 @@ def test_frames_where_there_is_no_video_to_play(browser: Browser, make_stream: C
     tab.wait("['closed', 'lost'].includes(document.querySelector('#status').dataset.state)")
 
 
+def test_more_pages_than_a_browser_has_connections(
+    browser: Browser, make_stream: Callable[[], CasaStream], tmp_path: Path
+) -> None:
+    """A browser opens six to a server; pages that come when the others have heard all know as much as these."""
+    content = live.clip(3, 24)
+    repeats = int(RATE * FRAME_SECONDS)
+    clip = encode(tmp_path / "things.webm", [frame for frame in content.frames for _ in range(repeats)], RATE)
+    source = open_video(clip, fps=1 / FRAME_SECONDS)
+    with serving(make_stream(), source, real_time=False, max_new_tokens=6) as server:
+        tabs = [browser.open(server.url) for _ in range(7)]
+        for tab in tabs:
+            tab.call("Page.bringToFront")  # pages behind others aren't drawn
+            tab.wait("document.querySelector('#status').dataset.state === 'finished'")
+        tabs += [browser.open(server.url) for _ in range(2)]
+        shown = shown_captions(tabs[0])
+        assert len(shown) > 2
+        for tab in tabs:
+            tab.call("Page.bringToFront")
+            tab.wait("document.querySelector('#status').dataset.state === 'finished' && !video.hidden")
+            assert shown_captions(tab) == shown
+        # The last one asks, and all hear the answer.
+        tabs[-1].click("#question")
+        tabs[-1].type(QUESTION)
+        tabs[-1].press("Enter", "Enter", "\r")
+        for tab in tabs:
+            tab.call("Page.bringToFront")
+            tab.wait("document.querySelector('#answers .answer')?.textContent")
+        for tab in tabs[:7]:
+            tab.call("Page.close")
+        late = browser.open(server.url)
+        late.wait("document.querySelector('#answers .answer')?.textContent && !video.hidden")
+        assert shown_captions(late) == shown
+        assert_tidy(late, server.url)
+
+
+def test_captions_of_different_frames_are_different_words(
+    browser: Browser, make_stream: Callable[[], CasaStream], tmp_path: Path
+) -> None:
+    content = live.clip(3, 24)
+    clip = encode(tmp_path / "things.webm", [frame for frame in content.frames for _ in range(2)], RATE)
+    with serving(make_stream(), open_video(clip, fps=1 / FRAME_SECONDS), real_time=False) as server:
+        tab = browser.open(server.url)
+        tab.wait("document.querySelector('#status').dataset.state === 'finished' && !video.hidden")
+        said = [text.strip() for text in shown_captions(tab)]
+        assert len(said) > 2
+        tab.evaluate("video.pause(), video.currentTime = video.duration")
+        tab.wait("document.querySelector('#subtitle').textContent && video.currentTime > 5")
+        subtitle = tab.wait("document.querySelector('#subtitle').textContent")
+        assert " ".join(said).endswith(subtitle.lstrip("…"))
+        assert subtitle.count(" ") >= 1
+
+
 def test_frames_that_are_reported_together_are_counted_one_by_one(
     browser: Browser, make_stream: Callable[[], CasaStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -249,11 +250,8 @@ def test_what_is_asked_is_checked(server: CaptionServer) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         assert answer("/ask", b'{"question": "Hello?"}', content_type=kind)[0] == 415
         assert answer("/pause", b"{}", content_type=kind)[0] == 415
-    # The stream itself refuses marks of images; it goes on.
+    # Marks of images are text.
     assert answer("/ask", {"question": "What is <|vision_end|>?"})[0] == 202
-    refusal = page.until_answer()[-1]
-    assert refusal.data["kind"] == "error" and "vision_end" in refusal.data["message"]
-    assert answer("/ask", {"question": "Hello?"})[0] == 202
     assert page.until_answer()[-1].data["kind"] == "answered"
     assert not any(message.name == "question" and "x" * 1001 in message.data["text"] for message in page.messages)
 
@@ -372,6 +370,111 @@ def test_other_methods_and_hosts_are_refused(idle: CaptionServer) -> None:
     assert request(idle.url, "GET", "/", Host="localhost:1234")[0] == 200
 
 
+ROUTES = [("GET", "/"), ("GET", "/events"), ("GET", "/events.js"), ("GET", "/frames/x/0.jpg"), ("POST", "/pause")]
+
+
+def test_what_a_browser_asks_for_another_site_is_refused(idle: CaptionServer) -> None:
+    own = f"http://{urlsplit(idle.url).netloc}"
+    port = urlsplit(idle.url).port
+    foreign: list[dict[str, str]] = [
+        {"Origin": "https://attacker.example"},
+        {"Origin": "null"},
+        {"Origin": f"http://127.0.0.1:{port + 1}"},
+        {"Origin": f"{own}.attacker.example"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Sec_Fetch_Site": "cross-site", "Origin": own},
+    ]
+    for headers in foreign:
+        for method, path in ROUTES:
+            status, answered, content = request(idle.url, method, path, {} if method == "POST" else None, **headers)
+            assert status == 403 and "Another site" in json.loads(content)["error"]
+            assert "access-control-allow-origin" not in answered
+    # A link to the page is none of that, and its own requests aren't.
+    assert request(idle.url, "GET", "/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200
+    assert request(idle.url, "GET", "/events.js", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 403
+    for headers in ({}, {"Origin": own}, {"Sec_Fetch_Site": "same-origin", "Origin": own}, {"Sec_Fetch_Site": "none"}):
+        assert request(idle.url, "GET", "/page.js", **headers)[0] == 200
+        assert request(idle.url, "POST", "/resume", {}, **headers)[0] == 409
+
+
+def test_connections_that_send_nothing_or_half_a_request_hold_up_nobody(
+    make_stream: Callable[[], CasaStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casa_hf.web.server._REQUEST_SECONDS", 600.0)  # or their time would be up meanwhile
+    monkeypatch.setattr("casa_hf.web.server._MAX_CONNECTIONS", 20)
+    with ExitStack() as held, serving(make_stream(), open_video(pictures(), fps=2)) as server:
+        place = urlsplit(server.url)
+        page = Listener(server.url)
+        for number in range(60):
+            connection = held.enter_context(socket.create_connection((place.hostname, place.port), TIMEOUT))
+            connection.sendall((b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n")[number % 3])
+        assert request(server.url, "GET", "/page.js")[0] == 200
+        page.until_state("finished")  # those that were served are served on
+
+
+def test_half_a_request_is_given_up(make_stream: Callable[[], CasaStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("casa_hf.web.server._REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr("casa_hf.web.application._BODY_SECONDS", 0.2)
+    whole = b"GET /icon.svg HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    head = b"POST /pause HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with serving(make_stream(), open_video(pictures(), fps=2)) as server:
+        page = Listener(server.url)
+        page.until_state("finished")
+        place = urlsplit(server.url)
+        for sent, answered in ((b"", b""), (b"GET / HT", b""), (whole + b"GET /", b"200 OK"), (head, b"408 ")):
+            with socket.create_connection((place.hostname, place.port), TIMEOUT) as connection:
+                connection.sendall(sent)
+                received = b""
+                try:
+                    while chunk := connection.recv(1 << 16):
+                        received += chunk
+                        if b"408 " in received:
+                            break
+                except ConnectionResetError:
+                    pass
+            assert answered in received and bool(answered) == bool(received)
+        # One that listens isn't given up, however long nothing happens.
+        assert request(server.url, "POST", "/ask", {"question": "Still there?"})[0] == 202
+        assert page.until_answer()[-1].data["kind"] == "answered"
+
+
+def test_a_video_comes_in_pieces(
+    make_stream: Callable[[], CasaStream], clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser holds one that it has all of the rest of a file for as long as the page is open."""
+    monkeypatch.setattr("casa_hf.web.application._PIECE_BYTES", 1000)
+    content = clip.read_bytes()
+    with serving(make_stream(), open_video(clip, fps=2)) as server:
+        assert request(server.url, "GET", "/video")[2] == content
+        assert request(server.url, "GET", "/video", Range="bytes=5-2499")[2] == content[5:2500]
+        received = b""
+        while len(received) < len(content):
+            status, headers, piece = request(server.url, "GET", "/video", Range=f"bytes={len(received)}-")
+            end = min(len(received) + 1000, len(content)) - 1
+            assert status == 206 and headers["content-range"] == f"bytes {len(received)}-{end}/{len(content)}"
+            received += piece
+        assert received == content
+        assert request(server.url, "GET", "/video", Range=f"bytes={len(content)}-")[0] == 416
+
+
+def test_pages_are_told_which_texts_go_on(make_stream: Callable[[], CasaStream]) -> None:
+    """A caption that was cut goes on with the next frame's, maybe in the midst of a word; others begin anew."""
+    stream = make_stream()
+    stream.model.generation_config, kept = deepcopy(stream.model.generation_config), stream.model.generation_config
+    try:
+        vocabulary = stream.model.config.get_text_config().vocab_size
+        stream.model.generation_config.eos_token_id = list(range(0, vocabulary, 5))
+        stream = make_stream()
+    finally:
+        stream.model.generation_config = kept
+    with serving(stream, open_video(pictures(8), fps=2)) as server:
+        heard = Listener(server.url).until_state("finished")
+    ends = [message.data for message in heard if message.name == "caption" and message.data["kind"] == "end"]
+    assert [end["cut"] for end in ends] == [end["token_ids"][-1] % 5 != 0 for end in ends]
+    assert {end["cut"] for end in ends} == {True, False}
+
+
 def test_a_server_for_others_answers_to_any_name(make_stream: Callable[[], CasaStream]) -> None:
     with serving(make_stream(), open_video(pictures(), fps=2), host="0.0.0.0") as server:
         assert re.fullmatch(r"http://localhost:\d+/", server.url)
@@ -475,7 +578,7 @@ def test_the_command(casa_folder: Path, clip: Path, tmp_path: Path) -> None:
     assert {event["start"] for event in written} == {0.0, 0.5, 1.0}
 
 
-def test_the_command_refuses_options_that_do_not_go_together() -> None:
+def test_the_command_refuses_options_that_do_not_go_together(casa_folder: Path, clip: Path) -> None:
     from typer.testing import CliRunner
 
     from casa_hf.cli.app import app
@@ -486,7 +589,7 @@ def test_the_command_refuses_options_that_do_not_go_together() -> None:
         (["--port", "80"], "are for --web"),
         (["--host", "::1"], "are for --web"),
     ):
-        result = CliRunner().invoke(app, ["caption", "x.mp4", "--model", "x", *arguments])
+        result = CliRunner().invoke(app, ["caption", str(clip), "--model", str(casa_folder), *arguments])
         assert result.exit_code == 2
         assert expected in " ".join(result.output.replace("│", " ").split())
 

@@ -2,28 +2,33 @@
 """What the page's server answers.
 
 A request chooses among fixed answers: nothing in it becomes the name of a file. The page is told what happens by
-server-sent events, and asks for something with small POST requests in JSON. Another site can't send these for a person
-who visits it: a browser asks first whether it may, and is never told so.
+server-sent events, and asks for something with small POST requests in JSON. What a browser asks for on behalf of
+another site is refused, whatever it is, but for a link to the page.
 
 Imported where Starlette is known to be installed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..checks import check_text
 from .history import Entry
@@ -32,11 +37,14 @@ from .player import Player
 MAX_QUESTION_CHARACTERS = 1000
 
 _MAX_BODY_BYTES = 8192
+_BODY_SECONDS = 5.0
+_PIECE_BYTES = 4 << 20
 _KEEP_ALIVE_SECONDS = 15.0
 _RETRY_MILLISECONDS = 1000
 _STATIC = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/events.js": ("events.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -84,8 +92,11 @@ class Page:
         ]
         if self._file is not None:
             routes.append(Route("/video", self.video))
-        guard = Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)
-        return Starlette(routes=routes, middleware=[guard], lifespan=lifespan)
+        guards = [
+            Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False),
+            Middleware(_OwnSite),
+        ]
+        return Starlette(routes=routes, middleware=guards, lifespan=lifespan)
 
     async def events(self, request: Request) -> Response:
         """Server-sent events: what is kept of the history after the last event that the page knows, and what comes."""
@@ -109,8 +120,16 @@ class Page:
         return f"id: {self._player.run}-{entry.number}\n" + _event(entry.name, entry.data)
 
     async def video(self, request: Request) -> Response:
-        """The file, or the ranges of it that are asked for."""
+        """The file, or the range of it that is asked for, in pieces.
+
+        A browser that plays a video asks for all the rest, takes what it can hold, and keeps the connection: one of
+        the six that all its pages share. It asks again where a piece ends.
+        """
         assert self._file is not None
+        if rest := re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", "")):
+            piece = f"bytes={rest[1]}-{int(rest[1]) + _PIECE_BYTES - 1}"
+            others = [(name, value) for name, value in request.scope["headers"] if name != b"range"]
+            request.scope["headers"] = [*others, (b"range", piece.encode())]
         return FileResponse(self._file, headers=_HEADERS | {"Cache-Control": "no-cache"})
 
     def frame(self, request: Request) -> Response:
@@ -138,6 +157,31 @@ class Page:
         return await _command(request, ask)
 
 
+class _OwnSite:
+    """Refuses what a browser asks for on behalf of a page of another site.
+
+    Modern browsers say it themselves, on secure and on local addresses; elsewhere `Origin` does, where there is one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _is_foreign(Headers(scope=scope), scope["path"]):
+            refusal = _refusal(403, "Another site can't use this page. Open its address in the browser.")
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _is_foreign(headers: Headers, path: str) -> bool:
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        followed = path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link
+        return site not in ("same-origin", "none") and not followed
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
 def _static(name: str, media_type: str) -> Callable[[Request], Any]:
     content = files(__package__).joinpath("static", name).read_bytes()
 
@@ -160,10 +204,14 @@ async def _command(request: Request, act: Callable[[dict[str, Any]], None]) -> R
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return _refusal(415, "Send JSON, with the content type application/json.")
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes.")
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _MAX_BODY_BYTES:
+                    return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes.")
+    except TimeoutError:
+        return _refusal(408, f"The request didn't come within {_BODY_SECONDS:g} s.")
     try:
         content = json.loads(body)
         if not isinstance(content, dict):

@@ -233,7 +233,12 @@ class Player:
     def _write(self, event: CaptionEvent, stream: CasaStream) -> None:
         if self._on_event is not None:
             self._on_event(event)
-        self.history.append("caption" if event.question is None else "answer", asdict(event))
+        told = asdict(event)
+        if (
+            event.kind == "end"
+        ):  # else the text of the next frame goes on with this one's, maybe in the midst of a word
+            told["cut"] = bool(event.token_ids) and event.token_ids[-1] not in stream.stop_token_ids
+        self.history.append("caption" if event.question is None else "answer", told)
         if event.kind in ("end", "answered"):
             self.history.append("memory", {"frame_index": event.frame_index, **stream.nbytes})
         if event.question is not None and event.kind in ("answered", "error"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -30,6 +31,8 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 # A browser that holds a video still keeps its download open; the end of the server doesn't wait for it.
 _SHUTDOWN_SECONDS = 1
 _MAX_CONNECTIONS = 256
+# So long a connection may take to send a request.
+_REQUEST_SECONDS = 5.0
 _LAST_PORT = 65_535
 _server_log = logging.getLogger("uvicorn.error")
 
@@ -140,6 +143,7 @@ class CaptionServer:
         self._server = Server(
             uvicorn.Config(
                 app,
+                http=_patient_protocol(),
                 lifespan="on",
                 log_level="warning",
                 limit_concurrency=_MAX_CONNECTIONS,
@@ -195,6 +199,55 @@ def serve(
     if on_start is not None:
         on_start(server.url)
     server.run()
+
+
+def _patient_protocol() -> type[asyncio.Protocol]:
+    """Uvicorn's protocol, but that connections which don't send a request are closed: after a time, and before that
+    where others need their place."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    base: Any = AutoHTTPProtocol
+
+    class Protocol(base):
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait()
+            if len(self.connections) >= _MAX_CONNECTIONS:
+                others = [each for each in self.connections if each.timer is not None and each is not self]
+                if others:
+                    min(others, key=lambda each: each.timer.when()).close()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.serves:
+                self.stop_waiting()
+            elif self.timer is None:
+                self.wait()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.stop_waiting()
+            super().connection_lost(error)
+
+        @property
+        def serves(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def wait(self) -> None:
+            self.timer = self.loop.call_later(_REQUEST_SECONDS, self.close)
+
+        def stop_waiting(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = None
+
+        def close(self) -> None:
+            self.stop_waiting()
+            if not self.serves:
+                self.transport.abort()
+
+    return Protocol
 
 
 def _missing() -> ImportError:

@@ -1,6 +1,9 @@
 // The page of a stream. Everything it knows comes as server-sent events; captions are a model's words, so they only
 // ever become text nodes.
 
+import { listen } from "/events.js";
+
+const WORKER_MILLISECONDS = 5000; // without a sign of life after that, there is no shared worker
 const KEPT_FRAMES = 600;
 const KEPT_LINES = 400;
 const KEPT_ANSWERS = 50;
@@ -29,7 +32,7 @@ let stream = fresh();
 
 function fresh() {
   return {
-    frames: new Map(), // index -> {start, end, text, line}
+    frames: new Map(), // index -> {start, end, text, cut: whether the next frame's text goes on with it, line}
     latest: null, // the last frame that was begun
     frontier: 0, // the video may play up to here: what follows hasn't been looked at
     joined: false, // whether the video has been put where the stream is
@@ -44,16 +47,33 @@ function fresh() {
 // Events of the server
 
 function connect() {
-  const source = new EventSource("/events");
-  const on = (name, handle) =>
-    source.addEventListener(name, (message) => {
-      handle(JSON.parse(message.data));
-      if (stream.joined) {
-        keepInStep(); // also in a page that is hidden and isn't drawn
-      }
-      refresh();
-    });
-  on("session", (session) => {
+  let heard = false;
+  let alone = false;
+  const byMyself = () => {
+    if (!heard && !alone) {
+      alone = true;
+      listen(deliver);
+    }
+  };
+  if (!window.SharedWorker) {
+    byMyself();
+    return;
+  }
+  const worker = new SharedWorker("/events.js", { type: "module" });
+  worker.onerror = byMyself;
+  setTimeout(byMyself, WORKER_MILLISECONDS);
+  worker.port.onmessage = ({ data }) => {
+    heard = true; // the worker greets every page
+    if (!alone) {
+      deliver(data);
+    }
+  };
+  addEventListener("pagehide", () => worker.port.postMessage("closed"));
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
+}
+
+const HANDLERS = {
+  session(session) {
     if (run !== session.run) {
       run = session.run;
       clear();
@@ -66,18 +86,18 @@ function connect() {
     document.title = session.title;
     element("title").textContent = session.title;
     showState(session);
-  });
-  on("state", showState);
-  on("gap", ({ lost }) => {
+  },
+  state: showState,
+  gap({ lost }) {
     element("gap").hidden = false;
     element("gap").textContent = `${lost} earlier events are no longer kept.`;
-  });
-  on("caption", caption);
-  on("answer", answer);
-  on("memory", ({ frame_index, text, image }) => {
+  },
+  caption,
+  answer,
+  memory({ frame_index, text, image }) {
     keep(stream.memory, { x: frame_index, first: text, second: image });
-  });
-  on("question", ({ text }) => {
+  },
+  question({ text }) {
     stream.answer = document.createElement("p");
     stream.answer.className = "answer";
     const item = document.createElement("li");
@@ -85,16 +105,26 @@ function connect() {
     element("answers").prepend(item);
     trim(element("answers"), KEPT_ANSWERS, "lastChild");
     element("asked").textContent = "The model is answering…";
-  });
-  source.onerror = () => {
+  },
+  lost() {
     if (state !== "closed") {
       showStatus("lost", "No connection; trying again…");
       element("pause").disabled = true;
     }
-    if (source.readyState === EventSource.CLOSED) {
-      setTimeout(connect, 2000); // refused rather than interrupted: the browser doesn't try again by itself
-    }
-  };
+  },
+  anew() {
+    run = null;
+  },
+};
+
+function deliver(messages) {
+  for (const [name, data] of messages) {
+    HANDLERS[name](JSON.parse(data));
+  }
+  if (stream.joined) {
+    keepInStep(); // also in a page that is hidden and isn't drawn
+  }
+  refresh();
 }
 
 function caption(event) {
@@ -111,6 +141,7 @@ function caption(event) {
     report(event);
     return;
   }
+  frame.cut = event.cut;
   keep(stream.latency, { x: event.frame_index, first: event.latency });
   if (event.text.trim()) {
     element("spoken").textContent = event.text;
@@ -149,7 +180,7 @@ function showStatus(name, text) {
 function frameOf({ kind, frame_index: index, start, end }) {
   let frame = stream.frames.get(index);
   if (!frame) {
-    frame = { index, start, end, text: "", line: null };
+    frame = { index, start, end, text: "", cut: false, line: null };
     stream.frames.set(index, frame);
     if (stream.frames.size > KEPT_FRAMES) {
       stream.frames.delete(stream.frames.keys().next().value);
@@ -265,14 +296,16 @@ function showTime() {
   element("clock").textContent = clock(time);
   element("live").hidden = !playable || stream.frontier - time < 2 + 2 * period;
   let text = "";
+  let cut = false; // whether the text before goes on
   let current = null;
   for (const frame of stream.frames.values()) {
     if (frame.start > time + SLACK_SECONDS) {
       break;
     }
     if (frame.start > time - SUBTITLE_SECONDS) {
-      text += frame.text;
+      text += (cut || !frame.text ? "" : " ") + frame.text;
     }
+    cut = frame.cut;
     current = frame.line ?? current;
   }
   const marked = element("captions").querySelector("[aria-current]");
@@ -281,6 +314,7 @@ function showTime() {
     current?.setAttribute("aria-current", "time");
   }
   const subtitle = element("subtitle");
+  text = text.replace(/\s+/g, " ").trim();
   const shown = text.length > SUBTITLE_CHARACTERS ? `…${text.slice(-SUBTITLE_CHARACTERS)}` : text;
   if (subtitle.textContent !== shown.trim()) {
     const span = document.createElement("span");
