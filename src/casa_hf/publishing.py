@@ -10,7 +10,6 @@ same call again sends only what is missing.
 from __future__ import annotations
 
 import posixpath
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from .processing_casa import CasaProcessor
 from .repositories import (
     CARD,
     cause_of,
+    check_branch_name,
     holds,
     is_local,
     is_lost,
@@ -78,8 +78,6 @@ _CHECKPOINT_FILES = (
     SOURCE_ROWS_FILE,
 )
 _WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
-
-_BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 _AGAIN = "Nothing was published; the same command again sends only what is missing."
 _COMPLETE = "Whether the commit has arrived isn't known; the same command again completes it, or finds it complete."
@@ -390,8 +388,7 @@ def _check_names(repository: str, revision: str | None) -> None:
         raise PublishingError(
             f"{repository!r} is no name of a repository ({one_line(error)}). Give one such as namespace/name."
         ) from error
-    if revision is not None and (not _BRANCH.fullmatch(revision) or ".." in revision or revision.startswith("refs/")):
-        raise PublishingError(f"revision={revision!r} is no name of a branch. Give one such as main or v1.")
+    check_branch_name(revision)
 
 
 def _contents(checkpoint: PublishableCheckpoint, with_code: bool) -> dict[str, str | bytes]:
@@ -485,12 +482,6 @@ def _find_repository(api: HfApi, repository: str, private: bool, revision: str |
         raise PublishingError(
             f"{repository} exists and is public. Choose another name, make it private in its settings, or leave out "
             "private (--private)."
-        )
-    branches = () if revision is None or is_new else api.list_repo_refs(repository).branches
-    if revision is not None and not is_new and revision not in {branch.name for branch in branches}:
-        raise PublishingError(
-            f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give a "
-            "branch, or the name of a new one."
         )
     refuse_foreign(api, repository, info)
     return _Target(info, branch=revision if is_new else None)

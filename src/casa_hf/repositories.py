@@ -29,6 +29,8 @@ from .hub_client import PublishingError, hub_token, limit_waiting
 
 CARD = "README.md"
 
+_BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
 # Weights in any format: a repository that holds some belongs to a model.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)")
 # What a Trainer puts beside them, in such formats too.
@@ -122,11 +124,32 @@ def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[
 
     Returns:
         Information with the metadata of the files, and a truth value.
+
+    Raises:
+        PublishingError: if nothing can be added there, since it is a tag or a commit.
     """
     try:
-        return api.model_info(repository, revision=revision, files_metadata=True), False
+        info = api.model_info(repository, revision=revision, files_metadata=True)
     except RevisionNotFoundError:
         return api.model_info(repository, files_metadata=True), True
+    if revision is None or revision.startswith("refs/pr/"):
+        return info, False
+    if revision not in {branch.name for branch in api.list_repo_refs(repository).branches}:
+        raise PublishingError(
+            f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give a "
+            "branch, or the name of a new one."
+        )
+    return info, False
+
+
+def check_branch_name(revision: str | None) -> None:
+    """Refuse what no branch can be called; None is the default one.
+
+    Raises:
+        PublishingError: for such a name.
+    """
+    if revision is not None and (not _BRANCH.fullmatch(revision) or ".." in revision or revision.startswith("refs/")):
+        raise PublishingError(f"revision={revision!r} is not a valid branch name. Give one such as main or v1.")
 
 
 def refuse_foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool = False) -> None:
@@ -158,8 +181,11 @@ def check_repository(repository: str, token: str | bool | None, revision: str | 
         suits_adapters: see `refuse_foreign`.
 
     Raises:
-        PublishingError: if the token is unusable, the repository holds another model, or its card can't be read.
+        PublishingError: if the token is unusable, the branch is none, the repository holds another model, or its card
+            can't be read.
     """
+    if revision is None or not revision.startswith("refs/pr/"):
+        check_branch_name(revision)
     api = client(token)
     if "/" not in repository:
         return  # whose it is follows when it is made, and so does this check

@@ -216,6 +216,24 @@ def test_a_token_of_the_environment(
 # ---------------------------------------------------------------- branches
 
 
+@with_branches
+@pytest.mark.parametrize("revision", ["tag", "commit", "a b", "../main", ""])
+def test_what_nothing_can_be_added_to(hub: Hub, casa_folder: Path, tmp_path: Path, way: str, revision: str) -> None:
+    """Before anything is saved, and before a training."""
+    hub.create(NAME)
+    repository = hub.repositories[NAME]
+    repository.tags["tag"] = repository.branches["main"][0]
+    revision = repository.branches["main"][0].sha if revision == "commit" else revision
+    before = states(hub)
+    words = "a tag or a commit|is not a valid branch name"
+    with pytest.raises(PublishingError, match=words):
+        WAYS[way](casa_folder, tmp_path / "out", revision, None)
+    if way == "trainer":
+        with pytest.raises(PublishingError, match=words):
+            trainer_of(casa_folder, tmp_path / "out", push_to_hub=True, hub_revision=revision)
+    assert states(hub) == before and not hub.uploaded
+
+
 def refuse() -> None:
     raise Refused(403, "No more commits today")
 

@@ -27,7 +27,7 @@ from ..card_parts import Card, decode_card, union
 from ..configuration_casa import CasaConfig
 from ..hub import published_card, training_procedure
 from ..publishing import explained
-from ..repositories import CARD, client, new_branch, present_card, refuse_foreign, repository_info
+from ..repositories import CARD, check_branch_name, client, new_branch, present_card, refuse_foreign, repository_info
 from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
@@ -402,10 +402,12 @@ class CasaTrainer(Trainer):
         file = Path(self.args.output_dir) / CARD  # the base class reads it for its own
         if file.is_file():
             Card.read(decode_card(file.read_bytes(), str(file)), str(file))
+        revision = self.args.hub_revision if revision is None else revision
+        check_branch_name(revision)
         api = client(self.args.hub_token if token is None else token)
         with explained(name, f"Preparing {name}"):
             super().init_hf_repo(token, *args, **kwargs)
-            info, _ = repository_info(api, self.hub_model_id, self.args.hub_revision if revision is None else revision)
+            info, _ = repository_info(api, self.hub_model_id, revision)
             refuse_foreign(api, self.hub_model_id, info, suits_adapters=hasattr(self.model, "peft_config"))
             present_card(api, self.hub_model_id, info)
 
