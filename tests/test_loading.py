@@ -119,6 +119,16 @@ def test_tensors_that_a_setting_adds(source_folder, casa_folder, tmp_path, witho
     )
 
 
+def test_a_head_that_is_not_tied_any_more(casa_folder, tmp_path):
+    config = CasaConfig.from_pretrained(casa_folder)
+    config.tie_word_embeddings = True
+    CasaForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert CasaForConditionalGeneration.from_pretrained(tmp_path).config.tie_word_embeddings
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path, tie_word_embeddings=False)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+
+
 class CasaForScores(CasaPreTrainedModel):
     """A class of somebody else's, with a head of its own."""
 

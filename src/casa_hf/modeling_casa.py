@@ -341,7 +341,8 @@ def _lost(model: CasaPreTrainedModel, load_config: Any, loading_info: Any) -> st
         written_by = next(iter(stated.get("architectures") or ()), CasaForConditionalGeneration.__name__)
         classes = {known.__name__: known for known in (CasaForConditionalGeneration, type(model))}
         with torch.device("meta"):
-            names = classes.get(written_by, CasaModel)(described).state_dict()
+            template = classes.get(written_by, CasaModel)(described)
+        names = template.state_dict().keys() - template.all_tied_weights_keys.keys()
         promised = {name.removeprefix("model.") for name in names}
         lost = {name for name in loading_info.missing_keys if name.removeprefix("model.") in promised}
     else:
