@@ -194,5 +194,5 @@ def test_wrong_settings_are_refused(processor):
 
 
 def test_an_iterable_has_no_rows_to_plan(processor):
-    with pytest.raises(ValueError, match=r"are a list_iterator without a length.*list of them.*packing=True"):
+    with pytest.raises(ValueError, match=r"are an iterable, a list_iterator.*list of them.*packing=True"):
         PackedDataset(iter(CONVERSATIONS), processor)
