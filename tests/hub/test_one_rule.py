@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,16 @@ WAYS: dict[str, Way] = {
     "save processor": by_saving_the_processor,
     "trainer": by_trainer,
 }
+
+
+def every_way(cases: Iterable[Any], branches: bool = False) -> list[tuple[str, Any]]:
+    """Every case by the command, and every other way with the first of them: they share what looks at it."""
+    first, *rest = cases
+    others = [name for name in WAYS if name != "push" and not (branches and name.startswith("save"))]
+    return [("push", case) for case in (first, *rest)] + [(name, first) for name in others]
+
+
 with_branches = pytest.mark.parametrize("way", [name for name in WAYS if not name.startswith("save")])
-all_ways = pytest.mark.parametrize("way", WAYS)
 
 
 def states(hub: Hub) -> dict[str, list[str]]:
@@ -87,9 +95,9 @@ def states(hub: Hub) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- what a repository holds
 
 FOREIGN: dict[str, tuple[dict[str, bytes], str]] = {
+    "weights": ({"model.safetensors": b"x"}, "weights without a config.json (model.safetensors)"),
     "model": ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"}, "a model of type 'llama'"),
     "broken": ({"config.json": b"[broken"}, "a config.json of something else"),
-    "weights": ({"model.safetensors": b"x"}, "weights without a config.json (model.safetensors)"),
     "parts": ({"unet/model.bin": b"x", "model_index.json": b"{}"}, "weights without a config.json (unet/model.bin)"),
     "adapters": ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "adapters"),
     "tokenizer": ({"tokenizer.json": b"{}"}, "a processor or tokenizer of another model (tokenizer.json)"),
@@ -97,8 +105,7 @@ FOREIGN: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
-@all_ways
-@pytest.mark.parametrize("files", FOREIGN)
+@pytest.mark.parametrize(("way", "files"), [*every_way(FOREIGN), ("processor", "adapters")])
 def test_what_somebody_else_has_there_stays(hub: Hub, casa_folder: Path, tmp_path: Path, way: str, files: str) -> None:
     """Refused in the same words, before anything is saved; deleting it there is the way to insist."""
     content, held = FOREIGN[files]
@@ -169,27 +176,28 @@ def test_model_and_processor_come_in_any_order(hub: Hub, casa_folder: Path, tmp_
 # ---------------------------------------------------------------- tokens
 
 
-@all_ways
 @pytest.mark.parametrize(
-    ("token", "kind"),
-    [
-        ("hf_sec\nret", "line break"),
-        ("hf_sec ret", "space"),
-        ("hf_secret\r\n", "line break"),
-        ("hf_sec\x00ret", "char"),
-    ],
+    ("way", "case"),
+    every_way(
+        [
+            ("hf_sec\nret", "line break"),
+            ("hf_sec ret", "space"),
+            ("hf_secret\r\n", "line break"),
+            ("hf_sec\x00ret", "char"),
+        ]
+    ),
 )
 def test_a_token_that_cannot_be_sent_is_not_shown(
     hub: Hub,
     casa_folder: Path,
     tmp_path: Path,
     way: str,
-    token: str,
-    kind: str,
+    case: tuple[str, str],
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Neither in the error nor in one that it came from; the Hub isn't asked."""
+    token, kind = case
     with pytest.raises(PublishingError, match=rf"The token for the Hub has a {kind}") as caught:
         WAYS[way](casa_folder, tmp_path / "out", None, token)
     shown = "".join(traceback.format_exception(caught.value)) + "".join(capsys.readouterr()) + caplog.text
@@ -216,8 +224,7 @@ def test_a_token_of_the_environment(
 # ---------------------------------------------------------------- branches
 
 
-@with_branches
-@pytest.mark.parametrize("revision", ["tag", "commit", "a b", "../main", ""])
+@pytest.mark.parametrize(("way", "revision"), every_way(["tag", "commit", "a b", "../main", ""], branches=True))
 def test_what_nothing_can_be_added_to(hub: Hub, casa_folder: Path, tmp_path: Path, way: str, revision: str) -> None:
     """Before anything is saved, and before a training."""
     hub.create(NAME)
