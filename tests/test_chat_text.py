@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
+from casa_hf.answers import Question, answer_batch
 from casa_hf.chat_text import SAID, message, render_chat, token_ids
 from examples.tiny_source import build_text_tokenizer, build_tokenizer
 
@@ -221,6 +222,24 @@ def test_a_stream_takes_what_it_is_told_as_text(
     assert fed[0] == expected_ids(tokenizer, *OPENING, *turn(typed)) + expected_ids(tokenizer, *shown)
     question = expected_ids(tokenizer, "", "<|im_end|>", *turn(typed))
     assert fed[-1][-len(question) :] == question
+
+
+def test_questions_in_a_batch_are_text_too(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+    """Each row as a conversation of its own reads it, padded."""
+    picture = Image.new("RGB", (56, 56), "red")
+    questions = [Question(typed, [picture] * (number % 2)) for number, typed in enumerate(TYPED)]
+    fed: list[dict[str, torch.Tensor]] = []
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: fed.append(kwargs), with_kwargs=True)
+    try:
+        answer_batch(model, processor, questions, max_new_tokens=1)
+    finally:
+        handle.remove()
+    rows = zip(fed[0]["input_ids"], fed[0]["attention_mask"].bool(), strict=True)
+    for question, (ids, mask) in zip(questions, rows, strict=True):
+        parts = ("", "<|vision_start|>", "", "<|vision_end|>") if question.images else ()
+        assert ids[mask].tolist() == expected_ids(processor.tokenizer, *OPENING, *turn(*parts, question.text))
+    with pytest.raises(ValueError, match="half a character"):
+        answer_batch(model, processor, [Question("fine"), Question("\ud83d")])
 
 
 def test_the_processor_itself_counts_control_tokens_unless_told(processor: CasaProcessor) -> None:
