@@ -1,0 +1,68 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training steps on a CUDA device: losses, gradients and updated parameters are those of the CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from casa_hf.training import parameter_groups
+from casa_hf.varlen import TORCH_VARLEN
+from tests.cuda.test_model import close, in_all, put
+from tests.helpers_generation import Image, batch, new_model, words
+from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end
+from tests.labelled_device import LabelledDevices, values
+
+ROWS = ([*words(3, 1), Image(2, 3, 1), *words(3, 2)], [Image(1, 2, 2), *words(2, 2), Image(3, 4, 3), 5])
+BACK_ENDS = ("sdpa", *KERNELS)
+QUICK = {("casa", "sdpa"), ("exact", "sdpa"), ("casa-shared", TORCH_VARLEN), ("casa", "flash_attention_2")}
+
+
+def steps(model: Any, device: str, grids: str, packed: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses of three steps, and gradients of the last."""
+    rows = [[part for row in ROWS for part in row]] if packed else ROWS
+    inputs = put(batch(*rows), device, model.dtype, grids)
+    labels = inputs["input_ids"].clone()
+    if packed:
+        lengths = [len(batch(row)["input_ids"][0]) for row in ROWS]
+        inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        del inputs["attention_mask"]
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 1e-4))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant, back_end", in_all(("casa", "exact", "casa-shared", "ca-ffn"), BACK_ENDS, QUICK))
+def test_steps(variant: str, back_end: str, checkpointed: bool, packed: bool, devices: LabelledDevices) -> None:
+    if back_end == TORCH_VARLEN and not register_torch_kernel():
+        pytest.skip("this torch has no such kernel")
+    dtype = torch.float64 if back_end == "sdpa" else torch.bfloat16
+    with reference_kernels(devices.uncounted):
+        model = use_back_end(new_model(variant, dtype), back_end).train()
+        model.model.name_tower_back_end()
+        if checkpointed:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        other = copy.deepcopy(model)
+        losses, gradients = steps(model, "cpu", "cpu", packed)
+        other.to("cuda")
+        own_losses, own_gradients = steps(other, "cuda", "cpu", packed)
+    assert all(map(close, own_losses, losses))
+    assert own_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert own_gradients[name].is_cuda
+        torch.testing.assert_close(values(own_gradients[name]), gradient, msg=name)
+    for (name, parameter), own in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert own.is_cuda and close(own.detach(), parameter.detach()), name
