@@ -80,6 +80,9 @@ class Labelled(Tensor):
     def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return _the_devices().moved(Tensor.to, (self, *args), kwargs)
 
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return self.to("cpu")
+
     def __repr__(self, **kwargs: Any) -> str:
         return f"Labelled({self.device}, {self.inner!r})"
 
@@ -150,6 +153,12 @@ class _Factories(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.devices.moved(func, args, kwargs)
+        if func is Tensor.backward:
+            loss, *others = args
+            if "gradient" in kwargs:
+                kwargs["grad_tensors"] = kwargs.pop("gradient")
+            with self:  # checkpoints compute again in there
+                return torch.autograd.backward(loss, *others, **kwargs)
         if func is torch.device and args and type(args[0]) is int:
             return torch.device("cuda", args[0])
         if func not in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
