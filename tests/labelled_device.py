@@ -214,11 +214,11 @@ class LabelledDevices(TorchDispatchMode):
 
     @contextmanager
     def _pretending(self) -> Iterator[None]:
-        replaces = torch.__future__.get_overwrite_module_params_on_conversion()
+        replaces = torch.__future__.get_swap_module_params_on_conversion()
         with ExitStack() as stack:
             # `Module.to` would put labelled values into unlabelled parameters.
-            torch.__future__.set_overwrite_module_params_on_conversion(True)
-            stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, replaces)
+            torch.__future__.set_swap_module_params_on_conversion(True)
+            stack.callback(torch.__future__.set_swap_module_params_on_conversion, replaces)
             stack.enter_context(patch.object(torch, "Generator", LabelledGenerator))
             if not torch.cuda.is_available():
                 stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
@@ -292,8 +292,12 @@ class LabelledDevices(TorchDispatchMode):
             self._counting = before
 
     @contextmanager
-    def as_gpu(self) -> Iterator[None]:
-        """Let `torch.cuda` answer for the devices, for programs that ask it."""
+    def as_gpu(self, count: int = DEVICES) -> Iterator[None]:
+        """Let `torch.cuda` answer for the devices, for programs that ask it.
+
+        Args:
+            count: how many it has.
+        """
 
         class Event:
             def __init__(self, **kwargs: Any):
@@ -316,7 +320,15 @@ class LabelledDevices(TorchDispatchMode):
         answers: dict[str, Any] = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
-            "device_count": lambda: DEVICES,
+            "device_count": lambda: count,
+            "set_device": lambda device: None,
+            "is_bf16_supported": lambda including_emulation=True: True,
+            "memory_reserved": lambda device=None: 0,
+            "manual_seed": lambda seed: None,
+            "manual_seed_all": lambda seed: None,
+            "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+            "get_rng_state_all": lambda: [torch.get_rng_state()] * count,
+            "set_rng_state_all": lambda states: None,
             "current_device": lambda: 0,
             "get_device_name": lambda device=None: "a CPU with a label",
             "get_device_capability": lambda device=None: (9, 0),

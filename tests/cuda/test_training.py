@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
-from casa_hf.training import parameter_groups
+from casa_hf.training import CasaTrainer, PackedDataset, freeze, parameter_groups
 from casa_hf.varlen import TORCH_VARLEN
 from tests.cuda.test_model import close, in_all, put
 from tests.helpers_generation import Image, batch, new_model, words
 from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end
 from tests.labelled_device import LabelledDevices, values
+from tests.training.helpers import CONVERSATIONS, load_model, load_processor
 
 ROWS = ([*words(3, 1), Image(2, 3, 1), *words(3, 2)], [Image(1, 2, 2), *words(2, 2), Image(3, 4, 3), 5])
 BACK_ENDS = ("sdpa", *KERNELS)
@@ -66,3 +69,34 @@ def test_steps(variant: str, back_end: str, checkpointed: bool, packed: bool, de
         torch.testing.assert_close(values(own_gradients[name]), gradient, msg=name)
     for (name, parameter), own in zip(model.named_parameters(), other.parameters(), strict=True):
         assert own.is_cuda and close(own.detach(), parameter.detach()), name
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_trainer(packed: bool, casa_folder: Path, tmp_path: Path, devices: LabelledDevices) -> None:
+    """CasaTrainer, which takes the device that `torch.cuda` has, with its own optimizer and evaluation."""
+    pytest.importorskip("accelerate")
+    processor = load_processor(casa_folder)
+
+    def run(name: str, use_cpu: bool) -> tuple[list[Any], dict[str, Tensor]]:
+        model = load_model(casa_folder, torch.float32)
+        freeze(model, "paper-qwen")
+        data: Any = CONVERSATIONS
+        if packed:
+            data = PackedDataset(CONVERSATIONS, processor, max_text_tokens=70)
+        options: dict[str, Any] = {"use_cpu": use_cpu, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
+        options |= {"dataloader_pin_memory": False}  # what there is none of here
+        options |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "remove_unused_columns": False}
+        arguments = TrainingArguments(str(tmp_path / name), per_device_train_batch_size=2, **options)
+        assert arguments.device.type == ("cpu" if use_cpu else "cuda")
+        trainer = CasaTrainer(
+            model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=processor
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return [*losses, trainer.evaluate()["eval_loss"]], {n: p.detach() for n, p in model.named_parameters()}
+
+    losses, parameters = run("cpu", True)
+    with devices.as_gpu(1):
+        own_losses, own_parameters = run("cuda", False)
+    assert own_losses == pytest.approx(losses, rel=1e-5)
+    assert all(close(own_parameters[name], parameter) for name, parameter in parameters.items())
