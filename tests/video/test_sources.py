@@ -699,11 +699,12 @@ def test_times_of_an_iterator_are_numbers_of_seconds_from_0_on(time, fps):
 
 
 def test_what_is_no_time_does_not_end_a_live_iterator():
-    times = [0.0, "0.5", None, math.inf, True, np.datetime64("2026-01-01"), 1.0]
+    times = [0.0, "0.5", None, math.inf, True, np.datetime64("2026-01-01"), 10**5000, 1.0]
     items = list(open_video([(time, picture(index)) for index, time in enumerate(times)], live=True).read())
     assert [item.timestamp for item in items if isinstance(item, Frame)] == [0.0, 1.0]
     problems = [item.message for item in items if isinstance(item, VideoProblem)]
-    assert problems == [f"frame {index} is at {times[index]!r}, which is no time" for index in range(1, 6)]
+    told = [*map(repr, times[1:6]), "an integer of 16610 bits"]
+    assert problems == [f"frame {index} is at {time}, which is no time" for index, time in enumerate(told, start=1)]
 
 
 def test_times_of_an_iterator_may_be_numbers_of_any_kind():

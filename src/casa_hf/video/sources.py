@@ -21,7 +21,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..checks import is_number, is_positive
+from ..checks import is_number, is_positive, shown
 from ..media_casa import (
     DEFAULT_FPS,
     UNREAD_FORMATS,
@@ -622,8 +622,8 @@ class FrameIterator(VideoSource):
             seconds = _time(timestamp)
             if not 0 <= seconds < math.inf:
                 raise ValueError(
-                    f"Frame {index} of {self.name} is at {timestamp!r}, which must be a number of seconds, 0 or more; "
-                    "with live=True times are counted from the first frame."
+                    f"Frame {index} of {self.name} is at {shown(timestamp)}, which must be a number of seconds, 0 or "
+                    "more; with live=True times are counted from the first frame."
                 )
             if seconds <= last:
                 raise ValueError(f"Frame {index} of {self.name} is at {timestamp} s, which isn't after {last} s.")
@@ -638,7 +638,7 @@ class FrameIterator(VideoSource):
             timestamp, image = item if stamped else (self._clock(), item)
             seconds = _time(timestamp)
             if not math.isfinite(seconds):
-                yield VideoProblem(math.nan, f"frame {index} is at {timestamp!r}, which is no time")
+                yield VideoProblem(math.nan, f"frame {index} is at {shown(timestamp)}, which is no time")
                 continue
             begin = seconds if begin is None else begin
             yield _Shown(seconds - begin, None, partial(_given, image))
