@@ -269,7 +269,7 @@ class CasaPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load, and let a replaced block's fusion layer take the self-attention that a source checkpoint has there."""
         folder = load_config.pretrained_model_name_or_path
-        if expected_keys is None and folder is not None and os.path.isdir(folder):  # expected_keys: of an adapter
+        if folder is not None and os.path.isdir(folder):
             for file in checkpoint_files or ():
                 own_file(folder, Path.cwd() / file)
         if model.config.casa_placement == "replace":

@@ -115,14 +115,14 @@ def test_names_that_are_taken(tmp_path):
 
 def test_a_place_that_is_gone(tmp_path):
     """Where it can't be put beside its place either, the folder stays where it was filled, also later."""
-    target = tmp_path / "casa"
     destination = Destination(tmp_path / "file" / "casa", tmp_path)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ConversionError, match=r"can't be made .*The finished .* is .*casa\.incomplete-.*/new;"):
         fill(destination, "new")
     (kept,) = tmp_path.glob("casa.incomplete-*/new")
-    fill(check_target(target, False), "newer")
-    assert (content(kept), content(target)) == ("new", "newer")
+    (tmp_path / "file").unlink()
+    fill(check_target(destination.target, False), "newer")
+    assert (content(kept), content(destination.target)) == ("new", "newer")
 
 
 def test_moving_replaces_nothing(tmp_path):
@@ -181,6 +181,33 @@ def test_the_next_one_puts_in_order_what_a_killed_one_left(tmp_path, when, left)
         check_target(target, False)
     assert content(target) == left
     assert sorted(file.name for file in tmp_path.iterdir()) == ["casa", "other"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_was_left_of_another_output_of_the_same_name(tmp_path):
+    fill_and_die(tmp_path / "first" / "casa", "filling")
+    fill(check_target(tmp_path / "second" / "casa", False), "second")
+    assert len(list(tmp_path.glob("casa.incomplete-*"))) == 1
+    fill(check_target(tmp_path / "first" / "casa", False), "first")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_another_folder_at_the_last_moment(tmp_path, monkeypatch):
+    target = tmp_path / "casa"
+    fill(check_target(target, False), "old")
+    rename = os.rename
+
+    def late(old, new):
+        if new.name == "old":
+            shutil.rmtree(old)
+            old.mkdir()
+            (old / "mine").write_text("mine")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(ConversionError, match=f"{target} was changed meanwhile.*{target}-2;"):
+        fill(check_target(target, True), "new")
+    assert listing(target) == ["mine"] and content(tmp_path / "casa-2") == "new"
 
 
 # -------------------------------------------------------------------- disks

@@ -311,7 +311,7 @@ def exchange(file):
 
 
 @pytest.mark.parametrize("change", [cut, overwrite, exchange, lambda file: file.unlink()])
-@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("when", ["before", "while", "after"])
 def test_a_file_that_changes(source, tmp_path, monkeypatch, change, when):
     """In time, or there would be a bus error, zeros, or tensors of two versions."""
     monkeypatch.setattr(shards, "_CHUNK_BYTES", 1000)
@@ -322,7 +322,7 @@ def test_a_file_that_changes(source, tmp_path, monkeypatch, change, when):
 
     def progress(done, total):
         calls.append(done)
-        if len(calls) == 2 and when == "while":
+        if (len(calls) == 2 and when == "while") or (done == total and when == "after"):
             change(file)
 
     if when == "before":
