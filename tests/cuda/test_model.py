@@ -83,7 +83,7 @@ def test_calls_on_caches(variant: str, back_end: str, devices: LabelledDevices) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("back_end", ["sdpa", *KERNELS])
+@pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN, pytest.param(KERNELS[1], marks=pytest.mark.slow)])
 def test_families(family: Any, back_end: str, devices: LabelledDevices) -> None:
     """From pixels to logits; a tower gets its grids on the CPU and on the device."""
     if back_end == TORCH_VARLEN and not register_torch_kernel():

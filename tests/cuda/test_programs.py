@@ -34,7 +34,7 @@ def gpu(devices: LabelledDevices, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 KERNEL = ["--attn", TORCH_VARLEN]
 BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "streaming": (streaming, [*KERNEL, "--source-attn", TORCH_VARLEN]),
-    "streaming, compiled": (streaming, [*KERNEL, "--compile"]),
+    "streaming, compiled": (streaming, [*KERNEL, "--compile", "--variants", "casa"]),
     "prefill": (prefill, []),
     "layer": (layer, ["--backends", f"sdpa,{TORCH_VARLEN}"]),
     "streams": (streams, [*KERNEL, "--source-attn", TORCH_VARLEN]),
@@ -81,6 +81,6 @@ def test_gpu_logits_processors_never_wait(gpu: None) -> None:
     test_streams.test_logits_processors_do_not_wait_for_the_device("cuda")
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gpu_streams(sampled: bool, gpu: None, source_folder: Path, tmp_path: Path) -> None:
     test_streams.test_a_stream_and_its_saved_state("cuda", sampled, source_folder, tmp_path)
