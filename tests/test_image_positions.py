@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from casa_hf import image_positions
+from casa_hf import CasaForConditionalGeneration, image_positions
 from tests.conftest import KeptMessages
 from tests.helpers_generation import (
     MAIN,
@@ -176,6 +177,26 @@ def test_types_place_images_in_embedded_text_too():
         model(**inputs)
     with pytest.raises(ValueError, match=r"5 image marks.*but 2 images.*image_positions"):
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_embedded_images_are_found_where_embeddings_are_on_disk(tmp_path: Path):
+    pytest.importorskip("accelerate")
+    model, rows = shared_model("casa"), [[*words(3, 1), A, 5], [B, C, *words(2, 2)]]
+    model.save_pretrained(tmp_path / "model")
+    language_model = "model.language_model"
+    parts = ("model.visual", "lm_head", *(f"{language_model}.{part}" for part in ("layers", "norm", "rotary_emb")))
+    spread = CasaForConditionalGeneration.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float64,
+        device_map={**dict.fromkeys(parts, "cpu"), f"{language_model}.embed_tokens": "disk"},
+        offload_folder=tmp_path / "disk",
+    )
+    inputs = embedded(model, *rows)
+    del inputs["image_positions"]
+    with torch.no_grad():
+        assert torch.equal(spread(**inputs).logits, model(**inputs).logits)
+    settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(spread.generate(**inputs, **settings), model.generate(**inputs, **settings))
 
 
 # ------------------------------------------------------------------------------------ left over, or empty

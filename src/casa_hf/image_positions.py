@@ -41,7 +41,8 @@ def are_tokens(
             found = found | (input_ids == token_id)
         return found
     assert inputs_embeds is not None
-    ids = torch.tensor(token_ids, device=embedding.weight.device)
+    # Not where the weights are, which may be nowhere: hooks of placement bring the ids there.
+    ids = torch.tensor(token_ids, device=inputs_embeds.device)
     embedded = embedding(ids).to(inputs_embeds.device)
     return (inputs_embeds[:, :, None] == embedded).all(-1).any(-1)
 
