@@ -34,6 +34,8 @@ def converse(model: Any, processor: CasaProcessor) -> list[Any]:
     said: list[Any] = [conversation.ask("What is this?", [PICTURES[0], PICTURES[1]], max_new_tokens=4)]
     said.append(conversation.ask("Why?", max_new_tokens=4))
     said.append(conversation.ask("And this?", [PICTURES[2]], max_new_tokens=4, do_sample=False))
+    # A turn whose cache can't be gone on with.
+    said.append(conversation.ask("And now?", [PICTURES[3]], max_new_tokens=3, do_sample=False, num_beams=2))
     return said
 
 
