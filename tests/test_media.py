@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from casa_hf.media_casa import MediaPolicy, fetch, is_picture, picture_size, pictures_of, rgb_picture
 from casa_hf.samples import PHOTOGRAPHS
@@ -130,6 +130,34 @@ def test_damaged_data_about_a_picture_is_no_damage_to_it(ending: str, data: byte
     assert rgb_picture(file.getvalue()).size == rgb_picture(Image.open(file)).size == (64, 48)
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_whatever_its_other_data_say(orientation: int) -> None:
+    """`ImageOps.exif_transpose` writes all of them anew, which fails for what some cameras write."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file, strange = BytesIO(), BytesIO()
+    Image.fromarray(picture(77)).save(file, "png", exif=exif)
+    exif[0x011A] = 72.0  # the resolution, a fraction,
+    data = exif.tobytes().replace(struct.pack(">HH", 0x011A, 5), struct.pack(">HH", 0x011A, 7))  # said to be bytes
+    assert data != exif.tobytes()
+    Image.fromarray(picture(77)).save(strange, "png", exif=data)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    for found in (rgb_picture(file.getvalue()), rgb_picture(strange.getvalue())):
+        assert np.array_equal(np.asarray(found), expected)
+        assert found.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("form", [bytes, Image.open])
+def test_a_png_that_is_damaged_within_is_refused(form: Any) -> None:
+    """Once Pillow was asked for its EXIF data, it counts as loaded, damaged or not."""
+    file = BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (200, 300, 3), np.uint8)).save(file, "png")
+    damaged = bytearray(file.getvalue())
+    damaged[len(damaged) // 2 :] = bytes(len(damaged) - len(damaged) // 2)
+    with pytest.raises(ValueError, match="can't be used: "):
+        rgb_picture(bytes(damaged) if form is bytes else form(BytesIO(damaged)))
+
+
 def test_one_picture_or_several() -> None:
     several = [np.zeros((4, 4, 3), np.uint8)] * 2
     assert pictures_of(None) == [] and pictures_of(()) == [] and pictures_of(several) == several
@@ -177,6 +205,8 @@ def truncated(folder: Path) -> Path:
         (Image.new("RGB", (0, 4)), "0 x 4 pixels"),
         (Image.new("I", (4, 4)), "mode 'I', of more than 8 bits"),
         (Image.new("F", (4, 4)), "mode 'F', of more than 8 bits"),
+        (b"", "image of 0 bytes can't be used: it is in no format that is known"),
+        ("ftp://127.0.0.1/cat.jpg", "it is no http:// or https:// URL"),
         (b"no picture", "image of 10 bytes can't be used: it is in no format that is known"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "in no format that is known"),
         ("data:image/png;base64", "a comma"),
@@ -326,6 +356,9 @@ def test_what_a_server_does_is_told() -> None:
         for path in ("/cat.jpg", "/ü cat.jpg", "/moved", "/cat.jpg?key=1"):
             assert fetch(address + path) == cat, path
         assert fetch(f"{secret}/secret") == cat
+        odd = address.replace("//", "//me:p@ss@")
+        with pytest.raises(ValueError, match="status 401"):  # from this server, not one called ss
+            fetch(f"{odd}/secret")
         small = MediaPolicy(max_bytes=10_000)
         for path, policy, message in (
             ("/nowhere.jpg", MediaPolicy(), "/nowhere.jpg' can't be used: the server answers with status 404"),

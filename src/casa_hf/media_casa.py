@@ -34,7 +34,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image
 
 from .checks import check_count, check_positive
@@ -60,6 +60,16 @@ _USER_AGENT = "casa_hf (https://pypi.org/project/casa_hf/)"
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
 _MAX_NAME = 200
 _MAX_REASON = 400
+# How pictures are turned upright, by what their EXIF data say about their orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # A film, and a document that Pillow gives to another program.
 UNREAD_FORMATS = ("MPEG", "EPS")
 # FFmpeg would follow the names in a playlist, to files and over the network.
@@ -235,9 +245,13 @@ def _checked(image: Image.Image, policy: MediaPolicy) -> Image.Image:
 def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
     """The image upright, without opacity, in RGB."""
     _checked(image, policy)
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+    image.load()  # or what is wrong with it, once: what reads EXIF data loads too, and then it counts as loaded
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:  # without `ImageOps.exif_transpose`, which fails if other EXIF data are damaged
+        image = image.transpose(turn)
+    flat = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+    flat.info.clear()  # which says how the file was to be turned
+    return flat
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -262,10 +276,10 @@ def _opened(file: BinaryIO) -> Image.Image:
     prefix = file.read(16)
     for name in Image.ID:
         factory, accept = Image.OPEN[name]
-        accepted = accept is None or accept(prefix)
-        if name in UNREAD_FORMATS or not accepted or isinstance(accepted, str):
-            continue
         try:
+            accepted = accept is None or accept(prefix)
+            if name in UNREAD_FORMATS or not accepted or isinstance(accepted, str):
+                continue
             file.seek(0)
             return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # another format
@@ -275,31 +289,28 @@ def _opened(file: BinaryIO) -> Image.Image:
 
 def _contents(picture: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> BinaryIO:
     """The file that a picture is in."""
-    if isinstance(picture, bytes):
-        return BytesIO(picture)
-    if isinstance(picture, str):
-        if picture.startswith(_URL_SCHEMES):
-            return BytesIO(fetch(picture, policy))
-        if picture.startswith("data:"):
-            return BytesIO(_from_data_url(picture))
-        picture = _path_of(picture)
+    found = _found(picture, policy)
+    return BytesIO(found) if isinstance(found, bytes) else open(found, "rb")
+
+
+def _found(given: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> bytes | str:
+    """The contents of the file of a picture or video, or the path of one that is here."""
+    if isinstance(given, bytes):
+        return given
+    given = os.fspath(given)
+    if given.startswith(_URL_SCHEMES):
+        return fetch(given, policy)
+    if given.startswith("data:"):
+        return _from_data_url(given)
+    path = unquote(given.removeprefix("file://")) if given.startswith("file:///") else given
     # In this order: a file may have a name that could be base64. What may not be read isn't looked for either.
-    if policy.local_files and os.path.isfile(picture):
-        return open(picture, "rb")
-    if isinstance(picture, str) and _BASE64.fullmatch(picture):
-        return BytesIO(base64.b64decode(picture))
-    _check_local(policy)
-    raise ValueError("there is no such file, and it is no URL or base64")
-
-
-def _path_of(name: str) -> str:
-    """A path as it is; that of a URL of a file."""
-    return unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
-
-
-def _check_local(policy: MediaPolicy) -> None:
+    if policy.local_files and os.path.isfile(path):
+        return path
+    if _BASE64.fullmatch(given):
+        return base64.b64decode(given)
     if not policy.local_files:
         raise ValueError("paths aren't read (MediaPolicy.local_files=False); give contents: base64, bytes or an image")
+    raise ValueError("there is no such file, and it is no http:// or https:// URL and no base64")
 
 
 def _from_data_url(url: str) -> bytes:
@@ -470,7 +481,7 @@ def _received(response: Any, policy: MediaPolicy, until: float) -> bytes:
 
 def _without_user(url: str) -> tuple[str, str]:
     """A URL without user and password, and the header that has them; empty if there are none."""
-    found = re.match(r"(https?://)([^/?#@]*)@", url)
+    found = re.match(r"(https?://)([^/?#]*)@", url)
     if found is None:
         return url, ""
     return found[1] + url[found.end() :], f"Basic {base64.b64encode(unquote_to_bytes(found[2])).decode()}"
@@ -543,9 +554,9 @@ def load_frames(
     """The frames of a video that go into the prompt.
 
     Args:
-        video: path or URL of a video file, or its contents as bytes; or the decoded frames, as an array or tensor
-            (frames, height, width, channels) or (frames, channels, height, width), or as a list of pictures of any
-            form.
+        video: path or URL of a video file, or its contents as base64, a data URL or bytes; or the decoded frames, as
+            an array or tensor (frames, height, width, channels) or (frames, channels, height, width), or as a list of
+            pictures of any form.
         fps: frames per second of the clip; only for files, since decoded frames don't tell their rate.
         num_frames: frames in all, at even spacing.
         sample: False takes every frame; then the others must be None.
@@ -729,16 +740,11 @@ def _scan_file(
 
 def _media(source: str | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dict[str, str]]:
     """What PyAV opens, and its options."""
-    if isinstance(source, bytes):
-        return BytesIO(source), _ALONE
-    if source.startswith(_URL_SCHEMES):
-        return BytesIO(fetch(source, policy)), _ALONE
-    _check_local(policy)
-    source = _path_of(source)
-    if not os.path.isfile(source):
-        raise ValueError("it doesn't exist; give the path of a file or a URL")
+    found = _found(source, policy)
+    if isinstance(found, bytes):
+        return BytesIO(found), _ALONE
     # What stands before a colon in a relative name, such as that of a time, FFmpeg would take for a protocol.
-    return os.path.abspath(source), _LOCAL
+    return os.path.abspath(found), _LOCAL
 
 
 def _packets(container: Any) -> tuple[list[tuple[int | None, int]], str]:
