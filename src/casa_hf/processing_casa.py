@@ -283,8 +283,8 @@ class CasaProcessor(ProcessorMixin):
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
                 `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
                 token and a video at each `<|video|>`. Gist tokens needn't be written. None to process pixels only.
-            videos: a video, a list, or a list of lists like `images`. A video is a path, a URL, the bytes of a file,
-                an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
+            videos: a video, a list, or a list of lists like `images`. A video is a path, a URL, base64, the bytes of a
+                file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: not supported; must be None.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
                 (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps`,

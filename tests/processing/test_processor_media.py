@@ -17,6 +17,7 @@ from casa_hf.media_casa import MediaPolicy
 from casa_hf.streaming.turns import StreamTurns
 from casa_hf.training.samples import encode, measure
 from casa_hf.video import open_video
+from tests.clips import write_clip
 from tests.forms import forms_of, transparent_drawing, turned_photograph
 
 IMAGE = "<|vision_start|><|vision_end|>"
@@ -124,6 +125,9 @@ def test_a_server_reads_neither_urls_nor_paths(source, photos, tmp_path, serve):
             ask(part)
     with pytest.raises(ValueError, match="load_audio_from_video"):
         ask({"type": "video", "url": f"{url}.mp4"}, load_audio_from_video=True)
+    clip = write_clip(tmp_path / "clip.mp4", 3, 2)
+    shown = ask({"type": "video", "url": f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"})
+    assert len(shown["image_grid_thw"]) == 3
     inputs = ask({"type": "image", "base64": contents})
     opened = ask({"type": "image", "url": url}, processor_kwargs={"media_policy": MediaPolicy()})
     assert same(inputs, opened)

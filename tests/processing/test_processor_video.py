@@ -6,6 +6,7 @@ The frames of a written clip show their number.
 
 from __future__ import annotations
 
+import base64
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def test_one_video_in_all_its_forms(processor, long_clip, serve):
     expected = processor(videos=str(long_clip), **options)
     frames = load_frames(long_clip, num_frames=4)
     array = np.stack([np.asarray(frame) for frame in frames])
+    contents = base64.b64encode(long_clip.read_bytes()).decode()
     files = []
     for index, frame in enumerate(frames):
         files.append(long_clip.parent / f"{index}.png")
@@ -122,6 +124,8 @@ def test_one_video_in_all_its_forms(processor, long_clip, serve):
     forms = {
         "path": long_clip,
         "url": f"{serve(long_clip.parent)}/{long_clip.name}",
+        "data URL": f"data:video/mp4;base64,{contents}",
+        "base64": contents,
         "list of paths": [long_clip],
         "list of images": frames,
         "list of arrays": list(array),
@@ -204,8 +208,8 @@ def test_files_that_are_no_videos(processor, tmp_path, long_clip, serve):
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     for video, message in (
-        (tmp_path / "missing.mp4", "missing.mp4' can't be used: it doesn't exist"),
-        (tmp_path, "it doesn't exist; give the path of a file or a URL"),
+        (tmp_path / "missing.mp4", "missing.mp4' can't be used: there is no such file"),
+        (tmp_path, "there is no such file, and it is no http:// or https:// URL and no base64"),
         (text, "text.mp4' can't be used: .*Invalid data"),
         (cut, "cut.mp4' can't be used: "),
         (silent, "sound.wav' can't be used: it has no video stream"),
