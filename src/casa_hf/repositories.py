@@ -175,7 +175,7 @@ def check_repository(repository: str, token: str | bool | None, revision: str | 
     """Find out before anything is saved or trained whether a repository, if it exists, can be published to.
 
     Args:
-        repository: Hub id.
+        repository: Hub id, or a name of the user's own.
         token: see `hub_token`.
         revision: branch; None for the default one.
         suits_adapters: see `refuse_foreign`.
@@ -188,13 +188,18 @@ def check_repository(repository: str, token: str | bool | None, revision: str | 
         check_branch_name(revision)
     api = client(token)
     if "/" not in repository:
-        return  # whose it is follows when it is made, and so does this check
+        if not api.token:
+            return  # the Hub says so when the repository is to be made
+        repository = f"{api.whoami()['name']}/{repository}"
     try:
-        info, _ = repository_info(api, repository, revision)
+        info, is_new = repository_info(api, repository, revision)
     except RepositoryNotFoundError:
         return
     refuse_foreign(api, repository, info, suits_adapters)
     present_card(api, repository, info)
+    if revision is not None and not is_new:
+        # Transformers reads the default branch's card in any case.
+        present_card(api, repository, api.model_info(repository))
 
 
 @contextmanager

@@ -197,6 +197,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, f"You don't have the rights to write to {name}")
         return repository
 
+    def proposable(self, name: str) -> Repository:
+        """One for a pull request, which who may read it may open, or for a commit."""
+        return self.readable(name) if self.is_proposal else self.writable(name)
+
+    @property
+    def is_proposal(self) -> bool:
+        return "create_pr" in parse_qs(urlsplit(self.path).query)
+
     # ------------------------------------------------------------ routes
 
     def whoami(self) -> None:
@@ -260,7 +268,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def refs(self, name: str) -> None:
         repository = self.readable(name)
-        heads = {branch: history[-1] for branch, history in repository.branches.items()}
+        heads = {
+            branch: history[-1] for branch, history in repository.branches.items() if not branch.startswith("refs/pr/")
+        }
         named = {"branches": ("heads", heads), "tags": ("tags", repository.tags)}
         self.send_json(
             {"converts": []}
@@ -286,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, name: str, revision: str) -> None:
         asked = json.loads(self.body())["files"]
-        present = self.writable(name).at(revision)
+        present = self.proposable(name).at(revision)
 
         def answer(file: dict[str, Any]) -> dict[str, Any]:
             path, content = file["path"], present.files.get(file["path"])
@@ -298,8 +308,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"files": [answer(file) for file in asked]})
 
     def batch(self, name: str) -> None:
-        asked = json.loads(self.body())["objects"]
-        self.writable(name)
+        body = json.loads(self.body())
+        asked = body["objects"]
+        # Without a branch they are for a pull request.
+        (self.writable if "ref" in body else self.readable)(name)
 
         def answer(wanted: dict[str, Any]) -> dict[str, Any]:
             if wanted["oid"] in self.hub.stored:
@@ -330,7 +342,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.before_commit is not None:
             self.hub.before_commit()
         lines = [json.loads(line) for line in self.body().splitlines()]
-        history = self.writable(name).branches[revision]
+        repository = self.proposable(name)
+        history = repository.branches[revision]
+        proposal = f"refs/pr/{1 + sum(branch.startswith('refs/pr/') for branch in repository.branches)}"
+        if self.is_proposal:
+            history = repository.branches[proposal] = list(history)
         files, large, message = dict(history[-1].files), set(history[-1].large), ""
         for line in lines:
             value = line["value"]
@@ -349,7 +365,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.after_commit is not None:
             self.hub.after_commit()
         sha = history[-1].sha
-        self.send_json({"commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "commitOid": sha})
+        answer = {"commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "commitOid": sha}
+        if self.is_proposal:
+            answer["pullRequestUrl"] = f"{self.hub.address}/{name}/discussions/{proposal.rpartition('/')[2]}"
+        self.send_json(answer)
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         commit = self.readable(name).at(revision)

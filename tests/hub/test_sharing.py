@@ -130,6 +130,60 @@ def test_a_card_that_is_not_utf8(hub: Hub, model: Any, processor: Any, tmp_path:
     assert hub.files(NAME)["README.md"] == b"# Ma\xe7on\n" and not hub.commits(NAME)
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"README.md": b"# Ma\xe7on\n"}, f"the README.md of {NAME} isn't encoded as UTF-8"),
+        ({"config.json": b'{"model_type": "llama"}'}, f"{NAME} is taken"),
+    ],
+)
+def test_a_name_without_a_namespace(
+    hub: Hub, model: Any, processor: Any, tmp_path: Path, files: dict[str, bytes], said: str
+) -> None:
+    """Is one of the user's own, and looked at before anything is saved too."""
+    name = NAME.rpartition("/")[2]
+    hub.create(NAME, files=files)
+    pushes: list[Any] = [lambda each=each: each.push_to_hub(name) for each in (model, processor)]
+    pushes += [
+        lambda each=each: each.save_pretrained(tmp_path / name, push_to_hub=True) for each in (model, processor)
+    ]
+    for push in pushes:
+        with pytest.raises(PublishingError, match=said):
+            push()
+    assert not folder.exists() and not hub.commits(NAME)
+    hub.repositories.clear()
+    for push in pushes[:2]:
+        push()
+    assert_says_what_it_is(readme(hub))
+
+
+@pytest.mark.parametrize("broken", [b"# Ma\xe7on\n", b"---\ntags: [\n---\n"])
+def test_a_broken_card_on_the_default_branch(hub: Hub, model: Any, processor: Any, broken: bytes) -> None:
+    """Which Transformers reads for any branch."""
+    model.push_to_hub(NAME, revision="v2")
+    hub.files(NAME)["README.md"] = broken
+    for each in (model, processor):
+        with pytest.raises(PublishingError, match=f"the README.md of {NAME} (isn't encoded|can't be read)"):
+            each.push_to_hub(NAME, revision="v2")
+
+
+def test_pull_requests(hub: Hub, model: Any, processor: Any) -> None:
+    """To a repository of somebody else, which stays as it is; another push goes on with the request."""
+    theirs = "somebody/casa"
+    hub.create(theirs, files={"README.md": b"# Theirs\n"})
+    model.push_to_hub(theirs, create_pr=True)
+    assert not hub.commits(theirs) and "model.safetensors" not in hub.files(theirs)
+    card = hub.files(theirs, "refs/pr/1")["README.md"].decode()
+    assert "# Theirs" in card and "Variant `casa`" in card
+    model.push_to_hub(NAME)
+    before = hub.files(NAME)
+    processor.push_to_hub(NAME, create_pr=True)
+    model.push_to_hub(NAME, revision="refs/pr/1", tags=["new"])
+    assert hub.files(NAME) == before
+    proposed = hub.files(NAME, "refs/pr/1")
+    assert "processor_config.json" in proposed and "new" in ModelCard(proposed["README.md"].decode()).data.tags
+
+
 def test_save_pretrained_into_the_converters_folder(hub: Hub, model: Any, casa_folder: Path, tmp_path: Path) -> None:
     """What its card says goes on, except for what isn't known to be true any more; the repository's card counts."""
     folder = shutil.copytree(casa_folder, tmp_path / "casa")
