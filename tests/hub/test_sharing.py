@@ -143,10 +143,9 @@ def test_a_name_without_a_namespace(
     """Is one of the user's own, and looked at before anything is saved too."""
     name = NAME.rpartition("/")[2]
     hub.create(NAME, files=files)
-    pushes: list[Any] = [lambda each=each: each.push_to_hub(name) for each in (model, processor)]
-    pushes += [
-        lambda each=each: each.save_pretrained(tmp_path / name, push_to_hub=True) for each in (model, processor)
-    ]
+    both, folder = (model, processor), tmp_path / name
+    pushes: list[Any] = [lambda each=each: each.push_to_hub(name) for each in both]
+    pushes += [lambda each=each: each.save_pretrained(folder, push_to_hub=True) for each in both]
     for push in pushes:
         with pytest.raises(PublishingError, match=said):
             push()
