@@ -162,6 +162,8 @@ def test_one_picture_or_several() -> None:
     several = [np.zeros((4, 4, 3), np.uint8)] * 2
     assert pictures_of(None) == [] and pictures_of(()) == [] and pictures_of(several) == several
     assert pictures_of("cat.jpg") == ["cat.jpg"] and pictures_of(["cat.jpg", b""]) == ["cat.jpg", b""]
+    for wrong in (3, BytesIO(b"a\nb\n"), {"url": "cat.jpg"}, bytearray(b"ab")):  # for the processor to refuse
+        assert pictures_of(wrong) == [wrong]
     assert len(pictures_of(np.stack(several))) == 2 and len(pictures_of(several[0])) == 1
 
 

@@ -25,7 +25,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, IOBase
 from itertools import chain
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -178,7 +178,13 @@ def pictures_of(given: Any) -> list[Any]:
     """One picture, several or none (None), as a list."""
     if given is None:
         return []
-    return [given] if is_picture(given) else list(given)
+    return [given] if is_picture(given) else several(given)
+
+
+def several(given: Any) -> list[Any]:
+    """The elements of what can hold several pictures or videos; anything else is one thing, if a wrong one."""
+    is_one = isinstance(given, (Mapping, IOBase, bytearray, memoryview)) or not isinstance(given, Iterable)
+    return [given] if is_one else list(given)
 
 
 def rgb_picture(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> Image.Image:

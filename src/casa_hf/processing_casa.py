@@ -16,7 +16,8 @@ that an image precedes; the processor writes them.
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -41,6 +42,7 @@ from .media_casa import (
     measure_frames,
     picture_size,
     rgb_picture,
+    several,
 )
 
 VISION_START = "<|vision_start|>"
@@ -335,9 +337,9 @@ class CasaProcessor(ProcessorMixin):
         """As in Transformers, which would fetch parts with audio, whatever the policy of this processor.
 
         Raises:
-            ValueError: if there are such; and as for a call.
+            ValueError: if there are such, or videos where no template sees them; and as for a call.
         """
-        _refuse_audio(conversation)
+        _refuse_parts(conversation)
         if kwargs.get("load_audio_from_video"):
             raise ValueError("CASA models take no audio; leave load_audio_from_video out.")
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -644,7 +646,7 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
         return _Given([], None)
     if is_item(given):
         return _Given([given], None)
-    items = list(given) if isinstance(given, Iterable) else [given]
+    items = several(given)
     if any(item is None for item in items):  # a prompt without any
         items = [[] if item is None else [item] if is_item(item) else item for item in items]
     if all(is_item(item) for item in items):
@@ -733,17 +735,27 @@ def _check_floating(pictures: list[Any]) -> None:
             )
 
 
-def _refuse_audio(conversation: Any) -> None:
-    """Refuse parts with audio in a conversation or a batch of them; other faults are found by who reads them."""
-    if isinstance(conversation, Mapping):
-        parts = conversation.get("content")
-        if isinstance(parts, list) and any(
-            isinstance(part, Mapping) and part.get("type") == "audio" for part in parts
-        ):
-            raise ValueError("A message has a part with audio, but CASA models take no audio; leave it out.")
-    elif isinstance(conversation, (list, tuple)):
-        for element in conversation:
-            _refuse_audio(element)
+def _refuse_parts(given: Any) -> None:
+    """Refuse what CASA can't see among the parts of a conversation or a batch; other faults are found by who reads it.
+
+    Messages and their parts may be dictionaries or objects, as Transformers takes them.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        for element in given:
+            _refuse_parts(element)
+        return
+    field = given.get if isinstance(given, Mapping) else partial(getattr, given)
+    kind = field("type", None)
+    if kind in ("audio", "audio_url", "input_audio"):
+        raise ValueError("A message has a part with audio, but CASA models take no audio; leave it out.")
+    if kind == "video_url":
+        raise ValueError(
+            "A message has a part of the type 'video_url', which chat templates pass over; write it as "
+            '{"type": "video", "url": ...}.'
+        )
+    for name in ("messages", "content"):
+        if (inner := field(name, None)) is not None:
+            _refuse_parts(inner)
 
 
 class _Prompt(NamedTuple):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,9 @@ def test_truncation_may_not_cut_off_an_image(processor, photos):
         ({"text": PAIR, "images": ["cat.jpg", ["cat.jpg"]]}, "images must be .* got an element of type list"),
         ({"text": PAIR, "images": [np.zeros(4)]}, r"images must be .* type ndarray of shape \(4,\)"),
         ({"text": PAIR, "images": np.zeros((4, 0, 3))}, r"images must be .* of shape \(0, 3\)"),
+        ({"text": PAIR, "images": BytesIO(b"a file")}, "images must be .* type BytesIO"),
+        ({"text": PAIR, "images": {"url": "cat.jpg"}}, "images must be .* type dict"),
+        ({"text": VIDEO, "videos": bytearray(b"a file")}, "videos must be .* type bytearray"),
         ({"text": VIDEO, "videos": [3.5]}, "videos must be .* type float"),
         ({"text": PAIR, "images": 1, "max_pixels": 100}, r"min_pixels .* is 3136 and max_pixels .* is 100"),
         ({"text": PAIR, "images": 1, "min_pixels": -1}, r"min_pixels .* is -1"),

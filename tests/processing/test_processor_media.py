@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,23 @@ def test_the_layout_of_arrays_can_be_said(processor):
         assert processor.measure(IMAGE, images=narrow, input_data_format=layout)[1] * 4 == len(inputs["pixel_values"])
 
 
+@dataclass
+class Part:
+    type: str
+    path: str
+
+
+@dataclass
+class Message:
+    role: str
+    content: Any
+
+
+@dataclass
+class Chat:
+    messages: Any
+
+
 def test_a_server_reads_neither_urls_nor_paths(source, photos, tmp_path, serve):
     photos["cat"].save(tmp_path / "cat.png")
     url = f"{serve(tmp_path)}/cat.png"
@@ -121,8 +139,14 @@ def test_a_server_reads_neither_urls_nor_paths(source, photos, tmp_path, serve):
         {"type": "audio", "url": url},
         {"type": "audio", "path": str(tmp_path / "cat.png")},
     ):  # which Transformers would read before it asks the processor
-        with pytest.raises(ValueError, match="a part with audio"):
-            ask(part)
+        for parts in ([part], (part,), [Part("audio", part["path"])] if "path" in part else [part]):
+            for chat_of in (list, lambda messages: Chat(messages), lambda messages: [messages]):
+                for message in ({"role": "user", "content": parts}, Message("user", parts)):
+                    with pytest.raises(ValueError, match="a part with audio"):
+                        processor.apply_chat_template(chat_of([message]), **chat)
+    for kind, message in (("input_audio", "a part with audio"), ("video_url", r"'video_url'.*\"type\": \"video\"")):
+        with pytest.raises(ValueError, match=message):  # which templates pass over in silence
+            ask({"type": kind, kind: {"url": f"{url}.mp4"}})
     with pytest.raises(ValueError, match="load_audio_from_video"):
         ask({"type": "video", "url": f"{url}.mp4"}, load_audio_from_video=True)
     clip = write_clip(tmp_path / "clip.mp4", 3, 2)
