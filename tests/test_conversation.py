@@ -275,7 +275,7 @@ def test_beams_find_what_they_find_when_all_is_read_anew(
         ({"num_beams": 2, "streamer": Failing(9, OSError())}, ValueError, "streamer"),
         ({"no_such_setting": 2}, ValueError, "no_such_setting"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
 def test_settings_that_a_conversation_cannot_have_are_refused_before_anything_is_lost(
     model: CasaForConditionalGeneration,
