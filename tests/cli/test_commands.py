@@ -458,7 +458,7 @@ def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str
     ("line", "parts"),
     [
         ("/image nowhere.jpg", ["nowhere.jpg"]),
-        ("/image", ["''", "path or URL"]),
+        ("/image", ["''", "no such file"]),
         ("/image depth.png", ["depth.png", "'I;16'", "8-bit"]),
         ("/fly", ["/fly", "/quit"]),
     ],
@@ -476,7 +476,7 @@ def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_ans
     typed = "/fly\n/image nowhere.jpg\nHello!\n/quit\n"
     outcome = cli("chat", casa_folder, *SHORT, stdin=typed, terminal=True)
     assert outcome.code == 0
-    assert "error: /fly" in outcome.err and "error: There is no image file 'nowhere.jpg'" in outcome.err
+    assert "error: /fly" in outcome.err and "error: The image 'nowhere.jpg' can't be used" in outcome.err
     assert outcome.out == f"> > > {chat_answers[0]}\n> "
 
 

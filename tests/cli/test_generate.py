@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def alone(casa_folder: Path) -> Any:
 
 
 def lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def test_each_picture_gets_the_answer_that_it_gets_alone(cli: Cli, casa_folder: Path, alone: Any) -> None:
@@ -63,19 +64,23 @@ def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone:
         {"prompt": "What?", "images": ["pictures/cat.jpg", COFFEE], "id": 7},
         {"prompt": "Schön, und was ist das? <|im_end|>"},
         {"prompt": "What?", "image": "broken.jpg"},
+        {"prompt": "One line\u2028in JSON?", "image": Path(CAT).as_uri()},
+        {"prompt": "What?", "image": f"data:image/jpeg;base64,{base64.b64encode(Path(CAT).read_bytes()).decode()}"},
         {"prompt": "And?", "image": "pictures/cat.jpg"},
     ]
     file, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    file.write_text("\n\n".join(json.dumps(question) for question in questions), "utf-8")
+    file.write_text("\n\n".join(json.dumps(question, ensure_ascii=False) for question in questions), "utf-8")
     outcome = cli("generate", casa_folder, "--input", file, "--output", answers, "--batch-size", "3", *SHORT)
-    assert outcome.failed_with_one_line("1 of 4 questions", str(answers))
+    assert outcome.failed_with_one_line("1 of 6 questions", str(answers))
     rows = lines(answers.read_text("utf-8"))
     assert "broken.jpg" in rows[2].pop("error")
     assert rows == [
         {**questions[0], "answer": alone("What?", CAT, COFFEE)},
         {**questions[1], "answer": alone(questions[1]["prompt"])},
         questions[2],
-        {**questions[3], "answer": alone("And?", CAT)},
+        {**questions[3], "answer": alone(questions[3]["prompt"], CAT)},
+        {**questions[4], "answer": alone("What?", CAT)},
+        {**questions[5], "answer": alone("And?", CAT)},
     ]
     assert "Schön" in answers.read_text("utf-8")
 
@@ -83,7 +88,7 @@ def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone:
     again = ("generate", casa_folder, "--input", file, "--output", answers, *SHORT)
     assert cli(*again).refused("--output", "exists", "--overwrite")
     assert answers.read_bytes() == before
-    assert cli(*again, "--overwrite").code == 1 and lines(answers.read_text("utf-8"))[3] == rows[3]
+    assert cli(*again, "--overwrite").code == 1 and lines(answers.read_text("utf-8"))[1] == rows[1]
 
 
 def test_progress_is_shown_on_a_terminal(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
@@ -126,6 +131,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),
         ('{"prompt": "x", "image": "nowhere.jpg"}', ["line 1", "nowhere.jpg"]),
+        (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "no image file"]),
         ('{"prompt": ' + "[" * 100_000, ["line 1", "JSON"]),
     ],
 )

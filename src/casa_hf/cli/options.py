@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,14 +117,19 @@ def check_is_casa(folder: Path, name: str) -> None:
         )
 
 
+def is_url(text: str) -> bool:
+    """Whether this is the URL of a picture rather than a path."""
+    return text.startswith(("http://", "https://", "data:", "file:///"))
+
+
 def picture_name(text: str) -> str:
     """The file or the URL of a picture.
 
     Raises:
         BadParameter: if it is a file that isn't there.
     """
-    if not text.startswith(("http://", "https://", "data:")) and not Path(text).expanduser().is_file():
-        raise typer.BadParameter(f"There is no image file {text!r}; give the path or URL of one.")
+    if not is_url(text) and not os.path.isfile(os.path.expanduser(text)):
+        raise typer.BadParameter(f"There is no image file {text!r:.200}; give the path or URL of one.")
     return text
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import typer
 
 from ..checks import check_text
-from .options import picture_name
+from .options import is_url, picture_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def rows_of_file(file: Path) -> list[Row]:
         ValueError: for a line that is no question, or a picture that isn't there.
     """
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        lines = file.read_text("utf-8-sig").split("\n")  # rather than `splitlines`: JSON may hold U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} isn't UTF-8 ({error.reason} at byte {error.start}).") from error
     rows = [_row(f"{file}, line {number}", line, file.parent) for number, line in enumerate(lines, 1) if line.strip()]
@@ -103,9 +104,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
 
 
 def _located(image: str, folder: Path) -> str:
-    if image.startswith(("http://", "https://", "data:")):
-        return image
-    return picture_name(str(folder / Path(image).expanduser()))
+    return image if is_url(image) else picture_name(str(folder / os.path.expanduser(image)))
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

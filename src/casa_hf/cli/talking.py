@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 from .loading import load_model
@@ -22,12 +22,7 @@ def open_image(name: str) -> Image:
     """
     from ..media_casa import rgb_picture
 
-    if not name.startswith(("http://", "https://")):
-        file = Path(name).expanduser()
-        if not file.is_file():
-            raise ValueError(f"There is no image file {name!r}; give the path or URL of one.")
-        name = str(file)
-    return rgb_picture(name)
+    return rgb_picture(os.path.expanduser(name))
 
 
 def load_conversation(
