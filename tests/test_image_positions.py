@@ -114,6 +114,16 @@ def test_placeholders_are_text_unless_types_say_that_images_stand_there():
             call(**expanded)
 
 
+def test_types_of_another_length_are_refused():
+    """Such as those of a prompt to which the beginning of the answer has been added: the places would shift."""
+    model, inputs = shared_model("casa"), typed([*words(2, 1), A, 5], words(3, 2))
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, 2), value=1)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"mm_token_type_ids has shape \(2, 5\); expected"):
+            call(**inputs)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_types_that_fit_no_images_are_named(count):
     model, inputs = shared_model("casa"), typed(QUOTED)
@@ -211,8 +221,13 @@ def test_grids_left_over_from_the_prompt_are_taken(variant):
         left_over = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids")}
         steps = [torch.tensor([[END]]), torch.tensor([words(2, 3)])]  # what looks like a mark, and several tokens
         logits = [model(input_ids=step, cache=cache, **left_over).logits[0] for step in steps]
-    expected = one_shot(model, [A, *words(3, 1), END, *words(2, 3)])
-    assert relative_error(torch.cat(logits), expected[-3:]) < 1e-9
+        row: Row = [A, *words(3, 1), END, *words(2, 3)]
+        assert relative_error(torch.cat(logits), one_shot(model, row)[-3:]) < 1e-9
+        # Types of all text say that there is no image among the new tokens either.
+        types = torch.nn.functional.pad(left_over["mm_token_type_ids"], (0, 5))
+        new = torch.tensor([[*MARK]])
+        logits = model(input_ids=new, cache=cache, **{**left_over, "mm_token_type_ids": types}).logits[0]
+        assert relative_error(logits, one_shot(model, [*row, *MARK])[-2:]) < 1e-9
 
 
 def test_grids_left_over_are_taken_by_generate():

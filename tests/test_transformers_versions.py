@@ -326,6 +326,7 @@ def test_what_is_no_cache_of_a_decoder_is_refused(call: Callable[..., Any], name
         ("pixel_values_videos", "frames are images.*CasaProcessor"),
         ("video_grid_thw", "frames are images.*CasaProcessor"),
         ("encoder_hidden_states", "image_embeds"),
+        ("mm_encoder_outputs", "image_embeds=output.pooler_output"),
     ],
 )
 def test_inputs_in_the_form_of_other_models_are_refused(call: Callable[..., Any], name: str, way_out: str) -> None:

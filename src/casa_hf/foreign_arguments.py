@@ -36,6 +36,7 @@ _REFUSED = {
     "pixel_values_videos": _VIDEO,
     "video_grid_thw": _VIDEO,
     "encoder_hidden_states": "Images come in as pixel_values, or as image_embeds once they are encoded.",
+    "mm_encoder_outputs": "Pass image_embeds=output.pooler_output of get_image_features, and image_grid_thw.",
 }
 
 

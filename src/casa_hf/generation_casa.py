@@ -104,6 +104,11 @@ class CasaGenerationMixin(GenerationMixin):
                 images[name] = images[name].cpu()
         places = images.pop("image_positions", None)
         types = model_kwargs.get("mm_token_type_ids")
+        if types is not None and not past and types.shape[1] != prompt_length:
+            raise ValueError(
+                f"mm_token_type_ids has shape {tuple(types.shape)}; expected one entry for each of the prompt's "
+                f"{prompt_length} tokens (0 where no image is)."
+            )
         if places is None and (images or embeds is None):
             ids = input_ids if input_ids is not None and input_ids.shape[1] == prompt_length else None
             found = image_tokens(self.config, ids, embeds, self.get_input_embeddings(), types)

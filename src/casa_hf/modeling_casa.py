@@ -840,10 +840,11 @@ class CasaModel(CasaPreTrainedModel):
                 )
         elif image_positions is not None or (image_grid_thw is not None and len(image_grid_thw)):
             # Beside a filled cache, grids are left over from the prompt, unless a new image is announced.
-            left_over = image_positions is None and cache is not None and int(cache.get_seq_length()) > 0
+            past = 0 if cache is None else int(cache.get_seq_length())
+            left_over = image_positions is None and past > 0
             if left_over and text_shape[1] > 1:
                 types = mm_token_type_ids
-                if types is not None and types.shape != text_shape:
+                if types is not None and types.shape[1] not in (text_shape[1], past + text_shape[1]):
                     types = None  # left over too
                 left_over = not self._image_tokens(input_ids, inputs_embeds, types, token_mask).any()
             if not left_over:
