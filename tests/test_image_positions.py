@@ -251,7 +251,8 @@ def test_no_images_may_be_empty_tensors():
     pixels = image_inputs([A])["pixel_values"]
     inputs = {**batch(row), "pixel_values": pixels[:0], "image_grid_thw": torch.zeros(0, 3, dtype=torch.long)}
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, model(**batch(row)).logits)
+        for more in ({}, {"image_positions": torch.zeros(0, 2, dtype=torch.long)}):
+            assert torch.equal(model(**inputs, **more).logits, model(**batch(row)).logits)
         only_grid = {name: value for name, value in inputs.items() if name != "pixel_values"}
         assert torch.equal(model(**only_grid).logits, model(**batch(row)).logits)
     for settings in ({}, {"num_beams": 2}, {"prefill_chunk_size": 2}):

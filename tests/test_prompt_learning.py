@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from casa_hf import CasaForConditionalGeneration
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from tests.helpers_generation import words
 
 peft = pytest.importorskip("peft")
@@ -65,6 +65,19 @@ def test_text(casa_folder: Path, kind: str, call: str) -> None:
     assert produced[0, -6:].tolist() == expected
     with model.disable_adapter():
         assert step_by_step(model, ids) != expected, "the prompt changes the answer"
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_text_of_the_processor(casa_folder: Path, kind: str) -> None:
+    """Which comes with token types and without images, in empty tensors."""
+    model, processor = adapted(casa_folder, kind), CasaProcessor.from_pretrained(casa_folder)
+    inputs = processor(text=["hello", "good day"], padding=True, return_tensors="pt")
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert inputs.keys() > text.keys() and not len(inputs["pixel_values"])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**text).logits)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **settings), model.generate(**text, **settings))
 
 
 def picture(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

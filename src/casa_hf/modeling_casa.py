@@ -822,6 +822,8 @@ class CasaModel(CasaPreTrainedModel):
         deepstack: tuple[torch.Tensor, ...] = ()
         gist_ids = self.config.gist_token_ids
         content = image_embeds if pixel_values is None else pixel_values
+        if content is not None and image_grid_thw is not None and not len(content) and not len(image_grid_thw):
+            content = None  # a batch without images may carry empty tensors
         if content is not None:
             grids = self._check_grids(image_grid_thw)
             types = self._new_token_types(mm_token_type_ids, text_shape, cache)
@@ -830,15 +832,14 @@ class CasaModel(CasaPreTrainedModel):
             if isinstance(given_mask, torch.Tensor) and given_mask.ndim == 2:
                 valid = given_mask[:, -text_shape[1] :].bool()
             rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, valid)
-            if len(grids) or len(content):  # a batch without images may carry empty tensors
-                images = self._place_images(rows, indices, grids, types, text_shape)
-                images = images.to(inputs_embeds.device)
-                recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
-                image_states, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
-                image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
-                    self.config.text_config.hidden_size, dim=-1
-                )
-        elif image_positions is not None or (image_grid_thw is not None and len(image_grid_thw)):
+            images = self._place_images(rows, indices, grids, types, text_shape)
+            images = images.to(inputs_embeds.device)
+            recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
+            image_states, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
+            image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
+                self.config.text_config.hidden_size, dim=-1
+            )
+        elif any(given is not None and len(given) for given in (image_positions, image_grid_thw)):
             # Beside a filled cache, grids are left over from the prompt, unless a new image is announced.
             past = 0 if cache is None else int(cache.get_seq_length())
             left_over = image_positions is None and past > 0
