@@ -144,6 +144,28 @@ def test_one_picture_of_any_form_needs_no_list(
         answers("cat.jpg")
 
 
+def test_pictures_of_one_message_are_stills_without_a_warning(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    photographs: dict[str, Image.Image],
+    said: list[str],
+) -> None:
+    """After text, and where the turn is read once more."""
+    conversation = Conversation(model, processor)
+    for beams in (1, 2, 2):
+        conversation.ask("And these?", [*photographs.values()], max_new_tokens=2, num_beams=beams)
+    assert not said
+
+
+def test_strings_that_end_an_answer(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+    """Their tokenizer isn't named as an argument that nobody reads, though `generate` hands it to the model."""
+    conversation = Conversation(model, processor)
+    whole = conversation.ask("Hello!", max_new_tokens=NEW_TOKENS)
+    conversation.reset()
+    settings = {"stop_strings": [whole[:3]], "tokenizer": processor.tokenizer}
+    assert whole.startswith(conversation.ask("Hello!", max_new_tokens=NEW_TOKENS, **settings))
+
+
 def test_reset_forgets(
     model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
 ) -> None:

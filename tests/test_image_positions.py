@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from transformers import DynamicCache
 
 from casa_hf import CasaForConditionalGeneration, image_positions
-from tests.conftest import KeptMessages
 from tests.helpers_generation import (
     MAIN,
     VARIANTS,
@@ -47,16 +45,6 @@ def typed(*rows: Row, kind: int = 1) -> dict[str, torch.Tensor]:
         padding = types.shape[1] - len(token_ids(row))
         types[index, [padding + place for place in image_places(row)]] = kind
     return {**inputs, "mm_token_type_ids": types}
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """Messages about images; each is said once, so it is forgotten before."""
-    image_positions.logger.warning_once.cache_clear()
-    handler = KeptMessages()
-    image_positions.logger.addHandler(handler)
-    yield handler.messages
-    image_positions.logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -87,8 +87,8 @@ class Conversation:
             images=images or None,
             add_special_tokens=False,
             return_tensors="pt",
-        ).to(self.model.device)
-        ids = torch.cat([self._ids, inputs["input_ids"]], dim=1)
+        )
+        ids = torch.cat([self._ids, inputs["input_ids"].to(self.model.device)], dim=1)
         shown = self._image_inputs(inputs)
         before, cache = self._cache, self._cache
         if cache is not None:
@@ -145,8 +145,8 @@ class Conversation:
         cache = cache_snapshot(cache)
         past = cache.get_seq_length()
         inputs = dict(images)
-        if "image_positions" in inputs:
-            inputs["image_positions"] = inputs["image_positions"] - torch.tensor([0, past], device=ids.device)
+        if (types := inputs.get("mm_token_type_ids")) is not None:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
         self.model(input_ids=ids[:, past:], logits_to_keep=1, **{"use_cache": True, CACHE: cache}, **inputs)
         return cache
 
@@ -154,12 +154,10 @@ class Conversation:
         """The new images, and where they stand; a mark that the model has written itself is text."""
         if not len(inputs["image_grid_thw"]):
             return {}
-        places = (inputs["input_ids"] == self.model.config.image_token_id).nonzero()
-        places[:, 1] += self._ids.shape[1]
         return {
-            "pixel_values": inputs["pixel_values"],
-            "image_grid_thw": inputs["image_grid_thw"],
-            "image_positions": places,
+            "pixel_values": inputs["pixel_values"].to(self.model.device),
+            "image_grid_thw": inputs["image_grid_thw"],  # looked at on the host, as the types are
+            "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (self._ids.shape[1], 0)),
         }
 
     def _new_text(self, new: dict[str, Any]) -> ChatText:
