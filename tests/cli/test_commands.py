@@ -473,11 +473,13 @@ def test_a_scripted_chat_stops_at_its_first_error(
 
 
 def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_answers: list[str]) -> None:
-    typed = "/fly\n/image nowhere.jpg\nHello!\n/quit\n"
+    typed = f"/fly\n/image nowhere.jpg\nHello!\n/image {CAT}\nWhat \ud83d\nWhat is this?\n/quit\n"
     outcome = cli("chat", casa_folder, *SHORT, stdin=typed, terminal=True)
     assert outcome.code == 0
     assert "error: /fly" in outcome.err and "error: The image 'nowhere.jpg' can't be used" in outcome.err
-    assert outcome.out == f"> > > {chat_answers[0]}\n> "
+    # The picture waits for a message that can be asked.
+    assert "half a character" in outcome.err
+    assert outcome.out == f"> > > {chat_answers[0]}\n> > > {chat_answers[1]}\n> "
 
 
 def test_a_line_with_a_byte_that_is_not_utf_8_is_refused_by_name(casa_folder: Path) -> None:

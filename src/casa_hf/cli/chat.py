@@ -47,8 +47,8 @@ def chat(
             elif command.startswith("/"):
                 raise ValueError(f"{command} is not a command. {CHAT_HELP}")
             else:
-                images, pending = pending, []
-                conversation.ask(line, images, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
+                conversation.ask(line, pending, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
+                pending = []  # now that they are part of what was said
         except EXPLAINED as error:
             # A person can try again; a script must not go on with half of its input.
             if not interactive:
