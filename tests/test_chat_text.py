@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
 from casa_hf.answers import Question, answer_batch
 from casa_hf.chat_text import SAID, message, render_chat, token_ids
+from casa_hf.samples import CAT, COFFEE
 from examples.tiny_source import build_text_tokenizer, build_tokenizer
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -240,6 +241,17 @@ def test_questions_in_a_batch_are_text_too(model: CasaForConditionalGeneration, 
         assert ids[mask].tolist() == expected_ids(processor.tokenizer, *OPENING, *turn(*parts, question.text))
     with pytest.raises(ValueError, match="half a character"):
         answer_batch(model, processor, [Question("fine"), Question("\ud83d")])
+
+
+def test_one_picture_of_a_question_needs_no_list(
+    model: CasaForConditionalGeneration, processor: CasaProcessor
+) -> None:
+    given = [CAT, Image.open(COFFEE)]
+    alone = [Question("What?", picture) for picture in given]
+    listed = [Question("What?", [picture]) for picture in given]
+    answers = answer_batch(model, processor, alone, max_new_tokens=4)
+    assert answers == answer_batch(model, processor, listed, max_new_tokens=4) and len(set(answers)) == 2
+    assert answer_batch(model, processor, []) == []
 
 
 def test_the_processor_itself_counts_control_tokens_unless_told(processor: CasaProcessor) -> None:

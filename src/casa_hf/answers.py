@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .chat_text import message, render_chat
+from .media_casa import pictures_of
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration
@@ -20,11 +22,11 @@ class Question(NamedTuple):
 
     Attributes:
         text: the message.
-        images: pictures, in any form that the processor takes; they come before the text.
+        images: one picture, in any form that the processor takes, or a list of such; they come before the text.
     """
 
     text: str
-    images: Sequence[Any] = ()
+    images: Any = ()
 
 
 def answer_batch(
@@ -40,7 +42,7 @@ def answer_batch(
     Args:
         model: answers.
         processor: the model's.
-        questions: with any number of pictures each, none too.
+        questions: any number, with any number of pictures each.
         sanitize_control_tokens: whether control tokens in the texts are text.
         **generate_kwargs: for `generate`, such as `max_new_tokens`.
 
@@ -50,18 +52,20 @@ def answer_batch(
     Raises:
         ValueError: if the processor refuses a text or a picture.
     """
+    if not questions:
+        return []
+    images = [pictures_of(question.images) for question in questions]
     texts: list[str] = [
         render_chat(
             processor,
-            [message("user", question.text, len(question.images))],
+            [message("user", question.text, len(own))],
             sanitize_control_tokens=sanitize_control_tokens,
         )
-        for question in questions
+        for question, own in zip(questions, images, strict=True)
     ]
-    images = [image for question in questions for image in question.images]
     inputs = processor(
         text=texts,
-        images=images or None,
+        images=list(chain(*images)) or None,
         add_special_tokens=False,
         padding=True,
         padding_side="left",

@@ -91,6 +91,16 @@ def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone:
     assert cli(*again, "--overwrite").code == 1 and lines(answers.read_text("utf-8"))[1] == rows[1]
 
 
+def test_answers_of_an_earlier_run_are_asked_again(cli: Cli, casa_folder: Path, tmp_path: Path, alone: Any) -> None:
+    file = tmp_path / "answers.jsonl"
+    given = [{"prompt": "What?", "image": CAT, "error": "damaged"}, {"prompt": "And?", "answer": "?", "id": 3}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in given), "utf-8")
+    outcome = cli("generate", casa_folder, "--input", file, *SHORT)
+    assert (outcome.code, outcome.err) == (0, "")
+    first, second = {"prompt": "What?", "image": CAT}, {"prompt": "And?", "id": 3}
+    assert lines(outcome.out) == [{**first, "answer": alone("What?", CAT)}, {**second, "answer": alone("And?")}]
+
+
 def test_progress_is_shown_on_a_terminal(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
     prompts = [argument for text in "abc" for argument in ("--prompt", text)]
     outcome = cli("generate", casa_folder, *prompts, "--batch-size", "1", *SHORT, terminal=True)
@@ -127,6 +137,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ("what?", ["line 1", "JSON"]),
         ("[]", ["line 1", "`prompt`"]),
         ('{"prompt": "\\ud83d"}', ["line 1", "ud83d"]),
+        ('{"prompt": "x", "id": "\\ud83d"}', ["line 1", "ud83d"]),
         ('{"prompt": 3}', ["line 1", "`prompt`"]),
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),

@@ -112,8 +112,6 @@ def _answer_all(
                 questions = [each for each in opened if not isinstance(each, ValueError)]
                 answers = iter(
                     answer_batch(*model, questions, max_new_tokens=length, sanitize_control_tokens=sanitize)
-                    if questions
-                    else ()
                 )
                 for row, question in zip(batch, opened, strict=True):
                     is_fault = isinstance(question, ValueError)

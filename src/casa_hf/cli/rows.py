@@ -31,8 +31,9 @@ class Row:
     given: dict[str, Any] = field(default_factory=dict)
 
     def answered(self, **result: str) -> str:
-        """A JSON line: what was given, and its result."""
+        """A JSON line: what was given, and its result in place of an earlier one."""
         given = self.given or {"prompt": self.prompt, "images": list(self.images)}
+        given = {name: value for name, value in given.items() if name not in ("answer", "error")}
         return json.dumps({**given, **result}, ensure_ascii=False)
 
 
@@ -91,7 +92,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
         raise ValueError(f"{place} isn't JSON ({error}).") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError(f'{place} must be an object with a string as `prompt`, such as {{"prompt": "..."}}.')
-    check_text(f"{place}: `prompt`", given["prompt"])
+    check_text(place, json.dumps(given, ensure_ascii=False))  # all of it is written again, with the answer
     if "image" in given and "images" in given:
         raise ValueError(f"{place} has both `image` and `images`; keep one.")
     images = [given["image"]] if "image" in given else given.get("images", [])
