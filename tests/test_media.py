@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +58,10 @@ def test_what_is_not_opaque_is_laid_on_white() -> None:
     expected = colours[..., :3] * opacity + 255 * (1 - opacity)
     for frame in (Image.fromarray(colours), colours, torch.tensor(colours).permute(2, 0, 1) / 255):
         assert np.abs(np.asarray(rgb_picture(frame)) - expected).max() <= 1
+    rich = Image.fromarray(colours)
+    for mode, straight in (("RGBa", rich), ("La", rich.convert("LA"))):
+        seen = np.asarray(rgb_picture(straight.convert(mode))).astype(int)
+        assert np.abs(seen - np.asarray(rgb_picture(straight))).max() <= 2, mode
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([9, 8, 7, 0, 0, 0])
     palette.info["transparency"] = 1
@@ -248,6 +252,15 @@ def test_files_are_named(tmp_path: Path) -> None:
             picture_size(form)
 
 
+@pytest.mark.parametrize("name", ["12:30.png", "a%20b.png", "http:x.png", "data:x,.png", "ü ?.png"])
+def test_a_path_is_no_url(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    Image.fromarray(picture(77)).save(file)
+    with chdir(tmp_path):
+        for form in (file, Path(name), file.as_uri(), str(file), *([] if name.startswith("data:") else [name])):
+            assert rgb_picture(form).size == (64, 48)
+
+
 def test_the_largest_size_can_be_set(tmp_path: Path) -> None:
     form = np.zeros((20, 30, 3), np.uint8)
     Image.fromarray(form).save(tmp_path / "small.png")
@@ -331,6 +344,11 @@ def test_what_a_server_does_is_told() -> None:
                 send(request, 200, cat, Content_Length=str(len(cat)))
             case "/moved":
                 send(request, 302, Location="/cat.jpg")
+            case "/away":
+                assert request.headers["Authorization"].startswith("Basic")
+                send(request, 302, Location="/other")
+            case "/other":  # which may be anybody's
+                send(request, 200 if request.headers["Authorization"] is None else 400, cat)
             case "/loop":
                 send(request, 302, Location=f"/loop?{time.monotonic()}")
             case "/file":
@@ -355,9 +373,9 @@ def test_what_a_server_does_is_told() -> None:
 
     with server(answer) as address:
         secret = address.replace("//", "//me:pass%20word@")
-        for path in ("/cat.jpg", "/ü cat.jpg", "/moved", "/cat.jpg?key=1"):
+        for path in ("/cat.jpg", "/ü cat.jpg", "/%C3%BC%20cat.jpg", "/moved", "/cat.jpg?key=1"):
             assert fetch(address + path) == cat, path
-        assert fetch(f"{secret}/secret") == cat
+        assert fetch(f"{secret}/secret") == fetch(f"{secret}/away") == cat
         odd = address.replace("//", "//me:p@ss@")
         with pytest.raises(ValueError, match="status 401"):  # from this server, not one called ss
             fetch(f"{odd}/secret")
@@ -378,6 +396,13 @@ def test_what_a_server_does_is_told() -> None:
                 rgb_picture(address + path, policy)
         with pytest.raises(ValueError, match=r"^(?!.*pass)"):
             rgb_picture(f"{secret}/broken")
+
+
+def test_the_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cat = CAT.read_bytes()
+    with server(lambda request: send(request, 200, cat if request.path == "http://far.invalid/a" else b"")) as address:
+        monkeypatch.setenv("http_proxy", address)
+        assert fetch("http://far.invalid/a") == cat
 
 
 def test_a_server_that_is_not_there_or_says_nothing() -> None:

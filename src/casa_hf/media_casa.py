@@ -303,16 +303,18 @@ def _found(given: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> bytes 
     """The contents of the file of a picture or video, or the path of one that is here."""
     if isinstance(given, bytes):
         return given
-    given = os.fspath(given)
-    if given.startswith(_URL_SCHEMES):
-        return fetch(given, policy)
-    if given.startswith("data:"):
-        return _from_data_url(given)
-    path = unquote(given.removeprefix("file://")) if given.startswith("file:///") else given
+    path = os.fspath(given)
+    if isinstance(given, str):
+        if given.startswith(_URL_SCHEMES):
+            return fetch(given, policy)
+        if given.startswith("data:"):
+            return _from_data_url(given)
+        if given.startswith("file:///"):
+            path = unquote(given.removeprefix("file://"))
     # In this order: a file may have a name that could be base64. What may not be read isn't looked for either.
     if policy.local_files and os.path.isfile(path):
         return path
-    if _BASE64.fullmatch(given):
+    if isinstance(given, str) and _BASE64.fullmatch(given):
         return base64.b64decode(given)
     if not policy.local_files:
         raise ValueError("paths aren't read (MediaPolicy.local_files=False); give contents: base64, bytes or an image")
@@ -582,7 +584,7 @@ def load_frames(
     """
     check_sampling(fps, num_frames, sample)
     if isinstance(video, (str, os.PathLike, bytes)):
-        return _read_file(_file(video), fps, num_frames, sample, policy)
+        return _read_file(video, fps, num_frames, sample, policy)
     return _choose(list(video), fps, num_frames)
 
 
@@ -608,9 +610,9 @@ def measure_frames(
     """
     check_sampling(fps, num_frames, sample)
     if isinstance(video, (str, os.PathLike, bytes)):
-        clip = _scan_file(_file(video), fps, num_frames, sample, policy)
+        clip = _scan_file(video, fps, num_frames, sample, policy)
         if 0 in clip.size:  # a container that doesn't state it
-            return _read_file(_file(video), fps, num_frames, sample, policy)
+            return _read_file(video, fps, num_frames, sample, policy)
         return [clip.size] * len(clip.moments)
     return _choose(list(video), fps, num_frames)
 
@@ -659,10 +661,6 @@ def _evenly_spaced(available: int, num_frames: int) -> list[int]:
     return [index * available // num_frames for index in range(num_frames)]
 
 
-def _file(video: str | os.PathLike[str] | bytes) -> str | bytes:
-    return video if isinstance(video, bytes) else str(video)
-
-
 @dataclass(frozen=True)
 class _Clip:
     """What the packets of a file say.
@@ -696,7 +694,11 @@ def _pyav(name: str) -> Any:
 
 
 def _read_file(
-    source: str | bytes, fps: float | None, num_frames: int | None, sample: bool, policy: MediaPolicy
+    source: str | os.PathLike[str] | bytes,
+    fps: float | None,
+    num_frames: int | None,
+    sample: bool,
+    policy: MediaPolicy,
 ) -> list[Any]:
     clip = _scan_file(source, fps, num_frames, sample, policy)
     av = _pyav(called(source))
@@ -722,7 +724,11 @@ def _read_file(
 
 
 def _scan_file(
-    source: str | bytes, fps: float | None, num_frames: int | None, sample: bool, policy: MediaPolicy
+    source: str | os.PathLike[str] | bytes,
+    fps: float | None,
+    num_frames: int | None,
+    sample: bool,
+    policy: MediaPolicy,
 ) -> _Clip:
     """Which frames of a file to take, from its packets alone."""
     av = _pyav(called(source))
@@ -744,7 +750,7 @@ def _scan_file(
         raise ValueError(f"The video {called(source)} can't be used: {reason_of(error)}.") from error
 
 
-def _media(source: str | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dict[str, str]]:
+def _media(source: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> tuple[str | BytesIO, dict[str, str]]:
     """What PyAV opens, and its options."""
     found = _found(source, policy)
     if isinstance(found, bytes):
