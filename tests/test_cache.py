@@ -758,3 +758,17 @@ def test_packed_positions_may_be_shared_by_rows():
     shared = model(ids, position_ids=positions, **images).logits
     assert torch.equal(shared, model(ids, position_ids=positions.expand(2, -1), **images).logits)
     assert relative_error(shared[1, 3:], one_shot(model, [D, 8])) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_that_is_added_sees_nothing_of_what_was_before_it(variant):
+    """Nobody passes a mask: the first row never had padding, all that the second one has is padding."""
+    model = new_model(variant)
+    ids, more = torch.randint(5, 50, (1, 9)), torch.randint(5, 50, (2, 4))
+    cache = DynamicCache(config=model.config)
+    model(ids, cache=cache)
+    for layer in cache.layers:
+        layer.append_empty_rows(1)
+    together = model(more, cache=cache).logits
+    assert relative_error(together[1], model(more[1:]).logits[0]) < TOLERANCE
+    assert relative_error(together[0], model(torch.cat([ids, more[:1]], dim=1)).logits[0, -4:]) < TOLERANCE

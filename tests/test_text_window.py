@@ -415,6 +415,39 @@ def test_a_window_stays_closed_after_an_eviction_unless_what_closed_it_is_croppe
     assert joins or torch.equal(group, latest)
 
 
+@pytest.mark.parametrize(
+    ("keep", "sinks", "stays"),
+    [
+        # Slots 5 to 7 are the group's: the tokens that its two images precede, and the delimiter between them.
+        (10, 6, [*range(8), *range(12, 16)]),  # sinks that would end within it end behind it
+        (13, 3, [*range(3), *range(5, 16)]),  # what is recent and would begin within it begins with it
+        (10, 3, [*range(3), *range(9, 16)]),  # both outside: it goes as a whole
+    ],
+)
+def test_delimiters_between_the_images_of_a_group_stay_or_go_together(keep, sinks, stays):
+    model, one = model_of(tiny.casa_config("casa")), tiny.sample("4 2x3 1x2 8", 1)
+    assert [image.position for image in one.images] == [5, 7] and len(one.input_ids) == 16
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([one.input_ids]), cache=cache, **features(one.images))
+    assert model.evict_text(cache, keep, sinks).tolist() == [stays]
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact"])
+def test_rows_without_padding_have_some_when_they_have_forgotten_different_numbers(variant):
+    """Nobody passes a mask, before or after."""
+    model = model_of(tiny.casa_config(variant, casa_image_history="latest"))
+    ids, more = torch.randint(3, 50, (2, 20)), torch.randint(3, 50, (2, 3))
+    cache, keep = DynamicCache(config=model.config), (7, 12)
+    model(ids, cache=cache)
+    assert (model.evict_text(cache, torch.tensor(keep), 2) < 0).sum() == 5
+    together = model(more, cache=cache).logits
+    for row, number in enumerate(keep):
+        alone = DynamicCache(config=model.config)
+        model(ids[row : row + 1], cache=alone)
+        model.evict_text(alone, number, 2)
+        assert error(together[row], model(more[row : row + 1], cache=alone).logits[0]) < TOLERANCE
+
+
 def test_what_cannot_be_evicted_is_refused_and_left_alone():
     model = model_of(tiny.casa_config("casa"))
     cache = DynamicCache(config=model.config)
