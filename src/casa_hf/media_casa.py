@@ -735,9 +735,9 @@ def _scan_file(
     try:
         media, options = _media(source, policy)
         with av.open(media, options=options) as container:
+            stream = video_stream(container)
             packets, broken = _packets(container)
-            times, duration, origin = _frame_times(container.streams.video[0], packets)
-            stream = container.streams.video[0]
+            times, duration, origin = _frame_times(stream, packets)
             period = 1 / float(stream.average_rate or _RAW_STREAM_FPS)
             stated = float(stream.duration * stream.time_base) if stream.duration else 0.0
             size = square_size(stream.codec_context.width, stream.codec_context.height, pixel_aspect(stream))
@@ -765,8 +765,6 @@ def _packets(container: Any) -> tuple[list[tuple[int | None, int]], str]:
     That is empty at the end of the file.
     """
     av = _pyav("")
-    if not container.streams.video:
-        raise ValueError("it has no video stream")
     packets: list[tuple[int | None, int]] = []  # without what is coded in them, which may take gigabytes
     broken = ""
     try:
@@ -829,6 +827,20 @@ def _decode(container: Any, clip: _Clip, policy: MediaPolicy) -> tuple[list[Imag
 
 
 # -------------------------------------------------------------------- what every reader of videos does
+
+
+def video_stream(container: Any) -> Any:
+    """The first video stream of a container.
+
+    Raises:
+        ValueError: if there is none, or there is no decoder for it.
+    """
+    if not container.streams.video:
+        raise ValueError("it has no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("its pictures are coded in a way that isn't known")
+    return stream
 
 
 def decoded(container: Any) -> Iterator[Any]:

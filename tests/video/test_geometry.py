@@ -122,6 +122,14 @@ def test_both_readers_go_on_behind_damage_with_the_same_frames(tmp_path, name, c
     assert numbers(frames)[-2:] == ([52, 54] if at_the_end else [56, 58])
 
 
+def test_a_coding_that_is_not_known_is_named(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 4, 2)
+    clip.write_bytes(clip.read_bytes().replace(b"avc1", b"xyz1"))
+    for read in (load_frames, measure_frames, streamed):
+        with pytest.raises(ValueError, match=r"clip\.mp4' can't be used: its pictures are coded in a way"):
+            read(clip)
+
+
 def test_a_file_without_its_end_is_read_up_to_there(tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", 60, 10, header={"movflags": "faststart"}, g="10")
     clip.write_bytes(clip.read_bytes()[:-600])

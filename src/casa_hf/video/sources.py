@@ -35,6 +35,7 @@ from ..media_casa import (
     rgb_picture,
     shown_url,
     square_size,
+    video_stream,
 )
 from .read_ahead import ReadAhead
 
@@ -426,9 +427,11 @@ class MediaSource(VideoSource):
         except (OSError, ValueError, av.error.FFmpegError) as error:
             reason = reason_of(error)
             raise ValueError(f"The video {self.name!r} can't be used: {reason}.{self._way_out()}") from error
-        if not container.streams.video:
+        try:
+            video_stream(container)
+        except ValueError as error:
             container.close()
-            raise ValueError(f"The video {self.name!r} can't be used: it has no video stream.")
+            raise ValueError(f"The video {self.name!r} can't be used: {error}.") from error
         # Threads work on slices of a frame, PyAV's default: those that each decode a whole one would hold frames back,
         # and lose good ones beside one that is damaged.
         return container
