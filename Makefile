@@ -14,7 +14,8 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo tiny-world tiny-world-table test test-all test-gpu test-oldest test-oldest-torch test-torchao bench
+.PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
+.PHONY: test-torchao bench
 .PHONY: bench-gpu bench-forever bench-captions soak lint quality style clean
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make tiny-world         train a small source that sees, and its CASA form"
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
+	@echo "make test-integrations  TRL, servers, processes side by side, programs as users run them"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
 	@echo "make test-torchao       the tests that need torchao, in an environment with it"
@@ -47,6 +49,9 @@ tiny-world-table: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-integrations: $(VENV)/installed
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "integration and not slow"
 
 test-oldest: $(OLDEST)/installed
 	$(PYTEST) $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)

@@ -79,7 +79,17 @@ def test_attentions_are_counted_by_block():
     assert not model(**batch(ONE)).cross_attentions
 
 
-@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-before", "casa-replace", "exact", "insertion"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "casa",
+        "exact",
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in ("ca-shared", "casa-before", "casa-replace", "insertion")
+        ),
+    ],
+)
 def test_weights_of_attention_are_kept_only_where_they_are_asked_for(variant):
     """Those of each block are freed before the next block begins."""
     model = new_model(variant, attn_implementation="eager")

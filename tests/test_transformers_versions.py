@@ -430,6 +430,7 @@ def test_a_newer_transformers_is_named_once(
         assert f"up to {newest}" in logged[0] and f"{version[0]}.{version[1]}.0.dev0 is installed" in logged[0]
 
 
+@pytest.mark.integration
 def test_a_user_sees_the_warning_once_where_a_model_is_made() -> None:
     program = (
         "import sys, casa_hf\n"

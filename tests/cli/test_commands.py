@@ -352,6 +352,7 @@ def test_generate_runs_in_the_number_format_asked_for(cli: Cli, casa_folder: Pat
     assert cli(*arguments[:-4], "--max-new-tokens", "40", "--device", "cpu", "--dtype", "bfloat16").out != longer.out
 
 
+@pytest.mark.integration
 def test_generate_as_a_process_prints_the_answer_and_nothing_else(casa_folder: Path, answers: dict[str, str]) -> None:
     command = [sys.executable, "-m", "casa_hf", "generate", casa_folder, "--prompt", "What is this?"]
     done = subprocess.run([*command, "--image", CAT, *SHORT], capture_output=True, text=True)
@@ -482,6 +483,7 @@ def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_ans
     assert outcome.out == f"> > > {chat_answers[0]}\n> > > {chat_answers[1]}\n> "
 
 
+@pytest.mark.integration
 def test_a_line_with_a_byte_that_is_not_utf_8_is_refused_by_name(casa_folder: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "casa_hf", "chat", str(casa_folder), *SHORT],

@@ -458,6 +458,7 @@ def test_a_failed_write_leaves_nothing(source_folder, tmp_path):
     assert listing(tmp_path) == []
 
 
+@pytest.mark.integration
 def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(source_folder, casa_folder, tmp_path):
     program = (
         "import os, signal, sys\n"

@@ -18,6 +18,8 @@ from tests.gpu import test_gpu, test_streams
 from tests.kernels import reference_kernels, register_torch_kernel
 from tests.labelled_device import LabelledDevices
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def gpu(devices: LabelledDevices, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

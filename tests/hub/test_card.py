@@ -249,6 +249,7 @@ def test_usage_runs_as_it_is_written(hub: Hub, casa_folder: Path, capsys: pytest
     assert names["output"].tolist() == expected.tolist()
 
 
+@pytest.mark.integration
 def test_usage_with_code_runs_where_casa_hf_is_not(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     """As it is written, in a process of its own that can't import casa_hf."""
     push_checkpoint(casa_folder, REPOSITORY, with_code=True)

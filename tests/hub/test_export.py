@@ -213,6 +213,7 @@ def test_code_that_is_not_there_is_not_promised(hub: Hub, exported: Path, tmp_pa
 # ---------------------------------------------------------------- elsewhere
 
 
+@pytest.mark.integration
 def test_it_loads_from_the_hub_where_casa_hf_is_not(hub: Hub, exported: Path, tmp_path: Path) -> None:
     """From an empty cache, in a process of its own; what that saves carries the code on."""
     push_checkpoint(exported, "me/with-code")

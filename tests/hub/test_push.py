@@ -382,6 +382,7 @@ class Shown(threading.Thread):
                 pass
 
 
+@pytest.mark.integration
 def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Path) -> None:
     """Ctrl-C, while the last weight file is on its way: the command ends without waiting for it.
 

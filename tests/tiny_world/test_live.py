@@ -16,6 +16,8 @@ from examples.tiny_world import live
 from examples.tiny_world.world import split_of
 from tests.tiny_world.reader import areas
 
+pytestmark = pytest.mark.integration
+
 av = pytest.importorskip("av")
 
 FRAME_SECONDS = 0.5

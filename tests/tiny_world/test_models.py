@@ -22,6 +22,8 @@ from examples.tiny_world.protocols import SOURCE, TEXT, Recipe, curriculum, trai
 from examples.tiny_world.training import answers_right, chance, cuts, trapezoid
 from examples.tiny_world.world import KEYS, LESSONS, TASKS, examples, standard_questions
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

@@ -21,6 +21,8 @@ from examples.tiny_world.models import build_tokenizer, source_config, write_sou
 from examples.tiny_world.protocols import Recipe
 from examples.tiny_world.world import TASKS
 
+pytestmark = pytest.mark.integration
+
 SIZES = [f"{task.name} {size}" for task in TASKS.values() for size in task.sizes]
 
 

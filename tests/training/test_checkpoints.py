@@ -310,6 +310,7 @@ def test_a_run_that_is_told_to_end_is_no_finished_one(casa_folder, tmp_path, mon
     assert not (tmp_path / "trained").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_an_interrupted_command_says_how_to_go_on(casa_folder, tmp_path):
     file, checkpoints = tmp_path / "run.yaml", tmp_path / "checkpoints"

@@ -18,6 +18,8 @@ from examples.tiny_source import build_tiny_source
 from tests.conversion.helpers import load_weights
 from tests.training.helpers import load_model
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

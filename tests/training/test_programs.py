@@ -20,6 +20,8 @@ from casa_hf.training import TrainingConfig
 from examples import finetune
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS
 
+pytestmark = pytest.mark.integration
+
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
 CPU = torch.device("cpu")
 

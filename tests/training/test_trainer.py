@@ -394,12 +394,14 @@ def shuffled_table():
     ("data", "accumulated", "saved"),
     [
         (shuffled_table, 1, 7),
-        (Passes, 1, 2),  # in the first pass
-        (Passes, 1, 4),  # at its end
+        pytest.param(Passes, 1, 2, marks=pytest.mark.slow),  # in the first pass
+        pytest.param(Passes, 1, 4, marks=pytest.mark.slow),  # at its end
         (Passes, 1, 7),  # in the second
-        (Passes, 3, 2),  # in the second; each leaves one batch over, whose gradients count in the next
+        pytest.param(
+            Passes, 3, 2, marks=pytest.mark.slow
+        ),  # in the second; each leaves one batch over, whose gradients count in the next
         (Passes, 3, 3),
-        (SizedPasses, 1, 7),
+        pytest.param(SizedPasses, 1, 7, marks=pytest.mark.slow),
         (SizedPasses, 3, 3),
     ],
 )

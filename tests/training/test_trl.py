@@ -23,7 +23,10 @@ pytest.importorskip("trl")
 runs = pytest.importorskip("tests.training.trl_runs")
 
 # PEFT and TRL still use names that Transformers has replaced.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+]
 
 LEARNED = "model.language_model.layers.0.casa_attn.q_proj.weight"
 

@@ -23,7 +23,10 @@ pytest.importorskip("uvicorn")
 from .browser import PROGRAMS, Browser, Tab, find
 from .pages import Listener, encode, events, serving
 
-pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(PROGRAMS)}")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(PROGRAMS)}"),
+]
 
 QUESTION = "Is <img src=x onerror=alert(1)> shown?"
 FRAME_SECONDS = 0.25

@@ -33,6 +33,8 @@ from tests.clips import every_kind, numbers
 
 from .pages import TIMEOUT, Listener, draw_clip, events, request, serving
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
