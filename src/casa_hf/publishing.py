@@ -13,7 +13,6 @@ import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import shorten
 from typing import Literal
@@ -51,6 +50,7 @@ from .modeling_casa import CasaForConditionalGeneration
 from .processing_casa import CasaProcessor
 from .repositories import (
     CARD,
+    WEIGHT_FILES,
     cause_of,
     check_branch_name,
     holds,
@@ -59,6 +59,7 @@ from .repositories import (
     is_of_gateway,
     names_of,
     new_branch,
+    outdated,
     present_card,
     read_json,
     refuse_foreign,
@@ -77,7 +78,6 @@ _CHECKPOINT_FILES = (
     *(KEPT + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)),
     SOURCE_ROWS_FILE,
 )
-_WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
 _AGAIN = "Nothing was published; the same command again sends only what is missing."
 _COMPLETE = "Whether the commit has arrived isn't known; the same command again completes it, or finds it complete."
@@ -509,12 +509,8 @@ def _outdated(api: HfApi, repository: str, info: ModelInfo, contents: set[str]) 
     """Names of files of an earlier version of the checkpoint, which loading the new one might pick up."""
     # Others may have files of such names.
     carries_code = names_code(read_json(api, repository, info, "config.json") or {})
-    code = {file.name for file in modelling_files()} if carries_code else set()
-    return sorted(
-        name
-        for name in names_of(info) - contents
-        if name in code or any(fnmatch(name, pattern) for pattern in (*_CHECKPOINT_FILES, *_WEIGHT_FILES))
-    )
+    code = [file.name for file in modelling_files()] if carries_code else []
+    return outdated(info, contents, [*code, *_CHECKPOINT_FILES, *WEIGHT_FILES])
 
 
 def _commit(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from huggingface_hub.utils.sha import git_hash
 
 from .card_parts import Card, decode_card
 from .checkpoint_files.errors import listed
+from .checkpoint_files.shards import INDEX_FILE, SINGLE_FILE
 from .configuration_casa import CasaConfig
 from .folder_files import parse_json
 from .hub import PresentCard
 from .hub_client import PublishingError, hub_token, limit_waiting
 
 CARD = "README.md"
+WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
 _BRANCH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
@@ -112,6 +115,13 @@ def present_card(api: HfApi, repository: str, info: ModelInfo) -> PresentCard | 
         except Exception:  # of another version, say: then nothing is known about it, as about a card without a model
             config = None
     return PresentCard(readme, config)
+
+
+def outdated(info: ModelInfo, contents: Collection[str], patterns: Collection[str]) -> list[str]:
+    """Names of a repository's files that fit one of the patterns and aren't among the names that are sent."""
+    return sorted(
+        name for name in names_of(info) - set(contents) if any(fnmatch(name, pattern) for pattern in patterns)
+    )
 
 
 def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[ModelInfo, bool]:

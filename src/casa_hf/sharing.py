@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError
 
 from .card_parts import Card, decode_card, union
@@ -25,11 +26,13 @@ from .modeling_casa import CasaForConditionalGeneration as _Model
 from .processing_casa import CasaProcessor as _Processor
 from .repositories import (
     CARD,
+    WEIGHT_FILES,
     check_repository,
     client,
     is_conflict,
     names_of,
     new_branch,
+    outdated,
     present_card,
     read_json,
     refuse_foreign,
@@ -79,7 +82,8 @@ class _Publishing:
 
         The one step that `push_to_hub` and `save_pretrained(push_to_hub=True)` share. What is written into the
         repository's card during the upload is kept too: the commit says which one it follows, and is made anew where
-        another came first. A branch that doesn't exist is made for it, and removed if it is refused.
+        another came first. Weights of an earlier push that new ones don't replace go. A branch that doesn't exist is
+        made for it, and removed if it is refused.
         """
         folder, api = Path(working_dir), client(token)
         names = _modified_files(folder, files_timestamps)
@@ -93,11 +97,16 @@ class _Publishing:
             if card is not None:
                 (folder / CARD).write_text(card, "utf-8")
                 additions.append(CommitOperationAdd(CARD, card.encode()))
+            # Of weights in one file and in several, those in one would be loaded, new or old.
+            brings_weights = any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES)
+            saved = [file.name for file in folder.iterdir()]
+            removed = outdated(info, saved, WEIGHT_FILES) if brings_weights else []
+            operations = [*additions, *map(CommitOperationDelete, removed)]
 
-            def commit(additions: list[CommitOperationAdd] = additions, parent: str | None = info.sha) -> Any:
+            def commit(operations: list[Any] = operations, parent: str | None = info.sha) -> Any:
                 return api.create_commit(
                     repo_id,
-                    additions,
+                    operations,
                     commit_message=commit_message or f"Upload {type(self).__name__}",
                     commit_description=commit_description,
                     create_pr=create_pr,

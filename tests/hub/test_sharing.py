@@ -166,6 +166,21 @@ def test_a_broken_card_on_the_default_branch(hub: Hub, model: Any, processor: An
             each.push_to_hub(NAME, revision="v2")
 
 
+@pytest.mark.parametrize("sizes", [("50GB", "500KB"), ("500KB", "50GB")], ids=["one file first", "shards first"])
+def test_weights_of_an_earlier_push_go(hub: Hub, model: Any, processor: Any, sizes: tuple[str, str]) -> None:
+    """Else Transformers might load them; files of others, and weights beside a processor, stay."""
+    model.push_to_hub(NAME, max_shard_size=sizes[0])
+    hub.files(NAME)["adapter_model.safetensors"] = b"x"
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.push_to_hub(NAME, max_shard_size=sizes[1])
+    processor.push_to_hub(NAME)
+    loaded = CasaForConditionalGeneration.from_pretrained(NAME)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert ("model.safetensors" in hub.files(NAME)) != ("model.safetensors.index.json" in hub.files(NAME))
+    assert "adapter_model.safetensors" in hub.files(NAME)
+
+
 def test_pull_requests(hub: Hub, model: Any, processor: Any) -> None:
     """To a repository of somebody else, which stays as it is; another push goes on with the request."""
     theirs = "somebody/casa"
