@@ -448,6 +448,20 @@ def test_rows_without_padding_have_some_when_they_have_forgotten_different_numbe
         assert error(together[row], model(more[row : row + 1], cache=alone).logits[0]) < TOLERANCE
 
 
+def test_a_row_without_an_image_has_none_after_an_eviction():
+    """So the other row's image alone says how far the cache can be cropped."""
+    model, one = model_of(tiny.casa_config("casa")), tiny.sample("1 2x3 17", 1)
+    width = len(one.input_ids)
+    ids, mask = torch.tensor([one.input_ids, [9] * width]), torch.ones(2, width, dtype=torch.long)
+    mask[1, :-3] = 0
+    cache = DynamicCache(config=model.config)
+    places = torch.tensor([[0, one.images[0].position]])
+    model(ids, attention_mask=mask, image_positions=places, cache=cache, **features(one.images))
+    assert model.evict_text(cache, 12, 4) is not None
+    cache.crop(-5)  # more than the text of the second row, which is padded by 9, and not the image of the first
+    assert cache.get_seq_length() == 7
+
+
 def test_what_cannot_be_evicted_is_refused_and_left_alone():
     model = model_of(tiny.casa_config("casa"))
     cache = DynamicCache(config=model.config)
