@@ -106,6 +106,19 @@ def test_files_that_come_into_a_folder_to_overwrite(tmp_path, empty):
     assert empty or content(target) == "newer"
 
 
+def test_a_link_stays_and_its_place_is_filled(tmp_path):
+    """Once where nothing is yet, then in place of what is there; as the link says it, relative to where it is."""
+    (tmp_path / "disk").mkdir()
+    link, place = tmp_path / "casa", tmp_path / "disk" / "casa"
+    link.symlink_to("disk/casa")
+    fill(check_target(link, False), "old")
+    with pytest.raises(ConversionError, match=f"{place} exists"):
+        check_target(link, False)
+    fill(check_target(link, True), "new")
+    assert link.is_symlink() and not place.is_symlink() and content(place) == "new"
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["casa"], "it was filled there"
+
+
 def test_names_that_are_taken(tmp_path):
     fill(check_target(tmp_path / "casa-2", False), "another")
     with pytest.raises(ConversionError, match="casa-3;"):

@@ -52,9 +52,13 @@ def check_distinct(source: Path, target: Path) -> None:
 def check_target(target: Path, overwrite: bool) -> Destination:
     """Look at a destination, and take away what a process that was killed has left there.
 
+    Of a symbolic link the destination is the place that it leads to; the link stays.
+
     Raises:
         ConversionError: if it can't be written, or mustn't be.
     """
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     parent = next(parent for parent in target.parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise ConversionError(f"{parent} is not a folder, so {target} can't be made. Choose another output folder.")
