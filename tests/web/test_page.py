@@ -441,6 +441,21 @@ def test_half_a_request_is_given_up(make_stream: Callable[[], CasaStream], monke
         assert page.until_answer()[-1].data["kind"] == "answered"
 
 
+def test_a_request_that_is_broken_off_is_no_error(
+    make_stream: Callable[[], CasaStream], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A page that is closed while it asks."""
+    head = b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    with serving(make_stream(), open_video(pictures(), fps=2)) as server:
+        place = urlsplit(server.url)
+        with socket.create_connection((place.hostname, place.port), TIMEOUT) as connection:
+            connection.sendall(head)
+            assert request(server.url, "GET", "/page.js")[0] == 200  # by now the server waits for the rest
+        for _ in range(2):
+            assert request(server.url, "GET", "/page.js")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_video_comes_in_pieces(
     make_stream: Callable[[], CasaStream], clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -210,6 +210,8 @@ async def _command(request: Request, act: Callable[[dict[str, Any]], None]) -> R
                 body += chunk
                 if len(body) > _MAX_BODY_BYTES:
                     return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes.")
+    except ClientDisconnect:  # a page that was closed; nobody hears the answer
+        return _refusal(400, "The request was broken off.")
     except TimeoutError:
         return _refusal(408, f"The request didn't come within {_BODY_SECONDS:g} s.")
     try:
