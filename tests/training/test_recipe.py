@@ -462,6 +462,7 @@ def test_the_command(settings, tmp_path, capsys):
         ({"max_pixels": True}, ["max_pixels=True must be an integer."]),
         ({"weight_decay": "none"}, ["weight_decay='none'"]),
         ({"seed": -1}, ["seed=-1"]),
+        ({"seed": 2**32}, ["seed=4294967296", "4294967295"]),
         ({"data": 3}, ["data=3", "a string"]),
         ({"data": [{"path": "a", "weight": "much"}]}, ["weight of a='much'", "a number"]),
         ({"resume": True, "save_only_model": True}, ["resume", "save_only_model"]),
@@ -587,9 +588,10 @@ def test_numbers_in_yaml(tmp_path, settings):
     file.write_text(yaml.safe_dump({**settings, "data": None}) + "data: [{path: a, weight: 1e-1}, {path: b}]")
     file.write_text(file.read_text().replace("data: null\n", ""))
     assert TrainingConfig.from_yaml(file).data == [{"path": "a", "weight": 0.1}, {"path": "b"}]
-    file.write_text("model: [")
-    with pytest.raises(ValueError, match="isn't valid YAML"):
-        TrainingConfig.from_yaml(file)
+    for broken in ("model: [", "output: 2026-02-30"):  # a date that isn't one
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=f"{file.name} isn't valid YAML"):
+            TrainingConfig.from_yaml(file)
     file.write_text("- model")
     with pytest.raises(ValueError, match="list; expected a mapping"):
         TrainingConfig.from_yaml(file)

@@ -136,7 +136,7 @@ class TrainingConfig:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         MediaPolicy.of(self.media_policy)  # or says what is wrong with it
-        check_number("seed", self.seed, int, lambda number: number >= 0, "an integer of 0 or more")
+        check_number("seed", self.seed, int, lambda number: 0 <= number < 2**32, "an integer from 0 to 4294967295")
         for name in ("lr_new", "lr_existing", "num_train_epochs"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))

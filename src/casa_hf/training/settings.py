@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from transformers.hf_argparser import string_to_bool
 
+from ..checks import shown
+
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list"}
 
 
@@ -40,7 +42,7 @@ def read_yaml(text: str, name: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # a safe loader
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of a date that isn't one
         raise ValueError(f"{name} isn't valid YAML: {error}") from error
 
 
@@ -97,7 +99,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
             except (TypeError, ArgumentTypeError):
                 continue
     expected = [_expected(kind) for kind in kinds if kind is not NoneType]
-    raise ValueError(f"{name}={value!r} must be {' or '.join(dict.fromkeys(expected))}.")
+    raise ValueError(f"{name}={shown(value)} must be {' or '.join(dict.fromkeys(expected))}.")
 
 
 def _as_it_is(name: str, value: Any, kind: Any) -> Any:
