@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation
 from tests.helpers_generation import words
 
 peft = pytest.importorskip("peft")
@@ -109,3 +109,10 @@ def test_images_behind_a_prompt_are_refused(casa_folder: Path, kind: str, typed:
         images["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     with pytest.raises(ValueError, match=r"one entry per new token.*learned prompt.*Use prefix tuning or LoRA"):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_conversation_behind_a_prompt_is_refused(casa_folder: Path, kind: str) -> None:
+    """Its second turn was answered as if the prompt stood between the turns, or as if there had been no first one."""
+    with pytest.raises(NotImplementedError, match="learned prompt before every turn.*Use LoRA"):
+        Conversation(adapted(casa_folder, kind), CasaProcessor.from_pretrained(casa_folder))

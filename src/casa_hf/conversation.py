@@ -44,6 +44,9 @@ class Conversation:
         processor: the model's.
         sanitize_control_tokens: whether control tokens and marks of images in messages are text like any other. False
             lets them count.
+
+    Raises:
+        NotImplementedError: for a model with a prompt that PEFT has learned, which it puts before every turn anew.
     """
 
     def __init__(
@@ -53,6 +56,13 @@ class Conversation:
         *,
         sanitize_control_tokens: bool = True,
     ):
+        learned = getattr(model, "active_peft_config", None)
+        if getattr(learned, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"{type(learned).__name__}: PEFT puts a learned prompt before every turn anew, so that later ones would "
+                "be answered otherwise than if all were read at once. Use LoRA, or call model.generate with everything "
+                "that was said."
+            )
         self.model = model
         self.processor = processor
         self.sanitize_control_tokens = sanitize_control_tokens
