@@ -59,9 +59,9 @@ class Conversation:
         learned = getattr(model, "active_peft_config", None)
         if getattr(learned, "is_prompt_learning", False):
             raise NotImplementedError(
-                f"{type(learned).__name__}: PEFT puts a learned prompt before every turn anew, so that later ones would "
-                "be answered otherwise than if all were read at once. Use LoRA, or call model.generate with everything "
-                "that was said."
+                f"{type(learned).__name__}: PEFT puts a learned prompt before every turn anew, so that later ones "
+                "would be answered otherwise than if all were read at once. Use LoRA, or call model.generate with "
+                "everything that was said."
             )
         self.model = model
         self.processor = processor
