@@ -700,10 +700,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"image_embeds": torch.zeros(3, 64), "image_grid_thw": torch.tensor([B.grid])},
         r"image_embeds has shape \(3, 64\).*needs \(2, 64\).*get_image_features",
     ),
-    "no features": (
-        {"image_embeds": [], "image_grid_thw": torch.zeros(0, 3, dtype=torch.long)},
-        "1 image marks .token 61. but 0 images",
-    ),
 }
 
 
