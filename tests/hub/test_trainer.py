@@ -185,6 +185,21 @@ def test_the_figures_of_a_run_are_in_our_part(hub: Hub, casa_folder: Path, tmp_p
     assert not push_checkpoint(tmp_path / "third", name).changed
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_a_link_out_of_the_output_folder_is_not_sent(
+    hub: Hub, casa_folder: Path, tmp_path: Path, strategy: str
+) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1} if strategy == "every_save" else {}
+    trainer = casa_trainer(casa_folder, tmp_path / "out", hub_strategy=strategy, **saves)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "notes.txt").symlink_to(tmp_path / "secret")
+    push = trainer.train if saves else trainer.push_to_hub
+    with pytest.raises(PublishingError, match=r"'notes\.txt' leads out of"):
+        push()
+    assert "notes.txt" not in hub.files("me/trained")
+
+
 def test_another_model_stays(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
     hub.create("me/trained", files={"config.json": b'{"model_type": "llama"}'})
     with pytest.raises(ValueError, match="me/trained is taken: it holds a model of type 'llama'"):

@@ -25,8 +25,9 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput,
 
 from ..card_parts import Card, decode_card, union
 from ..configuration_casa import CasaConfig
+from ..folder_files import own_file
 from ..hub import published_card, training_procedure
-from ..publishing import explained
+from ..publishing import PublishingError, explained
 from ..repositories import CARD, check_branch_name, client, new_branch, present_card, refuse_foreign, repository_info
 from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
@@ -378,8 +379,15 @@ class CasaTrainer(Trainer):
 
     @contextmanager
     def _branch(self, token: str | None = None, revision: str | None = None) -> Iterator[None]:
-        """Where a push goes, made if need be: the base class would fail without it, at the end of the training."""
+        """Where a push goes, made if need be: the base class would fail without it, at the end of the training.
+
+        The base class sends all that is in the output folder; a link there that leads elsewhere is refused.
+        """
         revision = self.args.hub_revision if revision is None else revision
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            for file in folder.rglob("*"):
+                own_file(folder, file.relative_to(folder), PublishingError)
         if revision is None or not self.is_world_process_zero():
             yield
             return
