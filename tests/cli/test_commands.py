@@ -87,7 +87,7 @@ def test_convert_calls_nothing_untrained_that_needs_no_training(cli: Cli, source
 def test_convert_replaces_only_when_told_to(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
     assert cli("convert", source_folder, tmp_path / "casa").code == 0
     outcome = cli("convert", source_folder, tmp_path / "casa", "--variant", "ca")
-    assert outcome.failed_with_one_line(str(tmp_path / "casa"), "overwrite")
+    assert outcome.refused("OUTPUT", str(tmp_path / "casa"), "--overwrite")
     assert variant_of(tmp_path / "casa") == "window"
     assert cli("convert", source_folder, tmp_path / "casa", "--variant", "ca", "--overwrite").code == 0
     assert variant_of(tmp_path / "casa") == "image"
@@ -293,7 +293,7 @@ def test_inspect_tells_which_images_are_never_freed(cli: Cli, source_folder: Pat
 
 def test_inspect_fails_in_one_line(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
     assert cli("inspect", tmp_path / "nowhere").refused(str(tmp_path / "nowhere"))
-    assert cli("inspect", source_folder).failed_with_one_line("qwen2_5_vl", "casa-hf convert")
+    assert cli("inspect", source_folder).refused("qwen2_5_vl", "casa-hf convert")
 
 
 # ---------------------------------------------------------------- generate

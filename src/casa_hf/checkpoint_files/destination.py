@@ -43,10 +43,26 @@ class Destination:
     replaces: tuple[int, int, int] | None = None
 
 
-def check_distinct(source: Path, target: Path) -> None:
-    resolved = source.resolve()
-    if target.resolve() in (resolved, *resolved.parents):
-        raise ConversionError(f"The output {target} would replace the source {source}. Choose another output folder.")
+def check_output(output: str | os.PathLike, overwrite: bool, *sources: str | os.PathLike | None) -> Destination:
+    """Look at the destination of a conversion, which mustn't be one of its sources; see `check_target`.
+
+    Args:
+        output: folder to make.
+        overwrite: whether a checkpoint there may be replaced.
+        *sources: folders, Hub ids and None.
+
+    Raises:
+        ConversionError: if it can't be written, or mustn't be.
+    """
+    target = Path(os.path.abspath(output))
+    for source in sources:
+        if source is not None and os.path.isdir(source):
+            resolved = Path(source).resolve()
+            if target.resolve() in (resolved, *resolved.parents):
+                raise ConversionError(
+                    f"The output {target} would replace the source {source}. Choose another output folder."
+                )
+    return check_target(target, overwrite)
 
 
 def check_target(target: Path, overwrite: bool) -> Destination:

@@ -115,6 +115,7 @@ def convert(
     if gate == "none":
         design["casa_gate"] = None
     quiet_unless_terminal()
+    from ..checkpoint_files.destination import check_output
     from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
 
     weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
@@ -125,6 +126,8 @@ def convert(
                 plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
             )
         return
+    with wrong_value("OUTPUT"):
+        check_output(output, overwrite, source, vision_from)
     with wrong_value(**_OPTIONS), progress_bar("Writing weights") as progress:
         weights |= {"overwrite": overwrite, "progress": progress}
         if to_source:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import existing
+from .options import casa_folder, existing
 
 if TYPE_CHECKING:
     from ..conversion import CheckpointSummary
 
 
 def inspect(
-    path: Annotated[Path, existing("folder", help="Folder of a checkpoint.", show_default=False)],
+    path: Annotated[
+        Path, existing("folder", callback=casa_folder, help="Folder of a CASA checkpoint.", show_default=False)
+    ],
 ) -> None:
     """Show what a CASA checkpoint is made of and what it costs to run, without loading its weights."""
     from rich.filesize import decimal

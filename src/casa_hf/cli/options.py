@@ -159,6 +159,16 @@ def valid_text(given: str | list[str] | None) -> str | list[str] | None:
     return given
 
 
+def casa_folder(path: Path) -> Path:
+    """The folder of a CASA checkpoint.
+
+    Raises:
+        BadParameter: if it holds another kind of checkpoint.
+    """
+    check_is_casa(path, str(path))
+    return path
+
+
 @contextmanager
 def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
     """What the library refuses within is a wrong value, which ends in exit code 2 and names options as they are typed.

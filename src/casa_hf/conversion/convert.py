@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..checkpoint_files.destination import check_distinct, check_target, new_folder
+from ..checkpoint_files.destination import check_output, new_folder
 from ..checkpoint_files.errors import ConversionError, one_line
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
@@ -181,11 +181,7 @@ def convert_checkpoint(
             option that can't be used. The message is one line that says what to do.
         ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
-    target = Path(os.path.abspath(output))
-    for given in (source, vision_from):
-        if given is not None and os.path.isdir(given):
-            check_distinct(Path(given), target)
-    destination = check_target(target, overwrite)
+    destination = check_output(output, overwrite, source, vision_from)
     prepared = _prepare(source, variant, design, vision_from, dtype, revision, max_pixels, max_shard_size)
     plan, config = prepared.plan, prepared.config
     code = dtype_code(dtype)
@@ -225,7 +221,7 @@ def convert_checkpoint(
         if with_code:
             add_code(new)
         check_small_files(prepared.small_files)
-    return ConversionReport.of(plan, target)
+    return ConversionReport.of(plan, Path(os.path.abspath(output)))
 
 
 def plan_conversion(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint_files.destination import check_distinct, check_target, new_folder
+from ..checkpoint_files.destination import check_output, new_folder
 from ..checkpoint_files.errors import ConversionError
 from ..checkpoint_files.shards import (
     PlannedTensor,
@@ -69,9 +69,7 @@ def convert_to_source(
             can't be used.
     """
     target = Path(os.path.abspath(output))
-    if os.path.isdir(casa):
-        check_distinct(Path(casa), target)
-    destination = check_target(target, overwrite)
+    destination = check_output(target, overwrite, casa)
     plan, folder, config, small_files = _prepare(casa, dtype, revision, max_shard_size)
     with new_folder(destination, plan.num_bytes) as new:
         plan.config.save_pretrained(new)
