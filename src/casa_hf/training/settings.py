@@ -30,6 +30,22 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str, name: str) -> Any:
+    """What a YAML document holds.
+
+    Args:
+        text: of the document.
+        name: what to call it in errors.
+
+    Raises:
+        ValueError: if it isn't YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a safe loader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of a date that isn't one
+        raise ValueError(f"{name} isn't valid YAML: {error}") from error
+
+
 def read_yaml_file(file: str | os.PathLike) -> Any:
     """What a YAML file holds.
 
@@ -38,11 +54,10 @@ def read_yaml_file(file: str | os.PathLike) -> Any:
         OSError: if it can't be read.
     """
     try:
-        return yaml.load(Path(file).read_text("utf-8"), _Loader)  # a safe loader
+        text = Path(file).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} isn't text in UTF-8: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of a date that isn't one
-        raise ValueError(f"{file} isn't valid YAML: {error}") from error
+    return read_yaml(text, str(file))
 
 
 def check_name(name: Any, known: Iterable[str], refusal: str) -> None:
