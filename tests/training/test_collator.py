@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -70,6 +72,30 @@ def test_the_text_index_stands_for_four_rows_of_positions(processor, casa_folder
     four_rows = batch["position_ids"].expand(4, -1, -1)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, model(**{**batch, "position_ids": four_rows}).logits)
+
+
+def test_one_packed_row_anywhere_in_a_batch_is_enough_for_an_index(processor):
+    batch = CasaDataCollator(processor, always_image=False)([TEXT_ONLY[:1], TEXT_ONLY])
+    own = [len(CasaDataCollator(processor, always_image=False)([example])["input_ids"][0]) for example in TEXT_ONLY]
+    assert batch["position_ids"][1].tolist() == [*range(own[0]), *range(own[1])]
+
+
+def test_the_unseen_image_goes_to_the_shortest_row(processor):
+    """Its tokens make the batch no longer."""
+    long = ask("What do you see? Say all of it, in as many words as you can find, and then say it again.", "Nothing.")
+    plain = CasaDataCollator(processor, always_image=False)([long, *TEXT_ONLY])
+    batch = CasaDataCollator(processor)([long, *TEXT_ONLY])
+    assert len(batch["image_grid_thw"]) == 1 and batch["input_ids"].shape == plain["input_ids"].shape
+    added = (batch["attention_mask"] - plain["attention_mask"]).sum(1)
+    assert (added > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 8, 64])
+def test_the_length_of_a_batch_is_a_multiple(processor, multiple):
+    plain = CasaDataCollator(processor, always_image=False)(TEXT_ONLY)["input_ids"]
+    padded = CasaDataCollator(processor, always_image=False, pad_to_multiple_of=multiple)(TEXT_ONLY)["input_ids"]
+    assert padded.shape[1] == math.ceil(plain.shape[1] / multiple) * multiple
+    assert torch.equal(padded[:, : plain.shape[1]], plain)
 
 
 # ---------------------------------------------------------------- batches without images
