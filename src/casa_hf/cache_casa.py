@@ -368,9 +368,7 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
             self.cumulative_length.fill_(length)
         for slots, new in changes:
             for slot, tensor in zip(slots, new, strict=True):
-                num_kept = tensor.shape[2]
-                slot[:, :, :num_kept].copy_(tensor)
-                slot[:, :, num_kept:].zero_()
+                slot[:, :, : tensor.shape[2]].copy_(tensor)  # what is behind is seen by nobody, and written over
 
     def _slots(self, name: str, like: torch.Tensor, number: int) -> KeysValues:
         """Zeroed keys/values for a number of slots, or those that are there."""
