@@ -63,9 +63,30 @@ def answer_batch(
         )
         for question, own in zip(questions, images, strict=True)
     ]
+    return answer_prompts(model, processor, texts, list(chain(*images)), **generate_kwargs)
+
+
+def answer_prompts(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    prompts: list[str],
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    **generate_kwargs: Any,
+) -> list[str]:
+    """What the model says after each prompt.
+
+    Args:
+        model: answers.
+        processor: the model's.
+        prompts: as the chat template writes them.
+        images, videos: of all prompts, in any form that the processor takes.
+        **generate_kwargs: for `generate`.
+    """
     inputs = processor(
-        text=texts,
-        images=list(chain(*images)) or None,
+        text=prompts,
+        images=images or None,
+        videos=videos or None,
         add_special_tokens=False,
         padding=True,
         padding_side="left",

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..answers import answer_prompts
 from .samples import Dialogue
 
 if TYPE_CHECKING:
@@ -40,22 +39,13 @@ def generate_answers(
             questions = [Dialogue.of(example).question()[0] for example in examples[start : start + batch_size]]
             images = [image for question in questions for image in question.images]
             videos = [question.videos for question in questions]
-            inputs = processor(
-                text=[
-                    processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
-                    for question in questions
-                ],
-                images=images or None,
-                videos=videos if any(videos) else None,
-                add_special_tokens=False,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            ).to(model.device)
-            with torch.no_grad():
-                output = model.generate(**inputs, **generate_kwargs)
-            new = output[:, inputs["input_ids"].shape[1] :]
-            answers += processor.batch_decode(new, skip_special_tokens=True)
+            prompts = [
+                processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
+                for question in questions
+            ]
+            answers += answer_prompts(
+                model, processor, prompts, images, videos if any(videos) else (), **generate_kwargs
+            )
     finally:
         model.train(was_training)
     return [answer.strip() for answer in answers]
