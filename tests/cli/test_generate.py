@@ -87,6 +87,10 @@ def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone:
     before = answers.read_bytes()
     again = ("generate", casa_folder, "--input", file, "--output", answers, *SHORT)
     assert cli(*again).refused("--output", "exists", "--overwrite")
+    # The questions stay, whatever happens on the way to their answers.
+    assert cli("generate", casa_folder, "--input", file, "--output", file, "--overwrite").refused(
+        "--output", str(file)
+    )
     assert answers.read_bytes() == before
     assert cli(*again, "--overwrite").code == 1 and lines(answers.read_text("utf-8"))[1] == rows[1]
 

@@ -274,10 +274,10 @@ def caption(
         )
     late = late or (Late.DROP if real_time else Late.WAIT)
     outs = out or []
-    with wrong_value("--out"):
+    with wrong_value("--out", overwrite="--overwrite"):
         for path in outs:
             check_output(path, WRITERS, overwrite, video.files)
-    with wrong_value("--overlay"):
+    with wrong_value("--overlay", overwrite="--overwrite"):
         picture = None if overlay is None else Overlay(video, overlay, font=font, overwrite=overwrite)
     resolved = [path.resolve() for path in outs]
     for path, place in zip(outs, resolved, strict=True):

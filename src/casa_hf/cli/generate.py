@@ -82,10 +82,11 @@ def generate(
     single = len(rows) == 1 and input is None and output is None
     if stream and not single:
         raise typer.BadParameter("it is for one prompt whose answer is printed.", param_hint="--stream")
-    if output is not None and output.exists() and not overwrite:
-        raise typer.BadParameter(f"{output} exists. Choose another name, or add --overwrite.", param_hint="--output")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"There is no folder {output.absolute().parent}.", param_hint="--output")
+    if output is not None:
+        from ..subtitles import check_output
+
+        with wrong_value("--output", overwrite="--overwrite"):
+            check_output(output, (output.suffix.lower(),), overwrite, [] if input is None else [input])
     if single:
         images = [open_image(name) for name in rows[0].images]
         conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)

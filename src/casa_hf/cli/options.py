@@ -183,13 +183,13 @@ def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        found = names.search(str(error)) if names else None
-        if names is None or found is None:
-            if option is None:
-                raise
-            raise typer.BadParameter(str(error), param_hint=option) from error
-        message = names.sub(lambda field: _as_typed(field[0], options), str(error))
-        raise typer.BadParameter(message, param_hint=options[found[0].partition("=")[0]]) from error
+        message = str(error)
+        if names and (found := names.search(message)):
+            option = option or options[found[0].partition("=")[0]]
+            message = names.sub(lambda field: _as_typed(field[0], options), message)
+        if option is None:
+            raise
+        raise typer.BadParameter(message, param_hint=option) from error
 
 
 def _as_typed(field: str, options: Mapping[str, str]) -> str:
