@@ -49,13 +49,13 @@ from .attention import (
 from .backbones import BACKBONES
 from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
+from .eviction import KeyRotation, check_history, evict_text
 from .folder_files import own_file
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_positions import FRAME_TYPE, are_tokens, image_tokens, refuse_placeholders, warn_of_untyped_frames
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
-from .text_window import KeyRotation, check_history, evict_text
 from .tower_inputs import tower_inputs
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER

@@ -60,7 +60,7 @@ class KeyRotation:
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
-    def turn(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def rotate(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Keys (batch, heads, length or 1, head_dim), turned in at least float32."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
@@ -261,13 +261,13 @@ def evict_text(
     plan = plan_eviction(state, rules, keep, sinks)
     if plan is None:
         return None
-    turn = rotation() if plan.drops else None
+    moves = rotation() if plan.drops else None
 
     def tables(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return turn.tables(shift) if turn is not None and bool(shift.any()) else None
+        return moves.tables(shift) if moves is not None and bool(shift.any()) else None
 
-    def turned(stored: KeysValues, tables: tuple[torch.Tensor, torch.Tensor] | None) -> KeysValues:
-        return stored._replace(keys=turn.turn(stored.keys, tables)) if turn is not None and tables else stored
+    def rotated(stored: KeysValues, tables: tuple[torch.Tensor, torch.Tensor] | None) -> KeysValues:
+        return stored._replace(keys=moves.rotate(stored.keys, tables)) if moves is not None and tables else stored
 
     text, images = tables(plan.shift), tables(plan.image_shift[:, None])
     window = None if text is None else (text[0][:, plan.text_start :], text[1][:, plan.text_start :])
@@ -275,12 +275,12 @@ def evict_text(
         new = dict(layer.fusion)
         for name, stored in layer.fusion.items():
             if name == "window":
-                new[name] = turned(plan.window(stored), window)
+                new[name] = rotated(plan.window(stored), window)
             elif rules.with_text or name == "update":  # else without positions
-                new[name] = turned(stored, images)
+                new[name] = rotated(stored, images)
         kept = None
         if layer.keys is not None:
-            kept = turned(plan.text(KeysValues(layer.keys, layer.values)), text)
+            kept = rotated(plan.text(KeysValues(layer.keys, layer.values)), text)
         layer.replace_text(kept, new, plan.length)
     cache.layers[0].store_state(plan.state(state.growing()))
     return plan.slots.masked_fill(~plan.valid, -1)

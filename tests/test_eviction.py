@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from casa_hf import CasaForConditionalGeneration
-from casa_hf.text_window import KeyRotation, TextEviction, plan_eviction
+from casa_hf.eviction import KeyRotation, TextEviction, plan_eviction
 from tests import tiny
 from tests.reference import Eviction, Sample, reference_logits
 from tests.test_equalities import FAMILIES, randomised
@@ -200,33 +200,33 @@ def test_any_design_and_any_text(seed):
 
 
 MISTAKES = {
-    "keys stay rotated": ("text_window.KeyRotation.turn", lambda self, keys, tables: keys),
+    "keys stay rotated": ("eviction.KeyRotation.rotate", lambda self, keys, tables: keys),
     "image keys stay rotated": (
-        "text_window.KeyRotation.turn",
-        lambda self, keys, tables, turn=KeyRotation.turn: (
-            keys if tables[0].shape[1] == 1 else turn(self, keys, tables)
+        "eviction.KeyRotation.rotate",
+        lambda self, keys, tables, rotate=KeyRotation.rotate: (
+            keys if tables[0].shape[1] == 1 else rotate(self, keys, tables)
         ),
     ),
     "turned the wrong way": (
-        "text_window.KeyRotation.tables",
+        "eviction.KeyRotation.tables",
         lambda self, shift, tables=KeyRotation.tables: tables(self, -shift),
     ),
     "one sink too many": (
-        "text_window.plan_eviction",
+        "eviction.plan_eviction",
         lambda state, rules, keep, sinks: plan_eviction(state, rules, keep, sinks + 1),
     ),
     "positions go on as before": (
-        "text_window.TextEviction.state",
+        "eviction.TextEviction.state",
         lambda self, state, after=TextEviction.state: replace(after(self, state), next_position=state.next_position),
     ),
     "windows begin one token later": (
-        "text_window.TextEviction.state",
+        "eviction.TextEviction.state",
         lambda self, state, after=TextEviction.state: replace(
             after(self, state), window_start=after(self, state).window_start + 1
         ),
     ),
     "fusion layers keep other text": (
-        "text_window.TextEviction.window",
+        "eviction.TextEviction.window",
         lambda self, stored, window=TextEviction.window: window(
             replace(self, old_text_start=self.old_text_start + 1), stored
         ),
@@ -325,7 +325,7 @@ def test_a_key_that_moves_through_a_window_loses_little():
         stored = turned(positions, keys, dtype)
         at = [stored]
         for _ in range(4):
-            stored = rotation.turn(stored, rotation.tables(torch.full((1, 512), 896)))
+            stored = rotation.rotate(stored, rotation.tables(torch.full((1, 512), 896)))
             at.append(stored)
         true = [turned(positions - 896 * times, keys, torch.float64) for times in range(5)]
         loss[dtype] = [
