@@ -14,12 +14,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import casa_hf
+from casa_hf.hub import CITATION
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "casa_hf"
@@ -46,14 +49,34 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def citation() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+
+
 def requirements(lines: str) -> list[Requirement]:
     return [Requirement(line) for line in lines.splitlines() if line and not line.startswith("#")]
 
 
-def test_version_is_stated_once(metadata: configparser.ConfigParser) -> None:
-    version = metadata["metadata"]["version"]
-    assert casa_hf.__version__ == version
-    assert re.search(rf"^## \[({re.escape(version)}|Unreleased)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+def test_one_version_everywhere(citation: dict[str, Any], wheel: Path) -> None:
+    version = casa_hf.__version__
+    assert wheel.name == f"casa_hf-{version}-py3-none-any.whl"
+    assert str(citation["version"]) == version
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert newest and newest[1] in (version, "Unreleased")
+
+
+def test_the_citation_is_that_of_the_model_cards(citation: dict[str, Any]) -> None:
+    bibtex = CITATION
+    for letter, written in {"ö": '{\\"o}', "é": "{\\'e}"}.items():
+        bibtex = bibtex.replace(written, letter)
+    paper = citation["preferred-citation"]
+    names = (f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    assert f"author = {{{' and '.join(names)}}}," in bibtex
+    assert f"title = {{{paper['title'].replace('CASA', '{CASA}')}}}," in bibtex
+    assert f"year = {{{paper['year']}}}," in bibtex
+    (identifier,) = paper["identifiers"]
+    assert f"eprint = {{{identifier['value'].removeprefix('arXiv:')}}}," in bibtex
 
 
 def test_constraints_pin_a_set_that_setup_cfg_allows(metadata: configparser.ConfigParser) -> None:

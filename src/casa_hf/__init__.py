@@ -22,10 +22,10 @@ from .publishing import PublishingError, push_checkpoint
 from .registration import register
 from .sharing import CasaForConditionalGeneration, CasaProcessor
 from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
+from .version import __version__ as __version__
 
 register()
 
-__version__ = "0.1.0"
 __all__ = [
     "CaptionEvent",
     "CasaConfig",

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..version import __version__
 from .caption import caption
 from .chat import CHAT_HELP, chat
 from .convert import convert
@@ -59,8 +60,8 @@ _add(train)
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
-    found = []
-    for package in ("casa_hf", "transformers", "torch"):
+    found = [f"casa_hf {__version__}"]
+    for package in ("transformers", "torch"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
