@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
+from casa_hf import PublishingError
 from casa_hf.conversion import ConversionError, inspect_checkpoint, plan_conversion, plan_to_source
 from casa_hf.folder_files import read_json
-from casa_hf.publishing import PublishingError, check_checkpoint
+from casa_hf.hub.push import check_checkpoint
 from tests.conversion.helpers import altered
 
 CONTENTS = {

@@ -5,8 +5,9 @@ Importing the package makes its classes known to Transformers, see `registration
 """
 
 from .cache_casa import cache_nbytes
+from .chat import Conversation
+from .checkpoint_files.errors import PublishingError
 from .configuration_casa import CasaConfig
-from .conversation import Conversation
 from .conversion import (
     ConversionError,
     convert_checkpoint,
@@ -15,12 +16,12 @@ from .conversion import (
     plan_conversion,
     plan_to_source,
 )
-from .export import add_code
+from .hub.hooks import CasaForConditionalGeneration, CasaProcessor
+from .hub.push import push_checkpoint
+from .hub.remote_code import add_code
 from .media_casa import MediaPolicy
 from .modeling_casa import CasaModel
-from .publishing import PublishingError, push_checkpoint
 from .registration import register
-from .sharing import CasaForConditionalGeneration, CasaProcessor
 from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 from .version import __version__ as __version__
 

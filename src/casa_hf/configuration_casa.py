@@ -84,7 +84,7 @@ class CasaConfig(PreTrainedConfig):
             `source_model_type` is the source's `model_type`.
         source_origins (`list[dict]`, *optional*):
             Where the source comes from and what it states about its licence, one entry per checkpoint, for the model
-            card of whatever becomes of this model; see `casa_hf.hub.origin_records`.
+            card of whatever becomes of this model; see `casa_hf.hub.card.origin_records`.
 
     Raises:
         ValueError: for an unknown value, or for a combination that has no meaning; the message names the field.

@@ -9,8 +9,8 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_casa import CasaConfig
+from .hub.hooks import CasaForConditionalGeneration, CasaProcessor
 from .modeling_casa import CasaModel
-from .sharing import CasaForConditionalGeneration, CasaProcessor
 
 
 def register() -> None:

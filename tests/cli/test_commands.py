@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
-from casa_hf.conversation import Conversation
+from casa_hf.chat import Conversation
 from casa_hf.samples import CAT, COFFEE
 from examples.tiny_source import build_tiny_helium
 from tests.command_line import Cli

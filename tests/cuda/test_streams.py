@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
-from casa_hf.logits_process import caption_processors
+from casa_hf.streaming.repetition import caption_processors
 from tests.cuda.test_model import close, in_all, put
 from tests.helpers_generation import Image, batch, new_model, words
 from tests.labelled_device import LabelledDevices

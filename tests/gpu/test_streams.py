@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
-from casa_hf.logits_process import caption_processors
+from casa_hf.streaming.repetition import caption_processors
 from tests.streaming.conftest import FRAME_PIXELS, randomised
 from tests.streaming.helpers import emitted, picture, say
 

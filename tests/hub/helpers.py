@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from casa_hf.card_parts import BEGIN, END
+from casa_hf.hub.card_parts import BEGIN, END
 
 SAMPLES = (((200, 30, 30), "red"), ((30, 200, 30), "green"), ((30, 30, 200), "blue"), ((90, 90, 90), "grey"))
 

@@ -15,8 +15,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
-from casa_hf.card_parts import BEGIN, END, Card
-from casa_hf.hub import Origin, PresentCard, origin_records, published_card, recorded_origins
+from casa_hf.hub.card import Origin, PresentCard, origin_records, published_card, recorded_origins
+from casa_hf.hub.card_parts import BEGIN, END, Card
 from examples.tiny_source import build_tiny_helium
 from tests.hub.conftest import process_environment
 from tests.hub.loopback import Hub

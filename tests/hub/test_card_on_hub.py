@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, PublishingError, convert_checkpoint, push_checkpoint
 from casa_hf.cli import main
-from casa_hf.hub import Origin, origin_records
+from casa_hf.hub.card import Origin, origin_records
 from tests.hub.helpers import fine_tuned, with_words
 from tests.hub.loopback import Hub
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from casa_hf import CasaForConditionalGeneration
-from casa_hf.publishing import PublishingError, push_checkpoint
+from casa_hf import CasaForConditionalGeneration, PublishingError
+from casa_hf.hub.push import push_checkpoint
 from tests.hub.loopback import Hub
 
 

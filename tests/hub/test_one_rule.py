@@ -15,7 +15,8 @@ import torch
 from huggingface_hub.utils import _http
 from transformers import Trainer, TrainingArguments
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, hub_client, push_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
+from casa_hf.checkpoint_files import hub_client
 from casa_hf.conversion import ConversionError, convert_checkpoint
 from casa_hf.training import CasaTrainer, TrainingConfig, train
 from tests.hub.loopback import Hub, Refused

@@ -33,11 +33,11 @@ from casa_hf import (
     convert_checkpoint,
     push_checkpoint,
 )
-from casa_hf.card_parts import BEGIN
+from casa_hf.checkpoint_files.download import SMALL_FILES, download
 from casa_hf.cli import main
 from casa_hf.conversion import ConversionError
-from casa_hf.conversion.source import SMALL_FILES, download
-from casa_hf.publishing import check_checkpoint
+from casa_hf.hub.card_parts import BEGIN
+from casa_hf.hub.push import check_checkpoint
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.hub.conftest import empty_cache, process_environment
 from tests.hub.helpers import fine_tuned, logits

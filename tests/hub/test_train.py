@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
-from casa_hf.hub import Origin, origin_records
+from casa_hf.hub.card import Origin, origin_records
 from casa_hf.training import TrainingConfig, train
 from tests.conversion.helpers import load_weights
 from tests.hub.loopback import WRITER, Hub, Refused

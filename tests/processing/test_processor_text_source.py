@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa_hf.conversation import Conversation
+from casa_hf.chat import Conversation
 from examples.tiny_source import build_tiny_helium
 
 SIDE = 140

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent, CasaProcessor
+from casa_hf.captions.overlay import Overlay
 from casa_hf.media_casa import MediaPolicy, frame_picture, measure_frames
-from casa_hf.overlay import Overlay
 from casa_hf.video import Frame, VideoWarning, load_frames, open_video
 from tests.clips import damage_packets, numbers, picture, write_clip, write_turned_clip
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The one exception of the converter, and what keeps its messages in one line."""
+"""The errors of conversion and publishing, and what keeps their messages in one line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ _FAILED_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_containe
 
 class ConversionError(ValueError):
     """A checkpoint that can't be converted or inspected; the message is one line and says what to do."""
+
+
+class PublishingError(ValueError):
+    """What can't be published, or wasn't; the message is one line and says what to do."""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,8 +1,33 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Names of checkpoints."""
+"""Names of checkpoints and of the files that belong to one."""
 
 import re
 from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+OTHER_FILES = ("generation_config.json",)
+LICENSE_FILES = ("LICENSE*", "NOTICE*")
+
+# A source's processor may be described in these.
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+# Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
+SOURCE_ROWS_FILE = "source_rows.safetensors"
+
+# Where the tokenizer has new tokens, the source's files go by this prefix, as `SOURCE_ROWS_FILE`, for the way back.
+KEPT = "source_"
+
+# What a conversion reads and copies besides the configuration and the weights, where it is there.
+_CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
+CARRIED_FILES = (*_CARRIED, *(KEPT + name for name in _CARRIED))
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

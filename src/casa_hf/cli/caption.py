@@ -32,8 +32,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..captions.subtitles import CaptionWriter
     from ..streaming import CaptionEvent, CasaStream, LiveCaptions
-    from ..subtitles import CaptionWriter
     from ..video import VideoSource
     from ..web import CaptionServer
 
@@ -260,9 +260,9 @@ def caption(
         raise typer.BadParameter("it is for --overlay.", param_hint="--font")
     if temperature is None and (top_k is not None or seed is not None):
         raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
-    from ..overlay import Overlay
+    from ..captions.overlay import Overlay
+    from ..captions.subtitles import WRITERS, check_output
     from ..streaming import CasaStream, LiveCaptions
-    from ..subtitles import WRITERS, check_output
     from ..video import open_video
 
     with wrong_value("SOURCE", **{name: f"--{name}" for name in ("fps", "start", "end", "rate")}):
@@ -372,7 +372,7 @@ class _Files(AbstractContextManager["_Files"]):
 
     def write(self, event: CaptionEvent) -> None:
         if not self._writers:
-            from ..subtitles import caption_writer
+            from ..captions.subtitles import caption_writer
 
             for path in self._paths:
                 writer = caption_writer(path, words=self._words, overwrite=self._overwrite)

@@ -83,7 +83,7 @@ def generate(
     if stream and not single:
         raise typer.BadParameter("it is for one prompt whose answer is printed.", param_hint="--stream")
     if output is not None:
-        from ..subtitles import check_output
+        from ..captions.subtitles import check_output
 
         with wrong_value("--output", overwrite="--overwrite"):
             check_output(output, (output.suffix.lower(),), overwrite, [] if input is None else [input])

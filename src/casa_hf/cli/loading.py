@@ -37,7 +37,7 @@ def load_model(
     from safetensors import SafetensorError
 
     from .. import CasaForConditionalGeneration, CasaProcessor
-    from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
+    from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
 
     where = _device(device)
     _check_attention(attn)

@@ -36,7 +36,8 @@ def push(
     quiet_unless_terminal()
     from rich.filesize import decimal
 
-    from ..publishing import PublishingError, push_checkpoint
+    from ..checkpoint_files.errors import PublishingError
+    from ..hub.push import push_checkpoint
 
     try:
         report = push_checkpoint(

@@ -11,7 +11,7 @@ from .loading import load_model
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..conversation import Conversation
+    from ..chat import Conversation
 
 
 def open_image(name: str) -> Image:
@@ -29,7 +29,7 @@ def load_conversation(
     name: str, device: str | None, dtype: str | None, attn: str | None, sanitize_control_tokens: bool
 ) -> Conversation:
     """A conversation with the model of a checkpoint; see `load_model`."""
-    from ..conversation import Conversation
+    from ..chat import Conversation
 
     return Conversation(*load_model(name, device, dtype, attn), sanitize_control_tokens=sanitize_control_tokens)
 

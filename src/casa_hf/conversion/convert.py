@@ -20,50 +20,32 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..checkpoint_files.config import read_source_config
 from ..checkpoint_files.destination import check_output, new_folder
+from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..checkpoint_files.errors import ConversionError, one_line
+from ..checkpoint_files.names import (
+    CARRIED_FILES,
+    KEPT,
+    OTHER_FILES,
+    PROCESSOR_FILES,
+    SOURCE_ROWS_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+)
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
 from ..configuration_casa import CasaConfig
-from ..export import add_code
 from ..folder_files import check_json
-from ..hub import Origin, license_files, model_card, origin_records, read_license, untrained_effect
+from ..hub.card import Origin, license_files, model_card, origin_records, read_license, untrained_effect
+from ..hub.remote_code import add_code
 from ..processing_casa import CasaProcessor
 from .design import OPTIONS, resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
-from .plan import SOURCE_ROWS_FILE, ConversionPlan, kinds_of_dropped, make_plan
-from .source import (
-    PROCESSOR_FILES,
-    SMALL_FILES,
-    WEIGHT_FILES,
-    download,
-    hub_id,
-    load_processor,
-    read_source_config,
-    read_vision_config,
-    stock_config,
-)
+from .plan import ConversionPlan, kinds_of_dropped, make_plan
+from .source import load_processor, read_vision_config, stock_config
 
 MAX_SHARD_SIZE = "5GB"
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-OTHER_FILES = ("generation_config.json",)
-
-# Where the tokenizer has new tokens, the source's files go by this prefix, as `SOURCE_ROWS_FILE`, for the way
-# back.
-KEPT = "source_"
-
-# What a conversion reads and copies besides the configuration and the weights, where it is there.
-_CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
-CARRIED_FILES = (*_CARRIED, *(KEPT + name for name in _CARRIED))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint_files.config import read_source_config
 from ..checkpoint_files.errors import ConversionError
 from ..checkpoint_files.shards import DTYPES, read_checkpoint
 from ..configuration_casa import CasaConfig
 from ..folder_files import own_file, read_json
 from .mapping import ADDED, TOKEN_ROWS
-from .source import read_source_config
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,6 @@ GIST_SEED = 1
 # say nothing yet: this part of the standard deviation of the matrix.
 GIST_SPREAD = 0.1
 
-# Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
-SOURCE_ROWS_FILE = "source_rows.safetensors"
-
 
 @dataclass(frozen=True)
 class ConversionPlan:

@@ -1,121 +1,23 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The source of a conversion: found or downloaded, and refused early, in one line, if it can't be converted."""
+"""The source of a conversion: its parts, refused early, in one line, if they can't be converted."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..backbones import SOURCE_BACKBONES, VISION_TOWERS, supported_sources
-from ..checkpoint_files.errors import ConversionError, disk_is_full, one_line
-from ..checkpoint_files.names import is_hub_id
+from ..backbones import SOURCE_BACKBONES, VISION_TOWERS
+from ..checkpoint_files.config import read_source_config
+from ..checkpoint_files.errors import ConversionError, one_line
+from ..checkpoint_files.names import PROCESSOR_FILES
 from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
 from ..folder_files import read_json
-from ..hub import LICENSE_FILES
-from ..hub_client import hub_token, limit_waiting
 from ..processing_casa import CasaProcessor
-
-# What is downloaded: first everything that decides whether the source can be converted, then the weights.
-SMALL_FILES = ("*.json", "*.jinja", "*merges.txt", "README.md", *LICENSE_FILES)
-WEIGHT_FILES = ("*.safetensors",)
-
-# A source's processor may be described in these.
-PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-
-def hub_id(source: str | Path, revision: str | None) -> str | None:
-    """The Hub id that `source` is, or None for a local folder.
-
-    Raises:
-        ConversionError: if it can be neither, or if a local folder comes with a revision.
-    """
-    if os.path.isdir(source):
-        if revision is not None:
-            raise ConversionError(
-                f"revision={revision!r} is for Hub ids, but {source} is a local folder. Leave out revision."
-            )
-        return None
-    if not is_hub_id(source):
-        raise ConversionError(
-            f"{source} is not a folder. Give the folder of a checkpoint, or a Hub id such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct."
-        )
-    return str(source)
-
-
-def download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """Get the files at the top of a Hub repository whose names match a pattern.
-
-    Returns:
-        The folder in the Hub's cache; its name is the commit.
-
-    Raises:
-        ConversionError: if they can't be had.
-    """
-    limit_waiting()
-    try:
-        hub_token()
-    except ValueError as error:  # the Hub's client would show it
-        raise ConversionError(str(error)) from None
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
-        )
-    except Exception as error:  # the Hub's client lets many kinds through, from bad names to broken connections
-        reason = shorten(str(error), 160, placeholder=" ...")
-        if disk_is_full(error):
-            raise ConversionError(
-                f"The disk has no room to download {repository} into {constants.HF_HUB_CACHE} ({reason}). Free some "
-                "space, or set HF_HOME to a folder on another disk."
-            ) from error
-        raise ConversionError(
-            f"{repository!r} is not a folder here, and getting it from the Hub failed ({reason}). Check the name, the "
-            "connection and your login (`hf auth login`), or give a local folder."
-        ) from error
-
-
-def read_source_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint that can be converted: the stock one, or a `CasaConfig`.
-
-    Raises:
-        ConversionError: if there is none, if it is invalid, or if it says that the checkpoint can't be converted.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
-    content = read_json(file, ConversionError)
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise ConversionError(f"{file} should have a string as model_type, got {model_type!r}. Download it again.")
-    is_casa = model_type == CasaConfig.model_type
-    if (
-        not is_casa
-        and "casa" in json.dumps([model_type, content.get("architectures"), content.get("auto_map")]).lower()
-    ):
-        raise ConversionError(
-            f"{folder} (model_type {model_type!r}) is a CASA checkpoint by the method's authors, whose tensor names "
-            "aren't documented. Run it with their code, or convert the model that it was made from."
-        )
-    parts = [content, *(value for value in content.values() if isinstance(value, dict))]
-    if any(part.get("quantization_config") for part in parts):
-        raise ConversionError(f"{folder} is quantised (quantization_config). Convert the unquantised original.")
-    if not is_casa and model_type not in SOURCE_BACKBONES:
-        raise ConversionError(
-            f"{folder} has model_type {model_type!r}, which can't become a CASA model. Give a checkpoint of: "
-            f"{supported_sources()}."
-        )
-    try:
-        return (CasaConfig if is_casa else CONFIG_MAPPING[model_type]).from_dict(content)
-    except Exception as error:  # whatever a configuration class runs into
-        raise ConversionError(f"{file} is not a valid {model_type} configuration: {one_line(error)}") from error
 
 
 def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -15,8 +15,18 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint_files.config import read_source_config
 from ..checkpoint_files.destination import check_output, new_folder
+from ..checkpoint_files.download import SMALL_FILES
 from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.names import (
+    CARRIED_FILES,
+    KEPT,
+    OTHER_FILES,
+    SOURCE_ROWS_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+)
 from ..checkpoint_files.shards import (
     PlannedTensor,
     Progress,
@@ -29,14 +39,9 @@ from ..checkpoint_files.shards import (
 from ..checkpoint_files.unchanged import FileState, folder_state
 from ..configuration_casa import CasaConfig
 from ..folder_files import check_json
-from ..hub import Origin, license_files, source_card
+from ..hub.card import Origin, license_files, source_card
 from .convert import (
-    CARRIED_FILES,
-    KEPT,
     MAX_SHARD_SIZE,
-    OTHER_FILES,
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
     ConversionReport,
     changed_files,
     check_small_files,
@@ -44,8 +49,8 @@ from .convert import (
     open_source,
 )
 from .mapping import ADDED, PROJECTOR, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
-from .plan import SOURCE_ROWS_FILE, ConversionPlan, overwritten_rows, set_dtype
-from .source import SMALL_FILES, read_source_config, source_processor_files, stock_config
+from .plan import ConversionPlan, overwritten_rows, set_dtype
+from .source import source_processor_files, stock_config
 
 
 def convert_to_source(

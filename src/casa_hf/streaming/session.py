@@ -25,11 +25,11 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 from ..cache_casa import cache_nbytes, cache_state, restore_cache
 from ..checks import check_count, check_number, check_positive, is_number, shown
 from ..design_space import DESIGN_FIELDS
-from ..logits_process import caption_processors, history_length
 from ..media_casa import MediaPolicy
 from ..processing_casa import FRAME_TYPE
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
+from .repetition import caption_processors, history_length
 from .turns import StreamTurns
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..checkpoint_files.errors import one_line
+from ..checkpoint_files.hub_client import hub_token
 from ..checks import check_count
-from ..hub_client import hub_token
 from .config import TrainingConfig
 from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
 from .settings import check_name, typed

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ..checkpoint_files.destination import move_finished
+from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..checkpoint_files.errors import disk_is_full, one_line
 from ..configuration_casa import CasaConfig
-from ..conversion.source import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..folder_files import own_file, read_json
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor

@@ -23,12 +23,21 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint, has_length
 
-from ..card_parts import Card, decode_card, union
+from ..checkpoint_files.errors import PublishingError
 from ..configuration_casa import CasaConfig
 from ..folder_files import own_file
-from ..hub import published_card, training_procedure
-from ..publishing import PublishingError, explained
-from ..repositories import CARD, check_branch_name, client, new_branch, present_card, refuse_foreign, repository_info
+from ..hub.card import published_card, training_procedure
+from ..hub.card_parts import Card, decode_card, union
+from ..hub.push import explained
+from ..hub.repositories import (
+    CARD,
+    check_branch_name,
+    client,
+    new_branch,
+    present_card,
+    refuse_foreign,
+    repository_info,
+)
 from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers

@@ -2,8 +2,7 @@
 """Videos: a few frames of a clip for a prompt, and frames one after another, each with its time, for a stream."""
 
 from ..media_casa import DEFAULT_FPS, VideoProblem, VideoWarning, check_sampling, load_frames, sample_indices
-from .read_ahead import ReadAhead
-from .sources import (
+from .inputs import (
     Frame,
     FrameIterator,
     ImageFolder,
@@ -11,6 +10,7 @@ from .sources import (
     VideoSource,
     open_video,
 )
+from .read_ahead import ReadAhead
 
 __all__ = [
     "DEFAULT_FPS",

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from casa_hf import CaptionEvent, subtitles
-from casa_hf.subtitles import SrtWriter, VttWriter, caption_writer
+from casa_hf import CaptionEvent
+from casa_hf.captions import subtitles
+from casa_hf.captions.subtitles import SrtWriter, VttWriter, caption_writer
 
 av = pytest.importorskip("av")
 

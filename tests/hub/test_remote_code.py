@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_imports
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, add_code, convert_checkpoint, export, push_checkpoint
-from casa_hf.export import AUTO_MAP, has_code, modelling_files
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, add_code, convert_checkpoint, push_checkpoint
+from casa_hf.hub.remote_code import AUTO_MAP, has_code, modelling_files
 from tests.hub.conftest import process_environment
 from tests.hub.helpers import fine_tuned, logits
 from tests.hub.loopback import Hub
@@ -77,7 +77,7 @@ def test_the_modules_are_closed_under_their_imports() -> None:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.module in names
-    assert not names & {"hub", "cli", "publishing", "conversion", "conversation", "training"}
+    assert not names & {"hub", "cli", "conversion", "chat", "training"}
 
 
 def test_what_transformers_looks_for_is_there() -> None:
@@ -260,4 +260,4 @@ def test_every_module_has_its_auto_class() -> None:
 
     for reference in AUTO_MAP.values():
         module, name = reference.split(".")
-        assert hasattr(importlib.import_module(f"{export.__package__}.{module}"), name)
+        assert hasattr(importlib.import_module(f"casa_hf.{module}"), name)

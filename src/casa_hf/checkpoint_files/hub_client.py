@@ -9,15 +9,13 @@ from typing import Any
 from huggingface_hub import get_token, set_client_factory
 from huggingface_hub.utils import _http
 
+from .errors import PublishingError
+
 # Seconds to wait for a connection, and for the next byte of an answer or of what is sent: a commit of many files takes
 # the Hub a while, and a gateway gives up after a minute.
 CONNECT_TIMEOUT, READ_TIMEOUT = 20.0, 120.0
 
 _PRINTABLE = re.compile(r"[!-~]+")
-
-
-class PublishingError(ValueError):
-    """What can't be published, or wasn't; the message is one line and says what to do."""
 
 
 def hub_token(token: str | bool | None = None) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from casa_hf.logits_process import (
+from casa_hf.streaming.repetition import (
     DecayingRepetitionPenalty,
     StopBias,
     WindowedNoRepeatNGram,

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .folder_files import read_json
+from ..folder_files import read_json
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 # Auto class -> the class that it is to load, as "module.Class".
 AUTO_MAP = {

@@ -21,13 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
+from ..checkpoint_files.errors import PublishingError, listed
+from ..checkpoint_files.hub_client import hub_token, limit_waiting
+from ..checkpoint_files.shards import INDEX_FILE, SINGLE_FILE
+from ..configuration_casa import CasaConfig
+from ..folder_files import parse_json
+from .card import PresentCard
 from .card_parts import Card, decode_card
-from .checkpoint_files.errors import listed
-from .checkpoint_files.shards import INDEX_FILE, SINGLE_FILE
-from .configuration_casa import CasaConfig
-from .folder_files import parse_json
-from .hub import PresentCard
-from .hub_client import PublishingError, hub_token, limit_waiting
 
 CARD = "README.md"
 WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)

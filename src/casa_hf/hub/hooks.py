@@ -18,12 +18,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..folder_files import own_file, parse_json
+from ..modeling_casa import CasaForConditionalGeneration as _Model
+from ..processing_casa import CasaProcessor as _Processor
+from .card import published_card, without_untrained
 from .card_parts import Card, decode_card, union
-from .export import modelling_files
-from .folder_files import own_file, parse_json
-from .hub import published_card, without_untrained
-from .modeling_casa import CasaForConditionalGeneration as _Model
-from .processing_casa import CasaProcessor as _Processor
+from .remote_code import modelling_files
 from .repositories import (
     CARD,
     WEIGHT_FILES,
@@ -63,7 +63,7 @@ class _Publishing:
         return None
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the repository is looked at before anything is saved, see `casa_hf.repositories`."""
+        """As in Transformers; the repository is looked at before anything is saved, see `casa_hf.hub.repositories`."""
         check_repository(repo_id, kwargs.get("token"), kwargs.get("revision"), self._suits_adapters())
         return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
 

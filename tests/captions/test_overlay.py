@@ -20,14 +20,14 @@ import pytest
 from PIL import Image
 
 from casa_hf import CaptionEvent
-from casa_hf import overlay as overlay_module
-from casa_hf.overlay import _ENCODERS, Overlay, OverlayWriter, _font, _lines, _loaded, captioned
+from casa_hf.captions import overlay as overlay_module
+from casa_hf.captions.overlay import _ENCODERS, Overlay, OverlayWriter, _font, _lines, _loaded, captioned
 from casa_hf.video import Frame, open_video
 from tests.clips import every_kind, numbers, picture, write_clip
 
 av = pytest.importorskip("av")
 
-BUNNY = Path(__file__).parents[1] / "examples" / "assets" / "bunny.mp4"
+BUNNY = Path(__file__).parents[2] / "examples" / "assets" / "bunny.mp4"
 SIZE = (160, 120)
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, load_frames, open_video, sources
+from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, inputs, load_frames, open_video
 from tests.clips import http_camera, jpeg_part, numbers, picture, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
@@ -445,7 +445,7 @@ def read_in_step(items: Iterator[Any], pauses: list[float], told: threading.Sema
 
 def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkeypatch):
     """It sends a picture when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
-    monkeypatch.setattr(sources, "_FRESH_SECONDS", math.inf)
+    monkeypatch.setattr(inputs, "_FRESH_SECONDS", math.inf)
     told = threading.Semaphore(0)
     pauses = [0.3, 0.05, 0.2, 0.01, 0.3]
 
@@ -473,7 +473,7 @@ def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkey
 @pytest.mark.parametrize(("seconds", "expected"), [(-1.0, [3, 4, 5]), (math.inf, [0, 1, 2])])
 def test_an_http_camera_that_had_to_wait_is_connected_to_anew(monkeypatch, seconds, expected):
     """So that its first frame is of now, and one that has hung up meanwhile is there again; a first read waits not."""
-    monkeypatch.setattr(sources, "_FRESH_SECONDS", seconds)
+    monkeypatch.setattr(inputs, "_FRESH_SECONDS", seconds)
     connections = count()
 
     def parts() -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes
 from casa_hf.cache_casa import cache_snapshot
-from casa_hf.conversation import Conversation
+from casa_hf.chat import Conversation
 from casa_hf.samples import PHOTOGRAPHS
 
 OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -35,19 +35,24 @@ from huggingface_hub.utils import (
 )
 from transformers import GenerationConfig
 
+from ..checkpoint_files.config import read_source_config
+from ..checkpoint_files.errors import PublishingError, disk_is_full, listed, one_line
+from ..checkpoint_files.names import (
+    KEPT,
+    LICENSE_FILES,
+    PROCESSOR_FILES,
+    SOURCE_ROWS_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+)
+from ..checkpoint_files.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
+from ..configuration_casa import CasaConfig
+from ..folder_files import check_json, own_file, parse_json
+from ..modeling_casa import CasaForConditionalGeneration
+from ..processing_casa import CasaProcessor
+from .card import PresentCard, published_card
 from .card_parts import Card, decode_card
-from .checkpoint_files.errors import disk_is_full, listed, one_line
-from .checkpoint_files.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
-from .configuration_casa import CasaConfig
-from .conversion.convert import KEPT, TEMPLATE_FILES, TOKENIZER_FILES
-from .conversion.plan import SOURCE_ROWS_FILE
-from .conversion.source import PROCESSOR_FILES, read_source_config
-from .export import code_files, has_code, modelling_files, names_code, without_auto_map
-from .folder_files import check_json, own_file, parse_json
-from .hub import LICENSE_FILES, PresentCard, published_card
-from .hub_client import PublishingError
-from .modeling_casa import CasaForConditionalGeneration
-from .processing_casa import CasaProcessor
+from .remote_code import code_files, has_code, modelling_files, names_code, without_auto_map
 from .repositories import (
     CARD,
     WEIGHT_FILES,

@@ -18,10 +18,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .media_casa import rgb_picture
-from .streaming import CaptionEvent
+from ..media_casa import rgb_picture
+from ..streaming import CaptionEvent
+from ..video import Frame, MediaSource, VideoProblem, VideoSource
 from .subtitles import Caption, CaptionCollector, check_output
-from .video import Frame, MediaSource, VideoProblem, VideoSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import casa_hf
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
-from casa_hf.hub import Origin, origin_records
+from casa_hf.hub.card import Origin, origin_records
 from tests.hub.helpers import fine_tuned, logits, with_words
 from tests.hub.loopback import Hub, Refused
 

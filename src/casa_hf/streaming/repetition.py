@@ -19,7 +19,7 @@ from numbers import Integral, Real
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .checks import check_count, check_number, check_positive
+from ..checks import check_count, check_number, check_positive
 
 # With a decay of 0.99 a token counts 1e-9 after this many others.
 _COUNTED_TOKENS = 2048

@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
+from ..checkpoint_files.names import LICENSE_FILES
+from ..configuration_casa import CasaConfig, variant_overrides
+from ..design_space import DESIGN_FIELDS, VARIANTS
 from .card_parts import FIELD_GROUPS, Card, fields, union
-from .configuration_casa import CasaConfig, variant_overrides
-from .design_space import DESIGN_FIELDS, VARIANTS
-
-LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
 UNTRAINED, MADE_BY = "What is untrained", "How it was made"
 TRAINED_ON, PROCEDURE = "Training data", "Training procedure"
