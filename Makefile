@@ -34,7 +34,7 @@ help:
 	@echo "make soak               two hours of live captions of a camera that does everything wrong"
 	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
 	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
-	@echo "make lint               ruff, mypy and the import contracts (also: make quality)"
+	@echo "make lint               ruff, mypy, import contracts, schemas of GitHub's files (also: make quality)"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
 
@@ -97,11 +97,16 @@ bench-gpu: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.layer --device cuda --backends sdpa,torch_varlen --plot docs/images/layer-gpu.svg
 	$(VENV)/bin/python -m benchmarks.streams $(GPU) --source-attn torch_varlen --plot docs/images/streams-gpu.svg
 
+SCHEMA = $(VENV)/bin/check-jsonschema --builtin-schema vendor.
+
 lint quality: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(SCHEMA)github-workflows .github/workflows/*.yml
+	$(SCHEMA)github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(SCHEMA)citation-file-format CITATION.cff
 
 style: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
