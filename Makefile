@@ -16,7 +16,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
 .PHONY: test-torchao bench
-.PHONY: bench-gpu bench-forever bench-captions soak lint quality style clean
+.PHONY: bench-gpu bench-forever bench-captions soak docs lint quality style clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint, ask it about pictures, look at its cache"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
 	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
 	@echo "make lint               ruff, mypy, import contracts, schemas of GitHub's files (also: make quality)"
+	@echo "make docs               the site: guides, notebooks and the reference, in site/"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make clean              remove the virtual environments and build outputs"
 
@@ -97,6 +98,9 @@ bench-gpu: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.layer --device cuda --backends sdpa,torch_varlen --plot docs/images/layer-gpu.svg
 	$(VENV)/bin/python -m benchmarks.streams $(GPU) --source-attn torch_varlen --plot docs/images/streams-gpu.svg
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 SCHEMA = $(VENV)/bin/check-jsonschema --builtin-schema vendor.
 
 lint quality: $(VENV)/installed
@@ -113,7 +117,7 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
