@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers.utils.logging import disable_progress_bar
 
-from casa_hf import convert_checkpoint, foreign_arguments, image_positions
+from casa_hf import convert_checkpoint, foreign_arguments, image_inputs
 from examples.tiny_source import build_tiny_source
 
 disable_progress_bar()
@@ -56,11 +56,11 @@ def every_argument_is_read(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """Messages about images; each is said once, so it is forgotten before."""
-    image_positions.logger.warning_once.cache_clear()
+    image_inputs.logger.warning_once.cache_clear()
     handler = KeptMessages()
-    image_positions.logger.addHandler(handler)
+    image_inputs.logger.addHandler(handler)
     yield handler.messages
-    image_positions.logger.removeHandler(handler)
+    image_inputs.logger.removeHandler(handler)
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

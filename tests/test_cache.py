@@ -655,7 +655,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"pixel_values": image_inputs([B])["pixel_values"][1:], "image_grid_thw": torch.tensor([B.grid])},
         r"7 patches, but image_grid_thw \[\[1, 2, 4\]\] needs 8",
     ),
-    "two images for one mark": (image_inputs([A, B]), "1 image marks .token 61. but 2 images"),
+    "two images for one placeholder": (image_inputs([A, B]), "1 image placeholders .token 61. but 2 images"),
     "no image": ({"image_grid_thw": torch.tensor([B.grid])}, "image_grid_thw was given without images"),
     "places only": ({"image_positions": torch.tensor([[0, 1]])}, "image_positions was given without images"),
     "short mask": (
@@ -694,7 +694,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no grid": ({"pixel_values": torch.zeros(8, 96)}, "need image_grid_thw"),
     "pixels and features": (
         {**image_inputs([B]), "image_embeds": torch.zeros(2, 64)},
-        "pixel_values or image_embeds, not both",
+        "pixel_values and image_embeds were both given",
     ),
     "features of another size": (
         {"image_embeds": torch.zeros(3, 64), "image_grid_thw": torch.tensor([B.grid])},

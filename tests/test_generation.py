@@ -670,10 +670,13 @@ def test_chunks_of_embedded_prompts_work_or_are_refused_by_name():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"pixel_values": None, "image_grid_thw": None}, "6 image marks .token 61. but 0 images.*remove the marks"),
+        (
+            {"pixel_values": None, "image_grid_thw": None},
+            "6 image placeholders .token 61. but 0 images.*remove the placeholders",
+        ),
         ({"image_grid_thw": None}, "need image_grid_thw"),
         ({"pixel_values": None}, "image_grid_thw was given without images"),
-        (image_inputs([A, B]), "6 image marks, 6 of them after the 0 cached tokens, but 2 images.*new images"),
+        (image_inputs([A, B]), "6 image placeholders, 6 of them after the 0 cached tokens, but 2 images.*new images"),
         ({"pixel_values": None, "image_grid_thw": None, "image_positions": torch.tensor([[0, 4]])}, "image_positions"),
     ],
 )
@@ -701,7 +704,7 @@ def test_an_embedded_prompt_may_come_beside_its_ids(truth):
     inputs = without(embedded(model, *ROWS), "image_positions")
     noise = 1e-9 * torch.randn(inputs["inputs_embeds"].shape, generator=torch.Generator().manual_seed(0)).double()
     noisy = {**inputs, "inputs_embeds": inputs["inputs_embeds"] + noise}
-    with pytest.raises(ValueError, match=r"0 image marks.*but 6 images.*image_positions"):
+    with pytest.raises(ValueError, match=r"0 image placeholders.*but 6 images.*image_positions"):
         generate(model, noisy)
     sequences = model.generate(**noisy, input_ids=batch(*ROWS)["input_ids"], max_new_tokens=1, do_sample=False)
     # Delimiters aren't recognised in it, so that only what follows single images is as it was.
@@ -713,7 +716,7 @@ def test_the_cache_of_the_caller_is_as_before_after_a_refusal():
     tokens = generate(model, batch(ONE), cache=cache)[0].tolist()
     untouched = copy.deepcopy(cache)
     later = batch([*ONE, *tokens, B, *words(2, 3)])
-    with pytest.raises(ValueError, match="4 image marks, 1 of them after the 23 cached tokens, but 2 images"):
+    with pytest.raises(ValueError, match="4 image placeholders, 1 of them after the 23 cached tokens, but 2 images"):
         generate(model, {**later, **image_inputs([A, B])}, cache=cache)
     answers = [generate(model, {**later, **image_inputs([B])}, cache=c) for c in (cache, untouched)]
     assert torch.equal(*answers)

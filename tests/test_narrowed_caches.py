@@ -100,7 +100,7 @@ def test_rows_have_equal_lengths():
 def test_more_tokens_than_a_static_cache_has_slots_for_are_refused_before_any_work():
     model = shared_model("casa")
     cache = StaticCache(config=model.config, max_cache_len=20)
-    with pytest.raises(ValueError, match=r"20 slots, but 21 tokens may have to be kept.*max_cache_len"):
+    with pytest.raises(ValueError, match=r"room for 20 tokens, but 21 may have to be kept.*max_cache_len"):
         model.generate(**batch(ROWS[0]), cache=cache, max_new_tokens=14)
     output = model.generate(**batch(ROWS[0]), cache=cache, max_new_tokens=13)
     assert torch.equal(output, model.generate(**batch(ROWS[0]), max_new_tokens=13))

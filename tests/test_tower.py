@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from casa_hf.modeling_casa import PatchProjection
+from casa_hf.vision_tower import PatchProjection
 from tests.helpers_generation import relative_error
 from tests.test_equalities import make_case, qwen2_5_vl, qwen2_vl, qwen3_vl
 

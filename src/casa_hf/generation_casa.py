@@ -2,9 +2,9 @@
 """Images in Transformers' `generate`.
 
 `generate` is Transformers' own, and also takes the cache by both of its names. These hooks resolve, once and from the
-prompt alone, before which slot each image stands, hand every forward the images that belong to the tokens it is fed,
+prompt alone, before which token each image stands, hand every forward the images that belong to the tokens it is fed,
 and forget them after the prefill. What is generated later, or proposed by an assistant, is text even where it looks
-like an image mark.
+like an image placeholder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from transformers.generation.utils import (
 from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
-from .image_positions import image_tokens, refuse_placeholders, warn_of_untyped_frames
+from .image_inputs import (
+    image_placeholders,
+    refuse_expanded_placeholders,
+    warn_of_untyped_frames,
+    without_images,
+)
 from .routes import is_varlen
+from .text_inputs import NewText, cached_length
 from .transformers_versions import (
     CACHE,
     CacheByBothNames,
@@ -94,7 +100,7 @@ class CasaGenerationMixin(GenerationMixin):
         themselves for `_prepare_cache_for_generation`, which knows what is cached."""
         images = {name: value for name in IMAGE_INPUTS if (value := model_kwargs.pop(name, None)) is not None}
         embeds = model_kwargs.get("inputs_embeds")
-        past = _cached_length(model_kwargs.get(CACHE))
+        past = cached_length(model_kwargs.get(CACHE))
         prompt_length = (input_ids if embeds is None else embeds).shape[1]
         first_new = past if past < prompt_length else 0
         has_content = _check_image_inputs(images, past)
@@ -111,11 +117,10 @@ class CasaGenerationMixin(GenerationMixin):
             )
         if places is None and (images or embeds is None):
             ids = input_ids if input_ids is not None and input_ids.shape[1] == prompt_length else None
-            found = image_tokens(self.config, ids, embeds, self.get_input_embeddings(), types)
+            text = NewText(ids, embeds, self.get_input_embeddings(), model_kwargs.get("attention_mask"))
+            found = image_placeholders(self.config, text, types)
             if has_content and ids is not None:
-                refuse_placeholders(self.config, ids[:, first_new:] if types is None else ids[found])
-            if (mask := model_kwargs.get("attention_mask")) is not None:
-                found = found & mask[:, -prompt_length:].bool().to(found.device)
+                refuse_expanded_placeholders(self.config, ids[:, first_new:] if types is None else ids[found])
             places = found.cpu().nonzero()
             if not has_content:
                 num_places = int((places[:, 1] >= first_new).sum())
@@ -138,19 +143,19 @@ class CasaGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """Prepare the cache, then bring images and their slots into the form that every forward selects from."""
+        """Prepare the cache, then bring images and their places into the form that every forward selects from."""
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get(CACHE)
         layers = getattr(cache, "layers", None)
-        slots = getattr(layers[0], "max_cache_len", None) if layers else None
-        if slots is not None and slots < max_cache_length:
+        room = getattr(layers[0], "max_cache_len", None) if layers else None
+        if room is not None and room < max_cache_length:
             raise ValueError(
-                f"The static cache has {slots} slots, but {max_cache_length} tokens may have to be kept (max_length "
+                f"The static cache has room for {room} tokens, but {max_cache_length} may have to be kept (max_length "
                 "or max_new_tokens, less one). Make it with a larger max_cache_len, or generate fewer tokens."
             )
-        past = _cached_length(cache)
+        past = cached_length(cache)
         mask = model_kwargs.get("attention_mask")
         # `generate` drops a mask of ones and remembers its length.
         total = generation_config._mask_length if mask is None else mask.shape[1]
@@ -177,9 +182,9 @@ class CasaGenerationMixin(GenerationMixin):
         if num_images != len(places):
             if num_images != int(new.sum()):
                 raise ValueError(
-                    f"The prompt has {len(places)} image marks, {int(new.sum())} of them after the {past} cached "
-                    f"tokens, but {num_images} images were given. Pass the new images, or those of the whole prompt; "
-                    "image_positions says where they stand if the model itself has written marks."
+                    f"The prompt has {len(places)} image placeholders, {int(new.sum())} of them after the {past} "
+                    f"cached tokens, but {num_images} images were given. Pass the new images, or those of the whole "
+                    "prompt; image_positions says where they stand if the model itself has written placeholders."
                 )
             places = places[new]
         model_kwargs["image_positions"] = places
@@ -264,7 +269,7 @@ class CasaGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one forward: the images whose slots are among the tokens fed, and the tokens' own validity."""
+        """Inputs of one forward: the images that stand before the tokens fed, and the tokens' own validity."""
         images = {name: value for name in IMAGE_INPUTS if (value := kwargs.pop(name, None)) is not None}
         types = kwargs.pop("mm_token_type_ids", None)
         num_cached_ids = kwargs.pop("num_cached_ids", 0)
@@ -288,19 +293,19 @@ class CasaGenerationMixin(GenerationMixin):
             # A static cache turns the mask into a 4-D one, from which padding can't be read any more.
             model_inputs["token_mask"] = attention_mask[:, -num_tokens:].bool().to(fed.device)
         if images:
-            start = _cached_length(cache)
+            start = cached_length(cache)
             model_inputs |= self._images_between(images, types, start, start + num_tokens, fed)
         return InputsByBothNames(model_inputs)
 
     def _images_between(
         self, images: dict[str, Any], types: torch.Tensor | None, start: int, end: int, fed: torch.Tensor
     ) -> dict[str, Any]:
-        """The images whose slots are in [start, end), with positions relative to `start`."""
-        slots = images["image_positions"][:, 1]
-        inside = ((slots >= start) & (slots < end)).nonzero()[:, 0]
+        """The images before the tokens [start, end), with positions relative to `start`."""
+        indices = images["image_positions"][:, 1]
+        inside = ((indices >= start) & (indices < end)).nonzero()[:, 0]
         if not len(inside):
             return {}
-        if len(inside) < len(slots):
+        if len(inside) < len(indices):
             self._select_images(images, inside)
         positions = images["image_positions"][inside] - torch.tensor([0, start])
         if types is None:
@@ -376,23 +381,21 @@ def _check_image_inputs(images: dict[str, Any], past: int) -> bool:
     if not content and (
         len(images.get("image_positions", ())) or (len(images.get("image_grid_thw", ())) and not past)
     ):
-        raise ValueError(
-            f"{' and '.join(images)} was given without images; pass pixel_values or image_embeds too, or neither."
-        )
+        raise without_images(" and ".join(images))
     return bool(content) and len(images["image_grid_thw"]) > 0
 
 
 def _check_left_over(config: CasaConfig, images: dict[str, Any], num_places: int, num_new: int, past: int) -> None:
-    """Refuse text that announces images which aren't given. On a filled cache a mark is text, since the model may have
-    written it, unless grids say that there are images."""
+    """Refuse text that announces images which aren't given. On a filled cache a placeholder is text, since the model
+    may have written it, unless grids say that there are images."""
     if not num_places:
         return
     if past and num_new > 1 and len(images.get("image_grid_thw", ())):
-        raise ValueError("image_grid_thw was given without images; pass pixel_values or image_embeds too, or neither.")
+        raise without_images("image_grid_thw")
     if not past:
         raise ValueError(
-            f"The prompt has {num_places} image marks (token {config.image_token_id}) but 0 images were "
-            "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the marks."
+            f"The prompt has {num_places} image placeholders (token {config.image_token_id}) but 0 images were "
+            "given. Pass pixel_values and image_grid_thw from CasaProcessor, or remove the placeholders."
         )
 
 
@@ -422,7 +425,3 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
             raise NotImplementedError(
                 "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
             )
-
-
-def _cached_length(cache: Cache | None) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())

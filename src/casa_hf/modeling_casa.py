@@ -53,12 +53,13 @@ from .eviction import KeyRotation, check_history, evict_text
 from .folder_files import own_file
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
-from .image_positions import FRAME_TYPE, are_tokens, image_tokens, refuse_placeholders, warn_of_untyped_frames
+from .image_inputs import check_features, check_grids, check_no_images, has_images, place_images
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
-from .tower_inputs import tower_inputs
+from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
+from .vision_tower import PatchProjection, tower_inputs
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 # Where `_finalize_model_loading` leaves for `from_pretrained` what the checkpoint lacks.
@@ -311,7 +312,7 @@ class CasaPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, CasaModel):
-                module.name_tower_back_end()
+                module.name_tower_backend()
 
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
@@ -634,43 +635,6 @@ class CasaTextModel(CasaPreTrainedModel):
         return replace(fusion, update_route=update_route(plan, *form))
 
 
-class PatchProjection(nn.Conv3d):
-    """The patch embedding of a vision tower, as the matrix product that it is: its stride is its kernel size.
-
-    The convolution itself is many times slower on some versions of torch.
-    """
-
-    @classmethod
-    def like(cls, convolution: nn.Conv3d) -> "PatchProjection":
-        """The same projection; it takes over the parameters.
-
-        Raises:
-            ValueError: if patches overlap or leave gaps, so that the convolution is more than one product.
-        """
-        time, height, width = convolution.kernel_size
-        if convolution.stride != convolution.kernel_size:
-            raise ValueError(
-                f"The patch embedding has kernel size {convolution.kernel_size} and stride {convolution.stride}; they "
-                "must be equal."
-            )
-        projection = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            (time, height, width),
-            stride=(time, height, width),
-            bias=convolution.bias is not None,
-            device="meta",
-        )
-        projection.weight, projection.bias = convolution.weight, convolution.bias
-        return projection
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.shape[2:] != self.kernel_size:
-            return super().forward(input)
-        patches = nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
-        return patches[:, :, None, None, None]
-
-
 class CasaModel(CasaPreTrainedModel):
     """Vision tower and language model, without the output head."""
 
@@ -687,10 +651,10 @@ class CasaModel(CasaPreTrainedModel):
             self.multi_modal_projector = nn.Linear(
                 tower.hidden_size(config.vision_config), config.text_config.hidden_size
             )
-        self.name_tower_back_end()
+        self.name_tower_backend()
         self.post_init()
 
-    def name_tower_back_end(self) -> None:
+    def name_tower_backend(self) -> None:
         """Give the tower the name of "torch_varlen" that it understands: stock towers hand all images to one call of
         the kernel only if its name says that it is flash attention."""
         if self.visual.config._attn_implementation == TORCH_VARLEN:
@@ -721,7 +685,7 @@ class CasaModel(CasaPreTrainedModel):
             ValueError: if the number of patches doesn't fit the grids.
         """
         refuse_foreign(kwargs)
-        image_grid_thw = self._check_grids(image_grid_thw)
+        image_grid_thw = check_grids(self.config, image_grid_thw)
         patches = int(image_grid_thw.prod(-1).sum())
         if pixel_values.shape[0] != patches:
             raise ValueError(
@@ -760,11 +724,11 @@ class CasaModel(CasaPreTrainedModel):
 
         Args:
             input_ids: (batch, tokens) new text; exactly one of `input_ids` and `inputs_embeds`.
-            attention_mask: (batch, all slots so far) or (batch, tokens), 0 for padding; or a prepared 4-D mask.
+            attention_mask: (batch, all tokens so far) or (batch, tokens), 0 for padding; or a prepared 4-D mask.
             position_ids: (batch, tokens), (3, batch, tokens) or (4, batch, tokens) with the contiguous text index of
                 each sample in row 0. Without a filled cache, a text index that doesn't continue starts a new packed
                 sample. None: positions continue those in the cache.
-            cache: a cache, which holds all state between calls; `past_key_values` is another name of this argument.
+            cache: cache that holds all state between calls; `past_key_values` is another name of this argument.
             inputs_embeds: (batch, tokens, hidden) embedded text. Delimiters and the tokens that images precede are
                 recognised where a row equals their embedding exactly: with noise on them, say where images stand.
             use_cache: whether to return a cache.
@@ -777,7 +741,7 @@ class CasaModel(CasaPreTrainedModel):
             mm_token_type_ids: (batch, tokens) or (batch, all tokens so far) 1 at tokens that an image precedes, 2 at
                 those that a video frame precedes, else 0. Without them every image is a still one.
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
-            **kwargs: for the attention interface. A name that nobody is known to read is logged once.
+            **kwargs: arguments of the attention interface. A name that nobody is known to read is logged once.
 
         Returns:
             `attentions` are those of self-attention, `cross_attentions` those of the fusion layers; where both are
@@ -786,77 +750,34 @@ class CasaModel(CasaPreTrainedModel):
 
         Raises:
             TypeError: if the cache isn't a decoder's `Cache`, or comes under an unknown name.
-            ValueError: if images, their marks and their positions don't fit each other, for both names of the cache
-                at once, for a filled cache under gradient checkpointing, and for images, videos or states in another
-                model's form.
+            ValueError: if images, their placeholders and their positions don't fit each other, for both names of the
+                cache at once, for a filled cache under gradient checkpointing, and for images, videos or states in
+                another model's form.
         """
         check_foreign(kwargs, self.language_model.config._attn_implementation)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", None)  # where Trainer switches it off
-        if input_ids is not None and input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens).")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if 0 in inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"The input has {inputs_embeds.shape[0]} rows of {inputs_embeds.shape[1]} tokens; pass at least one "
-                "row and one new token."
-            )
-        if cache is not None:
-            prepare_cache(cache, self.language_model.blocks_with_text)
-            if self.language_model.recomputes:
-                if int(cache.get_seq_length()):
-                    raise ValueError(
-                        "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, "
-                        "which can't go on from a cache. Call model.eval() or model.gradient_checkpointing_disable() "
-                        "first."
-                    )
-                cache = None
-        text_shape = inputs_embeds.shape[:2]
-        given_mask = attention_mask if token_mask is None else token_mask
-        attention_mask, token_mask = self._masks(attention_mask, token_mask, inputs_embeds, cache)
+        embedding = self.get_input_embeddings()
+        inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
+        text = NewText(input_ids, inputs_embeds, embedding, attention_mask if token_mask is None else token_mask)
+        cache = self._prepared(cache)
+        attention_mask, token_mask = text_masks(attention_mask, token_mask, text, cache)
 
         images = image_states = image_outputs = None
-        deepstack: tuple[torch.Tensor, ...] = ()
-        gist_ids = self.config.gist_token_ids
-        content = image_embeds if pixel_values is None else pixel_values
-        if content is not None and image_grid_thw is not None and not len(content) and not len(image_grid_thw):
-            content = None  # a batch without images may carry empty tensors
-        if content is not None:
-            grids = self._check_grids(image_grid_thw)
-            types = self._new_token_types(mm_token_type_ids, text_shape, cache)
-            # Without a mask, or with one on the CPU, a device needn't be asked which tokens are padding.
-            valid = torch.ones(text_shape, dtype=torch.bool)
-            if isinstance(given_mask, torch.Tensor) and given_mask.ndim == 2:
-                valid = given_mask[:, -text_shape[1] :].bool()
-            rows, indices = self._image_places(input_ids, inputs_embeds, image_positions, types, grids, valid)
-            images = self._place_images(rows, indices, grids, types, text_shape)
-            images = images.to(inputs_embeds.device)
+        deepstack: Sequence[torch.Tensor] = ()
+        if has_images(pixel_values, image_embeds, image_grid_thw):
+            grids = check_grids(self.config, image_grid_thw)
+            images = place_images(self.config, text, grids, image_positions, mm_token_type_ids, cache)
             recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
-            image_states, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
-            image_states, *deepstack = image_states.to(inputs_embeds.device, inputs_embeds.dtype).split(
-                self.config.text_config.hidden_size, dim=-1
-            )
-        elif any(given is not None and len(given) for given in (image_positions, image_grid_thw)):
-            # Beside a filled cache, grids are left over from the prompt, unless a new image is announced.
-            past = 0 if cache is None else int(cache.get_seq_length())
-            left_over = image_positions is None and past > 0
-            if left_over and text_shape[1] > 1:
-                types = mm_token_type_ids
-                if types is not None and types.shape[1] not in (text_shape[1], past + text_shape[1]):
-                    types = None  # left over too
-                left_over = not self._image_tokens(input_ids, inputs_embeds, types, token_mask).any()
-            if not left_over:
-                raise ValueError(
-                    f"{'image_grid_thw' if image_positions is None else 'image_positions'} was given without images; "
-                    "pass pixel_values or image_embeds too, or neither."
-                )
+            features, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_states, *deepstack = features.split(self.config.text_config.hidden_size, dim=-1)
+        else:
+            check_no_images(self.config, text, image_grid_thw, image_positions, mm_token_type_ids, cache)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            closes_window=~self._are(self.config.delimiter_token_ids, input_ids, inputs_embeds),
+            closes_window=~text.are(self.config.delimiter_token_ids),
             token_mask=token_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -864,7 +785,7 @@ class CasaModel(CasaPreTrainedModel):
             images=images,
             image_states=image_states,
             deepstack=deepstack,
-            gist=self._are(gist_ids, input_ids, inputs_embeds) if gist_ids else None,
+            gist=text.are(self.config.gist_token_ids) if self.config.gist_token_ids else None,
             static_image_tokens=self.config.casa_static_image_tokens,
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
@@ -872,196 +793,32 @@ class CasaModel(CasaPreTrainedModel):
         outputs.image_outputs = image_outputs
         return outputs
 
-    # ---------------------------------------------------------------- text
-
-    def _masks(
-        self,
-        attention_mask: torch.Tensor | dict | None,
-        token_mask: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        cache: Cache | None,
-    ) -> tuple[torch.Tensor | dict | None, torch.Tensor]:
-        """The mask of self-attention over all slots, and the validity of the new tokens."""
-        batch_size, num_tokens = inputs_embeds.shape[:2]
-        if token_mask is not None:
-            return attention_mask, token_mask.to(inputs_embeds.device, torch.bool, non_blocking=True)
-        everything = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            return attention_mask, everything
-        attention_mask = attention_mask.to(inputs_embeds.device, non_blocking=True)
-        state = None if cache is None else cache.layers[0].window_state
-        if state is not None and state.slots is not None and num_tokens == 1:
-            # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which
-            # of the earlier slots are padding.
-            return state.valid_with(attention_mask[:, -1:].bool()), attention_mask[:, -1:].bool()
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (num_tokens, past + num_tokens):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch_size}, "
-                f"{past + num_tokens}) for all tokens including {past} cached ones, or ({batch_size}, {num_tokens}) "
-                "for the new ones."
-            )
-        token_mask = attention_mask[:, -num_tokens:].bool()
-        if attention_mask.shape[1] == num_tokens and past:
-            earlier = window_state(cache, batch_size, inputs_embeds.device).growing().valid
-            attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
-        return attention_mask, token_mask
-
-    def _are(
-        self, token_ids: Sequence[int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """(batch, tokens) whether a token is one of these, on the device of the states."""
-        found = are_tokens(token_ids, input_ids, inputs_embeds, self.language_model.embed_tokens)
-        return found.to(inputs_embeds.device)
-
-    # ---------------------------------------------------------------- images
-
-    def _check_grids(self, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-        """The grids on the CPU, where all is computed that depends on them."""
-        if image_grid_thw is None:
-            raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
-        image_grid_thw = torch.as_tensor(image_grid_thw).cpu()
-        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
-            raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
-        merge = self.config.vision_config.spatial_merge_size
-        grids = image_grid_thw.tolist()
-        for index, (time, height, width) in enumerate(grids):
-            if time != 1:
-                raise ValueError(
-                    f"image_grid_thw[{index}] = {grids[index]} has {time} temporal patches; expected 1. Pass each "
-                    "video frame as an image of its own, as CasaProcessor does."
-                )
-            if height <= 0 or width <= 0 or height % merge or width % merge:
-                raise ValueError(
-                    f"image_grid_thw[{index}] = {grids[index]} must have a height and width that are positive "
-                    f"multiples of spatial_merge_size={merge}."
-                )
-        return image_grid_thw.long()
-
-    def _new_token_types(
-        self, mm_token_type_ids: torch.Tensor | None, text_shape: torch.Size, cache: Cache | None
-    ) -> torch.Tensor | None:
-        """The types of the new tokens."""
-        if mm_token_type_ids is None:
+    def _prepared(self, cache: Cache | None) -> Cache | None:
+        """The cache of a call; None where gradient checkpointing would run blocks on it a second time."""
+        if cache is None:
             return None
-        batch_size, num_tokens = text_shape
-        if mm_token_type_ids.shape == text_shape:
-            return mm_token_type_ids
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if mm_token_type_ids.shape != (batch_size, past + num_tokens):
+        prepare_cache(cache, self.language_model.blocks_with_text)
+        if not self.language_model.recomputes:
+            return cache
+        if cached_length(cache):
             raise ValueError(
-                f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text_shape)}, one "
-                "entry per new token. (If PEFT has put a learned prompt before the text: images can't be placed "
-                "then. Use prefix tuning or LoRA.)"
+                "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, which can't "
+                "continue from a cache. Call model.eval() or model.gradient_checkpointing_disable() first."
             )
-        return mm_token_type_ids[:, -num_tokens:]
-
-    def _image_tokens(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        types: torch.Tensor | None,
-        token_mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """(batch, tokens) whether an image stands before each new token, padding excluded."""
-        found = image_tokens(self.config, input_ids, inputs_embeds, self.language_model.embed_tokens, types)
-        return found & token_mask.to(found.device, non_blocking=True)
-
-    def _image_places(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        image_positions: torch.Tensor | None,
-        types: torch.Tensor | None,
-        grids: torch.Tensor,
-        token_mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and index of the token that each image precedes, on the CPU."""
-        if image_positions is None:
-            found = self._image_tokens(input_ids, inputs_embeds, types, token_mask)
-            if input_ids is not None:
-                # All that is looked at, by one copy.
-                token_mask = token_mask.to(found.device, non_blocking=True)
-                together = torch.stack([found.long(), input_ids, token_mask.long()]).cpu()
-                found, ids, token_mask = together[0] > 0, together[1], together[2] > 0
-                refuse_placeholders(self.config, ids if types is None else ids[found])
-            image_positions = found.cpu().nonzero()
-            if len(image_positions) != len(grids):
-                raise ValueError(
-                    f"{self._found(len(image_positions), input_ids, types)} but {len(grids)} images were given. Write "
-                    "one mark per new image, or pass image_positions (num_images, 2), row and index of the token that "
-                    "each image precedes (a mark that the model itself has written is text)."
-                )
-        batch_size, num_tokens = token_mask.shape
-        if image_positions.shape != (len(grids), 2):
-            raise ValueError(
-                f"image_positions has shape {tuple(image_positions.shape)}; expected ({len(grids)}, 2) for "
-                f"{len(grids)} images."
-            )
-        image_positions = image_positions.cpu().long()
-        places = image_positions.tolist()
-        if places != sorted(places):
-            raise ValueError(f"image_positions {places} must be in reading order: by row, then by index.")
-        valid = token_mask.tolist()
-        for row, index in places:
-            if not (0 <= row < batch_size and 0 <= index < num_tokens and valid[row][index]):
-                raise ValueError(
-                    f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
-                    f"{num_tokens} tokens (padding excluded)."
-                )
-        if types is None:
-            warn_of_untyped_frames(self.config, places)
-        return image_positions[:, 0], image_positions[:, 1]
-
-    def _found(self, number: int, input_ids: torch.Tensor | None, types: torch.Tensor | None) -> str:
-        """What has been found in place of `image_positions`, in words."""
-        if types is not None:
-            return f"mm_token_type_ids have {number} image marks (1 or 2)"
-        if input_ids is not None:
-            return f"The text has {number} image marks (token {self.config.image_token_id})"
-        return (
-            "Without image_positions or mm_token_type_ids, images beside inputs_embeds stand where a row equals the "
-            f"embedding of token {self.config.image_token_id}: there are {number} such rows"
-        )
-
-    def _place_images(
-        self,
-        rows: torch.Tensor,
-        indices: torch.Tensor,
-        image_grid_thw: torch.Tensor,
-        types: torch.Tensor | None,
-        text_shape: torch.Size,
-    ) -> ImagePlacement:
-        grids = image_grid_thw[:, 1:] // self.config.vision_config.spatial_merge_size
-        is_frame = torch.zeros_like(rows, dtype=torch.bool)
-        if types is not None:
-            places = (part.to(types.device, non_blocking=True) for part in (rows, indices))
-            is_frame = types[tuple(places)] == FRAME_TYPE
-        per_row = torch.zeros(text_shape[0], dtype=torch.long)
-        per_row = per_row.index_put((rows,), grids.prod(-1), accumulate=True)
-        return ImagePlacement(rows, indices, grids, is_frame, int(per_row.sum()), int(per_row.max()))
+        return None
 
     def _embed_images(
         self,
         pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None,
-        image_grid_thw: torch.Tensor,
+        image_embeds: torch.Tensor | Sequence[torch.Tensor] | None,
+        grids: torch.Tensor,
         **recorded: Any,
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
         """(num_image_tokens, `config.image_features_size`) features of all images, and the tower's outputs."""
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("Pass pixel_values or image_embeds, not both.")
-        if pixel_values is not None:
-            outputs = self.get_image_features(pixel_values, image_grid_thw, **recorded, return_dict=True)
-            return torch.cat(outputs.pooler_output), outputs
-        features = image_embeds if isinstance(image_embeds, torch.Tensor) else torch.cat(list(image_embeds or ()))
-        expected = int(image_grid_thw.prod(-1).sum()) // self.config.vision_config.spatial_merge_size**2
-        if features.shape != (expected, self.config.image_features_size):
-            raise ValueError(
-                f"image_embeds has shape {tuple(features.shape)}; image_grid_thw {image_grid_thw.tolist()} needs "
-                f"({expected}, {self.config.image_features_size}). Pass get_image_features(...).pooler_output."
-            )
-        return features, None
+        if pixel_values is None:
+            return check_features(self.config, image_embeds, grids), None
+        outputs = self.get_image_features(pixel_values, grids, **recorded, return_dict=True)
+        return torch.cat(outputs.pooler_output), outputs
 
 
 class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
@@ -1099,13 +856,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         rows of a batch goes too. Later calls pass masks for what is there now, or for their new tokens alone.
 
         Args:
-            cache: a cache that this model has filled.
+            cache: cache that this model has filled.
             keep: number of text tokens that each row keeps, the first ones included; one number, or (batch,).
             num_sink_tokens: number of first tokens to keep; one number, or (batch,).
 
         Returns:
-            (batch, length) the old slot of each text slot that is there now, -1 for padding; None if nothing changed.
-            To go on with `generate`, gather ids and mask with it.
+            (batch, length) the old cache position of each text token that is there now, -1 for padding; None if
+            nothing changed. To continue with `generate`, gather ids and mask with it.
 
         Raises:
             NotImplementedError: for quantised caches.

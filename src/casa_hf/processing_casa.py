@@ -32,7 +32,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .chat_text import ChatText, token_ids
 from .checks import check_text
 from .folder_files import read_json
-from .image_positions import FRAME_TYPE, IMAGE_TYPE
+from .image_inputs import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import (
     MediaPolicy,
     called,

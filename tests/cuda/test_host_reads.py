@@ -44,7 +44,7 @@ def test_a_frame_and_a_step_of_one_row(variant: str, back_end: str, devices: Lab
     if back_end == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
     model = use_back_end(new_model(variant, DTYPES.get(back_end, torch.float64)), back_end).to("cuda")
-    model.model.name_tower_back_end()
+    model.model.name_tower_backend()
     step = torch.tensor([[8]], device="cuda")
     for static in (False, True):
         cache = StaticCache(model.config.get_text_config(), max_cache_len=32) if static else DynamicCache()

@@ -94,7 +94,7 @@ def test_families(family: Any, back_end: str, devices: LabelledDevices) -> None:
     inputs |= {"pixel_values": case.pixels, "image_grid_thw": case.grids}
     with reference_kernels(devices.uncounted), torch.no_grad():
         model = use_back_end(case.model.to(dtype), back_end)
-        model.model.name_tower_back_end()
+        model.model.name_tower_backend()
         expected = model(**put(inputs, "cpu", dtype)).logits
         model.to("cuda")
         for grids in ("cpu", "cuda"):

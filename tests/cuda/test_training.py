@@ -55,7 +55,7 @@ def test_steps(variant: str, back_end: str, checkpointed: bool, packed: bool, de
     dtype = torch.float64 if back_end == "sdpa" else torch.bfloat16
     with reference_kernels(devices.uncounted):
         model = use_back_end(new_model(variant, dtype), back_end).train()
-        model.model.name_tower_back_end()
+        model.model.name_tower_backend()
         if checkpointed:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         other = copy.deepcopy(model)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from casa_hf import CasaForConditionalGeneration, image_positions
+from casa_hf import CasaForConditionalGeneration
+from casa_hf.image_inputs import logger
 from tests.helpers_generation import (
     MAIN,
     VARIANTS,
@@ -32,7 +33,7 @@ from tests.tiny import END, IMAGE_PAD, START
 
 A, B, C = Image(2, 3, 1), Image(1, 2, 2), Image(3, 1, 3)
 MARK = [START, END]
-# Marks that nobody gave an image for: written by the model, or quoted.
+# Placeholders that nobody gave an image for: written by the model, or quoted.
 QUOTED: Row = [*words(2, 1), *MARK, 5, A, *words(2, 2), *MARK, B, *words(3, 3), *MARK, 6]
 ROWS: list[Row] = [QUOTED, [*words(3, 4), END, *MARK, *words(2, 5)], [C, END, *words(4, 6)]]
 
@@ -61,7 +62,7 @@ def test_token_types_say_where_images_stand(variant):
         assert tokens.tolist() == expected_tokens
 
 
-def test_marks_in_a_completion_are_text_where_a_policy_is_trained():
+def test_placeholders_in_a_completion_are_text_where_a_policy_is_trained():
     """As TRL scores what a policy has written: the prompt's types, and 0 for the completion."""
     model = new_model("casa")
     prompt, completion = typed([A, *words(3, 1)]), torch.tensor([[*words(2, 2), *MARK, END, 7]])
@@ -75,15 +76,15 @@ def test_marks_in_a_completion_are_text_where_a_policy_is_trained():
     logits = model(**inputs, use_cache=False).logits
     assert relative_error(logits[0], one_shot(model, [A, *words(3, 1), *completion[0].tolist()])) < 1e-9
     logits.sum().backward()
-    with pytest.raises(ValueError, match=r"The text has 3 image marks .token 61. but 1 images"):
+    with pytest.raises(ValueError, match=r"The text has 3 image placeholders .token 61. but 1 images"):
         model(**{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
 
 
-def test_quoted_marks_need_no_images():
+def test_quoted_placeholders_need_no_images():
     model, row = shared_model("casa"), [*words(2, 1), *MARK, *words(2, 2)]
     tokens = model.generate(**typed(row), max_new_tokens=4, do_sample=False)[0, -4:].tolist()
     assert tokens == greedy(model, row, 4)
-    with pytest.raises(ValueError, match=r"1 image marks .token 61. but 0 images"):
+    with pytest.raises(ValueError, match=r"1 image placeholders .token 61. but 0 images"):
         model.generate(**batch(row), max_new_tokens=4)
 
 
@@ -117,9 +118,9 @@ def test_types_that_fit_no_images_are_named(count):
     model, inputs = shared_model("casa"), typed(QUOTED)
     inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     inputs["mm_token_type_ids"][0, 3 : 3 + count] = 1
-    with pytest.raises(ValueError, match=f"mm_token_type_ids have {count} image marks.*but 2 images"):
+    with pytest.raises(ValueError, match=f"mm_token_type_ids have {count} image placeholders.*but 2 images"):
         model(**inputs)
-    with pytest.raises(ValueError, match=f"{count} image marks.*but 2 images"):
+    with pytest.raises(ValueError, match=f"{count} image placeholders.*but 2 images"):
         model.generate(**inputs, max_new_tokens=2)
 
 
@@ -162,7 +163,7 @@ def test_embedded_images_are_found(variant):
 
 
 def test_types_place_images_in_embedded_text_too():
-    """Also where marks are more than images."""
+    """Also where placeholders are more than images."""
     model = shared_model("casa")
     inputs = typed(QUOTED)
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
@@ -173,7 +174,7 @@ def test_types_place_images_in_embedded_text_too():
     del inputs["mm_token_type_ids"]
     with pytest.raises(ValueError, match=r"there are 5 such rows but 2 images.*image_positions .num_images, 2."):
         model(**inputs)
-    with pytest.raises(ValueError, match=r"5 image marks.*but 2 images.*image_positions"):
+    with pytest.raises(ValueError, match=r"5 image placeholders.*but 2 images.*image_positions"):
         model.generate(**inputs, max_new_tokens=2)
 
 
@@ -207,7 +208,10 @@ def test_grids_left_over_from_the_prompt_are_taken(variant):
     with torch.no_grad():
         cache = model(**inputs).cache
         left_over = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids")}
-        steps = [torch.tensor([[END]]), torch.tensor([words(2, 3)])]  # what looks like a mark, and several tokens
+        steps = [
+            torch.tensor([[END]]),
+            torch.tensor([words(2, 3)]),
+        ]  # what looks like an image, and several tokens
         logits = [model(input_ids=step, cache=cache, **left_over).logits[0] for step in steps]
         row: Row = [A, *words(3, 1), END, *words(2, 3)]
         assert relative_error(torch.cat(logits), one_shot(model, row)[-3:]) < 1e-9
@@ -262,7 +266,7 @@ def test_frames_without_types_are_not_silently_taken_for_stills(said):
         assert relative_error(model(**frames).logits, model(**untyped).logits) > 1e-2, "they would be seen otherwise"
     [message] = said
     assert "taken as still images" in message and "pass the mm_token_type_ids" in message
-    image_positions.logger.warning_once.cache_clear()
+    logger.warning_once.cache_clear()
     model.generate(**untyped, max_new_tokens=2)
     assert said == [message, message]
 

@@ -1,0 +1,306 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a call is given as images: how large they are, where they stand in its new text, and their features.
+
+Where the caller doesn't say where images stand, token types do, so that text which only looks like an image
+placeholder, since the model wrote it or a user quoted it, stays text. Without types each token `config.image_token_id`
+is a placeholder, by its id or else by its embedding. All that depends on sizes and places is computed on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .configuration_casa import CasaConfig
+from .text_inputs import NewText, cached_length
+from .windows import ImagePlacement
+
+logger = logging.get_logger(__name__)
+
+# Values of `mm_token_type_ids` at the token that an image precedes.
+IMAGE_TYPE = 1
+FRAME_TYPE = 2
+
+
+def has_images(
+    pixel_values: torch.Tensor | None,
+    image_embeds: torch.Tensor | Sequence[torch.Tensor] | None,
+    image_grid_thw: torch.Tensor | None,
+) -> bool:
+    """Whether a call has new images; a batch without any may carry empty tensors.
+
+    Raises:
+        ValueError: if pixels and features are given.
+    """
+    if pixel_values is not None and image_embeds is not None:
+        raise ValueError("pixel_values and image_embeds were both given; pass one of them.")
+    content = image_embeds if pixel_values is None else pixel_values
+    if content is None:
+        return False
+    return image_grid_thw is None or len(content) > 0 or len(image_grid_thw) > 0
+
+
+def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+    """(num_images, 3) the sizes of images, on the CPU.
+
+    Args:
+        config: configuration that says how many patches the tower merges.
+        image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
+
+    Raises:
+        ValueError: if there are none, or one isn't the size of an image.
+    """
+    if image_grid_thw is None:
+        raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
+    image_grid_thw = torch.as_tensor(image_grid_thw).cpu()
+    if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
+        raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
+    merge = config.vision_config.spatial_merge_size
+    grids = image_grid_thw.tolist()
+    for index, (time, height, width) in enumerate(grids):
+        if time != 1:
+            raise ValueError(
+                f"image_grid_thw[{index}] = {grids[index]} has {time} temporal patches; expected 1. Pass each "
+                "video frame as an image of its own, as CasaProcessor does."
+            )
+        if height <= 0 or width <= 0 or height % merge or width % merge:
+            raise ValueError(
+                f"image_grid_thw[{index}] = {grids[index]} must have a height and width that are positive "
+                f"multiples of spatial_merge_size={merge}."
+            )
+    return image_grid_thw.long()
+
+
+def check_features(
+    config: CasaConfig, image_embeds: torch.Tensor | Sequence[torch.Tensor] | None, grids: torch.Tensor
+) -> torch.Tensor:
+    """(num_image_tokens, `config.image_features_size`) features that were given in place of pixels.
+
+    Args:
+        config: configuration that says how wide features are.
+        image_embeds: features of all images, or one tensor per image.
+        grids: (num_images, 3) sizes as `check_grids` returns them.
+
+    Raises:
+        ValueError: if they don't fit the sizes.
+    """
+    features = image_embeds if isinstance(image_embeds, torch.Tensor) else torch.cat(list(image_embeds or ()))
+    expected = int(grids.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+    if features.shape != (expected, config.image_features_size):
+        raise ValueError(
+            f"image_embeds has shape {tuple(features.shape)}; image_grid_thw {grids.tolist()} needs ({expected}, "
+            f"{config.image_features_size}). Pass get_image_features(...).pooler_output."
+        )
+    return features
+
+
+def place_images(
+    config: CasaConfig,
+    text: NewText,
+    grids: torch.Tensor,
+    image_positions: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> ImagePlacement:
+    """Where the new images of a call stand, on the device of its text.
+
+    Args:
+        config: configuration that names the image placeholder.
+        text: new text.
+        grids: (num_images, 3) sizes as `check_grids` returns them.
+        image_positions: (num_images, 2) row and index of the token that each image precedes; None to look for them.
+        mm_token_type_ids: types of the new tokens or of all so far; None without any.
+        cache: cache with the earlier text, or None.
+
+    Raises:
+        ValueError: if images, types and positions don't fit each other and the text.
+    """
+    types, valid = _new_types(mm_token_type_ids, text, cache), text.valid
+    if image_positions is None:
+        image_positions, valid = _find_places(config, text, types, len(grids))
+    if image_positions.shape != (len(grids), 2):
+        raise ValueError(
+            f"image_positions has shape {tuple(image_positions.shape)}; expected ({len(grids)}, 2) for {len(grids)} "
+            "images."
+        )
+    image_positions = image_positions.cpu().long()
+    _check_places(image_positions.tolist(), text.shape, valid)
+    if types is None:
+        warn_of_untyped_frames(config, image_positions.tolist())
+
+    rows, indices = image_positions.unbind(1)
+    is_frame = torch.zeros_like(rows, dtype=torch.bool)
+    if types is not None:
+        places = (part.to(types.device, non_blocking=True) for part in (rows, indices))
+        is_frame = types[tuple(places)] == FRAME_TYPE
+    merged = grids[:, 1:] // config.vision_config.spatial_merge_size
+    per_row = torch.zeros(text.shape[0], dtype=torch.long).index_put((rows,), merged.prod(-1), accumulate=True)
+    placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()))
+    return placement.to(text.device)
+
+
+def check_no_images(
+    config: CasaConfig,
+    text: NewText,
+    image_grid_thw: torch.Tensor | None,
+    image_positions: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> None:
+    """Refuse sizes or places in a call without images.
+
+    Beside a filled cache, sizes are left over from the prompt, unless the new text has an image placeholder. One token
+    is a decoding step, whose placeholder the model has written.
+
+    Args:
+        config: configuration that names the image placeholder.
+        text: new text.
+        image_grid_thw: (num_images, 3) sizes, or None.
+        image_positions: (num_images, 2) places, or None.
+        mm_token_type_ids: types of the new tokens or of all so far; those of another length are left over too.
+        cache: cache with the earlier text, or None.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if not any(given is not None and len(given) for given in (image_positions, image_grid_thw)):
+        return
+    if image_positions is not None:
+        raise without_images("image_positions")
+    past, num_tokens = cached_length(cache), text.shape[1]
+    left_over = past > 0
+    if left_over and num_tokens > 1:
+        fits = mm_token_type_ids is not None and mm_token_type_ids.shape[1] in (num_tokens, past + num_tokens)
+        left_over = not image_placeholders(config, text, mm_token_type_ids if fits else None).any()
+    if not left_over:
+        raise without_images("image_grid_thw")
+
+
+def without_images(names: str) -> ValueError:
+    """The error for arguments that describe images, in a call that has none."""
+    return ValueError(f"{names} was given without images; pass pixel_values or image_embeds too, or neither.")
+
+
+def image_placeholders(config: CasaConfig, text: NewText, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+    """(batch, tokens) whether an image stands before each token.
+
+    Args:
+        config: configuration that names the image placeholder.
+        text: text to look in; its padding holds no placeholder.
+        mm_token_type_ids: (batch, any number of the last tokens) types that decide about these; None without any.
+    """
+    found = text.are((config.image_token_id,))
+    if mm_token_type_ids is not None:
+        types = mm_token_type_ids[:, -found.shape[1] :].to(found.device)
+        typed = (types == IMAGE_TYPE) | (types == FRAME_TYPE)
+        found = torch.cat([found[:, : found.shape[1] - types.shape[1]], typed], dim=1)
+    valid = text.valid
+    return found if valid is None else found & valid.to(found.device, non_blocking=True)
+
+
+def refuse_expanded_placeholders(config: CasaConfig, input_ids: torch.Tensor) -> None:
+    """Refuse a prompt with images that was made by the source's processor.
+
+    Args:
+        config: configuration that names the expanded placeholders.
+        input_ids: ids of any shape: the prompt's, or only those that `mm_token_type_ids` say images precede.
+
+    Raises:
+        ValueError: if `input_ids` contain the source's expanded placeholders.
+    """
+    expanded = config.placeholder_token_ids
+    ids = torch.tensor(expanded, device=input_ids.device, dtype=input_ids.dtype)
+    if torch.isin(input_ids, ids).any():
+        raise ValueError(
+            f"input_ids contain expanded placeholders of the source model (one of the ids {list(expanded)}). In CASA "
+            f"an image takes no place in the text: it stands before the token {config.image_token_id}. Use "
+            "CasaProcessor or remove the expanded placeholders."
+        )
+
+
+def warn_of_untyped_frames(config: CasaConfig, places: Sequence[Sequence[int]]) -> None:
+    """Say once if images that follow each other would be seen otherwise as the frames of a video, and nobody has said
+    which they are.
+
+    Args:
+        config: configuration that says how stills and frames are seen.
+        places: (row, index) of each image's token, in reading order.
+    """
+    if config.casa_image_history == config.casa_video_history:
+        return
+    step = 1 + config.num_gist_tokens + (config.vision_start_token_id is not None)
+    if any(
+        row == next_row and next_index - index <= step for (row, index), (next_row, next_index) in pairwise(places)
+    ):
+        logger.warning_once(
+            "Images follow each other without text in between, and mm_token_type_ids weren't given: they are taken as "
+            f"still images, of which a token sees {config.casa_image_history!r} (casa_image_history). If they are the "
+            f"frames of a video (casa_video_history={config.casa_video_history!r}), pass the mm_token_type_ids of "
+            "CasaProcessor, which are 2 at frames and 1 at images."
+        )
+
+
+def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cache | None) -> torch.Tensor | None:
+    """(batch, tokens) the types of the new tokens; None without any."""
+    if mm_token_type_ids is None or mm_token_type_ids.shape == text.shape:
+        return mm_token_type_ids
+    batch_size, num_tokens = text.shape
+    if mm_token_type_ids.shape != (batch_size, cached_length(cache) + num_tokens):
+        raise ValueError(
+            f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text.shape)}, one entry "
+            "per new token. (If PEFT has put a learned prompt before the text: images can't be placed then. Use "
+            "prefix tuning or LoRA.)"
+        )
+    return mm_token_type_ids[:, -num_tokens:]
+
+
+def _find_places(
+    config: CasaConfig, text: NewText, types: torch.Tensor | None, num_images: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(num_images, 2) row and index of the tokens that images precede, and `text.valid`, both on the CPU."""
+    found, valid = image_placeholders(config, text, types), text.valid
+    if text.ids is not None:
+        # All that is looked at, by one copy.
+        looked_at = (found, text.ids) if valid is None else (found, text.ids, valid)
+        found, ids, *rest = torch.stack(
+            [part.to(found.device, torch.long, non_blocking=True) for part in looked_at]
+        ).cpu()
+        found, valid = found > 0, (rest[0] > 0 if rest else None)
+        refuse_expanded_placeholders(config, ids if types is None else ids[found])
+    places = found.cpu().nonzero()
+    if len(places) != num_images:
+        raise ValueError(
+            f"{_found_in_words(config, text, types, len(places))} but {num_images} images were given. Write one "
+            "placeholder per new image, or pass image_positions (num_images, 2), row and index of the token that each "
+            "image precedes (a placeholder that the model itself has written is text)."
+        )
+    return places, valid
+
+
+def _found_in_words(config: CasaConfig, text: NewText, types: torch.Tensor | None, number: int) -> str:
+    if types is not None:
+        return f"mm_token_type_ids have {number} image placeholders (1 or 2)"
+    if text.ids is not None:
+        return f"The text has {number} image placeholders (token {config.image_token_id})"
+    return (
+        "Without image_positions or mm_token_type_ids, images beside inputs_embeds stand where a row equals the "
+        f"embedding of token {config.image_token_id}: there are {number} such rows"
+    )
+
+
+def _check_places(places: list[list[int]], text_shape: torch.Size, valid: torch.Tensor | None) -> None:
+    if places != sorted(places):
+        raise ValueError(f"image_positions {places} must be in reading order: by row, then by index.")
+    batch_size, num_tokens = text_shape
+    is_text = None if valid is None else valid.tolist()
+    for row, index in places:
+        inside = 0 <= row < batch_size and 0 <= index < num_tokens
+        if not inside or (is_text is not None and not is_text[row][index]):
+            raise ValueError(
+                f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
+                f"{num_tokens} tokens (padding excluded)."
+            )

@@ -1,0 +1,140 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a call is given as text: its tokens, by id or embedded, and which of them are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .cache_casa import window_state
+
+
+@dataclass(frozen=True)
+class NewText:
+    """The new tokens of a call, one row per sequence.
+
+    Attributes:
+        ids: (batch, tokens); None where only embeddings are known.
+        embeds: (batch, tokens, hidden); None where nothing has been embedded yet.
+        embedding: the input embedding.
+        mask: mask in any form, or None; one of (batch, tokens or more) says which tokens are padding.
+    """
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor | None
+    embedding: Any
+    mask: Any = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, tokens)."""
+        return self._tokens.shape[:2]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the states, where the text is embedded."""
+        return self._tokens.device
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(batch, tokens) False for padding, on the device of the mask; None if nobody says what is padding."""
+        if not isinstance(self.mask, torch.Tensor) or self.mask.ndim != 2:
+            return None
+        return self.mask[:, -self.shape[1] :].bool()
+
+    @property
+    def _tokens(self) -> torch.Tensor:
+        tokens = self.ids if self.embeds is None else self.embeds
+        assert tokens is not None
+        return tokens
+
+    def are(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """(batch, tokens) whether each token is one of `token_ids`, by its id or else by its embedding; on `device`.
+
+        Args:
+            token_ids: ids to look for, at least one.
+        """
+        if self.ids is not None:
+            # Compared one by one: a tensor of ids would have to be copied to the device in every step.
+            found = self.ids == token_ids[0]
+            for token_id in token_ids[1:]:
+                found = found | (self.ids == token_id)
+            return found.to(self.device)
+        tokens = self._tokens
+        # Not where the weights are, which may be nowhere: hooks of placement bring the ids there.
+        embedded = self.embedding(torch.tensor(token_ids, device=tokens.device)).to(tokens.device)
+        return (tokens[:, :, None] == embedded).all(-1).any(-1)
+
+
+def embed_text(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, embedding: Any) -> torch.Tensor:
+    """(batch, tokens, hidden) the new text of a forward.
+
+    Args:
+        input_ids: (batch, tokens); exactly one of `input_ids` and `inputs_embeds`.
+        inputs_embeds: (batch, tokens, hidden).
+        embedding: the input embedding.
+
+    Raises:
+        ValueError: for both inputs or none, ids of another shape, and no tokens.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    if input_ids is not None and input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens).")
+    states = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+    if 0 in states.shape[:2]:
+        raise ValueError(
+            f"The input has {states.shape[0]} rows of {states.shape[1]} tokens; pass at least one row and one new "
+            "token."
+        )
+    return states
+
+
+def text_masks(
+    attention_mask: torch.Tensor | dict | None, token_mask: torch.Tensor | None, text: NewText, cache: Cache | None
+) -> tuple[torch.Tensor | dict | None, torch.Tensor]:
+    """The mask of self-attention over all text, and the validity of the new tokens, on the device of the states.
+
+    Args:
+        attention_mask: (batch, all tokens so far) or (batch, tokens), 0 for padding; or a prepared mask, or None.
+        token_mask: (batch, tokens) False for padding; None where `attention_mask` says it.
+        text: new text.
+        cache: prepared cache with the earlier text, or None.
+
+    Returns:
+        `attention_mask` for all tokens so far, a prepared one as it is; and (batch, tokens).
+
+    Raises:
+        ValueError: if `attention_mask` fits neither all tokens nor the new ones.
+    """
+    device, (batch_size, num_tokens) = text.device, text.shape
+    if token_mask is not None:
+        return attention_mask, token_mask.to(device, torch.bool, non_blocking=True)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return attention_mask, torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+    attention_mask = attention_mask.to(device, non_blocking=True)
+    state = None if cache is None else cache.layers[0].window_state
+    if state is not None and state.slots is not None and num_tokens == 1:
+        # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which of
+        # the earlier tokens are padding.
+        return state.valid_with(attention_mask[:, -1:].bool()), attention_mask[:, -1:].bool()
+    past = cached_length(cache)
+    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (num_tokens, past + num_tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch_size}, {past + num_tokens}) "
+            f"for all tokens including {past} cached ones, or ({batch_size}, {num_tokens}) for the new ones."
+        )
+    token_mask = attention_mask[:, -num_tokens:].bool()
+    if attention_mask.shape[1] == num_tokens and past:
+        earlier = window_state(cache, batch_size, device).growing().valid
+        attention_mask = torch.cat([earlier.to(attention_mask.dtype), attention_mask], dim=1)
+    return attention_mask, token_mask
+
+
+def cached_length(cache: Cache | None) -> int:
+    """Number of text tokens that a cache holds in each row. A static cache counts on its device, and is asked."""
+    return 0 if cache is None else int(cache.get_seq_length())
