@@ -16,7 +16,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
 .PHONY: test-torchao bench
-.PHONY: bench-gpu bench-forever bench-captions soak docs lint quality style clean
+.PHONY: bench-gpu bench-forever bench-captions soak docs lint quality style dist release clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint, ask it about pictures, look at its cache"
@@ -37,6 +37,8 @@ help:
 	@echo "make lint               ruff, mypy, import contracts, schemas of GitHub's files (also: make quality)"
 	@echo "make docs               the site: guides, notebooks and the reference, in site/"
 	@echo "make style              format the code and apply ruff's fixes"
+	@echo "make dist               sdist and wheel of the last commit, checked and tried; some minutes"
+	@echo "make release            the same for a commit that is tagged and ready to be released"
 	@echo "make clean              remove the virtual environments and build outputs"
 
 demo: $(DEMO)/installed
@@ -115,6 +117,13 @@ lint quality: $(VENV)/installed
 style: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+dist: $(VENV)/installed
+	$(VENV)/bin/python -m tools.release build
+
+release: $(VENV)/installed
+	$(VENV)/bin/python -m tools.release check
+	$(MAKE) lint dist
 
 clean:
 	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist site
