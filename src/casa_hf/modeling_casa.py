@@ -2,17 +2,16 @@
 """CASA models (arXiv 2512.19535): a language model whose text attends to images outside its sequence.
 
 Read from top to bottom: a decoder block (`CasaDecoderLayer`), the language model with its windows (`CasaTextModel`),
-vision tower and language model together (`CasaModel`), and the model that generates
-(`CasaForConditionalGeneration`). Vision tower, norms, MLPs, rotary embedding and self-attention are the backbone's own
-Transformers modules; the table in `backbones.py` names them.
+vision tower and language model together (`CasaModel`), and the model that generates (`CasaForConditionalGeneration`).
+What a call is given is read by `text_inputs.py` and `image_inputs.py`; checkpoints are loaded by `loading_casa.py`,
+and `generate` is fed by `generation_casa.py`. Vision tower, norms, MLPs, rotary embedding and self-attention are the
+backbone's own Transformers modules; the table in `backbones.py` names them.
 """
 
 import copy
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -46,14 +43,13 @@ from .attention import (
     Rotary,
     TextInputs,
 )
-from .backbones import BACKBONES
 from .cache_casa import check_room, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
-from .folder_files import own_file
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, has_images, place_images
+from .loading_casa import CasaLoadingMixin
 from .positions import PositionRules, packed_samples
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_inputs import NewText, cached_length, embed_text, text_masks
@@ -62,18 +58,8 @@ from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .vision_tower import PatchProjection, tower_inputs
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
-# Where `_finalize_model_loading` leaves for `from_pretrained` what the checkpoint lacks.
-_LOST = "_lost_while_loading"
-
-# Names of the tensors that a source hasn't.
-_ADDED = r"\.casa_(attn|layernorm)\.|(^|\.)multi_modal_projector\."
-_ADDED_WHERE_REPLACED = r"\.casa_attn\.image_norm\.|(^|\.)multi_modal_projector\."
-
 # What the vision tower is asked for too.
 _RECORDED = ("output_attentions", "output_hidden_states")
-
-# What finds the config.json beside weights again.
-_DOWNLOAD_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class _NestedOutput(CacheByBothNames):
@@ -236,7 +222,7 @@ def _fusion_layer(config: CasaConfig, layer_idx: int, stock: Any) -> nn.Module:
     return CasaBorrowedAttention(config, layer_idx, stock.self_attn)
 
 
-class CasaPreTrainedModel(PreTrainedModel):
+class CasaPreTrainedModel(CasaLoadingMixin, PreTrainedModel):
     """Loading, saving and initialisation that all CASA models share."""
 
     config: CasaConfig
@@ -264,49 +250,6 @@ class CasaPreTrainedModel(PreTrainedModel):
         if isinstance(module, FusionBase):
             module.reset_gate()
 
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
-    ) -> Any:
-        """Load, and let a replaced block's fusion layer take the self-attention that a source checkpoint has there."""
-        folder = load_config.pretrained_model_name_or_path
-        if folder is not None and os.path.isdir(folder):
-            for file in checkpoint_files or ():
-                own_file(folder, Path.cwd() / file)
-        if model.config.casa_placement == "replace":
-            renamings = [
-                WeightRenaming(f"layers.{index}.self_attn.", f"layers.{index}.casa_attn.")
-                for index in model.config.fusion_layers
-            ]
-            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), *renamings])
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if not load_config.ignore_mismatched_sizes:
-            model.__dict__[_LOST] = _lost(model, load_config, loading_info)
-        return loading_info
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but a checkpoint that lacks tensors of the model which its config.json describes is
-        refused: Transformers would make random ones.
-
-        Not refused are tensors that follow from this call: fusion layers of an unconverted source, those that
-        `casa_gate`, `casa_layers` or another setting adds (they start as a conversion starts them), and a head that
-        another class has. With `ignore_mismatched_sizes=True` or `output_loading_info=True` nothing is refused.
-
-        Raises:
-            ValueError: naming tensors that are missing; for a weight file outside its folder.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        reported = isinstance(loaded, tuple)
-        refusal = (loaded[0] if reported else loaded).__dict__.pop(_LOST, None)
-        if refusal and not reported:
-            raise ValueError(refusal)
-        return loaded
-
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; "torch_varlen" reaches the vision tower too."""
         super().set_attn_implementation(*args, **kwargs)
@@ -317,54 +260,9 @@ class CasaPreTrainedModel(PreTrainedModel):
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
             'attn_implementation="flex_attention" isn\'t possible with CASA: its block masks are made and compiled '
-            "for one shape, but windows differ from call to call, so that every image would compile anew. Use "
+            "for one shape, but windows differ from call to call, so that every image would compile again. Use "
             '"flash_attention_2", "torch_varlen" (CUDA, torch 2.11 or newer, no further package) or "sdpa".'
         )
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, but tensors keep the names that they have in memory (the source's older layouts are
-        read, never written)."""
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def _lost(model: CasaPreTrainedModel, load_config: Any, loading_info: Any) -> str | None:
-    """What to say if a checkpoint lacks tensors of the model that its own config.json describes; else None."""
-    source = load_config.pretrained_model_name_or_path
-    if source is None or not loading_info.missing_keys:
-        return None
-    options = {name: value for name, value in load_config.download_kwargs.items() if name in _DOWNLOAD_OPTIONS}
-    stated = PreTrainedConfig.get_config_dict(source, **options)[0]
-    config: CasaConfig = model.config
-    if stated.get("model_type") in (None, CasaConfig.model_type):
-        described = CasaConfig.from_dict(stated) if stated else config
-        # A class of somebody else's has no head that is known here.
-        written_by = next(iter(stated.get("architectures") or ()), CasaForConditionalGeneration.__name__)
-        classes = {known.__name__: known for known in (CasaForConditionalGeneration, type(model))}
-        with torch.device("meta"):
-            template = classes.get(written_by, CasaModel)(described)
-        names = template.state_dict().keys() - template.all_tied_weights_keys.keys()
-        promised = {name.removeprefix("model.") for name in names}
-        lost = {name for name in loading_info.missing_keys if name.removeprefix("model.") in promised}
-    else:
-        # In replaced blocks the projections are the source's own, under another name.
-        patterns = [_ADDED_WHERE_REPLACED if config.casa_placement == "replace" else _ADDED]
-        patterns += [r"(^|\.)visual\."] if config.backbone.text_only else []
-        lost = {name for name in loading_info.missing_keys if not re.search("|".join(patterns), name)}
-    if not lost:
-        return None
-    found = sorted(loading_info.unexpected_keys)
-    others = f" It holds {len(found)} that no part of the model has: {_listed(found)}." if found else ""
-    return (
-        f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
-        f"{_listed(sorted(lost))}.{others} Get or write it again, with the config.json that belongs to it. "
-        "from_pretrained(..., ignore_mismatched_sizes=True) makes new values for what is missing."
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def _initialize_fusion(block: CasaDecoderLayer) -> None:
@@ -928,15 +826,5 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             image_outputs=outputs.image_outputs,
         )
 
-
-def _register_source_layouts() -> None:
-    """Let `from_pretrained` read the older tensor names of source checkpoints, converted or not."""
-    renamings = {pair for backbone in BACKBONES.values() for pair in backbone.load_renamings}
-    mapping = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in sorted(renamings)]
-    for name in ("CasaForConditionalGeneration", "CasaModel"):
-        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-
-
-_register_source_layouts()
 
 __all__ = ["CasaForConditionalGeneration", "CasaModel", "CasaPreTrainedModel"]
