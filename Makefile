@@ -15,7 +15,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: test-torchao bench
+.PHONY: coverage test-torchao bench
 .PHONY: bench-gpu bench-forever bench-captions soak docs lint quality style dist release clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
 	@echo "make test-integrations  TRL, servers, processes side by side, programs as users run them"
+	@echo "make coverage           what the quick tests reach, for docs/coverage.md; takes twice as long"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
 	@echo "make test-torchao       the tests that need torchao, in an environment with it"
@@ -55,6 +56,12 @@ test: $(VENV)/installed
 
 test-integrations: $(VENV)/installed
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "integration and not slow"
+
+coverage: $(VENV)/installed
+	$(VENV)/bin/coverage erase
+	$(PYTEST) $(VENV)/bin/coverage run -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/python -m tools.coverage_page
 
 test-oldest: $(OLDEST)/installed
 	$(PYTEST) $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)

@@ -13,7 +13,7 @@ import pytest
 import casa_hf
 from tools.release import ReleaseError, build, problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.integration
 
