@@ -16,11 +16,11 @@ from .conversion import (
     plan_conversion,
     plan_to_source,
 )
-from .hub.hooks import CasaForConditionalGeneration, CasaProcessor
 from .hub.push import push_checkpoint
 from .hub.remote_code import add_code
 from .media_casa import MediaPolicy
-from .modeling_casa import CasaModel
+from .modeling_casa import CasaForConditionalGeneration, CasaModel
+from .processing_casa import CasaProcessor
 from .registration import register
 from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
 from .version import __version__ as __version__

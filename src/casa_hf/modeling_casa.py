@@ -51,6 +51,7 @@ from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, has_images, place_images
 from .loading_casa import CasaLoadingMixin
 from .positions import PositionRules, packed_samples
+from .publishing_hook import PublishedByHook
 from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
@@ -222,7 +223,7 @@ def _fusion_layer(config: CasaConfig, layer_idx: int, stock: Any) -> nn.Module:
     return CasaBorrowedAttention(config, layer_idx, stock.self_attn)
 
 
-class CasaPreTrainedModel(CasaLoadingMixin, PreTrainedModel):
+class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
     """Loading, saving and initialisation that all CASA models share."""
 
     config: CasaConfig

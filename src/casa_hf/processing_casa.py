@@ -44,6 +44,7 @@ from .media_casa import (
     rgb_picture,
     several,
 )
+from .publishing_hook import PublishedByHook
 
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
@@ -107,7 +108,7 @@ class CasaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-a
     _defaults = {"text_kwargs": {"padding": True}}
 
 
-class CasaProcessor(ProcessorMixin):
+class CasaProcessor(PublishedByHook, ProcessorMixin):
     """Tokenizer, image processor and chat template of a CASA model.
 
     Args:

@@ -1,5 +1,6 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Makes CASA's classes known to Transformers: to its Auto classes, and to whoever looks classes up in it by name."""
+"""Makes CASA's classes known to Transformers: to its Auto classes, and to whoever looks classes up in it by name; and
+the rules of the Hub known to the classes."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_casa import CasaConfig
-from .hub.hooks import CasaForConditionalGeneration, CasaProcessor
-from .modeling_casa import CasaModel
+from .hub.hooks import fill_hooks
+from .modeling_casa import CasaForConditionalGeneration, CasaModel
+from .processing_casa import CasaProcessor
 
 
 def register() -> None:
     """Register the classes with the Auto classes, and publish them in the namespace of `transformers`.
+
+    Their `push_to_hub` brings the model card from then on.
 
     TRL and `transformers serve` read the name of a model's class from its configuration (`architectures`) and take the
     attribute of that name from the module `transformers`. Calling this again changes nothing.
@@ -24,6 +28,7 @@ def register() -> None:
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(CasaConfig, CasaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
+    fill_hooks()
     # Transformers puts another object in the place of its module while it loads; this is the one that others get.
     _publish(sys.modules["transformers"], CasaConfig, CasaModel, CasaForConditionalGeneration, CasaProcessor)
 

@@ -18,6 +18,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import casa_hf
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
 from casa_hf.hub.card import Origin, origin_records
+from casa_hf.publishing_hook import PublishingHook
 from tests.hub.helpers import fine_tuned, logits, with_words
 from tests.hub.loopback import Hub, Refused
 
@@ -52,8 +53,35 @@ def assert_says_what_it_is(text: str) -> None:
 def test_the_public_classes_are_those_of_the_auto_classes(casa_folder: Path, processor: Any) -> None:
     assert type(AutoModelForImageTextToText.from_pretrained(casa_folder)) is CasaForConditionalGeneration
     assert type(AutoProcessor.from_pretrained(casa_folder)) is CasaProcessor is type(processor)
-    assert issubclass(CasaForConditionalGeneration, casa_hf.modeling_casa.CasaForConditionalGeneration)
+    assert CasaForConditionalGeneration is casa_hf.modeling_casa.CasaForConditionalGeneration
+    assert CasaProcessor is casa_hf.processing_casa.CasaProcessor
     assert CasaForConditionalGeneration.__doc__ and CasaProcessor.__doc__
+
+
+def test_without_the_hook_transformers_publishes(
+    hub: Hub, model: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the classes do that a checkpoint carries, and the model without its head."""
+    assert type(casa_hf.CasaModel.publishing_hook) is PublishingHook
+    for pushed in (model, processor):
+        assert type(pushed.publishing_hook) is not PublishingHook
+        monkeypatch.setattr(type(pushed), "publishing_hook", PublishingHook())
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=NAME)
+    processor.push_to_hub(NAME)
+    assert "automatically generated" in readme(hub) and "Variant `casa`" not in readme(hub)
+    assert {"model.safetensors", "processor_config.json"} <= hub.files(NAME).keys()
+
+
+def test_arguments_by_position(hub: Hub, model: Any, processor: Any, tmp_path: Path) -> None:
+    """The repository is looked at first then too."""
+    hub.create("me/taken", files={"config.json": b'{"model_type": "llama"}'})
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "taken", True, None, True),
+        lambda: processor.save_pretrained(str(tmp_path / "taken"), True),
+    ):
+        with pytest.raises(PublishingError, match="taken is taken"):
+            save()
+    assert not (tmp_path / "taken").exists()
 
 
 @pytest.mark.parametrize("first", ["model", "processor"])

@@ -50,6 +50,7 @@ with torch.no_grad():
         token = model(input_ids=ids, **images, use_cache=False).logits[:, -1].argmax(-1)
         ids = torch.cat([ids, token[:, None]], dim=1)
 assert torch.equal(produced, ids), "what is cached is used"
+assert {type(each.publishing_hook).__name__ for each in (model, processor)} == {"PublishingHook"}
 model.save_pretrained(output)
 processor.save_pretrained(output)
 """

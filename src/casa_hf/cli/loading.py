@@ -36,8 +36,9 @@ def load_model(
     quiet_unless_terminal()
     from safetensors import SafetensorError
 
-    from .. import CasaForConditionalGeneration, CasaProcessor
     from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
+    from ..modeling_casa import CasaForConditionalGeneration
+    from ..processing_casa import CasaProcessor
 
     where = _device(device)
     _check_attention(attn)
