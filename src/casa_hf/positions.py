@@ -84,10 +84,10 @@ class PositionRules:
             start = start - self._advance_to_token(images)
         elif self.before:
             start = start - self._advances(images)
-        start = start[:, images.token_images()]
+        start = start[:, images.token_images]
         if self.axes == 1:
-            return start + images.token_offsets() if spread else start
-        return torch.cat([start[:1], start[1:] + images.token_grid()])
+            return start + images.token_offsets if spread else start
+        return torch.cat([start[:1], start[1:] + images.token_grid])
 
     def _advances(self, images: ImagePlacement) -> torch.Tensor:
         """(num_images,) by how much each image advances positions."""

@@ -2,26 +2,29 @@
 """Which image tokens and which text a token may attend to in a fusion layer.
 
 Every rule of the design space comes down to two ranges per text token: a range of columns of its row's image tokens,
-and a range of text slots that starts where its window starts and ends at the token itself. Images that stay visible
-for ever (the history "all") are *pinned* columns beside the first range. `plan_windows` computes all this once per
-forward, for all layers, from where the images stand (`ImagePlacement`) and from what earlier calls left behind
-(`WindowState`). A *slot* is the index of a text token in its row counted over all calls, padding included.
+and a range of text that starts where its window starts and ends at the token itself. Images that stay visible for ever
+(the history "all") are *pinned* columns beside the first range. `plan_windows` computes all this once per forward, for
+all layers, from where the images stand (`ImagePlacement`) and from what earlier calls left behind (`WindowState`).
+
+A *cache position* is the index of a text token in its row counted over all calls, padding included; not to be confused
+with the position that its rotary embedding has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
-# Slot of the first text after an image while there is none: the image's window is still open.
+# Cache position of the first text after an image while there is none: the image's window is still open.
 OPEN = torch.iinfo(torch.long).max
 
-# Fields of `WindowState` with an entry for every text slot.
-_PER_SLOT = ("valid", "positions")
+# Fields of `WindowState` with an entry for every cache position.
+_OF_TEXT = ("valid", "positions")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,17 @@ class WindowRules:
         """Whether fusion layers have text keys."""
         return self.keys != "image"
 
+    @property
+    def keeps_all_images(self) -> bool:
+        """Whether images of any kind stay visible for ever."""
+        return "all" in (self.image_history, self.video_history)
+
     def history_is(self, history: str, is_frame: torch.Tensor) -> torch.Tensor:
         """Whether images of these kinds have the given history."""
-        return torch.where(is_frame, self.video_history == history, self.image_history == history)
+        of_images, of_frames = self.image_history == history, self.video_history == history
+        if of_images == of_frames:
+            return torch.full_like(is_frame, of_images)
+        return is_frame if of_frames else ~is_frame
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class ImagePlacement:
         grids: (num_images, 2) height and width in merged-grid units.
         is_frame: (num_images,) whether the image is a video frame.
         total_tokens: number of image tokens.
-        max_row_tokens: the largest number of image tokens that one row receives.
+        max_row_tokens: largest number of image tokens that one row receives.
     """
 
     rows: torch.Tensor
@@ -71,54 +82,55 @@ class ImagePlacement:
 
     def to(self, device: torch.device) -> ImagePlacement:
         """The placement with its tensors on `device`."""
-        return replace(
-            self,
-            rows=self.rows.to(device, non_blocking=True),
-            indices=self.indices.to(device, non_blocking=True),
-            grids=self.grids.to(device, non_blocking=True),
-            is_frame=self.is_frame.to(device, non_blocking=True),
-        )
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in _tensors_of(self).items()})
 
-    @property
+    @cached_property
     def num_tokens(self) -> torch.Tensor:
         """(num_images,) tokens per image."""
         return self.grids.prod(-1)
 
+    @cached_property
     def token_images(self) -> torch.Tensor:
-        """(num_image_tokens,) the image that each image token belongs to."""
+        """(num_image_tokens,) image that each image token belongs to."""
         return torch.repeat_interleave(self.num_tokens, output_size=self.total_tokens)
 
+    @cached_property
     def token_offsets(self) -> torch.Tensor:
         """(num_image_tokens,) index of each image token within its image."""
-        images = self.token_images()
         first = self.num_tokens.cumsum(0) - self.num_tokens
-        return torch.arange(len(images), device=images.device) - first[images]
+        return torch.arange(self.total_tokens, device=first.device) - first[self.token_images]
 
+    @cached_property
     def token_grid(self) -> torch.Tensor:
         """(2, num_image_tokens) row and column of each image token in its image."""
-        offsets, width = self.token_offsets(), self.grids[self.token_images(), 1]
-        return torch.stack([offsets // width, offsets % width])
+        width = self.grids[self.token_images, 1]
+        return torch.stack([self.token_offsets // width, self.token_offsets % width])
 
 
 @dataclass(frozen=True)
 class WindowState:
     """What a stream remembers about its windows between calls; one entry per row unless said.
 
+    A *growing* state has exactly as many cache positions as there is text. A *fixed* one is that of a static cache:
+    all its tensors stay where they are, and have as many cache positions as the cache.
+
     Attributes:
-        length: text slots so far, the same for all rows; a tensor without dimensions if `slots` is given.
-        valid: (batch, length or slots) whether a slot holds text rather than padding.
+        length: number of cache positions with text or padding, the same for all rows; a tensor without dimensions if
+            the state is fixed.
+        valid: (batch, length or slots) whether a cache position holds text rather than padding.
         padded: whether any call came with a padding mask.
-        positions: (batch, length or slots) position of the text in each slot, the largest of its axes; 0 for padding.
+        positions: (batch, length or slots) position of the text at each cache position, the largest of its axes; 0
+            for padding.
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
         image_tokens: (batch,) image tokens of the current window, 0 before the first image.
         pinned: (batch, image_columns) columns that stay visible for ever; None while no history is "all".
-        last_image: (batch,) slot of the token that the last image precedes.
-        window_start: (batch,) first slot of the current window.
-        closed_at: (batch,) slot of the first text after the last image, `OPEN` while there is none.
+        last_image: (batch,) cache position of the token that the last image precedes; -1 without an image.
+        window_start: (batch,) first cache position of the current window.
+        closed_at: (batch,) cache position of the first text after the last image, `OPEN` while there is none.
         is_frame: (batch,) whether the last image is a video frame.
-        text_start: first slot whose text keys fusion layers still need; always 0 if `slots` is given.
-        slots: number of slots of a static cache; None where slots are added as they are needed.
+        text_start: first cache position whose text keys fusion layers still need; always 0 if the state is fixed.
+        slots: number of cache positions of a fixed state; None if it is growing.
         reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
             share one shape.
         only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
@@ -143,7 +155,7 @@ class WindowState:
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, length: int = 0) -> WindowState:
-        """The state before the first image, after `length` slots of text in every row."""
+        """The state before the first image, after `length` tokens of text in every row."""
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
         return cls(
             length=length,
@@ -166,77 +178,57 @@ class WindowState:
     def batch_size(self) -> int:
         return self.valid.shape[0]
 
-    def check(self) -> None:
-        """Refuse a growing state whose fields don't fit together, as one that was read from a file may be.
-
-        Raises:
-            ValueError: with the name of the field.
-        """
-        like = WindowState.empty(self.batch_size, self.valid.device, self.valid.shape[1])
-        expected: dict[str, Any] = {field.name: getattr(like, field.name) for field in fields(like)}
-        if self.pinned is not None:
-            expected["pinned"] = like.is_frame[:, None].expand(-1, self.image_columns)
-        for name, other in expected.items():
-            own = getattr(self, name)
-            fits = type(own) is type(other)
-            if fits and isinstance(own, torch.Tensor):
-                fits = own.dtype == other.dtype and own.shape == other.shape
-            elif fits and isinstance(own, int):
-                fits = own == other if name == "length" else own >= 0
-            if not fits:
-                raise ValueError(
-                    f"The state is damaged: {name} of its windows doesn't fit the rest; give all of it, as it was "
-                    "saved."
-                )
-        length = self.valid.shape[1]
-        bounds = {
-            "positions": (0, None),
-            "next_position": (0, None),
-            "image_tokens": (0, self.image_columns),
-            "last_image": (-1, length - 1),
-            "window_start": (0, length),
-        }
-        for name, (least, most) in bounds.items():
-            numbers = getattr(self, name)
-            if bool((numbers < least).any()) or (most is not None and bool((numbers > most).any())):
-                raise ValueError(
-                    f"The state is damaged: {name} of its windows is {numbers.tolist()!r:.100}, where numbers from "
-                    f"{least} to {'anything' if most is None else most} are expected; give all of it, as it was saved."
-                )
-
-    def select(self, rows: torch.Tensor) -> WindowState:
-        """The state with the given rows, in their order."""
-        rows = rows.to(self.valid.device)
-        return self._map_rows(lambda value: value[rows])
-
-    def repeat_interleave(self, repeats: int) -> WindowState:
-        """The state with each row repeated."""
-        return self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
-
-    def append_empty_rows(self, number: int) -> WindowState:
-        """The state, a growing one, with further rows of which every slot so far is padding."""
-        assert isinstance(self.length, int)
-        new = WindowState.empty(number, self.valid.device, length=self.length)
-        own = new._tensors() | {"valid": torch.zeros_like(new.valid), "positions": torch.zeros_like(new.positions)}
-        own["next_position"] = torch.zeros_like(new.next_position)
-        if self.pinned is not None:
-            own["pinned"] = self.pinned.new_zeros(number, self.image_columns)
-        rows: dict[str, Any] = {name: torch.cat([value, own[name]]) for name, value in self._tensors().items()}
-        return replace(self, padded=self.padded or self.length > 0, only_row=False, **rows)
-
-    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
-        rows: dict[str, Any] = {name: change(value) for name, value in self._tensors().items() if value.ndim}
-        changed = replace(replace(self, only_row=False), **rows)
-        return changed if self.slots is None else self.assign(changed)
-
     def to(self, device: torch.device) -> WindowState:
         """The state with its tensors on `device`."""
         if self.valid.device == device:
             return self
-        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+        return replace(self, **_moved(self, device))
+
+    # ---------------------------------------------------------------- rows
+
+    def select(self, rows: torch.Tensor) -> WindowState:
+        """The state with the given rows, in their order."""
+        rows = rows.to(self.valid.device)
+        return self._map_rows(lambda of_rows: of_rows[rows])
+
+    def repeat_interleave(self, repeats: int) -> WindowState:
+        """The state with each row repeated."""
+        return self._map_rows(lambda of_rows: of_rows.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
+        changed: dict[str, Any] = {name: change(t) for name, t in _tensors_of(self).items() if t.ndim}
+        new = replace(self, **changed | {"only_row": False})
+        return new if self.slots is None else self.assign(new)
+
+    def append_empty_rows(self, number: int) -> WindowState:
+        """The state, a growing one, with further rows in which all so far is padding."""
+        assert isinstance(self.length, int)
+        empty = WindowState.empty(number, self.valid.device, length=self.length)
+        further = _tensors_of(empty)
+        for name in ("valid", "positions", "next_position"):
+            further[name] = torch.zeros_like(further[name])
+        if self.pinned is not None:
+            further["pinned"] = self.pinned.new_zeros(number, self.image_columns)
+        rows: dict[str, Any] = {name: torch.cat([t, further[name]]) for name, t in _tensors_of(self).items()}
+        return replace(self, **rows | {"padded": self.padded or self.length > 0, "only_row": False})
+
+    # ---------------------------------------------------------------- text
+
+    def valid_with(self, token_valid: torch.Tensor) -> torch.Tensor:
+        """(batch, cache positions) validity of all text once new tokens are there."""
+        return self._with_new(self.valid, token_valid)
+
+    def positions_with(self, positions: torch.Tensor) -> torch.Tensor:
+        """(batch, cache positions) positions of all text once new tokens are there."""
+        return self._with_new(self.positions, positions)
+
+    def _with_new(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.slots is None:
+            return torch.cat([stored, new], dim=1)
+        return stored.index_copy(1, torch.arange(new.shape[1], device=new.device) + self.length, new)
 
     def crop(self, num_tokens: int) -> WindowState:
-        """The state without the last `num_tokens` slots.
+        """The state, a growing one, without the last `num_tokens` tokens.
 
         Raises:
             ValueError: if an image whose keys/values are stored would have to be taken back.
@@ -261,59 +253,114 @@ class WindowState:
             text_start=min(self.text_start, length),
         )
 
+    # ---------------------------------------------------------------- static caches
+
     def fixed(self, slots: int) -> WindowState:
-        """The state in the form that a static cache of `slots` slots keeps: tensors of its own, whose shapes and
-        addresses stay, so that a compiled decoding step can change them in place."""
-        own: dict[str, Any] = {name: value.clone() for name, value in self._tensors().items()}
+        """The state in the form that a static cache of `slots` cache positions keeps: tensors of its own, whose shapes
+        and addresses stay, so that a compiled decoding step can change them in place."""
+        own: dict[str, Any] = {name: t.clone() for name, t in _tensors_of(self).items()}
         own["length"] = torch.tensor(int(self.length), device=self.valid.device)
-        for name in _PER_SLOT:
-            own[name] = torch.nn.functional.pad(own[name], (0, slots - own[name].shape[1]))
+        for name in _OF_TEXT:
+            own[name] = nn.functional.pad(own[name], (0, slots - own[name].shape[1]))
         for tensor in own.values():
             torch._dynamo.mark_static_address(tensor)
-        return replace(replace(self, text_start=0, slots=slots), **own)
-
-    def valid_with(self, token_valid: torch.Tensor) -> torch.Tensor:
-        """(batch, slots) validity of all slots once those of new tokens are filled."""
-        return self._with_new(self.valid, token_valid)
-
-    def positions_with(self, positions: torch.Tensor) -> torch.Tensor:
-        """(batch, slots) positions of all slots once those of new tokens are filled."""
-        return self._with_new(self.positions, positions)
-
-    def _with_new(self, per_slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self.slots is None:
-            return torch.cat([per_slot, new], dim=1)
-        places = torch.arange(new.shape[1], device=new.device) + self.length
-        return per_slot.index_copy(1, places, new)
+        return replace(self, **own | {"text_start": 0, "slots": slots})
 
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
         if self.slots is None:
             return self
         length = int(self.length)
-        per_slot: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _PER_SLOT}
-        return replace(self, length=length, slots=None, **per_slot)
+        of_text: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _OF_TEXT}
+        return replace(self, **of_text | {"length": length, "slots": None})
 
     def assign(self, new: WindowState) -> WindowState:
         """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
-        mine = self._tensors()
+        own: dict[str, Any] = _tensors_of(self)
         if new.pinned is None:
-            mine["pinned"] = None
-        for name, value in new._tensors().items():
-            if name in _PER_SLOT and new.slots is None:
-                mine[name][:, : value.shape[1]].copy_(value)
-                mine[name][:, value.shape[1] :].zero_()
-            elif name in mine and mine[name].shape == value.shape:
-                mine[name].copy_(value)
+            own["pinned"] = None
+        for name, tensor in _tensors_of(new).items():
+            if name in _OF_TEXT and new.slots is None:
+                own[name][:, : tensor.shape[1]].copy_(tensor)
+                own[name][:, tensor.shape[1] :].zero_()
+            elif name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
             else:
-                mine[name] = value.clone()
-                torch._dynamo.mark_static_address(mine[name])
+                own[name] = tensor.clone()
+                torch._dynamo.mark_static_address(own[name])
         if new.slots is None:
-            mine["length"].fill_(new.length)
-        return replace(self, **mine, image_columns=new.image_columns, padded=new.padded)
+            own["length"].fill_(new.length)
+        return replace(self, **own, image_columns=new.image_columns, padded=new.padded)
 
-    def _tensors(self) -> dict[str, Any]:
-        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+    # ---------------------------------------------------------------- files
+
+    def check(self) -> None:
+        """Refuse a growing state whose fields don't fit together, as one that was read from a file may be.
+
+        Raises:
+            ValueError: with the name of the field.
+        """
+        self._check_forms()
+        length = self.valid.shape[1]
+        bounds = {
+            "positions": (0, None),
+            "next_position": (0, None),
+            "image_tokens": (0, self.image_columns),
+            "last_image": (-1, length - 1),
+            "window_start": (0, length),
+        }
+        for name, (least, most) in bounds.items():
+            numbers = getattr(self, name)
+            if bool((numbers < least).any()) or (most is not None and bool((numbers > most).any())):
+                raise ValueError(
+                    f"The state is damaged: {name} of its windows is {numbers.tolist()!r:.100}, where numbers from "
+                    f"{least} to {'anything' if most is None else most} are expected; give all of it, as it was saved."
+                )
+
+    def _check_forms(self) -> None:
+        """Refuse fields of another type, dtype or shape than `valid` and `image_columns` imply."""
+        like = WindowState.empty(self.batch_size, self.valid.device, self.valid.shape[1])
+        expected: dict[str, Any] = {field.name: getattr(like, field.name) for field in fields(like)}
+        if self.pinned is not None:
+            expected["pinned"] = like.is_frame[:, None].expand(-1, self.image_columns)
+        for name, other in expected.items():
+            own = getattr(self, name)
+            fits = type(own) is type(other)
+            if fits and isinstance(own, torch.Tensor):
+                fits = own.dtype == other.dtype and own.shape == other.shape
+            elif fits and isinstance(own, int):
+                fits = own == other if name == "length" else own >= 0
+            if not fits:
+                raise ValueError(
+                    f"The state is damaged: {name} of its windows doesn't fit the rest; give all of it, as it was "
+                    "saved."
+                )
+
+
+@dataclass(frozen=True)
+class ImageUpdatePlan:
+    """What the tokens of each new image attend to besides their own image; all (num_images,).
+
+    Attributes:
+        rows: row of the image.
+        first_column: its first image column.
+        num_tokens: its number of columns.
+        image_start: first image column of its window.
+        text_start, text_end: range of cache positions of the text before it, in its sample.
+        pinned_start: first column of its sample; None without packing.
+    """
+
+    rows: torch.Tensor
+    first_column: torch.Tensor
+    num_tokens: torch.Tensor
+    image_start: torch.Tensor
+    text_start: torch.Tensor
+    text_end: torch.Tensor
+    pinned_start: torch.Tensor | None
+
+    def to(self, device: torch.device) -> ImageUpdatePlan:
+        """The plan with its tensors on `device`."""
+        return replace(self, **_moved(self, device))
 
 
 @dataclass(frozen=True)
@@ -327,11 +374,11 @@ class WindowPlan:
         next_state: what to remember after it.
         rules: who sees whom.
         image_start, image_end: (batch, tokens) image columns of a token's window, end excluded.
+        text_start: (batch, tokens) first cache position of a token's text keys.
+        text_end: (batch, tokens) cache position after the last of them; at most the token's own plus one.
+        sees: (batch, tokens) whether a token attends to anything; False for padding.
         pinned: (batch, image columns) columns that every later token of their sample sees; None without any.
         pinned_start: (batch, tokens) first column of a token's sample; None without packing.
-        text_start: (batch, tokens) first slot of a token's text keys.
-        text_end: (batch, tokens) slot after the last of them; at most the token's own plus one.
-        sees: (batch, tokens) whether a token attends to anything; False for padding.
         new_columns: number of columns for new images.
         token_rows, token_columns: (num_image_tokens,) where each new image token goes; None without new images.
         kept_columns: (batch, num_kept) columns that stay stored, as the last ones; None if nothing changes.
@@ -361,7 +408,7 @@ class WindowPlan:
 
     @property
     def text_slots(self) -> tuple[int, int]:
-        """First and past-the-last of the text slots whose keys this call works on."""
+        """First and past-the-last of the cache positions whose text keys this call works on."""
         if self.state.slots is not None:
             return 0, self.state.slots
         assert isinstance(self.next_state.length, int)
@@ -374,7 +421,7 @@ class WindowPlan:
 
     @property
     def num_dropped_slots(self) -> int:
-        """Leading slots of stored window text that no later token needs."""
+        """Number of cache positions, the first of the stored window text, that no later token needs."""
         return self.next_state.text_start - self.state.text_start
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> WindowPlan:
@@ -382,49 +429,44 @@ class WindowPlan:
         device = torch.device(device)
         if self.sees.device == device:
             return self
-        moved: dict[str, Any] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor | WindowState | ImageUpdatePlan)
-        }
-        return replace(self, **moved)
+        return replace(
+            self,
+            **_moved(self, device),
+            state=self.state.to(device),
+            next_state=self.next_state.to(device),
+            update=None if self.update is None else self.update.to(device),
+        )
 
     @cached_property
     def on_host(self) -> WindowPlan:
         """The plan with the tensors that blocks are made from on the CPU; a device is waited for once."""
         if self.sees.device.type == "cpu":
             return self
-        stays = ("kept_columns", "token_rows", "token_columns")
-        own = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and name not in stays}
-        update = {name: x for name, x in vars(self.update).items() if x is not None} if self.update else {}
-        tensors = [*own.values(), *update.values(), self.next_state.valid]
-        values = torch.cat([x.flatten().long() for x in tensors]).cpu().split([x.numel() for x in tensors])
-        copies = iter([value.view(x.shape).to(x.dtype) for x, value in zip(tensors, values, strict=True)])
-        copied: dict[str, Any] = {name: next(copies) for name in own}
+        stay = ("kept_columns", "token_rows", "token_columns")
+        of_plan = {name: t for name, t in _tensors_of(self).items() if name not in stay}
+        of_update = {} if self.update is None else _tensors_of(self.update)
+        copies = iter(_to_host([*of_plan.values(), *of_update.values(), self.next_state.valid]))
+        changes: dict[str, Any] = {name: next(copies) for name in of_plan}
         if self.update is not None:
-            of_images: dict[str, Any] = {name: next(copies) for name in update}
-            copied["update"] = replace(self.update, **of_images)
-        return replace(self, **copied, next_state=replace(self.next_state, valid=next(copies)))
+            changes["update"] = replace(self.update, **{name: next(copies) for name in of_update})
+        return replace(self, **changes, next_state=replace(self.next_state, valid=next(copies)))
 
     def mask(self) -> torch.Tensor:
         """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_slots`]).
 
-        Tokens that see nothing get all-True rows, so that no back end meets an empty softmax; their output is
-        discarded through `sees`.
+        Tokens that see nothing get all-True rows, so that no backend meets an empty softmax; their output is discarded
+        through `sees`.
         """
         columns = torch.arange(self.num_columns, device=self.sees.device)
-        mask = (columns >= self.image_start[..., None]) & (columns < self.image_end[..., None])
+        mask = _in_range(columns, self.image_start, self.image_end)
         if self.pinned is not None:
             mask = mask | pinned_before(self.pinned, self.pinned_start, columns, self.image_end)
         if self.rules.with_text:
-            first, past = self.text_slots
-            slots = torch.arange(first, past, device=self.sees.device)
-            text = (slots >= self.text_start[..., None]) & (slots < self.text_end[..., None])
-            mask = torch.cat([mask, text & self.next_state.valid[:, None, first:past]], dim=-1)
+            mask = torch.cat([mask, self._text_mask(self.text_start, self.text_end, *self.text_slots)], dim=-1)
         return (mask | ~self.sees[..., None])[:, None]
 
     def update_mask(self) -> torch.Tensor:
-        """Boolean mask (batch, 1, new_columns, image columns + all text slots) for updates of image states.
+        """Boolean mask (batch, 1, new_columns, image columns + all text) for updates of image states.
 
         An image token sees its own image up to itself, the earlier images that text at its place sees, and the text
         before its image (contract: axis D4, "full").
@@ -432,20 +474,21 @@ class WindowPlan:
         update = self.update
         assert update is not None and self.token_rows is not None
         images = torch.repeat_interleave(update.num_tokens, output_size=len(self.token_rows))
-
-        def per_column(of_images: torch.Tensor) -> torch.Tensor:
-            return self.place(of_images[images])
-
+        image = self.place(images)  # (batch, new_columns), of each column
         columns = torch.arange(self.num_columns, device=self.sees.device)
-        own = columns[self.state.image_columns :, None]
-        mask = (columns >= per_column(update.image_start)[..., None]) & (columns <= own)
+        past_own = columns[self.state.image_columns :] + 1
+        mask = _in_range(columns, update.image_start[image], past_own)
         if self.pinned is not None:
-            start = None if update.pinned_start is None else per_column(update.pinned_start)
-            mask = mask | pinned_before(self.pinned, start, columns, own[:, 0] + 1)
-        slots = torch.arange(self.text_slots[1], device=self.sees.device)
-        text = (slots >= per_column(update.text_start)[..., None]) & (slots < per_column(update.text_end)[..., None])
-        mask = torch.cat([mask, text & self.next_state.valid[:, None, : self.text_slots[1]]], dim=-1)
-        return (mask | ~self.place(torch.ones_like(images, dtype=torch.bool))[..., None])[:, None]
+            start = None if update.pinned_start is None else update.pinned_start[image]
+            mask = mask | pinned_before(self.pinned, start, columns, past_own)
+        text = self._text_mask(update.text_start[image], update.text_end[image], 0, self.text_slots[1])
+        is_token = self.place(torch.ones_like(images, dtype=torch.bool))
+        return (torch.cat([mask, text], dim=-1) | ~is_token[..., None])[:, None]
+
+    def _text_mask(self, start: torch.Tensor, end: torch.Tensor, first: int, past: int) -> torch.Tensor:
+        """(batch, queries, past - first) text from `start` to `end`, (batch, queries), that isn't padding."""
+        cache_positions = torch.arange(first, past, device=self.sees.device)
+        return _in_range(cache_positions, start, end) & self.next_state.valid[:, None, first:past]
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Distribute new image tokens over their rows.
@@ -456,10 +499,8 @@ class WindowPlan:
         Returns:
             (batch, new_columns, ...), zero where a row has fewer tokens.
         """
-        if self.sees.shape[0] == 1:
-            return tokens[None]
-        padded = tokens.new_zeros(self.sees.shape[0], self.new_columns, *tokens.shape[1:])
-        return padded.index_put((self.token_rows, self.token_columns), tokens)
+        assert self.token_rows is not None and self.token_columns is not None
+        return _placed(tokens, len(self.sees), self.new_columns, self.token_rows, self.token_columns)
 
     def collect(self, columns: torch.Tensor) -> torch.Tensor:
         """Inverse of `place`: (batch, new_columns, ...) to (num_image_tokens, ...)."""
@@ -475,43 +516,6 @@ class WindowPlan:
             return columns if num_kept == columns.shape[2] else columns[:, :, -num_kept:].clone()
         index = self.kept_columns[:, None, :, None].expand(-1, columns.shape[1], -1, columns.shape[3])
         return columns.gather(2, index)
-
-
-@dataclass(frozen=True)
-class ImageUpdatePlan:
-    """What the tokens of each new image attend to besides their own image; all (num_images,).
-
-    Attributes:
-        rows: row of the image.
-        first_column: its first image column.
-        num_tokens: its number of columns.
-        image_start: first image column of its window.
-        text_start, text_end: range of text slots before it, in its sample.
-        pinned_start: first column of its sample; None without packing.
-    """
-
-    rows: torch.Tensor
-    first_column: torch.Tensor
-    num_tokens: torch.Tensor
-    image_start: torch.Tensor
-    text_start: torch.Tensor
-    text_end: torch.Tensor
-    pinned_start: torch.Tensor | None
-
-    def to(self, device: torch.device) -> ImageUpdatePlan:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class _Ranges:
-    """For each image of a call, what tokens after it see."""
-
-    image_start: torch.Tensor  # first column of the image's window
-    image_end: torch.Tensor  # column after the image's last token
-    text_start: torch.Tensor  # slot where its window starts
-    sample_start: torch.Tensor  # first column of its sample
-    first_slot: torch.Tensor  # first slot of its sample
 
 
 def plan_windows(
@@ -540,202 +544,366 @@ def plan_windows(
     Returns:
         The plan; `plan.next_state` is to be stored once the call has succeeded.
     """
-    device = positions.device
-    length = state.length + token_valid.shape[1]
-    new_slots = torch.arange(token_valid.shape[1], device=device) + state.length
-    slots = new_slots.expand_as(positions)
-    first_slots = _first_slots(slots, samples)
-    no_image = torch.full_like(positions, state.image_columns)
-    plan = WindowPlan(
+    cache_positions = torch.arange(token_valid.shape[1], device=token_valid.device) + state.length
+    sample_start = _sample_start(cache_positions, positions, samples)
+    text = _Text(cache_positions, sample_start, token_valid, closes_window, positions, samples)
+    new = None if images is None else _images_of_call(state, rules, text, images)
+    windows = _windows_of_tokens(state, text, new)
+    text_start, text_end = _visible_text(rules, text, windows, gist)
+    pinned, pinned_start = _pinned_columns(state, rules, text, new)
+    next_state, kept_columns = _after_text(state, rules, text), None
+    if new is not None:
+        current = windows.of_last_tokens()
+        num_columns = state.image_columns + new.placement.max_row_tokens
+        kept_columns, first_text = _retained(rules, next_state, current, pinned, num_columns)
+        next_state = _after_images(next_state, text, new, current, pinned, kept_columns, first_text)
+    return WindowPlan(
         state=state,
-        next_state=replace(
-            state,
-            length=length,
-            valid=state.valid_with(token_valid),
-            positions=state.positions_with(positions),
-            next_position=torch.where(token_valid, positions + 1, 0).amax(-1).maximum(state.next_position),
-            closed_at=_close(state, closes_window, state.closed_at),
-        ),
+        next_state=next_state,
         rules=rules,
-        image_start=no_image - state.image_tokens[:, None],
-        image_end=no_image,
-        text_start=state.window_start[:, None].maximum(first_slots),
-        text_end=slots + 1,
-        sees=token_valid,
-        pinned=state.pinned,
+        image_start=windows.image_start,
+        image_end=windows.image_end,
+        text_start=text_start,
+        text_end=text_end,
+        sees=_sees(rules, text, windows, gist, pinned, pinned_start),
+        pinned=pinned,
+        pinned_start=pinned_start,
+        new_columns=0 if images is None else images.max_row_tokens,
+        token_rows=None if new is None else new.token_rows,
+        token_columns=None if new is None else new.token_columns,
+        kept_columns=kept_columns,
+        update=None if new is None else new.update,
     )
-    if images is not None:
-        plan = _with_images(plan, closes_window, images, samples, first_slots)
 
-    has_image = plan.image_end > plan.image_start
-    if plan.pinned is not None:
-        columns = torch.arange(plan.num_columns, device=device)
-        has_image = has_image | pinned_before(plan.pinned, plan.pinned_start, columns, plan.image_end).any(-1)
+
+# The steps of `plan_windows`, from top to bottom.
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text of a call.
+
+    Attributes:
+        cache_positions: (tokens,) cache position of each token, the same in all rows.
+        sample_start: (batch, tokens) cache position of the first token of each token's sample.
+        valid, closes_window, positions, samples: (batch, tokens), as in `plan_windows`.
+    """
+
+    cache_positions: torch.Tensor
+    sample_start: torch.Tensor
+    valid: torch.Tensor
+    closes_window: torch.Tensor
+    positions: torch.Tensor
+    samples: torch.Tensor | None
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """(batch, tokens) number of each token's sample in the batch; that of its row without packing."""
+        rows = torch.arange(len(self.valid), device=self.valid.device)[:, None].expand_as(self.valid)
+        return rows if self.samples is None else rows * self.valid.shape[1] + self.samples
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows that tokens are in, (batch, tokens), or images, (num_images,); or the current ones of rows, (batch,).
+
+    Attributes:
+        image_start, image_end: their image columns, end excluded.
+        text_start: their first cache position.
+    """
+
+    image_start: torch.Tensor
+    image_end: torch.Tensor
+    text_start: torch.Tensor
+
+    @property
+    def with_images(self) -> torch.Tensor:
+        """Whether there is an image in each."""
+        return self.image_end > self.image_start
+
+    def of_last_tokens(self) -> _Windows:
+        """Of (batch, tokens) the last in each row."""
+        return _Windows(self.image_start[:, -1], self.image_end[:, -1], self.text_start[:, -1])
+
+
+@dataclass(frozen=True)
+class _NewImages:
+    """The images of a call.
+
+    Attributes:
+        placement: where they stand in the text.
+        windows: (num_images,) window that each of them is in, up to its own last column.
+        token_rows, token_columns, update: as in `WindowPlan`.
+        latest: (batch, tokens) last image at or before each token, as an index into the images; any if there is none.
+        has_latest: (batch, tokens) whether there is one, in the token's sample.
+    """
+
+    placement: ImagePlacement
+    windows: _Windows
+    token_rows: torch.Tensor
+    token_columns: torch.Tensor
+    update: ImageUpdatePlan
+    latest: torch.Tensor
+    has_latest: torch.Tensor
+
+
+def _sample_start(
+    cache_positions: torch.Tensor, positions: torch.Tensor, samples: torch.Tensor | None
+) -> torch.Tensor:
+    if samples is None:
+        return torch.zeros_like(positions)
+    starts = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+    return torch.where(starts, cache_positions, 0).cummax(dim=1).values
+
+
+def _images_of_call(state: WindowState, rules: WindowRules, text: _Text, images: ImagePlacement) -> _NewImages:
+    rows, indices = images.rows, images.indices  # (num_images,)
+    sample = text.sample[rows, indices]
+    windows = _windows_of_images(state, rules, text, images, sample)
+    first_column = windows.image_end - images.num_tokens
+    latest, has_latest = _latest_images(text, images, sample)
+    update = ImageUpdatePlan(
+        rows=rows,
+        first_column=first_column,
+        num_tokens=images.num_tokens,
+        image_start=windows.image_start,
+        text_start=text.sample_start[rows, indices],
+        text_end=state.length + indices,
+        pinned_start=first_column[_first_of_run(sample)] if text.samples is not None else None,
+    )
+    token_columns = (first_column - state.image_columns)[images.token_images] + images.token_offsets
+    return _NewImages(images, windows, rows[images.token_images], token_columns, update, latest, has_latest)
+
+
+def _windows_of_images(
+    state: WindowState, rules: WindowRules, text: _Text, images: ImagePlacement, sample: torch.Tensor
+) -> _Windows:
+    """The window of each image, (num_images,): one that it opens, or that of its group."""
+    rows, indices, num_tokens = images.rows, images.indices, images.num_tokens
+    first_of_row = _first_of_run(rows)
+    tokens_before = num_tokens.cumsum(0) - num_tokens
+    first_column = state.image_columns + tokens_before - tokens_before[first_of_row]
+
+    # Images with as much closing text before them have none in between.
+    closes = text.closes_window.long()
+    closed_before = (closes.cumsum(1) - closes)[rows, indices]
+    grouped = rules.history_is("group", images.is_frame)
+    order = torch.arange(len(rows), device=rows.device)
+    opener = torch.where(grouped, _first_of_run(sample, closed_before, grouped), order)
+    # A group may have been opened by an earlier call.
+    is_open = (state.image_tokens > 0) & (state.closed_at == OPEN) & rules.history_is("group", state.is_frame)
+    in_stored = grouped & is_open[rows] & (closed_before == 0) & (opener == first_of_row)
+    stored_start = state.image_columns - state.image_tokens
+    return _Windows(
+        image_start=torch.where(in_stored, stored_start[rows], first_column[opener]),
+        image_end=first_column + num_tokens,
+        text_start=torch.where(in_stored, state.window_start[rows], state.length + indices[opener]),
+    )
+
+
+def _latest_images(text: _Text, images: ImagePlacement, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`latest` and `has_latest` of images that are in `sample`, (num_images,)."""
+    counts = torch.zeros_like(text.positions)
+    counts = counts.index_put((images.rows, images.indices), torch.ones_like(images.rows), accumulate=True)
+    so_far = counts.flatten().cumsum(0).view_as(counts)  # over all rows, as images are in reading order
+    latest = (so_far - 1).clamp(min=0)
+    return latest, (so_far > 0) & (sample[latest] == text.sample)
+
+
+def _windows_of_tokens(state: WindowState, text: _Text, new: _NewImages | None) -> _Windows:
+    """The window of each token, (batch, tokens): that of the latest image, else the stored one of its row."""
+    image_end = torch.full_like(text.positions, state.image_columns)
+    image_start = image_end - state.image_tokens[:, None]
+    text_start = state.window_start[:, None].expand_as(image_end)
+    if text.samples is not None:
+        text_start = text.sample_start  # without a cache, so that nothing is stored
+    if new is None:
+        return _Windows(image_start, image_end, text_start)
+    return _Windows(
+        image_start=torch.where(new.has_latest, new.windows.image_start[new.latest], image_start),
+        image_end=torch.where(new.has_latest, new.windows.image_end[new.latest], image_end),
+        text_start=torch.where(new.has_latest, new.windows.text_start[new.latest], text_start),
+    )
+
+
+def _pinned_columns(
+    state: WindowState, rules: WindowRules, text: _Text, new: _NewImages | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`pinned` and `pinned_start` of the plan."""
+    if new is None or not rules.keeps_all_images:
+        return state.pinned, None
+    images, batch_size = new.placement, state.batch_size
+    stored = text.valid.new_zeros(batch_size, state.image_columns) if state.pinned is None else state.pinned
+    stays = rules.history_is("all", images.is_frame)[images.token_images]
+    added = _placed(stays, batch_size, images.max_row_tokens, new.token_rows, new.token_columns)
+    pinned = torch.cat([stored, added], dim=1)
+    if new.update.pinned_start is None:
+        return pinned, None
+    return pinned, torch.where(new.has_latest, new.update.pinned_start[new.latest], pinned.shape[1])
+
+
+def _visible_text(
+    rules: WindowRules, text: _Text, windows: _Windows, gist: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`text_start` and `text_end` of the plan."""
+    text_end = (text.cache_positions + 1).expand_as(text.positions)
+    if rules.keys == "context":  # one attention: all text of the sample, by every token
+        return text.sample_start, text_end
+    return windows.text_start, text_end if gist is None else torch.where(gist, 0, text_end)
+
+
+def _sees(
+    rules: WindowRules,
+    text: _Text,
+    windows: _Windows,
+    gist: torch.Tensor | None,
+    pinned: torch.Tensor | None,
+    pinned_start: torch.Tensor | None,
+) -> torch.Tensor:
+    """(batch, tokens) whether a token attends to anything."""
+    if rules.keys == "context" or (rules.text_windows and gist is None):
+        return text.valid
+    sees = windows.with_images
+    if pinned is not None:
+        columns = torch.arange(pinned.shape[1], device=pinned.device)
+        sees = sees | pinned_before(pinned, pinned_start, columns, windows.image_end).any(-1)
+    if rules.text_windows and gist is not None:
+        sees = sees | ~gist  # gist tokens read images only; without one there is nothing to read
+    return text.valid & sees
+
+
+def _after_text(state: WindowState, rules: WindowRules, text: _Text) -> WindowState:
+    """The state after the text of a call, with the windows as they were."""
+    length = state.length + len(text.cache_positions)
+    text_start = state.text_start
     if rules.keys == "context":
-        # One attention: all text of the sample, by every token.
-        return replace(plan, text_start=first_slots, next_state=replace(plan.next_state, text_start=0))
-    if isinstance(length, int) and not (plan.next_state.image_columns or rules.text_windows):
-        plan = replace(plan, next_state=replace(plan.next_state, text_start=length))
-    if gist is not None:
-        plan = replace(plan, text_end=torch.where(gist, 0, plan.text_end))
-        # A gist token reads images only; without one there is nothing to read.
-        return replace(plan, sees=token_valid & (has_image | (~gist & rules.text_windows)))
-    return replace(plan, sees=token_valid & (has_image | rules.text_windows))
-
-
-def _with_images(
-    plan: WindowPlan,
-    closes_window: torch.Tensor,
-    images: ImagePlacement,
-    samples: torch.Tensor | None,
-    first_slots: torch.Tensor,
-) -> WindowPlan:
-    """The plan with the call's new images."""
-    state, rules = plan.state, plan.rules
-    rows, indices = images.rows, images.indices
-    device, length = rows.device, plan.next_state.length
-    ranges = _ranges(state, rules, closes_window, images, samples, first_slots)
-
-    # The last image at or before each token, as an index into `images`.
-    seen = (
-        torch.zeros_like(plan.image_end).index_put((rows, indices), torch.ones_like(rows), accumulate=True).cumsum(1)
+        text_start = 0
+    elif isinstance(length, int) and not (state.image_columns or rules.text_windows):
+        text_start = length  # no window, so none of it
+    return replace(
+        state,
+        length=length,
+        valid=state.valid_with(text.valid),
+        positions=state.positions_with(text.positions),
+        next_position=torch.where(text.valid, text.positions + 1, 0).amax(-1).maximum(state.next_position),
+        closed_at=_first(text.closes_window, text).minimum(state.closed_at),
+        text_start=text_start,
     )
-    per_row = torch.zeros_like(state.image_tokens).index_put((rows,), torch.ones_like(rows), accumulate=True)
-    first_of_row = per_row.cumsum(0) - per_row
-    last = (first_of_row[:, None] + seen - 1).clamp(0, len(rows) - 1)
-    has_new = seen > 0
-    if samples is not None:
-        has_new = has_new & (samples == samples[rows, indices][last])
 
-    token_images = images.token_images()
-    first_columns = ranges.image_end - images.num_tokens - state.image_columns
-    plan = replace(
-        plan,
-        image_start=torch.where(has_new, ranges.image_start[last], plan.image_start),
-        image_end=torch.where(has_new, ranges.image_end[last], plan.image_end),
-        text_start=torch.where(has_new, ranges.text_start[last], plan.text_start),
-        new_columns=images.max_row_tokens,
-        token_rows=rows[token_images],
-        token_columns=first_columns[token_images] + images.token_offsets(),
-    )
-    plan = replace(
-        plan,
-        update=ImageUpdatePlan(
-            rows=rows,
-            first_column=ranges.image_end - images.num_tokens,
-            num_tokens=images.num_tokens,
-            image_start=ranges.image_start,
-            text_start=ranges.first_slot,
-            text_end=state.length + indices,
-            pinned_start=None if samples is None else ranges.sample_start,
-        ),
-    )
-    if "all" in (rules.image_history, rules.video_history):
-        stored = state.pinned
-        if stored is None:
-            stored = plan.sees.new_zeros(state.batch_size, state.image_columns)
-        new = plan.place(rules.history_is("all", images.is_frame)[token_images])
-        start = None if samples is None else torch.where(has_new, ranges.sample_start[last], plan.num_columns)
-        plan = replace(plan, pinned=torch.cat([stored, new], dim=1), pinned_start=start)
 
-    # What stays stored: the window of each row's last image, and pinned columns.
-    received = per_row > 0
-    final = (first_of_row + per_row - 1).clamp(0, len(rows) - 1)
-    columns = torch.arange(plan.num_columns, device=device)
-    kept_end = torch.where(received, ranges.image_end[final], state.image_columns)
-    window_tokens = torch.where(received, ranges.image_end[final] - ranges.image_start[final], state.image_tokens)
-    kept = (columns >= (kept_end - window_tokens)[:, None]) & (columns < kept_end[:, None])
-    if plan.pinned is not None:
-        kept = kept | plan.pinned
-    window_start = torch.where(received, ranges.text_start[final], state.window_start)
-    needed_from = torch.where((window_tokens > 0) | rules.text_windows, window_start, length)
-    num_kept, first_slot = torch.stack([kept.sum(-1).max(), needed_from.min()]).tolist()
-    image_columns = num_kept
+def _retained(
+    rules: WindowRules, state: WindowState, windows: _Windows, pinned: torch.Tensor | None, num_columns: int
+) -> tuple[torch.Tensor, int]:
+    """What later calls need: image columns, (batch, num_kept), and text from a cache position on. The device is waited
+    for, once.
+
+    Args:
+        rules: who sees whom.
+        state: the state after the text of the call.
+        windows: (batch,) the current ones.
+        pinned: (batch, num_columns) columns that stay visible for ever; None without any.
+        num_columns: number of image columns of the call.
+    """
+    kept = _in_range(torch.arange(num_columns, device=state.valid.device), windows.image_start, windows.image_end)
+    if pinned is not None:
+        kept = kept | pinned
+    text_start = torch.where(windows.with_images | rules.text_windows, windows.text_start, state.length)
+    num_kept, first_text = torch.stack([kept.sum(-1).max(), text_start.min()]).tolist()
+    # Stable sorting by "kept" moves the kept columns to the end of each row, in their order.
+    columns = kept.long().argsort(dim=-1, stable=True)[:, num_columns - num_kept :]
+    return columns, 0 if rules.keys == "context" else first_text
+
+
+def _after_images(
+    state: WindowState,
+    text: _Text,
+    new: _NewImages,
+    windows: _Windows,
+    pinned: torch.Tensor | None,
+    kept_columns: torch.Tensor,
+    text_start: int,
+) -> WindowState:
+    """The state after a call with new images, made from that after its text; `windows` are the current ones."""
+    image_columns = num_kept = kept_columns.shape[1]
     if state.reserved_columns:
         # In steps of what is reserved, and never less again: shapes change as rarely as they can.
         steps = -(-num_kept // state.reserved_columns)
         image_columns = max(steps * state.reserved_columns, state.image_columns)
-    # Stable sorting by "kept" moves the kept columns to the end of each row, in their order.
-    kept_columns = kept.long().argsort(dim=-1, stable=True)[:, plan.num_columns - num_kept :]
-    since_last = (
-        torch.arange(closes_window.shape[1], device=device) >= torch.where(received, indices[final], 0)[:, None]
-    )
+    if pinned is not None:
+        pinned = nn.functional.pad(pinned.gather(1, kept_columns), (image_columns - num_kept, 0))
+    received, last = new.has_latest[:, -1], new.latest[:, -1]  # (batch,)
+    last_image = torch.where(received, new.update.text_end[last], state.last_image)
+    closes = text.closes_window & (text.cache_positions >= last_image[:, None])
     return replace(
-        plan,
-        kept_columns=kept_columns,
-        next_state=replace(
-            plan.next_state,
-            image_columns=image_columns,
-            image_tokens=window_tokens,
-            pinned=None
-            if plan.pinned is None
-            else torch.nn.functional.pad(plan.pinned.gather(1, kept_columns), (image_columns - num_kept, 0)),
-            last_image=torch.where(received, state.length + indices[final], state.last_image),
-            window_start=window_start,
-            closed_at=_close(state, closes_window & since_last, torch.where(received, OPEN, state.closed_at)),
-            is_frame=torch.where(received, images.is_frame[final], state.is_frame),
-            text_start=first_slot,
-        ),
+        state,
+        image_columns=image_columns,
+        image_tokens=windows.image_end - windows.image_start,
+        pinned=pinned,
+        last_image=last_image,
+        window_start=windows.text_start,
+        closed_at=torch.where(received, _first(closes, text), state.closed_at),
+        is_frame=torch.where(received, new.placement.is_frame[last], state.is_frame),
+        text_start=text_start,
     )
 
 
-def _ranges(
-    state: WindowState,
-    rules: WindowRules,
-    closes_window: torch.Tensor,
-    images: ImagePlacement,
-    samples: torch.Tensor | None,
-    first_slots: torch.Tensor,
-) -> _Ranges:
-    rows, indices = images.rows, images.indices
-    order = torch.arange(len(rows), device=rows.device)
-    previous = (order - 1).clamp(min=0)
-    same_sample = (rows == rows[previous]) & (order > 0)
-    first_in_row = torch.where(same_sample, 0, order).cummax(0).values
-    continues_stored = ~same_sample
-    if samples is not None:
-        of_image = samples[rows, indices]
-        same_sample = same_sample & (of_image == of_image[previous])
-    # Text of this call before each image; equal counts mean that nothing closed the window in between.
-    text_before = (closes_window.long().cumsum(1) - closes_window.long())[rows, indices]
-    # Images that follow each other share a window if both have the history "group" and nothing closed it in between.
-    grouped = rules.history_is("group", images.is_frame)
-    joins = grouped & grouped[previous] & same_sample & (text_before == text_before[previous])
-    joins_stored = grouped & continues_stored & (text_before == 0) & (state.image_tokens > 0)[rows]
-    joins_stored = joins_stored & (state.closed_at == OPEN)[rows] & rules.history_is("group", state.is_frame)[rows]
-    leader = torch.where(joins, 0, order).cummax(0).values
-    from_stored = joins_stored[leader]
-
-    num_tokens = images.num_tokens
-    tokens_before = num_tokens.cumsum(0) - num_tokens
-    columns = state.image_columns + tokens_before - tokens_before[first_in_row]
-    first_in_sample = torch.where(same_sample, 0, order).cummax(0).values
-    return _Ranges(
-        image_start=torch.where(from_stored, state.image_columns - state.image_tokens[rows], columns[leader]),
-        image_end=columns + num_tokens,
-        text_start=torch.where(from_stored, state.window_start[rows], state.length + indices[leader]),
-        sample_start=columns[first_in_sample],
-        first_slot=first_slots[rows, indices],
-    )
+def _first(chosen: torch.Tensor, text: _Text) -> torch.Tensor:
+    """(batch,) cache position of the first chosen token, (batch, tokens), of each row; `OPEN` without any."""
+    return torch.where(chosen, text.cache_positions, OPEN).amin(-1)
 
 
-def _first_slots(slots: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
-    """(batch, tokens) first slot of each token's sample."""
-    if samples is None:
-        return torch.zeros_like(slots)
-    starts = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
-    return torch.where(starts, slots, 0).cummax(dim=1).values
+# What several of these steps need.
 
 
 def pinned_before(
     pinned: torch.Tensor, start: torch.Tensor | None, columns: torch.Tensor, end: torch.Tensor
 ) -> torch.Tensor:
-    """(batch, queries, image columns) pinned columns before `end` and, with packing, from `start` on."""
+    """(batch, queries, image columns) pinned columns before `end` and, with packing, from `start` on.
+
+    Args:
+        pinned: (batch, image columns) columns that stay visible for ever.
+        start: (batch, queries) first column of each query's sample; None without packing.
+        columns: (image columns,) their numbers.
+        end: (batch, queries) column at which each query's images end.
+    """
     mask = pinned[:, None] & (columns < end[..., None])
     return mask if start is None else mask & (columns >= start[..., None])
 
 
-def _close(state: WindowState, closes_window: torch.Tensor, closed_at: torch.Tensor) -> torch.Tensor:
-    """`closed_at` after text of this call."""
-    slots = torch.arange(closes_window.shape[1], device=closes_window.device) + state.length
-    return torch.where(closes_window, slots, OPEN).amin(-1).minimum(closed_at)
+def _in_range(places: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """(..., places) which of the places are in each range from `start` to `end`, (...), the end excluded."""
+    return (places >= start[..., None]) & (places < end[..., None])
+
+
+def _first_of_run(*keys: torch.Tensor) -> torch.Tensor:
+    """(n,) index of the first entry of the run that each entry is in: neighbours with the same keys, (n,) each."""
+    differs = torch.stack([key[1:] != key[:-1] for key in keys]).any(0)
+    order = torch.arange(1, len(differs) + 1, device=differs.device)
+    return nn.functional.pad(torch.where(differs, order, 0), (1, 0)).cummax(0).values
+
+
+def _placed(
+    tokens: torch.Tensor, batch_size: int, num_columns: int, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """(batch, num_columns, ...) with `tokens` (num_image_tokens, ...) at the given rows and columns, else zero."""
+    if batch_size == 1:
+        return tokens[None]
+    padded = tokens.new_zeros(batch_size, num_columns, *tokens.shape[1:])
+    return padded.index_put((rows, columns), tokens)
+
+
+def _tensors_of(record: Any) -> dict[str, Any]:
+    """The tensors among the fields of a dataclass, by name."""
+    return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), torch.Tensor)}
+
+
+def _moved(record: Any, device: torch.device) -> dict[str, Any]:
+    """These tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in _tensors_of(record).items()}
+
+
+def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of integers or booleans on the CPU, by one copy."""
+    numbers = torch.cat([tensor.flatten().long() for tensor in tensors]).cpu()
+    parts = numbers.split([tensor.numel() for tensor in tensors])
+    return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
