@@ -469,10 +469,10 @@ def test_what_cannot_be_evicted_is_refused_and_left_alone():
         model.evict_text(cache, 8)
     model(torch.arange(3, 23)[None].repeat(2, 1), cache=cache)
     for arguments, message in (
-        ((4, 4), "window of 4 text tokens with 4 sink tokens"),
-        ((4, -1), "at least 0 sinks"),
+        ((4, 4), "keep=4 must be larger than num_sink_tokens=4"),
+        ((4, -1), "num_sink_tokens=-1 must be 0 or more"),
         ((torch.tensor([9, 9, 9]), 4), r"keep has shape \(3,\); expected a number, or one for each of 2 rows"),
-        ((torch.tensor([9, 4]), torch.tensor([0, 4])), "window of 4 text tokens"),
+        ((torch.tensor([9, 4]), torch.tensor([0, 4])), "keep=4 must be larger than num_sink_tokens=4"),
     ):
         with pytest.raises(ValueError, match=message):
             model.evict_text(cache, *arguments)

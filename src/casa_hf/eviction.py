@@ -1,14 +1,17 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A window over the text that a cache remembers: what is older than the window, except the first tokens, is evicted.
+"""A budget of text for a cache: what is older, except the first tokens, is evicted.
 
 The first tokens stay because attention leans on them (attention sinks, arXiv 2309.17453). What stays is re-based:
-positions run on from the sinks, as if the evicted text had never been there. Keys are stored rotated, so they are
-turned back by the positions that went before them, and so are the keys of images. Among recent text, images and what
+positions continue from the sinks, as if the evicted text had never been there. Keys are stored rotated, so they are
+rotated back by the positions that went before them, and so are the keys of images. Among recent text, images and what
 is still to come the relative geometry stays what it was; only the sinks come closer. Positions then are bounded,
-however long the stream, by the window and, with insertion positions, by what the images of the retained text advance:
+however long the stream, by the budget and, with insertion positions, by what the images of the retained text advance:
 float32 rotary angles lose 8e-2 at position 2,000,000.
 
-Rows of a batch have windows of their own. What was padding between their tokens is closed up on the same way.
+Rows of a batch have budgets of their own. Padding between their tokens is closed up on the same way.
+
+Three words for where a token stands: its *text index* counts the text of its row, its *cache position* (see `windows`)
+padding too, and its *position* is what its key is rotated by.
 """
 
 from __future__ import annotations
@@ -24,16 +27,19 @@ from transformers.cache_utils import Cache
 from .cache_casa import CasaLayerMixin, KeysValues
 from .windows import OPEN, WindowRules, WindowState
 
-# Rope types whose frequencies depend on the length of the text: a stored key can't be turned from one to another.
+# Rope types whose frequencies depend on the length of the text: a stored key can't be moved from one to another.
 _CHANGING_ROPE_TYPES = ("dynamic", "longrope")
+
+# cos and sin by which keys are rotated.
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeyRotation:
-    """Turns keys that are stored rotated to other positions.
+    """Rotates keys that are stored rotated to other positions.
 
     Args:
-        rotary: the backbone's rotary embedding.
-        apply_rotary: its function `(q, k, cos, sin) -> (q, k)`.
+        rotary: rotary embedding of the backbone.
+        apply_rotary: function of the backbone `(q, k, cos, sin) -> (q, k)`.
 
     Raises:
         ValueError: if the frequencies depend on the length of the text.
@@ -50,18 +56,18 @@ class KeyRotation:
         self.inv_freq: Any = rotary.inv_freq
         self.apply_rotary = apply_rotary
 
-    def tables(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, float64 on the CPU, that turn keys back by `shift` (batch, length) positions.
+    def tables(self, shift: torch.Tensor) -> Tables:
+        """cos and sin, float64 on the CPU, that rotate keys back by `shift` (batch, length) positions.
 
-        The angles are exact products: of whatever a key's own float32 angle has lost, nothing is added here. They
-        carry no attention scaling, which stored keys have already. All axes of M-RoPE move by the same amount.
+        The angles are exact products: to what a key's own float32 angle has lost, nothing is added here. They carry no
+        attention scaling, which stored keys have already. All axes of M-RoPE move by the same amount.
         """
         angles = -shift.cpu().double()[..., None] * self.inv_freq.cpu().double()
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
-    def rotate(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Keys (batch, heads, length or 1, head_dim), turned in at least float32."""
+    def rotate(self, keys: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Keys (batch, heads, length, head_dim), rotated in at least float32 by tables of `length` or 1."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
         wide = keys.to(dtype)
@@ -70,23 +76,24 @@ class KeyRotation:
 
 @dataclass(frozen=True)
 class TextEviction:
-    """Which text slots stay in a cache, and by how much what stays is moved.
+    """Which text stays in a cache, and by how much what stays is moved.
 
     Attributes:
         drops: whether any text goes, and not only padding.
-        length: number of slots afterwards.
-        slots: (batch, length) the slot that each of them was; rows with fewer tokens are padded on the left.
+        length: number of cache positions afterwards.
+        kept: (batch, length) the old cache position of each; rows with fewer tokens are padded on the left.
         valid: (batch, length) False for that padding.
-        shift: (batch, length) positions that went before each token.
-        image_shift: (batch,) and before each row's images.
-        moved: (batch, old length + 1) for each old slot, the new slot of the first text that stays at or after it.
-        text_start: first new slot whose text keys fusion layers still need.
-        old_text_start: the same before, in old slots.
+        shift: (batch, length) positions by which each token moves back.
+        image_shift: (batch,) and by which each row's images do.
+        moved: (batch, old length + 1) for each old cache position the new one of the first text that stays at or
+            after it.
+        text_start: first new cache position whose text keys fusion layers still need.
+        old_text_start: the same before, as an old cache position.
     """
 
     drops: bool
     length: int
-    slots: torch.Tensor
+    kept: torch.Tensor
     valid: torch.Tensor
     shift: torch.Tensor
     image_shift: torch.Tensor
@@ -96,35 +103,36 @@ class TextEviction:
 
     def text(self, stored: KeysValues) -> KeysValues:
         """What stays of self-attention's keys/values."""
-        return _gather(stored, self.slots)
+        return _gather(stored, self.kept)
 
     def window(self, stored: KeysValues) -> KeysValues:
         """What stays of fusion layers' own text keys/values, which begin at `old_text_start`."""
         # Rows whose windows begin later have no keys there; nor will they look.
-        return _gather(stored, (self.slots[:, self.text_start :] - self.old_text_start).clamp(min=0))
+        return _gather(stored, (self.kept[:, self.text_start :] - self.old_text_start).clamp(min=0))
 
     def state(self, state: WindowState) -> WindowState:
         """The state of the windows afterwards."""
-
-        def moved(slots: torch.Tensor) -> torch.Tensor:
-            return self.moved.gather(1, slots.clamp(0, self.moved.shape[1] - 1)[:, None])[:, 0]
-
-        closed = state.closed_at.clamp(max=self.moved.shape[1] - 1)
-        # A window that evicted text has closed stays closed, wherever the cache is cropped to.
-        stays = self.moved.gather(1, (closed + 1).clamp(max=self.moved.shape[1] - 1)[:, None])[:, 0] > moved(closed)
-        closed_at = torch.where(stays, moved(closed), moved(closed) - 1)
         return replace(
             state,
             length=self.length,
             valid=self.valid,
             padded=not bool(self.valid.all()),
-            positions=torch.where(self.valid, state.positions.gather(1, self.slots) - self.shift, 0),
+            positions=torch.where(self.valid, state.positions.gather(1, self.kept) - self.shift, 0),
             next_position=state.next_position - (self.shift[:, -1] if self.length else 0),
-            last_image=torch.where(state.last_image < 0, state.last_image, moved(state.last_image)),
-            window_start=moved(state.window_start),
-            closed_at=torch.where(state.closed_at == OPEN, OPEN, closed_at),
+            last_image=torch.where(state.last_image < 0, state.last_image, _at(self.moved, state.last_image)),
+            window_start=_at(self.moved, state.window_start),
+            closed_at=torch.where(state.closed_at == OPEN, OPEN, self._closed_at(state)),
             text_start=self.text_start,
         )
+
+    def _closed_at(self, state: WindowState) -> torch.Tensor:
+        """(batch,) new cache position of the text that has closed each window, or would have if it had stayed."""
+        last = self.moved.shape[1] - 1
+        closed_at = state.closed_at.clamp(max=last)
+        moved = _at(self.moved, closed_at)
+        stays = _at(self.moved, closed_at + 1) > moved
+        # A window that evicted text has closed stays closed, wherever the cache is cropped to.
+        return torch.where(stays, moved, moved - 1)
 
 
 def plan_eviction(
@@ -133,7 +141,7 @@ def plan_eviction(
     """Choose what stays.
 
     Args:
-        state: the windows of the cache.
+        state: windows of the cache.
         rules: who sees whom.
         keep: (batch,) number of text tokens that each row keeps, sinks included.
         num_sink_tokens: (batch,) number of first tokens that stay.
@@ -141,78 +149,93 @@ def plan_eviction(
     Returns:
         The plan; None if all would stay where it is. The delimiters between the images of a group stay or go together.
     """
-    preallocated, state = state.slots is not None, state.growing()
-    assert isinstance(state.length, int)
-    valid, length = state.valid, state.length
-    count = valid.sum(1)
-    before = nn.functional.pad(valid.long().cumsum(1), (1, 0))  # texts before each slot
-
-    def text_before(slots: torch.Tensor) -> torch.Tensor:
-        return before.gather(1, slots.clamp(0, length)[:, None])[:, 0]
-
-    first_image, last_image = text_before(state.window_start), text_before(state.last_image)
-    has_image = state.image_tokens > 0
-    # Text [first, cut) of each row goes, as indices into its text.
-    first = count.minimum(num_sink_tokens)
-    first = torch.where(has_image & (first_image < first) & (first <= last_image), last_image + 1, first)
-    cut = (count - (keep - num_sink_tokens)).maximum(first)
-    cut = torch.where(has_image & (first <= first_image) & (first_image < cut) & (cut <= last_image), first_image, cut)
-    index = before[:, :-1]
-    kept = valid & ((index < first[:, None]) | (index >= cut[:, None]))
-    num_kept = kept.sum(1)
-    new_length = int(num_kept.max())
-    drops = bool((cut > first).any())
-    if new_length == length and not drops:
+    is_static, state = state.slots is not None, state.growing()
+    old_length = state.valid.shape[1]
+    evicted = _evicted_text(state, keep, num_sink_tokens)
+    index = evicted.text_index[:, :-1]  # (batch, old_length)
+    begin, end = evicted.begin[:, None], evicted.end[:, None]
+    stays = state.valid & ((index < begin) | (index >= end))
+    num_kept = stays.sum(1)
+    length, drops = int(num_kept.max()), bool((end > begin).any())
+    if length == old_length and not drops:
         return None
 
-    # Stable sorting by "kept" moves the kept slots to the end of each row, in their order.
-    slots = kept.long().argsort(dim=1, stable=True)[:, length - new_length :]
-    padding = (new_length - num_kept)[:, None]
-    moved = padding + nn.functional.pad(kept.long().cumsum(1), (1, 0))
-    shift, image_shift = _shifts(state, first, cut, first_image, last_image)
-    needed = torch.where(has_image | rules.text_windows, state.window_start, length)
-    needed = moved.gather(1, needed.clamp(max=length)[:, None])
+    # Stable sorting by "stays" moves what stays to the end of each row, in its order.
+    kept = stays.long().argsort(dim=1, stable=True)[:, old_length - length :]
+    moved = (length - num_kept)[:, None] + _count_before(stays)
+    shift, image_shift = _shifts(state, evicted)
+    text_start = 0
+    if not is_static and rules.keys != "context":
+        has_window = (state.image_tokens > 0) | rules.text_windows
+        text_start = int(_at(moved, torch.where(has_window, state.window_start, old_length)).min())
     return TextEviction(
         drops=drops,
-        length=new_length,
-        slots=slots,
-        valid=kept.gather(1, slots),
-        shift=torch.where(index >= cut[:, None], shift[:, None], 0).gather(1, slots),
+        length=length,
+        kept=kept,
+        valid=stays.gather(1, kept),
+        shift=torch.where(index >= end, shift[:, None], 0).gather(1, kept),
         image_shift=image_shift,
         moved=moved,
-        text_start=0 if preallocated or rules.keys == "context" else int(needed.min()),
+        text_start=text_start,
         old_text_start=state.text_start,
     )
 
 
-def _shifts(
-    state: WindowState,
-    first: torch.Tensor,
-    cut: torch.Tensor,
-    first_image: torch.Tensor,
-    last_image: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch,) positions that text [first, cut) and images gone before `cut` leave free: before the text from `cut`
-    on, and before the current images."""
-    # Slots of each row's text, in order, then padding.
-    order = (~state.valid).long().argsort(dim=1, stable=True)
-    by_text = state.positions.gather(1, order)
+@dataclass(frozen=True)
+class _EvictedText:
+    """The text that goes from each row, as text indices, (batch,) unless said.
 
-    def position(text: torch.Tensor) -> torch.Tensor:
-        return by_text.gather(1, text.clamp(0, by_text.shape[1] - 1)[:, None])[:, 0]
+    Attributes:
+        text_index: (batch, length + 1) number of text tokens before each cache position, and in all.
+        begin, end: what goes, end excluded.
+        first_image, last_image: the tokens that the first and the last of the current images precede.
+        has_image: whether there are any.
+    """
 
-    def after(text: torch.Tensor) -> torch.Tensor:
-        """The position after that of the text before."""
-        return torch.where(text > 0, position(text - 1) + 1, 0)
+    text_index: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+    first_image: torch.Tensor
+    last_image: torch.Tensor
+    has_image: torch.Tensor
 
-    start = after(first)
+
+def _evicted_text(state: WindowState, keep: torch.Tensor, num_sink_tokens: torch.Tensor) -> _EvictedText:
+    """What lies between the sinks and the recent text, neither of which ends between the images of a group."""
+    text_index = _count_before(state.valid)
+    count = text_index[:, -1]
+    first_image, last_image = _at(text_index, state.window_start), _at(text_index, state.last_image)
+    has_image = state.image_tokens > 0
+    begin = count.minimum(num_sink_tokens)
+    splits_group = has_image & (first_image < begin) & (begin <= last_image)
+    begin = torch.where(splits_group, last_image + 1, begin)
+    end = (count - (keep - num_sink_tokens)).maximum(begin)
+    splits_group = has_image & (begin <= first_image) & (first_image < end) & (end <= last_image)
+    end = torch.where(splits_group, first_image, end)
+    return _EvictedText(text_index, begin, end, first_image, last_image, has_image)
+
+
+def _shifts(state: WindowState, evicted: _EvictedText) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch,) positions that the evicted text, and images gone with it, leave free: for the text after it, and for
+    the current images."""
+    begin, end, first_image = evicted.begin, evicted.end, evicted.first_image
+    # Positions by text index; padding comes last.
+    of_text = state.positions.gather(1, (~state.valid).long().argsort(dim=1, stable=True))
+
+    def after_previous(index: torch.Tensor) -> torch.Tensor:
+        """The position after that of the text before this one."""
+        return torch.where(index > 0, _at(of_text, index - 1) + 1, 0)
+
+    start = after_previous(begin)
     # What the current images, and delimiters between them, take up between the evicted text and what follows: nothing
     # under contiguous positions, but for a group whose delimiters go.
-    stands_here = (state.image_tokens > 0) & (first <= first_image) & (first_image <= cut)
-    gap = torch.where(stands_here, position(last_image.minimum(cut)) - after(first_image), 0)
-    shift = torch.where(cut > first, position(cut) - start - gap, 0)
-    image_shift = torch.where(first_image < first, 0, torch.where(stands_here, after(first_image) - start, shift))
-    return shift, torch.where(cut > first, image_shift, 0)
+    images_between = evicted.has_image & (begin <= first_image) & (first_image <= end)
+    taken = _at(of_text, evicted.last_image.minimum(end)) - after_previous(first_image)
+    shift = _at(of_text, end) - start - torch.where(images_between, taken, 0)
+    image_shift = torch.where(images_between, after_previous(first_image) - start, shift)
+    image_shift = torch.where(first_image < begin, 0, image_shift)  # before all that goes
+    goes = end > begin
+    return torch.where(goes, shift, 0), torch.where(goes, image_shift, 0)
 
 
 @torch.no_grad()
@@ -229,73 +252,94 @@ def evict_text(
     as long as they are seen. Padding between the tokens of a row goes too. Positions are counted without what went.
 
     Args:
-        cache: a cache that a CASA model has filled, growing or static.
+        cache: cache that a CASA model has filled, growing or static.
         rules: who sees whom.
-        rotation: gives that of the model's keys, or refuses; asked if text is to go, and not only padding.
+        rotation: function that gives the rotation of the model's keys, or refuses; called if text is to go, and not
+            only padding.
         keep: number of text tokens that stay in each row, sinks included; one number, or (batch,). A row that holds
             fewer keeps all.
         num_sink_tokens: number of first tokens that stay; one number, or (batch,).
 
     Returns:
-        (batch, length) the old slot of each slot that is there now, -1 for padding (on the left of rows with fewer
-        tokens); None if nothing changed.
+        (batch, length) the old cache position of each that is there now, -1 for padding (on the left of rows with
+        fewer tokens); None if nothing changed.
 
     Raises:
         NotImplementedError: for quantised cache layers.
         TypeError: if the cache isn't one that a CASA model has filled.
         ValueError: if no recent token would stay.
     """
-    if not cache.layers or not isinstance(cache.layers[0], CasaLayerMixin) or cache.layers[0].window_state is None:
-        raise TypeError(
-            f"Text is evicted from a cache that a CASA model has filled; this {type(cache).__name__} is none. Pass "
-            "the cache of a forward or generate call."
-        )
-    state: WindowState = cache.layers[0].window_state
-    keep, sinks = (
-        _per_row(name, value, state) for name, value in (("keep", keep), ("num_sink_tokens", num_sink_tokens))
-    )
-    for tokens, num_sinks in torch.stack([keep, sinks], dim=1).tolist():
-        check_text_window(tokens, num_sinks)
+    state = _state_of(cache)
+    budget, sinks = _per_row("keep", keep, state), _per_row("num_sink_tokens", num_sink_tokens, state)
+    for row in torch.stack([budget, sinks], dim=1).tolist():
+        check_text_budget(*row)
     for layer in cache.layers:
         layer.require_evictable()
-    plan = plan_eviction(state, rules, keep, sinks)
+    plan = plan_eviction(state, rules, budget, sinks)
     if plan is None:
         return None
-    moves = rotation() if plan.drops else None
-
-    def tables(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return moves.tables(shift) if moves is not None and bool(shift.any()) else None
-
-    def rotated(stored: KeysValues, tables: tuple[torch.Tensor, torch.Tensor] | None) -> KeysValues:
-        return stored._replace(keys=moves.rotate(stored.keys, tables)) if moves is not None and tables else stored
-
-    text, images = tables(plan.shift), tables(plan.image_shift[:, None])
-    window = None if text is None else (text[0][:, plan.text_start :], text[1][:, plan.text_start :])
+    moves = _Moves(plan, rotation() if plan.drops else None, image_positions=rules.with_text)
     for layer in cache.layers:
-        new = dict(layer.fusion)
-        for name, stored in layer.fusion.items():
-            if name == "window":
-                new[name] = rotated(plan.window(stored), window)
-            elif rules.with_text or name == "update":  # else without positions
-                new[name] = rotated(stored, images)
-        kept = None
-        if layer.keys is not None:
-            kept = rotated(plan.text(KeysValues(layer.keys, layer.values)), text)
-        layer.replace_text(kept, new, plan.length)
+        text = None if layer.keys is None else moves.text(KeysValues(layer.keys, layer.values))
+        fusion = {name: moves.fusion(name, stored) for name, stored in layer.fusion.items()}
+        layer.replace_text(text, fusion, plan.length)
     cache.layers[0].store_state(plan.state(state.growing()))
-    return plan.slots.masked_fill(~plan.valid, -1)
+    return plan.kept.masked_fill(~plan.valid, -1)
 
 
-def check_text_window(tokens: int, num_sink_tokens: int) -> None:
-    """Refuse a window without room for recent text.
+class _Moves:
+    """What stays of stored keys/values, at its new positions.
+
+    Args:
+        plan: what stays, and by how much it moves.
+        rotation: rotation of the model's keys; None if no text goes, so that nothing moves.
+        image_positions: whether the image keys of fusion layers have positions.
+    """
+
+    def __init__(self, plan: TextEviction, rotation: KeyRotation | None, image_positions: bool):
+        self.plan = plan
+        self.rotation = rotation
+        self.image_positions = image_positions
+        self.of_text = self._tables(plan.shift)
+        self.of_images = self._tables(plan.image_shift[:, None])
+
+    def text(self, stored: KeysValues) -> KeysValues:
+        """Of self-attention's text."""
+        return self._rotated(self.plan.text(stored), self.of_text)
+
+    def fusion(self, name: str, stored: KeysValues) -> KeysValues:
+        """Of what a fusion layer has stored under this name."""
+        if name == "window":
+            start, tables = self.plan.text_start, self.of_text
+            of_window = None if tables is None else (tables[0][:, start:], tables[1][:, start:])
+            return self._rotated(self.plan.window(stored), of_window)
+        # Self-attention's keys for updates of image states always have positions.
+        return self._rotated(stored, self.of_images) if self.image_positions or name == "update" else stored
+
+    def _tables(self, shift: torch.Tensor) -> Tables | None:
+        return None if self.rotation is None or not bool(shift.any()) else self.rotation.tables(shift)
+
+    def _rotated(self, stored: KeysValues, tables: Tables | None) -> KeysValues:
+        if self.rotation is None or tables is None:
+            return stored
+        return stored._replace(keys=self.rotation.rotate(stored.keys, tables))
+
+
+def check_text_budget(keep: int, num_sink_tokens: int) -> None:
+    """Refuse a budget of text without room for recent text.
+
+    Args:
+        keep: number of text tokens that stay, sinks included.
+        num_sink_tokens: number of first tokens that always stay.
 
     Raises:
-        ValueError: if `tokens` isn't larger than `num_sink_tokens`, or that is negative.
+        ValueError: if `keep` isn't larger than `num_sink_tokens`, or that is negative.
     """
-    if num_sink_tokens < 0 or tokens <= num_sink_tokens:
+    if num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens={num_sink_tokens} must be 0 or more.")
+    if keep <= num_sink_tokens:
         raise ValueError(
-            f"A window of {tokens} text tokens with {num_sink_tokens} sink tokens has no room for recent text. Keep "
-            "more tokens than there are sinks, and at least 0 sinks."
+            f"keep={keep} must be larger than num_sink_tokens={num_sink_tokens}, else no recent text would stay."
         )
 
 
@@ -305,14 +349,26 @@ def check_history(rules: WindowRules) -> None:
     Raises:
         ValueError: for the history "all".
     """
-    if "all" in (rules.image_history, rules.video_history):
+    if rules.keeps_all_images:
         raise ValueError(
             'Text can\'t be evicted where casa_image_history or casa_video_history is "all": every image is kept for '
             'ever, so memory grows without bound all the same. Use "latest" or "group".'
         )
 
 
+def _state_of(cache: Cache) -> WindowState:
+    """The state of a cache that a CASA model has filled."""
+    layer = cache.layers[0] if cache.layers else None
+    if not isinstance(layer, CasaLayerMixin) or layer.window_state is None:
+        raise TypeError(
+            f"Text is evicted from a cache that a CASA model has filled; this {type(cache).__name__} is none. Pass "
+            "the cache of a forward or generate call."
+        )
+    return layer.window_state
+
+
 def _per_row(name: str, value: int | torch.Tensor, state: WindowState) -> torch.Tensor:
+    """(batch,) the number of each row."""
     numbers = torch.as_tensor(value, device=state.valid.device)
     if numbers.ndim > 1 or (numbers.ndim and len(numbers) != state.batch_size):
         raise ValueError(
@@ -321,7 +377,17 @@ def _per_row(name: str, value: int | torch.Tensor, state: WindowState) -> torch.
     return numbers.expand(state.batch_size)
 
 
-def _gather(stored: KeysValues, slots: torch.Tensor) -> KeysValues:
-    """The keys/values in the given slots (batch, length) of each row."""
-    index = slots.to(stored.keys.device)[:, None, :, None]
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(batch,) one of the values (batch, length) of each row; an index outside takes the nearest."""
+    return values.gather(1, index.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
+
+
+def _count_before(chosen: torch.Tensor) -> torch.Tensor:
+    """(batch, length + 1) how many of (batch, length) are chosen before each, and in all."""
+    return nn.functional.pad(chosen.long().cumsum(1), (1, 0))
+
+
+def _gather(stored: KeysValues, kept: torch.Tensor) -> KeysValues:
+    """The keys/values at the given cache positions (batch, length) of each row."""
+    index = kept.to(stored.keys.device)[:, None, :, None]
     return KeysValues(*(t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in stored))
