@@ -7,6 +7,9 @@ sample at a time and without a cache; batches, padding, packing and chunks of th
 their samples alone. Every mask is a list, for each query, of the keys it may see, made by looping over all pairs and
 asking the rules.
 
+What differs between families inside a decoder block is stated here by subclasses of `Block`, from reading the stock
+modules: never asked of the package, nor of the tensors that its models happen to have.
+
 Everything is float64, except where the backbones themselves say float32: rotary angles, cosines and sines, and the
 inside of RMSNorm (the stock classes round their input to float32 whatever the model's type; without the same rounding
 a float64 comparison would stop at 1e-6 for a reason that isn't CASA's). Softmax is float64, as in SDPA; the stock
@@ -75,31 +78,34 @@ class Sample:
     evictions: Sequence[Eviction] = field(default=())
 
 
-def reference_logits(config: Any, state_dict: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[Tensor]:
+def reference_logits(
+    config: Any, state_dict: Mapping[str, Tensor], samples: Sequence[Sample], block: type[Block] | None = None
+) -> list[Tensor]:
     """The logits of each sample, (T, vocabulary), float64.
 
     Args:
         config: a `CasaConfig`, or an object with the same design fields and a `text_config`.
         state_dict: parameters of the language model by checkpoint name, and those of other parts, which are ignored.
         samples: what to run, each by itself.
+        block: decoder blocks of the family; Qwen2-VL's and Qwen2.5-VL's if None.
     """
     parameters = {
         name: tensor.double() for name, tensor in state_dict.items() if name.startswith(("model.language", "lm_head"))
     }
-    return [_logits(config, parameters, sample) for sample in samples]
+    return [_logits(config, parameters, sample, block or Block) for sample in samples]
 
 
-def _logits(config: Any, parameters: Mapping[str, Tensor], sample: Sample) -> Tensor:
+def _logits(config: Any, parameters: Mapping[str, Tensor], sample: Sample, block: type[Block]) -> Tensor:
     assert list(sample.images) == sorted(sample.images, key=lambda image: image.position)
     assert all(0 <= image.position < len(sample.input_ids) for image in sample.images)
     assert all(len(image.features) == image.grid[0] * image.grid[1] for image in sample.images)
     embedding = parameters["model.language_model.embed_tokens.weight"]
     masks = _Masks(config, sample)
-    rotary = [_Rotary(config, sample, masks, epoch) for epoch in range(len(sample.evictions) + 1)]
+    angles = [_Angles(config, sample, masks, epoch) for epoch in range(len(sample.evictions) + 1)]
     text = embedding[torch.tensor(list(sample.input_ids))]
     images = torch.cat([embedding.new_zeros(0, embedding.shape[1]), *(i.features.double() for i in sample.images)])
     for index in range(config.text_config.num_hidden_layers):
-        text, images = _Block(config, parameters, index, masks, rotary)(text, images)
+        text, images = block(config, parameters, index, masks, angles)(text, images)
         images = images + _deepstack(sample, index, images)
     text = _rms_norm(text, parameters["model.language_model.norm.weight"], config.text_config.rms_norm_eps)
     return text @ parameters.get("lm_head.weight", embedding).T
@@ -219,11 +225,11 @@ class _Masks:
         return i < j and (self._history(i) == "all" or self.windows[i] == self.windows[j])
 
 
-class _Rotary:
-    """Cosines and sines of all positions of a sample, float32 tables cast to float64.
+class _Angles:
+    """Rotary angles of all positions of a sample in an epoch, that is after a number of evictions.
 
-    `text` and `images` turn queries or keys (tokens, heads, D) of all text tokens, or of all image tokens, to the
-    positions that they have in an epoch: after a number of evictions.
+    Attributes:
+        text, images: (tokens, D / 2), float32, of all text tokens and of all image tokens.
     """
 
     def __init__(self, config: Any, sample: Sample, masks: _Masks, epoch: int) -> None:
@@ -231,33 +237,21 @@ class _Rotary:
         assert rope["rope_type"] == "default"
         axes = 3 if "mrope_section" in rope else 1
         text, images = _positions(config, sample, axes, masks, epoch)
-        head_dim = getattr(config.text_config, "head_dim", None) or (
-            config.text_config.hidden_size // config.text_config.num_attention_heads
-        )
+        head_dim = _head_dim(config.text_config)
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self.frequencies = 1.0 / rope["rope_theta"] ** exponents
         self.axis_of_pair = _axis_of_pair(rope, head_dim // 2)
-        # Which two dimensions of a head turn together: i and i + D / 2, or neighbours as in Helium.
-        self.neighbours = config.text_config.model_type == "helium"
-        self.text_angles = self._angles(text)
-        self.image_angles = self._angles(images)
-
-    def text(self, x: Tensor) -> Tensor:
-        return self._turn(x, self.text_angles)
-
-    def images(self, x: Tensor) -> Tensor:
-        return self._turn(x, self.image_angles)
+        self.text = self._angles(text)
+        self.images = self._angles(images)
 
     def _angles(self, positions: list[tuple[int, ...]]) -> Tensor:
-        """(tokens, D / 2), float32: each pair of dimensions turns by its axis' position times its frequency."""
+        """Each pair of dimensions turns by its axis' position times its frequency."""
         by_pair = [[position[axis] for axis in self.axis_of_pair] for position in positions]
         return torch.tensor(by_pair, dtype=torch.float32).view(-1, len(self.frequencies)) * self.frequencies
 
-    def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
-        cos, sin = angles.cos().double()[:, None], angles.sin().double()[:, None]
-        first, second = (x[..., ::2], x[..., 1::2]) if self.neighbours else x.chunk(2, dim=-1)
-        turned = first * cos - second * sin, second * cos + first * sin
-        return torch.stack(turned, dim=-1).flatten(-2) if self.neighbours else torch.cat(turned, dim=-1)
+
+def _head_dim(text_config: Any) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def _axis_of_pair(rope: Mapping[str, Any], pairs: int) -> list[int]:
@@ -341,16 +335,31 @@ def _line(sample: Sample, masks: _Masks, epoch: int) -> list[tuple[str, int]]:
     return line
 
 
-class _Block:
-    """One decoder block: text and image states in, text and image states out."""
+class Block:
+    """One decoder block: text and image states in, text and image states out. As in Qwen2-VL and Qwen2.5-VL.
+
+    Attributes:
+        head_norms: whether queries and keys of single heads are normalised, before they are rotated.
+        neighbours: which two dimensions of a head rotate together: neighbours, or i and i + D / 2.
+        rotates: whether self-attention has positions in this block.
+        fusion_rotates: whether fusion has; plain cross-attention never does.
+        scale: factor of the products of queries and keys.
+    """
+
+    head_norms = False
+    neighbours = False
+    rotates = True
 
     def __init__(
-        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, rotary: list[_Rotary]
+        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, angles: list[_Angles]
     ) -> None:
-        self.config, self.parameters, self.masks, self.rotary = config, parameters, masks, rotary
+        self.config, self.parameters, self.masks, self.angles = config, parameters, masks, angles
+        self.index = index
         self.prefix = f"model.language_model.layers.{index}."
         self.fused = config.casa_layers is None or index in config.casa_layers
         self.fusion_module = "self_attn" if config.casa_share_projections else "casa_attn"
+        self.fusion_rotates = self.rotates and config.casa_keys != "image"
+        self.scale = _head_dim(config.text_config) ** -0.5
 
     def __call__(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         placement = self.config.casa_placement if self.fused else None
@@ -386,12 +395,15 @@ class _Block:
             q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
             text_k, text_v = (self.heads("self_attn", p, normed_text) for p in "kv")
             attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-            for epoch, rotary in enumerate(self.rotary):
+            for epoch, angles in enumerate(self.angles):
                 attended += _attend(
-                    rotary.images(q),
-                    torch.cat([rotary.images(k), rotary.text(text_k)]),
+                    self.rotated(q, angles.images, self.rotates),
+                    torch.cat(
+                        [self.rotated(k, angles.images, self.rotates), self.rotated(text_k, angles.text, self.rotates)]
+                    ),
                     torch.cat([v, text_v]),
                     _of_epoch(self.masks.image_updates, self.masks.image_epochs, epoch),
+                    self.scale,
                 )
             images = images + self.out("self_attn", attended)
         return images + self.mlp(self.norm("post_attention_layernorm", images))
@@ -400,9 +412,10 @@ class _Block:
         """Causal attention over the text, (T, H * D), before the output projection."""
         q, k, v = (self.heads("self_attn", p, normed) for p in "qkv")
         attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-        for epoch, rotary in enumerate(self.rotary):
+        for epoch, angles in enumerate(self.angles):
             seen = _of_epoch(self.masks.self_attention, self.masks.text_epochs, epoch)
-            attended += _attend(rotary.text(q), rotary.text(k), v, seen)
+            rotated_q, rotated_k = (self.rotated(x, angles.text, self.rotates) for x in (q, k))
+            attended += _attend(rotated_q, rotated_k, v, seen, self.scale)
         return attended
 
     def fusion(self, normed: Tensor, images: Tensor) -> Tensor:
@@ -412,13 +425,12 @@ class _Block:
         q, text_k, text_v = (self.heads(self.fusion_module, p, normed) for p in "qkv")
         image_k, image_v = (self.heads(self.fusion_module, p, normed_images) for p in "kv")
         values = torch.cat([image_v, text_v])
-        if self.config.casa_keys == "image":
-            return _attend(q, torch.cat([image_k, text_k]), values, self.masks.fusion)
         attended = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-        for epoch, rotary in enumerate(self.rotary):
-            keys = torch.cat([rotary.images(image_k), rotary.text(text_k)])
+        for epoch, angles in enumerate(self.angles):
+            rotated_q, rotated_k = (self.rotated(x, angles.text, self.fusion_rotates) for x in (q, text_k))
+            keys = torch.cat([self.rotated(image_k, angles.images, self.fusion_rotates), rotated_k])
             seen = _of_epoch(self.masks.fusion, self.masks.text_epochs, epoch)
-            attended += _attend(rotary.text(q), keys, values, seen)
+            attended += _attend(rotated_q, keys, values, seen, self.scale)
         return attended
 
     def fusion_output(self, attended: Tensor) -> Tensor:
@@ -441,13 +453,23 @@ class _Block:
         return output if bias is None else output + bias
 
     def heads(self, module: str, projection: str, x: Tensor) -> Tensor:
-        """Queries "q", keys "k" or values "v": (tokens, heads, D), normalised where the backbone does that."""
+        """Queries "q", keys "k" or values "v": (tokens, heads, D), not rotated."""
         text = self.config.text_config
         count = text.num_attention_heads if projection == "q" else text.num_key_value_heads
         output = self.linear(f"{module}.{projection}_proj", x)
         output = output.view(len(x), count, output.shape[-1] // count)
-        norm = f"{module}.{projection}_norm"
-        return self.norm(norm, output) if f"{self.prefix}{norm}.weight" in self.parameters else output
+        if self.head_norms and projection != "v":
+            return self.norm(f"{module}.{projection}_norm", output)
+        return output
+
+    def rotated(self, x: Tensor, angles: Tensor, rotates: bool) -> Tensor:
+        """Queries or keys (tokens, heads, D) at positions of (tokens, D / 2) angles, if they have positions."""
+        if not rotates:
+            return x
+        cos, sin = angles.cos().double()[:, None], angles.sin().double()[:, None]
+        first, second = (x[..., ::2], x[..., 1::2]) if self.neighbours else x.chunk(2, dim=-1)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        return torch.stack(rotated, dim=-1).flatten(-2) if self.neighbours else torch.cat(rotated, dim=-1)
 
     def out(self, module: str, x: Tensor) -> Tensor:
         return self.linear(f"{module}.o_proj", x)
@@ -458,12 +480,24 @@ class _Block:
         return self.linear("mlp.down_proj", gate * gate.sigmoid() * self.linear("mlp.up_proj", x))
 
 
+class Qwen3Block(Block):
+    """As in Qwen3-VL."""
+
+    head_norms = True
+
+
+class HeliumBlock(Block):
+    """As in Helium."""
+
+    neighbours = True
+
+
 def _of_epoch(seen: list[list[int]], epochs: list[int], epoch: int) -> list[list[int]]:
     """What queries of an epoch see; nothing for the others."""
     return [keys if own == epoch else [] for keys, own in zip(seen, epochs, strict=True)]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]], scale: float) -> Tensor:
     """Softmax attention of each query over exactly the keys it sees; 0 where it sees none.
 
     Args:
@@ -471,6 +505,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
         k: (keys, G, D).
         v: (keys, G, D).
         seen: for each query the numbers of its keys.
+        scale: factor of the products.
 
     Returns:
         (queries, H * D).
@@ -480,7 +515,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     for query, keys in enumerate(seen):
         if keys:
-            scores = (k[keys] * q[query]).sum(-1) / q.shape[-1] ** 0.5
+            scores = scale * (k[keys] * q[query]).sum(-1)
             weights = scores.softmax(dim=0)
             output[query] = (weights[..., None] * v[keys]).sum(0)
     return output.flatten(1)

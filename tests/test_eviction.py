@@ -13,12 +13,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from casa_hf import CasaForConditionalGeneration
 from casa_hf.eviction import KeyRotation, TextEviction, plan_eviction
 from tests import tiny
-from tests.reference import Eviction, Sample, reference_logits
-from tests.test_equalities import FAMILIES, randomised
-from tests.test_families import family_config, with_deepstack
+from tests.reference import Block, Eviction, Sample, reference_logits
 from tests.test_reference import error, image_inputs, model_of, random_design, random_sample
 
 # Float32 angles of a key's first position and of the turn don't add up to those of its new position exactly.
@@ -128,8 +125,10 @@ def in_turns(samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]
     return [own + [0] * (max(map(len, turns)) - len(own)) for own in turns]
 
 
-def check(rows: Sequence[Row], config: Any, weights: Any, tolerance: float = TOLERANCE) -> None:
-    expected = reference_logits(config, weights, [row.done for row in rows])
+def check(
+    rows: Sequence[Row], config: Any, weights: Any, tolerance: float = TOLERANCE, block: type[Block] = Block
+) -> None:
+    expected = reference_logits(config, weights, [row.done for row in rows], block)
     errors = [error(torch.cat(row.logits), logits) for row, logits in zip(rows, expected, strict=True)]
     assert all(e < tolerance for e in errors), errors
 
@@ -166,7 +165,7 @@ def test_rows_forget_by_their_own_tokens(variant, fields):
     assert len({len(eviction.text) for row in rows for eviction in row.evictions}) > 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family(family):
     """M-RoPE in sections and interleaved, 1-D rotary of neighbours; with text keys of their own, and shared ones."""
     for fields in (
@@ -174,11 +173,11 @@ def test_every_family(family):
         {"casa_video_history": "latest", "casa_keys": "context", "casa_share_projections": True}
         | {"casa_image_updates": "full", "casa_positions": "insertion"},
     ):
-        config = family_config(family, fields)
-        model = randomised(CasaForConditionalGeneration(config))
-        samples = [with_deepstack(config, tiny.sample(script, seed), seed) for seed, script in enumerate(SCRIPTS[:2])]
-        rows = run(model, samples, in_turns(samples, (6, 5)), {2: (12, 3), 4: (11, 4), 7: (8, 4)})
-        check(rows, config, model.state_dict(), 2e-5)
+        made = tiny.FAMILIES[family]
+        config = made.casa_config(**fields)
+        samples = [tiny.sample(script, seed, made.num_deepstack) for seed, script in enumerate(SCRIPTS[:2])]
+        rows = run(model_of(config), samples, in_turns(samples, (6, 5)), {2: (12, 3), 4: (11, 4), 7: (8, 4)})
+        check(rows, config, tiny.random_weights(config), 2e-5, made.block)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -337,10 +336,11 @@ def test_a_key_that_moves_through_a_window_loses_little():
     assert loss[torch.bfloat16][4] > loss[torch.bfloat16][0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_why_positions_must_stay_small(family):
     """The rotary tables of a stream that has counted to 2,000,000, against float64."""
-    model = family().model
+    made = tiny.FAMILIES[family]
+    model = made.source(made.source_config()).model
     rotary = getattr(model, "language_model", model).rotary_emb
     true_frequencies = 1e6 ** -(torch.arange(0, 128, 2).double() / 128)
     rotary.inv_freq = true_frequencies.float()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf import CasaForConditionalGeneration
 from casa_hf.backbones import BACKBONES
 from casa_hf.transformers_versions import CACHE
-from tests.tiny import END, START, TEXT, casa_config, random_tensor, source_config
+from tests.tiny import END, FAMILIES, START, casa_config, random_tensor, source_config
 
 VARIANTS = ("casa", "ca", "casa-shared", "ca-shared")
 MERGE = 2
@@ -213,15 +213,7 @@ def test_parallel_plans_are_declared():
 )
 def test_parallel_plans_name_what_exists(variant, overrides, family):
     """Transformers logs a warning for each rule that fits no tensor."""
-    text_config = {**TEXT, "model_type": family, "head_dim": 16}
-    if family == "helium":
-        text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    width = {"hidden_size": 64} if family == "qwen2_vl_text" else {"out_hidden_size": 64}
-    vision_config = {"model_type": BACKBONES[family].vision_model_type, "depth": 1, **width}
-    marks = {"image_token_id": END, "vision_start_token_id": START, "vision_end_token_id": END}
-    config = CasaConfig.from_variant(
-        variant, text_config=text_config, vision_config=vision_config, **marks, **overrides
-    )
+    config = FAMILIES[family].casa_config(variant, **overrides)
     with torch.device("meta"):
         model = CasaForConditionalGeneration(config)
     tensors = {re.sub(r"\d+", "*", name.rsplit(".", 1)[0]) for name in model.state_dict()}

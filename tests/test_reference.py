@@ -10,20 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     DynamicCache,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
 )
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
@@ -159,54 +155,6 @@ def test_reference_latest_is_the_source_with_evicted_images(source: PreTrainedMo
     assert error(logits, inserted.text_logits()) > 1e-2
 
 
-def test_reference_insertion_is_the_source_with_head_norms_and_deepstack() -> None:
-    config = Qwen3VLConfig(
-        text_config={
-            **tiny.TEXT,
-            "head_dim": 24,
-            "rope_parameters": {**tiny.TEXT["rope_parameters"], "mrope_section": [5, 4, 3], "mrope_interleaved": True},
-        },
-        vision_config={"out_hidden_size": tiny.HIDDEN, "hidden_size": 16, "num_heads": 2, "depth": 1},
-        image_token_id=tiny.IMAGE_PAD,
-        video_token_id=tiny.VIDEO_PAD,
-        vision_start_token_id=tiny.START,
-        vision_end_token_id=tiny.END,
-    )
-    source = Qwen3VLForConditionalGeneration(config).double().eval()
-    for name, parameter in source.named_parameters():
-        parameter.copy_(tiny.random_tensor(name, tuple(parameter.shape)))
-    design = tiny.casa_config("insertion").to_dict() | {"text_config": config.text_config}
-    plain = tiny.sample(SEVERAL)
-    images = [
-        replace(image, deepstack=tuple(tiny.features(*image.grid, seed=10 * j + depth) for depth in range(2)))
-        for j, image in enumerate(plain.images)
-    ]
-    sample = replace(plain, images=tuple(images))
-    inserted = Insertion(source, sample)
-    states = source.model.language_model(
-        **inserted.inputs(),
-        visual_pos_masks=~inserted.is_text[None],
-        deepstack_visual_embeds=[torch.cat([image.deepstack[depth] for image in images]) for depth in range(2)],
-    ).last_hidden_state
-    expected = source.lm_head(states)[0, inserted.is_text]
-    logits, without = reference_logits(SimpleNamespace(**design), source.state_dict(), [sample, plain])
-    assert error(logits, expected) < TOLERANCE
-    assert error(without, expected) > 1e-2
-
-
-def test_reference_insertion_is_the_source_with_one_position_axis() -> None:
-    rope = {key: value for key, value in tiny.TEXT["rope_parameters"].items() if key != "mrope_section"}
-    source = Qwen2ForCausalLM(Qwen2Config(**(tiny.TEXT | {"rope_parameters": rope}))).double().eval()
-    for name, parameter in source.named_parameters():
-        parameter.copy_(tiny.random_tensor(name, tuple(parameter.shape)))
-    weights = {name.replace("model.", "model.language_model."): value for name, value in source.state_dict().items()}
-    design = tiny.casa_config("insertion").to_dict() | {"text_config": source.config}
-    sample = tiny.sample(SEVERAL)
-    inserted = Insertion(source, sample)
-    [logits] = reference_logits(SimpleNamespace(**design), weights, [sample])
-    assert error(logits, source(inputs_embeds=inserted.embeds()).logits[0, inserted.is_text]) < TOLERANCE
-
-
 def copied_from_self_attention(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     """Weights whose fusion layers are copies of self-attention, as right after a conversion."""
     copied = dict(weights)
@@ -275,8 +223,8 @@ def test_reference_before_is_insertion_geometry_where_no_text_precedes(source: P
 )
 def test_reference_histories(histories: tuple[str, str], images: list[int], window_start: int) -> None:
     """What the last token sees, measured by changing one image or one token at a time in a model of one block."""
-    config = tiny.casa_config("casa", casa_image_history=histories[0], casa_video_history=histories[1])
-    config.text_config.num_hidden_layers = 1
+    source = tiny.source_config(num_hidden_layers=1)
+    config = tiny.casa_config("casa", source, casa_image_history=histories[0], casa_video_history=histories[1])
     weights = tiny.random_weights(config)
     # Without self-attention the last token depends on the others through the fusion layer alone.
     weights[LAYER.format(0) + "self_attn.o_proj.weight"] = torch.zeros(tiny.HIDDEN, tiny.HIDDEN).double()
@@ -374,7 +322,7 @@ def model_of(config: CasaConfig, attention: str = "sdpa") -> CasaForConditionalG
     model = CasaForConditionalGeneration(config).double().eval()
     loaded = model.load_state_dict(tiny.random_weights(config), strict=False)
     assert not loaded.unexpected_keys
-    assert all(name.startswith("model.visual.") for name in loaded.missing_keys)
+    assert all(name.startswith(("model.visual.", "model.multi_modal_projector.")) for name in loaded.missing_keys)
     assert model.model.language_model.config._attn_implementation == attention
     return model
 
@@ -385,6 +333,7 @@ def run(
     *,
     side: str = "left",
     turns: list[list[int]] | None = None,
+    cache: Cache | None = None,
     by_marks: bool = True,
     **inputs: Any,
 ) -> list[Tensor]:
@@ -395,10 +344,12 @@ def run(
         samples: the rows.
         side: where shorter rows are padded.
         turns: for each row the numbers of tokens that it receives in each call; one call without a cache if None.
+        cache: what calls are continued with; a growing cache if None.
         by_marks: whether the model finds the images' places in the text or is told them.
         **inputs: further inputs of every call.
     """
-    cache = None if turns is None else DynamicCache()
+    if turns is not None and cache is None:
+        cache = DynamicCache()
     turns = [[len(sample.input_ids)] for sample in samples] if turns is None else turns
     logits: list[list[Tensor]] = [[] for _ in samples]
     begins = [0] * len(samples)
@@ -446,7 +397,7 @@ def image_inputs(images: list[Image]) -> dict[str, Tensor]:
     if not images:
         return {}
     return {
-        "image_embeds": torch.cat([image.features for image in images]),
+        "image_embeds": torch.cat([torch.cat([image.features, *image.deepstack], dim=-1) for image in images]),
         "image_grid_thw": torch.tensor([[1, 2 * image.grid[0], 2 * image.grid[1]] for image in images]),
     }
 

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, HeliumForCausalLM
+from transformers import DynamicCache
 
-from tests import test_equalities as equalities
 from tests.helpers_generation import relative_error
-from tests.test_equalities import END, FAMILIES, ONE_GROUP, SEVERAL, START, TOLERANCE, Case, make_case
+from tests.sources import ONE_GROUP, SEVERAL, Case, make_case
+from tests.tiny import END, FAMILIES, START
 
+TOLERANCE = 1e-5
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 3.0},
@@ -37,17 +37,10 @@ def no_grad():
         yield
 
 
-def scaled(family: Any, rope_type: str) -> Any:
-    """A source of the family with scaled positions."""
-    config = family().config
-    text = getattr(config, "text_config", config)
-    text.max_position_embeddings = LONGEST
-    text.rope_parameters = {**text.rope_parameters, "rope_type": rope_type, **SCALINGS[rope_type]}
-    return type(family())(config)
-
-
-def case_of(family: Any, rope_type: str, variant: str) -> Case:
-    return make_case(partial(scaled, family, rope_type), variant)
+def case_of(family: str, rope_type: str, variant: str) -> Case:
+    """A source of the family with scaled positions, and its CASA form."""
+    rope = {**FAMILIES[family].text["rope_parameters"], "rope_type": rope_type, **SCALINGS[rope_type]}
+    return make_case(family, variant, {"max_position_embeddings": LONGEST, "rope_parameters": rope})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,8 +61,6 @@ def test_scaled_sources_are_equalled(rope_type, family):
 @pytest.mark.parametrize("rope_type", SCALINGS)
 def test_scaled_sources_are_equalled_step_by_step(rope_type, family):
     case, new_tokens = case_of(family, rope_type, "exact"), 14
-    tokens, owners = case.inserted(ONE_GROUP)
-    is_text = torch.tensor([owner is None for owner in owners])
     options = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
@@ -77,15 +68,8 @@ def test_scaled_sources_are_equalled_step_by_step(rope_type, family):
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    images = {"pixel_values": case.pixels, "image_grid_thw": case.grids}
-    ours = case.model.generate(torch.tensor([ONE_GROUP]), **images, **options).logits
-    if isinstance(case.source, HeliumForCausalLM):
-        embeds = case.source.get_input_embeddings()(torch.tensor([tokens]))
-        embeds[0, ~is_text] = torch.cat(case.model.get_image_features(**images).pooler_output)
-        theirs = case.source.generate(inputs_embeds=embeds, **options).logits
-    else:
-        types = (~is_text)[None].int()
-        theirs = case.source.generate(torch.tensor([tokens]), mm_token_type_ids=types, **images, **options).logits
+    ours = case.model.generate(torch.tensor([ONE_GROUP]), **case.images, **options).logits
+    theirs = case.source.generate(**case.source_inputs(ONE_GROUP), **options).logits
     assert len(ours) == len(theirs) == new_tokens
     for actual, expected in zip(ours, theirs, strict=True):
         assert relative_error(actual, expected) < TOLERANCE
@@ -95,7 +79,7 @@ def test_scaled_sources_are_equalled_step_by_step(rope_type, family):
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
 def test_scaled_positions_in_calls_of_any_size(rope_type, variant):
     """A cache continues them. Dynamic frequencies are those of the longest text so far, in the source model too."""
-    case = case_of(equalities.qwen2_5_vl, rope_type, variant)
+    case = case_of("qwen2_5_vl_text", rope_type, variant)
     expected = case.casa(SEVERAL)
     cache, logits, image = DynamicCache(config=case.model.config), [], 0
     patches = case.pixels.split(case.grids.prod(-1).tolist())
@@ -122,7 +106,7 @@ def test_images_have_the_frequencies_of_their_text(family):
 
 def test_text_at_dynamic_positions_isnt_evicted():
     """Its stored keys can't be moved to other positions."""
-    case = case_of(equalities.qwen2_5_vl, "dynamic", "casa")
+    case = case_of("qwen2_5_vl_text", "dynamic", "casa")
     cache = DynamicCache(config=case.model.config)
     expected = case.model(torch.tensor([range(5, 35)]), cache=cache).logits
     with pytest.raises(ValueError, match=r"rope_type='dynamic'.*keep all text"):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, varlen
 from tests import kernels, tiny
@@ -217,17 +216,15 @@ def wide_config(heads: int, kv_heads: int, head_dim: int, **fields: Any) -> Casa
     """The tiny configuration with other heads."""
     width = heads * head_dim
     sections = {16: [2, 3, 3], 64: [8, 12, 12], 128: [16, 24, 24]}[head_dim]
-    text = {**tiny.TEXT, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    text["rope_parameters"] = {**tiny.TEXT["rope_parameters"], "mrope_section": sections}
-    source = Qwen2_5_VLConfig(
-        text_config={**text, "num_hidden_layers": 2},
-        vision_config={**tiny.VISION, "out_hidden_size": width},
-        image_token_id=tiny.IMAGE_PAD,
-        video_token_id=tiny.VIDEO_PAD,
-        vision_start_token_id=tiny.START,
-        vision_end_token_id=tiny.END,
+    source = tiny.source_config(
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=2,
+        rope_parameters={**tiny.SECTIONS, "mrope_section": sections},
     )
-    return CasaConfig.from_source(source, "casa", **fields)
+    source.vision_config.out_hidden_size = width
+    return tiny.casa_config("casa", source, **fields)
 
 
 def wide_sample(script: str, config: CasaConfig, seed: int = 0) -> Sample:

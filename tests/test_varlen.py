@@ -17,10 +17,10 @@ from transformers import DynamicCache, StaticCache
 from casa_hf import varlen
 from tests import kernels
 from tests.helpers_generation import Image, batch, image_inputs, new_model, relative_error, token_ids, words
+from tests.sources import make_case
 from tests.test_design_space import ROWS, run
-from tests.test_equalities import FAMILIES, make_case
 from tests.test_routes import needs
-from tests.tiny import sample
+from tests.tiny import FAMILIES, sample
 
 TOLERANCE = 1e-6
 VARIANTS = ("casa", "ca", "casa-shared", "ca-shared", "exact", "insertion", "casa-replace", "casa-before", "casa-ffn")
@@ -99,7 +99,7 @@ def test_generation(variant: str, back_end: str) -> None:
 
 @pytest.mark.parametrize("back_end", kernels.KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_tower(family: Any, back_end: str) -> None:
+def test_vision_tower(family: str, back_end: str) -> None:
     """All images of a call, of different sizes, in one call of the kernel per block of the tower."""
     needs(back_end)
     case = make_case(family, "casa")

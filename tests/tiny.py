@@ -1,21 +1,39 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tiny configurations, weights and samples on which a wrong computation shows.
+"""Tiny configurations, weights and samples of every family, on which a wrong computation shows.
 
 Three blocks of width 64 with 4 query heads on 2 key/value heads. All parameters are random, biases, norms and gates
 too, and fusion layers have projections that differ from self-attention's, so nothing agrees by being 0, 1 or a copy.
+Names and shapes of parameters are those of the stock modules and of docs/architecture.md: a tensor that a model has
+lost, or given another name, can't be loaded.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    HeliumConfig,
+    HeliumForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from casa_hf import CasaConfig
-from tests.reference import Image, Sample
+from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Sample
 
 PAD, START, END = 0, 60, 61  # padding and the pair of delimiters; an image stands immediately before END
 IMAGE_PAD, VIDEO_PAD = 62, 63  # the source's expanded placeholders
@@ -23,7 +41,14 @@ GISTS = [58, 59]
 VOCABULARY = 64
 HIDDEN = 64
 
-TEXT = {
+TOKENS = {
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": VIDEO_PAD,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
@@ -31,13 +56,13 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "max_window_layers": 3,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": PAD,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
 }
-VISION = {
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SECTIONS = {**ROPE, "mrope_section": [2, 3, 3]}
+VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -51,21 +76,92 @@ VISION = {
 }
 
 
-def source_config() -> Qwen2_5_VLConfig:
-    """Configuration of a token-insertion model."""
-    return Qwen2_5_VLConfig(
-        text_config=dict(TEXT),
-        vision_config=dict(VISION),
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
+@dataclass(frozen=True)
+class Family:
+    """A family of source models at a tiny size; nothing in it comes from the package's own table.
+
+    Attributes:
+        config, source: the stock classes.
+        text: what its text configuration has beside `TEXT`. Mistakes show where `head_dim` isn't the width divided by
+            the number of heads, if the family allows that.
+        vision: its vision configuration; for a text-only family that of a tower it is given, of another width.
+        block: the dense reference's reading of its decoder blocks.
+        text_only: whether the source has no tower.
+    """
+
+    config: type[PreTrainedConfig]
+    source: type[PreTrainedModel]
+    text: dict[str, Any]
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)
+    block: type[Block] = Block
+    text_only: bool = False
+
+    def source_config(self, **text: Any) -> PreTrainedConfig:
+        """Configuration of the source; further settings are the text configuration's."""
+        text = {**TEXT, **self.text, **text}
+        if self.text_only:
+            return self.config(**text)
+        return self.config(text_config=text, vision_config=dict(self.vision), **TOKENS)
+
+    def casa_config(self, variant: str = "casa", source: PreTrainedConfig | None = None, **fields: Any) -> CasaConfig:
+        """Configuration of the CASA form, of `source` if given; fields override the variant's."""
+        if self.text_only:
+            tokens = {"image_token_id": END, "vision_start_token_id": START, "vision_end_token_id": END}
+            fields = {**tokens, "vision_config": dict(self.vision), **fields}
+        return CasaConfig.from_source(source or self.source_config(), variant, **fields)
+
+    @property
+    def num_deepstack(self) -> int:
+        """Number of features per token that are added after the first decoder blocks."""
+        return len(self.vision.get("deepstack_visual_indexes", ()))
 
 
-def casa_config(variant: str = "casa", **overrides: Any) -> CasaConfig:
-    """Configuration of that model's CASA form."""
-    return CasaConfig.from_source(source_config(), variant, **overrides)
+# By `model_type` of the text configuration.
+FAMILIES = {
+    "qwen2_vl_text": Family(
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        text={"max_window_layers": 3, "rope_parameters": SECTIONS},
+        vision={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+    ),
+    "qwen2_5_vl_text": Family(
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        text={"max_window_layers": 3, "rope_parameters": SECTIONS},
+    ),
+    "qwen3_vl_text": Family(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        text={
+            "head_dim": 24,
+            "rope_parameters": {**ROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True},
+        },
+        vision={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        block=Qwen3Block,
+    ),
+    "helium": Family(
+        HeliumConfig,
+        HeliumForCausalLM,
+        text={"head_dim": 16, "rope_parameters": ROPE},
+        vision={**VISION, "out_hidden_size": 48},
+        block=HeliumBlock,
+        text_only=True,
+    ),
+}
+
+
+# Of the family in tests that aren't about families.
+source_config = FAMILIES["qwen2_5_vl_text"].source_config
+casa_config = FAMILIES["qwen2_5_vl_text"].casa_config
 
 
 def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -76,44 +172,39 @@ def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
         seed: of the random numbers; a tensor's values depend on the seed and its name alone, so that two designs have
             the same values in the tensors that both have.
     """
-    text = config.text_config
-    width, inner = text.hidden_size, text.intermediate_size
-    heads, key_heads = text.num_attention_heads, text.num_key_value_heads
-    head_dim = width // heads
-    projections = {
-        **{f"q_proj.{kind}": shape for kind, shape in _linear(heads * head_dim, width).items()},
-        **{f"{p}_proj.{kind}": shape for p in "kv" for kind, shape in _linear(key_heads * head_dim, width).items()},
-        "o_proj.weight": (width, heads * head_dim),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.language_model.embed_tokens.weight": (text.vocab_size, width),
-        "model.language_model.norm.weight": (width,),
-        "lm_head.weight": (text.vocab_size, width),
-    }
-    for index in range(text.num_hidden_layers):
-        fused = index in config.fusion_layers
-        block: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (width,),
-            "post_attention_layernorm.weight": (width,),
-            "mlp.gate_proj.weight": (inner, width),
-            "mlp.up_proj.weight": (inner, width),
-            "mlp.down_proj.weight": (width, inner),
-        }
-        if not (fused and config.casa_placement == "replace"):
-            block |= {f"self_attn.{name}": shape for name, shape in projections.items()}
-        if fused and not config.casa_share_projections:
-            block |= {f"casa_attn.{name}": shape for name, shape in projections.items()}
-            block["casa_attn.image_norm.weight"] = (width,)
-        if fused and config.casa_gate:
-            block["casa_attn.gate"] = (1,)
-        if fused and config.casa_placement in ("before", "after"):
-            block["casa_layernorm.weight"] = (width,)
-        shapes |= {f"model.language_model.layers.{index}.{name}": shape for name, shape in block.items()}
+    replaced = config.casa_placement == "replace"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in _source_shapes(config.text_config.to_json_string()).items():
+        prefix, _, rest = name.rpartition("self_attn.")
+        if not prefix or not (replaced and _is_fused(config, name)):
+            shapes[name] = shape
+        if prefix and _is_fused(config, name) and not config.casa_share_projections:
+            shapes[f"{prefix}casa_attn.{rest}"] = shape
+    for name, shape in list(shapes.items()):
+        block, found, _ = name.partition("input_layernorm.")
+        if found and _is_fused(config, name):
+            if not config.casa_share_projections:
+                shapes[name.replace("input_layernorm", "casa_attn.image_norm")] = shape
+            if config.casa_placement in ("before", "after"):
+                shapes[name.replace("input_layernorm", "casa_layernorm")] = shape
+            if config.casa_gate:
+                shapes[f"{block}casa_attn.gate"] = (1,)
     return {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
 
 
-def _linear(outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {"weight": (outputs, inputs), "bias": (outputs,)}
+def _is_fused(config: CasaConfig, name: str) -> bool:
+    """Whether a tensor of a block belongs to one with a fusion layer."""
+    return config.casa_layers is None or int(name.split(".")[3]) in config.casa_layers
+
+
+@cache
+def _source_shapes(text_config: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of the stock language model by their names in memory."""
+    fields = json.loads(text_config)
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**fields))
+    shapes = {f"model.language_model.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {**shapes, "lm_head.weight": (fields["vocab_size"], fields["hidden_size"])}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -135,13 +226,13 @@ def features(height: int, width: int, seed: int) -> Tensor:
     return torch.randn(height * width, HIDDEN, generator=generator, dtype=torch.float64)
 
 
-def sample(script: str, seed: int = 0) -> Sample:
+def sample(script: str, seed: int = 0, num_deepstack: int = 0) -> Sample:
     """A sample from a script: words separated by blanks.
 
     `5` is five random text tokens, `2x3` an image of 2 x 3 merged tokens between its delimiters, `f2x3` a frame of a
     video. More letters before the size: `g` gist tokens follow the image; `e` only the closing delimiter is written;
     `b` no delimiter at all, the image stands before whatever comes next; `s` the same features as the last image of
-    that size. The word `gists` is the gist tokens alone.
+    that size. The word `gists` is the gist tokens alone. Images have `num_deepstack` further features per token.
     """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -159,7 +250,8 @@ def sample(script: str, seed: int = 0) -> Sample:
         content = features(height, width, 1_000 * seed + len(images))
         if "s" in letters:
             content = next(image.features for image in reversed(images) if image.grid == (height, width))
-        images.append(Image(len(ids), (height, width), content, is_frame="f" in letters))
+        deepstack = tuple(features(height, width, 10_000 + 100 * len(images) + n) for n in range(num_deepstack))
+        images.append(Image(len(ids), (height, width), content, "f" in letters, deepstack))
         ids += [END] if "b" not in letters else []
         ids += GISTS if "g" in letters else []
     return Sample(ids, tuple(images))

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every family, in every layout that its checkpoints have, there and back; the text-only one with a vision tower."""
+"""The files of every family, there and back; the text-only one with a vision tower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
@@ -29,29 +29,16 @@ MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 PROJECTOR = "model.multi_modal_projector."
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back(tmp_path, family, tied):
-    source = build_tiny_source(tmp_path / "source", family=family, tie_word_embeddings=tied)
+def test_all_files_there_and_back(tmp_path, family):
+    """With the files of a downloaded checkpoint; tests/test_conformance.py has the tensors in every layout."""
+    source = build_tiny_source(tmp_path / "source", family=family)
     tensors = load_weights(source)
-    older = altered(source, tmp_path / "older", weights=older_layout)
-    memory = altered(source, tmp_path / "memory", weights=in_memory_layout)
-    assert load_weights(older).keys() != load_weights(memory).keys()
-    for folder in (source, older, memory):
-        output = convert_checkpoint(folder, tmp_path / "casa", overwrite=True).output
-        assert_same(load_weights(output), converted(tensors, LAYERS))
-    model, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa", output_loading_info=True)
-    assert not any(info.values()), info
+    convert_checkpoint(source, tmp_path / "casa")
     assert inspect_checkpoint(tmp_path / "casa").source_parameters == sum(t.numel() for t in tensors.values())
 
     report = convert_to_source(tmp_path / "casa", tmp_path / "back")
-    assert_same(load_weights(tmp_path / "back"), tensors)
     assert report.dropped.keys() == converted(tensors, LAYERS).keys() - in_memory_layout(tensors).keys()
-    stock, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not any(info.values()), info
-    original = AutoModelForImageTextToText.from_pretrained(source)
-    assert type(stock) is type(original)
-    assert stock.config.to_dict() == original.config.to_dict() | {"_name_or_path": stock.config._name_or_path}
     assert {file.name for file in (tmp_path / "back").iterdir()} == {
         "README.md",
         *(file.name for file in source.iterdir()),
@@ -59,10 +46,6 @@ def test_there_and_back(tmp_path, family, tied):
     for file in source.glob("*.json"):
         if file.name != "config.json":
             assert json.loads((tmp_path / "back" / file.name).read_text()) == json.loads(file.read_text()), file.name
-    ids = torch.arange(20)[None]
-    assert torch.equal(stock(ids).logits, original(ids).logits)
-    # With nothing trained in between, text goes through the CASA form as well.
-    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
 
 
 # -------------------------------------------------------------------- Helium

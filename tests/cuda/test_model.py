@@ -20,7 +20,8 @@ from casa_hf.varlen import TORCH_VARLEN
 from tests.helpers_generation import Image, batch, embedded, new_model, relative_error, words
 from tests.kernels import KERNELS, calls, reference_kernels, register_torch_kernel, use_back_end
 from tests.labelled_device import LabelledDevices, values
-from tests.test_equalities import FAMILIES, GRIDS, make_case
+from tests.sources import GRIDS, make_case
+from tests.tiny import FAMILIES
 
 ROWS = (
     [*words(3, 1), Image(2, 3, 1), *words(3, 2)],
@@ -84,7 +85,7 @@ def test_calls_on_caches(variant: str, back_end: str, devices: LabelledDevices) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN, pytest.param(KERNELS[1], marks=pytest.mark.slow)])
-def test_families(family: Any, back_end: str, devices: LabelledDevices) -> None:
+def test_families(family: str, back_end: str, devices: LabelledDevices) -> None:
     """From pixels to logits; a tower gets its grids on the CPU and on the device."""
     if back_end == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
@@ -104,7 +105,7 @@ def test_families(family: Any, back_end: str, devices: LabelledDevices) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tower_waits_for_nothing(family: Any, devices: LabelledDevices) -> None:
+def test_a_tower_waits_for_nothing(family: str, devices: LabelledDevices) -> None:
     """With grids on the CPU; with all of its images in one call of a kernel, or one after the other."""
     case = make_case(family, "casa")
     model = case.model.to("cuda").float()
