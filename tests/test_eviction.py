@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Evicted text against the dense reference, which masks it and counts positions anew, in float64, without a cache."""
+"""Evicted text against the dense reference, which masks it and counts positions from scratch, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import tiny
 from tests.reference import Block, Eviction, Sample, reference_logits
 from tests.test_reference import error, image_inputs, model_of, random_design, random_sample
 
-# Float32 angles of a key's first position and of the turn don't add up to those of its new position exactly.
+# Float32 angles of a key's first position and of the rotation don't add up to those of its new position exactly.
 TOLERANCE = 5e-6
 
 # Frames with text before, between and after; a long text in an open window; no image; an image first.
@@ -35,12 +35,12 @@ class Row:
         self.evictions: list[Eviction] = []
         self.logits: list[torch.Tensor] = []
 
-    def evict(self, slots: Sequence[int], old_slots: Sequence[int | None]) -> None:
+    def evict(self, kept: Sequence[int], text: Sequence[int | None]) -> None:
         """Take note of what the model says it keeps."""
-        kept = [old_slots[slot] for slot in slots if slot >= 0]
-        assert None not in kept
-        self.evictions.append(Eviction(self.begin, [t for t in self.held if t not in kept]))
-        self.held = list(kept)
+        stays = [text[cache_position] for cache_position in kept if cache_position >= 0]
+        assert None not in stays
+        self.evictions.append(Eviction(self.begin, [t for t in self.held if t not in stays]))
+        self.held = list(stays)
 
     @property
     def done(self) -> Sample:
@@ -50,28 +50,28 @@ class Row:
 def run(
     model: Any,
     samples: Sequence[Sample],
-    turns: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int]],
     evictions: dict[int, tuple[int, int]],
     cache: Any = None,
 ) -> list[Row]:
-    """Feed samples in turns, with evictions in between.
+    """Feed samples in several calls, with evictions in between.
 
     Args:
         model: the model under test.
         samples: the rows.
-        turns: for each row the numbers of tokens that it receives in each call.
+        lengths: for each row the numbers of tokens that it receives in each call.
         evictions: (keep, sinks) after the calls with these numbers.
         cache: a new one if None.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     rows = [Row(sample) for sample in samples]
-    slots: list[list[int | None]] = [[] for _ in rows]  # the text in each slot
-    for call, lengths in enumerate(zip(*turns, strict=True)):
-        width = max(lengths)
+    texts: list[list[int | None]] = [[] for _ in rows]  # the text at each cache position
+    for call, widths in enumerate(zip(*lengths, strict=True)):
+        width = max(widths)
         ids = torch.full((len(rows), width), tiny.PAD)
         mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
         images, places = [], []
-        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        for number, (row, length) in enumerate(zip(rows, widths, strict=True)):
             first = width - length if call % 2 else 0
             new = range(row.begin, row.begin + length)
             ids[number, first : first + length] = torch.tensor([row.sample.input_ids[t] for t in new])
@@ -81,7 +81,7 @@ def run(
                     places.append([number, first + image.position - row.begin])
                     types[number, places[-1][1]] = 2 if image.is_frame else 1
                     images.append(image)
-            slots[number] += [None] * first + list(new) + [None] * (width - length - first)
+            texts[number] += [None] * first + list(new) + [None] * (width - length - first)
             row.held += new
             row.begin += length
         call_inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": types, **features(images)}
@@ -95,13 +95,13 @@ def run(
         if call in evictions:
             keep, sinks = evictions[call]
             held = [list(row.held) for row in rows]
-            kept_slots = model.evict_text(cache, keep, sinks)
-            if kept_slots is None:
+            kept = model.evict_text(cache, keep, sinks)
+            if kept is None:
                 assert all(len(own) <= keep for own in held)
                 continue
-            for number, (row, own) in enumerate(zip(rows, kept_slots.tolist(), strict=True)):
-                row.evict(own, slots[number])
-                slots[number] = [None if slot < 0 else slots[number][slot] for slot in own]
+            for number, (row, own) in enumerate(zip(rows, kept.tolist(), strict=True)):
+                row.evict(own, texts[number])
+                texts[number] = [None if place < 0 else texts[number][place] for place in own]
             assert int(cache.get_seq_length()) == max(len(row.held) for row in rows)
     assert all(row.begin == len(row.sample.input_ids) for row in rows)
     return rows
@@ -116,13 +116,13 @@ def features(images: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 
 def regular(length: int, size: int) -> list[int]:
-    """A length as turns of a size, and what is left."""
+    """A length as calls of a size, and what is left."""
     return [min(size, length - begin) for begin in range(0, length, size)]
 
 
-def in_turns(samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
-    turns = [regular(len(sample.input_ids), size) for sample, size in zip(samples, sizes, strict=True)]
-    return [own + [0] * (max(map(len, turns)) - len(own)) for own in turns]
+def in_calls(samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
+    calls = [regular(len(sample.input_ids), size) for sample, size in zip(samples, sizes, strict=True)]
+    return [own + [0] * (max(map(len, calls)) - len(own)) for own in calls]
 
 
 def check(
@@ -154,12 +154,12 @@ DESIGNS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("variant", "fields"), DESIGNS, ids=[f"{name} {fields}" for name, fields in DESIGNS])
 def test_rows_forget_by_their_own_tokens(variant, fields):
-    """Four rows of different lengths, in turns of different sizes, through several evictions."""
+    """Four rows of different lengths, in calls of different sizes, through several evictions."""
     config = tiny.casa_config(variant, **fields)
     samples = [tiny.sample(script, seed) for seed, script in enumerate(SCRIPTS)]
-    turns = in_turns(samples, (6, 7, 3, 5))
+    calls = in_calls(samples, (6, 7, 3, 5))
     evictions = {3: (14, 4), 5: (12, 3), 6: (40, 4), 9: (9, 4)}
-    rows = run(model_of(config), samples, turns, evictions)
+    rows = run(model_of(config), samples, calls, evictions)
     check(rows, config, tiny.random_weights(config))
     assert all(len([e for e in row.evictions if e.text]) >= 2 for row in rows)
     assert len({len(eviction.text) for row in rows for eviction in row.evictions}) > 5
@@ -176,7 +176,7 @@ def test_every_family(family):
         made = tiny.FAMILIES[family]
         config = made.casa_config(**fields)
         samples = [tiny.sample(script, seed, made.num_deepstack) for seed, script in enumerate(SCRIPTS[:2])]
-        rows = run(model_of(config), samples, in_turns(samples, (6, 5)), {2: (12, 3), 4: (11, 4), 7: (8, 4)})
+        rows = run(model_of(config), samples, in_calls(samples, (6, 5)), {2: (12, 3), 4: (11, 4), 7: (8, 4)})
         check(rows, config, tiny.random_weights(config), 2e-5, made.block)
 
 
@@ -188,13 +188,13 @@ def test_any_design_and_any_text(seed):
     while "all" in (config.casa_image_history, config.casa_video_history):
         config = random_design(random)
     samples = [random_sample(random) for _ in range(random.randint(1, 3))]
-    turns = in_turns(samples, [random.randint(1, 4) for _ in samples])
+    calls = in_calls(samples, [random.randint(1, 4) for _ in samples])
     evictions = {}
-    for call in range(len(turns[0])):
+    for call in range(len(calls[0])):
         if random.random() < 0.5:
             sinks = random.randint(0, 3)
             evictions[call] = (sinks + random.randint(1, 6), sinks)
-    rows = run(model_of(config), samples, turns, evictions)
+    rows = run(model_of(config), samples, calls, evictions)
     check(rows, config, tiny.random_weights(config))
 
 
@@ -206,7 +206,7 @@ MISTAKES = {
             keys if tables[0].shape[1] == 1 else rotate(self, keys, tables)
         ),
     ),
-    "turned the wrong way": (
+    "rotated the wrong way": (
         "eviction.KeyRotation.tables",
         lambda self, shift, tables=KeyRotation.tables: tables(self, -shift),
     ),
@@ -214,7 +214,7 @@ MISTAKES = {
         "eviction.plan_eviction",
         lambda state, rules, keep, sinks: plan_eviction(state, rules, keep, sinks + 1),
     ),
-    "positions go on as before": (
+    "positions continue as before": (
         "eviction.TextEviction.state",
         lambda self, state, after=TextEviction.state: replace(after(self, state), next_position=state.next_position),
     ),
@@ -238,7 +238,7 @@ def test_a_mistake_would_show(mistake, monkeypatch):
     name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(f"casa_hf.{name}", wrong)
     config, one = tiny.casa_config("casa"), tiny.sample("6 f2x3 30 f1x2 8")
-    rows = run(model_of(config), [one], in_turns([one], [5]), {4: (14, 4), 6: (12, 4)})
+    rows = run(model_of(config), [one], in_calls([one], [5]), {4: (14, 4), 6: (12, 4)})
     held = [t for t in range(25) if t < 4 or t >= 15]
     if rows[0].evictions[0].text != [t for t in range(25) if t not in held]:
         return  # what stays isn't what was asked for
@@ -265,12 +265,12 @@ def test_what_stays_are_the_first_tokens_and_the_last():
 def test_a_static_cache_forgets_in_place(variant):
     config = tiny.casa_config(variant, casa_static_image_tokens=8)
     samples = [tiny.sample(script, seed) for seed, script in enumerate(SCRIPTS[:2])]
-    model, turns = model_of(config), in_turns(samples, (6, 7))
+    model, calls = model_of(config), in_calls(samples, (6, 7))
     cache = StaticCache(config=config.get_text_config(), max_cache_len=32)
     model(torch.tensor([[5], [6]]), cache=cache)
     cache.reset()
     addresses = [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
-    rows = run(model, samples, turns, {2: (11, 3), 4: (12, 4), 6: (9, 4)}, cache)
+    rows = run(model, samples, calls, {2: (11, 3), 4: (12, 4), 6: (9, 4)}, cache)
     check(rows, config, tiny.random_weights(config))
     assert addresses == [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
 
@@ -311,7 +311,7 @@ def test_a_key_that_moves_through_a_window_loses_little():
     rotation = KeyRotation(rotary, apply_rotary_pos_emb)
     keys = torch.randn(1, 1, 512, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def turned(positions, keys, dtype):
+    def rotated(positions, keys, dtype):
         """As the model forms keys: float32 angles, the rest in its own type; or all in float64."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         angles = positions[:, None].to(wide) * rotary.inv_freq.to(wide)
@@ -321,12 +321,12 @@ def test_a_key_that_moves_through_a_window_loses_little():
     positions = torch.arange(3584, 4096)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
-        stored = turned(positions, keys, dtype)
+        stored = rotated(positions, keys, dtype)
         at = [stored]
         for _ in range(4):
             stored = rotation.rotate(stored, rotation.tables(torch.full((1, 512), 896)))
             at.append(stored)
-        true = [turned(positions - 896 * times, keys, torch.float64) for times in range(5)]
+        true = [rotated(positions - 896 * times, keys, torch.float64) for times in range(5)]
         loss[dtype] = [
             float((own.double() - expected).norm() / expected.norm()) for own, expected in zip(at, true, strict=True)
         ]
@@ -418,7 +418,7 @@ def test_a_window_stays_closed_after_an_eviction_unless_what_closed_it_is_croppe
 @pytest.mark.parametrize(
     ("keep", "sinks", "stays"),
     [
-        # Slots 5 to 7 are the group's: the tokens that its two images precede, and the delimiter between them.
+        # Tokens 5 to 7 are the group's: the tokens that its two images precede, and the delimiter between them.
         (10, 6, [*range(8), *range(12, 16)]),  # sinks that would end within it end behind it
         (13, 3, [*range(3), *range(5, 16)]),  # what is recent and would begin within it begins with it
         (10, 3, [*range(3), *range(9, 16)]),  # both outside: it goes as a whole

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from .windows import ImagePlacement
+from .windows import ImagePlacement, first_of_run
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,22 @@ class PositionRules:
         Raises:
             ValueError: if `position_ids` has another shape.
         """
-        batch_size, num_tokens = token_mask.shape
+        batch_size, num_tokens = expected = tuple(token_mask.shape)
         if position_ids is None:
             index = next_position[:, None] + token_mask.long().cumsum(-1) - 1
-            positions = self._advance(index, token_mask, images).masked_fill(~token_mask, 0)
+            positions = self._advanced(index, token_mask, images).masked_fill(~token_mask, 0)
             return None, positions.expand(self.axes, -1, -1)
-        expected = (batch_size, num_tokens)
-        if position_ids.ndim == 2 and position_ids.shape[1] == num_tokens and position_ids.shape[0] in (1, batch_size):
+        shape = tuple(position_ids.shape)
+        if shape in ((1, num_tokens), expected):
             index = position_ids.expand(expected)
-            return index, self._advance(index, token_mask, images).expand(self.axes, -1, -1)
-        if position_ids.ndim == 3 and position_ids.shape[1:] == expected:
-            if position_ids.shape[0] == self.axes:
-                return None, position_ids
-            if position_ids.shape[0] == 1 + self.axes:
-                return position_ids[0], position_ids[1:]
+            return index, self._advanced(index, token_mask, images).expand(self.axes, -1, -1)
+        if shape == (self.axes, *expected):
+            return None, position_ids
+        if shape == (1 + self.axes, *expected):
+            return position_ids[0], position_ids[1:]
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected {expected}, ({self.axes}, *{expected}) or "
-            f"({1 + self.axes}, *{expected}) with the text index of each sample in row 0."
+            f"position_ids has shape {shape}; expected {expected}, ({self.axes}, {batch_size}, {num_tokens}) or "
+            f"({1 + self.axes}, {batch_size}, {num_tokens}) with the text index of each sample in row 0."
         )
 
     def images(self, text_positions: torch.Tensor, images: ImagePlacement) -> torch.Tensor:
@@ -76,46 +76,41 @@ class PositionRules:
 
         Args:
             text_positions: (axes, batch, tokens) positions of the new text.
-            images: where the images stand.
+            images: placement of the images.
         """
-        start = text_positions[:, images.rows, images.indices]
-        spread = self.insertion or self.before
+        of_token = text_positions[:, images.rows, images.indices]  # (axes, num_images)
         if self.insertion:
-            start = start - self._advance_to_token(images)
-        elif self.before:
-            start = start - self._advances(images)
+            start = of_token - self._advance_up_to_token(images)
+        else:
+            start = of_token - self._advance(images) if self.before else of_token
         start = start[:, images.token_images]
-        if self.axes == 1:
-            return start + images.token_offsets if spread else start
-        return torch.cat([start[:1], start[1:] + images.token_grid])
+        if self.axes == 3:
+            return torch.cat([start[:1], start[1:] + images.token_grid])
+        return start + images.token_offsets if self.insertion or self.before else start
 
-    def _advances(self, images: ImagePlacement) -> torch.Tensor:
+    def _advance(self, images: ImagePlacement) -> torch.Tensor:
         """(num_images,) by how much each image advances positions."""
         return images.grids.amax(-1) if self.axes == 3 else images.num_tokens
 
-    def _advance(self, index: torch.Tensor, token_mask: torch.Tensor, images: ImagePlacement | None) -> torch.Tensor:
+    def _advance_up_to_token(self, images: ImagePlacement) -> torch.Tensor:
+        """(num_images,) by how much each image and those between it and its token advance positions."""
+        advance = self._advance(images)
+        before = advance.cumsum(0) - advance
+        first = first_of_run(images.rows, images.indices)  # of the images before the same token
+        of_run = torch.zeros_like(advance).index_add(0, first, advance)
+        return of_run[first] - (before - before[first])
+
+    def _advanced(self, index: torch.Tensor, token_mask: torch.Tensor, images: ImagePlacement | None) -> torch.Tensor:
         """`index` advanced by the new images that stand before each token, in its sample."""
         if images is None or not self.insertion:
             return index
-        steps = torch.zeros_like(index).index_put(
-            (images.rows, images.indices), self._advances(images), accumulate=True
-        )
-        total = steps.cumsum(-1)
-        # A text index that doesn't go on starts a sample, which counts anew.
-        restarts = token_mask & (torch.diff(index, dim=-1, prepend=index[:, :1] - 1) != 1)
-        before_sample = torch.where(restarts, total - steps, 0).cummax(-1).values
-        return index + total - before_sample
-
-    def _advance_to_token(self, images: ImagePlacement) -> torch.Tensor:
-        """(num_images,) from the start of each image to its token: its own advance and those of images between."""
-        advances = self._advances(images)
-        after = advances.flip(0).cumsum(0).flip(0)
-        # Images before one and the same token follow each other; the last of each run ends at the token.
-        order = torch.arange(len(advances), device=advances.device)
-        same = (images.rows[1:] == images.rows[:-1]) & (images.indices[1:] == images.indices[:-1])
-        is_last = torch.cat([~same, same.new_ones(1)])
-        last = torch.where(is_last, order, len(advances)).flip(0).cummin(0).values.flip(0)
-        return after - (after - advances)[last]
+        place = (images.rows, images.indices)
+        at_token = torch.zeros_like(index).index_put(place, self._advance(images), accumulate=True)
+        so_far = at_token.cumsum(-1)
+        # Where a text index doesn't continue that before it, a sample begins, which earlier images don't advance.
+        begins = token_mask & (torch.diff(index, dim=-1, prepend=index[:, :1] - 1) != 1)
+        before_sample = torch.where(begins, so_far - at_token, 0).cummax(-1).values
+        return index + so_far - before_sample
 
 
 def packed_samples(text_index: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor | None:
@@ -132,9 +127,9 @@ def packed_samples(text_index: torch.Tensor, token_mask: torch.Tensor) -> torch.
     Raises:
         ValueError: if the index jumps forward, which is no index: positions with jumps belong in further rows.
     """
-    places = torch.arange(text_index.shape[1], device=text_index.device)
-    last_text = torch.where(token_mask, places, -1).cummax(dim=1).values
-    before = torch.nn.functional.pad(last_text[:, :-1], (1, 0), value=-1)
+    order = torch.arange(text_index.shape[1], device=text_index.device)
+    last_text = torch.where(token_mask, order, -1).cummax(dim=1).values
+    before = nn.functional.pad(last_text[:, :-1], (1, 0), value=-1)
     previous = text_index.gather(1, before.clamp(min=0))
     breaks = token_mask & (before >= 0) & (text_index != previous + 1)
     if not breaks.any():

@@ -669,7 +669,7 @@ def _images_of_call(state: WindowState, rules: WindowRules, text: _Text, images:
         image_start=windows.image_start,
         text_start=text.sample_start[rows, indices],
         text_end=state.length + indices,
-        pinned_start=first_column[_first_of_run(sample)] if text.samples is not None else None,
+        pinned_start=first_column[first_of_run(sample)] if text.samples is not None else None,
     )
     token_columns = (first_column - state.image_columns)[images.token_images] + images.token_offsets
     return _NewImages(images, windows, rows[images.token_images], token_columns, update, latest, has_latest)
@@ -680,7 +680,7 @@ def _windows_of_images(
 ) -> _Windows:
     """The window of each image, (num_images,): one that it opens, or that of its group."""
     rows, indices, num_tokens = images.rows, images.indices, images.num_tokens
-    first_of_row = _first_of_run(rows)
+    first_of_row = first_of_run(rows)
     tokens_before = num_tokens.cumsum(0) - num_tokens
     first_column = state.image_columns + tokens_before - tokens_before[first_of_row]
 
@@ -689,7 +689,7 @@ def _windows_of_images(
     closed_before = (closes.cumsum(1) - closes)[rows, indices]
     grouped = rules.history_is("group", images.is_frame)
     order = torch.arange(len(rows), device=rows.device)
-    opener = torch.where(grouped, _first_of_run(sample, closed_before, grouped), order)
+    opener = torch.where(grouped, first_of_run(sample, closed_before, grouped), order)
     # A group may have been opened by an earlier call.
     is_open = (state.image_tokens > 0) & (state.closed_at == OPEN) & rules.history_is("group", state.is_frame)
     in_stored = grouped & is_open[rows] & (closed_before == 0) & (opener == first_of_row)
@@ -875,7 +875,7 @@ def _in_range(places: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> t
     return (places >= start[..., None]) & (places < end[..., None])
 
 
-def _first_of_run(*keys: torch.Tensor) -> torch.Tensor:
+def first_of_run(*keys: torch.Tensor) -> torch.Tensor:
     """(n,) index of the first entry of the run that each entry is in: neighbours with the same keys, (n,) each."""
     differs = torch.stack([key[1:] != key[:-1] for key in keys]).any(0)
     order = torch.arange(1, len(differs) + 1, device=differs.device)
