@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from casa_hf import CasaForConditionalGeneration
-from casa_hf.varlen import TORCH_VARLEN
+from casa_hf.torch_varlen import TORCH_VARLEN
 
 KERNELS = (TORCH_VARLEN, "flash_attention_2")
 

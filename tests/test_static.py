@@ -170,12 +170,12 @@ def test_gist_tokens() -> None:
 @pytest.mark.parametrize("variant", ["casa", "casa-shared", "ca-shared", "exact", "casa-replace"])
 def test_a_cache_too_small_is_named_and_left_as_it_was(variant: str) -> None:
     model = shared_model(variant)
-    with pytest.raises(ValueError, match=r"8 slots.*11 tokens.*max_cache_len"):
+    with pytest.raises(ValueError, match=r"8 tokens.*has 11 now.*max_cache_len"):
         model(**batch([*words(8, 1), A, 5]), cache=static_cache(model, 8))
     cache, row = static_cache(model, 8), [A, *words(4, 1)]
     model(**batch(row), cache=cache)
     for later in ([B, *words(3, 3)], words(5, 2)):
-        with pytest.raises(ValueError, match=r"8 slots.*11 tokens.*max_cache_len"):
+        with pytest.raises(ValueError, match=r"8 tokens.*has 11 now.*max_cache_len"):
             model(input_ids=torch.tensor([token_ids(later)]), cache=cache, **images(later))
     logits = model(input_ids=torch.tensor([[7]]), cache=cache).logits[0]
     assert relative_error(logits, one_shot(model, [*row, 7])[-1:]) < TOLERANCE

@@ -1,9 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The decoding state of fusion layers, inside whatever cache the caller uses.
 
-`prepare_cache` gives each layer of a Transformers `Cache` the fusion state, keeping the layer's own class and content.
-Everything that `generate` does to a cache (reorder beams, crop rejected candidates, repeat or select rows, reset)
-reaches the layers one by one and so reaches this state too. Layer 0 also owns the `WindowState`.
+`prepare_cache` gives each layer of a Transformers `Cache` the fusion state; what the layer holds stays. Everything
+that `generate` does to a cache (reorder beams, crop rejected candidates, repeat or select rows, reset) reaches the
+layers one by one and so reaches this state too. One of them, the `home_layer`, also owns the `WindowState`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import cache as memoize
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+    QuantizedLayer,
+    StaticLayer,
+)
 
 from .windows import WindowPlan, WindowState
 
 # Room for further tokens that growing keys/values are given at least.
-_SPARE_SLOTS = 64
+_SPARE_ROOM = 64
+
+# The base of quantised layers; a further one came with Transformers 5.24.
+_QUANTIZED_LAYERS = (QuantizedLayer, getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer))
 
 
 class KeysValues(NamedTuple):
@@ -33,9 +43,34 @@ class KeysValues(NamedTuple):
         """Both, one after the other."""
         return KeysValues(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
 
-    def slots(self, start: int, end: int) -> KeysValues:
-        """Views of a range of slots."""
+    def between(self, start: int, end: int) -> KeysValues:
+        """Views of those from `start` up to `end`."""
         return KeysValues(self.keys[:, :, start:end], self.values[:, :, start:end])
+
+
+class FusionKeys(NamedTuple):
+    """What a fusion layer attends to in one call.
+
+    Attributes:
+        images: keys/values of all image columns; None without any.
+        text: keys/values of all text of the current windows; None where fusion has no text keys.
+        stored: both in one piece of memory, where the cache keeps them so.
+    """
+
+    images: KeysValues | None
+    text: KeysValues | None
+    stored: KeysValues | None = None
+
+    def joined(self) -> KeysValues:
+        """[image columns ; text] of each row."""
+        parts = self.parts()
+        return parts[0] if len(parts) == 1 else parts[0].append(parts[1])
+
+    def parts(self) -> list[KeysValues]:
+        """The same in as few pieces as there are without a copy."""
+        if self.stored is not None:
+            return [self.stored]
+        return [part for part in (self.images, self.text) if part is not None]
 
 
 class GrowingMemory:
@@ -79,7 +114,7 @@ class GrowingMemory:
         """Memory that holds a copy of the parts, with room for `room` more and some to spare."""
         batch_size, heads, _, head_dim = parts[0].keys.shape
         length = sum(part.keys.shape[2] for part in parts)
-        allocated = length + room + max(_SPARE_SLOTS, length // 4)
+        allocated = length + room + max(_SPARE_ROOM, length // 4)
         memory = cls(KeysValues(*(t.new_zeros(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
         for part in parts:
             memory.append(part)
@@ -97,7 +132,7 @@ class CasaLayerMixin:
             "window": text from `WindowState.text_start` on, where the fusion layer has text keys that aren't those of
             self-attention.
         memory: where growing keys/values are kept, by name; "text" for those of self-attention.
-        window_state: in layer 0 only, the state of the windows.
+        window_state: state of the windows, in the home layer only.
         block_has_text: whether the block has self-attention, which fills the layer with text.
     """
 
@@ -108,9 +143,28 @@ class CasaLayerMixin:
     window_state: WindowState | None
     block_has_text: bool
 
-    def update_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
-        """Add new image keys/values and return all that this call can see; only what stays visible is stored."""
-        # Without columns of its own, what a static layer holds are the slots of an earlier use.
+    # Whether text is added behind what is there, so that rows and text can be taken away again.
+    grows = False
+
+    def extend(
+        self, images: KeysValues | None, text: KeysValues | None, plan: WindowPlan, name: str = "image"
+    ) -> FusionKeys:
+        """Add new keys/values and return all that this call can see; only what later calls can see is stored.
+
+        Args:
+            images: keys/values of the call's new image columns; None without any.
+            text: keys/values of the call's text; None where fusion has no text keys of its own.
+            plan: windows of the call.
+            name: entry of `fusion` that image keys/values are kept in.
+        """
+        stored = None if text is None else self._append_joined(text)
+        all_text = None if text is None else self._extend_text(text, plan, appended=stored is not None)
+        if images is not None or plan.num_dropped_slots:
+            stored = None  # no longer what is there
+        return FusionKeys(self._extend_images(name, images, plan), all_text, stored)
+
+    def _extend_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
+        # Without columns of its own, what a static layer holds is left over from an earlier use.
         stored = self.fusion.get(name) if plan.state.image_columns else None
         if new is None:
             return stored
@@ -123,9 +177,9 @@ class CasaLayerMixin:
         if name == "image" and "window" in self.fusion and not torch.is_grad_enabled():
             self._join(kept, self.fusion["window"])
 
-    def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
-        """Add new text keys/values and return those of all current windows; closed windows are dropped."""
-        if self._append_joined(new) is None:
+    def _extend_text(self, new: KeysValues, plan: WindowPlan, appended: bool) -> KeysValues:
+        """All text of the windows; that of closed windows is dropped."""
+        if not appended:
             stored = self.fusion.get("window")
             self.fusion["window"] = new if stored is None else self._appended("window", stored, new)
         everything, dropped = self.fusion["window"], plan.num_dropped_slots
@@ -134,20 +188,6 @@ class CasaLayerMixin:
             self.fusion["window"] = KeysValues(*(tensor[:, :, dropped:].clone() for tensor in everything))
             self.memory.pop("window", None)
         return everything
-
-    def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
-        """Add the text keys/values of a decoding step.
-
-        Returns:
-            None and [image columns ; window text] in one piece of memory; or images and window text, where they aren't
-            in one piece.
-        """
-        joined = self._append_joined(new)
-        return (
-            (None, joined)
-            if joined is not None
-            else (self.update_images("image", None, plan), self.update_window(new, plan))
-        )
 
     def _join(self, images: KeysValues, window: KeysValues, room: int = 0) -> GrowingMemory:
         """Bring images and window text into one piece of memory, so that a step attends to both without a copy."""
@@ -168,9 +208,9 @@ class CasaLayerMixin:
         return self._view_joined(memory, images.keys.shape[2])
 
     def _view_joined(self, memory: GrowingMemory, num_columns: int) -> KeysValues:
-        everything = memory.tensors.slots(0, memory.used)
-        self.fusion["image"] = everything.slots(0, num_columns)
-        self.fusion["window"] = everything.slots(num_columns, memory.used)
+        everything = memory.tensors.between(0, memory.used)
+        self.fusion["image"] = everything.between(0, num_columns)
+        self.fusion["window"] = everything.between(num_columns, memory.used)
         return everything
 
     def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
@@ -181,10 +221,10 @@ class CasaLayerMixin:
         if memory is None or not memory.consists_of(stored) or not memory.append(new):
             memory = self.memory[name] = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
             memory.append(new)
-        return memory.tensors.slots(0, memory.used)
+        return memory.tensors.between(0, memory.used)
 
     def store_state(self, state: WindowState) -> None:
-        """Remember the windows; in layer 0."""
+        """Remember the windows; in the home layer."""
         self.window_state = state
 
     def get_seq_length(self) -> int | torch.Tensor:
@@ -195,7 +235,7 @@ class CasaLayerMixin:
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` works on this layer; `generate` asks before it relies on it."""
-        return self._grows
+        return self.grows
 
     def crop(self, tokens_to_remove: int) -> None:
         self._require_dynamic("crop")
@@ -207,19 +247,19 @@ class CasaLayerMixin:
         self.window_state = state
         if removed and "window" in self.fusion:
             window = self.fusion["window"]
-            self.fusion["window"] = window.slots(0, max(0, window.keys.shape[2] - removed))
+            self.fusion["window"] = window.between(0, max(0, window.keys.shape[2] - removed))
 
     def require_evictable(self) -> None:
         """Refuse what text can't be evicted from, before anything has changed."""
         self._require_dynamic("evict_text")
 
     def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
-        """Hold other keys/values from now on, those of `length` text slots.
+        """Hold other keys/values from now on, those of `length` cache positions.
 
         Args:
             text: of self-attention; None in a layer without.
             fusion: of the fusion layer, as in `fusion`.
-            length: number of text slots.
+            length: number of cache positions.
         """
         self.memory = {}
         if text is not None:
@@ -230,10 +270,6 @@ class CasaLayerMixin:
 
     def reset(self) -> None:
         self._reset_fusion()
-        if isinstance(self, DynamicLayer):
-            # Transformers 5.17 zeroes a dynamic layer without shortening it.
-            self.keys = self.values = None
-            self.is_initialized = False
         super().reset()  # type: ignore[misc]
 
     def _reset_fusion(self) -> None:
@@ -279,16 +315,11 @@ class CasaLayerMixin:
 
     def _require_dynamic(self, operation: str) -> None:
         """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
-        if not self._grows:
+        if not self.grows:
             raise NotImplementedError(
                 f"{operation} isn't possible on a {type(self).__name__}, a static or quantized cache layer; use a "
                 "DynamicCache."
             )
-
-    @property
-    def _grows(self) -> bool:
-        """Whether the layer is one that grows and isn't quantised."""
-        return isinstance(self, DynamicLayer) and not hasattr(self, "_quantized_keys")
 
     @property
     def _without_text(self) -> bool:
@@ -308,6 +339,14 @@ class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
     text.
     """
 
+    grows = True
+
+    def reset(self) -> None:
+        # Transformers 5.17 zeroes a dynamic layer without shortening it.
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,26 +363,25 @@ class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
 class CasaStaticLayer(CasaLayerMixin, StaticLayer):
     """A preallocated cache layer with preallocated fusion state.
 
-    Images have slots of their own, `WindowState.reserved_columns` of them unless a window needs more, and window text
-    has the slots of the text. All are written in place, so that a compiled decoding step meets the same shapes and
-    addresses from token to token, window to window and image size to image size.
+    Images have columns of their own, `WindowState.reserved_columns` of them unless a window needs more, and window
+    text has the cache positions of the text. All are written in place, so that a compiled decoding step meets the same
+    shapes and addresses from token to token, window to window and image size to image size.
     """
 
     def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
-        slots = self._slots(name, kept.keys, plan.next_state.image_columns)
         num_kept = kept.keys.shape[2]
-        for slot, tensor in zip(slots, kept, strict=True):
-            slot[:, :, slot.shape[2] - num_kept :].copy_(tensor)
+        for tensor, part in zip(self._allocated(name, kept.keys, plan.next_state.image_columns), kept, strict=True):
+            tensor[:, :, tensor.shape[2] - num_kept :].copy_(part)
 
-    def update_window(self, new: KeysValues, plan: WindowPlan) -> KeysValues:
-        slots = self._slots("window", new.keys, self.max_cache_len)
-        places = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
-        for slot, tensor in zip(slots, new, strict=True):
-            slot.index_copy_(2, places, tensor)
-        return slots.slots(*plan.text_slots)
+    def _append_joined(self, new: KeysValues) -> None:
+        return None
 
-    def update_step(self, new: KeysValues, plan: WindowPlan) -> tuple[KeysValues | None, KeysValues]:
-        return self.update_images("image", None, plan), self.update_window(new, plan)
+    def _extend_text(self, new: KeysValues, plan: WindowPlan, appended: bool) -> KeysValues:
+        everything = self._allocated("window", new.keys, self.max_cache_len)
+        positions = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
+        for tensor, part in zip(everything, new, strict=True):
+            tensor.index_copy_(2, positions, part)
+        return everything.between(*plan.text_slots)
 
     @property
     def is_croppable(self) -> bool:
@@ -366,20 +404,20 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
             assert self.keys is not None and self.values is not None
             changes.append((KeysValues(self.keys, self.values), text))
             self.cumulative_length.fill_(length)
-        for slots, new in changes:
-            for slot, tensor in zip(slots, new, strict=True):
-                slot[:, :, : tensor.shape[2]].copy_(tensor)  # what is behind is seen by nobody, and written over
+        for held, new in changes:
+            for tensor, part in zip(held, new, strict=True):
+                tensor[:, :, : part.shape[2]].copy_(part)  # what is behind is seen by nobody, and written over
 
-    def _slots(self, name: str, like: torch.Tensor, number: int) -> KeysValues:
-        """Zeroed keys/values for a number of slots, or those that are there."""
-        slots = self.fusion.get(name)
-        if slots is None or slots.keys.shape[2] != number or slots.keys.shape[0] != like.shape[0]:
-            shape = (*like.shape[:2], number, like.shape[3])
-            slots = KeysValues(like.new_zeros(shape), like.new_zeros(shape))
-            for tensor in slots:
+    def _allocated(self, name: str, like: torch.Tensor, length: int) -> KeysValues:
+        """Keys/values of this length: those that are there, or new ones of zeros."""
+        held = self.fusion.get(name)
+        if held is None or held.keys.shape[2] != length or held.keys.shape[0] != like.shape[0]:
+            shape = (*like.shape[:2], length, like.shape[3])
+            held = KeysValues(like.new_zeros(shape), like.new_zeros(shape))
+            for tensor in held:
                 torch._dynamo.mark_static_address(tensor)
-            self.fusion[name] = slots
-        return slots
+            self.fusion[name] = held
+        return held
 
     def store_state(self, state: WindowState) -> None:
         if self.window_state is None:
@@ -400,6 +438,56 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
             self.window_state = state.assign(replace(empty, reserved_columns=state.reserved_columns))
 
 
+class _LayerOfText(CacheLayerMixin):
+    """A cache layer whose text another layer keeps."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, text: Any):
+        self.text = text
+
+    keys = property(lambda self: self.text.keys)
+    values = property(lambda self: self.text.values)
+    is_initialized = property(lambda self: self.text.is_initialized)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.text.lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.text.update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.text.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        return self.text.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.text.get_max_length()
+
+    def offload(self) -> None:
+        self.text.offload()
+
+    def prefetch(self) -> None:
+        self.text.prefetch()
+
+    def reset(self) -> None:
+        # What has been quantised is left behind, where Transformers 5.17 keeps it.
+        self.text.keys = self.text.values = None
+        self.text.is_initialized = False
+        self.text.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.text.reorder_cache(beam_idx)
+
+
+class CasaQuantizedLayer(CasaLayerMixin, _LayerOfText):
+    """A layer whose text is quantised, by whatever package does it; images and window text are kept as they are."""
+
+
 def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
     """How many tokens `crop` is asked to take back.
 
@@ -413,14 +501,6 @@ def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
             "keep isn't taken, because blocks without self-attention don't know theirs."
         )
     return removed
-
-
-@memoize
-def _casa_class(layer_class: type) -> Any:
-    known: dict[type, type] = {DynamicLayer: CasaDynamicLayer, StaticLayer: CasaStaticLayer}
-    if layer_class in known:
-        return known[layer_class]
-    return type(f"Casa{layer_class.__name__}", (CasaLayerMixin, layer_class), {})
 
 
 def require_decoder_cache(cache: Any) -> None:
@@ -448,7 +528,7 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
         ValueError: if it has too few layers.
     """
     require_decoder_cache(cache)
-    if cache.layers and isinstance(cache.layers[0], CasaLayerMixin):
+    if home_layer(cache) is not None:
         return
     num_layers = len(blocks_with_text)
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
@@ -465,16 +545,27 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
     ]
 
 
+def home_layer(cache: Cache) -> Any:
+    """The layer of a prepared cache that owns the window state: the first with fusion state; None before."""
+    return next((layer for layer in cache.layers if isinstance(layer, CasaLayerMixin)), None)
+
+
 def _with_fusion_state(layer: Any, block_has_text: bool) -> Any:
-    if not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False):
+    """A layer that has taken over what `layer` holds."""
+    prepared: Any
+    if type(layer) in (DynamicLayer, StaticLayer):
+        prepared = object.__new__(CasaDynamicLayer if type(layer) is DynamicLayer else CasaStaticLayer)
+        prepared.__dict__.update(layer.__dict__)
+    elif isinstance(layer, _QUANTIZED_LAYERS):
+        prepared = CasaQuantizedLayer(layer)
+    else:
         raise TypeError(
             f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
             "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
-    casa_class = _casa_class(type(layer))  # type: ignore[arg-type]
-    adopted = casa_class.__new__(casa_class)
-    adopted.__dict__.update(layer.__dict__, fusion={}, memory={}, window_state=None, block_has_text=block_has_text)
-    return adopted
+    prepared.fusion, prepared.memory, prepared.window_state = {}, {}, None
+    prepared.block_has_text = block_has_text
+    return prepared
 
 
 def window_state(
@@ -490,7 +581,7 @@ def window_state(
         cache: prepared by `prepare_cache`, or None.
         batch_size: rows of the call.
         device: where the state's tensors are wanted.
-        attention_mask: of the call; if it covers the cached text of another model, (batch, all slots), it says which
+        attention_mask: of the call; if it covers the cached text of another model, (batch, all tokens), it says which
             of that is padding.
         reserved_columns: image columns that a static cache keeps at least.
 
@@ -499,14 +590,15 @@ def window_state(
     """
     if cache is None:
         return WindowState.empty(batch_size, device)
-    state, length = cache.layers[0].window_state, cache.get_seq_length()
+    home, length = home_layer(cache), cache.get_seq_length()
+    state = home.window_state
     if state is None:
         state = WindowState.empty(batch_size, device, length=int(length))
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and state.length:
             valid = attention_mask[:, : state.length].bool().to(device)
             positions = (valid.cumsum(-1) - 1).clamp(min=0)
             state = replace(state, valid=valid, positions=positions, next_position=valid.sum(-1), padded=True)
-        if isinstance(cache.layers[0], CasaStaticLayer):
+        if isinstance(home, CasaStaticLayer):
             state = replace(state, text_start=0, reserved_columns=reserved_columns)
         return state
     if state.batch_size != batch_size:
@@ -524,23 +616,23 @@ def window_state(
 
 
 def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int) -> None:
-    """Refuse text that a static cache has no slots for, where that is known without waiting for the device.
+    """Refuse text that a static cache has no room for, where that is known without waiting for the device.
 
     Args:
         cache: prepared by `prepare_cache`, or None.
-        length: text slots in use, as in `WindowState`.
+        length: cache positions in use, as in `WindowState`.
         num_tokens: number of new tokens.
 
     Raises:
-        ValueError: if there are too few slots.
+        ValueError: if there is too little room.
     """
-    layer = None if cache is None else cache.layers[0]
+    layer = None if cache is None else home_layer(cache)
     if not isinstance(layer, CasaStaticLayer) or not isinstance(length, int):
         return
     if length + num_tokens > layer.max_cache_len:
         raise ValueError(
-            f"The static cache has {layer.max_cache_len} slots, but the text has {length + num_tokens} tokens now. "
-            "Make it with a larger max_cache_len."
+            f"The static cache has room for {layer.max_cache_len} tokens, but the text has {length + num_tokens} "
+            "now. Make it with a larger max_cache_len."
         )
 
 
@@ -574,7 +666,7 @@ def cache_state(cache: Cache) -> dict[str, Any]:
                 "joined": "window" in layer.memory,
             }
         )
-    state = cache.layers[0].window_state
+    state = home_layer(cache).window_state
     windows = {field.name: getattr(state, field.name) for field in fields(state)}
     copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in windows.items()}
     return {"layers": layers, "windows": copied}
@@ -607,12 +699,12 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
         name: value.to(devices[0], copy=True) if isinstance(value, torch.Tensor) else value
         for name, value in state["windows"].items()
     }
-    cache.layers[0].window_state = WindowState(**windows)
+    home_layer(cache).window_state = WindowState(**windows)
     _check_lengths(cache)
 
 
 def _check_lengths(cache: Cache) -> None:
-    state: WindowState = cache.layers[0].window_state
+    state: WindowState = home_layer(cache).window_state
     state.check()
     lengths = {"text": state.length, "window": state.length - state.text_start}
     lengths |= dict.fromkeys(("image", "update"), state.image_columns)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from .cache_casa import cache_snapshot
+from .cache_casa import cache_snapshot, home_layer
 from .chat_text import SAID, ChatText, message, render_chat
 from .generation_casa import IMAGE_INPUTS
 from .media_casa import pictures_of
@@ -189,5 +189,5 @@ def _setting(name: str, given: Mapping[str, Any], model: Any) -> Any:
 
 
 def _holds_one_row(cache: Any) -> bool:
-    state = cache.layers[0].window_state if cache is not None and cache.layers else None
-    return state is not None and state.batch_size == 1
+    home = None if cache is None else home_layer(cache)
+    return home is not None and home.window_state is not None and home.window_state.batch_size == 1

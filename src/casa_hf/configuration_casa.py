@@ -2,12 +2,14 @@
 """Configuration of CASA models: one source backbone and five design axes."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .backbones import BACKBONES, SOURCE_BACKBONES, Backbone, supported_sources
+from .backbone import Backbone
+from .backbones import BACKBONES, SOURCE_BACKBONES, supported_sources
 from .design_space import CHOICES, DESIGN_FIELDS, VARIANTS, unknown_value
 
 # Before towers had a type of their own, checkpoints gave them the type of the whole model.
@@ -125,7 +127,7 @@ class CasaConfig(PreTrainedConfig):
         self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")
         if self.vision_config is None:
             self.vision_config = {self.backbone.vision.hidden_size_field: self.text_config.hidden_size}
-        self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision_model_type)
+        self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision.model_type)
         if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         if isinstance(self.casa_layers, list | tuple | range | set):
@@ -142,13 +144,7 @@ class CasaConfig(PreTrainedConfig):
         Raises:
             ValueError: if the family isn't supported.
         """
-        model_type = self.text_config.model_type
-        if model_type not in BACKBONES:
-            raise ValueError(
-                f"text_config.model_type is {model_type!r}, which CASA isn't built on. Use a text configuration of: "
-                f"{supported_sources()}."
-            )
-        return BACKBONES[model_type]
+        return _backbone_of(self.text_config)
 
     @property
     def needs_projector(self) -> bool:
@@ -164,7 +160,7 @@ class CasaConfig(PreTrainedConfig):
     def fusion_layers(self) -> tuple[int, ...]:
         """Indices of the decoder blocks with a fusion layer."""
         if self.casa_layers is None:
-            return tuple(range(self.text_config.num_hidden_layers))
+            return self.backbone.fusable_blocks(self.text_config)
         return tuple(self.casa_layers)
 
     @property
@@ -192,7 +188,7 @@ class CasaConfig(PreTrainedConfig):
         own = {field: getattr(self, field) for field in DESIGN_FIELDS} | {"num_gist_tokens": self.num_gist_tokens}
         own["casa_layers"] = list(self.fusion_layers)
         for name in VARIANTS:
-            if own == _variant_fields(name, self.text_config.num_hidden_layers):
+            if own == _variant_fields(name, self.backbone.fusable_blocks(self.text_config)):
                 return name
         return None
 
@@ -222,7 +218,7 @@ class CasaConfig(PreTrainedConfig):
         return cls(
             text_config=text,
             vision_config=vision_config,
-            **{**variant_overrides(name, text.num_hidden_layers), **overrides},
+            **{**variant_overrides(name, _backbone_of(text).fusable_blocks(text)), **overrides},
         )
 
     @classmethod
@@ -417,10 +413,10 @@ class CasaConfig(PreTrainedConfig):
 
     def _validate_backbone(self) -> None:
         text, vision = self.text_config, self.vision_config
-        if vision.model_type != self.backbone.vision_model_type:
+        if vision.model_type != self.backbone.vision.model_type:
             raise ValueError(
                 f"vision_config.model_type is {vision.model_type!r}; a {self.backbone.display_name} text model needs "
-                f"{self.backbone.vision_model_type!r}."
+                f"{self.backbone.vision.model_type!r}."
             )
         layer_types = getattr(text, "layer_types", None) or []
         if getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
@@ -446,20 +442,29 @@ def _loses(checkpoint: dict[str, Any], field: str, value: Any) -> bool:
     return before != value and (field, before, value) not in _ADDITIONS
 
 
-def variant_overrides(name: str, num_hidden_layers: int) -> dict[str, Any]:
-    """The configuration fields that make the named variant of a model with this many blocks."""
+def _backbone_of(text_config: PreTrainedConfig) -> Backbone:
+    if text_config.model_type not in BACKBONES:
+        raise ValueError(
+            f"text_config.model_type is {text_config.model_type!r}, which CASA isn't built on. Use a text "
+            f"configuration of: {supported_sources()}."
+        )
+    return BACKBONES[text_config.model_type]
+
+
+def variant_overrides(name: str, fusable_blocks: Sequence[int]) -> dict[str, Any]:
+    """The configuration fields that make the named variant of a model whose `fusable_blocks` are these."""
     if name not in VARIANTS:
         raise ValueError(f"variant {name!r} is unknown; {unknown_value(name, VARIANTS)}")
     variant = VARIANTS[name]
-    layers = {} if variant.layers is None else {"casa_layers": variant.layers(num_hidden_layers)}
+    layers = {} if variant.layers is None else {"casa_layers": variant.layers(fusable_blocks)}
     return {**variant.overrides, **layers}
 
 
-def _variant_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
+def _variant_fields(name: str, fusable_blocks: Sequence[int]) -> dict[str, Any]:
     defaults = {field: getattr(CasaConfig, field) for field in (*DESIGN_FIELDS, "num_gist_tokens")}
-    fields = {**defaults, **variant_overrides(name, num_hidden_layers)}
+    fields = {**defaults, **variant_overrides(name, fusable_blocks)}
     if fields["casa_layers"] is None:
-        fields["casa_layers"] = list(range(num_hidden_layers))
+        fields["casa_layers"] = list(fusable_blocks)
     return fields
 
 

@@ -7,7 +7,7 @@ library, so that `casa-hf --help` waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -81,11 +81,11 @@ class Variant:
 
     overrides: dict[str, Any]
     description: str
-    layers: Callable[[int], list[int]] | None = None
+    layers: Callable[[Sequence[int]], list[int]] | None = None
 
 
-def _odd_layers(num_hidden_layers: int) -> list[int]:
-    return list(range(1, num_hidden_layers, 2))
+def _every_second(fusable_blocks: Sequence[int]) -> list[int]:
+    return list(fusable_blocks[1::2])
 
 
 _INSERTION = {
@@ -105,12 +105,12 @@ VARIANTS: dict[str, Variant] = {
     "ca-replace": Variant(
         {"casa_keys": "image", "casa_placement": "replace"},
         "`ca` in place of every second self-attention",
-        _odd_layers,
+        _every_second,
     ),
     "casa-replace": Variant(
         {"casa_placement": "replace", "casa_text_windows": True},
         "`casa` in place of every second self-attention",
-        _odd_layers,
+        _every_second,
     ),
     "casa-before": Variant({"casa_placement": "before"}, "`casa` before self-attention"),
     "ca-ffn": Variant({"casa_keys": "image", "casa_image_updates": "ffn"}, "`ca`, image tokens pass the MLPs"),

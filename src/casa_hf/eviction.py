@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache_casa import CasaLayerMixin, KeysValues
+from .cache_casa import KeysValues, home_layer
 from .windows import OPEN, WindowRules, WindowState
 
 # Rope types whose frequencies depend on the length of the text: a stored key can't be moved from one to another.
@@ -283,7 +283,7 @@ def evict_text(
         text = None if layer.keys is None else moves.text(KeysValues(layer.keys, layer.values))
         fusion = {name: moves.fusion(name, stored) for name, stored in layer.fusion.items()}
         layer.replace_text(text, fusion, plan.length)
-    cache.layers[0].store_state(plan.state(state.growing()))
+    home_layer(cache).store_state(plan.state(state.growing()))
     return plan.kept.masked_fill(~plan.valid, -1)
 
 
@@ -358,13 +358,13 @@ def check_history(rules: WindowRules) -> None:
 
 def _state_of(cache: Cache) -> WindowState:
     """The state of a cache that a CASA model has filled."""
-    layer = cache.layers[0] if cache.layers else None
-    if not isinstance(layer, CasaLayerMixin) or layer.window_state is None:
+    home = home_layer(cache)
+    if home is None or home.window_state is None:
         raise TypeError(
             f"Text is evicted from a cache that a CASA model has filled; this {type(cache).__name__} is none. Pass "
             "the cache of a forward or generate call."
         )
-    return layer.window_state
+    return home.window_state
 
 
 def _per_row(name: str, value: int | torch.Tensor, state: WindowState) -> torch.Tensor:

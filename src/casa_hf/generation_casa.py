@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache, QuantizedCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import (
     GENERATION_MODES_MAPPING,
@@ -23,6 +23,7 @@ from transformers.generation.utils import (
     GenerateDecoderOnlyOutput,
 )
 
+from .attention_backends import is_varlen
 from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
@@ -32,7 +33,6 @@ from .image_inputs import (
     warn_of_untyped_frames,
     without_images,
 )
-from .routes import is_varlen
 from .text_inputs import NewText, cached_length
 from .transformers_versions import (
     CACHE,
@@ -148,8 +148,8 @@ class CasaGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get(CACHE)
-        layers = getattr(cache, "layers", None)
-        room = getattr(layers[0], "max_cache_len", None) if layers else None
+        static = (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StaticLayer))
+        room = next((layer.max_cache_len for layer in static), None)
         if room is not None and room < max_cache_length:
             raise ValueError(
                 f"The static cache has room for {room} tokens, but {max_cache_length} may have to be kept (max_length "

@@ -12,13 +12,13 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -32,18 +32,19 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import (
     Attended,
-    AttentionMath,
-    BlockParts,
-    CasaAttention,
-    CasaBorrowedAttention,
+    BlockModules,
+    Call,
     CasaContextAttention,
     CasaSharedAttention,
-    FusionBase,
-    FusionInputs,
+    FusionLayer,
     Rotary,
-    TextInputs,
+    fusion_layer,
+    image_attention,
+    self_attention,
 )
-from .cache_casa import check_room, prepare_cache, window_state
+from .attention_backends import fusion_kernel, is_varlen, packed_lengths, single_row_lengths, update_kernel
+from .backbone import FULL_ATTENTION
+from .cache_casa import CasaStaticLayer, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
 from .foreign_arguments import check_foreign, refuse_foreign
@@ -52,12 +53,11 @@ from .image_inputs import check_features, check_grids, check_no_images, has_imag
 from .loading_casa import CasaLoadingMixin
 from .positions import PositionRules, packed_samples
 from .publishing_hook import PublishedByHook
-from .routes import fusion_route, is_varlen, packed_lengths, single_row_lengths, update_route
 from .text_inputs import NewText, cached_length, embed_text, text_masks
+from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
-from .varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .vision_tower import PatchProjection, tower_inputs
-from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
+from .windows import ImagePlacement, WindowPlan, WindowRules, WindowState, plan_windows
 
 # What the vision tower is asked for too.
 _RECORDED = ("output_attentions", "output_hidden_states")
@@ -86,6 +86,18 @@ class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+# What a block mixes tokens by, in order: the norm of the states and the method that takes them; each adds to the
+# states. The keys are `casa_placement` and whether one attention layer does both; `None` are blocks without fusion.
+_SELF_ATTENTION = (("input_layernorm", "attend_text"),)
+_MIXERS = {
+    None: _SELF_ATTENTION,
+    "parallel": (("input_layernorm", "attend_text_and_fuse"),),
+    "before": (("casa_layernorm", "fuse"), *_SELF_ATTENTION),
+    "after": (*_SELF_ATTENTION, ("casa_layernorm", "fuse")),
+    "replace": (("input_layernorm", "fuse"),),
+}
+
+
 class CasaDecoderLayer(GradientCheckpointingLayer):
     """One block: the backbone's own modules, and a fusion layer where `config.fusion_layers` has this index.
 
@@ -94,133 +106,80 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         parallel: x' = x + SA(norm x) + F(norm x, y)        before: x' = x + F(m x, y),    x' = x' + SA(norm x')
         replace:  x' = x + F(norm x, y)                     after:  x' = x + SA(norm x),   x' = x' + F(m x', y)
 
-    then x' + MLP(post x'). Image states are updated as `config.casa_image_updates` says (axis D4).
+    then x' + MLP(post x'). Where projections are shared in parallel, the fusion layer is SA + F. Image states are
+    updated as `config.casa_image_updates` says (axis D4).
     """
 
     def __init__(self, config: CasaConfig, layer_idx: int):
         super().__init__()
-        stock = config.backbone.load("decoder_layer")(config.text_config, layer_idx)
+        backbone, text_config = config.backbone, config.text_config
+        stock = backbone.load("decoder_layer")(text_config, layer_idx)
         fused = layer_idx in config.fusion_layers
-        self.layer_idx = layer_idx
-        self.placement = config.casa_placement if fused else None
+        placement = config.casa_placement if fused else None
+        self.layer_idx, self.kind = layer_idx, backbone.block.kinds(text_config)[layer_idx]
+        self.adapter = backbone.block
         self.image_updates = config.casa_image_updates
-        self.math = AttentionMath(config, layer_idx, stock.self_attn)
-        self.self_attn: Any = None if self.placement == "replace" else stock.self_attn
+        self.self_attn: Any = None if placement == "replace" else stock.self_attn
         self.mlp = stock.mlp
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
-        self.casa_attn: Any = _fusion_layer(config, layer_idx, stock) if fused else None
-        if self.placement in ("before", "after"):
+        self.casa_attn: FusionLayer | None = fusion_layer(config, layer_idx, stock) if fused else None
+        if placement in ("before", "after"):
             self.casa_layernorm = copy.deepcopy(stock.input_layernorm)
+        self.projections = backbone.projections(backbone, stock.self_attn)
+        joint = isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention)
+        self.mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
+        self.text_mixers = () if placement == "replace" else _SELF_ATTENTION
 
-    @takes_cache
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        image_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        fusion: FusionInputs | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Text states and image states in, text states and image states out.
 
         Args:
             hidden_states: (batch, tokens, hidden) text states.
             image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
-            attention_mask: causal mask of self-attention in the form its back end takes.
-            cache: cache prepared by `prepare_cache`, or None.
-            use_cache: whether the cache is in use.
-            position_embeddings: cos and sin of the text positions.
-            fusion: windows of the call; None if no token has anything to see.
-            **kwargs: arguments of the attention interface, such as the text index `position_ids`.
+            call: windows, positions, masks and cache of the forward.
 
         Returns:
-            Text states, image states, and the weights of self-attention and fusion, where the back end gives any.
+            Text states, image states, and the weights of self-attention and fusion, where the backend gives any.
         """
-        assert position_embeddings is not None
-        text = TextInputs(position_embeddings, cache, attention_mask, kwargs)
-        fusion_weights = None
-        if self.placement == "before" and fusion is not None:
-            attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
-            hidden_states, fusion_weights = hidden_states + attended.output, attended.fusion_weights
-
-        normed = self.input_layernorm(hidden_states)
-        main = self._attend(normed, image_states, fusion, text)
-        hidden_states = hidden_states + main.output
-        fusion_weights = fusion_weights if main.fusion_weights is None else main.fusion_weights
-
-        if self.placement == "after" and fusion is not None:
-            attended = self._fuse(self.casa_layernorm(hidden_states), image_states, fusion, text)
-            hidden_states, fusion_weights = hidden_states + attended.output, attended.fusion_weights
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = Attended(hidden_states)
+        for norm, mixer in self.text_mixers if call.windows is None else self.mixers:
+            mixed = getattr(self, mixer)(getattr(self, norm)(hidden_states), image_states, call)
+            hidden_states = hidden_states + mixed.output
+            attended = attended.updated(mixed)
+        hidden_states = hidden_states + self.adapter.mlp(self, self.post_attention_layernorm(hidden_states))
         if image_states is not None and self.image_updates != "none":
-            image_states = self._update_images(image_states, fusion, text, main)
-        return hidden_states, image_states, main.self_weights, fusion_weights
+            image_states = self._update_images(image_states, attended, call)
+        return hidden_states, image_states, attended.self_weights, attended.fusion_weights
 
-    def _attend(
-        self, normed: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
-    ) -> Attended:
-        """What stands between the input norm and the first residual."""
-        if self.placement == "replace":
-            if fusion is None:
-                return Attended(torch.zeros_like(normed))
-            return self._fuse(normed, image_states, fusion, text)
-        fuses = fusion is not None and self.placement == "parallel"
-        if fuses and isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention):
-            return self._fuse(normed, image_states, fusion, text)
-
+    def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
+        """Self-attention; where image states attend to its keys, these too."""
         if self.image_updates == "full" and image_states is not None:
-            output, _, weights, keys = self.math.self_attention(self.self_attn, normed, text)
-            attended = Attended(self.self_attn.o_proj(output), self_weights=weights, text=keys)
-        else:
-            output, weights = self.self_attn(
-                hidden_states=normed,
-                attention_mask=text.attention_mask,
-                position_embeddings=text.position_embeddings,
-                **{CACHE: text.cache},
-                **text.kwargs,
-            )
-            attended = Attended(output, self_weights=weights)
-        if not fuses:
-            return attended
-        fused = self._fuse(normed, image_states, fusion, text)
-        return attended._replace(output=attended.output + fused.output, fusion_weights=fused.fusion_weights)
+            return self_attention(self.projections, self.self_attn, states, call)
+        output, weights = self.adapter.attend(self, states, call)
+        return Attended(output, self_weights=weights)
 
-    def _fuse(
-        self, states: torch.Tensor, image_states: torch.Tensor | None, fusion: FusionInputs | None, text: TextInputs
-    ) -> Attended:
-        parts = BlockParts(self.self_attn, self.input_layernorm)
-        return self.casa_attn(states, image_states, fusion, text, parts)
+    def fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
+        """The fusion layer."""
+        assert self.casa_attn is not None
+        return self.casa_attn(states, image_states, call, self._modules_of_attention())
 
-    def _update_images(
-        self, image_states: torch.Tensor, fusion: FusionInputs | None, text: TextInputs, main: Attended
-    ) -> torch.Tensor:
+    def attend_text_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
+        """Both, of the same states."""
+        text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
+        return text.updated(fused)._replace(output=text.output + fused.output)
+
+    def _update_images(self, states: torch.Tensor, attended: Attended, call: Call) -> torch.Tensor:
         """Image states for the next block: through self-attention ("full") and the MLP."""
         if self.image_updates == "full":
-            assert fusion is not None and fusion.image_rotary is not None and main.text is not None
-            normed = self.input_layernorm(image_states)
-            query = self.math.rotate(self.math.query(self.self_attn, normed[None]), fusion.image_rotary)
-            images = main.images
-            if images is None:
-                images = self.math.image_keys(self.self_attn, normed, fusion, text, rotate=True, store="update")
-            assert fusion.update_route is not None
-            keys = main.text.slots(0, fusion.plan.text_slots[1])
-            output, _ = fusion.update_route.attend(self.math.attend, self.self_attn, query, images, keys)
-            image_states = image_states + self.self_attn.o_proj(output[0])
-        return image_states + self.mlp(self.post_attention_layernorm(image_states))
+            modules = self._modules_of_attention()
+            states = states + image_attention(self.projections, self.layer_idx, modules, states, attended, call)
+        return states + self.adapter.mlp(self, self.post_attention_layernorm(states))
 
-
-def _fusion_layer(config: CasaConfig, layer_idx: int, stock: Any) -> nn.Module:
-    if not config.casa_share_projections:
-        return CasaAttention(config, layer_idx, stock.self_attn, stock.input_layernorm)
-    if config.casa_keys == "context":
-        return CasaContextAttention(config, layer_idx, stock.self_attn)
-    if config.casa_placement == "parallel":
-        return CasaSharedAttention(config, layer_idx, stock.self_attn)
-    return CasaBorrowedAttention(config, layer_idx, stock.self_attn)
+    def _modules_of_attention(self) -> BlockModules:
+        return BlockModules(self.self_attn, self.input_layernorm)
 
 
 class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
@@ -248,7 +207,7 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FusionBase):
+        if isinstance(module, FusionLayer):
             module.reset_gate()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -281,6 +240,28 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
                     "device_map has offloaded to disk. Convert the checkpoint first: `casa-hf convert SOURCE OUTPUT`."
                 )
             init.copy_(parameter, sources[name])
+
+
+class _Text(NamedTuple):
+    """The text of one forward.
+
+    Attributes:
+        embeds: (batch, tokens, hidden) embedded tokens.
+        token_mask: (batch, tokens) False for padding.
+        mask: mask of self-attention as it was given.
+        text_index: (batch, tokens) index of each token in its sample; None where it wasn't given.
+        positions: (axes, batch, tokens).
+        samples: (batch, tokens) index of each token's packed sample; None without packing.
+        gist: (batch, tokens) True for gist tokens; None without any.
+    """
+
+    embeds: torch.Tensor
+    token_mask: torch.Tensor
+    mask: torch.Tensor | dict | None
+    text_index: torch.Tensor | None
+    positions: torch.Tensor
+    samples: torch.Tensor | None
+    gist: torch.Tensor | None
 
 
 class CasaTextModel(CasaPreTrainedModel):
@@ -363,18 +344,7 @@ class CasaTextModel(CasaPreTrainedModel):
         samples = self._packed_samples(position_ids, token_mask, cache)
         if use_cache and cache is None and samples is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None:
-            prepare_cache(cache, self.blocks_with_text)
-        state = window_state(
-            cache,
-            inputs_embeds.shape[0],
-            inputs_embeds.device,
-            attention_mask,
-            reserved_columns=static_image_tokens,
-        )
-        if images is not None or inputs_embeds.shape[1] > 1:
-            state = state.growing()  # only a decoding step works on the fixed state of a static cache
-        check_room(cache, state.length, inputs_embeds.shape[1])
+        state = self._window_state(cache, inputs_embeds, attention_mask, images, static_image_tokens)
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
             state,
@@ -386,58 +356,25 @@ class CasaTextModel(CasaPreTrainedModel):
             samples=samples,
             gist=gist,
         )
-        if attention_mask is None and state.padded:
-            attention_mask = plan.next_state.valid
-        everything_visible = (
-            state.only_row and attention_mask is None and state.slots is None and samples is None and gist is None
-        )
-        if is_varlen(self.config._attn_implementation):
-            # These back ends keep neither packed samples nor the empty slots of a static cache apart by themselves.
-            if samples is not None:
-                attention_mask, kwargs = None, {**kwargs, **packed_lengths(samples, token_mask)}
-            elif cache is not None and isinstance(cache.layers[0], StaticLayer):
-                attention_mask = {"full_attention": plan.next_state.valid}
-                length = plan.next_state.length
-                if isinstance(length, int) and len(token_mask) == 1 and bool(plan.next_state.valid.all()):
-                    attention_mask = {"full_attention": None}
-                    lengths = single_row_lengths(token_mask.shape[1], length, token_mask.device)
-                    kwargs = {**kwargs, **lengths}
-        causal_mask = self._causal_mask(attention_mask, inputs_embeds, cache, text_index, samples)
-        position_embeddings, image_rotary = self._rotary(inputs_embeds, positions, images)
-        fusion = self._fusion_inputs(plan, image_rotary, inputs_embeds, everything_visible)
-
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        self_attentions: list[torch.Tensor | None] = []
-        cross_attentions: list[torch.Tensor | None] = []
-        hidden_states = inputs_embeds
+        text = _Text(inputs_embeds, token_mask, attention_mask, text_index, positions, samples, gist)
+        call = self._call(text, plan, images, cache, kwargs)
+        hidden_states, weights = inputs_embeds, []
         for index, layer in enumerate(self.layers):
-            outputs = layer(
-                hidden_states,
-                image_states,
-                attention_mask=causal_mask,
-                position_ids=text_index,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                fusion=fusion,
-                **{CACHE: cache},
-                **kwargs,
-            )
-            hidden_states, image_states = outputs[:2]
-            if output_attentions:
-                self_attentions.append(outputs[2])
-                cross_attentions.append(outputs[3])
-            del outputs  # else the weights of one block would be kept until the next one has made its own
+            hidden_states, image_states, *of_layer = layer(hidden_states, image_states, call)
+            if output_attentions or (output_attentions is None and self.config.output_attentions):
+                weights.append(of_layer)
+            del of_layer  # else the weights of one block would be kept until the next one has made its own
             if image_states is not None and index < len(deepstack):
                 image_states = image_states + deepstack[index].to(image_states.device)
         if cache is not None:
             padded = state.padded or attention_mask is not None
-            cache.layers[0].store_state(replace(plan.next_state, padded=padded))
+            home_layer(cache).store_state(replace(plan.next_state, padded=padded))
+        self_attentions, cross_attentions = zip(*weights, strict=True) if weights else ((), ())
         return CasaModelOutput(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE: cache},
-            attentions=tuple(self_attentions) if any(w is not None for w in self_attentions) else None,
-            cross_attentions=tuple(cross_attentions) if any(w is not None for w in cross_attentions) else None,
+            attentions=self_attentions if any(w is not None for w in self_attentions) else None,
+            cross_attentions=cross_attentions if any(w is not None for w in cross_attentions) else None,
         )
 
     @takes_cache
@@ -497,41 +434,75 @@ class CasaTextModel(CasaPreTrainedModel):
         cos_of_images, sin_of_images = (table[:, num_tokens:] for table in rotary)
         return (cos, sin), (cos_of_images, sin_of_images)
 
-    def _causal_mask(
+    def _window_state(
         self,
-        attention_mask: torch.Tensor | dict | None,
-        inputs_embeds: torch.Tensor,
         cache: Cache | None,
-        text_index: torch.Tensor | None,
-        samples: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        if isinstance(attention_mask, dict):  # prepared for a static cache
-            return attention_mask["full_attention"]
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        images: ImagePlacement | None,
+        static_image_tokens: int,
+    ) -> WindowState:
+        """What earlier calls left behind, in the form that this one works on; the cache is prepared."""
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+        if cache is not None:
+            prepare_cache(cache, self.blocks_with_text)
+        state = window_state(cache, batch_size, inputs_embeds.device, attention_mask, static_image_tokens)
+        if images is not None or num_tokens > 1:
+            state = state.growing()  # only a decoding step works on the fixed state of a static cache
+        check_room(cache, state.length, num_tokens)
+        return state
+
+    def _call(
+        self, text: _Text, plan: WindowPlan, images: ImagePlacement | None, cache: Cache | None, arguments: dict
+    ) -> Call:
+        """What all blocks of a forward share."""
+        state, implementation, dtype = plan.state, self.config._attn_implementation, text.embeds.dtype
+        alone = state.only_row and state.slots is None and text.mask is None and not state.padded
+        everything_visible = alone and text.samples is None and text.gist is None
+        if text.mask is None and state.padded:
+            text = text._replace(mask=plan.next_state.valid)
+        if is_varlen(implementation):
+            mask, lengths = self._varlen_mask(text, plan, cache)
+            text, arguments = text._replace(mask=mask), {**arguments, **lengths}
+        rotary, image_rotary = self._rotary(text.embeds, text.positions, images)
+        arguments = {"position_ids": text.text_index, **arguments}
+        call = Call(rotary, self._masks(text, cache), cache, arguments)
+        if not plan.active:
+            return call
+        kernel, all_see = fusion_kernel(plan, implementation, dtype, everything_visible)
+        call = replace(call, windows=plan, kernel=kernel, all_see=all_see, image_rotary=image_rotary)
+        if image_rotary is None or not self.attends_to_update:
+            return call
+        return replace(call, update_kernel=update_kernel(plan, implementation, dtype))
+
+    def _varlen_mask(self, text: _Text, plan: WindowPlan, cache: Cache | None) -> tuple[Any, dict[str, Any]]:
+        """The mask and further arguments of self-attention: backends of this kind keep neither packed samples nor the
+        empty part of a static cache apart by themselves."""
+        valid, length = plan.next_state.valid, plan.next_state.length
+        if text.samples is not None:
+            return None, packed_lengths(text.samples, text.token_mask)
+        if cache is None or not isinstance(home_layer(cache), CasaStaticLayer):
+            return text.mask, {}
+        batch_size, num_tokens = text.token_mask.shape
+        if isinstance(length, int) and batch_size == 1 and bool(valid.all()):
+            return {FULL_ATTENTION: None}, single_row_lengths(num_tokens, length, valid.device)
+        return {FULL_ATTENTION: valid}, {}
+
+    def _masks(self, text: _Text, cache: Cache | None) -> dict[str, torch.Tensor | None]:
+        """The masks of the text's own attention by kind of block."""
+        if isinstance(text.mask, dict):  # prepared for a static cache
+            return text.mask
         # Transformers itself keeps packed samples apart only where there is no padding mask.
-        beside_mask = samples is not None and attention_mask is not None
-        return create_causal_mask(
+        beside_mask = text.samples is not None and text.mask is not None
+        causal = create_causal_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=text_index,
-            and_mask_function=packed_sequence_mask_function(samples) if beside_mask else None,
+            inputs_embeds=text.embeds,
+            attention_mask=text.mask,
+            position_ids=text.text_index,
+            and_mask_function=packed_sequence_mask_function(text.samples) if beside_mask else None,
             **{CACHE: cache},
         )
-
-    def _fusion_inputs(
-        self,
-        plan: WindowPlan,
-        image_rotary: Rotary | None,
-        inputs_embeds: torch.Tensor,
-        everything_visible: bool,
-    ) -> FusionInputs | None:
-        if not plan.active:
-            return None
-        form = (self.config._attn_implementation, inputs_embeds.dtype)
-        fusion = FusionInputs(plan, *fusion_route(plan, *form, everything_visible), image_rotary=image_rotary)
-        if image_rotary is None or not self.attends_to_update:
-            return fusion
-        return replace(fusion, update_route=update_route(plan, *form))
+        return {FULL_ATTENTION: causal}
 
 
 class CasaModel(CasaPreTrainedModel):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_casa import window_state
+from .cache_casa import home_layer, window_state
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def text_masks(
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return attention_mask, torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
     attention_mask = attention_mask.to(device, non_blocking=True)
-    state = None if cache is None else cache.layers[0].window_state
+    home = None if cache is None else home_layer(cache)
+    state = None if home is None else home.window_state
     if state is not None and state.slots is not None and num_tokens == 1:
         # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which of
         # the earlier tokens are padding.

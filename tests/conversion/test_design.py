@@ -40,13 +40,13 @@ def load(folder):
     ],
 )
 def test_blocks_in_words(text, indices):
-    assert layer_indices(text, 12) == indices
+    assert layer_indices(text, range(12)) == indices
 
 
 @pytest.mark.parametrize("text", ["every:0", "last:13", "some", "1, 2", "-1", "", "every:x"])
 def test_blocks_that_cant_be_read(text):
     with pytest.raises(ConversionError, match="layers"):
-        layer_indices(text, 12)
+        layer_indices(text, range(12))
 
 
 def test_every_axis_by_its_own_option(source_folder, tmp_path):

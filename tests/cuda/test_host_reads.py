@@ -17,8 +17,8 @@ from transformers import DynamicCache, StaticCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
 from casa_hf.configuration_casa import VARIANTS
+from casa_hf.torch_varlen import TORCH_VARLEN
 from casa_hf.transformers_versions import is_older_than
-from casa_hf.varlen import TORCH_VARLEN
 from tests.cuda.test_model import DTYPES, in_all, put
 from tests.helpers_generation import Image, batch, new_model
 from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end

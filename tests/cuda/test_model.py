@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from casa_hf.configuration_casa import VARIANTS
-from casa_hf.varlen import TORCH_VARLEN
+from casa_hf.torch_varlen import TORCH_VARLEN
 from tests.helpers_generation import Image, batch, embedded, new_model, relative_error, words
 from tests.kernels import KERNELS, calls, reference_kernels, register_torch_kernel, use_back_end
 from tests.labelled_device import LabelledDevices, values

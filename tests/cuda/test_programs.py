@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import captions, forever, layer, prefill, streaming, streams
-from casa_hf.varlen import TORCH_VARLEN
+from casa_hf.torch_varlen import TORCH_VARLEN
 from tests import test_benchmarks
 from tests.gpu import test_gpu, test_streams
 from tests.kernels import reference_kernels, register_torch_kernel

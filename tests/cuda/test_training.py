@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from casa_hf.torch_varlen import TORCH_VARLEN
 from casa_hf.training import CasaTrainer, PackedDataset, freeze, parameter_groups
-from casa_hf.varlen import TORCH_VARLEN
 from tests.cuda.test_model import close, in_all, put
 from tests.helpers_generation import Image, batch, new_model, words
 from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end

@@ -19,9 +19,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from casa_hf import CasaForConditionalGeneration
-from casa_hf.varlen import TORCH_VARLEN
+from casa_hf.torch_varlen import TORCH_VARLEN
 from tests.helpers_generation import Image, batch, new_model, words
-from tests.test_routes import Case, wide_config, wide_sample
+from tests.test_attention_backends import Case, wide_config, wide_sample
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 gpu = [pytest.mark.gpu, cuda]

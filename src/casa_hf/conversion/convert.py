@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..backbones import BACKBONES
 from ..checkpoint_files.config import read_source_config
 from ..checkpoint_files.destination import check_output, new_folder
 from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
@@ -327,7 +328,8 @@ def _new_config(
     """The new configuration, still without new tokens, and how many gist tokens it is to have."""
     own = source_config if isinstance(source_config, CasaConfig) else None
     text_config = getattr(source_config, "text_config", source_config)
-    fields = resolve_design(variant, design, text_config.num_hidden_layers, own)
+    blocks = BACKBONES[text_config.model_type].fusable_blocks(text_config)
+    fields = resolve_design(variant, design, blocks, own)
     num_gist_tokens = fields.pop("num_gist_tokens")
     source_config = copy.deepcopy(source_config)
     if isinstance(source_config, CasaConfig):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint_files.errors import ConversionError
@@ -15,7 +15,7 @@ OPTIONS = (*DESIGN_FIELDS, "num_gist_tokens")
 
 
 def resolve_design(
-    variant: str | None, design: Mapping[str, Any], num_layers: int, own: CasaConfig | None = None
+    variant: str | None, design: Mapping[str, Any], blocks: Sequence[int], own: CasaConfig | None = None
 ) -> dict[str, Any]:
     """Every design field of a variant of which some axes are chosen otherwise.
 
@@ -23,7 +23,7 @@ def resolve_design(
         variant: a key of `VARIANTS`; None for the design of `own`, or "casa" without it.
         design: values of design fields, which win over the variant's. `casa_layers` may also be written as in
             `layer_indices`.
-        num_layers: number of decoder blocks.
+        blocks: indices of the decoder blocks that can have a fusion layer.
         own: configuration of the checkpoint if it is a CASA checkpoint.
 
     Raises:
@@ -37,19 +37,19 @@ def resolve_design(
         fields = {name: getattr(own, name) for name in OPTIONS}
     else:
         fields = {name: getattr(CasaConfig, name) for name in OPTIONS}
-        fields |= variant_overrides(variant or "casa", num_layers)
+        fields |= variant_overrides(variant or "casa", blocks)
     fields |= dict(design)
     if isinstance(fields["casa_layers"], str):
-        fields["casa_layers"] = layer_indices(fields["casa_layers"], num_layers)
+        fields["casa_layers"] = layer_indices(fields["casa_layers"], blocks)
     return fields
 
 
-def layer_indices(text: str, num_layers: int) -> list[int] | None:
+def layer_indices(text: str, blocks: Sequence[int]) -> list[int] | None:
     """Indices of decoder blocks, None for all.
 
     Args:
-        text: "all"; "every:2" for blocks 1, 3, 5, ...; "last:8"; or indices such as "4,8,12".
-        num_layers: number of decoder blocks.
+        text: "all"; "every:2" for every second of `blocks`; "last:8"; or indices such as "4,8,12".
+        blocks: indices of the decoder blocks that can have a fusion layer.
 
     Raises:
         ConversionError: if it is none of these, or more blocks than there are.
@@ -58,11 +58,12 @@ def layer_indices(text: str, num_layers: int) -> list[int] | None:
         return None
     if match := re.fullmatch(r"(every|last):(\d+)", text):
         number = int(match[2])
-        if not 0 < number <= num_layers:
+        if not 0 < number <= len(blocks):
             raise ConversionError(
-                f"casa_layers={text!r} must have a number from 1 to {num_layers}, as there are blocks."
+                f"casa_layers={text!r} must have a number from 1 to {len(blocks)}, as there are blocks that can have "
+                "a fusion layer."
             )
-        return list(range(number - 1, num_layers, number) if match[1] == "every" else range(num_layers)[-number:])
+        return list(blocks[number - 1 :: number] if match[1] == "every" else blocks[-number:])
     if re.fullmatch(r"\d+(,\d+)*", text):
         return [int(index) for index in text.split(",")]
     raise ConversionError(f"casa_layers={text!r} can't be read; write 'every:2', '4,8,12', 'last:8' or 'all'.")

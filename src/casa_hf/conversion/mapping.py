@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..backbones import Backbone
+from ..backbone import Backbone
 from ..checkpoint_files.errors import ConversionError, listed, one_line
 from ..configuration_casa import CasaConfig
 

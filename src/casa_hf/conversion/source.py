@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..backbones import SOURCE_BACKBONES, VISION_TOWERS
+from ..backbones import SOURCE_BACKBONES
 from ..checkpoint_files.config import read_source_config
 from ..checkpoint_files.errors import ConversionError, one_line
 from ..checkpoint_files.names import PROCESSOR_FILES
@@ -33,10 +33,10 @@ def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConf
     backbone = SOURCE_BACKBONES[config.model_type]
     content = read_source_config(folder)
     vision = getattr(content, "vision_config", None)
-    if isinstance(content, CasaConfig) or vision is None or vision.model_type != backbone.vision_model_type:
+    if isinstance(content, CasaConfig) or vision is None or vision.model_type != backbone.vision.model_type:
         raise ConversionError(
             f"{folder} has model_type {content.model_type!r}; {backbone.display_name} takes the vision tower "
-            f"{VISION_TOWERS[backbone.vision_model_type].model_type!r} of a source checkpoint. Give such a one."
+            f"{backbone.vision.model_type!r} of a source checkpoint. Give such a one."
         )
     return vision
 

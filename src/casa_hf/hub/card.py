@@ -510,7 +510,7 @@ def _design_text(config: CasaConfig, variant: str) -> str:
         description = f":\n{VARIANTS[config.variant].description}" if fits else ""
         return f"Variant `{config.variant}`{description}."
     named = {name: getattr(CasaConfig, name) for name in DESIGN_FIELDS}
-    named |= variant_overrides(variant, config.text_config.num_hidden_layers)
+    named |= variant_overrides(variant, config.backbone.fusable_blocks(config.text_config))
     named |= {"num_gist_tokens": 0}
     changed = [name for name, value in named.items() if getattr(config, name) != value]
     return f"Variant `{variant}` with\n{', '.join(f'`{name}={getattr(config, name)!r}`' for name in changed)}."

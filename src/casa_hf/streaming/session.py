@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-from ..cache_casa import cache_nbytes, cache_state, restore_cache
+from ..cache_casa import cache_nbytes, cache_state, home_layer, restore_cache
 from ..checks import check_count, check_number, check_positive, is_number, shown
 from ..design_space import DESIGN_FIELDS
 from ..media_casa import MediaPolicy
@@ -706,7 +706,7 @@ class CasaStream:
         if held is None:
             return cache
         restore_cache(cache, held, [next(block.parameters()).device for block in blocks])
-        windows = cache.layers[0].window_state
+        windows = home_layer(cache).window_state
         # Blocks of one kind hold the same.
         parts: dict[tuple[bool, bool], set[str]] = {}
         for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):

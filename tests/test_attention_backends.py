@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration, varlen
+from casa_hf import CasaConfig, CasaForConditionalGeneration, torch_varlen
 from tests import kernels, tiny
 from tests.ledger import Ledger
 from tests.reference import Image, Sample, reference_logits
@@ -44,9 +44,9 @@ def reference_kernels() -> Iterator[None]:
 def available(back_ends: Sequence[str]) -> list[str]:
     """Those back ends that this version of torch has."""
     try:
-        varlen._kernel()
+        torch_varlen._kernel()
     except ImportError:
-        return [name for name in back_ends if name != varlen.TORCH_VARLEN]
+        return [name for name in back_ends if name != torch_varlen.TORCH_VARLEN]
     return list(back_ends)
 
 
@@ -256,13 +256,13 @@ def test_a_window_of_4096_image_tokens() -> None:
 
 
 def test_heads_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs(varlen.TORCH_VARLEN)
+    needs(torch_varlen.TORCH_VARLEN)
     from torch.nn.attention.varlen import varlen_attn
 
-    monkeypatch.setattr(varlen, "_kernel", lambda: (varlen_attn, False))
+    monkeypatch.setattr(torch_varlen, "_kernel", lambda: (varlen_attn, False))
     samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
     case = Case(casa_config("casa"), [[one] for one in samples])
-    case.check(varlen.TORCH_VARLEN)
+    case.check(torch_varlen.TORCH_VARLEN)
     assert {(call.heads, call.kv_heads) for call in case.calls} == {(4, 4)}
 
 
@@ -295,7 +295,7 @@ def test_one_call_per_layer_whatever_the_number_of_windows(variant: str, back_en
 
 def test_every_window_is_a_sequence_of_its_own() -> None:
     """Lengths counted by hand: groups have one sequence per image, of those visible there, with the group's text."""
-    needs(varlen.TORCH_VARLEN)
+    needs(torch_varlen.TORCH_VARLEN)
     # Windows of 2x3; of 1x2, joined by 3x1. Text: 3, then the marks; 2; the marks and 4.
     one = sample("3 2x3 2 1x2 3x1 4")
     for variant, causal, queries, keys in (
@@ -303,7 +303,7 @@ def test_every_window_is_a_sequence_of_its_own() -> None:
         ("ca", False, (4, 2, 5), (6, 2, 2 + 3)),
     ):
         case = Case(casa_config(variant), [[one]])
-        case.check(varlen.TORCH_VARLEN)
+        case.check(torch_varlen.TORCH_VARLEN)
         fusion = [call for call in case.calls if len(call.q_lengths) > 1]
         assert fusion == 3 * [kernels.Call(causal, queries, keys, 4, 2)]
 
@@ -336,16 +336,16 @@ def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], bac
     model = kernels.use_back_end(CasaForConditionalGeneration(config).eval(), back_end)
     seen: list[Any] = []
     layer = model.model.language_model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda *call: seen.append(call[2]["fusion"]), with_kwargs=True)
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     case = Case(
         config, [[wide_sample(script, config, seed)] for seed, script in enumerate(("3 2x3 2 1x2 3", "2x2 1"))]
     )
     with hook, torch.no_grad():
         past = model(**{**case.inputs, "use_cache": True}, image_embeds=case.features).cache
         model(input_ids=torch.full((2, 1), 9), cache=past)
-    for fusion in seen:
-        assert fusion.route is not None
-        before, after = tensors_in(fusion), tensors_in(fusion.to("meta"))
+    for call in seen:
+        assert call.kernel is not None
+        before, after = tensors_in(call), tensors_in(call.to("meta"))
         assert before.keys() == after.keys() and before
         assert {path: (x.shape, x.dtype) for path, x in before.items()} == {
             path: (x.shape, x.dtype) for path, x in after.items()
@@ -362,6 +362,8 @@ def tensors_in(value: Any, path: str = "") -> dict[str, Tensor]:
         parts = {f.name: getattr(value, f.name) for f in dataclass_fields(value)}
     elif isinstance(value, tuple):
         parts = dict(enumerate(value))
+    elif isinstance(value, dict):
+        parts = value
     found: dict[str, Tensor] = {}
     for name, part in parts.items():
         found |= tensors_in(part, f"{path}.{name}")
@@ -388,7 +390,7 @@ def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tu
     return ledger, sum(flops.values()), len(one.input_ids)
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", varlen.TORCH_VARLEN])
+@pytest.mark.parametrize("back_end", ["sdpa", torch_varlen.TORCH_VARLEN])
 @pytest.mark.parametrize("fields, script", COSTS, ids=range(len(COSTS)))
 def test_cost_is_linear_in_the_number_of_windows(fields: dict[str, Any], script: str, back_end: str) -> None:
     needs(back_end)

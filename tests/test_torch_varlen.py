@@ -14,12 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from casa_hf import varlen
+from casa_hf import torch_varlen
 from tests import kernels
 from tests.helpers_generation import Image, batch, image_inputs, new_model, relative_error, token_ids, words
 from tests.sources import make_case
+from tests.test_attention_backends import needs
 from tests.test_design_space import ROWS, run
-from tests.test_routes import needs
 from tests.tiny import FAMILIES, sample
 
 TOLERANCE = 1e-6
@@ -105,9 +105,9 @@ def test_vision_tower(family: str, back_end: str) -> None:
     case = make_case(family, "casa")
     expected = case.model.get_image_features(case.pixels, case.grids).pooler_output
     model = kernels.use_back_end(case.model, back_end)
-    if back_end == varlen.TORCH_VARLEN:
+    if back_end == torch_varlen.TORCH_VARLEN:
         model.set_attn_implementation(back_end)  # a second time: the tower keeps the name that it understands
-        assert model.model.visual.config._attn_implementation == varlen.TORCH_VARLEN_TOWER
+        assert model.model.visual.config._attn_implementation == torch_varlen.TORCH_VARLEN_TOWER
     kernels.calls.clear()
     features = model.get_image_features(case.pixels, case.grids).pooler_output
     for actual, other in zip(features, expected, strict=True):
@@ -119,7 +119,7 @@ def test_vision_tower(family: str, back_end: str) -> None:
 
 
 def test_dropout_is_refused() -> None:
-    model = model_for("casa", varlen.TORCH_VARLEN)
+    model = model_for("casa", torch_varlen.TORCH_VARLEN)
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"no dropout, but attention_dropout=0\.1"):
@@ -128,12 +128,12 @@ def test_dropout_is_refused() -> None:
 
 def test_causal_is_aligned_at_the_last_key() -> None:
     """What the kernel is asked for, on lengths that differ: the last query sees all keys, none sees a neighbour's."""
-    needs(varlen.TORCH_VARLEN)
+    needs(torch_varlen.TORCH_VARLEN)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, n, 16, generator=generator) for heads, n in ((4, 5), (2, 9), (2, 9)))
     lengths = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 6, 9])}
     module = torch.nn.Identity()
-    actual, _ = varlen.torch_varlen_forward(
+    actual, _ = torch_varlen.torch_varlen_forward(
         module, query, key, value, None, scaling=0.3, is_causal=True, **lengths, max_length_q=3, max_length_k=6
     )
     for q, seen in enumerate(([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [6], [6, 7], [6, 7, 8])):
@@ -197,18 +197,18 @@ def test_the_kernel_gets_one_data_type_under_autocast(variant: str) -> None:
     inputs = batch([*words(3, 1), A, *words(3, 2)])
     inputs["pixel_values"] = inputs["pixel_values"].float()
     seen: set[tuple[torch.dtype, ...]] = set()
-    attend = varlen._attend
+    attend = torch_varlen._attend
 
     def watched(states: list[torch.Tensor], *args: Any) -> torch.Tensor:
         seen.add(tuple(state.dtype for state in states))
         return attend(states, *args)
 
-    varlen._attend = watched
+    torch_varlen._attend = watched
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(**inputs).logits
     finally:
-        varlen._attend = attend
+        torch_varlen._attend = attend
     assert seen == {(torch.bfloat16,) * 3}
     assert relative_error(logits.float(), model(**inputs).logits) < 0.1
 

@@ -1,0 +1,589 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How each attention backend computes the attention of windows.
+
+What a forward hands to all its fusion layers is a *kernel*: which queries meet which keys, in the form that the
+backend takes. `fusion_kernel` and `update_kernel` choose it once per forward, `windowed_attention` runs it in every
+layer.
+
+| kernel | backend | what runs |
+|---|---|---|
+| `MaskedKernel` | "eager", and custom backends | one mask over all tokens and keys: the plain reference |
+| `PaddedKernel` | "sdpa" | windows of similar size as one padded batch |
+| `VarlenKernel` | "flash_attention_2" and its kin, "torch_varlen" | one call over all windows |
+| `StepKernel` | all but the first row's, in decoding steps | keys are read where they are stored, without a copy |
+
+All take the same queries and keys and return the same numbers, up to rounding.
+
+Windows become *segments*: consecutive tokens of a row that see the same images and the same start of their window.
+The keys of a segment are these image tokens, followed by the text of the window up to the segment's last token. Its
+queries are the last tokens of that text, so that a segment is causal attention aligned at the bottom right. No segment
+knows of the others: time and memory grow with the number of windows, not with its square. Updates of image states
+(axis D4 "full") are segments too, one per image.
+
+Lengths of segments have to be known on the host, and all of these tensors are small and hold integers. So they are
+computed there, from `WindowPlan.on_host`, and copied to the device without waiting for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
+
+from .cache_casa import FusionKeys, KeysValues
+from .torch_varlen import TORCH_VARLEN
+from .windows import WindowPlan, pinned_before
+
+
+def is_varlen(implementation: str | None) -> bool:
+    """Whether a backend takes sequences of different lengths in one call, without a mask."""
+    return implementation == TORCH_VARLEN or is_flash_attention_requested(
+        requested_attention_implementation=implementation
+    )
+
+
+@dataclass(frozen=True)
+class MaskedKernel:
+    """One call of the backend with a mask over all tokens and keys.
+
+    Attributes:
+        mask: (batch, 1, tokens, keys), boolean, or additive for "eager".
+        sees: (batch, tokens) whether a token sees anything.
+        plan: where the new image tokens are placed, for updates of image states; None for fusion.
+    """
+
+    mask: torch.Tensor
+    sees: torch.Tensor
+    plan: WindowPlan | None = None
+
+    def to(self, device: torch.device) -> MaskedKernel:
+        plan = None if self.plan is None else self.plan.to(device)
+        return MaskedKernel(self.mask.to(device), self.sees.to(device), plan)
+
+
+@dataclass(frozen=True)
+class PaddedKernel:
+    """One call of the backend for all segments of similar size.
+
+    Attributes:
+        batches: padded segments.
+        in_place: whether the keys of the only segment are those of the call as they stand.
+    """
+
+    batches: tuple[PaddedSegments, ...]
+    in_place: bool
+
+    def to(self, device: torch.device) -> PaddedKernel:
+        return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
+
+
+@dataclass(frozen=True)
+class VarlenKernel:
+    """One call of a backend that takes segments of different lengths."""
+
+    segments: Segments
+
+    def to(self, device: torch.device) -> VarlenKernel:
+        return VarlenKernel(self.segments.to(device))
+
+
+@dataclass(frozen=True)
+class StepKernel:
+    """Few tokens against stored keys, without a copy of these: one softmax over two products.
+
+    Attributes:
+        mask: boolean (batch, 1, tokens, image columns [+ cache positions]); None if every token sees every key.
+        first_text: cache position that the mask's text begins with.
+    """
+
+    mask: torch.Tensor | None
+    first_text: int = 0
+
+    def to(self, device: torch.device) -> StepKernel:
+        return replace(self, mask=None if self.mask is None else self.mask.to(device))
+
+
+Kernel = MaskedKernel | PaddedKernel | VarlenKernel | StepKernel
+
+
+def fusion_kernel(
+    plan: WindowPlan, implementation: str, dtype: torch.dtype, everything_visible: bool
+) -> tuple[Kernel | None, bool]:
+    """The kernel of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
+
+    Args:
+        plan: windows of the call.
+        implementation: name of the backend.
+        dtype: data type of the states.
+        everything_visible: whether all that is stored is visible to a token without an image of its own, as in a
+            single row without padding.
+    """
+    varlen = is_varlen(implementation)
+    if not (varlen or implementation == "sdpa"):
+        return MaskedKernel(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
+    if plan.sees.shape[1] == 1 and not plan.new_columns:
+        return StepKernel(None if everything_visible else plan.mask(), plan.text_slots[0]), everything_visible
+    segments, device = fusion_segments(plan.on_host), plan.sees.device
+    if segments is None:
+        return None, False
+    all_see = len(segments.query_index) == plan.sees.numel()
+    if varlen:
+        return VarlenKernel(segments).to(device), all_see
+    return PaddedKernel(segments.padded(plan.sees.numel()), segments.takes_all_keys).to(device), all_see
+
+
+def update_kernel(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> Kernel:
+    """The kernel of updates of image states by attention; arguments as in `fusion_kernel`."""
+    varlen = is_varlen(implementation)
+    if not (varlen or implementation == "sdpa"):
+        return MaskedKernel(_backend_mask(plan.update_mask(), implementation, dtype), plan.sees, plan)
+    segments, device = update_segments(plan.on_host), plan.sees.device
+    if varlen:
+        return VarlenKernel(segments).to(device)
+    return PaddedKernel(segments.padded(len(segments.query_index)), segments.takes_all_keys).to(device)
+
+
+def windowed_attention(
+    module: Any, query: torch.Tensor, keys: FusionKeys, kernel: Kernel | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax over [image tokens ; text] that each query sees.
+
+    Args:
+        module: what the query was projected by; has `config`, `scaling`, `attention_dropout`,
+            `num_key_value_groups` and `training`.
+        query: (batch, heads, tokens, head_dim); for updates of image states (1, heads, num_image_tokens, head_dim).
+        keys: keys/values of all image columns of the call and of its text.
+        kernel: form of the windows that the backend takes; None if no token sees anything.
+
+    Returns:
+        The output, (batch, tokens, heads * head_dim), and the weights where the backend gives any. Where a token sees
+        nothing the output means nothing, and weights are 0.
+    """
+    batch_size, num_heads, num_tokens, head_dim = query.shape
+    match kernel:
+        case MaskedKernel(mask, sees, None):
+            output, weights = attend(module, query, keys.joined(), mask, is_causal=False)
+            return output, None if weights is None else weights.masked_fill(~sees[:, None, :, None], 0)
+        case MaskedKernel(mask, _, WindowPlan() as plan):
+            query = plan.place(query[0].transpose(0, 1)).transpose(1, 2)
+            return plan.collect(attend(module, query, keys.joined(), mask, is_causal=False)[0])[None], None
+        case StepKernel(mask):
+            return _step_attention(module, query, keys, mask), None
+        case PaddedKernel(batches, in_place):
+            queries = nn.functional.pad(_flat(query), (0, 0, 0, 0, 0, 1))  # padding reads and writes a row of its own
+            stored = keys.joined() if in_place else _flat_keys(keys)
+            outputs = []
+            for batch in batches:
+                part = queries[batch.query_index].transpose(1, 2)  # (segments, heads, queries, head_dim)
+                seen = stored if in_place else KeysValues(*(x[batch.key_index].transpose(1, 2) for x in stored))
+                outputs.append(attend(module, part, seen, batch.mask, is_causal=False)[0])
+            flat = outputs[0].new_zeros(len(queries), num_heads * head_dim)
+            for batch, output in zip(batches, outputs, strict=True):
+                flat = flat.index_copy(0, batch.query_index.flatten(), output.flatten(0, 1))
+            return flat[:-1].view(batch_size, num_tokens, -1), None
+        case VarlenKernel(segments):
+            part = _flat(query)[segments.query_index].transpose(0, 1)[None]
+            if segments.takes_all_keys:
+                seen = keys.joined()
+            else:
+                seen = KeysValues(*(x[segments.key_index].transpose(0, 1)[None] for x in _flat_keys(keys)))
+            output, _ = attend(module, part, seen, None, **segments.arguments())
+            flat = output.new_zeros(batch_size * num_tokens, num_heads * head_dim)
+            return flat.index_copy(0, segments.query_index, output[0]).view(batch_size, num_tokens, -1), None
+        case _:
+            return query.new_zeros(batch_size, num_tokens, num_heads * head_dim), None
+
+
+def attend(
+    module: Any, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(batch, tokens, heads * head_dim) and the weights or None, by the backend that `module.config` names."""
+    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    dropout = module.attention_dropout if module.training else 0.0
+    output, weights = backend(module, query, *keys, mask, dropout=dropout, scaling=module.scaling, **arguments)
+    return output.flatten(2).contiguous(), weights
+
+
+def step_with_self_attention(
+    module: Any,
+    query: torch.Tensor,
+    images: KeysValues | None,
+    text: KeysValues,
+    kernel: StepKernel,
+    self_mask: torch.Tensor | None,
+    fusion_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Self-attention plus fusion of a step, of the same queries and text keys: the text is read once for both.
+
+    Args:
+        module: as in `windowed_attention`.
+        query: (batch, heads, tokens, head_dim), rotated.
+        images: keys/values of all image columns; None without any.
+        text: keys/values of all text, of which fusion takes those from `kernel.first_text` on.
+        kernel: what fusion sees.
+        self_mask: boolean (batch or 1, 1, tokens, cache positions) of self-attention; None if all is visible.
+        fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None for 1.
+    """
+    grouped = _grouped(query, text.keys.shape[1], module)
+    of_text = _scores(grouped, text.keys)
+    weights = _softmax(of_text, self_mask, module)
+    window = of_text[..., kernel.first_text :]
+    of_images = [] if images is None else [_scores(grouped, images.keys)]
+    fused = _softmax(torch.cat([*of_images, window], dim=-1), kernel.mask, module)
+    if fusion_scale is not None and fusion_scale.ndim == 2:
+        # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
+        fusion_scale = fusion_scale.repeat(1, grouped.shape[2] // query.shape[2])[:, None, :, None]
+    if fusion_scale is not None:
+        fused = fused * fusion_scale.to(fused.dtype)
+    num_window = window.shape[-1]
+    weights = weights + nn.functional.pad(fused[..., -num_window:], (kernel.first_text, 0))
+    parts = [(weights, text.values)]
+    if images is not None:
+        parts.append((fused[..., :-num_window], images.values))
+    return _weighted(parts, query)
+
+
+def _step_attention(module: Any, query: torch.Tensor, keys: FusionKeys, mask: torch.Tensor | None) -> torch.Tensor:
+    parts = keys.parts()
+    if len(parts) == 1 and mask is None:
+        return attend(module, query, parts[0], None, is_causal=False)[0]
+    grouped = _grouped(query, parts[0].keys.shape[1], module)
+    scores = [_scores(grouped, part.keys) for part in parts]
+    weights = _softmax(torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0], mask, module)
+    split = weights.split([part.keys.shape[2] for part in parts], dim=-1)
+    return _weighted(list(zip(split, (part.values for part in parts), strict=True)), query)
+
+
+def single_row_lengths(num_queries: int, num_keys: int, device: torch.device) -> dict[str, Any]:
+    """Arguments that make self-attention of one row take the first `num_keys` positions of a static cache, without a
+    mask from which every layer would have to find that out."""
+    return {
+        # Made there: a copy would wait for the device.
+        "cu_seq_lens_q": torch.arange(2, dtype=torch.int32, device=device) * num_queries,
+        "cu_seq_lens_k": torch.arange(2, dtype=torch.int32, device=device) * num_keys,
+        "max_length_q": num_queries,
+        "max_length_k": num_keys,
+    }
+
+
+def packed_lengths(samples: torch.Tensor, token_mask: torch.Tensor) -> dict[str, Any]:
+    """Arguments that make self-attention keep packed samples apart where the backend takes no mask.
+
+    Args:
+        samples: (batch, tokens) index of each token's sample in its row.
+        token_mask: (batch, tokens) False for padding, which becomes sequences of its own.
+    """
+    starts = torch.ones_like(token_mask)
+    starts[:, 1:] = (samples.diff(dim=1) != 0) | (token_mask[:, 1:] != token_mask[:, :-1])
+    cu_seqlens = nn.functional.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32)
+    longest = int(cu_seqlens.diff().max())
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _backend_mask(mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask in the form that the backend takes: additive for eager, boolean for the others."""
+    if implementation != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, head_dim) to (batch * length, heads, head_dim)."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _flat_keys(keys: FusionKeys) -> KeysValues:
+    """Image columns of all rows, then text of all rows, each (columns and text, kv_heads, head_dim)."""
+    parts = [part for part in (keys.images, keys.text) if part is not None]
+    return KeysValues(*(torch.cat([_flat(x) for x in tensors]) for tensors in zip(*parts, strict=True)))
+
+
+def _grouped(query: torch.Tensor, kv_heads: int, module: Any) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim), scaled: scores that are scaled
+    afterwards leave the range of float16."""
+    batch_size, _, _, head_dim = query.shape
+    return query.reshape(batch_size, kv_heads, -1, head_dim) * module.scaling
+
+
+def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(grouped, keys.transpose(2, 3))
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: Any) -> torch.Tensor:
+    """Weights (batch, kv_heads, groups * tokens, keys), by a softmax in at least float32."""
+    if mask is not None:
+        groups = scores.shape[2] // mask.shape[2]
+        scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), torch.finfo(scores.dtype).min)
+    dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    weights = torch.softmax(scores, dim=-1, dtype=dtype).to(scores.dtype)
+    return nn.functional.dropout(weights, module.attention_dropout, module.training)
+
+
+def _weighted(parts: list[tuple[torch.Tensor, torch.Tensor]], query: torch.Tensor) -> torch.Tensor:
+    """Sum of weights times values of all parts: (batch, tokens, heads * head_dim)."""
+    output = sum(torch.matmul(weights, values) for weights, values in parts)
+    assert isinstance(output, torch.Tensor)
+    return output.reshape(query.shape).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of one call, as indices into flattened queries and keys.
+
+    Attributes:
+        query_index: (num_queries,) queries of all segments, segment after segment.
+        key_index: (num_keys,) keys of all segments; first come the image columns of all rows, row after row, then the
+            text of all rows.
+        cu_seqlens_q, cu_seqlens_k: (num_segments + 1,) int32, where each segment starts in these.
+        max_q, max_k: length of the longest segment.
+        total_keys: number of image columns and cache positions of text that `key_index` points into.
+        causal: whether the last query of a segment sees all its keys, the one before all but the last, and so on; else
+            all queries see all keys.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_q: int
+    max_k: int
+    total_keys: int
+    causal: bool
+
+    def to(self, device: torch.device) -> Segments:
+        """The segments with their tensors on `device`."""
+        return _moved(self, device)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the attention interface."""
+        return {
+            "is_causal": self.causal,
+            "cu_seq_lens_q": self.cu_seqlens_q,
+            "cu_seq_lens_k": self.cu_seqlens_k,
+            "max_length_q": self.max_q,
+            "max_length_k": self.max_k,
+        }
+
+    @property
+    def takes_all_keys(self) -> bool:
+        """Whether the keys are those of the call as they stand, so that nothing has to be gathered."""
+        return len(self.cu_seqlens_q) == 2 and len(self.key_index) == self.total_keys
+
+    def padded(self, num_queries: int) -> tuple[PaddedSegments, ...]:
+        """The segments in batches of similar size, padded to the longest of each batch.
+
+        Args:
+            num_queries: number of queries that `query_index` points into.
+        """
+        lengths = torch.stack([self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff()]).tolist()
+        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for segment, (q_length, k_length) in enumerate(zip(*lengths, strict=True)):
+            batches[(q_length - 1).bit_length(), (k_length - 1).bit_length()].append(segment)
+        return tuple(self._padded(members, lengths, num_queries) for members in batches.values())
+
+    def _padded(self, members: list[int], lengths: list[list[int]], num_queries: int) -> PaddedSegments:
+        device = self.query_index.device
+        chosen = torch.tensor(members, device=device)
+        q_lengths, k_lengths = self.cu_seqlens_q.diff()[chosen], self.cu_seqlens_k.diff()[chosen]
+        queries = torch.arange(max(lengths[0][segment] for segment in members), device=device)
+        keys = torch.arange(max(lengths[1][segment] for segment in members), device=device)
+        is_query, is_key = queries < q_lengths[:, None], keys < k_lengths[:, None]
+        query_places = (self.cu_seqlens_q[chosen, None] + queries).clamp(max=len(self.query_index) - 1)
+        key_places = (self.cu_seqlens_k[chosen, None] + keys).clamp(max=len(self.key_index) - 1)
+        mask = is_key[:, None].expand(-1, len(queries), -1)
+        if self.causal:
+            mask = mask & (keys <= (k_lengths - q_lengths)[:, None, None] + queries[:, None])
+        needs_mask = (self.causal and len(queries) > 1) or len({lengths[1][segment] for segment in members}) > 1
+        return PaddedSegments(
+            query_index=torch.where(is_query, self.query_index[query_places], num_queries),
+            key_index=torch.where(is_key, self.key_index[key_places], 0),
+            # Rows of padding see all keys, so that no softmax is empty; they are thrown away.
+            mask=(mask | ~is_query[..., None])[:, None] if needs_mask else None,
+        )
+
+
+@dataclass(frozen=True)
+class PaddedSegments:
+    """Segments of similar size as one batch.
+
+    Attributes:
+        query_index: (segments, queries); padding points behind the last query.
+        key_index: (segments, keys).
+        mask: boolean (segments, 1, queries, keys); None if every query sees every key.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    mask: torch.Tensor | None
+
+    def to(self, device: torch.device) -> PaddedSegments:
+        """The batch with its tensors on `device`."""
+        return _moved(self, device)
+
+
+def fusion_segments(plan: WindowPlan) -> Segments | None:
+    """The segments of text queries; None if no token sees anything.
+
+    Queries are those of the call, flattened from (batch, tokens).
+    """
+    num_tokens = plan.sees.shape[1]
+    queries = plan.sees.flatten().nonzero()[:, 0]
+    if not len(queries):
+        return None
+    rows = queries // num_tokens
+    ranges = [plan.image_start, plan.image_end]
+    if plan.rules.with_text:
+        ranges.append(plan.text_start)
+    if plan.pinned_start is not None:
+        ranges.append(plan.pinned_start)
+    features = torch.stack([rows, *(values.flatten()[queries] for values in ranges)])
+    starts = torch.ones_like(queries, dtype=torch.bool)
+    starts[1:] = (features[:, 1:] != features[:, :-1]).any(0)
+    if plan.rules.with_text:
+        text_end = plan.text_end.flatten()[queries]
+        # A token that reads images alone sees all of them, so it can't share a causal segment with its neighbours; and
+        # queries aren't aligned with keys across a token that is a key without being a query.
+        alone = text_end == 0
+        count = plan.next_state.valid[:, -num_tokens:].flatten().cumsum(0)[queries]
+        starts = starts | alone
+        starts[1:] = starts[1:] | alone[:-1] | (count.diff() != 1)
+    first = starts.nonzero()[:, 0]
+    last = torch.nn.functional.pad(first[1:], (0, 1), value=len(queries)) - 1
+    rows, image_start, image_end = features[:3, first]
+    pinned_start = None if plan.pinned_start is None else plan.pinned_start.flatten()[queries[first]]
+    return _segments(
+        plan,
+        queries,
+        last - first + 1,
+        rows,
+        _image_columns(plan, rows, image_start, image_end, pinned_start),
+        _text_slots(plan, rows, features[3, first], text_end[last], plan.text_slots) if plan.rules.with_text else None,
+        text_slots=plan.text_slots if plan.rules.with_text else (0, 0),
+        causal=plan.rules.with_text,
+    )
+
+
+def update_segments(plan: WindowPlan) -> Segments:
+    """One segment per new image for updates of image states: the earlier images and text that it sees, then itself.
+
+    Queries are the new image tokens in reading order. Keys point into all text of a row.
+    """
+    update = plan.update
+    assert update is not None and plan.token_rows is not None
+    own_end = update.first_column + update.num_tokens
+    rows, slots = update.rows, (0, plan.text_slots[1])
+    earlier = _image_columns(plan, rows, update.image_start, update.first_column, update.pinned_start)
+    text = _text_slots(plan, rows, update.text_start, update.text_end, slots)
+    own = _image_columns(plan, rows, update.first_column, own_end, None, pinned=False)
+    queries = torch.arange(len(plan.token_rows), device=rows.device)
+    return _segments(plan, queries, update.num_tokens, rows, earlier, text, own, text_slots=slots, causal=True)
+
+
+@dataclass(frozen=True)
+class _KeyLists:
+    """For each segment a list of flat key indices, as a range of one long list.
+
+    Attributes:
+        index: (n,) the long list.
+        start, length: (num_segments,) the segment's range in it.
+    """
+
+    index: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+
+
+def _image_columns(
+    plan: WindowPlan,
+    rows: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    pinned_start: torch.Tensor | None,
+    *,
+    pinned: bool = True,
+) -> _KeyLists:
+    """Image columns from `start` to `end`, and the pinned ones before `end`."""
+    columns = torch.arange(plan.num_columns * plan.sees.shape[0], device=rows.device)
+    if plan.pinned is None or not pinned:
+        return _KeyLists(columns, rows * plan.num_columns + start, end - start)
+    in_row = columns[: plan.num_columns]
+    visible = (in_row >= start[:, None]) & (in_row < end[:, None])
+    sample_start = None if pinned_start is None else pinned_start[:, None]
+    visible = visible | pinned_before(plan.pinned[rows], sample_start, in_row, end[:, None])[:, 0]
+    segment, column = visible.nonzero(as_tuple=True)
+    length = visible.sum(-1)
+    return _KeyLists(rows[segment] * plan.num_columns + column, length.cumsum(0) - length, length)
+
+
+def _text_slots(
+    plan: WindowPlan, rows: torch.Tensor, start: torch.Tensor, end: torch.Tensor, slots: tuple[int, int]
+) -> _KeyLists:
+    """Text slots from `start` to `end` that aren't padding; keys are given for the range `slots` of each row."""
+    valid = plan.next_state.valid[:, slots[0] : slots[1]]
+    num_slots = valid.shape[1]
+    before = torch.nn.functional.pad(valid.flatten().cumsum(0), (1, 0))
+    first = before[rows * num_slots + (start - slots[0]).clamp(0, num_slots)]
+    past = before[rows * num_slots + (end - slots[0]).clamp(0, num_slots)]
+    return _KeyLists(
+        plan.num_columns * len(valid) + valid.flatten().nonzero()[:, 0], first, (past - first).clamp(min=0)
+    )
+
+
+def _segments(
+    plan: WindowPlan,
+    queries: torch.Tensor,
+    q_lengths: torch.Tensor,
+    rows: torch.Tensor,
+    *keys: _KeyLists | None,
+    text_slots: tuple[int, int],
+    causal: bool,
+) -> Segments:
+    """Segments whose keys are the given lists one after the other."""
+    lists = [part for part in keys if part is not None]
+    lengths = torch.stack([part.length for part in lists])
+    k_lengths = lengths.sum(0)
+    totals = torch.stack([k_lengths.sum(), k_lengths.max(), q_lengths.max()]).tolist()
+    num_keys, max_k, max_q = totals
+    # Every segment is made of `len(lists)` pieces; the key index runs through them piece by piece.
+    pieces = lengths.T.flatten()
+    piece = torch.repeat_interleave(pieces, output_size=num_keys)
+    offsets = torch.arange(num_keys, device=rows.device) - (pieces.cumsum(0) - pieces)[piece]
+    shifts = [0]
+    for part in lists[:-1]:
+        shifts.append(shifts[-1] + len(part.index))
+    starts = torch.stack([part.start + shift for part, shift in zip(lists, shifts, strict=True)]).T.flatten()
+    index = torch.cat([part.index for part in lists]) if len(lists) > 1 else lists[0].index
+    batch_size = plan.sees.shape[0]
+    return Segments(
+        query_index=queries,
+        key_index=index[starts[piece] + offsets],
+        cu_seqlens_q=_cumulative(q_lengths),
+        cu_seqlens_k=_cumulative(k_lengths),
+        max_q=max_q,
+        max_k=max_k,
+        total_keys=batch_size * (plan.num_columns + text_slots[1] - text_slots[0]),
+        causal=causal,
+    )
+
+
+def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _moved(indices: Any, device: torch.device) -> Any:
+    tensors = {f.name: getattr(indices, f.name) for f in fields(indices)}
+    return replace(
+        indices,
+        **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)},
+    )

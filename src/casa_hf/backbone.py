@@ -1,0 +1,201 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a family of language models and vision towers is: a row of facts and two adapters.
+
+A row (`Backbone`, `VisionTower`) names the Transformers classes that are reused. Where a family's attention or decoder
+block is made or called in its own way, the row names a subclass of `Projections` or `BlockAdapter`; what stands here
+serves families whose blocks are full attention with rotary positions. docs/new-backbone.md tells how to add a family.
+
+Classes of Transformers are named and imported on first use, so that configurations stay cheap to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .transformers_versions import CACHE
+
+if TYPE_CHECKING:
+    import torch
+
+# The kind of block that fusion layers stand in, by the name that Transformers has for it in `layer_types`.
+FULL_ATTENTION = "full_attention"
+
+
+class Projections:
+    """How one block's attention makes queries, keys and outputs.
+
+    `owner` is the module with the projections: self-attention, or a fusion layer with copies of its `modules`.
+
+    Args:
+        backbone: row of the family.
+        self_attn: the family's own attention of this block.
+    """
+
+    def __init__(self, backbone: Backbone, self_attn: Any):
+        self.head_dim: int = self_attn.head_dim
+        self.has_norms = hasattr(self_attn, "q_norm")
+        self._apply_rotary: Callable = backbone.load("apply_rotary")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the projections that a fusion layer has copies of."""
+        norms = ("q_norm", "k_norm") if self.has_norms else ()
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *norms)
+
+    def query(self, owner: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, heads, tokens, head_dim) queries of (batch, tokens, hidden) states, without positions; and a gate
+        for `output`, None in families that have none."""
+        query = self._heads(owner.q_proj(states))
+        return (owner.q_norm(query) if self.has_norms else query).transpose(1, 2), None
+
+    def keys(self, owner: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, without positions, and values, (batch, kv_heads, tokens, head_dim), of (batch, tokens, hidden)
+        states."""
+        key, value = self._heads(owner.k_proj(states)), self._heads(owner.v_proj(states))
+        return (owner.k_norm(key) if self.has_norms else key).transpose(1, 2), value.transpose(1, 2)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, (batch, heads, tokens, head_dim), at the positions of `rotary`: cos and sin, each (batch,
+        tokens, head_dim)."""
+        return self._apply_rotary(query, key, *rotary)
+
+    def rotate_one(self, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The same for queries or keys alone."""
+        return self.rotate(states, states[:, :0], rotary)[0]
+
+    def output(self, owner: Any, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """(batch, tokens, hidden) output of (batch, tokens, heads * head_dim) attended values."""
+        return owner.o_proj(attended)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim)
+
+
+class BlockAdapter:
+    """How a family's decoder blocks are called, and of which kinds they are."""
+
+    def kinds(self, text_config: Any) -> tuple[str, ...]:
+        """The kind of each block, which names its mask; fusion layers stand in blocks of `FULL_ATTENTION`."""
+        return (FULL_ATTENTION,) * text_config.num_hidden_layers
+
+    def attend(self, block: Any, states: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the block's own attention makes of the text.
+
+        Args:
+            block: `CasaDecoderLayer`.
+            states: (batch, tokens, hidden) normalised text states.
+            call: masks, positions and cache (`attention.Call`).
+
+        Returns:
+            Output (batch, tokens, hidden), and weights, where the backend gives any.
+        """
+        return block.self_attn(
+            hidden_states=states,
+            attention_mask=call.masks[block.kind],
+            position_embeddings=call.rotary,
+            **{CACHE: call.cache},
+            **call.arguments,
+        )
+
+    def mlp(self, block: Any, states: torch.Tensor) -> torch.Tensor:
+        """The MLP of (..., hidden) normalised states of text or images."""
+        return block.mlp(states)
+
+
+_DEFAULT_BLOCKS = BlockAdapter()
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A family of vision towers.
+
+    Attributes:
+        model_type: of its configuration; the key of the table.
+        modeling: module that defines its class.
+        tower: name of the class. It is called with `(pixel_values, grid_thw=...)` and returns merged features as
+            `pooler_output`.
+        hidden_size_field: configuration field with the width of merged features.
+        deepstack_field: configuration field that lists the layers whose features, returned as `deepstack_features`,
+            are added to image states after the first decoder blocks; None for towers without any.
+    """
+
+    model_type: str
+    modeling: str
+    tower: str
+    hidden_size_field: str = "out_hidden_size"
+    deepstack_field: str | None = None
+
+    def load(self) -> Any:
+        """The class of the tower."""
+        return getattr(import_module(self.modeling), self.tower)
+
+    def hidden_size(self, config: Any) -> int:
+        """Width of merged features."""
+        return getattr(config, self.hidden_size_field)
+
+    def num_deepstack(self, config: Any) -> int:
+        """Number of features per token that are added after the first decoder blocks."""
+        return 0 if self.deepstack_field is None else len(getattr(config, self.deepstack_field))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A family of language models, and how its checkpoints are laid out.
+
+    Attributes:
+        source_model_type: `model_type` of the source checkpoint.
+        text_model_type: `model_type` of its text configuration; the key of the table.
+        vision: vision tower of the source; for a text-only family, the one that it can be given.
+        display_name: the name people use.
+        modeling: module that defines the classes below.
+        decoder_layer, rotary_embedding, rms_norm: class names in that module. `decoder_layer` must have the children
+            `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
+        source_class: the stock class of the source model.
+        apply_rotary: function `(q, k, cos, sin) -> (q, k)` in that module.
+        projections: how attention makes queries, keys and outputs.
+        block: how a decoder block is called, and of which kinds blocks are.
+        multimodal_rope: whether text positions have three rows (time, height, width).
+        text_only: whether the source has no vision tower.
+        placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
+        load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
+        save_renamings: the same for the way back, from memory to the names in the source's published files; empty
+            where these are the names in memory.
+    """
+
+    source_model_type: str
+    text_model_type: str
+    vision: VisionTower
+    display_name: str
+    modeling: str
+    decoder_layer: str
+    rotary_embedding: str
+    rms_norm: str
+    source_class: str
+    apply_rotary: str = "apply_rotary_pos_emb"
+    projections: type[Projections] = Projections
+    block: BlockAdapter = _DEFAULT_BLOCKS
+    multimodal_rope: bool = True
+    text_only: bool = False
+    placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
+    load_renamings: tuple[tuple[str, str], ...] = (
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(?!language_model\.|visual\.|multi_modal_projector\.)", "model.language_model."),
+    )
+    save_renamings: tuple[tuple[str, str], ...] = (
+        (r"^model\.visual\.", "visual."),
+        (r"^model\.language_model\.", "model."),
+    )
+
+    def fusable_blocks(self, text_config: Any) -> tuple[int, ...]:
+        """Indices of the decoder blocks that can have a fusion layer: those of full attention."""
+        kinds = self.block.kinds(text_config)
+        return tuple(index for index, kind in enumerate(kinds) if kind == FULL_ATTENTION)
+
+    def load(self, field: str) -> Any:
+        """The object that `field` ("decoder_layer", "apply_rotary", ...) names."""
+        return getattr(import_module(self.modeling), getattr(self, field))
