@@ -38,13 +38,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Links to modules lead to their pages; other files of the repository aren't on the site, so they are named."""
+    """Links out of docs/ lead to the pages of modules and notebooks; other files aren't on the site, and are named."""
 
     def replacement(link: re.Match) -> str:
-        module = re.fullmatch(r"src/(.*?)(?:/__init__)?\.py", link[2])
-        return f"[{link[1]}][{module[1].replace('/', '.')}]" if module else f"`{link[2]}`"
+        text, folder, path = link.groups()
+        if folder == "notebooks":
+            return f"[{text}]({folder}/{path.replace('.ipynb', '.md')})"
+        module = re.fullmatch(r"(.*?)(?:/__init__)?\.py", path)
+        return f"[{text}][{module[1].replace('/', '.')}]" if module and folder == "src" else f"`{folder}/{path}`"
 
-    return re.sub(r"\[([^]]*)\]\((?:\.\./)+((?:src|benchmarks|examples|tests)/[^)]*)\)", replacement, markdown)
+    return re.sub(r"\[([^]]*)\]\(\.\./(\w+)/([^)]*)\)", replacement, markdown)
 
 
 def as_markdown(file: Path) -> str:
@@ -59,7 +62,7 @@ def as_markdown(file: Path) -> str:
                 parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
             else:
                 text = "".join(output.get("text", ()) or data.get("text/plain", ()))
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                parts.append(f"````text\n{text.strip()}\n````")  # a text may itself have fences of three
     return "\n\n".join(parts)
 
 
