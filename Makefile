@@ -16,7 +16,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
 .PHONY: coverage test-torchao bench
-.PHONY: bench-gpu bench-forever bench-captions soak docs lint quality style dist release clean
+.PHONY: bench-gpu bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint, ask it about pictures, look at its cache"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
 	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
 	@echo "make lint               ruff, mypy, import contracts, schemas of GitHub's files (also: make quality)"
+	@echo "make notebooks          run the notebooks and keep what they print"
 	@echo "make docs               the site: guides, notebooks and the reference, in site/"
 	@echo "make style              format the code and apply ruff's fixes"
 	@echo "make dist               sdist and wheel of the last commit, checked and tried; some minutes"
@@ -109,6 +110,9 @@ bench-gpu: $(VENV)/installed
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+notebooks: $(VENV)/installed
+	$(PYTEST) $(VENV)/bin/python -m tests.notebooks
 
 SCHEMA = $(VENV)/bin/check-jsonschema --builtin-schema vendor.
 

@@ -19,7 +19,7 @@ import griffe
 import pytest
 
 import casa_hf
-from docs.tools.docstrings import LINK, Docstrings, find
+from tools.site_docstrings import LINK, Docstrings, find
 
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(casa_hf.__path__, "casa_hf.")]

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pages of the site that no file under docs/ holds: the reference, from the package itself, and the notebooks.
+"""Pages of the site that no file under docs/ holds: README, notebooks, and the reference from the package itself.
 
 MkDocs calls the functions whose names begin with `on_` (`hooks` in mkdocs.yml).
 """
@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import griffe
-from docstrings import with_links  # its neighbour
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[2]
+from tools.site_docstrings import with_links
+
+ROOT = Path(__file__).parents[1]
 PACKAGE = "casa_hf"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add these pages, and the navigation: the guides in the order of docs/README.md, notebooks, reference."""
+    """Add these pages, and the navigation, with the guides in the order of docs/README.md."""
     guides = re.findall(r"^\| \[.*?\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text("utf-8"), re.M)
     notebooks = {f"notebooks/{file.stem}.md": as_markdown(file) for file in sorted(ROOT.glob("notebooks/*.ipynb"))}
-    names, modules = reference(griffe.load(PACKAGE, search_paths=[ROOT / "src"]))
-    for name, content in (notebooks | names | modules).items():
+    package = griffe.load(PACKAGE, search_paths=[ROOT / "src"])
+    assert isinstance(package, griffe.Module)
+    names, modules = reference(package)
+    start = re.sub(r"`docs/([\w-]+\.md)`", r"[\g<0>](\1)", (ROOT / "README.md").read_text("utf-8"))
+    for name, content in ({"start.md": start} | notebooks | names | modules).items():
         files.append(File.generated(config, name, content=content))
     config.nav = [
-        {"Guides": ["README.md", *guides]},
+        {"Guides": ["README.md", {"Start": "start.md"}, *guides]},
         *([{"Notebooks": [*notebooks]}] if notebooks else []),
         {"Reference": [name if name.endswith("index.md") else {Path(name).stem: name} for name in names]},
         {"Modules": [{Path(name).stem: name} for name in modules]},
@@ -61,8 +65,8 @@ def as_markdown(file: Path) -> str:
             if "image/png" in data:
                 parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
             else:
-                text = "".join(output.get("text", ()) or data.get("text/plain", ()))
-                parts.append(f"````text\n{text.strip()}\n````")  # a text may itself have fences of three
+                text = "".join(output.get("text", ()) or data.get("text/plain", ())).strip("\n")
+                parts.append(f"````text\n{text}\n````")  # a text may itself have fences of three
     return "\n\n".join(parts)
 
 
@@ -75,7 +79,7 @@ def reference(package: griffe.Module) -> tuple[dict[str, str], dict[str, str]]:
     What several modules offer is described once: by the package itself, then by the one nearest to it.
     """
     described: set[str] = set()
-    index = [f"# Public names\n\n{package.docstring.value}\n\n| | |\n|---|---|"]
+    index = [f"# Public names\n\nOf `{PACKAGE}` itself; those of its modules have pages, too.\n\n| | |\n|---|---|"]
     names = {"api/index.md": ""}
     for name in offered(package):
         names[f"api/{name}.md"] = directive(package[name], level=1)
