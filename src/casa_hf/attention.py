@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .attention_backends import Kernel, StepKernel, attend, step_with_self_attention, windowed_attention
-from .backbone import FULL_ATTENTION, Projections
+from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
 from .cache_casa import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
 from .windows import WindowPlan
@@ -86,8 +86,14 @@ class BlockModules:
         input_layernorm: the block's input norm.
     """
 
-    self_attn: Any
+    self_attn: SelfAttention | None
     input_layernorm: nn.Module
+
+    @property
+    def attention(self) -> SelfAttention:
+        """Self-attention of a block that has it."""
+        assert self.self_attn is not None, "the block's self-attention is replaced"
+        return self.self_attn
 
 
 class Attended(NamedTuple):
@@ -126,7 +132,7 @@ class TextStates(NamedTuple):
     gate: torch.Tensor | None
 
 
-def text_states(projections: Projections, self_attn: Any, states: torch.Tensor, call: Call) -> TextStates:
+def text_states(projections: Projections, self_attn: SelfAttention, states: torch.Tensor, call: Call) -> TextStates:
     """Queries and keys of self-attention for (batch, tokens, hidden) normalised states; the cache keeps the keys."""
     query, gate = projections.query(self_attn, states)
     key, value = projections.keys(self_attn, states)
@@ -136,7 +142,7 @@ def text_states(projections: Projections, self_attn: Any, states: torch.Tensor, 
     return TextStates(query, rotated, KeysValues(key, value), gate)
 
 
-def self_attention(projections: Projections, self_attn: Any, states: torch.Tensor, call: Call) -> Attended:
+def self_attention(projections: Projections, self_attn: SelfAttention, states: torch.Tensor, call: Call) -> Attended:
     """What the stock module computes of (batch, tokens, hidden) normalised states, with its keys."""
     text = text_states(projections, self_attn, states, call)
     output, weights = attend(self_attn, text.rotated, text.keys, call.masks[FULL_ATTENTION], **call.arguments)
@@ -144,7 +150,7 @@ def self_attention(projections: Projections, self_attn: Any, states: torch.Tenso
 
 
 def image_keys(
-    projections: Projections, owner: Any, normed: torch.Tensor | None, call: Call, *, rotate: bool
+    projections: Projections, owner: AttentionModule, normed: torch.Tensor | None, call: Call, *, rotate: bool
 ) -> KeysValues | None:
     """Keys/values of the call's new images, each (batch, kv_heads, new columns, head_dim).
 
@@ -178,7 +184,7 @@ def image_attention(
         of_text: what the block's text attention has given.
         call: windows, and what images attend to.
     """
-    self_attn, windows = block.self_attn, call.windows
+    self_attn, windows = block.attention, call.windows
     assert windows is not None and call.image_rotary is not None and of_text.text is not None
     normed = block.input_layernorm(states)
     query, gate = projections.query(self_attn, normed[None])
@@ -203,7 +209,7 @@ class FusionLayer(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: CasaConfig, layer_idx: int, stock: Any):
+    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock):
         super().__init__()
         self.config: PreTrainedConfig = config.text_config
         self.layer_idx = layer_idx
@@ -235,7 +241,17 @@ class CasaAttention(FusionLayer):
     their keys and values are made, and gate where the configuration has one.
     """
 
-    def __init__(self, config: CasaConfig, layer_idx: int, stock: Any):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    num_key_value_groups: int
+    scaling: float
+    attention_dropout: float
+
+    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock):
         super().__init__(config, layer_idx, stock)
         self._add_projections(stock)
 
@@ -266,16 +282,16 @@ class CasaAttention(FusionLayer):
         output, weights = windowed_attention(owner, query, keys, call.kernel)
         return Attended(self._finish(project.output(owner, output, gate), call), fusion_weights=weights)
 
-    def _add_projections(self, stock: Any) -> None:
+    def _add_projections(self, stock: DecoderBlock) -> None:
         self_attn = stock.self_attn
-        self.num_key_value_groups: int = self_attn.num_key_value_groups
-        self.scaling: float = self_attn.scaling
-        self.attention_dropout: float = self_attn.attention_dropout
+        self.num_key_value_groups = self_attn.num_key_value_groups
+        self.scaling = self_attn.scaling
+        self.attention_dropout = self_attn.attention_dropout
         for name in self.projections.modules:
             setattr(self, name, copy.deepcopy(getattr(self_attn, name)))
         self.image_norm = copy.deepcopy(stock.input_layernorm)
 
-    def _owners(self, block: BlockModules) -> tuple[Any, nn.Module]:
+    def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
         """The module with the projections, and the norm of image states."""
         return self, self.image_norm
 
@@ -283,11 +299,11 @@ class CasaAttention(FusionLayer):
 class CasaBorrowedAttention(CasaAttention):
     """Fusion with self-attention's projections on states of its own (axis D3 "before" or "after", D1 shared)."""
 
-    def _add_projections(self, stock: Any) -> None:
+    def _add_projections(self, stock: DecoderBlock) -> None:
         pass
 
-    def _owners(self, block: BlockModules) -> tuple[Any, nn.Module]:
-        return block.self_attn, block.input_layernorm
+    def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
+        return block.attention, block.input_layernorm
 
 
 class CasaSharedAttention(FusionLayer):
@@ -300,7 +316,7 @@ class CasaSharedAttention(FusionLayer):
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
     ) -> Attended:
         """Both attentions of a block; arguments as in `CasaAttention.forward`."""
-        self_attn, project, windows = block.self_attn, self.projections, call.windows
+        self_attn, project, windows = block.attention, self.projections, call.windows
         assert windows is not None
         text = text_states(project, self_attn, hidden_states, call)
         normed = None if image_states is None else block.input_layernorm(image_states)
@@ -320,7 +336,7 @@ class CasaSharedAttention(FusionLayer):
 
     def _step(
         self,
-        self_attn: Any,
+        self_attn: SelfAttention,
         text: TextStates,
         keys: FusionKeys,
         kernel: StepKernel,
@@ -343,7 +359,7 @@ class CasaContextAttention(FusionLayer):
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
     ) -> Attended:
         """The attention of a block; arguments as in `CasaAttention.forward`."""
-        self_attn, project, windows = block.self_attn, self.projections, call.windows
+        self_attn, project, windows = block.attention, self.projections, call.windows
         assert windows is not None
         text = text_states(project, self_attn, hidden_states, call)
         normed = None if image_states is None else block.input_layernorm(image_states)
@@ -358,7 +374,7 @@ class CasaContextAttention(FusionLayer):
         return attended._replace(self_weights=weights[..., num_columns:], fusion_weights=weights[..., :num_columns])
 
 
-def fusion_layer(config: CasaConfig, layer_idx: int, stock: Any) -> FusionLayer:
+def fusion_layer(config: CasaConfig, layer_idx: int, stock: DecoderBlock) -> FusionLayer:
     """The fusion layer of a block; `stock` is the family's own block, whose parameters it starts from or uses."""
     if not config.casa_share_projections:
         return CasaAttention(config, layer_idx, stock)

@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
+from .backbone import AttentionModule
 from .cache_casa import FusionKeys, KeysValues
 from .torch_varlen import TORCH_VARLEN
 from .windows import WindowPlan, pinned_before
@@ -150,7 +151,7 @@ def update_kernel(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> 
 
 
 def windowed_attention(
-    module: Any, query: torch.Tensor, keys: FusionKeys, kernel: Kernel | None
+    module: AttentionModule, query: torch.Tensor, keys: FusionKeys, kernel: Kernel | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over [image tokens ; text] that each query sees.
 
@@ -201,7 +202,7 @@ def windowed_attention(
 
 
 def attend(
-    module: Any, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **arguments: Any
+    module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(batch, tokens, heads * head_dim) and the weights or None, by the backend that `module.config` names."""
     backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
@@ -211,7 +212,7 @@ def attend(
 
 
 def step_with_self_attention(
-    module: Any,
+    module: AttentionModule,
     query: torch.Tensor,
     images: KeysValues | None,
     text: KeysValues,
@@ -249,7 +250,9 @@ def step_with_self_attention(
     return _weighted(parts, query)
 
 
-def _step_attention(module: Any, query: torch.Tensor, keys: FusionKeys, mask: torch.Tensor | None) -> torch.Tensor:
+def _step_attention(
+    module: AttentionModule, query: torch.Tensor, keys: FusionKeys, mask: torch.Tensor | None
+) -> torch.Tensor:
     parts = keys.parts()
     if len(parts) == 1 and mask is None:
         return attend(module, query, parts[0], None, is_causal=False)[0]
@@ -309,7 +312,7 @@ def _flat_keys(keys: FusionKeys) -> KeysValues:
     return KeysValues(*(torch.cat([_flat(x) for x in tensors]) for tensors in zip(*parts, strict=True)))
 
 
-def _grouped(query: torch.Tensor, kv_heads: int, module: Any) -> torch.Tensor:
+def _grouped(query: torch.Tensor, kv_heads: int, module: AttentionModule) -> torch.Tensor:
     """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim), scaled: scores that are scaled
     afterwards leave the range of float16."""
     batch_size, _, _, head_dim = query.shape
@@ -320,7 +323,7 @@ def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.matmul(grouped, keys.transpose(2, 3))
 
 
-def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: Any) -> torch.Tensor:
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: AttentionModule) -> torch.Tensor:
     """Weights (batch, kv_heads, groups * tokens, keys), by a softmax in at least float32."""
     if mask is not None:
         groups = scores.shape[2] // mask.shape[2]

@@ -13,15 +13,65 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .transformers_versions import CACHE
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
 
 # The kind of block that fusion layers stand in, by the name that Transformers has for it in `layer_types`.
 FULL_ATTENTION = "full_attention"
+
+
+class AttentionModule(Protocol):
+    """A module with the projections of an attention: a family's self-attention, or a fusion layer with its own."""
+
+    config: PreTrainedConfig
+    training: bool
+    scaling: float
+    attention_dropout: float
+    num_key_value_groups: int
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module  # where the family has norms of single heads
+    k_norm: nn.Module
+
+
+class SelfAttention(AttentionModule, Protocol):
+    """A family's own attention."""
+
+    head_dim: int
+    layer_idx: int
+
+    def __call__(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+class DecoderBlock(Protocol):
+    """A decoder block, the family's own or CASA's."""
+
+    self_attn: SelfAttention
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+
+class TextCall(Protocol):
+    """What a block's own attention needs of a forward besides the states; `attention.Call` has it."""
+
+    @property
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @property
+    def masks(self) -> dict[str, torch.Tensor | None]: ...
+    @property
+    def cache(self) -> Cache | None: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
 
 
 class Projections:
@@ -34,7 +84,7 @@ class Projections:
         self_attn: the family's own attention of this block.
     """
 
-    def __init__(self, backbone: Backbone, self_attn: Any):
+    def __init__(self, backbone: Backbone, self_attn: SelfAttention):
         self.head_dim: int = self_attn.head_dim
         self.has_norms = hasattr(self_attn, "q_norm")
         self._apply_rotary: Callable = backbone.load("apply_rotary")
@@ -45,13 +95,13 @@ class Projections:
         norms = ("q_norm", "k_norm") if self.has_norms else ()
         return ("q_proj", "k_proj", "v_proj", "o_proj", *norms)
 
-    def query(self, owner: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def query(self, owner: AttentionModule, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, heads, tokens, head_dim) queries of (batch, tokens, hidden) states, without positions; and a gate
         for `output`, None in families that have none."""
         query = self._heads(owner.q_proj(states))
         return (owner.q_norm(query) if self.has_norms else query).transpose(1, 2), None
 
-    def keys(self, owner: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys(self, owner: AttentionModule, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, without positions, and values, (batch, kv_heads, tokens, head_dim), of (batch, tokens, hidden)
         states."""
         key, value = self._heads(owner.k_proj(states)), self._heads(owner.v_proj(states))
@@ -68,7 +118,7 @@ class Projections:
         """The same for queries or keys alone."""
         return self.rotate(states, states[:, :0], rotary)[0]
 
-    def output(self, owner: Any, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    def output(self, owner: AttentionModule, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """(batch, tokens, hidden) output of (batch, tokens, heads * head_dim) attended values."""
         return owner.o_proj(attended)
 
@@ -79,30 +129,33 @@ class Projections:
 class BlockAdapter:
     """How a family's decoder blocks are called, and of which kinds they are."""
 
-    def kinds(self, text_config: Any) -> tuple[str, ...]:
+    def kinds(self, text_config: PreTrainedConfig) -> tuple[str, ...]:
         """The kind of each block, which names its mask; fusion layers stand in blocks of `FULL_ATTENTION`."""
         return (FULL_ATTENTION,) * text_config.num_hidden_layers
 
-    def attend(self, block: Any, states: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(
+        self, block: DecoderBlock, kind: str, states: torch.Tensor, call: TextCall
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the block's own attention makes of the text.
 
         Args:
-            block: `CasaDecoderLayer`.
+            block: decoder block.
+            kind: kind of the block.
             states: (batch, tokens, hidden) normalised text states.
-            call: masks, positions and cache (`attention.Call`).
+            call: masks, positions and cache.
 
         Returns:
             Output (batch, tokens, hidden), and weights, where the backend gives any.
         """
         return block.self_attn(
             hidden_states=states,
-            attention_mask=call.masks[block.kind],
+            attention_mask=call.masks[kind],
             position_embeddings=call.rotary,
             **{CACHE: call.cache},
             **call.arguments,
         )
 
-    def mlp(self, block: Any, states: torch.Tensor) -> torch.Tensor:
+    def mlp(self, block: DecoderBlock, states: torch.Tensor) -> torch.Tensor:
         """The MLP of (..., hidden) normalised states of text or images."""
         return block.mlp(states)
 
@@ -134,11 +187,11 @@ class VisionTower:
         """The class of the tower."""
         return getattr(import_module(self.modeling), self.tower)
 
-    def hidden_size(self, config: Any) -> int:
+    def hidden_size(self, config: PreTrainedConfig) -> int:
         """Width of merged features."""
         return getattr(config, self.hidden_size_field)
 
-    def num_deepstack(self, config: Any) -> int:
+    def num_deepstack(self, config: PreTrainedConfig) -> int:
         """Number of features per token that are added after the first decoder blocks."""
         return 0 if self.deepstack_field is None else len(getattr(config, self.deepstack_field))
 
@@ -191,7 +244,7 @@ class Backbone:
         (r"^model\.language_model\.", "model."),
     )
 
-    def fusable_blocks(self, text_config: Any) -> tuple[int, ...]:
+    def fusable_blocks(self, text_config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices of the decoder blocks that can have a fusion layer: those of full attention."""
         kinds = self.block.kinds(text_config)
         return tuple(index for index, kind in enumerate(kinds) if kind == FULL_ATTENTION)

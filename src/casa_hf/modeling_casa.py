@@ -43,7 +43,7 @@ from .attention import (
     self_attention,
 )
 from .attention_backends import fusion_kernel, is_varlen, packed_lengths, single_row_lengths, update_kernel
-from .backbone import FULL_ATTENTION
+from .backbone import FULL_ATTENTION, DecoderBlock, SelfAttention
 from .cache_casa import CasaStaticLayer, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
@@ -113,13 +113,13 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: CasaConfig, layer_idx: int):
         super().__init__()
         backbone, text_config = config.backbone, config.text_config
-        stock = backbone.load("decoder_layer")(text_config, layer_idx)
+        stock: DecoderBlock = backbone.load("decoder_layer")(text_config, layer_idx)
         fused = layer_idx in config.fusion_layers
         placement = config.casa_placement if fused else None
         self.layer_idx, self.kind = layer_idx, backbone.block.kinds(text_config)[layer_idx]
         self.adapter = backbone.block
         self.image_updates = config.casa_image_updates
-        self.self_attn: Any = None if placement == "replace" else stock.self_attn
+        self.self_attn: SelfAttention | None = None if placement == "replace" else stock.self_attn
         self.mlp = stock.mlp
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
@@ -157,8 +157,8 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
     def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """Self-attention; where image states attend to its keys, these too."""
         if self.image_updates == "full" and image_states is not None:
-            return self_attention(self.projections, self.self_attn, states, call)
-        output, weights = self.adapter.attend(self, states, call)
+            return self_attention(self.projections, self._modules_of_attention().attention, states, call)
+        output, weights = self.adapter.attend(self, self.kind, states, call)
         return Attended(output, self_weights=weights)
 
     def fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
@@ -230,9 +230,13 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
     norm = dict(block.input_layernorm.named_parameters())
     sources = {f"casa_attn.image_norm.{name}": parameter for name, parameter in norm.items()}
     sources |= {f"casa_layernorm.{name}": parameter for name, parameter in norm.items()}
-    if block.self_attn is not None:
-        sources |= {f"casa_attn.{name}": parameter for name, parameter in block.self_attn.named_parameters()}
-    for name, parameter in block.named_parameters():
+    parameters = dict(block.named_parameters())
+    sources |= {
+        name.replace("self_attn.", "casa_attn."): parameter
+        for name, parameter in parameters.items()
+        if name.startswith("self_attn.")
+    }
+    for name, parameter in parameters.items():
         if name in sources and not getattr(parameter, "_is_hf_initialized", False):
             if sources[name].is_meta and not parameter.is_meta:
                 raise NotImplementedError(
