@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation, foreign_arguments, transformers_versions
-from casa_hf.transformers_versions import CACHE, NEWEST_TESTED
+from casa_hf.transformers_versions import CACHE, NEWEST_TESTED, TESTED
 from tests.conftest import KeptMessages
 from tests.helpers_generation import (
     Image,
@@ -448,8 +448,9 @@ def test_what_is_tested_is_what_is_stated() -> None:
     """The newest tested version is the pinned one, the oldest the one that setup.cfg and the documents name."""
     pinned = re.search(r"^transformers==(\d+)\.(\d+)\.", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
     assert pinned is not None and tuple(map(int, pinned.groups())) == NEWEST_TESTED
+    assert f"transformers=={TESTED[-1]}\n" in (ROOT / "constraints.txt").read_text("utf-8")
     oldest = re.search(r"transformers >= (\d+\.\d+),", (ROOT / "setup.cfg").read_text("utf-8"))
-    assert oldest is not None
+    assert oldest is not None and f"{oldest[1]}.0" == TESTED[0]
     assert f"transformers=={oldest[1]}.0" in (ROOT / "Makefile").read_text("utf-8")
     newest = ".".join(map(str, NEWEST_TESTED))
     assert f"Transformers {oldest[1]} to {newest}" in (ROOT / "README.md").read_text("utf-8")

@@ -1,5 +1,6 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What differs between the versions of Transformers that this package supports.
+"""What differs between the versions of Transformers that this package supports, and what it uses that may change in
+the next one (`INTERNALS`).
 
 A decoder's cache is called `cache` from 5.24 on and `past_key_values` before. CASA models say `cache`, take both names
 on every version, and hand each function of Transformers the one that it knows, which is `CACHE`.
@@ -20,8 +21,9 @@ logger = logging.get_logger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Major and minor version of the newest Transformers that the tests have passed with.
-NEWEST_TESTED = (5, 24)
+# Versions of Transformers that the tests have passed with, and major and minor version of the newest.
+TESTED = ("5.17.0", "5.24.0")
+NEWEST_TESTED = tuple(map(int, TESTED[-1].split(".")[:2]))
 
 _OLD_NAME = "past_key_values"
 CACHE_NAMES = ("cache", _OLD_NAME)
@@ -127,3 +129,144 @@ def warn_if_untested() -> None:
             "checkpoint), or install "
             f'"transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}".'
         )
+
+
+# What this package uses or overrides of Transformers that isn't public, tried with the versions `TESTED`: the module
+# of casa_hf, the owner in Transformers, the names. tests/test_transformers_internals.py compares this with both.
+INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"transformers": ("initialization",)},
+    "attention_backends": {
+        "transformers.PreTrainedConfig": ("_attn_implementation",),
+        "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
+        "transformers.models.llama.modeling_llama": ("eager_attention_forward",),
+        "transformers.utils.generic": ("is_flash_attention_requested",),
+    },
+    "cache_casa": {
+        "transformers.cache_utils": ("QuantizedLayer",),
+        "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
+        "transformers.cache_utils.CacheLayerMixin": ("is_initialized", "lazy_initialization"),
+        "transformers.cache_utils.DynamicLayer": ("is_croppable", "is_sliding"),
+        "transformers.cache_utils.StaticLayer": ("cumulative_length", "max_cache_len"),
+    },
+    "cli.loading": {"transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",)},
+    "cli.terminal": {"transformers.utils.logging": ("disable_progress_bar",)},
+    "configuration_casa": {"transformers.PreTrainedConfig": ("_auto_class",)},
+    "conversion.mapping": {"transformers.PreTrainedModel": ("_from_config",)},
+    "foreign_arguments": {
+        "transformers.generation.continuous_batching.cache": ("PagedAttentionCache",),
+        "transformers.loss.loss_utils": ("ForCausalLMLoss",),
+        "transformers.modeling_flash_attention_utils": ("_flash_attention_forward",),
+        "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
+        "transformers.utils": ("TransformersKwargs",),
+        "transformers.utils.generic": ("is_flash_attention_requested",),
+    },
+    "generation_casa": {
+        "transformers.GenerationConfig": ("_mask_length",),
+        "transformers.GenerationMixin": (
+            "_expand_inputs_for_generation",
+            "_get_candidate_generator",
+            "_get_deprecated_gen_repo",
+            "_prepare_cache_for_generation",
+            "_prepare_model_inputs",
+            "_prepare_position_ids_for_generation",
+            "_update_model_kwargs_for_generation",
+            "_valid_auto_compile_criteria",
+        ),
+        "transformers.PreTrainedConfig": ("_attn_implementation",),
+        "transformers.generation.configuration_utils": ("GenerationMode",),
+        "transformers.generation.utils": (
+            "GENERATION_MODES_MAPPING",
+            "GenerateBeamDecoderOnlyOutput",
+            "GenerateDecoderOnlyOutput",
+        ),
+    },
+    "hub.hooks": {"transformers.PreTrainedModel": ("_hf_peft_config_loaded",)},
+    "loading_casa": {
+        "transformers.PreTrainedModel": ("_finalize_model_loading", "_load_pretrained_model"),
+        "transformers.conversion_mapping": ("register_checkpoint_conversion_mapping",),
+        "transformers.core_model_loading": ("WeightRenaming",),
+    },
+    "media_casa": {
+        "transformers.image_utils": ("ChannelDimension", "infer_channel_dimension_format", "is_valid_image"),
+    },
+    "modeling_casa": {
+        "transformers": ("initialization",),
+        "transformers.PreTrainedConfig": ("_attn_implementation", "_attn_implementation_internal"),
+        "transformers.PreTrainedModel": (
+            "_can_compile_fullgraph",
+            "_can_record_outputs",
+            "_flex_attn_can_dispatch",
+            "_from_config",
+            "_init_weights",
+            "_no_split_modules",
+            "_skip_keys_device_placement",
+            "_supports_attention_backend",
+            "_supports_flash_attn",
+            "_supports_sdpa",
+            "_tied_weights_keys",
+            "_tp_plan",
+        ),
+        "transformers.core_model_loading": ("_is_hf_initialized",),
+        "transformers.masking_utils": ("create_causal_mask", "packed_sequence_mask_function"),
+        "transformers.modeling_outputs": (
+            "BaseModelOutputWithPastAndCrossAttentions",
+            "BaseModelOutputWithPooling",
+            "CausalLMOutputWithCrossAttentions",
+        ),
+        "transformers.utils": ("ModelOutput", "can_return_tuple"),
+        "transformers.utils.generic": ("merge_with_config_defaults",),
+        "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
+    },
+    "processing_casa": {
+        "transformers.ProcessorMixin": ("_merge_kwargs",),
+        "transformers.image_utils": ("is_valid_image",),
+        "transformers.processing_utils": ("MultiModalData",),
+    },
+    "publishing_hook": {
+        "transformers.utils": ("PushToHubMixin",),
+        "transformers.utils.PushToHubMixin": ("_upload_modified_files",),
+    },
+    "torch_varlen": {
+        "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
+        "transformers.masking_utils": ("flash_attention_mask",),
+        "transformers.modeling_flash_attention_utils": ("_pad_input", "_unpad_input", "_upad_input"),
+    },
+    "training.arguments": {
+        "transformers.integrations": ("get_available_reporting_integrations",),
+        "transformers.integrations.integration_utils": ("INTEGRATION_TO_CALLBACK",),
+        "transformers.utils": ("is_torch_bf16_gpu_available",),
+    },
+    "training.settings": {"transformers.hf_argparser": ("string_to_bool",)},
+    "training.trainer": {
+        "transformers.Trainer": (
+            "_finish_current_push",
+            "_get_grad_norm",
+            "_init_training_state",
+            "_load_optimizer_and_scheduler",
+            "_push_from_checkpoint",
+            "_set_signature_columns_if_needed",
+            "_signature_columns",
+        ),
+        "transformers.trainer": ("TRAINER_STATE_NAME",),
+        "transformers.trainer_utils": (
+            "EvalLoopOutput",
+            "HubStrategy",
+            "TrainOutput",
+            "get_last_checkpoint",
+            "has_length",
+        ),
+    },
+    "transformers_versions": {"transformers.masking_utils": ("create_causal_mask",)},
+    "vision_tower": {
+        "transformers.utils.generic": ("get_max_seqlen", "is_flash_attention_requested"),
+        "transformers.vision_utils": (
+            "get_vision_attention_seqlens",
+            "get_vision_interpolation_indices_and_weights",
+            "get_vision_position_ids",
+            "get_vision_window_index",
+        ),
+    },
+}
+
+# Names among them that only newer versions have.
+ADDED_IN = {"_mask_length": (5, 18)}
