@@ -341,14 +341,15 @@ class Block:
     Attributes:
         head_norms: whether queries and keys of single heads are normalised, before they are rotated.
         neighbours: which two dimensions of a head rotate together: neighbours, or i and i + D / 2.
-        rotates: whether self-attention has positions in this block.
-        fusion_rotates: whether fusion has; plain cross-attention never does.
+        without_positions: indices of blocks whose queries and keys aren't rotated.
+        rotates, fusion_rotates: whether self-attention and fusion have positions in this block; plain cross-attention
+            never has.
         scale: factor of the products of queries and keys.
     """
 
     head_norms = False
     neighbours = False
-    rotates = True
+    without_positions: frozenset[int] = frozenset()
 
     def __init__(
         self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, angles: list[_Angles]
@@ -358,6 +359,7 @@ class Block:
         self.prefix = f"model.language_model.layers.{index}."
         self.fused = config.casa_layers is None or index in config.casa_layers
         self.fusion_module = "self_attn" if config.casa_share_projections else "casa_attn"
+        self.rotates = index not in self.without_positions
         self.fusion_rotates = self.rotates and config.casa_keys != "image"
         self.scale = _head_dim(config.text_config) ** -0.5
 

@@ -51,7 +51,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "casa-shared": {"casa_share_projections": True},
     "ca-shared": {"casa_keys": "image", "casa_share_projections": True, "casa_gate": "tanh"},
     "casa-before": {"casa_placement": "before", "casa_gate": "tanh", "casa_image_positions": "before"},
-    "casa-replace": {"casa_placement": "replace", "casa_layers": [1], "casa_text_windows": True},
+    "casa-replace": {"casa_placement": "replace", "casa_layers": [0, 1], "casa_text_windows": True},
 }
 RANDOM_DESIGNS = 6
 

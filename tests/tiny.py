@@ -59,6 +59,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": PAD,
+    "tie_word_embeddings": False,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SECTIONS = {**ROPE, "mrope_section": [2, 3, 3]}
