@@ -432,6 +432,16 @@ def test_delimiters_between_the_images_of_a_group_stay_or_go_together(keep, sink
     assert model.evict_text(cache, keep, sinks).tolist() == [stays]
 
 
+@pytest.mark.parametrize("variant", ["casa", "ca"])
+def test_an_image_that_joins_a_group_after_an_eviction_sees_its_images_where_they_are_now(variant):
+    """In updates of image states, whose keys have positions even where those of fusion layers have none."""
+    config = tiny.casa_config(variant, casa_image_updates="full")
+    one = tiny.sample("12 2x3 1x2 6", 1)
+    assert [image.position for image in one.images] == [13, 15]
+    rows = run(model_of(config), [one], [[14, 8]], {0: (8, 2)})
+    check(rows, config, tiny.random_weights(config))
+
+
 @pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact"])
 def test_rows_without_padding_have_some_when_they_have_forgotten_different_numbers(variant):
     """Nobody passes a mask, before or after."""
