@@ -193,7 +193,7 @@ def image_attention(
     if images is None:
         new = image_keys(projections, self_attn, normed, call, rotate=True)
         images = call.extend(layer_idx, new, None, name="update").images
-    keys = FusionKeys(images, of_text.text.between(0, windows.text_slots[1]))
+    keys = FusionKeys(images, of_text.text.between(0, windows.text_range[1]))
     output, _ = windowed_attention(self_attn, query, keys, call.update_kernel)
     return projections.output(self_attn, output, gate)[0]
 
@@ -329,7 +329,7 @@ class CasaSharedAttention(FusionLayer):
         own, self_weights = attend(self_attn, text.rotated, text.keys, mask, **call.arguments)
         query = text.query
         if self.with_text:
-            query, keys = text.rotated, keys._replace(text=text.keys.between(*windows.text_slots))
+            query, keys = text.rotated, keys._replace(text=text.keys.between(*windows.text_range))
         fused, weights = windowed_attention(self_attn, query, keys, call.kernel)
         output = project.output(self_attn, own + self._finish(fused, call), text.gate)
         return Attended(output, self_weights, weights, text.keys, keys.images if self.with_text else None)
@@ -348,7 +348,7 @@ class CasaSharedAttention(FusionLayer):
         scale = None if call.all_see else call.windows.sees.to(text.query.dtype)
         if self.gated:
             scale = self.gate.tanh() if scale is None else scale * self.gate.tanh()
-        all_text = text.keys.between(0, call.windows.text_slots[1])
+        all_text = text.keys.between(0, call.windows.text_range[1])
         return step_with_self_attention(self_attn, text.rotated, keys.images, all_text, kernel, mask, scale)
 
 
@@ -365,7 +365,7 @@ class CasaContextAttention(FusionLayer):
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = image_keys(project, self_attn, normed, call, rotate=True)
         keys = call.extend(self.layer_idx, images, None)
-        keys = keys._replace(text=text.keys.between(0, windows.text_slots[1]))
+        keys = keys._replace(text=text.keys.between(0, windows.text_range[1]))
         output, weights = windowed_attention(self_attn, text.rotated, keys, call.kernel)
         attended = Attended(project.output(self_attn, output, text.gate), text=text.keys, images=keys.images)
         if weights is None:

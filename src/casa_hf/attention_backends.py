@@ -129,7 +129,7 @@ def fusion_kernel(
     if not (varlen or implementation == "sdpa"):
         return MaskedKernel(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
-        return StepKernel(None if everything_visible else plan.mask(), plan.text_slots[0]), everything_visible
+        return StepKernel(None if everything_visible else plan.mask(), plan.text_range[0]), everything_visible
     segments, device = fusion_segments(plan.on_host), plan.sees.device
     if segments is None:
         return None, False
@@ -471,8 +471,8 @@ def fusion_segments(plan: WindowPlan) -> Segments | None:
         last - first + 1,
         rows,
         _image_columns(plan, rows, image_start, image_end, pinned_start),
-        _text_slots(plan, rows, features[3, first], text_end[last], plan.text_slots) if plan.rules.with_text else None,
-        text_slots=plan.text_slots if plan.rules.with_text else (0, 0),
+        _text_keys(plan, rows, features[3, first], text_end[last], plan.text_range) if plan.rules.with_text else None,
+        text_range=plan.text_range if plan.rules.with_text else (0, 0),
         causal=plan.rules.with_text,
     )
 
@@ -485,12 +485,12 @@ def update_segments(plan: WindowPlan) -> Segments:
     update = plan.update
     assert update is not None and plan.token_rows is not None
     own_end = update.first_column + update.num_tokens
-    rows, slots = update.rows, (0, plan.text_slots[1])
+    rows, text_range = update.rows, (0, plan.text_range[1])
     earlier = _image_columns(plan, rows, update.image_start, update.first_column, update.pinned_start)
-    text = _text_slots(plan, rows, update.text_start, update.text_end, slots)
+    text = _text_keys(plan, rows, update.text_start, update.text_end, text_range)
     own = _image_columns(plan, rows, update.first_column, own_end, None, pinned=False)
     queries = torch.arange(len(plan.token_rows), device=rows.device)
-    return _segments(plan, queries, update.num_tokens, rows, earlier, text, own, text_slots=slots, causal=True)
+    return _segments(plan, queries, update.num_tokens, rows, earlier, text, own, text_range=text_range, causal=True)
 
 
 @dataclass(frozen=True)
@@ -529,15 +529,15 @@ def _image_columns(
     return _KeyLists(rows[segment] * plan.num_columns + column, length.cumsum(0) - length, length)
 
 
-def _text_slots(
-    plan: WindowPlan, rows: torch.Tensor, start: torch.Tensor, end: torch.Tensor, slots: tuple[int, int]
+def _text_keys(
+    plan: WindowPlan, rows: torch.Tensor, start: torch.Tensor, end: torch.Tensor, text_range: tuple[int, int]
 ) -> _KeyLists:
-    """Text slots from `start` to `end` that aren't padding; keys are given for the range `slots` of each row."""
-    valid = plan.next_state.valid[:, slots[0] : slots[1]]
-    num_slots = valid.shape[1]
+    """Text from `start` to `end` that isn't padding; keys are given for the range `text_range` of each row."""
+    valid = plan.next_state.valid[:, text_range[0] : text_range[1]]
+    num_positions = valid.shape[1]
     before = torch.nn.functional.pad(valid.flatten().cumsum(0), (1, 0))
-    first = before[rows * num_slots + (start - slots[0]).clamp(0, num_slots)]
-    past = before[rows * num_slots + (end - slots[0]).clamp(0, num_slots)]
+    first = before[rows * num_positions + (start - text_range[0]).clamp(0, num_positions)]
+    past = before[rows * num_positions + (end - text_range[0]).clamp(0, num_positions)]
     return _KeyLists(
         plan.num_columns * len(valid) + valid.flatten().nonzero()[:, 0], first, (past - first).clamp(min=0)
     )
@@ -549,7 +549,7 @@ def _segments(
     q_lengths: torch.Tensor,
     rows: torch.Tensor,
     *keys: _KeyLists | None,
-    text_slots: tuple[int, int],
+    text_range: tuple[int, int],
     causal: bool,
 ) -> Segments:
     """Segments whose keys are the given lists one after the other."""
@@ -575,7 +575,7 @@ def _segments(
         cu_seqlens_k=_cumulative(k_lengths),
         max_q=max_q,
         max_k=max_k,
-        total_keys=batch_size * (plan.num_columns + text_slots[1] - text_slots[0]),
+        total_keys=batch_size * (plan.num_columns + text_range[1] - text_range[0]),
         causal=causal,
     )
 

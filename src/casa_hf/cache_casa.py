@@ -159,7 +159,7 @@ class CasaLayerMixin:
         """
         stored = None if text is None else self._append_joined(text)
         all_text = None if text is None else self._extend_text(text, plan, appended=stored is not None)
-        if images is not None or plan.num_dropped_slots:
+        if images is not None or plan.num_dropped_text:
             stored = None  # no longer what is there
         return FusionKeys(self._extend_images(name, images, plan), all_text, stored)
 
@@ -182,7 +182,7 @@ class CasaLayerMixin:
         if not appended:
             stored = self.fusion.get("window")
             self.fusion["window"] = new if stored is None else self._appended("window", stored, new)
-        everything, dropped = self.fusion["window"], plan.num_dropped_slots
+        everything, dropped = self.fusion["window"], plan.num_dropped_text
         if dropped:
             # A copy of the rest, so that the dropped part's memory is freed.
             self.fusion["window"] = KeysValues(*(tensor[:, :, dropped:].clone() for tensor in everything))
@@ -381,7 +381,7 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
         positions = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
         for tensor, part in zip(everything, new, strict=True):
             tensor.index_copy_(2, positions, part)
-        return everything.between(*plan.text_slots)
+        return everything.between(*plan.text_range)
 
     @property
     def is_croppable(self) -> bool:
@@ -421,7 +421,7 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
 
     def store_state(self, state: WindowState) -> None:
         if self.window_state is None:
-            self.window_state = state if state.slots is not None else state.fixed(self.max_cache_len)
+            self.window_state = state if state.capacity is not None else state.fixed(self.max_cache_len)
         else:
             self.window_state = self.window_state.assign(state)
 

@@ -76,7 +76,7 @@ class CasaConfig(PreTrainedConfig):
         casa_gate (`str`, *optional*):
             None, or "tanh" for a learned scalar gate per fusion layer.
         casa_static_image_tokens (`int`, *optional*):
-            Image tokens that a `StaticCache` has slots for in each row: those of the largest window to come. A larger
+            Image tokens that a `StaticCache` has room for in each row: those of the largest window to come. A larger
             window takes a multiple of it, at the price of one more compilation.
         tie_word_embeddings (`bool`, *optional*):
             Whether the output head shares the embedding matrix.

@@ -149,7 +149,7 @@ def plan_eviction(
     Returns:
         The plan; None if all would stay where it is. The delimiters between the images of a group stay or go together.
     """
-    is_static, state = state.slots is not None, state.growing()
+    is_static, state = state.capacity is not None, state.growing()
     old_length = state.valid.shape[1]
     evicted = _evicted_text(state, keep, num_sink_tokens)
     index = evicted.text_index[:, :-1]  # (batch, old_length)

@@ -333,7 +333,7 @@ class CasaTextModel(CasaPreTrainedModel):
             inputs_embeds: (batch, tokens, hidden) embedded text.
             closes_window: (batch, tokens) True for tokens that aren't delimiters.
             token_mask: (batch, tokens) False for padding.
-            attention_mask: None, (batch, all slots), or a prepared mask.
+            attention_mask: None, (batch, all tokens), or a prepared mask.
             position_ids: None, (batch, tokens), (axes, batch, tokens) or (1 + axes, batch, tokens); see
                 `CasaModel.forward`.
             cache: cache with the earlier text, windows and positions.
@@ -341,7 +341,7 @@ class CasaTextModel(CasaPreTrainedModel):
             image_states: (num_image_tokens, hidden) embedded images.
             deepstack: features like `image_states` that are added to them after the first blocks.
             gist: (batch, tokens) True for gist tokens; None without any.
-            static_image_tokens: image tokens that a new static cache gets slots for in each row.
+            static_image_tokens: image tokens that a new static cache has room for in each row.
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
         """
@@ -461,7 +461,7 @@ class CasaTextModel(CasaPreTrainedModel):
     ) -> Call:
         """What all blocks of a forward share."""
         state, implementation, dtype = plan.state, self.config._attn_implementation, text.embeds.dtype
-        alone = state.only_row and state.slots is None and text.mask is None and not state.padded
+        alone = state.only_row and state.capacity is None and text.mask is None and not state.padded
         everything_visible = alone and text.samples is None and text.gist is None
         if text.mask is None and state.padded:
             text = text._replace(mask=plan.next_state.valid)

@@ -119,7 +119,7 @@ def text_masks(
     attention_mask = attention_mask.to(device, non_blocking=True)
     home = None if cache is None else home_layer(cache)
     state = None if home is None else home.window_state
-    if state is not None and state.slots is not None and num_tokens == 1:
+    if state is not None and state.capacity is not None and num_tokens == 1:
         # A decoding step on a static cache doesn't ask the device how much text there is: the state knows which of
         # the earlier tokens are padding.
         return state.valid_with(attention_mask[:, -1:].bool()), attention_mask[:, -1:].bool()

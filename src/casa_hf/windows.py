@@ -117,9 +117,9 @@ class WindowState:
     Attributes:
         length: number of cache positions with text or padding, the same for all rows; a tensor without dimensions if
             the state is fixed.
-        valid: (batch, length or slots) whether a cache position holds text rather than padding.
+        valid: (batch, length or capacity) whether a cache position holds text rather than padding.
         padded: whether any call came with a padding mask.
-        positions: (batch, length or slots) position of the text at each cache position, the largest of its axes; 0
+        positions: (batch, length or capacity) position of the text at each cache position, the largest of its axes; 0
             for padding.
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
@@ -130,7 +130,7 @@ class WindowState:
         closed_at: (batch,) cache position of the first text after the last image, `OPEN` while there is none.
         is_frame: (batch,) whether the last image is a video frame.
         text_start: first cache position whose text keys fusion layers still need; always 0 if the state is fixed.
-        slots: number of cache positions of a fixed state; None if it is growing.
+        capacity: number of cache positions of a fixed state; None if it is growing.
         reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
             share one shape.
         only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
@@ -149,7 +149,7 @@ class WindowState:
     closed_at: torch.Tensor
     is_frame: torch.Tensor
     text_start: int
-    slots: int | None = None
+    capacity: int | None = None
     reserved_columns: int = 0
     only_row: bool = False
 
@@ -198,7 +198,7 @@ class WindowState:
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
         changed: dict[str, Any] = {name: change(t) for name, t in _tensors_of(self).items() if t.ndim}
         new = replace(self, **changed | {"only_row": False})
-        return new if self.slots is None else self.assign(new)
+        return new if self.capacity is None else self.assign(new)
 
     def append_empty_rows(self, number: int) -> WindowState:
         """The state, a growing one, with further rows in which all so far is padding."""
@@ -223,7 +223,7 @@ class WindowState:
         return self._with_new(self.positions, positions)
 
     def _with_new(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self.slots is None:
+        if self.capacity is None:
             return torch.cat([stored, new], dim=1)
         return stored.index_copy(1, torch.arange(new.shape[1], device=new.device) + self.length, new)
 
@@ -255,24 +255,24 @@ class WindowState:
 
     # ---------------------------------------------------------------- static caches
 
-    def fixed(self, slots: int) -> WindowState:
-        """The state in the form that a static cache of `slots` cache positions keeps: tensors of its own, whose shapes
-        and addresses stay, so that a compiled decoding step can change them in place."""
+    def fixed(self, capacity: int) -> WindowState:
+        """The state in the form that a static cache of this capacity keeps: tensors of its own, whose shapes and
+        addresses stay, so that a compiled decoding step can change them in place."""
         own: dict[str, Any] = {name: t.clone() for name, t in _tensors_of(self).items()}
         own["length"] = torch.tensor(int(self.length), device=self.valid.device)
         for name in _OF_TEXT:
-            own[name] = nn.functional.pad(own[name], (0, slots - own[name].shape[1]))
+            own[name] = nn.functional.pad(own[name], (0, capacity - own[name].shape[1]))
         for tensor in own.values():
             torch._dynamo.mark_static_address(tensor)
-        return replace(self, **own | {"text_start": 0, "slots": slots})
+        return replace(self, **own | {"text_start": 0, "capacity": capacity})
 
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
-        if self.slots is None:
+        if self.capacity is None:
             return self
         length = int(self.length)
         of_text: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _OF_TEXT}
-        return replace(self, **of_text | {"length": length, "slots": None})
+        return replace(self, **of_text | {"length": length, "capacity": None})
 
     def assign(self, new: WindowState) -> WindowState:
         """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
@@ -280,7 +280,7 @@ class WindowState:
         if new.pinned is None:
             own["pinned"] = None
         for name, tensor in _tensors_of(new).items():
-            if name in _OF_TEXT and new.slots is None:
+            if name in _OF_TEXT and new.capacity is None:
                 own[name][:, : tensor.shape[1]].copy_(tensor)
                 own[name][:, tensor.shape[1] :].zero_()
             elif name in own and own[name].shape == tensor.shape:
@@ -288,7 +288,7 @@ class WindowState:
             else:
                 own[name] = tensor.clone()
                 torch._dynamo.mark_static_address(own[name])
-        if new.slots is None:
+        if new.capacity is None:
             own["length"].fill_(new.length)
         return replace(self, **own, image_columns=new.image_columns, padded=new.padded)
 
@@ -407,10 +407,10 @@ class WindowPlan:
         return self.state.image_columns + self.new_columns
 
     @property
-    def text_slots(self) -> tuple[int, int]:
+    def text_range(self) -> tuple[int, int]:
         """First and past-the-last of the cache positions whose text keys this call works on."""
-        if self.state.slots is not None:
-            return 0, self.state.slots
+        if self.state.capacity is not None:
+            return 0, self.state.capacity
         assert isinstance(self.next_state.length, int)
         return self.state.text_start, self.next_state.length
 
@@ -420,7 +420,7 @@ class WindowPlan:
         return self.num_columns > 0 or self.rules.text_windows
 
     @property
-    def num_dropped_slots(self) -> int:
+    def num_dropped_text(self) -> int:
         """Number of cache positions, the first of the stored window text, that no later token needs."""
         return self.next_state.text_start - self.state.text_start
 
@@ -452,7 +452,7 @@ class WindowPlan:
         return replace(self, **changes, next_state=replace(self.next_state, valid=next(copies)))
 
     def mask(self) -> torch.Tensor:
-        """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_slots`]).
+        """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_range`]).
 
         Tokens that see nothing get all-True rows, so that no backend meets an empty softmax; their output is discarded
         through `sees`.
@@ -462,7 +462,7 @@ class WindowPlan:
         if self.pinned is not None:
             mask = mask | pinned_before(self.pinned, self.pinned_start, columns, self.image_end)
         if self.rules.with_text:
-            mask = torch.cat([mask, self._text_mask(self.text_start, self.text_end, *self.text_slots)], dim=-1)
+            mask = torch.cat([mask, self._text_mask(self.text_start, self.text_end, *self.text_range)], dim=-1)
         return (mask | ~self.sees[..., None])[:, None]
 
     def update_mask(self) -> torch.Tensor:
@@ -481,7 +481,7 @@ class WindowPlan:
         if self.pinned is not None:
             start = None if update.pinned_start is None else update.pinned_start[image]
             mask = mask | pinned_before(self.pinned, start, columns, past_own)
-        text = self._text_mask(update.text_start[image], update.text_end[image], 0, self.text_slots[1])
+        text = self._text_mask(update.text_start[image], update.text_end[image], 0, self.text_range[1])
         is_token = self.place(torch.ones_like(images, dtype=torch.bool))
         return (torch.cat([mask, text], dim=-1) | ~is_token[..., None])[:, None]
 

@@ -732,7 +732,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
                 "next_position": windows["next_position"] - 10**6,
                 "positions": windows["positions"][:, 1:],
                 "pinned": windows["is_frame"],
-                "slots": 5,
+                "capacity": 5,
                 "image_tokens": windows["image_tokens"] + 10**6,
                 "last_image": windows["last_image"] + 10**6,
                 "window_start": windows["window_start"] - 10**6,
