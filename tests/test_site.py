@@ -17,6 +17,7 @@ from pathlib import Path
 
 import griffe
 import pytest
+import yaml
 
 import casa_hf
 from tools.site_docstrings import LINK, Docstrings, find
@@ -78,6 +79,19 @@ def test_links_of_docstrings_lead_to_what_they_name() -> None:
         assert rest[-1] == link.rpartition(".")[2]
 
 
+def load(folder: Path, docstring: str) -> griffe.Module:
+    """A package with one function, as the site has it."""
+    (folder / "tiny.py").write_text(f'def do(one: int, two: float = 2) -> str:\n    """{docstring}"""\n', "utf-8")
+    ours = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), yaml.SafeLoader)["plugins"][1]["mkdocstrings"]
+    return griffe.load(
+        "tiny",
+        search_paths=[folder],
+        extensions=griffe.load_extensions(Docstrings()),
+        docstring_parser="google",
+        docstring_options=ours["handlers"]["python"]["options"]["docstring_options"],
+    )
+
+
 @pytest.mark.parametrize(
     "docstring, warning",
     [
@@ -88,16 +102,17 @@ def test_links_of_docstrings_lead_to_what_they_name() -> None:
 def test_a_docstring_that_is_wrong_ends_the_build(
     docstring: str, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "tiny.py").write_text(f'def do(one: int, two: int) -> None:\n    """{docstring}"""\n', "utf-8")
-    extensions = griffe.load_extensions(Docstrings())
-    options = {"warn_unknown_params": False, "warn_missing_types": False}
     with caplog.at_level(logging.WARNING):
-        griffe.load(
-            "tiny",
-            search_paths=[tmp_path],
-            extensions=extensions,
-            docstring_parser="google",
-            docstring_options=options,
-        )
+        load(tmp_path, docstring)
     (record,) = caplog.records
     assert warning in record.getMessage()
+
+
+def test_arguments_and_what_is_returned(tmp_path: Path) -> None:
+    returns = "In words: both.\n        In others: see [`do`]."
+    docstring = f"Do.\n\n    Args:\n        one, two: a number.\n\n    Returns:\n        {returns}\n    "
+    _, arguments, returned = load(tmp_path, docstring)["do"].docstring.parsed
+    described = [(entry.name, str(entry.annotation), entry.value, entry.description) for entry in arguments.value]
+    assert described == [("one", "int", None, "a number."), ("two", "float", "2", "a number.")]
+    (entry,) = returned.value
+    assert (str(entry.annotation), entry.description) == ("str", "In words: both.\nIn others: see [`do`][tiny.do].")

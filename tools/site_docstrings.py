@@ -3,7 +3,8 @@
 
 - [`CasaModel`] and [`~media_casa.MediaPolicy`] are links to the reference,
 - "a, b: text" under `Args:` describes several arguments at once,
-- a configuration's fields stand under `Args:`, though no `__init__` has them.
+- a configuration's fields stand under `Args:`, though no `__init__` has them,
+- a colon under `Returns:` is part of the sentence; the type stands in the signature.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Docstrings(griffe.Extension):
                 for index, section in enumerate(owner.docstring.parsed):
                     if section.kind is griffe.DocstringSectionKind.parameters:
                         owner.docstring.parsed[index] = _described(owner, section)
+                    elif section.kind is griffe.DocstringSectionKind.returns:
+                        _set_type(owner, section)
 
 
 def objects(owner: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
@@ -84,3 +87,12 @@ def _described(owner: griffe.Object, section: griffe.DocstringSection) -> griffe
                 entries.append(griffe.DocstringParameter(name, value=argument.default, **what))
     kind = griffe.DocstringSectionAttributes if is_configuration else griffe.DocstringSectionParameters
     return kind(entries, section.title)
+
+
+def _set_type(owner: griffe.Object, section: griffe.DocstringSection) -> None:
+    """The type that a function's signature gives; what was taken for one goes back to where it stood."""
+    for value in section.value:
+        stated = getattr(owner, "returns", None) or getattr(owner, "annotation", None)
+        if str(value.annotation) != str(stated):
+            value.description = f"{value.annotation}: {value.description}"
+            value.annotation = stated
