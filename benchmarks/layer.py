@@ -261,7 +261,7 @@ def plot(
 def main() -> None:
     parser = start(__doc__)
     parser.add_argument("--variants", default="casa,ca", help="variants with own projections (default: %(default)s)")
-    parser.add_argument("--backends", default="sdpa", help="attention back ends (default: %(default)s)")
+    parser.add_argument("--backends", default="sdpa", help="attention backends (default: %(default)s)")
     parser.add_argument("--windows", type=positive, default=8, help="windows of the prefill (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="rounds of timing (default: %(default)s)")
     arguments = parser.parse_args()

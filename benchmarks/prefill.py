@@ -1,9 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Prefill of 1 to 64 windows in one call, with every attention back end, against token insertion.
+"""Prefill of 1 to 64 windows in one call, with every attention backend, against token insertion.
 
 A window is an image and a few words. Image features are made beforehand for all, so language models are compared.
 Each number of windows is run by the source model and by every CASA contender in turn, several rounds; medians count.
-A back end that can't run here is named with its reason. Nothing is measured before all back ends of a variant have
+A backend that can't run here is named with its reason. Nothing is measured before all backends of a variant have
 given the logits of the first. What must be linear is checked: but for `eager`, the plain reference, 64 windows take at
 most 9 times the time and memory of 8. Beside the times stand the FLOPs that are needed (pairs outside windows left
 out). The last line is JSON.
@@ -110,10 +110,10 @@ class Prompt:
 def contenders(
     source: Any, variants: list[str], backends: list[str], stream: Stream
 ) -> tuple[dict[str, Prompt], dict[str, str]]:
-    """The source, and each variant with each back end that runs here; the others with the reason.
+    """The source, and each variant with each backend that runs here; the others with the reason.
 
     Raises:
-        RuntimeError: if a back end's logits differ from the first's by more than its dtype explains.
+        RuntimeError: if a backend's logits differ from the first's by more than its dtype explains.
     """
     found, missing = {"insertion": Prompt(source, "sdpa")}, {}
     for variant in variants:
@@ -209,7 +209,7 @@ def plot(results: dict[str, dict[int, dict[str, float]]], absolute: bool, path: 
 def main() -> None:
     parser = start(__doc__)
     parser.add_argument("--variants", default="casa,ca", help="CASA contenders (default: %(default)s)")
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="attention back ends (default: all)")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="attention backends (default: all)")
     parser.add_argument("--windows", default="1,2,4,8,16,32,64", help="numbers of windows (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="rounds of timing (default: %(default)s)")
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 
 Importing casa_hf imports Transformers and registers classes with it, which takes seconds. So the package stands here
 at first without its content: its command line can be imported, and ends at once where it is asked for help, or given a
-wrong option or a missing file. A command that goes on loads the rest first (`casa_hf.cli.app`).
+wrong option or a missing file. A command that runs loads the rest first (`casa_hf.cli.app`).
 """
 
 import sys

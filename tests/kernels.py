@@ -253,8 +253,8 @@ def reference_kernels(around: Callable[[], Any] = nullcontext) -> Iterator[None]
             setattr(flash_utils, name, value)
 
 
-def use_back_end(model: CasaForConditionalGeneration, name: str) -> CasaForConditionalGeneration:
-    """The model with another back end; by name alone for flash attention, which refuses to be chosen on a CPU."""
+def use_backend(model: CasaForConditionalGeneration, name: str) -> CasaForConditionalGeneration:
+    """The model with another backend; by name alone for flash attention, which refuses to be chosen on a CPU."""
     if name != "flash_attention_2":
         model.set_attn_implementation(name)
     else:

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every back end against the dense reference, forward and gradient, in float64; and what it costs.
+"""Every backend against the dense reference, forward and gradient, in float64; and what it costs.
 
 Kernels for sequences of different lengths run as references behind the real dispatchers (`tests/kernels.py`).
 """
@@ -25,7 +25,7 @@ from tests.reference import Image, Sample, reference_logits
 from tests.test_design_space import pairwise, product
 from tests.tiny import GISTS, casa_config, random_weights, sample
 
-BACK_ENDS = ("sdpa", "eager", *kernels.KERNELS)
+BACKENDS = ("sdpa", "eager", *kernels.KERNELS)
 TOLERANCE = 1e-6
 # The stock eager attention takes its softmax in float32.
 EAGER_TOLERANCE = 1e-5
@@ -41,18 +41,18 @@ def reference_kernels() -> Iterator[None]:
         yield
 
 
-def available(back_ends: Sequence[str]) -> list[str]:
-    """Those back ends that this version of torch has."""
+def available(backends: Sequence[str]) -> list[str]:
+    """Those backends that this version of torch has."""
     try:
         torch_varlen._kernel()
     except ImportError:
-        return [name for name in back_ends if name != torch_varlen.TORCH_VARLEN]
-    return list(back_ends)
+        return [name for name in backends if name != torch_varlen.TORCH_VARLEN]
+    return list(backends)
 
 
-def needs(back_end: str) -> None:
-    if not available([back_end]):
-        pytest.skip(f"this torch has no kernel for {back_end}")
+def needs(backend: str) -> None:
+    if not available([backend]):
+        pytest.skip(f"this torch has no kernel for {backend}")
 
 
 class Case:
@@ -122,17 +122,17 @@ class Case:
     def _loss(self, logits: Sequence[Tensor]) -> Tensor:
         return torch.stack([(x * w).sum() for x, w in zip(logits, self.loss_weights, strict=True)]).sum()
 
-    def model(self, back_end: str) -> CasaForConditionalGeneration:
+    def model(self, backend: str) -> CasaForConditionalGeneration:
         model = CasaForConditionalGeneration(self.config).double().eval()
         loaded = model.load_state_dict(self.weights, strict=False)
         assert not loaded.unexpected_keys
-        return kernels.use_back_end(model, back_end)
+        return kernels.use_backend(model, backend)
 
-    def check(self, back_end: str, tolerance: float | None = None) -> None:
+    def check(self, backend: str, tolerance: float | None = None) -> None:
         """Compare logits and all gradients with the reference's."""
         if tolerance is None:
-            tolerance = EAGER_TOLERANCE if back_end == "eager" else TOLERANCE
-        model = self.model(back_end)
+            tolerance = EAGER_TOLERANCE if backend == "eager" else TOLERANCE
+        model = self.model(backend)
         features = [x.clone().requires_grad_() for x in self.features]
         kernels.calls.clear()
         output = model(**self.inputs, **({"image_embeds": features} if features else {})).logits
@@ -140,7 +140,7 @@ class Case:
         self.calls = list(kernels.calls)
         assert all(min(*call.q_lengths, *call.k_lengths) > 0 for call in self.calls), "an empty sequence"
         for actual, expected in zip(logits, self.logits, strict=True):
-            assert (actual - expected).abs().max() < tolerance * expected.abs().max(), back_end
+            assert (actual - expected).abs().max() < tolerance * expected.abs().max(), backend
         self._loss(logits).backward()
         parameters = {name: p for name, p in model.named_parameters() if not name.startswith("model.visual.")}
         named = {**parameters, **{f"image {i}": x for i, x in enumerate(features)}}
@@ -151,7 +151,7 @@ class Case:
             gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
             expected = self.gradients[name]
             error = float((gradient - expected).abs().max()) / max(float(expected.abs().max()), floor)
-            assert error < 10 * tolerance, (back_end, name, error)
+            assert error < 10 * tolerance, (backend, name, error)
 
 
 def jumping_positions(one: Sample) -> Tensor:
@@ -186,17 +186,17 @@ SHARDS = 8
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_designs_and_layouts(shard: int) -> None:
-    """Each design in one layout of the batch, on all back ends."""
+    """Each design in one layout of the batch, on all backends."""
     for number in range(shard, len(settings()), SHARDS):
         fields, layout = settings()[number], LAYOUTS[number % len(LAYOUTS)]
         scripts = ROWS_WITH_GISTS if "gist_token_ids" in fields else ROWS
         samples = [sample(script, seed) for seed, script in enumerate(scripts)]
         case = Case(casa_config("casa", **fields), **arranged(samples, layout, random.Random(number)))
-        for back_end in available(BACK_ENDS):
-            if back_end == "eager" and "left" in layout:
+        for backend in available(BACKENDS):
+            if backend == "eager" and "left" in layout:
                 continue  # the stock eager attention gives NaN at left padding in float64
             try:
-                case.check(back_end)
+                case.check(backend)
             except AssertionError as error:
                 raise AssertionError(layout, fields) from error
 
@@ -208,8 +208,8 @@ def test_gist_tokens_without_an_image(keys: str) -> None:
     fields |= {"casa_text_windows": True} if keys == "window" else {"casa_share_projections": True}
     samples = [sample(script, seed) for seed, script in enumerate(("2 gists 3 g2x2 2 gists 2", "gists 1 gists 2"))]
     case = Case(casa_config("casa", **fields), [[one] for one in samples], side="right")
-    for back_end in available(BACK_ENDS):
-        case.check(back_end)
+    for backend in available(BACKENDS):
+        case.check(backend)
 
 
 def wide_config(heads: int, kv_heads: int, head_dim: int, **fields: Any) -> CasaConfig:
@@ -243,16 +243,16 @@ def test_head_sizes_and_groups(heads: int, kv_heads: int, head_dim: int) -> None
         scripts = "2 2x3 2 1x2 3x1 1", "b2x2 2", "3"
         samples = [wide_sample(script, config, seed) for seed, script in enumerate(scripts)]
         case = Case(config, [[one] for one in samples], side="right")
-        for back_end in available(BACK_ENDS):
-            case.check(back_end)
+        for backend in available(BACKENDS):
+            case.check(backend)
             assert {(call.heads, call.kv_heads) for call in case.calls} <= {(heads, kv_heads)}
 
 
 def test_a_window_of_4096_image_tokens() -> None:
     config = wide_config(2, 1, 64)
     case = Case(config, [[wide_sample("2 64x64 2 1x2 3", config)], [wide_sample("3 2x2 1", config, 1)]], side="right")
-    for back_end in available(BACK_ENDS):
-        case.check(back_end)
+    for backend in available(BACKENDS):
+        case.check(backend)
 
 
 def test_heads_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,15 +281,15 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("variant", CALLS)
-def test_one_call_per_layer_whatever_the_number_of_windows(variant: str, back_end: str) -> None:
-    needs(back_end)
+def test_one_call_per_layer_whatever_the_number_of_windows(variant: str, backend: str) -> None:
+    needs(backend)
     rows = ["3 2x3 2 1x2 2", "5 1x1 2 " + 5 * "2x2 3x1 1 "], ["3x3"]
     for number, scripts in enumerate(rows):
         samples = [sample(script, seed) for seed, script in enumerate(scripts)]
         case = Case(casa_config(variant), [[one] for one in samples], side="right" if number else "left")
-        case.check(back_end)
+        case.check(backend)
         assert len(case.calls) == CALLS[variant]
 
 
@@ -319,7 +319,7 @@ COSTS = [
 ]
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -329,11 +329,11 @@ COSTS = [
     ],
     ids=str,
 )
-def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], back_end: str) -> None:
+def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], backend: str) -> None:
     """What Accelerate moves from device to device arrives as a whole: in a call with images and in a step."""
-    needs(back_end)
+    needs(backend)
     config = wide_config(2, 1, 64, **fields)
-    model = kernels.use_back_end(CasaForConditionalGeneration(config).eval(), back_end)
+    model = kernels.use_backend(CasaForConditionalGeneration(config).eval(), backend)
     seen: list[Any] = []
     layer = model.model.language_model.layers[0]
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
@@ -370,11 +370,11 @@ def tensors_in(value: Any, path: str = "") -> dict[str, Tensor]:
     return found
 
 
-def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tuple[Ledger, int, int]:
+def cost(fields: dict[str, Any], script: str, windows: int, backend: str) -> tuple[Ledger, int, int]:
     """What forward and backward over some windows write, the first fusion layer's FLOPs, and the text's length."""
     config = casa_config("casa", **fields)
     torch.manual_seed(0)
-    model = kernels.use_back_end(CasaForConditionalGeneration(config).train(), back_end)
+    model = kernels.use_backend(CasaForConditionalGeneration(config).train(), backend)
     one = sample(" ".join([script] * windows))
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([list(one.input_ids)]),
@@ -390,12 +390,12 @@ def cost(fields: dict[str, Any], script: str, windows: int, back_end: str) -> tu
     return ledger, sum(flops.values()), len(one.input_ids)
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", torch_varlen.TORCH_VARLEN])
+@pytest.mark.parametrize("backend", ["sdpa", torch_varlen.TORCH_VARLEN])
 @pytest.mark.parametrize("fields, script", COSTS, ids=range(len(COSTS)))
-def test_cost_is_linear_in_the_number_of_windows(fields: dict[str, Any], script: str, back_end: str) -> None:
-    needs(back_end)
-    few, few_flops, _ = cost(fields, script, 8, back_end)
-    many, many_flops, length = cost(fields, script, 64, back_end)
+def test_cost_is_linear_in_the_number_of_windows(fields: dict[str, Any], script: str, backend: str) -> None:
+    needs(backend)
+    few, few_flops, _ = cost(fields, script, 8, backend)
+    many, many_flops, length = cost(fields, script, 64, backend)
     assert many.written < 9 * few.written
     # Shared projections: the layer is self-attention over all text too.
     assert many_flops < 9 * few_flops or fields.get("casa_share_projections")

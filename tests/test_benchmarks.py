@@ -232,7 +232,7 @@ def test_compiled_insertion_outgrows_its_static_cache(source, camera):
     assert contender.cache.get_max_length() == 4 * (sizes.prompt - 1 + sizes.turn_text + SEEN)
 
 
-def test_a_wrong_back_end_is_not_measured(source):
+def test_a_wrong_backend_is_not_measured(source):
     def wrong(module, query, key, value, mask, **kwargs):
         output, weights = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         return 1.1 * output, weights

@@ -97,7 +97,7 @@ def test_a_step_neither_copies_nor_recomputes_images(variant: str, rows: int, st
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_step_that_copied_images_would_be_noticed(rows: int) -> None:
-    """The plain back end joins images and text in every step."""
+    """The plain backend joins images and text in every step."""
     model = new_model("casa", attn_implementation="eager", dtype=torch.float32)
     cache = DynamicCache()
     inputs = batch(*[[3, LARGE, 5]] * rows)

@@ -44,7 +44,7 @@ def labelled(*rows: Row) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_attentions_of_the_eager_back_end(variant):
+def test_attentions_of_the_eager_backend(variant):
     model = new_model(variant, attn_implementation="eager")
     inputs = batch(ONE, words(18, 7))
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_weights_of_attention_are_kept_only_where_they_are_asked_for(variant):
         made.clear()
         with torch.no_grad():
             output = model(**batch(ONE), output_attentions=asked)
-        assert len(made) >= 3, "the back end gives them in any case"
+        assert len(made) >= 3, "the backend gives them in any case"
         # At the start of each block and at the end: nothing, or what all blocks before have made.
         assert kept[-1][0] == 0
         assert not any(kept[-1]) if not asked else 0 < kept[-1][1] < kept[-1][2] < kept[-1][3]
@@ -156,7 +156,7 @@ def test_attentions_of_steps_on_a_cache_are_rows_of_the_whole(variant, static):
             assert relative_error(*sums) < 1e-6 and step.cross_attentions[block].shape[-1] >= images
 
 
-def test_attentions_of_other_back_ends_are_as_in_the_source_model():
+def test_attentions_of_other_backends_are_as_in_the_source_model():
     source = Qwen2_5_VLForConditionalGeneration._from_config(source_config(), attn_implementation="sdpa").double()
     assert not source(torch.tensor([words(4, 1)]), output_attentions=True).attentions
     output = shared_model("casa")(**batch(ONE), output_attentions=True)
@@ -380,7 +380,7 @@ def test_resized_embeddings():
     assert torch.isfinite(model(**{**inputs, "input_ids": added}, labels=added).loss)
 
 
-def test_back_ends_can_be_changed_and_unusable_ones_are_refused():
+def test_backends_can_be_changed_and_unusable_ones_are_refused():
     model, inputs = new_model("casa"), batch(ONE)
     model.set_attn_implementation("eager")
     output = model(**inputs, output_attentions=True)

@@ -290,7 +290,7 @@ def test_reference_feels_every_choice(variant: str, change: dict[str, Any]) -> N
     assert error(changed, expected) > 1e-2
 
 
-# The four in which histories, layers and back ends are crossed; other tests run every named variant.
+# The four in which histories, layers and backends are crossed; other tests run every named variant.
 CROSSED = ["casa", "ca", "casa-shared", "ca-shared"]
 HISTORIES = [("group", "latest"), ("latest", "group"), ("group", "group"), ("latest", "latest")]
 

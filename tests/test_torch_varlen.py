@@ -33,28 +33,28 @@ def reference_kernels() -> Iterator[None]:
         yield
 
 
-def model_for(variant: str, back_end: str, **fields: Any) -> Any:
-    needs(back_end)
-    return kernels.use_back_end(new_model(variant, **fields), back_end)
+def model_for(variant: str, backend: str, **fields: Any) -> Any:
+    needs(backend)
+    return kernels.use_backend(new_model(variant, **fields), backend)
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_pieces_with_a_cache(variant: str, back_end: str) -> None:
+def test_in_pieces_with_a_cache(variant: str, backend: str) -> None:
     """One boundary falls inside a group, rows receive images in different pieces, one piece is a single token."""
     samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
     expected = run(new_model(variant), samples, ())
     for bounds in ((5, 9), (6, 7, 14)):
-        for actual, row in zip(run(model_for(variant, back_end), samples, bounds), expected, strict=True):
+        for actual, row in zip(run(model_for(variant, backend), samples, bounds), expected, strict=True):
             assert relative_error(actual, row) < TOLERANCE
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact"])
-def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) -> None:
+def test_rows_padded_in_the_middle(variant: str, static: bool, backend: str) -> None:
     """Rows that bring different numbers of tokens to each call, on both kinds of cache."""
-    model, truth = model_for(variant, back_end), new_model(variant)
+    model, truth = model_for(variant, backend), new_model(variant)
     cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
     turns = ([[*words(4, 1), A, 3], [7]], [[5], [B, *words(2, 2), C]], [[8], [9]], [[C, 4], [*words(3, 5)]])
     past: list[list[Any]] = [[], []]
@@ -69,10 +69,10 @@ def test_rows_padded_in_the_middle(variant: str, static: bool, back_end: str) ->
             assert relative_error(actual, expected[-len(actual) :]) < TOLERANCE
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("variant", ["casa", "ca-shared"])
-def test_empty_slots_of_a_static_cache_are_not_seen(variant: str, back_end: str) -> None:
-    model, truth, row = model_for(variant, back_end), new_model(variant), [*words(4, 1), A, 3]
+def test_empty_slots_of_a_static_cache_are_not_seen(variant: str, backend: str) -> None:
+    model, truth, row = model_for(variant, backend), new_model(variant), [*words(4, 1), A, 3]
     cache = StaticCache(config=model.config, max_cache_len=40)
     model(input_ids=torch.tensor([token_ids(row)]), cache=cache, **images_of(row))
     for token in (7, 8):
@@ -86,10 +86,10 @@ def images_of(row: list[Any]) -> dict[str, torch.Tensor]:
     return image_inputs([part for part in row if isinstance(part, Image)])
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact", "casa-replace"])
-def test_generation(variant: str, back_end: str) -> None:
-    model = model_for(variant, back_end)
+def test_generation(variant: str, backend: str) -> None:
+    model = model_for(variant, backend)
     inputs = batch([*words(3, 1), A, *words(4, 2), B, C, 7], words(6, 4), [B, *words(3, 5)])
     settings = {"max_new_tokens": 6, "do_sample": False}
     expected = new_model(variant).generate(**inputs, **settings)
@@ -97,16 +97,16 @@ def test_generation(variant: str, back_end: str) -> None:
     assert torch.equal(model.generate(**inputs, **settings, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("back_end", kernels.KERNELS)
+@pytest.mark.parametrize("backend", kernels.KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vision_tower(family: str, back_end: str) -> None:
+def test_vision_tower(family: str, backend: str) -> None:
     """All images of a call, of different sizes, in one call of the kernel per block of the tower."""
-    needs(back_end)
+    needs(backend)
     case = make_case(family, "casa")
     expected = case.model.get_image_features(case.pixels, case.grids).pooler_output
-    model = kernels.use_back_end(case.model, back_end)
-    if back_end == torch_varlen.TORCH_VARLEN:
-        model.set_attn_implementation(back_end)  # a second time: the tower keeps the name that it understands
+    model = kernels.use_backend(case.model, backend)
+    if backend == torch_varlen.TORCH_VARLEN:
+        model.set_attn_implementation(backend)  # a second time: the tower keeps the name that it understands
         assert model.model.visual.config._attn_implementation == torch_varlen.TORCH_VARLEN_TOWER
     kernels.calls.clear()
     features = model.get_image_features(case.pixels, case.grids).pooler_output
@@ -160,12 +160,12 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("back_end", ["sdpa", *kernels.KERNELS])
+@pytest.mark.parametrize("backend", ["sdpa", *kernels.KERNELS])
 @pytest.mark.parametrize("variant", ["casa", "casa-shared"])
-def test_blocks_never_wait_for_the_device(variant: str, back_end: str, static: bool) -> None:
+def test_blocks_never_wait_for_the_device(variant: str, backend: str, static: bool) -> None:
     """One row: several windows, a new image, and a step (but for flash attention on a static cache, where Transformers
     looks for the filled slots in every block). Reference kernels wait; they aren't counted."""
-    model = model_for(variant, back_end) if back_end != "sdpa" else new_model(variant)
+    model = model_for(variant, backend) if backend != "sdpa" else new_model(variant)
     cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
     waits, kernel = Waits(), kernels.attention
 
@@ -184,7 +184,7 @@ def test_blocks_never_wait_for_the_device(variant: str, back_end: str, static: b
             inputs = batch(row)
             inputs.pop("attention_mask")
             model(**inputs, cache=cache)
-        if not (static and back_end == "flash_attention_2"):
+        if not (static and backend == "flash_attention_2"):
             model(torch.tensor([[7]]), cache=cache)
     finally:
         kernels.attention = kernel

@@ -385,7 +385,7 @@ def test_what_trainers_adapters_and_attention_pass_is_not_named(logged: list[str
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_what_is_read_depends_on_the_back_end(logged: list[str], attention: str) -> None:
+def test_what_is_read_depends_on_the_backend(logged: list[str], attention: str) -> None:
     model = new_model("casa", attn_implementation=attention)
     arguments = {"block_table": torch.zeros(1), "deterministic": True, "pixel_attention_mask": torch.ones(1, 2)}
     model(**batch(START), **arguments)

@@ -637,7 +637,7 @@ def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int)
 
 
 def cache_snapshot(cache: Cache) -> Cache:
-    """A cache that holds what this growing one holds now, and goes on to, whatever becomes of that one.
+    """A cache that holds what this growing one holds now, whatever becomes of that one.
 
     It shares the memory of what both hold, which is never written again; only what the original frees stays for as
     long as the snapshot lives.

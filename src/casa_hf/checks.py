@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but never True and False; texts."""
+"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but never True and False; strings."""
 
 from __future__ import annotations
 

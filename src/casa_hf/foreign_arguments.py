@@ -68,7 +68,7 @@ def check_foreign(arguments: Mapping[str, Any], attn_implementation: str) -> Non
 
     Args:
         arguments: keyword arguments beyond those of the model's own.
-        attn_implementation: the back end of attention, which gets them.
+        attn_implementation: backend of attention, which gets them.
     """
     refuse_foreign(arguments)
     if not arguments or torch.compiler.is_compiling():
@@ -83,7 +83,7 @@ def check_foreign(arguments: Mapping[str, Any], attn_implementation: str) -> Non
 
 @cache
 def _read_by(attn_implementation: str) -> frozenset[str]:
-    """Optional arguments of the loss and of a back end of attention."""
+    """Optional arguments of the loss and of a backend of attention."""
     readers = [ForCausalLMLoss]
     if attn_implementation in ALL_ATTENTION_FUNCTIONS:
         readers.append(ALL_ATTENTION_FUNCTIONS[attn_implementation])

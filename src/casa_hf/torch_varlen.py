@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The back end "torch_varlen": PyTorch's own flash attention for sequences of different lengths.
+"""The backend "torch_varlen": PyTorch's own flash attention for sequences of different lengths.
 
 It needs a CUDA device and torch 2.11 or newer, and no further package. Importing this module registers it with
 Transformers under `TORCH_VARLEN`, for self-attention, fusion layers and vision towers alike. In decoding steps
@@ -82,7 +82,7 @@ def torch_varlen_forward(
     if dropout:
         raise ValueError(
             f'attn_implementation="{TORCH_VARLEN}" has no dropout, but attention_dropout={dropout}. Set it to 0 '
-            'or use another back end, such as "sdpa".'
+            'or use another backend, such as "sdpa".'
         )
     query, key, value = _in_one_dtype(query, key, value)
     if query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):

@@ -21,7 +21,7 @@ from casa_hf.torch_varlen import TORCH_VARLEN
 from casa_hf.transformers_versions import is_older_than
 from tests.cuda.test_model import DTYPES, in_all, put
 from tests.helpers_generation import Image, batch, new_model
-from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end
+from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_backend
 from tests.labelled_device import LabelledDevices
 from tests.streaming.conftest import FRAME_PIXELS, randomised
 from tests.streaming.helpers import emitted, picture
@@ -38,12 +38,12 @@ def waits(devices: LabelledDevices) -> tuple[int, int]:
     return counted
 
 
-@pytest.mark.parametrize("variant, back_end", in_all(VARIANTS, ("sdpa", *KERNELS), QUICK))
-def test_a_frame_and_a_step_of_one_row(variant: str, back_end: str, devices: LabelledDevices) -> None:
+@pytest.mark.parametrize("variant, backend", in_all(VARIANTS, ("sdpa", *KERNELS), QUICK))
+def test_a_frame_and_a_step_of_one_row(variant: str, backend: str, devices: LabelledDevices) -> None:
     """As in a stream: the frame's pixels are on the device, its size and place on the CPU."""
-    if back_end == TORCH_VARLEN and not register_torch_kernel():
+    if backend == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
-    model = use_back_end(new_model(variant, DTYPES.get(back_end, torch.float64)), back_end).to("cuda")
+    model = use_backend(new_model(variant, DTYPES.get(backend, torch.float64)), backend).to("cuda")
     model.model.name_tower_backend()
     step = torch.tensor([[8]], device="cuda")
     for static in (False, True):
@@ -58,7 +58,7 @@ def test_a_frame_and_a_step_of_one_row(variant: str, back_end: str, devices: Lab
                 # A new static cache brings Transformers' counts of text to the device, one for each layer.
                 frame = waits(devices) if number else devices.forget()
                 model(input_ids=step, cache=cache)
-        static_layers = 3 * (static and back_end == "flash_attention_2")
+        static_layers = 3 * (static and backend == "flash_attention_2")
         assert frame == (2 + 2 * static, 0)
         assert waits(devices)[0] <= 2 * static_layers and not devices.copies
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 from casa_hf.configuration_casa import VARIANTS
 from casa_hf.torch_varlen import TORCH_VARLEN
 from tests.helpers_generation import Image, batch, embedded, new_model, relative_error, words
-from tests.kernels import KERNELS, calls, reference_kernels, register_torch_kernel, use_back_end
+from tests.kernels import KERNELS, calls, reference_kernels, register_torch_kernel, use_backend
 from tests.labelled_device import LabelledDevices, values
 from tests.sources import GRIDS, make_case
 from tests.tiny import FAMILIES
@@ -29,7 +29,7 @@ ROWS = (
     [*words(4, 3)],
 )
 NEXT = ([*words(2, 5), Image(1, 3, 4), 4], [*words(5, 6)], [Image(2, 2, 5), 8])
-BACK_ENDS = ("sdpa", "eager", *KERNELS)
+BACKENDS = ("sdpa", "eager", *KERNELS)
 # On a CUDA device these take half precision only; eager attention with padding is NaN in float64.
 DTYPES = {"eager": torch.float32, **dict.fromkeys(KERNELS, torch.bfloat16)}
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -65,12 +65,12 @@ def in_all(variants: Any, others: Any, quick: set[Any]) -> list[Any]:
     return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
 
 
-@pytest.mark.parametrize("variant, back_end", in_all(VARIANTS, BACK_ENDS, QUICK))
-def test_calls_on_caches(variant: str, back_end: str, devices: LabelledDevices) -> None:
-    if back_end == TORCH_VARLEN and not register_torch_kernel():
+@pytest.mark.parametrize("variant, backend", in_all(VARIANTS, BACKENDS, QUICK))
+def test_calls_on_caches(variant: str, backend: str, devices: LabelledDevices) -> None:
+    if backend == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
     with reference_kernels(devices.uncounted):
-        model = use_back_end(new_model(variant, DTYPES.get(back_end, torch.float64)), back_end)
+        model = use_backend(new_model(variant, DTYPES.get(backend, torch.float64)), backend)
         makers: list[Callable[[], Any]] = [DynamicCache]
         makers.append(lambda: StaticCache(config=model.config.get_text_config(), max_cache_len=48))
         expected = [conversation(model, "cpu", make()) for make in makers]
@@ -80,28 +80,28 @@ def test_calls_on_caches(variant: str, back_end: str, devices: LabelledDevices) 
             for grids in ("cpu", "cuda"):
                 for actual, other in zip(conversation(model, "cuda", make(), grids), logits, strict=True):
                     assert close(actual, other)
-        assert bool(calls) == (back_end in KERNELS)
+        assert bool(calls) == (backend in KERNELS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN, pytest.param(KERNELS[1], marks=pytest.mark.slow)])
-def test_families(family: str, back_end: str, devices: LabelledDevices) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", TORCH_VARLEN, pytest.param(KERNELS[1], marks=pytest.mark.slow)])
+def test_families(family: str, backend: str, devices: LabelledDevices) -> None:
     """From pixels to logits; a tower gets its grids on the CPU and on the device."""
-    if back_end == TORCH_VARLEN and not register_torch_kernel():
+    if backend == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
     case = make_case(family, "casa")
-    dtype = DTYPES.get(back_end, torch.float64)
+    dtype = DTYPES.get(backend, torch.float64)
     inputs = {"input_ids": torch.tensor([[5, 60, 61, 7, 60, 61, 60, 61, 9, 10]])}
     inputs |= {"pixel_values": case.pixels, "image_grid_thw": case.grids}
     with reference_kernels(devices.uncounted), torch.no_grad():
-        model = use_back_end(case.model.to(dtype), back_end)
+        model = use_backend(case.model.to(dtype), backend)
         model.model.name_tower_backend()
         expected = model(**put(inputs, "cpu", dtype)).logits
         model.to("cuda")
         for grids in ("cpu", "cuda"):
             calls.clear()
             assert close(model(**put(inputs, "cuda", dtype, grids)).logits, expected)
-            assert bool(calls) == (back_end in KERNELS)
+            assert bool(calls) == (backend in KERNELS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,13 +110,13 @@ def test_a_tower_waits_for_nothing(family: str, devices: LabelledDevices) -> Non
     case = make_case(family, "casa")
     model = case.model.to("cuda").float()
     pixels, tokens = case.pixels.float().cuda(), [height * width for height, width in GRIDS]
-    for back_end in ("sdpa", "flash_attention_2"):
+    for backend in ("sdpa", "flash_attention_2"):
         with reference_kernels(devices.uncounted), torch.no_grad():
-            use_back_end(model, back_end)
+            use_backend(model, backend)
             devices.forget()
             features = model.get_image_features(pixels, case.grids).pooler_output
         assert [len(x) for x in features] == tokens and features[0].is_cuda
-        assert not devices.waits, (back_end, devices.reads, devices.copies)
+        assert not devices.waits, (backend, devices.reads, devices.copies)
 
 
 @pytest.mark.parametrize("variant", ["casa", "insertion"])

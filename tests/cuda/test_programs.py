@@ -59,13 +59,13 @@ def test_benchmarks_run(
     test_benchmarks.test_program(program, "cuda", monkeypatch, capsys, tmp_path)
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN])
+@pytest.mark.parametrize("backend", ["sdpa", TORCH_VARLEN])
 @pytest.mark.parametrize("design", ["window", pytest.param("context full", marks=pytest.mark.slow)])
-def test_gpu_forward_and_gradients(back_end: str, design: str, gpu: None) -> None:
-    test_gpu.test_forward_and_gradients("cuda", (4, 1, 64), torch.bfloat16, back_end, design)
+def test_gpu_forward_and_gradients(backend: str, design: str, gpu: None) -> None:
+    test_gpu.test_forward_and_gradients("cuda", (4, 1, 64), torch.bfloat16, backend, design)
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", TORCH_VARLEN])
+@pytest.mark.parametrize("backend", ["sdpa", TORCH_VARLEN])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
     "variant",
@@ -75,8 +75,8 @@ def test_gpu_forward_and_gradients(back_end: str, design: str, gpu: None) -> Non
         *(pytest.param(v, marks=pytest.mark.slow) for v in ("ca", "casa-shared", "ca-shared", "casa-ffn")),
     ],
 )
-def test_gpu_layers_never_wait(variant: str, static: bool, back_end: str, gpu: None) -> None:
-    test_gpu.test_layers_never_wait_for_the_device("cuda", variant, static, back_end)
+def test_gpu_layers_never_wait(variant: str, static: bool, backend: str, gpu: None) -> None:
+    test_gpu.test_layers_never_wait_for_the_device("cuda", variant, static, backend)
 
 
 def test_gpu_logits_processors_never_wait(gpu: None) -> None:

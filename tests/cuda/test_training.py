@@ -16,12 +16,12 @@ from casa_hf.torch_varlen import TORCH_VARLEN
 from casa_hf.training import CasaTrainer, PackedDataset, freeze, parameter_groups
 from tests.cuda.test_model import close, in_all, put
 from tests.helpers_generation import Image, batch, new_model, words
-from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_back_end
+from tests.kernels import KERNELS, reference_kernels, register_torch_kernel, use_backend
 from tests.labelled_device import LabelledDevices, values
 from tests.training.helpers import CONVERSATIONS, load_model, load_processor
 
 ROWS = ([*words(3, 1), Image(2, 3, 1), *words(3, 2)], [Image(1, 2, 2), *words(2, 2), Image(3, 4, 3), 5])
-BACK_ENDS = ("sdpa", *KERNELS)
+BACKENDS = ("sdpa", *KERNELS)
 QUICK = {("casa", "sdpa"), ("exact", "sdpa"), ("casa-shared", TORCH_VARLEN), ("casa", "flash_attention_2")}
 
 
@@ -48,13 +48,13 @@ def steps(model: Any, device: str, grids: str, packed: bool) -> tuple[list[Tenso
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant, back_end", in_all(("casa", "exact", "casa-shared", "ca-ffn"), BACK_ENDS, QUICK))
-def test_steps(variant: str, back_end: str, checkpointed: bool, packed: bool, devices: LabelledDevices) -> None:
-    if back_end == TORCH_VARLEN and not register_torch_kernel():
+@pytest.mark.parametrize("variant, backend", in_all(("casa", "exact", "casa-shared", "ca-ffn"), BACKENDS, QUICK))
+def test_steps(variant: str, backend: str, checkpointed: bool, packed: bool, devices: LabelledDevices) -> None:
+    if backend == TORCH_VARLEN and not register_torch_kernel():
         pytest.skip("this torch has no such kernel")
-    dtype = torch.float64 if back_end == "sdpa" else torch.bfloat16
+    dtype = torch.float64 if backend == "sdpa" else torch.bfloat16
     with reference_kernels(devices.uncounted):
-        model = use_back_end(new_model(variant, dtype), back_end).train()
+        model = use_backend(new_model(variant, dtype), backend).train()
         model.model.name_tower_backend()
         if checkpointed:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

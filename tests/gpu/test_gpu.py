@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""On a CUDA device: every back end in half precision against the dense float64 reference, and decoding by CUDA graphs.
+"""On a CUDA device: every backend in half precision against the dense float64 reference, and decoding by CUDA graphs.
 
 The bodies that need no CUDA kernel also run on a CPU, for a few settings, so that they are known to work.
 """
@@ -29,7 +29,7 @@ gpu = [pytest.mark.gpu, cuda]
 # Differences relative to the largest value, after two blocks; the reference's weights are rounded to the type first.
 TOLERANCES = {torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 8e-3}
 GRADIENT_TOLERANCES = {torch.float64: 1e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-BACK_ENDS = ("sdpa", TORCH_VARLEN, "flash_attention_2")
+BACKENDS = ("sdpa", TORCH_VARLEN, "flash_attention_2")
 VARIANTS = ("casa", "ca", "casa-shared", "ca-shared", "exact")
 HEADS = [(4, 2, 64), (4, 1, 64), (2, 1, 128), (4, 4, 128)]
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -42,10 +42,10 @@ SCRIPTS = ("3 2x3 2 1x2 3x1 1 f2x2 1", "b2x2 4 b1x3 1", "6", "1 2x1 b1x1 b2x2 1 
 IMAGES = Image(2, 3, 1), Image(1, 2, 2), Image(3, 4, 3)
 
 
-def skip_without(back_end: str) -> None:
-    if back_end == "flash_attention_2" and not is_flash_attn_2_available():
+def skip_without(backend: str) -> None:
+    if backend == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("the package flash-attn isn't installed")
-    if back_end == TORCH_VARLEN and TorchVersion(torch.__version__) < "2.11":
+    if backend == TORCH_VARLEN and TorchVersion(torch.__version__) < "2.11":
         pytest.skip("torch_varlen needs torch 2.11 or newer")
 
 
@@ -63,13 +63,13 @@ def rounded_case(heads: tuple[int, int, int], fields: dict[str, Any], dtype: tor
     return Rounded(config, [[one] for one in samples])
 
 
-def check(case: Case, device: str, dtype: torch.dtype, back_end: str) -> None:
+def check(case: Case, device: str, dtype: torch.dtype, backend: str) -> None:
     """Logits and all gradients of the model on a device against the reference's."""
     model = CasaForConditionalGeneration(case.config).eval()
     loaded = model.load_state_dict(case.weights, strict=False)
     assert not loaded.unexpected_keys
     model = model.to(device, dtype)
-    model.set_attn_implementation(back_end)
+    model.set_attn_implementation(backend)
     features = [x.to(device, dtype).requires_grad_() for x in case.features]
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.inputs.items()}
     output = model(**inputs, image_embeds=features).logits.double().cpu()
@@ -95,31 +95,31 @@ def on_both(on_cpu: list[tuple[Any, ...]], on_gpu: Iterable[tuple[Any, ...]]) ->
 
 
 @pytest.mark.parametrize(
-    "device, heads, dtype, back_end, design",
+    "device, heads, dtype, backend, design",
     on_both(
         [
             ((4, 1, 64), torch.float64, "sdpa", "window"),
             ((2, 1, 128), torch.bfloat16, "sdpa", "context full"),
             ((4, 2, 64), torch.float16, "sdpa", "window shared"),
         ],
-        itertools.product(HEADS, (torch.bfloat16, torch.float16), BACK_ENDS, DESIGNS),
+        itertools.product(HEADS, (torch.bfloat16, torch.float16), BACKENDS, DESIGNS),
     ),
     ids=str,
 )
 def test_forward_and_gradients(
-    device: str, heads: tuple[int, int, int], dtype: torch.dtype, back_end: str, design: str
+    device: str, heads: tuple[int, int, int], dtype: torch.dtype, backend: str, design: str
 ) -> None:
-    skip_without(back_end)
-    check(rounded_case(heads, DESIGNS[design], dtype, *SCRIPTS), device, dtype, back_end)
+    skip_without(backend)
+    check(rounded_case(heads, DESIGNS[design], dtype, *SCRIPTS), device, dtype, backend)
 
 
 @pytest.mark.gpu
 @cuda
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_windows_of_4096_image_tokens(dtype: torch.dtype, back_end: str) -> None:
-    skip_without(back_end)
-    check(rounded_case((2, 1, 128), {}, dtype, "2 64x64 2 1x2 3", "3 2x2 1"), "cuda", dtype, back_end)
+def test_windows_of_4096_image_tokens(dtype: torch.dtype, backend: str) -> None:
+    skip_without(backend)
+    check(rounded_case((2, 1, 128), {}, dtype, "2 64x64 2 1x2 3", "3 2x2 1"), "cuda", dtype, backend)
 
 
 # ------------------------------------------------------------------------------------ no waiting inside the layers
@@ -149,17 +149,17 @@ def no_waiting_in(layers: Any) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "device, variant, static, back_end",
-    on_both([("casa", True, "sdpa")], itertools.product((*VARIANTS, "casa-ffn"), (False, True), BACK_ENDS)),
+    "device, variant, static, backend",
+    on_both([("casa", True, "sdpa")], itertools.product((*VARIANTS, "casa-ffn"), (False, True), BACKENDS)),
 )
-def test_layers_never_wait_for_the_device(device: str, variant: str, static: bool, back_end: str) -> None:
+def test_layers_never_wait_for_the_device(device: str, variant: str, static: bool, backend: str) -> None:
     """In prefill, at a new image, and in decoding steps, of a single row without padding. A static cache has had its
     memory before: making it waits."""
-    skip_without(back_end)
-    if static and back_end == "flash_attention_2":
+    skip_without(backend)
+    if static and backend == "flash_attention_2":
         pytest.skip("its self-attention finds the empty slots of a static cache by waiting, in every layer")
     model = half_model(variant, device)
-    model.set_attn_implementation(back_end)
+    model.set_attn_implementation(backend)
     rows = ([*words(3, 1), IMAGES[0], 5, IMAGES[1], *words(2, 2)], [IMAGES[2], *words(3, 3)], [7])
     calls = [on(device, batch(row), model.dtype) for row in rows]
     cache: Any = StaticCache(model.config.get_text_config(), max_cache_len=32) if static else DynamicCache()

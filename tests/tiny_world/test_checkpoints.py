@@ -90,7 +90,7 @@ def test_exact_is_the_source_on_single_pictures(tmp_path):
     assert said(exact, single) == source.answers(conversations, max_new_tokens=8)
 
 
-def test_back_ends():
+def test_backends():
     eager = answers_right(model(attn_implementation="eager"), batcher(), QUESTIONS)
     assert differences(eager, right()) <= 1
 

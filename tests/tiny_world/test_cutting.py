@@ -44,11 +44,11 @@ def logits_after(model, batcher, example, picture, mask):
     return model(**{**batch, "pixel_values": batch["pixel_values"].double()}, use_cache=False).logits[0, end:]
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("picture", [0, 1])
-def test_what_is_cut_carries_nothing(models, picture, back_end):
+def test_what_is_cut_carries_nothing(models, picture, backend):
     model, batcher = models
-    model.set_attn_implementation(back_end)
+    model.set_attn_implementation(backend)
     example, _ = questions_of_memory(1, 3, "train")[0]
     pictures = list(example.pictures)
     pictures[picture] = ImageOps.invert(pictures[picture])
