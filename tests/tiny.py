@@ -10,6 +10,7 @@ lost, or given another name, can't be loaded.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import dataclass, field
 from functools import cache
@@ -173,29 +174,33 @@ def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
         seed: of the random numbers; a tensor's values depend on the seed and its name alone, so that two designs have
             the same values in the tensors that both have.
     """
-    replaced = config.casa_placement == "replace"
+    source = _source_shapes(config.text_config.to_json_string())
+    fused = {_block(name) for name in source if ".self_attn." in name}  # the blocks that can be
+    if config.casa_layers is not None:
+        fused &= set(config.casa_layers)
+    placement, own = config.casa_placement, not config.casa_share_projections
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _source_shapes(config.text_config.to_json_string()).items():
-        prefix, _, rest = name.rpartition("self_attn.")
-        if not prefix or not (replaced and _is_fused(config, name)):
+    for name, shape in source.items():
+        is_attention, is_norm = ".self_attn." in name, ".input_layernorm." in name
+        if _block(name) not in fused or not (is_attention and placement == "replace"):
             shapes[name] = shape
-        if prefix and _is_fused(config, name) and not config.casa_share_projections:
-            shapes[f"{prefix}casa_attn.{rest}"] = shape
-    for name, shape in list(shapes.items()):
-        block, found, _ = name.partition("input_layernorm.")
-        if found and _is_fused(config, name):
-            if not config.casa_share_projections:
-                shapes[name.replace("input_layernorm", "casa_attn.image_norm")] = shape
-            if config.casa_placement in ("before", "after"):
-                shapes[name.replace("input_layernorm", "casa_layernorm")] = shape
-            if config.casa_gate:
-                shapes[f"{block}casa_attn.gate"] = (1,)
+        if _block(name) not in fused:
+            continue
+        if is_attention and own:
+            shapes[name.replace("self_attn", "casa_attn")] = shape
+        if is_norm and own:
+            shapes[name.replace("input_layernorm", "casa_attn.image_norm")] = shape
+        if is_norm and placement in ("before", "after"):
+            shapes[name.replace("input_layernorm", "casa_layernorm")] = shape
+        if is_norm and config.casa_gate:
+            shapes[name.replace("input_layernorm.weight", "casa_attn.gate")] = (1,)
     return {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
 
 
-def _is_fused(config: CasaConfig, name: str) -> bool:
-    """Whether a tensor of a block belongs to one with a fusion layer."""
-    return config.casa_layers is None or int(name.split(".")[3]) in config.casa_layers
+def _block(name: str) -> int | None:
+    """Index of the decoder block that a tensor belongs to."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return None if found is None else int(found.group(1))
 
 
 @cache
