@@ -79,9 +79,10 @@ def test_links_of_docstrings_lead_to_what_they_name() -> None:
         assert rest[-1] == link.rpartition(".")[2]
 
 
-def load(folder: Path, docstring: str) -> griffe.Module:
-    """A package with one function, as the site has it."""
-    (folder / "tiny.py").write_text(f'def do(one: int, two: float = 2) -> str:\n    """{docstring}"""\n', "utf-8")
+def load(folder: Path, docstring: str | None = None) -> griffe.Module:
+    """The package `tiny`, as the site has it; with a docstring, of one function."""
+    if docstring is not None:
+        (folder / "tiny.py").write_text(f'def do(one: int, two: float = 2) -> str:\n    """{docstring}"""\n', "utf-8")
     ours = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), yaml.SafeLoader)["plugins"][1]["mkdocstrings"]
     return griffe.load(
         "tiny",
@@ -96,7 +97,10 @@ def load(folder: Path, docstring: str) -> griffe.Module:
     "docstring, warning",
     [
         ("See [`gone`].", "the link [`gone`] leads to nothing in tiny"),
-        ("Do.\n\n    Args:\n        one: a number.\n        two, three: others.\n    ", "no argument 'three'"),
+        (
+            "Do.\n\n    Args:\n        one: a number.\n        two, three: others.\n    ",
+            "no argument 'three'",
+        ),
     ],
 )
 def test_a_docstring_that_is_wrong_ends_the_build(
@@ -116,3 +120,13 @@ def test_arguments_and_what_is_returned(tmp_path: Path) -> None:
     assert described == [("one", "int", None, "a number."), ("two", "float", "2", "a number.")]
     (entry,) = returned.value
     assert (str(entry.annotation), entry.description) == ("str", "In words: both.\nIn others: see [`do`][tiny.do].")
+
+
+def test_attributes(tmp_path: Path) -> None:
+    text = "Thing.\n\n    Attributes:\n        one, two, three: numbers.\n        four: another.\n    "
+    fields = "    one: int\n    two: float\n    three: int\n"
+    (tmp_path / "tiny.py").write_text(f'class Thing:\n    """{text}"""\n\n{fields}', "utf-8")
+    _, attributes = load(tmp_path)["Thing"].docstring.parsed
+    described = [(entry.name, entry.annotation and str(entry.annotation)) for entry in attributes.value]
+    assert described == [("one", "int"), ("two", "float"), ("three", "int"), ("four", None)]
+    assert [entry.description for entry in attributes.value] == ["numbers."] * 3 + ["another."]

@@ -2,7 +2,7 @@
 """Docstrings as the site shows them. They are written as Transformers' own, which Markdown alone doesn't understand:
 
 - [`CasaModel`] and [`~media_casa.MediaPolicy`] are links to the reference,
-- "a, b: text" under `Args:` describes several arguments at once,
+- "a, b: text" under `Args:` and `Attributes:` describes several at once,
 - a configuration's fields stand under `Args:`, though no `__init__` has them,
 - a colon under `Returns:` is part of the sentence; the type stands in the signature.
 """
@@ -28,10 +28,14 @@ class Docstrings(griffe.Extension):
             if owner.docstring:
                 owner.docstring.value = with_links(pkg, owner.docstring.value, owner.path)
                 for index, section in enumerate(owner.docstring.parsed):
-                    if section.kind is griffe.DocstringSectionKind.parameters:
-                        owner.docstring.parsed[index] = _described(owner, section)
-                    elif section.kind is griffe.DocstringSectionKind.returns:
+                    if section.kind is griffe.DocstringSectionKind.returns:
                         _set_type(owner, section)
+                    elif section.kind is griffe.DocstringSectionKind.attributes or (
+                        section.kind is griffe.DocstringSectionKind.parameters and not _arguments(owner)
+                    ):
+                        owner.docstring.parsed[index] = _attributes(owner, section)
+                    elif section.kind is griffe.DocstringSectionKind.parameters:
+                        owner.docstring.parsed[index] = _parameters(owner, section)
 
 
 def objects(owner: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
@@ -68,25 +72,37 @@ def with_links(package: griffe.Module, text: str, place: str = "") -> str:
     return LINK.sub(linked, text)
 
 
-def _described(owner: griffe.Object, section: griffe.DocstringSection) -> griffe.DocstringSection:
-    """One entry for each argument, with its type and default."""
-    arguments = {argument.name: argument for argument in getattr(owner, "parameters", ())}
-    is_configuration = isinstance(owner, griffe.Class) and not arguments
-    known: dict[str, Any] = owner.members if is_configuration else arguments
-    entries: list[Any] = []
-    for described in section.value:
-        for name in described.name.removesuffix(", ...").split(", "):
-            argument = known.get(name.lstrip("*"))
-            if argument is None:
-                _logger.warning(f"{owner.path}: there is no argument {name!r}, which the docstring describes")
-                continue
-            what = {"annotation": argument.annotation, "description": described.description}
-            if is_configuration:
-                entries.append(griffe.DocstringAttribute(name, **what))
-            else:
-                entries.append(griffe.DocstringParameter(name, value=argument.default, **what))
-    kind = griffe.DocstringSectionAttributes if is_configuration else griffe.DocstringSectionParameters
-    return kind(entries, section.title)
+def _arguments(owner: griffe.Object) -> dict[str, Any]:
+    return {argument.name: argument for argument in getattr(owner, "parameters", ())}
+
+
+def _parameters(owner: griffe.Object, section: griffe.DocstringSection) -> griffe.DocstringSection:
+    known, entries = _arguments(owner), []
+    for name, text in _each(section):
+        if (argument := known.get(name.lstrip("*"))) is None:
+            _logger.warning(f"{owner.path}: there is no argument {name!r}, which the docstring describes")
+        else:
+            what = {"value": argument.default, "annotation": argument.annotation, "description": text}
+            entries.append(griffe.DocstringParameter(name, **what))
+    return griffe.DocstringSectionParameters(entries, section.title)
+
+
+def _attributes(owner: griffe.Object, section: griffe.DocstringSection) -> griffe.DocstringSection:
+    known = owner.all_members
+    entries = [
+        griffe.DocstringAttribute(name, annotation=getattr(known.get(name), "annotation", None), description=text)
+        for name, text in _each(section)
+    ]
+    return griffe.DocstringSectionAttributes(entries, section.title)
+
+
+def _each(section: griffe.DocstringSection) -> Iterator[tuple[str, str]]:
+    """Every name that a section describes, with its description."""
+    for entry in section.value:
+        # Of attributes, names after the first were taken for its type.
+        names = f"{entry.name} {str(entry.annotation).strip('()')}" if entry.name.endswith(",") else entry.name
+        for name in names.removesuffix(", ...").split(", "):
+            yield name, entry.description
 
 
 def _set_type(owner: griffe.Object, section: griffe.DocstringSection) -> None:
