@@ -199,7 +199,7 @@ def test_control_tokens_count_where_they_are_asked_for(
     stream = CasaStream(model, processor, prompt=typed, sanitize_control_tokens=False)
     assert stream.turns.opening == tokenizer(whole.format(typed) + "<|im_start|>assistant\n")["input_ids"]
     batch = CasaStreamBatch(model, processor, sanitize_control_tokens=False)
-    with pytest.raises(ValueError, match="1 marks"):
+    with pytest.raises(ValueError, match="holds image or video placeholders"):
         batch.add(prompt=MARK)
 
 
@@ -276,7 +276,7 @@ def test_half_a_character_is_refused_by_name_wherever_text_comes_in(
         lambda: batch.add(prompt=half),
         lambda: processor(text=["fine", half]),
         lambda: processor.measure(half),
-        lambda: processor.count_marks(half),
+        lambda: processor.count_placeholders(half),
     ):
         with pytest.raises(ValueError, match=r"has '\\u[0-9a-f]{4}' at index \d, which is half a character"):
             call()

@@ -33,7 +33,7 @@ def test_all_guides_with_code_are_run() -> None:
         *LONG,
         "architecture.md",
         "new-backbone.md",
-        "pictures.md",
+        "images.md",
     }
 
 
@@ -49,7 +49,7 @@ def test_architecture_and_pictures(casa_folder: Path, tmp_path: Path, monkeypatc
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert names["cache"].get_seq_length() == names["output"].shape[1] - 1
 
-    run("pictures.md", names)
+    run("images.md", names)
     with pytest.raises(ValueError, match=r"cat\.jpg"):
         names["processor"](text="<|vision_start|><|vision_end|>", images=names["CAT"], return_tensors="pt")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from casa_hf.media_casa import MediaPolicy, fetch, is_picture, picture_size, pictures_of, rgb_picture
+from casa_hf.media_casa import MediaPolicy, fetch, image_size, images_of, is_image, rgb_image
 from casa_hf.samples import PHOTOGRAPHS
 from tests.clips import every_kind, picture
 from tests.forms import forms_of, transparent_drawing, turned_photograph
@@ -32,7 +32,7 @@ CAT = PHOTOGRAPHS / "cat.jpg"
 
 def test_every_kind_of_frame_is_the_same_picture(tmp_path: Path) -> None:
     for name, frame in every_kind(77, tmp_path / "77.png").items():
-        found = rgb_picture(frame)
+        found = rgb_image(frame)
         assert found.mode == "RGB" and np.array_equal(np.asarray(found), picture(77)), name
 
 
@@ -40,15 +40,15 @@ def test_every_kind_of_frame_is_the_same_picture(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_frame_on_an_accelerator() -> None:
     frame = torch.tensor(picture(77), device="cuda").permute(2, 0, 1)
-    assert np.array_equal(np.asarray(rgb_picture(frame)), picture(77))
-    assert np.array_equal(np.asarray(rgb_picture(frame.bfloat16() / 255)), picture(77))
+    assert np.array_equal(np.asarray(rgb_image(frame)), picture(77))
+    assert np.array_equal(np.asarray(rgb_image(frame.bfloat16() / 255)), picture(77))
 
 
 def test_floating_values_are_the_nearest_levels() -> None:
     levels = np.random.RandomState(0).randint(0, 256, (20, 30, 3))
     beside = levels + np.random.RandomState(1).uniform(-0.49, 0.49, levels.shape)
     for frame in (beside / 255, torch.tensor(beside / 255).permute(2, 0, 1)):
-        assert np.array_equal(np.asarray(rgb_picture(frame)), levels)
+        assert np.array_equal(np.asarray(rgb_image(frame)), levels)
 
 
 def test_what_is_not_opaque_is_laid_on_white() -> None:
@@ -57,26 +57,26 @@ def test_what_is_not_opaque_is_laid_on_white() -> None:
     opacity = colours[..., 3:] / 255
     expected = colours[..., :3] * opacity + 255 * (1 - opacity)
     for frame in (Image.fromarray(colours), colours, torch.tensor(colours).permute(2, 0, 1) / 255):
-        assert np.abs(np.asarray(rgb_picture(frame)) - expected).max() <= 1
+        assert np.abs(np.asarray(rgb_image(frame)) - expected).max() <= 1
     rich = Image.fromarray(colours)
     for mode, straight in (("RGBa", rich), ("La", rich.convert("LA"))):
-        seen = np.asarray(rgb_picture(straight.convert(mode))).astype(int)
-        assert np.abs(seen - np.asarray(rgb_picture(straight))).max() <= 2, mode
+        seen = np.asarray(rgb_image(straight.convert(mode))).astype(int)
+        assert np.abs(seen - np.asarray(rgb_image(straight))).max() <= 2, mode
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([9, 8, 7, 0, 0, 0])
     palette.info["transparency"] = 1
-    assert np.asarray(rgb_picture(palette)).tolist() == [[[9, 8, 7], [255, 255, 255]]]
+    assert np.asarray(rgb_image(palette)).tolist() == [[[9, 8, 7], [255, 255, 255]]]
 
 
 def test_grey_frames() -> None:
     grey = np.random.RandomState(0).randint(0, 256, (20, 30), np.uint8)
     for frame in (Image.fromarray(grey), grey[..., None], torch.tensor(grey)[None] / 255):
-        assert np.array_equal(np.asarray(rgb_picture(frame)), np.repeat(grey[..., None], 3, axis=2))
+        assert np.array_equal(np.asarray(rgb_image(frame)), np.repeat(grey[..., None], 3, axis=2))
 
 
 def test_the_frame_stays_as_it_is() -> None:
     frame = Image.fromarray(picture(77))
-    rgb_picture(frame).thumbnail((8, 8))
+    rgb_image(frame).thumbnail((8, 8))
     assert np.array_equal(np.asarray(frame), picture(77))
 
 
@@ -87,11 +87,11 @@ def test_the_frame_stays_as_it_is() -> None:
 def test_a_file_is_the_same_picture_in_all_its_forms(make: Any, tmp_path: Path, serve: Any) -> None:
     file, expected = make(tmp_path)
     for name, form in forms_of(file, serve(tmp_path)).items():
-        found = rgb_picture(form)
+        found = rgb_image(form)
         assert found.mode == "RGB" and np.array_equal(np.asarray(found), expected), name
-        assert np.array_equal(np.asarray(rgb_picture(found)), expected), f"{name}, once more"
-        assert sorted(picture_size(form)) == sorted(found.size), name
-        assert is_picture(form) and pictures_of(form) == [form]
+        assert np.array_equal(np.asarray(rgb_image(found)), expected), f"{name}, once more"
+        assert sorted(image_size(form)) == sorted(found.size), name
+        assert is_image(form) and images_of(form) == [form]
 
 
 def test_arrays_of_every_type_in_every_layout() -> None:
@@ -99,30 +99,30 @@ def test_arrays_of_every_type_in_every_layout() -> None:
     for dtype in ("int8", "int16", "int32", "int64", "uint32", "uint64", ">i4", ">f4", "float16", "float64"):
         scaled = levels // 2 if dtype == "int8" else levels
         given = (scaled / 255 if "f" in dtype else scaled).astype(dtype)
-        assert np.array_equal(np.asarray(rgb_picture(given)), scaled), dtype
+        assert np.array_equal(np.asarray(rgb_image(given)), scaled), dtype
     for torch_dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e5m2):
         coarse = torch.tensor(levels // 128 * 255)
         given = (coarse / 255).to(torch_dtype)
         for layout in (given, given.permute(2, 0, 1)):
-            assert np.array_equal(np.asarray(rgb_picture(layout)), coarse), torch_dtype
+            assert np.array_equal(np.asarray(rgb_image(layout)), coarse), torch_dtype
 
 
 def test_booleans_are_black_and_white() -> None:
     mask = np.random.RandomState(0).rand(20, 30) < 0.5
     expected = np.repeat(mask[..., None] * 255, 3, axis=2)
     for form in (mask, mask[..., None], torch.tensor(mask)[None], torch.tensor(mask), Image.fromarray(mask)):
-        assert np.array_equal(np.asarray(rgb_picture(form)), expected)
+        assert np.array_equal(np.asarray(rgb_image(form)), expected)
 
 
 def test_channels_are_found_where_transformers_finds_them_or_where_one_says() -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (4, 10, 3), np.uint8)  # not 4 channels of 10 x 3
-    assert np.array_equal(np.asarray(rgb_picture(pixels)), pixels)
+    assert np.array_equal(np.asarray(rgb_image(pixels)), pixels)
     narrow = np.random.RandomState(0).randint(0, 256, (3, 10, 3), np.uint8)
-    assert np.array_equal(np.asarray(rgb_picture(narrow, layout="channels_last")), narrow)
-    assert np.array_equal(np.asarray(rgb_picture(narrow, layout="channels_first")), narrow.transpose(1, 2, 0))
-    assert picture_size(pixels) == (10, 4) and picture_size(pixels[..., 0]) == (10, 4)
+    assert np.array_equal(np.asarray(rgb_image(narrow, layout="channels_last")), narrow)
+    assert np.array_equal(np.asarray(rgb_image(narrow, layout="channels_first")), narrow.transpose(1, 2, 0))
+    assert image_size(pixels) == (10, 4) and image_size(pixels[..., 0]) == (10, 4)
     grey = Image.fromarray(pixels[..., :2].copy())
-    assert grey.mode == "LA" and rgb_picture(np.asarray(grey)) == rgb_picture(grey)
+    assert grey.mode == "LA" and rgb_image(np.asarray(grey)) == rgb_image(grey)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # as Pillow says
@@ -131,7 +131,7 @@ def test_channels_are_found_where_transformers_finds_them_or_where_one_says() ->
 def test_damaged_data_about_a_picture_is_no_damage_to_it(ending: str, data: bytes) -> None:
     file = BytesIO()
     Image.fromarray(picture(77)).save(file, ending, exif=data)
-    assert rgb_picture(file.getvalue()).size == rgb_picture(Image.open(file)).size == (64, 48)
+    assert rgb_image(file.getvalue()).size == rgb_image(Image.open(file)).size == (64, 48)
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -146,7 +146,7 @@ def test_a_picture_is_turned_whatever_its_other_data_say(orientation: int) -> No
     assert data != exif.tobytes()
     Image.fromarray(picture(77)).save(strange, "png", exif=data)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
-    for found in (rgb_picture(file.getvalue()), rgb_picture(strange.getvalue())):
+    for found in (rgb_image(file.getvalue()), rgb_image(strange.getvalue())):
         assert np.array_equal(np.asarray(found), expected)
         assert found.getexif().get(0x0112, 1) == 1
 
@@ -159,16 +159,16 @@ def test_a_png_that_is_damaged_within_is_refused(form: Any) -> None:
     damaged = bytearray(file.getvalue())
     damaged[len(damaged) // 2 :] = bytes(len(damaged) - len(damaged) // 2)
     with pytest.raises(ValueError, match="can't be used: "):
-        rgb_picture(bytes(damaged) if form is bytes else form(BytesIO(damaged)))
+        rgb_image(bytes(damaged) if form is bytes else form(BytesIO(damaged)))
 
 
 def test_one_picture_or_several() -> None:
     several = [np.zeros((4, 4, 3), np.uint8)] * 2
-    assert pictures_of(None) == [] and pictures_of(()) == [] and pictures_of(several) == several
-    assert pictures_of("cat.jpg") == ["cat.jpg"] and pictures_of(["cat.jpg", b""]) == ["cat.jpg", b""]
+    assert images_of(None) == [] and images_of(()) == [] and images_of(several) == several
+    assert images_of("cat.jpg") == ["cat.jpg"] and images_of(["cat.jpg", b""]) == ["cat.jpg", b""]
     for wrong in (3, BytesIO(b"a\nb\n"), {"url": "cat.jpg"}, bytearray(b"ab")):  # for the processor to refuse
-        assert pictures_of(wrong) == [wrong]
-    assert len(pictures_of(np.stack(several))) == 2 and len(pictures_of(several[0])) == 1
+        assert images_of(wrong) == [wrong]
+    assert len(images_of(np.stack(several))) == 2 and len(images_of(several[0])) == 1
 
 
 # -------------------------------------------------------------------- what is no picture
@@ -228,7 +228,7 @@ def truncated(folder: Path) -> Path:
 )
 def test_what_is_no_picture_is_refused_by_name(form: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        rgb_picture(form)
+        rgb_image(form)
     assert str(caught.value).startswith("The image ") and len(str(caught.value)) < 700
 
 
@@ -246,10 +246,10 @@ def test_files_are_named(tmp_path: Path) -> None:
         (tmp_path / "depth.png", "depth.png' can't be used: it has pixels of the mode 'I;16'"),
     ):
         with pytest.raises(ValueError, match=message):
-            rgb_picture(form)
+            rgb_image(form)
     for form in (tmp_path / "nowhere.png", text, tmp_path / "depth.png", Image.open(tmp_path / "depth.png")):
         with pytest.raises(ValueError, match=r"\.png' can't be used: "):  # without a look at the pixels
-            picture_size(form)
+            image_size(form)
 
 
 @pytest.mark.parametrize("name", ["12:30.png", "a%20b.png", "http:x.png", "data:x,.png", "ü ?.png"])
@@ -258,20 +258,20 @@ def test_a_path_is_no_url(name: str, tmp_path: Path) -> None:
     Image.fromarray(picture(77)).save(file)
     with chdir(tmp_path):
         for form in (file, Path(name), file.as_uri(), str(file), *([] if name.startswith("data:") else [name])):
-            assert rgb_picture(form).size == (64, 48)
+            assert rgb_image(form).size == (64, 48)
 
 
 def test_the_largest_size_can_be_set(tmp_path: Path) -> None:
     form = np.zeros((20, 30, 3), np.uint8)
     Image.fromarray(form).save(tmp_path / "small.png")
     for given in (form, Image.fromarray(form), tmp_path / "small.png"):
-        assert rgb_picture(given, MediaPolicy(max_decoded_pixels=600)).size == (30, 20)
-        for read in (rgb_picture, picture_size):
+        assert rgb_image(given, MediaPolicy(max_decoded_pixels=600)).size == (30, 20)
+        for read in (rgb_image, image_size):
             with pytest.raises(ValueError, match=r"30 x 20 pixels, more than max_decoded_pixels=599; .*MediaPolicy"):
                 read(given, MediaPolicy(max_decoded_pixels=599))
     # Pillow's own limit, for the whole process, stands in the way of no higher one.
     with pytest.raises(ValueError, match=r"truncated|broken|No more"):
-        rgb_picture(png_header(20_000, 10_000), MediaPolicy(max_decoded_pixels=10**9))
+        rgb_image(png_header(20_000, 10_000), MediaPolicy(max_decoded_pixels=10**9))
 
 
 def test_a_policy_is_checked() -> None:
@@ -295,14 +295,14 @@ def test_neither_network_nor_files(tmp_path: Path, serve: Any) -> None:
     alone = MediaPolicy(network=False, local_files=False)
     for form in (file, str(file), tmp_path / "nowhere.png", "nowhere.png"):  # nor whether there is one is told
         with pytest.raises(ValueError, match=r"paths aren't read \(MediaPolicy.local_files=False\); give contents"):
-            rgb_picture(form, alone)
+            rgb_image(form, alone)
     url = f"{serve(tmp_path)}/{file.name}"
     with pytest.raises(ValueError, match=r"URLs aren't fetched \(MediaPolicy.network=False\); give contents"):
-        rgb_picture(url, alone)
+        rgb_image(url, alone)
     for form in (file.read_bytes(), base64.b64encode(file.read_bytes()).decode(), Image.open(file), expected):
-        assert np.array_equal(np.asarray(rgb_picture(form, alone)), expected)
-    assert rgb_picture(url, MediaPolicy(local_files=False)).size == (20, 30)
-    assert rgb_picture(file, MediaPolicy(network=False)).size == (20, 30)
+        assert np.array_equal(np.asarray(rgb_image(form, alone)), expected)
+    assert rgb_image(url, MediaPolicy(local_files=False)).size == (20, 30)
+    assert rgb_image(file, MediaPolicy(network=False)).size == (20, 30)
 
 
 @contextmanager
@@ -393,9 +393,9 @@ def test_what_a_server_does_is_told() -> None:
             ("/page", MediaPolicy(), "in no format that is known"),
         ):
             with pytest.raises(ValueError, match=message):
-                rgb_picture(address + path, policy)
+                rgb_image(address + path, policy)
         with pytest.raises(ValueError, match=r"^(?!.*pass)"):
-            rgb_picture(f"{secret}/broken")
+            rgb_image(f"{secret}/broken")
 
 
 def test_the_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,9 +409,9 @@ def test_a_server_that_is_not_there_or_says_nothing() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(ValueError, match="can't be fetched: Connection refused"):
-            rgb_picture(f"http://127.0.0.1:{unused.getsockname()[1]}/cat.jpg")
+            rgb_image(f"http://127.0.0.1:{unused.getsockname()[1]}/cat.jpg")
     with pytest.raises(ValueError, match="can't be fetched: "):
-        rgb_picture("http://nowhere.invalid/cat.jpg")
+        rgb_image("http://nowhere.invalid/cat.jpg")
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         if request.path == "/silent":
@@ -431,7 +431,7 @@ def test_a_server_that_is_not_there_or_says_nothing() -> None:
         for path in (f"{address}/slow", f"{address}/silent", dripping):
             begin = time.monotonic()
             with pytest.raises(ValueError, match=r"wasn't there within 0\.3 s \(timeout of the MediaPolicy\)"):
-                rgb_picture(path, MediaPolicy(timeout=0.3))
+                rgb_image(path, MediaPolicy(timeout=0.3))
             assert time.monotonic() - begin < 4
             if path.endswith("/slow"):  # nor does anything go on receiving
                 while any(thread.name == "casa-fetch" for thread in threading.enumerate()):

@@ -34,7 +34,7 @@ class Batcher:
         self.mean = torch.tensor(pictures.image_mean) * 255
         self.std = torch.tensor(pictures.image_std) * 255
         self._ids = lru_cache(maxsize=50_000)(self._tokenize)
-        self._mark = (*self._tokenize(processor.image_mark), *processor.gist_token_ids)
+        self._mark = (*self._tokenize(processor.image_placeholder), *processor.gist_token_ids)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A batch padded on the right: `input_ids`, `attention_mask`, `labels`, and, where there are pictures,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .chat_text import message, render_chat
-from .media_casa import pictures_of
+from .media_casa import images_of
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration
@@ -54,7 +54,7 @@ def answer_batch(
     """
     if not questions:
         return []
-    images = [pictures_of(question.images) for question in questions]
+    images = [images_of(question.images) for question in questions]
     texts: list[str] = [
         render_chat(
             processor,

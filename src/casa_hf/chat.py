@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from .cache_casa import cache_snapshot, home_layer
 from .chat_text import SAID, ChatText, message, render_chat
 from .generation_casa import IMAGE_INPUTS
-from .media_casa import pictures_of
+from .media_casa import images_of
 from .transformers_versions import CACHE, CACHE_NAMES
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Conversation:
                 one that doesn't grow, several answers.
         """
         self._check_settings(generate_kwargs)
-        images = pictures_of(images)
+        images = images_of(images)
         inputs = self.processor(
             text=[self._new_text(message("user", text, len(images)))],
             images=images or None,

@@ -167,18 +167,18 @@ class VideoProblem:
 # -------------------------------------------------------------------- pictures
 
 
-def is_picture(value: Any) -> bool:
+def is_image(value: Any) -> bool:
     """Whether something can stand for one picture, by its type and shape alone."""
     if isinstance(value, (str, os.PathLike, bytes)):
         return True
     return is_valid_image(value) and (not hasattr(value, "shape") or (value.ndim in (2, 3) and 0 not in value.shape))
 
 
-def pictures_of(given: Any) -> list[Any]:
+def images_of(given: Any) -> list[Any]:
     """One picture, several or none (None), as a list."""
     if given is None:
         return []
-    return [given] if is_picture(given) else several(given)
+    return [given] if is_image(given) else several(given)
 
 
 def several(given: Any) -> list[Any]:
@@ -187,7 +187,7 @@ def several(given: Any) -> list[Any]:
     return [given] if is_one else list(given)
 
 
-def rgb_picture(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> Image.Image:
+def rgb_image(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> Image.Image:
     """A picture of any form as an RGB image.
 
     Args:
@@ -216,11 +216,11 @@ def rgb_picture(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str 
         raise ValueError(f"The image {called(picture)} can't be used: {reason_of(error)}.") from error
 
 
-def picture_size(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> tuple[int, int]:
-    """Width and height of what `rgb_picture` would give, not yet turned upright; nothing is decoded for them.
+def image_size(picture: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> tuple[int, int]:
+    """Width and height of what `rgb_image` would give, not yet turned upright; nothing is decoded for them.
 
     Raises:
-        ValueError: as `rgb_picture`, but for what decoding finds.
+        ValueError: as `rgb_image`, but for what decoding finds.
     """
     try:
         if isinstance(picture, (str, os.PathLike, bytes)):
@@ -344,7 +344,7 @@ def _from_array(array: Any, policy: MediaPolicy, layout: str | None) -> Image.Im
 
 def _pixels(array: Any) -> np.ndarray:
     """An array or tensor as an array; of types that NumPy doesn't know, as float32."""
-    if not is_picture(array):
+    if not is_image(array):
         shape = getattr(array, "shape", None)
         given = f"a {type(array).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
         raise ValueError(
@@ -814,12 +814,12 @@ def _decode(container: Any, clip: _Clip, policy: MediaPolicy) -> tuple[list[Imag
         while pending and moment > pending[-1] + _TOLERANCE_SECONDS:
             pending.pop()
             if shown is not None:
-                taken.append(frame_picture(shown, aspect, policy))
+                taken.append(frame_image(shown, aspect, policy))
                 shown = None
         shown = frame
         if pending and moment >= pending[-1] - _TOLERANCE_SECONDS:
             pending.pop()
-            taken.append(frame_picture(frame, aspect, policy))
+            taken.append(frame_image(frame, aspect, policy))
             shown = None
         if not pending:
             break
@@ -912,7 +912,7 @@ def square_size(width: int, height: int, aspect: float) -> tuple[int, int]:
     return (max(1, round(width * aspect)) if width else 0), height
 
 
-def frame_picture(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT_POLICY) -> Image.Image:
+def frame_image(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT_POLICY) -> Image.Image:
     """A decoded frame as it is to be seen: on white, with square pixels, turned and mirrored by its display matrix.
 
     Args:
@@ -945,4 +945,4 @@ def frame_picture(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT
     return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if d < 0 else image
 
 
-__all__ = ["MediaPolicy", "VideoProblem", "VideoWarning", "load_frames", "measure_frames", "rgb_picture"]
+__all__ = ["MediaPolicy", "VideoProblem", "VideoWarning", "load_frames", "measure_frames", "rgb_image"]

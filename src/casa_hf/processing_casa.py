@@ -37,30 +37,30 @@ from .media_casa import (
     MediaPolicy,
     called,
     check_sampling,
-    is_picture,
+    image_size,
+    is_image,
     load_frames,
     measure_frames,
-    picture_size,
-    rgb_picture,
+    rgb_image,
     several,
 )
 from .publishing_hook import PublishedByHook
 
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
-IMAGE_PLACEHOLDER = "<|image_pad|>"
-VIDEO_PLACEHOLDER = "<|video_pad|>"
+IMAGE_PAD = "<|image_pad|>"
+VIDEO_PAD = "<|video_pad|>"
 
 # Where there are no delimiters: the token that an image precedes, and what stands for a video.
 IMAGE_TOKEN = "<|image|>"
-VIDEO_MARK = "<|video|>"
+VIDEO_PLACEHOLDER = "<|video|>"
 
 MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
 
 # Transformers puts this character before a control token that a user typed (`sanitize_control_tokens`): it is text.
 _NOT_TYPED = "(?<!\U000f0000)"
-_PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})")
+_PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
 
 _LIMITS = ("size", "min_pixels", "max_pixels")
 # Forms that may hold a picture or a video.
@@ -281,7 +281,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                 which None stands for none.
                 An image is a PIL image, an array or tensor (height, width, channels), (channels, height, width) or
                 (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same picture, turned
-                upright, on white where it isn't opaque: see [`~media_casa.rgb_picture`].
+                upright, on white where it isn't opaque: see [`~media_casa.rgb_image`].
             text: a prompt or a list of them. An image stands at each `<|vision_start|><|vision_end|>` or
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
                 `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
@@ -308,7 +308,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         if audio is not None:
             raise ValueError("CASA models take no audio; leave it out.")
         policy = self._policy(kwargs)
-        all_images = _collect("images", images, is_picture, is_picture)
+        all_images = _collect("images", images, is_image, is_image)
         all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
         texts = text if text is None or isinstance(text, (list, tuple)) else [text]
         if texts is None:
@@ -361,7 +361,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             ValueError: as for a call.
         """
         policy = self._policy(kwargs)
-        all_images = _collect("images", images, is_picture, is_picture)
+        all_images = _collect("images", images, is_image, is_image)
         all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
         marks = _marks(text, self._notation)
         _check_counts("images", self._notation.image, IMAGE_TYPE, [marks], all_images)
@@ -379,7 +379,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         layout = options["images_kwargs"].get("input_data_format")
         for visual in visuals:
             for picture in visual.pictures:
-                width, height = picture if isinstance(picture, tuple) else picture_size(picture, policy, layout)
+                width, height = picture if isinstance(picture, tuple) else image_size(picture, policy, layout)
                 patches += self._num_patches(sizes[visual.type], height, width, picture)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
@@ -430,7 +430,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             name = called((width, height) if picture is None else picture)
             raise ValueError(f"The image {name} can't be used: it has {width} x {height} pixels ({error}).") from error
 
-    def count_marks(self, text: str) -> int:
+    def count_placeholders(self, text: str) -> int:
         """Number of images and videos that a prompt has marks for.
 
         Raises:
@@ -439,7 +439,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         return len(_marks(text, self._notation))
 
     @property
-    def image_mark(self) -> str:
+    def image_placeholder(self) -> str:
         """An image as it is written in a prompt."""
         return self._notation.image
 
@@ -483,7 +483,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
 
         def seen(picture: Any, kind: int) -> Any:
-            image = rgb_picture(picture, policy, layout)
+            image = rgb_image(picture, policy, layout)
             self._num_patches(sizes[kind], image.height, image.width, picture)  # or says what is wrong with it
             return image
 
@@ -612,20 +612,20 @@ class _Notation(NamedTuple):
         if image_token != VISION_END:
             return cls(
                 image=image_token,
-                video=VIDEO_MARK,
-                pattern=re.compile(f"(?:(?P<placeholder>{re.escape(VIDEO_MARK)})|{token}){written_gists}"),
-                video_placeholder=VIDEO_MARK,
+                video=VIDEO_PLACEHOLDER,
+                pattern=re.compile(f"(?:(?P<placeholder>{re.escape(VIDEO_PLACEHOLDER)})|{token}){written_gists}"),
+                video_placeholder=VIDEO_PLACEHOLDER,
                 next_frame=image_token + gists,
                 last_frame=image_token,
                 gists=gists,
             )
-        placeholders = f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}"
+        placeholders = f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}"
         opening = f"(?:{_NOT_TYPED}{re.escape(VISION_START)}(?P<placeholder>{placeholders}))?"
         return cls(
             image=VISION_START + VISION_END,
-            video=VISION_START + VIDEO_PLACEHOLDER + VISION_END,
+            video=VISION_START + VIDEO_PAD + VISION_END,
             pattern=re.compile(opening + token + written_gists),
-            video_placeholder=VIDEO_PLACEHOLDER,
+            video_placeholder=VIDEO_PAD,
             next_frame=VISION_END + gists + VISION_START,
             last_frame="",
             gists=gists,
@@ -671,14 +671,14 @@ def _is_video(value: Any) -> bool:
     if isinstance(value, _FILES):
         return True
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(is_picture(frame) and not isinstance(frame, _FILES) for frame in value)
+        return bool(value) and all(is_image(frame) and not isinstance(frame, _FILES) for frame in value)
     return is_valid_image(value) and hasattr(value, "shape") and value.ndim == 4 and 0 not in value.shape
 
 
 def _is_video_or_files(value: Any) -> bool:
     """In a list of videos, a list of files would be several videos; within the list of a prompt it is one."""
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(is_picture(frame) for frame in value)
+        return bool(value) and all(is_image(frame) for frame in value)
     return _is_video(value)
 
 
@@ -688,11 +688,11 @@ def _marks(text: Any, notation: _Notation) -> list[int]:
         raise ValueError(f"text must be a string or a list of strings, got an element of type {type(text).__name__}.")
     check_text("text", text)
     marks = [match["placeholder"] for match in notation.pattern.finditer(text)]
-    used = sum(mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) for mark in marks)
+    used = sum(mark in (IMAGE_PAD, VIDEO_PAD) for mark in marks)
     stray = len(_PLACEHOLDER.findall(text)) - used
     if stray:
         raise ValueError(
-            f"The text has {stray} times {IMAGE_PLACEHOLDER} or {VIDEO_PLACEHOLDER} outside of a mark. Write an image "
+            f"The text has {stray} times {IMAGE_PAD} or {VIDEO_PAD} outside of a mark. Write an image "
             f"as {notation.image} and a video as {notation.video}; CASA repeats no placeholders."
         )
     return [FRAME_TYPE if mark == notation.video_placeholder else IMAGE_TYPE for mark in marks]
@@ -845,7 +845,7 @@ def _check_image_tokens(tokenizer: Any, image_token: str) -> None:
                 f"The tokenizer has no {image_token}, the token that an image is to precede. Add it as a special "
                 "token, as CasaProcessor.from_text_source does."
             )
-    elif missing := _missing(tokenizer, (VISION_START, VISION_END, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)):
+    elif missing := _missing(tokenizer, (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)):
         raise ValueError(
             f"The tokenizer has no {missing}. Use the tokenizer of a Qwen vision-language checkpoint, or add them as "
             "special tokens."

@@ -90,7 +90,7 @@ class Transcript:
     def frame(self, shown: Image.Image, prefix: str = "") -> None:
         """A frame before the last token of its mark."""
         tokenizer = self.processor.tokenizer
-        mark = self.processor.image_mark
+        mark = self.processor.image_placeholder
         ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
         self.places.append(len(self.ids) + len(ids) - 1)
         rest = tokenizer(mark + prefix, add_special_tokens=False)["input_ids"][len(ids) :]

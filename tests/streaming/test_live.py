@@ -17,7 +17,7 @@ import pytest
 
 from casa_hf import CaptionEvent, CasaStream
 from casa_hf.streaming import LiveCaptions
-from casa_hf.video import Frame, FrameIterator, VideoProblem, VideoSource, open_video
+from casa_hf.video import Frame, FrameIterator, VideoInput, VideoProblem, open_video
 from tests.clips import picture
 
 FPS = 10
@@ -42,7 +42,7 @@ def stream(model: Any, processor: Any) -> Iterator[CasaStream]:
         yield opened
 
 
-def recorded(count: int) -> VideoSource:
+def recorded(count: int) -> VideoInput:
     """Frames at 0, 0.1, 0.2, ... seconds."""
     return open_video([picture(index) for index in range(count)], rate=FPS)
 
@@ -159,7 +159,7 @@ class Camera:
             yield item
 
 
-def live(camera: Camera) -> VideoSource:
+def live(camera: Camera) -> VideoInput:
     return FrameIterator(camera, live=True)
 
 
@@ -328,7 +328,7 @@ def test_a_question_after_the_last_frame_is_still_answered(stream):
 def test_a_further_source_runs_on_in_the_stream_and_keeps_its_own_times(stream, late, options):
     """After a first source, and in a stream that was saved and restored; also where the source begins later."""
 
-    def told(of: CasaStream, source: VideoSource) -> tuple[LiveCaptions, list[tuple[str, int, float, float]]]:
+    def told(of: CasaStream, source: VideoInput) -> tuple[LiveCaptions, list[tuple[str, int, float, float]]]:
         clock = Clock()
         captions = LiveCaptions(of, source, late=late, real_time=True, clock=clock, sleep=clock.sleep, **options)
         events = []
@@ -426,7 +426,7 @@ def test_what_is_reported_is_bounded(stream):
     assert stream.num_frames == 5000 and stream.last_timestamp == 49.99
 
 
-class Script(VideoSource):
+class Script(VideoInput):
     """A source that gives what it is told, and runs what is in between, when it is asked for it."""
 
     def __init__(self, *items: Frame | VideoProblem | Callable[[], Any], live: bool = True):
@@ -544,7 +544,7 @@ def test_a_problem_is_told_while_no_frame_comes_and_before_an_error_that_ends_th
 def test_a_source_that_gives_no_frame_any_more_leaves_no_thread(stream):
     """Neither with problems without an end nor during a pause is there a frame at which the thread could end."""
 
-    class Endless(VideoSource):
+    class Endless(VideoInput):
         def read(self) -> Iterator[Frame | VideoProblem]:
             yield Frame(0.0, picture(0))
             for index in count(1):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from casa_hf import CaptionEvent, CasaProcessor
 from casa_hf.captions.overlay import Overlay
-from casa_hf.media_casa import MediaPolicy, frame_picture, measure_frames
+from casa_hf.media_casa import MediaPolicy, frame_image, measure_frames
 from casa_hf.video import Frame, VideoWarning, load_frames, open_video
 from tests.clips import damage_packets, numbers, picture, write_clip, write_turned_clip
 
@@ -66,7 +66,7 @@ def test_a_size_that_only_its_pixels_make_too_large(tmp_path):
         with pytest.raises(ValueError, match=r"clip\.mp4' can't be used: it has 640 x 48 pixels, more than max_dec"):
             read(clip, policy=policy)
     with av.open(str(clip)) as container, pytest.raises(ValueError, match="it has 640 x 48 pixels"):
-        frame_picture(next(container.decode(video=0)), 10.0, policy)
+        frame_image(next(container.decode(video=0)), 10.0, policy)
 
 
 @pytest.mark.parametrize("a", [1, -1])

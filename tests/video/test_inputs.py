@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf.video import Frame, ReadAhead, VideoProblem, VideoSource, VideoWarning, inputs, load_frames, open_video
+from casa_hf.video import Frame, ReadAhead, VideoInput, VideoProblem, VideoWarning, inputs, load_frames, open_video
 from tests.clips import http_camera, jpeg_part, numbers, picture, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
@@ -48,7 +48,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", 120, 10, g="20")
 
 
-def seen(source: VideoSource) -> list[tuple[float, int]]:
+def seen(source: VideoInput) -> list[tuple[float, int]]:
     """Times and numbers of the frames."""
     return [(timestamp, numbers([image])[0]) for timestamp, image in source]
 

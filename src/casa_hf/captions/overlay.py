@@ -18,9 +18,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..media_casa import rgb_picture
+from ..media_casa import rgb_image
 from ..streaming import CaptionEvent
-from ..video import Frame, MediaSource, VideoProblem, VideoSource
+from ..video import Frame, MediaInput, VideoInput, VideoProblem
 from .subtitles import Caption, CaptionCollector, check_output
 
 if TYPE_CHECKING:
@@ -104,12 +104,12 @@ class OverlayWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        audio: str | MediaSource | None = None,
+        audio: str | MediaInput | None = None,
         start: float = 0.0,
         font: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ):
-        read = audio.files if isinstance(audio, MediaSource) else () if audio is None else (audio,)
+        read = audio.files if isinstance(audio, MediaInput) else () if audio is None else (audio,)
         self.path = check_output(path, FORMATS, overwrite, read)
         try:
             import av  # noqa: F401
@@ -149,12 +149,12 @@ class OverlayWriter:
             text: drawn into it; nothing if empty.
 
         Raises:
-            ValueError: if the frame is no picture, as `casa_hf.media_casa.rgb_picture` says.
+            ValueError: if the frame is no picture, as `casa_hf.media_casa.rgb_image` says.
         """
         import av
         from av.video.frame import PictureType
 
-        image = rgb_picture(frame.image)
+        image = rgb_image(frame.image)
         if self._video is None:
             self._open(image)
         width, height = self._video.width, self._video.height
@@ -253,14 +253,14 @@ class Overlay:
 
     def __init__(
         self,
-        source: VideoSource,
+        source: VideoInput,
         path: str | os.PathLike[str],
         *,
         font: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ):
         check_output(path, FORMATS, overwrite, source.files)
-        recorded = source if isinstance(source, MediaSource) and not source.live else None
+        recorded = source if isinstance(source, MediaInput) and not source.live else None
         self._writer = OverlayWriter(path, audio=recorded, start=source.start, font=font, overwrite=overwrite)
         self._frames = None if recorded is None else _pictures(recorded)
         self._end = math.inf if source.end is None else source.end
@@ -469,15 +469,15 @@ class _Sound:
         self._next: Any = None
 
     @classmethod
-    def open(cls, audio: str | MediaSource, output: Any, start: float) -> tuple[_Sound | None, str]:
+    def open(cls, audio: str | MediaInput, output: Any, start: float) -> tuple[_Sound | None, str]:
         """The sound of a file or source, or why it can't be copied (nothing if there is none)."""
         import av
 
         try:
-            if isinstance(audio, MediaSource):
+            if isinstance(audio, MediaInput):
                 container = audio.open_container()
             else:
-                with MediaSource(audio, live=False) as source:
+                with MediaInput(audio, live=False) as source:
                     container = source.open_container()
         except ValueError as error:
             return None, f"the sound can't be read: {error}; the video is without sound"
@@ -524,7 +524,7 @@ class _Sound:
         self._container.close()
 
 
-def _pictures(source: MediaSource) -> Generator[Frame, None, None]:
+def _pictures(source: MediaInput) -> Generator[Frame, None, None]:
     """All frames of a source, read once more; problems were reported when the captions were made."""
     with source.every_frame() as again:
         yield from (item for item in again.read() if not isinstance(item, VideoProblem))
@@ -533,7 +533,7 @@ def _pictures(source: MediaSource) -> Generator[Frame, None, None]:
 def _drawable(frame: Frame) -> Frame | _Undrawable:
     """A frame with a picture of its own, or why there is none."""
     try:
-        return frame._replace(image=rgb_picture(frame.image))
+        return frame._replace(image=rgb_image(frame.image))
     except Exception as error:  # of many kinds
         return _Undrawable(frame.timestamp, f"{type(error).__name__}: {error}")
 

@@ -34,7 +34,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..captions.subtitles import CaptionWriter
     from ..streaming import CaptionEvent, CasaStream, LiveCaptions
-    from ..video import VideoSource
+    from ..video import VideoInput
     from ..web import CaptionServer
 
 # As shells report a program that Ctrl-C has ended.
@@ -406,7 +406,7 @@ def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[Capti
 class _View(AbstractContextManager["_View"]):
     """Shows events: lines on standard output, and on a terminal how it is going."""
 
-    def __init__(self, stream: CasaStream, source: VideoSource, captions: LiveCaptions):
+    def __init__(self, stream: CasaStream, source: VideoInput, captions: LiveCaptions):
         self._stream, self._source, self._captions = stream, source, captions
         self._begin = time.perf_counter()
         self._counts: Counter[str] = Counter()

@@ -20,9 +20,9 @@ def open_image(name: str) -> Image:
     Raises:
         ValueError: if there is none.
     """
-    from ..media_casa import rgb_picture
+    from ..media_casa import rgb_image
 
-    return rgb_picture(os.path.expanduser(name))
+    return rgb_image(os.path.expanduser(name))
 
 
 def load_conversation(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..checks import check_count
-from ..video import Frame, ReadAhead, VideoProblem, VideoSource
+from ..video import Frame, ReadAhead, VideoInput, VideoProblem
 from .events import CaptionEvent
 from .session import CasaStream
 
@@ -79,7 +79,7 @@ class LiveCaptions:
     def __init__(
         self,
         stream: CasaStream,
-        source: VideoSource,
+        source: VideoInput,
         *,
         late: Late | None = None,
         max_waiting: int | None = None,

@@ -222,7 +222,7 @@ class CasaStream:
         Args:
             frame: a PIL image, a file, a URL, base64, bytes, or an array or tensor of pixels (height, width, 3) or
                 (3, height, width), integers from 0 to 255 or floating values from 0 to 1, as
-                `casa_hf.media_casa.rgb_picture` takes them; or a list of such frames, which are shown one after the
+                `casa_hf.media_casa.rgb_image` takes them; or a list of such frames, which are shown one after the
                 other in one forward, with text after the last.
             timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
                 it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.

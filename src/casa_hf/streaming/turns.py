@@ -15,7 +15,7 @@ import torch
 
 from ..chat_text import SAID, ChatText, message, render_chat, token_ids
 from ..checks import check_text
-from ..media_casa import MediaPolicy, rgb_picture
+from ..media_casa import MediaPolicy, rgb_image
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
@@ -60,12 +60,14 @@ class StreamTurns:
         for name, text in (("system", system or ""), ("prompt", prompt), ("prefix", prefix)):
             self._check(name, text)
         self.opening = self._ids(self._render(first))
-        mark = self._ids(ChatText(processor.image_mark, {}))
-        self.frame = [*mark, *processor.gist_token_ids]
+        placeholder = self._ids(ChatText(processor.image_placeholder, {}))
+        self.frame = [*placeholder, *processor.gist_token_ids]
         self.image_index = self.frame.index(processor.image_token_id)
-        # Tokenized behind a mark, where it will stand: some tokenizers treat the start of a text specially.
+        # Tokenized behind an image placeholder, where it will stand: some tokenizers treat the start of a text
+        # specially.
         typed = {"\0": prefix} if sanitize_control_tokens else {}
-        self.prefix = self._ids(ChatText(processor.image_mark + ("\0" if typed else prefix), typed))[len(mark) :]
+        behind = processor.image_placeholder + ("\0" if typed else prefix)
+        self.prefix = self._ids(ChatText(behind, typed))[len(placeholder) :]
         self.resumption = self._ids(self._after_said([]))
 
     def question(self, text: str) -> list[int]:
@@ -81,13 +83,13 @@ class StreamTurns:
         """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
 
         Args:
-            frame: of any kind that `casa_hf.media_casa.rgb_picture` takes.
+            frame: of any kind that `casa_hf.media_casa.rgb_image` takes.
 
         Raises:
             ValueError: if the frame can't be used.
         """
         policy = MediaPolicy.of(self.processor.media_policy if self.media_policy is None else self.media_policy)
-        shown = rgb_picture(frame, policy)
+        shown = rgb_image(frame, policy)
         return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
 
     def _after_said(self, messages: list[dict[str, Any]]) -> ChatText:
@@ -102,8 +104,8 @@ class StreamTurns:
 
     def _check(self, name: str, text: Any) -> None:
         check_text(name, text)
-        if not self.sanitize_control_tokens and (marks := self.processor.count_marks(text)):
+        if not self.sanitize_control_tokens and self.processor.count_placeholders(text):
             raise ValueError(
-                f"The text {text!r} has {marks} marks of images or videos ({self.processor.image_mark}). Frames are "
-                "given to push(); take the marks out."
+                f"The text {text!r} holds image or video placeholders, such as {self.processor.image_placeholder}. "
+                "Remove them; frames are given to push()."
             )

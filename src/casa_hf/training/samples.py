@@ -162,7 +162,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     in_answer = torch.zeros_like(input_ids, dtype=torch.bool)
     for start, end in answers:
         in_answer |= (starts >= start) & (ends <= end) & (ends > starts)
-    marks = processor.tokenizer(processor.image_mark, add_special_tokens=False)["input_ids"]
+    marks = processor.tokenizer(processor.image_placeholder, add_special_tokens=False)["input_ids"]
     marks = torch.tensor([*marks, *processor.gist_token_ids])
     grids = inputs["image_grid_thw"]
     merge = processor.image_processor.merge_size
@@ -194,7 +194,7 @@ def unseen_image(processor: CasaProcessor) -> Sample:
     from PIL import Image
 
     inputs = processor(
-        text=[processor.image_mark],
+        text=[processor.image_placeholder],
         images=[Image.new("RGB", (1, 1))],
         add_special_tokens=False,
         return_tensors="pt",

@@ -6,8 +6,8 @@ from .inputs import (
     Frame,
     FrameIterator,
     ImageFolder,
-    MediaSource,
-    VideoSource,
+    MediaInput,
+    VideoInput,
     open_video,
 )
 from .read_ahead import ReadAhead
@@ -17,10 +17,10 @@ __all__ = [
     "Frame",
     "FrameIterator",
     "ImageFolder",
-    "MediaSource",
+    "MediaInput",
     "ReadAhead",
+    "VideoInput",
     "VideoProblem",
-    "VideoSource",
     "VideoWarning",
     "check_sampling",
     "load_frames",

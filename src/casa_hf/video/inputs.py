@@ -28,11 +28,11 @@ from ..media_casa import (
     VideoProblem,
     VideoWarning,
     decoded,
-    frame_picture,
+    frame_image,
     missing_end,
     pixel_aspect,
     reason_of,
-    rgb_picture,
+    rgb_image,
     shown_url,
     square_size,
     video_stream,
@@ -83,7 +83,7 @@ class _Shown(NamedTuple):
     image: Callable[[], Any]
 
 
-class VideoSource:
+class VideoInput:
     """Frames of one video. Iterating decodes ahead in a thread that ends with the iteration.
 
     A problem that doesn't end the video is a `VideoWarning`; `read` hands it over as an item instead.
@@ -321,7 +321,7 @@ class _Timeline:
         return VideoProblem(float(self.last), f"{frames} after that of the one before; left out")
 
 
-class MediaSource(VideoSource):
+class MediaInput(VideoInput):
     """A file, a URL or a device that PyAV reads; URLs are streamed, not downloaded first.
 
     Times are those of the container. What comes live over the network in a format that has none, such as the JPEG
@@ -332,9 +332,9 @@ class MediaSource(VideoSource):
         format: of a device, as FFmpeg calls it, such as v4l2; None finds it out.
         options: for FFmpeg, such as {"video_size": "640x480", "framerate": "30"}; it ignores those that it doesn't
             know.
-        live: see `VideoSource`. None: true of devices, of URLs of the kind of rtsp://, and over the network of the
+        live: see `VideoInput`. None: true of devices, of URLs of the kind of rtsp://, and over the network of the
             pictures of HTTP cameras and of what has neither times nor a length.
-        **selection: for `VideoSource`.
+        **selection: for `VideoInput`.
 
     Attributes:
         url: what FFmpeg opens: of a file, its absolute path. `name`, which messages have, is as it was given, without
@@ -397,9 +397,9 @@ class MediaSource(VideoSource):
                 self.duration = (self._opened.duration - begin) / _CONTAINER_TICKS
                 self._stated = self.duration if len(self._opened.streams) == 1 else None
 
-    def every_frame(self) -> MediaSource:
+    def every_frame(self) -> MediaInput:
         """The same video in the same range, opened once more, with every frame of it."""
-        return MediaSource(
+        return MediaInput(
             self.url, format=self._format, options=self._options, start=self.start, end=self.end, live=self.live
         )
 
@@ -533,7 +533,7 @@ class MediaSource(VideoSource):
             count += 1
             origin = stamp if origin is None else origin
             length = frame.duration * Fraction(frame.time_base) if frame.duration else period
-            yield _Shown(stamp - origin, length, partial(frame_picture, frame, self._aspect))
+            yield _Shown(stamp - origin, length, partial(frame_image, frame, self._aspect))
 
     def _arriving(self, frames: Iterable[Any]) -> Iterator[_Shown | VideoProblem]:
         """Frames with the times at which they come, counted from the first one.
@@ -547,17 +547,17 @@ class MediaSource(VideoSource):
                 continue
             now = time.monotonic()
             begin = now if begin is None else begin
-            yield _Shown(now - begin, None, partial(frame_picture, frame, self._aspect))
+            yield _Shown(now - begin, None, partial(frame_image, frame, self._aspect))
 
 
-class ImageFolder(VideoSource):
+class ImageFolder(VideoInput):
     """The images of a folder in natural order ("frame 9" before "frame 10").
 
     Args:
         folder: holds images that Pillow reads; other files are left out. One that is damaged, or has more than 8 bits
             per channel (depth), is a problem of its own frame.
         rate: images per second; `fps`, or 2, unless given.
-        **selection: for `VideoSource`.
+        **selection: for `VideoInput`.
 
     Raises:
         ValueError: if the folder holds no images, or `rate` isn't positive.
@@ -575,10 +575,10 @@ class ImageFolder(VideoSource):
 
     def _frames(self) -> Iterator[_Shown | VideoProblem]:
         for index, file in enumerate(self.files):
-            yield _Shown(index / self.rate, 1 / self.rate, partial(rgb_picture, file))
+            yield _Shown(index / self.rate, 1 / self.rate, partial(rgb_image, file))
 
 
-class FrameIterator(VideoSource):
+class FrameIterator(VideoInput):
     """Frames that an iterator yields: images, or pairs (timestamp in seconds, image).
 
     It can be iterated once if the iterator can. The iterator is asked from another thread, ahead of time.
@@ -591,7 +591,7 @@ class FrameIterator(VideoSource):
         rate: of images without times, in frames per second; `fps`, or 2, unless given. Of a live iterator they get the
             time of their arrival.
         clock: seconds, for these times.
-        **selection: for `VideoSource`.
+        **selection: for `VideoInput`.
 
     Raises:
         ValueError: if `rate` isn't positive; while iterating, if timestamps of one that isn't live don't ascend, or
@@ -657,7 +657,7 @@ def open_video(
     live: bool | None = None,
     options: dict[str, str] | None = None,
     read_ahead: int = READ_AHEAD,
-) -> VideoSource:
+) -> VideoInput:
     """A video of any kind.
 
     Args:
@@ -672,7 +672,7 @@ def open_video(
             and iterables `fps`, or 2.
         live: whether a frame that isn't taken in time is lost. Default: true of cameras, of devices, of URLs of the
             kind of rtsp://, and of what comes over the network in a format without times, as from HTTP cameras: see
-            `MediaSource`.
+            `MediaInput`.
         options: for FFmpeg, such as {"video_size": "640x480"}.
         read_ahead: decoded frames that wait at most.
 
@@ -681,7 +681,7 @@ def open_video(
         ImportError: if it needs PyAV, which isn't installed.
     """
     selection: dict[str, Any] = {"fps": fps, "start": start, "end": end, "read_ahead": read_ahead}
-    if isinstance(source, VideoSource):
+    if isinstance(source, VideoInput):
         raise ValueError(f"{source.name!r} is an open video already; give its path or iterate it.")
     is_name = isinstance(source, str | os.PathLike)
     if not is_name and not isinstance(source, Iterable):
@@ -698,12 +698,12 @@ def open_video(
     if device is not None:
         format, name = device
         asked = {} if rate is None else {"framerate": f"{_rate(rate, fps):g}"}
-        return MediaSource(name, format=format, options=asked | (options or {}), live=live, **selection)
+        return MediaInput(name, format=format, options=asked | (options or {}), live=live, **selection)
     if rate is not None:
         raise ValueError(
             f"rate={rate} is asked of devices and of folders of images; {shown_url(name)!r} is neither: leave it out."
         )
-    return MediaSource(name, options=options, live=live, **selection)
+    return MediaInput(name, options=options, live=live, **selection)
 
 
 def _check_options(options: dict[str, str]) -> None:

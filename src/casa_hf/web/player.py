@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL.Image import Image
 from transformers.utils import logging
 
-from ..media_casa import rgb_picture
+from ..media_casa import rgb_image
 from ..streaming.live import LiveCaptions
 from .history import History
 
 if TYPE_CHECKING:
     from ..streaming import CaptionEvent, CasaStream
     from ..streaming.live import Late
-    from ..video import Frame, VideoSource
+    from ..video import Frame, VideoInput
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ class Player:
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: VideoSource,
+        source: VideoInput,
         *,
         real_time: bool,
         late: Late | None,
@@ -280,13 +280,13 @@ def _kept(image: Any) -> Any:
     if isinstance(image, Image):
         return image
     try:
-        return rgb_picture(image)
+        return rgb_image(image)
     except Exception:  # of many kinds; the stream has an event that says more
         return None
 
 
 def _jpeg(frame: Any) -> bytes:
-    image = rgb_picture(frame)
+    image = rgb_image(frame)
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_count
-from ..video import MediaSource, VideoSource
+from ..video import MediaInput, VideoInput
 from .player import Player
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _server_log = logging.getLogger("uvicorn.error")
 
 def create_app(
     stream: CasaStream | Callable[[], CasaStream],
-    source: VideoSource,
+    source: VideoInput,
     *,
     title: str | None = None,
     real_time: bool | None = None,
@@ -80,7 +80,7 @@ def create_app(
         raise _missing() from error
     check_count("max_new_tokens", max_new_tokens)
     check_count("max_history", max_history)
-    file = source.files[0].resolve() if isinstance(source, MediaSource) and source.files else None
+    file = source.files[0].resolve() if isinstance(source, MediaInput) and source.files else None
     player = Player(
         stream,
         source,
@@ -116,7 +116,7 @@ class CaptionServer:
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: VideoSource,
+        source: VideoInput,
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -182,7 +182,7 @@ class CaptionServer:
 
 def serve(
     stream: CasaStream | Callable[[], CasaStream],
-    source: VideoSource,
+    source: VideoInput,
     *,
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
