@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of CASA models: one source backbone and five design axes."""
+"""Configuration of CASA models: a backbone and a point of the design space."""
 
 import copy
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbone import Backbone
 from .backbones import BACKBONES, SOURCE_BACKBONES, supported_sources
-from .design_space import CHOICES, DESIGN_FIELDS, VARIANTS, unknown_value
+from .design_space import CHOICES, DESIGN_FIELDS, FIELDS, SETTINGS, VARIANTS, unknown_value
 
 # Before towers had a type of their own, checkpoints gave them the type of the whole model.
 _VISION_SOURCES = tuple(name for name, backbone in SOURCE_BACKBONES.items() if not backbone.text_only)
@@ -18,9 +18,6 @@ _VISION_SOURCES = tuple(name for name, backbone in SOURCE_BACKBONES.items() if n
 # What `source_config` calls the source's `model_type`. A stock configuration class that is given another type's
 # checkpoint takes a dictionary in it that has its own `model_type` for the whole, and defaults for what isn't there.
 SOURCE_MODEL_TYPE = "source_model_type"
-
-# Settings that decide which tensors a checkpoint has.
-_TENSOR_FIELDS = ("casa_share_projections", "casa_layers", "casa_placement", "casa_gate", "num_gist_tokens")
 
 # (field, value of a checkpoint, value under which it has more tensors and misses none of those it had).
 _ADDITIONS = (
@@ -48,7 +45,7 @@ class CasaConfig(PreTrainedConfig):
         vision_end_token_id (`int`, *optional*):
             Id of the token that closes an image's delimiters.
         num_gist_tokens (`int`, *optional*):
-            Number of gist tokens after each image token; they see image tokens only.
+            Number of gist tokens after each image; they see image tokens only.
         gist_token_ids (`list[int]`, *optional*):
             Ids of the gist tokens, in order; as many as `num_gist_tokens`.
         casa_share_projections (`bool`, *optional*):
@@ -66,15 +63,15 @@ class CasaConfig(PreTrainedConfig):
         casa_image_history (`str`, *optional*):
             Which still images a token sees: "latest", its "group" (images with only delimiters between them) or "all".
         casa_video_history (`str`, *optional*):
-            The same for video frames.
+            Which video frames a token sees: "latest", its "group" or "all".
         casa_positions (`str`, *optional*):
-            Text positions: "contiguous" (images don't advance them) or "insertion" (as the source assigns them).
+            Positions of text: "contiguous" (images don't advance them) or "insertion" (as the source assigns them).
         casa_image_positions (`str`, *optional*):
-            Image positions: "at" the token that the image precedes, or "before" it.
+            Positions of images with contiguous text positions: "at" the token that the image precedes, or "before" it.
         casa_text_windows (`bool`, *optional*):
-            Whether text before the first image forms a window of its own.
+            Whether text before the first image attends to itself in fusion layers.
         casa_gate (`str`, *optional*):
-            None, or "tanh" for a learned scalar gate per fusion layer.
+            Gate of each fusion layer: None, or "tanh" for the tanh of one learned number, which starts at 0.
         casa_static_image_tokens (`int`, *optional*):
             Image tokens that a `StaticCache` has room for in each row: those of the largest window to come. A larger
             window takes a multiple of it, at the price of one more compilation.
@@ -185,7 +182,7 @@ class CasaConfig(PreTrainedConfig):
     @property
     def variant(self) -> str | None:
         """Name of the variant that these settings are, or None if they have no name."""
-        own = {field: getattr(self, field) for field in DESIGN_FIELDS} | {"num_gist_tokens": self.num_gist_tokens}
+        own = {field: getattr(self, field) for field in FIELDS}
         own["casa_layers"] = list(self.fusion_layers)
         for name in VARIANTS:
             if own == _variant_fields(name, self.backbone.fusable_blocks(self.text_config)):
@@ -296,7 +293,7 @@ class CasaConfig(PreTrainedConfig):
     @classmethod
     def _adopt_source(cls, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         if config_dict.get("model_type", cls.model_type) == cls.model_type:
-            given = [field for field in _TENSOR_FIELDS if field in kwargs]
+            given = [setting.field for setting in SETTINGS if setting.changes_tensors and setting.field in kwargs]
             asked = ["casa_variant"] if "casa_variant" in kwargs else []
             asked += [field for field in given if _loses(config_dict, field, kwargs[field])]
             if asked:
@@ -461,7 +458,7 @@ def variant_overrides(name: str, fusable_blocks: Sequence[int]) -> dict[str, Any
 
 
 def _variant_fields(name: str, fusable_blocks: Sequence[int]) -> dict[str, Any]:
-    defaults = {field: getattr(CasaConfig, field) for field in (*DESIGN_FIELDS, "num_gist_tokens")}
+    defaults = {field: getattr(CasaConfig, field) for field in FIELDS}
     fields = {**defaults, **variant_overrides(name, fusable_blocks)}
     if fields["casa_layers"] is None:
         fields["casa_layers"] = list(fusable_blocks)

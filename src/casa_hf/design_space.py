@@ -1,13 +1,15 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The design space of CASA as one table: its settings, their values, and the variants that have a name.
 
-The configuration checks against it, and the command line offers what is in it. It imports nothing but the standard
-library, so that `casa-hf --help` waits for nothing.
+The configuration and its error messages, the options of `casa-hf convert`, model cards and the table in
+docs/architecture.md come from it. It imports nothing but the standard library, so that `casa-hf --help` waits for
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -18,55 +20,142 @@ class Setting:
     """One setting of the design space.
 
     Attributes:
-        field: of `CasaConfig`.
-        option: of `casa-hf convert`.
-        meaning: one line.
-        choices: the values that it can have; empty for settings that aren't a choice among names.
+        field: name of the field of `CasaConfig`.
+        option: name of the option of `casa-hf convert`.
+        meaning: one line, for help texts and tables.
+        choices: values that the setting can have, with what each means; empty for settings that aren't a choice among
+            names.
+        changes_tensors: whether it decides which tensors a checkpoint has.
     """
 
     field: str
     option: str
     meaning: str
-    choices: tuple[str | None, ...] = ()
+    choices: Mapping[str | None, str] = dataclasses.field(default_factory=dict)
+    changes_tensors: bool = False
 
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter of the command's function that has the option."""
+        return self.option.removeprefix("--").replace("-", "_")
 
-_HISTORIES = ("latest", "group", "all")
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(
-        "casa_share_projections", "--share-projections", "Whether fusion layers use self-attention's projections."
+        "casa_share_projections",
+        "--share-projections",
+        "Whether fusion layers use self-attention's projections.",
+        changes_tensors=True,
     ),
-    Setting("casa_layers", "--layers", "Blocks with a fusion layer: every:2, 4,8,12, last:8 or all."),
-    Setting("casa_text_windows", "--text-windows", "Whether text before the first image is a window."),
-    Setting("casa_keys", "--keys", "What text attends to in a fusion layer.", ("image", "window", "context")),
+    Setting(
+        "casa_layers",
+        "--layers",
+        "Blocks with a fusion layer: every:2, 4,8,12, last:8 or all.",
+        changes_tensors=True,
+    ),
+    Setting(
+        "casa_text_windows",
+        "--text-windows",
+        "Whether text before the first image attends to itself in fusion layers.",
+    ),
+    Setting(
+        "casa_keys",
+        "--keys",
+        "What text attends to in a fusion layer.",
+        {
+            "image": "the visible image tokens; queries and keys are not rotated",
+            "window": "the visible image tokens and the text of the window up to itself, with rotary positions",
+            "context": "the visible image tokens and all text up to itself, with rotary positions; this one softmax "
+            "is the self-attention too",
+        },
+    ),
     Setting(
         "casa_placement",
         "--placement",
         "Where the fusion layer stands, seen from self-attention.",
-        ("parallel", "replace", "before", "after"),
+        {
+            "parallel": "beside it: both read the same normed states, and their sum is added",
+            "replace": "in its place",
+            "before": "before it, as a residual step with a norm of its own",
+            "after": "after it, as a residual step with a norm of its own",
+        },
+        changes_tensors=True,
     ),
     Setting(
         "casa_image_updates",
         "--image-updates",
         "What happens to image states from block to block.",
-        ("none", "ffn", "full"),
+        {
+            "none": "they stay as they are",
+            "ffn": "they pass the MLP of each block",
+            "full": "they pass the self-attention of each block, where they see the text before their image, their "
+            "own image up to themselves and the earlier images that text there sees, and its MLP",
+        },
     ),
-    Setting("casa_image_history", "--image-history", "Which still images a token sees.", _HISTORIES),
-    Setting("casa_video_history", "--video-history", "Which video frames a token sees.", _HISTORIES),
-    Setting("casa_positions", "--positions", "Positions of text.", ("contiguous", "insertion")),
     Setting(
-        "casa_image_positions", "--image-positions", "Positions of images, seen from their token.", ("at", "before")
+        "casa_image_history",
+        "--image-history",
+        "Which still images a token sees.",
+        {
+            "latest": "the last one before it",
+            "group": "its group: the last one, and those before it with nothing but delimiters in between",
+            "all": "all before it",
+        },
     ),
-    Setting("casa_gate", "--gate", "Gate of each fusion layer.", (None, "tanh")),
-    Setting("num_gist_tokens", "--gist-tokens", "Gist tokens after each image; they see image tokens only."),
+    Setting(
+        "casa_video_history",
+        "--video-history",
+        "Which video frames a token sees.",
+        {
+            "latest": "the last one before it",
+            "group": "its group: the last one, and those before it with nothing but delimiters in between",
+            "all": "all before it",
+        },
+    ),
+    Setting(
+        "casa_positions",
+        "--positions",
+        "Positions of text.",
+        {
+            "contiguous": "they count text alone; images don't advance them",
+            "insertion": "images advance them, as in the source",
+        },
+    ),
+    Setting(
+        "casa_image_positions",
+        "--image-positions",
+        "Positions of images with contiguous text positions.",
+        {
+            "at": "they begin at the position of the token that the image precedes",
+            "before": "they begin before it, by the larger side of the image",
+        },
+    ),
+    Setting(
+        "casa_gate",
+        "--gate",
+        "Gate of each fusion layer.",
+        {
+            None: "none",
+            "tanh": "the tanh of one learned number, which starts at 0",
+        },
+        changes_tensors=True,
+    ),
+    Setting(
+        "num_gist_tokens",
+        "--gist-tokens",
+        "Gist tokens after each image; they see image tokens only.",
+        changes_tensors=True,
+    ),
 )
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    setting.field: setting.choices for setting in SETTINGS if setting.choices
+    setting.field: tuple(setting.choices) for setting in SETTINGS if setting.choices
 }
 
+FIELDS: tuple[str, ...] = tuple(setting.field for setting in SETTINGS)
+
 # What a variant is made of; gist tokens go with any of them.
-DESIGN_FIELDS: tuple[str, ...] = tuple(setting.field for setting in SETTINGS if setting.field != "num_gist_tokens")
+DESIGN_FIELDS: tuple[str, ...] = tuple(name for name in FIELDS if name != "num_gist_tokens")
 
 
 @dataclass(frozen=True)
@@ -75,8 +164,8 @@ class Variant:
 
     Attributes:
         overrides: configuration fields that differ from the defaults of `CasaConfig`.
-        layers: maps the number of decoder blocks to `casa_layers`; None for all blocks.
         description: one line for tables and model cards.
+        layers: function from the indices of the blocks that can have a fusion layer to `casa_layers`; None for all.
     """
 
     overrides: dict[str, Any]
@@ -123,11 +212,11 @@ VARIANTS: dict[str, Variant] = {
 
 
 def unknown_value(value: object, choices: Iterable[object]) -> str:
-    """What to say of a value that isn't among the choices: the nearest one, if one is near, and all of them."""
+    """The end of an error message about a value that is none of the choices: the nearest one, if any, and all."""
     names = {str(choice): repr(choice) for choice in choices}
     near = get_close_matches(str(value), names, n=1)
     question = f"did you mean {names[near[0]]}? " if near else ""
     return f"{question}choose one of {', '.join(names.values())}."
 
 
-__all__ = ["CHOICES", "DESIGN_FIELDS", "SETTINGS", "VARIANTS", "Setting", "Variant", "unknown_value"]
+__all__ = ["CHOICES", "DESIGN_FIELDS", "FIELDS", "SETTINGS", "VARIANTS", "Setting", "Variant", "unknown_value"]

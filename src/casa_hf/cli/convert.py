@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..design_space import SETTINGS, VARIANTS
+from ..design_space import CHOICES, SETTINGS, VARIANTS
 from .options import checkpoint, dtype_option, one_of, wrong_value
 from .terminal import progress_bar, quiet_unless_terminal
 
@@ -34,6 +34,7 @@ def _setting(field: str) -> Any:
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -90,21 +91,13 @@ def convert(
         raise typer.BadParameter(
             f"{revision!r} is for a Hub id, but {source} is a local folder.", param_hint="--revision"
         )
-    design: dict[str, Any] = {
-        "casa_keys": keys,
-        "casa_layers": layers,
-        "casa_placement": placement,
-        "casa_image_updates": image_updates,
-        "casa_image_history": image_history,
-        "casa_video_history": video_history,
-        "casa_positions": positions,
-        "casa_image_positions": image_positions,
-        "casa_text_windows": text_windows,
-        "casa_share_projections": share_projections,
-        "casa_gate": gate,
-        "num_gist_tokens": gist_tokens,
+    # The parameters of the design are read here, all at once.
+    values = {setting.field: context.params[setting.parameter] for setting in SETTINGS}
+    design = {
+        name: None if value == "none" and None in CHOICES.get(name, ()) else value
+        for name, value in values.items()
+        if value is not None
     }
-    design = {name: value for name, value in design.items() if value is not None}
     given = {"--variant": variant, "--vision-from": vision_from, "--max-pixels": max_pixels}
     named = [_OPTIONS[field] for field in design] + [name for name, value in given.items() if value is not None]
     named += ["--with-code"] if with_code else []
@@ -112,8 +105,6 @@ def convert(
         raise typer.BadParameter(
             f"leave out {', '.join(named)}: the source's form has no design of CASA.", param_hint="--to-source"
         )
-    if gate == "none":
-        design["casa_gate"] = None
     quiet_unless_terminal()
     from ..checkpoint_files.destination import check_output
     from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
@@ -144,7 +135,7 @@ def convert(
         typer.echo(report.note)
         return
     typer.echo(
-        f"Wrote {report.output}: {report.config.variant or 'a design of its own'}, "
+        f"Wrote {report.output}: {report.config.variant or 'a custom design'}, "
         f"{report.source_parameters:,} parameters of the source and {report.added_parameters:,} new ones."
     )
     for name, start in report.initialised.items():

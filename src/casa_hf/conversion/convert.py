@@ -37,11 +37,12 @@ from ..checkpoint_files.names import (
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, Progress, StoredTensor, read_checkpoint, write_checkpoint
 from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
 from ..configuration_casa import CasaConfig
+from ..design_space import SETTINGS, Setting
 from ..folder_files import check_json
 from ..hub.card import Origin, license_files, model_card, origin_records, read_license, untrained_effect
 from ..hub.remote_code import add_code
 from ..processing_casa import CasaProcessor
-from .design import OPTIONS, resolve_design
+from .design import resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
 from .plan import ConversionPlan, kinds_of_dropped, make_plan
 from .source import load_processor, read_vision_config, stock_config
@@ -445,9 +446,9 @@ def _command(
     words = ["casa-hf", "convert", str(source), str(output)]
     if variant is not None:
         words += ["--variant", variant]
-    for name in OPTIONS:
-        if name in design:
-            words += _design_words(name, design[name])
+    for setting in SETTINGS:
+        if setting.field in design:
+            words += _design_words(setting, design[setting.field])
     for option, value in options.items():
         if value is not None:
             words += [f"--{option}", str(value)]
@@ -456,11 +457,10 @@ def _command(
     return shlex.join(words)
 
 
-def _design_words(name: str, value: Any) -> list[str]:
+def _design_words(setting: Setting, value: Any) -> list[str]:
     """The command line's option for a design field."""
-    option = {"num_gist_tokens": "gist-tokens"}.get(name, name.removeprefix("casa_").replace("_", "-"))
     if isinstance(value, bool):
-        return [f"--{option}" if value else f"--no-{option}"]
-    if name == "casa_layers" and not isinstance(value, str):
+        return [setting.option if value else setting.option.replace("--", "--no-", 1)]
+    if setting.field == "casa_layers" and not isinstance(value, str):
         value = "all" if value is None else ",".join(map(str, value))
-    return [f"--{option}", "none" if value is None else str(value)]
+    return [setting.option, "none" if value is None else str(value)]

@@ -9,9 +9,7 @@ from typing import Any
 
 from ..checkpoint_files.errors import ConversionError
 from ..configuration_casa import CasaConfig, variant_overrides
-from ..design_space import DESIGN_FIELDS
-
-OPTIONS = (*DESIGN_FIELDS, "num_gist_tokens")
+from ..design_space import FIELDS
 
 
 def resolve_design(
@@ -30,13 +28,13 @@ def resolve_design(
         ConversionError: for an unknown field, or blocks that can't be read.
         ValueError: for an unknown variant.
     """
-    unknown = [name for name in design if name not in OPTIONS]
+    unknown = [name for name in design if name not in FIELDS]
     if unknown:
-        raise ConversionError(f"{unknown[0]!r} is not a design option; choose from {', '.join(OPTIONS)}.")
+        raise ConversionError(f"{unknown[0]!r} is not a design option; choose from {', '.join(FIELDS)}.")
     if own is not None and variant is None:
-        fields = {name: getattr(own, name) for name in OPTIONS}
+        fields = {name: getattr(own, name) for name in FIELDS}
     else:
-        fields = {name: getattr(CasaConfig, name) for name in OPTIONS}
+        fields = {name: getattr(CasaConfig, name) for name in FIELDS}
         fields |= variant_overrides(variant or "casa", blocks)
     fields |= dict(design)
     if isinstance(fields["casa_layers"], str):

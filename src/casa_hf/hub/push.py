@@ -368,7 +368,7 @@ def push_checkpoint(
         repository,
         user,
         [*additions, *(CommitOperationDelete(name) for name in removed)],
-        message or f"CASA checkpoint ({checkpoint.config.variant or 'a design of its own'})",
+        message or f"CASA checkpoint ({checkpoint.config.variant or 'a custom design'})",
         revision,
         target.branch,
         info,
