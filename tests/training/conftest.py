@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A processor with small pictures, and checkpoints of further designs."""
+"""A processor with small images, and checkpoints of further designs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from casa_hf.training import CasaDataCollator, CasaTrainer, freeze, generate_answers, parameter_groups
-from casa_hf.training.recipe import _save
+from casa_hf.training.results import save_trained
 from tests.training.helpers import CONVERSATIONS, ask, load_model, load_processor
 
 # In each step of two processes the second one gets a conversation without images.
@@ -128,7 +128,7 @@ def save_sharded(model: Any, processor: Any, output: Path) -> None:
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2)
     trainer.is_fsdp_enabled = True
     assert "SHARDED_STATE_DICT" in str(state.fsdp_plugin.state_dict_type)
-    _save(trainer, output / "trained", output)
+    save_trained(trainer, output / "trained", output)
 
 
 def main(checkpoint: Path, output: Path, mode: str) -> None:

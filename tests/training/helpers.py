@@ -22,7 +22,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float64, seed: int = 1, 
 
 
 def load_processor(folder: Path, **kwargs: Any) -> CasaProcessor:
-    """The processor, with small pictures."""
+    """The processor, with small images."""
     return CasaProcessor.from_pretrained(folder, min_pixels=28**2, max_pixels=84**2, frame_max_pixels=56**2, **kwargs)
 
 

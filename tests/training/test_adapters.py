@@ -137,8 +137,8 @@ def sft_trainer(model, processor, folder, **options):
     )
 
 
-def marked_template():
-    """The template of Qwen2.5-VL with marks around answers, as TRL has it."""
+def template_of_answers():
+    """The template of Qwen2.5-VL with tags around answers, as TRL has it."""
     return pytest.importorskip("trl.chat_template_utils").qwen2_5_vl_training_chat_template
 
 
@@ -147,7 +147,7 @@ def marked_template():
 )
 def test_trl_and_the_collator_find_the_same_answers(casa_folder, tmp_path):
     processor = load_processor(casa_folder)
-    processor.chat_template = marked_template()
+    processor.chat_template = template_of_answers()
     model = load_model(casa_folder, torch.float32)
     freeze(model, "paper-qwen")
     trainer = sft_trainer(model, processor, tmp_path, assistant_only_loss=True)

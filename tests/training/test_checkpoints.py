@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints on the way: how many are kept, which a run goes on from, and what an interrupted run says."""
+"""Checkpoints of a run: how many are kept, which one it is resumed from, and what an interrupted run says."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def restate(folder, content):
 DAMAGES = {
     "trainer_state.json, which is written last": lambda folder: (folder / "trainer_state.json").unlink(),
     "trainer_state.json is damaged": lambda folder: cut(folder / "trainer_state.json"),
-    "model.safetensors is cut off": lambda folder: cut(folder / "model.safetensors"),
+    "model.safetensors is truncated": lambda folder: cut(folder / "model.safetensors"),
     "without weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "optimizer.pt is cut off": lambda folder: cut(folder / "optimizer.pt"),
-    "marked so by checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
-    "rng_state.pth is cut off": lambda folder: cut(folder / "rng_state.pth", size=0),
+    "optimizer.pt is truncated": lambda folder: cut(folder / "optimizer.pt"),
+    "with checkpoint-is-incomplete.txt": lambda folder: (folder / "checkpoint-is-incomplete.txt").touch(),
+    "rng_state.pth is truncated": lambda folder: cut(folder / "rng_state.pth", size=0),
     "optimizer.pt is damaged": lambda folder: spoil(folder / "optimizer.pt"),
     "scheduler.pt is damaged": lambda folder: spoil(folder / "scheduler.pt"),
     "rng_state.pth is damaged": lambda folder: spoil(folder / "rng_state.pth"),
@@ -142,7 +142,7 @@ def test_states_of_several_processes_have_other_names(finished, tmp_path, lost, 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_shards_of_fsdp(finished, tmp_path):
-    """As it writes model and optimizer; a file that is cut off, or metadata that are lost, are noticed."""
+    """As it writes model and optimizer; a file that is truncated, or metadata that are missing, are noticed."""
     for name in ("checkpoint-2", "checkpoint-3"):
         folder = shutil.copytree(finished / "checkpoints" / name, tmp_path / name)
         for file, shards in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "optimizer_0")):
@@ -153,15 +153,15 @@ def test_shards_of_fsdp(finished, tmp_path):
     assert last_checkpoint(tmp_path) == (folder, {})
     (shard,) = (folder / "optimizer_0").glob("*.distcp")
     for damage, fault in (
-        (lambda: cut(shard), f"is incomplete: {shard.name} is lost or cut off"),
-        (lambda: cut(shard.parent / ".metadata"), "has no usable .metadata beside it"),
+        (lambda: cut(shard), f"is incomplete: {shard.name} is missing or truncated"),
+        (lambda: cut(shard.parent / ".metadata"), "has no readable .metadata beside it"),
     ):
         damage()
         assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", {folder: f"{shard.name} {fault}"})
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_weights_alone_are_nothing_to_go_on_from(casa_folder, tmp_path, resume):
+def test_weights_alone_are_nothing_to_resume_from(casa_folder, tmp_path, resume):
     run = configuration(casa_folder, tmp_path, max_steps=2, save_only_model=True)
     train(TrainingConfig.from_dict(run))
     folder = tmp_path / "checkpoints" / "checkpoint-2"
@@ -183,8 +183,8 @@ def test_steps_are_compared_as_numbers_and_other_folders_passed_over(finished, t
     assert last_checkpoint(tmp_path / "nowhere") == (None, {})
 
 
-@pytest.mark.parametrize("fault", ["trainer_state.json, which is written last", "model.safetensors is cut off"])
-def test_a_run_goes_on_from_the_last_complete_checkpoint(casa_folder, finished, tmp_path, caplog, fault):
+@pytest.mark.parametrize("fault", ["trainer_state.json, which is written last", "model.safetensors is truncated"])
+def test_a_run_resumes_from_the_last_complete_checkpoint(casa_folder, finished, tmp_path, caplog, fault):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     DAMAGES[fault](tmp_path / "checkpoints" / "checkpoint-3")
     logs = []
@@ -192,7 +192,7 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(casa_folder, finished, 
     report = train(TrainingConfig.from_dict(run), logs.append)
     assert len([log for log in logs if "loss" in log]) == 1  # the third step alone
     (message,) = [record.getMessage() for record in caplog.records if "incomplete" in record.getMessage()]
-    assert "checkpoint-3 is incomplete" in message and "going on from checkpoint-2" in message
+    assert "checkpoint-3 is incomplete" in message and "resuming from checkpoint-2" in message
     expected, found = load_weights(finished / "trained"), load_weights(report.output)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -205,7 +205,7 @@ def test_an_incomplete_checkpoint_alone_means_the_start(casa_folder, finished, t
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         train(TrainingConfig.from_dict(run))
     report = train(TrainingConfig.from_dict({**run, "resume": True}))
-    assert "going on from the start" in caplog.text
+    assert "starting from scratch" in caplog.text
     expected, found = load_weights(finished / "trained"), load_weights(report.output)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -214,8 +214,8 @@ def test_what_an_interrupted_command_says_depends_on_what_is_there(finished, tmp
     def said(output, checkpoints, existed=False):
         return _interrupted(Path("run.yaml"), output, checkpoints, existed)
 
-    assert "The same command starts it anew" in said(tmp_path / "trained", tmp_path / "checkpoints")
-    assert f"goes on from {finished / 'checkpoints' / 'checkpoint-3'}." in said(
+    assert "The same command starts it from scratch" in said(tmp_path / "trained", tmp_path / "checkpoints")
+    assert f"continues from {finished / 'checkpoints' / 'checkpoint-3'}." in said(
         tmp_path / "trained", finished / "checkpoints"
     )
     assert f"saved in {finished / 'trained'}." in said(finished / "trained", finished / "checkpoints")
@@ -223,7 +223,7 @@ def test_what_an_interrupted_command_says_depends_on_what_is_there(finished, tmp
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["at its first checkpoint", "at its second"])
-def test_a_full_disk_leaves_what_a_run_can_go_on_from(casa_folder, finished, tmp_path, before):
+def test_a_full_disk_leaves_what_a_run_can_resume_from(casa_folder, finished, tmp_path, before):
     """No file may grow beyond a limit, from the log that comes before a checkpoint on."""
     run = configuration(casa_folder, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -306,13 +306,13 @@ def test_a_run_that_is_told_to_end_is_no_finished_one(casa_folder, tmp_path, mon
     finally:
         signal.signal(signal.SIGTERM, before)
     last, skipped = last_checkpoint(tmp_path / "checkpoints")
-    assert last is not None and not skipped and str(stopped.value).endswith(f" to go on from {last}.")
+    assert last is not None and not skipped and str(stopped.value).endswith(f" to continue from {last}.")
     assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_an_interrupted_command_says_how_to_go_on(casa_folder, tmp_path):
+def test_an_interrupted_command_says_how_to_resume(casa_folder, tmp_path):
     file, checkpoints = tmp_path / "run.yaml", tmp_path / "checkpoints"
     file.write_text(yaml.safe_dump(configuration(casa_folder, tmp_path, max_steps=10_000)))
     command = [sys.executable, "-m", "casa_hf", "train", str(file)]
@@ -337,4 +337,4 @@ def test_an_interrupted_command_says_how_to_go_on(casa_folder, tmp_path):
         said = errors.read().splitlines()[-1]
     last, _ = last_checkpoint(checkpoints)
     assert last is not None
-    assert said == f"error: The training was interrupted. `casa-hf train {file} --resume` goes on from {last}."
+    assert said == f"error: The training was interrupted. `casa-hf train {file} --resume` continues from {last}."

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Sources of conversations: mixtures, data sets by name, and errors that say which example is meant."""
+"""Datasets of conversations: mixtures, datasets by name, and errors that say which example is meant."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answers(examples):
 
 
 @pytest.fixture
-def sources(tmp_path):
+def files(tmp_path):
     images = write(tmp_path / "images" / "train.jsonl", [f"image {index}" for index in range(70)])
     videos = write(tmp_path / "videos" / "train.jsonl", [f"video {index}" for index in range(9)])
     return images, videos
@@ -53,13 +53,13 @@ def sources(tmp_path):
 # ---------------------------------------------------------------- mixtures
 
 
-def test_weights_are_shares_of_the_conversations_and_none_is_left_out(sources):
-    images, videos = sources
+def test_weights_are_shares_of_the_conversations_and_none_is_left_out(files):
+    images, videos = files
     data = [{"path": images, "weight": 3}, {"path": videos, "weight": 1}]
     found = Counter(answers(load_mixture(data)))
     # 70 are three quarters of 93 1/3; of 94, three quarters are 70.5.
-    by_source = Counter(answer.split()[0] for answer in found.elements())
-    assert sum(by_source.values()) == 94 and by_source["image"] in (70, 71)
+    by_kind = Counter(answer.split()[0] for answer in found.elements())
+    assert sum(by_kind.values()) == 94 and by_kind["image"] in (70, 71)
     assert {count for answer, count in found.items() if "video" in answer} <= {2, 3}  # 23 or 24 of 9
     assert len(found) == 79
     swapped = Counter(answers(load_mixture([{"path": images, "weight": 0.1}, {"path": videos, "weight": 0.9}])))
@@ -83,15 +83,15 @@ def test_numbers_of_conversations(sizes, weights, expected):
     assert shares(sizes, weights) == expected
 
 
-def test_the_order_is_the_seed_s(sources):
-    data = [{"path": path, "weight": weight} for path, weight in zip(sources, (3, 1), strict=True)]
+def test_the_order_is_the_seed_s(files):
+    data = [{"path": path, "weight": weight} for path, weight in zip(files, (3, 1), strict=True)]
     first = answers(load_mixture(data, seed=5))
     assert first == answers(load_mixture(data, seed=5)) != answers(load_mixture(data, seed=6))
     kinds = "".join(answer[0] for answer in first)
     assert "iiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii" not in kinds and "vvvvvvvvvvv" not in kinds
-    one = answers(load_mixture(sources[0], seed=5))
+    one = answers(load_mixture(files[0], seed=5))
     assert sorted(one) == sorted(f"image {index}" for index in range(70)) and one != sorted(one)
-    both = Counter(answers(load_mixture(list(sources))))
+    both = Counter(answers(load_mixture(list(files))))
     assert both.keys() == set(first) and set(both.values()) == {1}
 
 
@@ -148,12 +148,12 @@ def test_mixtures_that_say_nothing_are_refused(data, words):
     assert all(word in str(refused.value) for word in words)
 
 
-def test_a_share_of_nothing_is_refused(sources, tmp_path):
+def test_a_share_of_nothing_is_refused(files, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     empty = str(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match=r"empty\.jsonl has no conversations"):
-        load_mixture([{"path": sources[0], "weight": 1}, {"path": empty, "weight": 1}])
-    assert len(load_mixture([sources[0], empty])) == 70
+    with pytest.raises(ValueError, match=r"empty\.jsonl has a weight but no conversations"):
+        load_mixture([{"path": files[0], "weight": 1}, {"path": empty, "weight": 1}])
+    assert len(load_mixture([files[0], empty])) == 70
 
 
 def test_no_conversations_at_all_are_not_too_long_ones(processor, tmp_path):
@@ -162,25 +162,25 @@ def test_no_conversations_at_all_are_not_too_long_ones(processor, tmp_path):
         PackedDataset(load_mixture(str(tmp_path)), processor)
 
 
-def test_a_split_of_what_is_read_whole_is_refused(sources, tmp_path):
-    """Given by the source or for all of them; the default of an evaluation isn't given."""
-    file, folder = sources[0], str(tmp_path / "videos")
+def test_a_split_of_what_is_read_whole_is_refused(files, tmp_path):
+    """Given for one dataset or for all of them; the default of an evaluation isn't given."""
+    file, folder = files[0], str(tmp_path / "videos")
     for path, kind in ((file, "a file"), (folder, "a folder without a name")):
-        words = f"split='test' is that of a data set, but {path} is {kind}"
+        words = f"split='test' is for datasets with splits, but {path} is {kind}"
         with pytest.raises(ValueError, match=words):
             load_conversations(path, "test")
         with pytest.raises(ValueError, match=words):
-            load_mixture([sources[1], {"path": path, "split": "test"}])
-    with pytest.raises(ValueError, match="The split 'test' is for data sets that don't name their own"):
+            load_mixture([files[1], {"path": path, "split": "test"}])
+    with pytest.raises(ValueError, match="The split 'test' is for datasets that don't name their own"):
         load_mixture([file, folder], "test")
     assert len(load_mixture([file, folder], default_split="validation")) == 79
 
 
-# ---------------------------------------------------------------- data sets by name
+# ---------------------------------------------------------------- datasets by name
 
 
 @pytest.fixture
-def data_set(tmp_path):
+def dataset(tmp_path):
     """A folder as it would be on the Hub: two configurations with two splits each."""
     pytest.importorskip("datasets")
     folder = tmp_path / "me" / "data-v1.5"
@@ -196,37 +196,37 @@ def data_set(tmp_path):
     return folder
 
 
-def test_a_data_set_is_read_by_its_configuration_and_split(data_set):
-    found = load_conversations(data_set, "test", "photos")
+def test_a_dataset_is_read_by_its_configuration_and_split(dataset):
+    found = load_conversations(dataset, "test", "photos")
     assert answers(found) == [f"photos test {index}" for index in range(4)]
-    assert found[0]["images"] == [str(data_set / "p" / "cat.jpg")]
-    assert answers(load_conversations(data_set, "train[:2]", name="charts")) == ["charts train 0", "charts train 1"]
+    assert found[0]["images"] == [str(dataset / "p" / "cat.jpg")]
+    assert answers(load_conversations(dataset, "train[:2]", name="charts")) == ["charts train 0", "charts train 1"]
     mixed = load_mixture(
         [
-            {"path": str(data_set), "name": "photos", "split": "test[:1]", "weight": 1},
-            {"path": str(data_set), "name": "charts", "weight": 4},
+            {"path": str(dataset), "name": "photos", "split": "test[:1]", "weight": 1},
+            {"path": str(dataset), "name": "charts", "weight": 4},
         ]
     )
     assert sorted(answers(mixed)) == [*(f"charts train {index}" for index in range(4)), "photos test 0"]
-    charts = {"path": str(data_set), "name": "charts"}
+    charts = {"path": str(dataset), "name": "charts"}
     for options in ({"split": "test"}, {"default_split": "test"}):
         assert sorted(answers(load_mixture(charts, **options))) == [f"charts test {index}" for index in range(4)]
-    with pytest.raises(ValueError, match="no source is one"):
+    with pytest.raises(ValueError, match="but there are none"):
         load_mixture({**charts, "split": "train"}, "test")
     for options in ({"name": "maps"}, {"name": "photos", "split": "validation"}):
         with pytest.raises(ValueError, match=r"can't be read with name=.*"):
-            load_conversations(data_set, **options)
+            load_conversations(dataset, **options)
     with pytest.raises(ValueError, match=r"name='photos'.*is a file"):
-        load_conversations(data_set / "photos" / "test.jsonl", name="photos")
+        load_conversations(dataset / "photos" / "test.jsonl", name="photos")
 
 
 def test_a_hub_id_may_have_a_full_stop(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"The data set 'me/data-v1\.5' can't be read with name='maps'"):
+    with pytest.raises(ValueError, match=r"The dataset 'me/data-v1\.5' can't be read with name='maps'"):
         load_conversations("me/data-v1.5", name="maps")
     for name in ("me/data.jsonl", "me/data.csv", "data", "a/b/c", "../nowhere", "me/da ta"):
-        with pytest.raises(ValueError, match="no file or folder"):
+        with pytest.raises(ValueError, match="not a file, a folder or a Hub id"):
             load_conversations(name)
 
 
@@ -238,7 +238,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:4000])
 
 
-def test_a_missing_picture_is_named_before_training_starts(processor, tmp_path):
+def test_a_missing_image_is_named_before_training_starts(processor, tmp_path):
     file = write(tmp_path / "train.jsonl", ["a", "b"], "cat.jpg")
     write(tmp_path / "more.jsonl", ["c"], "photos/nowhere.jpg")
     shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
@@ -250,7 +250,7 @@ def test_a_missing_picture_is_named_before_training_starts(processor, tmp_path):
     assert "padding" not in message
 
 
-def test_a_truncated_picture_is_named_when_it_is_used(processor, tmp_path):
+def test_a_truncated_image_is_named_when_it_is_used(processor, tmp_path):
     """By its example, also where it has no file of its own."""
     file = write(tmp_path / "train.jsonl", ["a", "b"], "cat.jpg")
     truncate(tmp_path / "cat.jpg")
@@ -273,8 +273,8 @@ def test_an_unusable_conversation_is_named(processor, tmp_path):
         PackedDataset(load_conversations(tmp_path), processor)
 
 
-def test_pictures_in_tables_are_not_decoded_for_the_plan(processor, tmp_path):
-    """A truncated one is found when it is used: in a column, in lists, in parts of messages, in a data set."""
+def test_images_in_tables_are_not_decoded_for_the_plan(processor, tmp_path):
+    """A truncated one is found when it is used: in a column, in lists, in parts of messages, in a dataset."""
     datasets = pytest.importorskip("datasets")
     truncate(tmp_path / "cut.jpg")
     cut = {"bytes": (tmp_path / "cut.jpg").read_bytes(), "path": None}
@@ -321,7 +321,7 @@ def test_videos_in_tables_are_their_files(casa_folder, tmp_path, is_embedded):
 @pytest.mark.parametrize("place", ["videos", "video", "part"])
 @pytest.mark.parametrize("is_embedded", [False, True])
 def test_frames_in_tables(casa_folder, tmp_path, is_embedded, place):
-    """Of a video that is the list of its frames, each a picture of the table, in a column or in a part."""
+    """Of a video that is the list of its frames, each an image of the table, in a column or in a part."""
     datasets = pytest.importorskip("datasets")
     import pyarrow.parquet
 
@@ -331,8 +331,8 @@ def test_frames_in_tables(casa_folder, tmp_path, is_embedded, place):
     for name in names:
         shutil.copy(PHOTOGRAPHS / Path(name).name, tmp_path / name)
     frames = [{"bytes": (tmp_path / n).read_bytes(), "path": "lost.jpg"} if is_embedded else n for n in names]
-    pictures = [Image.open(tmp_path / name) for name in names]
-    expected = CasaDataCollator(processor)([{**ask("q", "a"), "videos": [pictures]}])
+    images = [Image.open(tmp_path / name) for name in names]
+    expected = CasaDataCollator(processor)([{**ask("q", "a"), "videos": [images]}])
     text, clip = datasets.Value("string"), datasets.List(datasets.Image())
     parts = datasets.List({"type": text, "text": text, "video": clip})
     features = {"messages": datasets.List({"role": text, "content": parts})}
@@ -366,8 +366,8 @@ def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path):
     file = write(tmp_path / "train.jsonl", ["a"], "cat.jpg")
     shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
     planned = PackedDataset(load_conversations(file), processor)
-    processor.chat_template = "{{ raise_exception('No pictures here') }}"
-    named = r"Example 0 \(.*train\.jsonl, line 1\): TemplateError: No pictures here"
+    processor.chat_template = "{{ raise_exception('No images here') }}"
+    named = r"Example 0 \(.*train\.jsonl, line 1\): TemplateError: No images here"
     with pytest.raises(ValueError, match=named):
         PackedDataset(load_mixture(file), processor)
     with pytest.raises(ValueError, match=named):

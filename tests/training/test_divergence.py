@@ -98,7 +98,7 @@ def test_an_evaluation_that_is_not_finite_ends_a_run(casa_folder, processor, tmp
     assert_stopped(run, tmp_path, "The loss of the evaluation is not finite", 4, tmp_path / "checkpoint-2")
 
 
-def test_a_checkpoint_with_weights_that_are_not_finite_is_no_checkpoint_to_go_on_from(
+def test_a_checkpoint_with_weights_that_are_not_finite_is_no_checkpoint_to_resume_from(
     casa_folder, processor, tmp_path, caplog
 ):
     from safetensors.torch import load_file, save_file
@@ -114,4 +114,4 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_no_checkpoint_to_go_on
     assert last_checkpoint(Path(tmp_path), reads_all=False) == (tmp_path / "checkpoint-4", {})
     again = trainer(casa_folder, processor, tmp_path, max_steps=5, save_total_limit=2)
     assert again.train(resume_from_checkpoint=True).global_step == 5
-    assert "checkpoint-4 is incomplete" in caplog.text and "going on from checkpoint-2" in caplog.text
+    assert "checkpoint-4 is incomplete" in caplog.text and "resuming from checkpoint-2" in caplog.text

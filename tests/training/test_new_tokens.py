@@ -29,7 +29,7 @@ GISTS = 3
 
 @pytest.fixture(scope="module")
 def folders(source_folder, tmp_path_factory):
-    """Checkpoints with new tokens: tied and untied heads, and a text-only source with a mark of its own."""
+    """Checkpoints with new tokens: tied and untied heads, and a text-only source with a placeholder of its own."""
     folder = tmp_path_factory.mktemp("gists")
     tied = build_tiny_source(folder / "tied", tie_word_embeddings=True)
     helium = build_tiny_helium(folder / "helium")
@@ -71,7 +71,7 @@ def test_new_rows_learn_and_all_others_stay(folders, kind, recipe):
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 1e-2, weight_decay=0.1))
     collator = CasaDataCollator(processor)
     for _ in range(2):
-        for example in (CONVERSATIONS[2], CONVERSATIONS[1]):  # accumulated; the second has no picture
+        for example in (CONVERSATIONS[2], CONVERSATIONS[1]):  # accumulated; the second has no image
             model(**collator([example])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_whole_matrix(folders, kind):
     assert len({tuple(row) for row in found[ROWS].tolist()}) == len(ids)
 
 
-def test_a_batch_without_pictures_gives_gradients_of_zeros(folders):
+def test_a_batch_without_images_gives_gradients_of_zeros(folders):
     model = load_model(folders["untied"])
     freeze(model, "paper-qwen")
     batch = CasaDataCollator(load_processor(folders["untied"]), always_image=False)(CONVERSATIONS[1:2])

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cli, convert_checkpoint
 from casa_hf.training import TrainingConfig, load_conversations, train
-from casa_hf.training.arguments import lora_arguments, training_arguments
-from casa_hf.training.data import Source
+from casa_hf.training.adapters import lora_arguments
+from casa_hf.training.arguments import training_arguments
+from casa_hf.training.data import DatasetEntry
 from casa_hf.training.samples import encode
 from examples.tiny_source import build_tiny_helium
 from tests.command_line import Cli
@@ -197,14 +198,14 @@ def test_adapters(settings, casa_folder):
 
 def test_adapters_of_fusion_layers_that_have_no_projections(settings, converted):
     with pytest.raises(
-        ValueError, match=r"target_modules='fusion' names no layer.*variant casa-shared.*self-attention"
+        ValueError, match=r"target_modules='fusion' matches no layer.*variant casa-shared.*self-attention"
     ):
         train(TrainingConfig.from_dict({**settings, "model": str(converted("casa-shared")), "lora": {"r": 2}}))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 @pytest.mark.parametrize("variant", ["casa-replace", "casa-before"])
-def test_adapters_of_other_variants_and_going_on(settings, converted, tmp_path, variant):
+def test_adapters_of_other_variants_and_resuming(settings, converted, tmp_path, variant):
     """Adapters of a broken run end as those of an unbroken one; all of them have learned."""
     pytest.importorskip("peft")
     saving = {"save_steps": 2}
@@ -241,7 +242,7 @@ def test_what_nobody_has_trained_trains_beside_adapters(settings, source_folder,
     assert (after[table] != start[table]).any(-1).nonzero().flatten().tolist() == [token]
 
 
-def test_a_broken_run_goes_on_and_ends_as_an_unbroken_one(settings, tmp_path):
+def test_a_broken_run_is_resumed_and_ends_as_an_unbroken_one(settings, tmp_path):
     saving = {"save_steps": 2}
     run = {
         **settings,
@@ -340,7 +341,7 @@ def test_a_terminal_has_a_bar_with_steps_and_time_left(settings, tmp_path, monke
     assert outcome.code == 0 and "\r" not in outcome.err and "2/2" not in outcome.err
 
 
-def test_a_run_goes_on_with_the_settings_it_began_with(settings, casa_folder, tmp_path):
+def test_a_run_is_resumed_with_the_settings_it_began_with(settings, casa_folder, tmp_path):
     saving = {"save_steps": 1}
     run = {**settings, "checkpoints": str(tmp_path / "c"), **saving}
     train(TrainingConfig.from_dict(run))
@@ -412,12 +413,12 @@ def test_the_command(settings, tmp_path, capsys):
         ({"max_grad_nrom": 1}, ["'max_grad_nrom'", "'max_grad_norm'"]),
         ({"warmup": 0.1}, ["'warmup'", "'warmup_steps'"]),
         ({"trainer": {"save_steps": 1}}, ["'trainer'", "beside the other settings"]),
-        ({"model": None}, ["doesn't say model"]),
+        ({"model": None}, ["has no model"]),
         ({"max_steps": 0}, ["max_steps=0", "positive"]),
         ({"lr_new": "fast"}, ["lr_new='fast' must be a number."]),
         ({"lr_new": True}, ["lr_new=True must be a number."]),
         ({"lr_new": "-1e-4"}, ["lr_new=-0.0001 must be a positive number."]),
-        ({"num_train_epochs": 1}, ["max_steps=2 and num_train_epochs=1"]),
+        ({"num_train_epochs": 1}, ["max_steps=2 and num_train_epochs=1 contradict"]),
         ({"warmup_steps": 0.6, "decay_steps": 0.6}, ["warmup_steps=0.6 and decay_steps=0.6", "2 steps"]),
         ({"warmup_steps": 2, "decay_steps": 1}, ["warmup_steps=2 and decay_steps=1"]),
         ({"warmup_steps": -1}, ["warmup_steps=-1", "share"]),
@@ -429,29 +430,32 @@ def test_the_command(settings, tmp_path, capsys):
         ({"lora": {"r": 2}, "trainable": "fusion-only"}, ["trainable"]),
         ({"lora": {"rank": 2}}, ["lora.rank"]),
         ({"lora": {"target_modules": "fuson"}}, ["lora.target_modules='fuson'", "fusion or self-attention"]),
-        ({"lora": {"target_modules": ["k_prj"]}}, ["lora.target_modules=['k_prj']", "list of their last parts"]),
-        ({"lora": {"target_modules": ".*(q_proj"}}, ["lora.target_modules='.*(q_proj'", "no regular expression"]),
+        ({"lora": {"target_modules": ["k_prj"]}}, ["lora.target_modules=['k_prj']", "list of the last parts"]),
+        (
+            {"lora": {"target_modules": ".*(q_proj"}},
+            ["lora.target_modules='.*(q_proj'", "not a valid regular expression"],
+        ),
         ({"lora": {"r": "two"}}, ["lora.r='two'", "an integer"]),
         ({"save_steps": "abc"}, ["save_steps='abc' must be a number."]),
         ({"save_total_limit": 2.5}, ["save_total_limit=2.5 must be an integer."]),
         ({"save_total_limit": "2.5"}, ["save_total_limit='2.5' must be an integer."]),
         ({"use_cpu": "maybe"}, ["use_cpu='maybe' must be true or false."]),
-        ({"optim": "adamx"}, ["optim='adamx' isn't possible", "adamw_torch"]),
-        ({"logging_steps": 0}, ["logging_steps=0 isn't possible", "non-zero"]),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, ["load_best_model_at_end=True isn't possible"]),
+        ({"optim": "adamx"}, ["adamx is not a valid", "adamw_torch"]),
+        ({"logging_steps": 0}, ["non-zero --logging_steps"]),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, ["load_best_model_at_end requires"]),
         ({"report_to": "tensorbord"}, ["report_to='tensorbord' is unknown", "'tensorboard'"]),
-        ({"output": ""}, ["output=''", "names no folder"]),
-        ({"output": "."}, ["output='.'", "names no folder"]),
-        ({"output": "a/.."}, ["output='a/..'", "names no folder"]),
+        ({"output": ""}, ["output=''", "not the path of a folder"]),
+        ({"output": "."}, ["output='.'", "not the path of a folder"]),
+        ({"output": "a/.."}, ["output='a/..'", "not the path of a folder"]),
         ({"output": 7}, ["output=7 must be a string."]),
-        ({"learning_rate": 1e-2}, ["learning_rate follows from lr_new and lr_existing;"]),
-        ({"output_dir": "elsewhere"}, ["output_dir follows from output"]),
+        ({"learning_rate": 1e-2}, ["learning_rate can't be set", "follows from lr_new and lr_existing;"]),
+        ({"output_dir": "elsewhere"}, ["output_dir can't be set", "follows from output"]),
         ({"gradient_accumulation_steps": 4}, ["follows from sequences_per_update;"]),
-        ({"resume_from_checkpoint": "c"}, ["resume_from_checkpoint follows from resume;"]),
+        ({"resume_from_checkpoint": "c"}, ["resume_from_checkpoint", "follows from resume;"]),
         ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size=0"]),
         ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "packed"]),
-        ({"generate": {"num_return_sequences": 2, "num_beams": 2}}, ["one answer each", "num_return_sequences"]),
-        ({"generate": {"return_dict_in_generate": True}}, ["one answer each", "return_dict_in_generate"]),
+        ({"generate": {"num_return_sequences": 2, "num_beams": 2}}, ["more than one answer", "num_return_sequences"]),
+        ({"generate": {"return_dict_in_generate": True}}, ["more than one answer", "return_dict_in_generate"]),
         ({"generate": {"max_new_token": 3}}, ["generate.max_new_token ", "'max_new_tokens'"]),
         ({"generate": {"max_new_tokens": "three"}}, ["generate.max_new_tokens='three'", "an integer"]),
         ({"generate": {"max_new_tokens": 0}}, ["generate.max_new_tokens=0", "positive integer"]),
@@ -467,15 +471,15 @@ def test_the_command(settings, tmp_path, capsys):
         ({"data": [{"path": "a", "weight": "much"}]}, ["weight of a='much'", "a number"]),
         ({"resume": True, "save_only_model": True}, ["resume", "save_only_model"]),
         ({"resume": "perhaps"}, ["resume='perhaps'", "true or false"]),
-        ({"per_device_train_batch_size": 3}, ["sequences_per_update=2", "3 sequences"]),
+        ({"per_device_train_batch_size": 3}, ["sequences_per_update=2", "multiple of 3", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
         ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
         ({"trainable": 3}, ["trainable=3", "a string or a list"]),
-        ({"trainable": ["casa_attn", 3]}, ["trainable[1]=3", "a string"]),
+        ({"trainable": ["casa_attn", 3]}, ["trainable=['casa_attn', 3]", "a list of strings"]),
         ({"trainable": []}, ["trainable=[]"]),
-        ({"push_to_hub": True}, ["push_to_hub", "no token", "hf auth login"]),
+        ({"push_to_hub": True}, ["push_to_hub needs a token", "hf auth login"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
@@ -572,7 +576,7 @@ generate: {max_new_tokens: "3", temperature: "0.5", do_sample: "yes"}
     assert (arguments.save_steps, arguments.adam_beta2, arguments.use_cpu) == (0.5, 0.9, True)
     assert lora_arguments(config.lora) == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "use_rslora": True}
     data = [{"path": "a", "weight": "3"}, {"path": "b", "weight": "1e-1"}]
-    assert [Source.of(source).weight for source in data] == [3, 0.1]
+    assert [DatasetEntry.of(each).weight for each in data] == [3, 0.1]
 
 
 def test_numbers_in_yaml(tmp_path, settings):
@@ -615,8 +619,8 @@ def test_every_kind_of_file_gives_the_same(data, processor, tmp_path):
     embedded = embedded.cast_column("images", datasets.List(datasets.Image()))
     (tmp_path / "embedded").mkdir()
     embedded.to_parquet(tmp_path / "embedded" / "images.parquet")
-    for source in (data / "train.jsonl", tmp_path / "paths.parquet", tmp_path, tmp_path / "embedded"):
-        conversations = load_conversations(source)
+    for path in (data / "train.jsonl", tmp_path / "paths.parquet", tmp_path, tmp_path / "embedded"):
+        conversations = load_conversations(path)
         for index, example in enumerate(CONVERSATIONS):
             expected, found = encode(processor, example), encode(processor, conversations[index])
             assert torch.equal(found.labels, expected.labels)

@@ -33,7 +33,7 @@ def test_words_of_an_answer_that_the_question_has_too_are_told_apart(processor):
     assert (sample.labels[-2:] == torch.tensor([sample.input_ids[-2], -100])).all()
 
 
-def test_image_marks_in_an_answer_are_not_trained_on(converted):
+def test_image_placeholders_in_an_answer_are_not_trained_on(converted):
     processor = load_processor(converted("casa", num_gist_tokens=2))
     example = ask("Show me a cat.", "")
     example["messages"][1]["content"] = [
@@ -66,10 +66,10 @@ def test_measured_without_pixels(processor, index):
 
 
 @pytest.mark.parametrize("shape", [(500, 40), (40, 500), (84, 84), (30, 29)])
-def test_measured_for_pictures_of_any_form(processor, shape, tmp_path):
-    Image.new("RGB", shape, "red").save(tmp_path / "picture.png")
-    for picture in (Image.new("RGB", shape), str(tmp_path / "picture.png")):
-        example = {**ask("What?", "Red."), "images": [picture]}
+def test_measured_for_images_of_any_form(processor, shape, tmp_path):
+    Image.new("RGB", shape, "red").save(tmp_path / "image.png")
+    for image in (Image.new("RGB", shape), str(tmp_path / "image.png")):
+        example = {**ask("What?", "Red."), "images": [image]}
         sample = encode(processor, example)
         assert measure(processor, example) == size(sample) and sample.num_image_tokens > 0
 
@@ -82,7 +82,7 @@ def test_measured_for_the_frames_of_a_clip(processor):
     assert measure(processor, example) == size(sample)
 
 
-def test_stored_pictures_are_turned_upright_like_files(processor, tmp_path):
+def test_stored_images_are_turned_upright_like_files(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.open(PHOTOGRAPHS / "cat.jpg").resize((60, 200)).save(tmp_path / "cat.png", exif=exif)
@@ -107,8 +107,8 @@ def test_forms_of_one_conversation_give_the_same(processor):
         {"messages": [{"role": "user", "content": "What is this?"}, answer], "image": Image.open(path)},
         {"messages": [{"role": "user", "content": "What is this?"}, answer], "images": [stored]},
     ]
-    for source in ({"image": path}, {"path": path}, {"image_url": {"url": path}, "type": "image_url"}):
-        parts = [{"type": "image", **source}, {"type": "text", "text": "What is this?"}]
+    for holder in ({"image": path}, {"path": path}, {"image_url": {"url": path}, "type": "image_url"}):
+        parts = [{"type": "image", **holder}, {"type": "text", "text": "What is this?"}]
         forms.append({"messages": [{"role": "user", "content": parts}, answer]})
     # As a table stores them, each part with the fields of all others.
     parts = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "What is this?", "image": None}]
@@ -119,13 +119,13 @@ def test_forms_of_one_conversation_give_the_same(processor):
         assert torch.equal(sample.pixel_values, expected.pixel_values)
 
 
-def marked(text, *images):
+def with_images(text, *images):
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
     return {"messages": messages, "images": images}
 
 
-def test_marks_in_texts_place_the_images(processor):
-    """As LLaVA's data have them; the text is what is said, without marks and the breaks that set them off."""
+def test_placeholders_in_texts_place_the_images(processor):
+    """As LLaVA's data have them; the text is what is said, without placeholders and the breaks that set them off."""
     cat, coffee = str(PHOTOGRAPHS / "cat.jpg"), str(PHOTOGRAPHS / "coffee.jpg")
     image, said = {"type": "image"}, lambda text: {"type": "text", "text": text}
     for text, parts in (
@@ -134,11 +134,11 @@ def test_marks_in_texts_place_the_images(processor):
         ("<image>", [image]),
         ("Is <image> one?", [said("Is "), image, said(" one?")]),
     ):
-        dialogue = Dialogue.of(marked(text, cat))
+        dialogue = Dialogue.of(with_images(text, cat))
         assert dialogue.messages[0]["content"] == parts and dialogue.images == [cat]
-    two = Dialogue.of(marked("<image>\n<image>\nFirst\nand second?", cat, coffee))
+    two = Dialogue.of(with_images("<image>\n<image>\nFirst\nand second?", cat, coffee))
     assert two.messages[0]["content"] == [image, image, said("First\nand second?")]
-    sample = encode(processor, marked("<image>\nWhat is this?", cat))
+    sample = encode(processor, with_images("<image>\nWhat is this?", cat))
     assert torch.equal(sample.input_ids, encode(processor, ask("What is this?", "A cat.", "cat")).input_ids)
 
     later = {
@@ -158,8 +158,8 @@ def test_marks_in_texts_place_the_images(processor):
     assert later["messages"][2]["content"] == "This one: <image>"
 
 
-def test_marks_are_text_where_parts_or_nothing_are_images(processor):
-    assert Dialogue.of(marked("What does <image> do in SVG?")).messages[0]["content"] == [
+def test_placeholders_are_text_where_parts_or_nothing_are_images(processor):
+    assert Dialogue.of(with_images("What does <image> do in SVG?")).messages[0]["content"] == [
         {"type": "text", "text": "What does <image> do in SVG?"}
     ]
     shown = ask("What does <image> do?", "It shows this.", "cat")
@@ -168,7 +168,7 @@ def test_marks_are_text_where_parts_or_nothing_are_images(processor):
 
 def test_one_image_beside_an_empty_list_is_used():
     path = str(PHOTOGRAPHS / "cat.jpg")
-    example = {**marked("What?"), "images": [], "image": path, "videos": None}
+    example = {**with_images("What?"), "images": [], "image": path, "videos": None}
     assert Dialogue.of(example).images == [path]
 
 
@@ -194,9 +194,9 @@ def test_the_question_of_a_conversation():
         ({**ask("x", "y", "cat"), "images": []}, ["0 images", "more parts"]),
         ({**ask("x", "y", "cat"), "images": ["a.jpg", "b.jpg"]}, ["2 images", "only 1"]),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, ["audio", "image or video"]),
-        (marked("<image>\n<image>\nx", "a.jpg"), ["1 images", "2 marks <image>", "parts"]),
-        (marked("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 marks <image>"]),
-        ({**marked("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
+        (with_images("<image>\n<image>\nx", "a.jpg"), ["1 images", "2 placeholders <image>", "parts"]),
+        (with_images("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 placeholders <image>"]),
+        ({**with_images("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
         ({"messages": ["x"]}, ["'x'", "role"]),
         (
             {
@@ -211,11 +211,14 @@ def test_the_question_of_a_conversation():
         ({"messages": [{"role": "user", "content": 3}]}, ["3", "parts"]),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, ["'hi'", "mapping"]),
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, ["['text']", "image or video"]),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ["None", "expected a text"]),
-        ({**ask("x", "y", "cat"), "messages": [{"role": "user", "content": [{"text": 3}]}]}, ["3", "expected a text"]),
-        ({**marked("x"), "images": 3}, ["`images`", "3", "list"]),
-        ({**marked("x"), "images": "a.jpg"}, ["`images`", "'a.jpg'", "list"]),
-        ({**marked("x"), "videos": {"path": "a.mp4"}}, ["`videos`", "a.mp4", "list"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ["None", "expected a string"]),
+        (
+            {**ask("x", "y", "cat"), "messages": [{"role": "user", "content": [{"text": 3}]}]},
+            ["3", "expected a string"],
+        ),
+        ({**with_images("x"), "images": 3}, ["`images`", "3", "list"]),
+        ({**with_images("x"), "images": "a.jpg"}, ["`images`", "'a.jpg'", "list"]),
+        ({**with_images("x"), "videos": {"path": "a.mp4"}}, ["`videos`", "a.mp4", "list"]),
     ],
 )
 def test_unusable_conversations_are_refused(example, words):
@@ -227,5 +230,5 @@ def test_unusable_conversations_are_refused(example, words):
 def test_a_template_that_rewrites_earlier_turns_is_refused(casa_folder):
     processor = CasaProcessor.from_pretrained(casa_folder)
     processor.chat_template = "{% for m in messages %}{{ m.role if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(ValueError, match="turn 1"):
+    with pytest.raises(ValueError, match="message 1"):
         encode(processor, CONVERSATIONS[3])

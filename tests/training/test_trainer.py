@@ -45,7 +45,7 @@ def fusion_model(folder, dtype=torch.float32):
     return model
 
 
-def test_answers_are_about_pictures_as_the_collator_makes_them(casa_folder, tmp_path):
+def test_answers_are_about_images_as_the_collator_makes_them(casa_folder, tmp_path):
     """A run's limits hold in its evaluation, whatever processor is saved."""
     small, large = (CasaProcessor.from_pretrained(casa_folder, max_pixels=edge**2) for edge in (56, 168))
     model, given = load_model(casa_folder, torch.float32), {"max_new_tokens": 12, "do_sample": False}
@@ -220,7 +220,7 @@ def test_a_finished_run_takes_no_further_step(casa_folder, processor, tmp_path, 
     assert "has 3 of 3 steps, so this run is finished" in caplog.text
     assert not any("loss" in entry for entry in second.state.log_history[3:])
     assert all(torch.equal(weights(second.model)[name], value) for name, value in weights(first.model).items())
-    second.train()  # anew, from where it is
+    second.train()  # again, from where it is
     assert not all(torch.equal(weights(second.model)[name], value) for name, value in weights(first.model).items())
 
 
@@ -360,7 +360,7 @@ def test_an_iterable_with_a_length_is_evaluated_as_its_list_is(casa_folder, proc
         return metrics["eval_answers"], metrics["eval_loss"]
 
     assert evaluated(SizedStream()) == evaluated(ALIKE)
-    with pytest.raises(ValueError, match="plans rows ahead, but the examples are an iterable, a SizedStream"):
+    with pytest.raises(ValueError, match="The examples are an iterable, a SizedStream"):
         PackedDataset(SizedStream(), processor)
 
 
@@ -384,7 +384,7 @@ class SizedPasses(Passes):
 
 
 def shuffled_table():
-    """Streamed, with an order that `datasets` draws anew in each pass."""
+    """Streamed, with an order that `datasets` draws again in each pass."""
     datasets = pytest.importorskip("datasets")
     rows = [{"messages": ask(f"What is in picture {n}?", f"Number {n}.")["messages"]} for n in range(4)]
     return datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=4)
@@ -490,7 +490,7 @@ def test_several_gpus_in_one_process_are_refused(casa_folder, processor, tmp_pat
     assert options.n_gpu <= 1
     options._n_gpu = 2  # as it is where there are two
     model = fusion_model(casa_folder)
-    with pytest.raises(ValueError, match=r"2 GPUs and one process.*accelerate launch --num_processes 2"):
+    with pytest.raises(ValueError, match=r"2 GPUs but only one process.*accelerate launch --num_processes 2"):
         CasaTrainer(model, options, processing_class=processor)
     assert not (tmp_path / "run").exists()
     model.hf_device_map = {"model.visual": "meta", "": "cpu"}  # as `device_map` leaves one whose layers are on several
@@ -507,7 +507,7 @@ def test_several_gpus_and_a_model_that_is_made_later(casa_folder, processor, tmp
         model.hf_device_map = {"model.visual": "meta", "": "cpu"}
         return model
 
-    with pytest.raises(ValueError, match="2 GPUs and one process"):
+    with pytest.raises(ValueError, match="2 GPUs but only one process"):
         CasaTrainer(model_init=lambda: fusion_model(casa_folder), args=options, processing_class=processor)
     assert not (tmp_path / "run").exists()
     trainer = CasaTrainer(model_init=spread, args=options, train_dataset=CONVERSATIONS, processing_class=processor)

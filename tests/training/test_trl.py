@@ -66,20 +66,20 @@ def test_a_folder_is_enough(casa_folder: Path, tmp_path: Path, kind: str, with_i
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_a_policy_that_writes_marks_is_scored(casa_folder: Path, tmp_path: Path, kind: str) -> None:
     """What it writes is text, though it looks like an image's token: the token types say where the images stand."""
-    mark = CasaForConditionalGeneration.config_class.from_pretrained(casa_folder).image_token_id
+    placeholder = CasaForConditionalGeneration.config_class.from_pretrained(casa_folder).image_token_id
     # Newer versions of TRL forbid it unless told otherwise.
     trainer = runs.trainer_of(kind, str(casa_folder), tmp_path, generation_kwargs={"suppress_tokens": None})
     written: list[int] = []
-    likely = 20 * torch.nn.functional.one_hot(torch.tensor(mark), trainer.model.lm_head.out_features)
+    likely = 20 * torch.nn.functional.one_hot(torch.tensor(placeholder), trainer.model.lm_head.out_features)
     trainer.model.lm_head.register_forward_hook(lambda module, args, logits: logits + likely)
 
     def watch(_: Any, args: Any, arguments: dict[str, Any]) -> None:
         if arguments.get("pixel_values") is not None:
-            written.append(int((arguments["input_ids"] == mark).sum()) - len(arguments["image_grid_thw"]))
+            written.append(int((arguments["input_ids"] == placeholder).sum()) - len(arguments["image_grid_thw"]))
 
     trainer.model.register_forward_pre_hook(watch, with_kwargs=True)
     trainer.train()
-    assert max(written) > 0, "more marks than images were scored"
+    assert max(written) > 0, "more placeholders than images were scored"
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])

@@ -21,7 +21,7 @@ def train(
     config: Annotated[
         Path, existing("file", help="YAML file; docs/training.md lists its settings.", show_default=False)
     ],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
 ) -> None:
     """Fine-tune a CASA checkpoint on conversations with images."""
     quiet_unless_terminal()
@@ -57,25 +57,32 @@ def train(
 
 
 def _interrupted(config: Path, output: Path, checkpoints: Path, existed: bool) -> str:
-    """What is left of an interrupted training, and how to go on; `existed` is whether the output did before."""
+    """What is left of an interrupted training, and how to continue.
+
+    Args:
+        config: YAML file of the run.
+        output: folder that the run creates.
+        checkpoints: folder of its checkpoints.
+        existed: whether the output existed before the run.
+    """
     from ..training.checkpoints import last_checkpoint
 
     if existed:
-        return f"The training was interrupted before it began; {output} is not of this run."
+        return f"The training was interrupted before it began; {output} belongs to another run."
     if output.exists():
-        return f"The training was interrupted when the model was trained; it is saved in {output}."
+        return f"The training was interrupted after the model was trained; it is saved in {output}."
     last, skipped = last_checkpoint(checkpoints, reads_all=False)
     if last is None and skipped:
         folder, fault = next(iter(skipped.items()))
-        way = f"Remove {checkpoints} to start anew."
+        way = f"Remove {checkpoints} to start from scratch."
         return f"The training was interrupted, and {folder} is incomplete ({fault}). {way}"
     if last is None:
-        return "The training was interrupted before its first checkpoint. The same command starts it anew."
-    return f"The training was interrupted. `casa-hf train {config} --resume` goes on from {last}."
+        return "The training was interrupted before its first checkpoint. The same command starts it from scratch."
+    return f"The training was interrupted. `casa-hf train {config} --resume` continues from {last}."
 
 
 def _log(values: dict[str, float]) -> None:
-    """Losses and metrics as a line on standard error, above the bars that are there."""
+    """Write losses and metrics as a line to standard error, above the bars that are shown."""
     from tqdm import tqdm
 
     tqdm.write(_logged(values), file=sys.stderr)

@@ -45,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Transformers' Trainer imports Accelerate, which not everybody has.
+    # Transformers' Trainer imports Accelerate, which is an optional dependency.
     if name == "CasaTrainer":
         from .trainer import CasaTrainer
 

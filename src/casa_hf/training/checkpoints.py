@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that a run leaves on its way, and which of them a run can go on from."""
+"""Checkpoints that a run writes while it trains, and which of them it can be resumed from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 STATE = "trainer_state.json"  # written last
-_MARK = "checkpoint-is-incomplete.txt"  # there while `enable_jit_checkpoint` writes
+_UNFINISHED = "checkpoint-is-incomplete.txt"  # exists while `enable_jit_checkpoint` writes
 
 # Of a model or its adapters; of a model sharded by FSDP or DeepSpeed.
 _WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*", "global_step*")
 
-# What `save_only_model` leaves out, and without which Transformers' Trainer goes on from other states without a word.
+# What `save_only_model` leaves out, and without which Transformers' Trainer silently resumes with other states.
 # FSDP has names of its own for the optimizer's; DeepSpeed's folder may have the schedule too.
 _STATES = {
     "optimizer.pt": ("optimizer*", "global_step*"),
@@ -36,12 +36,12 @@ def last_checkpoint(folder: Path, reads_all: bool = True) -> tuple[Path | None, 
     """The last complete checkpoint of a run.
 
     Args:
-        folder: with the checkpoints of Transformers' Trainer; it needn't exist.
-        reads_all: whether to read files to their end, which tells damaged ones and weights that aren't finite; else
-            what is missing or cut off is found, at once.
+        folder: folder with the checkpoints of Transformers' Trainer; it needn't exist.
+        reads_all: whether to read files to their end, which finds damaged ones and weights that aren't finite too;
+            otherwise only missing and truncated files are found, quickly.
 
     Returns:
-        The checkpoint, or None if there is none; and later ones that are incomplete -> what is wrong with each.
+        The checkpoint, or None if there is none; and later, incomplete ones, with what is wrong with each.
     """
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and _step(path) is not None]
     incomplete: dict[Path, str] = {}
@@ -54,11 +54,10 @@ def last_checkpoint(folder: Path, reads_all: bool = True) -> tuple[Path | None, 
 
 
 def warn_of_skipped(last: Path | None, skipped: dict[Path, str]) -> None:
-    """Say which checkpoints are passed over, and which one is taken; both as `last_checkpoint` gives them."""
+    """Log which checkpoints are skipped, and which one is used; both as `last_checkpoint` returns them."""
     for folder, fault in skipped.items():
-        logger.warning(
-            "%s is incomplete (%s); going on from %s.", folder, fault, "the start" if last is None else last.name
-        )
+        way = "starting from scratch" if last is None else f"resuming from {last.name}"
+        logger.warning("%s is incomplete (%s); %s.", folder, fault, way)
 
 
 def _step(checkpoint: Path) -> int | None:
@@ -68,8 +67,8 @@ def _step(checkpoint: Path) -> int | None:
 
 def _fault(checkpoint: Path, reads_all: bool) -> str | None:
     """What a checkpoint lacks, in words; None if nothing."""
-    if (checkpoint / _MARK).exists():
-        return f"marked so by {_MARK}"
+    if (checkpoint / _UNFINISHED).exists():
+        return f"with {_UNFINISHED}"
     if not (checkpoint / STATE).is_file():
         return f"without {STATE}, which is written last"
     if not _is_state(checkpoint):
@@ -108,7 +107,7 @@ def _fault_of_weights(file: Path, reads_all: bool) -> str | None:
             if reads_all and not all(_is_finite(tensors.get_tensor(name)) for name in tensors.keys()):  # noqa: SIM118
                 return "has values that aren't finite"
     except (SafetensorError, OSError):
-        return "is cut off"
+        return "is truncated"
     return None
 
 
@@ -120,7 +119,7 @@ def _fault_of_archive(file: Path, reads_all: bool) -> str | None:
     try:
         archive = ZipFile(file)  # reads the directory at its end
     except (BadZipFile, OSError):
-        return "is cut off"
+        return "is truncated"
     with archive:
         try:
             return "is damaged" if reads_all and archive.testzip() is not None else None
@@ -134,11 +133,11 @@ def _fault_of_shards(folder: Path) -> str | None:
     try:
         parts = FileSystemReader(folder).read_metadata().storage_data.values()
     except Exception:  # a pickle, damaged in any way
-        return "has no usable .metadata beside it"
+        return "has no readable .metadata beside it"
     for part in parts:
         file = folder / part.relative_path
         if not file.is_file() or file.stat().st_size < part.offset + part.length:
-            return f"is incomplete: {file.name} is lost or cut off"
+            return f"is incomplete: {file.name} is missing or truncated"
     return None
 
 
@@ -147,4 +146,4 @@ def _missing_shards(index: Path) -> str | None:
         names = sorted(set(read_json(index)["weight_map"].values()))
         return next((name for name in names if not own_file(index.parent, name).is_file()), None)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return f"a usable {index.name}"
+        return f"a readable {index.name}"

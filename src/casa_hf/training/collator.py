@@ -2,7 +2,7 @@
 """From conversations to batches, padded or packed.
 
 A *row* of a batch holds one conversation, or several that are packed one after another. Packed conversations don't see
-each other: `position_ids` count the text tokens of each from 0, and where they restart the model starts anew.
+each other: `position_ids` count the text tokens of each from 0, and where they restart the model starts from scratch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Budget:
     """What a row may hold; None for no limit.
 
     Attributes:
-        text_tokens: text tokens of all samples together.
-        image_tokens: image tokens of all samples together, after merging.
+        text_tokens: number of text tokens of all samples together.
+        image_tokens: number of image tokens of all samples together, after merging.
     """
 
     text_tokens: int | None = None
@@ -46,18 +46,18 @@ class Budget:
     def __post_init__(self) -> None:
         for name, limit in (("max_text_tokens", self.text_tokens), ("max_image_tokens", self.image_tokens)):
             if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit} must be positive; leave it out for no limit.")
+                raise ValueError(f"{name}={limit} must be positive, or None for no limit.")
 
     def holds(self, text_tokens: int, image_tokens: int) -> bool:
-        """Whether this much fits into a row."""
+        """Whether that many tokens fit into a row."""
         return (self.text_tokens is None or text_tokens <= self.text_tokens) and (
             self.image_tokens is None or image_tokens <= self.image_tokens
         )
 
     def refusal(self, text_tokens: int, image_tokens: int) -> str:
-        """Why a sample of this size is refused."""
+        """Message of the error for a conversation of this size."""
         return (
-            f"A sample has {text_tokens} text tokens and {image_tokens} image tokens; a row holds at most "
+            f"A conversation has {text_tokens} text tokens and {image_tokens} image tokens, but a row holds at most "
             f"{self.text_tokens} (max_text_tokens) and {self.image_tokens} (max_image_tokens). Raise these, set "
             'over_long="drop", or give the processor a smaller max_pixels.'
         )
@@ -67,8 +67,8 @@ def pack(sizes: Iterable[tuple[int, int]], budget: Budget) -> list[list[int]]:
     """Distribute samples over rows: each into the first open row that still has room, in the order given.
 
     Args:
-        sizes: text and image tokens of each sample; each alone must fit the budget.
-        budget: of a row.
+        sizes: numbers of text and image tokens of each sample; each alone must fit the budget.
+        budget: budget of a row.
 
     Returns:
         Indices of the samples of each row.
@@ -98,22 +98,22 @@ class PackedDataset(Dataset):
     """Conversations grouped into rows of a fixed budget, planned once; an element is the list of a row's examples.
 
     Args:
-        examples: conversations; see `casa_hf.training.Dialogue.of`. Packed in this order, so shuffle them before
-            (`load_mixture` does).
-        processor: the model's; it tells how long each is, without making pixels.
+        examples: conversations; see `casa_hf.training.Dialogue.of`. They are packed in this order, so shuffle them
+            before (`load_mixture` does).
+        processor: processor of the model; it measures conversations without making pixels.
         max_text_tokens, max_image_tokens: budget of a row; None for no limit.
-        over_long: what to do with a conversation that alone exceeds the budget, "raise" or "drop". None is ever cut.
+        over_long: treatment of a conversation that alone exceeds the budget, "raise" or "drop"; none is ever cut.
 
     Attributes:
         rows: indices of the examples of each row.
-        num_dropped: conversations left out for their length.
-        num_conversations: those that are not.
-        num_text_tokens, num_image_tokens: in all rows together.
+        num_dropped: number of conversations left out for their length.
+        num_conversations: number of the other conversations.
+        num_text_tokens, num_image_tokens: numbers of tokens in all rows together.
 
     Raises:
         ValueError: if there are no conversations, they are an iterable, one is unusable, or too long
-            and `over_long="raise"`, or no row is left. Of images and videos it is checked that they are there and have
-            a size; a damaged one is found when it is used.
+            and `over_long="raise"`, or no row is left. Images and videos are checked to exist and to have a size; a
+            damaged one is found when it is used.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PackedDataset(Dataset):
         budget = Budget(max_text_tokens, max_image_tokens)
         if not isinstance(examples, Sized) or isinstance(examples, IterableDataset):
             raise ValueError(
-                f"PackedDataset plans rows ahead, but the examples are an iterable, a {type(examples).__name__}. "
+                f"The examples are an iterable, a {type(examples).__name__}, but PackedDataset plans rows ahead. "
                 "Give it a list of them, or give the iterable to the trainer, with CasaDataCollator(packing=True)."
             )
         if not len(examples):
@@ -148,7 +148,10 @@ class PackedDataset(Dataset):
             elif over_long == "raise":
                 raise ValueError(f"{describe(examples, index)}: {budget.refusal(*size)}")
         if not kept:
-            raise ValueError(f"None of the {len(examples)} examples fits the budget of a row; raise it.")
+            raise ValueError(
+                f"None of the {len(examples)} examples fits into a row. Raise max_text_tokens={max_text_tokens} or "
+                f"max_image_tokens={max_image_tokens}."
+            )
         self.rows = [[kept[place] for place in row] for row in pack(sizes, budget)]
         self.num_dropped, self.num_conversations = len(examples) - len(kept), len(kept)
         self.num_text_tokens, self.num_image_tokens = (sum(counts) for counts in zip(*sizes, strict=True))
@@ -172,11 +175,11 @@ def _measure(processor: CasaProcessor, examples: Sequence[Example], index: int) 
 
 @contextmanager
 def _naming(name: Callable[[], str]) -> Iterator[None]:
-    """Have an error say which example it is about.
+    """Have errors say which example they are about.
 
     Raises:
-        ValueError: for an error of any kind: chat templates, decoders and tokenizers have their own.
-        ImportError: as it is; it says what to install, whichever the example.
+        ValueError: if there is an error of any kind: chat templates, decoders and tokenizers have their own.
+        ImportError: if a package is missing; unchanged, since it isn't about the example.
     """
     try:
         yield
@@ -188,13 +191,13 @@ def _naming(name: Callable[[], str]) -> Iterator[None]:
 
 
 class _NamedExample(dict):
-    """An example, and what to call it in an error."""
+    """An example, and its name in errors."""
 
     def __init__(self, example: Example, name: str):
         super().__init__(example)
         self.name = name
 
-    def __reduce__(self) -> Any:  # on its way from the process that loads data
+    def __reduce__(self) -> Any:  # between processes
         return type(self), (dict(self), self.name)
 
 
@@ -203,15 +206,15 @@ class CasaDataCollator:
     """Conversations to a batch with labels on the answers.
 
     Args:
-        processor: the model's.
+        processor: processor of the model.
         packing: whether to pack the conversations of a call into as few rows as the budget allows, instead of one
             each. Elements of a `PackedDataset` are rows already and stay as they are.
         max_text_tokens, max_image_tokens: budget of a row; None for no limit.
-        over_long: what to do with a conversation that alone exceeds the budget, "raise" or "drop" (with a logged
-            count). None is ever cut.
+        over_long: treatment of a conversation that alone exceeds the budget, "raise" or "drop" (with a logged count);
+            none is ever cut.
         always_image: whether a batch without images gets one that no text sees (see `unseen_image`), so that every
             trainable parameter has a gradient. Its few tokens come on top of the budget.
-        pad_to_multiple_of: of the length of the batch.
+        pad_to_multiple_of: number that the length of the batch is a multiple of.
     """
 
     processor: CasaProcessor
@@ -230,8 +233,8 @@ class CasaDataCollator:
         """Make a batch.
 
         Args:
-            features: conversations (see `casa_hf.training.Dialogue.of`), or lists of those to be packed into a
-                row each.
+            features: conversations (see `casa_hf.training.Dialogue.of`), or lists of conversations, each packed into
+                a row.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` and `mm_token_type_ids`, each (rows, tokens), padded on the right;
@@ -239,7 +242,7 @@ class CasaDataCollator:
             `pixel_values` and `image_grid_thw` where there are images.
 
         Raises:
-            ValueError: if a conversation is unusable, or too long and not to be dropped, or none is left.
+            ValueError: if a conversation is unusable, or too long and `over_long="raise"`, or none is left.
         """
         rows = self._rows([encode_all(self.processor, feature) for feature in features])
         if self.always_image and not any(sample.num_image_tokens for row in rows for sample in row):
@@ -264,7 +267,7 @@ class CasaDataCollator:
         return unseen_image(self.processor)
 
     def _rows(self, given: list[list[Sample]]) -> list[list[Sample]]:
-        """What each row holds, within the budget."""
+        """The samples of each row, within the budget."""
         rows, dropped = [], 0
         for samples in given:
             sizes = [(sample.num_tokens, sample.num_image_tokens) for sample in samples]
@@ -278,8 +281,8 @@ class CasaDataCollator:
             logger.warning("Dropped %d of %d conversations of a batch as too long.", dropped, sum(map(len, given)))
         if not rows:
             raise ValueError(
-                "Every conversation of a batch is too long for a row. Use PackedDataset, which drops them before "
-                "training, or raise max_text_tokens and max_image_tokens."
+                f"All {sum(map(len, given))} conversations of a batch are too long for a row. Use PackedDataset, "
+                "which drops them before training, or raise max_text_tokens and max_image_tokens."
             )
         if not self.packing or any(len(samples) > 1 for samples in given):
             return rows
@@ -289,10 +292,10 @@ class CasaDataCollator:
 
 
 def encode_all(processor: CasaProcessor, feature: Example | Sequence[Example]) -> list[Sample]:
-    """The samples of a row: one conversation, or a list of them.
+    """Encode a row: one conversation, or a list of them.
 
     Raises:
-        ValueError: if one is unusable; it says which.
+        ValueError: if one is unusable; the message says which.
     """
     examples = [feature] if isinstance(feature, Mapping) else feature
     return [_encode(processor, example) for example in examples]

@@ -1,12 +1,12 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The settings of a training run: what they are, and which values they may have."""
+"""The settings of a training run, and which values they may have."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -58,41 +58,41 @@ class TrainingConfig:
 
     Attributes:
         model: folder or Hub id of a CASA checkpoint.
-        data: conversations to train on: a source or a list of them, with weights or without; see `load_mixture`.
-        output: folder to make, with the trained model and its processor, or the adapter; and `all_results.json` (the
+        data: conversations to train on: a data set or a list of them, with weights or without; see `load_mixture`.
+        output: folder to create, with the trained model and its processor, or the adapter; and `all_results.json` (the
             last metrics) and `trainer_state.json` (those of every log).
         eval_data: conversations to evaluate on, likewise.
-        split, eval_split: of data sets that don't name their own; None for "train" and "validation".
-        trainable: a recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
-        lora: train adapters in place of weights: arguments of PEFT's `LoraConfig`; its `target_modules` may also be a
-            key of `LORA_TARGETS`.
+        split, eval_split: split of the data sets that don't name their own; None for "train" and "validation".
+        trainable: recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
+        lora: arguments of PEFT's `LoraConfig`, to train adapters instead of weights; its `target_modules` may also be
+            a key of `LORA_TARGETS`.
         max_text_tokens, max_image_tokens: budget of a packed sequence.
-        over_long: "raise" or "drop", for conversations that exceed the budget.
+        over_long: treatment of conversations that exceed the budget, "raise" or "drop".
         max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
-        media_policy: what images and videos may be read from, and how large they may be: fields of `MediaPolicy`.
+        media_policy: fields of `MediaPolicy`: what images and videos may be read from, and how large they may be.
         keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
-        sequences_per_update: packed sequences per step of the optimizer, over all processes; the last step of a pass
-            over the data has what is left.
-        max_steps: steps of the optimizer; None for the paper's 25,000, or where `num_train_epochs` says how long.
-        num_train_epochs: passes over the data, in place of `max_steps`.
+        sequences_per_update: number of packed sequences per optimizer step, over all processes; the last step of an
+            epoch has what is left.
+        max_steps: number of optimizer steps; None for the paper's 25,000, or where `num_train_epochs` says how long.
+        num_train_epochs: number of epochs, instead of `max_steps`.
         lr_new, lr_existing: learning rates of what conversion has added and of the rest.
-        warmup_steps: steps in which rates rise from 0, linearly; below 1 it is a share of all steps. At least one step
-            has the full rate.
-        decay_steps: steps in which they fall to 0 in the end, likewise; None for a tenth of all. Other schedules than
-            "warmup_stable_decay" (`lr_scheduler_type`) have none.
+        warmup_steps: number of steps in which rates rise from 0, linearly; below 1 it is a share of all steps. At
+            least one step has the full rate.
+        decay_steps: number of steps in which they fall to 0 at the end, likewise; None for a tenth of all. Only the
+            schedule "warmup_stable_decay" (`lr_scheduler_type`) has them.
         gradient_checkpointing: whether to recompute activations in the backward pass.
-        dtype: of the weights.
+        dtype: type of the weights, "float32" or "bfloat16".
         bf16: whether to compute in bfloat16; None: where a GPU can.
-        attn_implementation: attention back end; None for Transformers' choice.
+        attn_implementation: attention backend; None for Transformers' choice.
         generate: arguments of `generate`, to have evaluation compare answers; None for the loss alone.
-        seed: of the order of the data, before packing and after it, and of adapters.
-        checkpoints: folder for checkpoints on the way; None for the output's name with "-checkpoints".
-        resume: whether to go on from the last one there.
+        seed: seed of the order of the data, before packing and after it, and of adapters.
+        checkpoints: folder for checkpoints; None for the output's name with "-checkpoints".
+        resume: whether to resume from the last checkpoint.
         trainer: further arguments of `TrainingArguments`, except those that follow from a setting above. In a file
             they stand beside the others.
 
     Raises:
-        ValueError: for settings that are unknown, of the wrong type or out of range, or that contradict each other.
+        ValueError: if a setting is unknown, of the wrong type or out of range, or contradicts another one.
     """
 
     model: str
@@ -131,89 +131,112 @@ class TrainingConfig:
         hints = get_type_hints(type(self))
         for name, hint in hints.items():
             setattr(self, name, typed(name, getattr(self, name), hint))
-        self._type_arguments(hints)
-        for name in _COUNTS:
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        self.trainer = _trainer_arguments(self.trainer, hints)
+        if self.generate is not None:
+            self.generate = _generate_arguments(self.generate)
+        self._check_numbers()
         MediaPolicy.of(self.media_policy)  # or says what is wrong with it
-        check_number("seed", self.seed, int, lambda number: 0 <= number < 2**32, "an integer from 0 to 4294967295")
-        for name in ("lr_new", "lr_existing", "num_train_epochs"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) is not None:
-                expected = "a number of steps, or below 1 a share of them"
-                check_number(name, getattr(self, name), Real, lambda number: 0 <= number < math.inf, expected)
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError(
-                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: leave out one of them."
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs:g} contradict each other; "
+                "leave out one of them."
             )
         if self.max_steps is None and self.num_train_epochs is None:
             self.max_steps = _PAPER_STEPS
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
         if Path(self.output).name in ("", ".."):
-            raise ValueError(
-                f"output={str(self.output)!r} names no folder to make. Give a path such as my-casa-model."
-            )
+            raise ValueError(f"output={self.output!r} is not the path of a folder to create. Use one such as trained.")
         if self.trainable is not None and not (self.trainable and all(self.trainable)):
-            raise ValueError(f"trainable={self.trainable!r} must be a recipe, or patterns that aren't empty.")
+            raise ValueError(f"trainable={self.trainable!r} is empty; give a recipe, or patterns of parameter names.")
         if self.lora is not None and self.trainable is not None:
-            raise ValueError("lora trains adapters alone; leave out trainable, or lora to train weights.")
+            raise ValueError(
+                f"trainable={self.trainable!r} can't be used with lora, which trains adapters only; leave out one of "
+                "them."
+            )
 
-    def _type_arguments(self, settings: Iterable[str]) -> None:
-        """Type the arguments for other libraries, and refuse those that they don't know or that follow from a setting.
-
-        Those for PEFT are typed when it is known to be there.
-        """
-        from transformers import GenerationConfig, TrainingArguments
-
-        hints = get_type_hints(TrainingArguments)
-        arguments = {}
-        for name, value in self.trainer.items():
-            check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
-            if name in _FOLLOWING or name in settings:
-                raise ValueError(f"{name} follows from {_FOLLOWING.get(name, name)}; set that instead.")
-            arguments[name] = typed(name, value, hints[name])
-        self.trainer = arguments
-        if self.generate is not None:
-            own = inspect.signature(CasaForConditionalGeneration.generate).parameters
-            for name in self.generate:
-                check_name(name, [*vars(GenerationConfig()), *own], f"generate.{name} is no argument of generate")
-            self.generate = {
-                name: typed(f"generate.{name}", value, _GENERATE_TYPES.get(name, Any) | None)
-                for name, value in self.generate.items()
-            }
+    def _check_numbers(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_number("seed", self.seed, int, lambda number: 0 <= number < 2**32, "an integer from 0 to 4294967295")
+        for name in ("lr_new", "lr_existing", "num_train_epochs"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) is not None:
+                expected = "a number of steps, or a share of them below 1"
+                check_number(name, getattr(self, name), Real, lambda number: 0 <= number < math.inf, expected)
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints on the way are."""
+        """Folder of the checkpoints that the run writes while it trains."""
         return Path(self.checkpoints or f"{Path(self.output)}-checkpoints")  # without a slash at its end
 
     @classmethod
     def from_dict(cls, content: Any) -> TrainingConfig:
-        """From a mapping such as a YAML file gives: settings and arguments of `TrainingArguments` side by side.
+        """Read a mapping as a YAML file holds it: settings and arguments of `TrainingArguments` side by side.
 
         Raises:
-            ValueError: for unknown or missing settings, and as `TrainingConfig`.
+            ValueError: if a setting is missing, and as `TrainingConfig`.
         """
         if not isinstance(content, Mapping):
-            raise ValueError(f"A training configuration is {type(content).__name__}; expected a mapping of settings.")
+            raise ValueError(
+                f"The training configuration is a {type(content).__name__}; expected a mapping of settings to values."
+            )
         own = {f.name: f for f in fields(cls) if f.name != "trainer"}
         if "trainer" in content:
             raise ValueError("The setting 'trainer' is unknown; write what it holds beside the other settings.")
         required = [f.name for f in own.values() if f.default is MISSING]
         if missing := [name for name in required if content.get(name) is None]:
-            raise ValueError(f"The training configuration doesn't say {', '.join(missing)}.")
+            raise ValueError(f"The training configuration has no {', '.join(missing)}. Add what is missing.")
         given = {name: value for name, value in content.items() if name in own and value is not None}
         return cls(**given, trainer={name: value for name, value in content.items() if name not in own})
 
     @classmethod
     def from_yaml(cls, file: str | os.PathLike) -> TrainingConfig:
-        """From a YAML file; see `from_dict`.
+        """Read a YAML file; see `from_dict`.
 
         Raises:
-            ValueError: if it isn't YAML, or for unknown or missing settings.
+            ValueError: if it isn't valid YAML, and as `from_dict`.
             OSError: if it can't be read.
         """
         return cls.from_dict(read_yaml_file(file))
+
+
+def _trainer_arguments(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `TrainingArguments`, typed; those that follow from a setting are refused."""
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    arguments = {}
+    for name, value in given.items():
+        check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
+        if name in _FOLLOWING or name in settings:
+            raise ValueError(f"{name} can't be set, it follows from {_FOLLOWING.get(name, name)}; set that instead.")
+        arguments[name] = typed(name, value, hints[name])
+    return arguments
+
+
+def _generate_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, typed and checked as far as that is possible without a model."""
+    from transformers import GenerationConfig
+
+    known = [*vars(GenerationConfig()), *inspect.signature(CasaForConditionalGeneration.generate).parameters]
+    arguments = {}
+    for name, value in given.items():
+        check_name(name, known, f"generate.{name} is not an argument of generate")
+        arguments[name] = typed(f"generate.{name}", value, _GENERATE_TYPES.get(name, Any) | None)
+    if arguments.get("num_return_sequences", 1) != 1 or arguments.get("return_dict_in_generate"):
+        raise ValueError(
+            f"generate={arguments} gives more than one answer each, but evaluation compares one; leave out "
+            "num_return_sequences and return_dict_in_generate."
+        )
+    for name in ("max_new_tokens", "max_length", "num_beams"):
+        if arguments.get(name) is not None:
+            check_count(f"generate.{name}", arguments[name])
+    try:
+        GenerationConfig().update(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generate={arguments} isn't possible: {error}") from error
+    return arguments

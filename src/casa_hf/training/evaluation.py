@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation by what a model says: its answers beside those of a data set."""
+"""Evaluation by generated answers, compared with those of a dataset."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def generate_answers(
     batch_size: int = 8,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """What the model answers in place of each conversation's last answer.
+    """Generate the last answer of each conversation.
 
     Args:
-        model: answers; its mode (training or evaluation) is restored.
-        processor: the model's.
+        model: CASA model; its mode (training or evaluation) is restored.
+        processor: processor of the model.
         examples: conversations; see `Dialogue.of`.
-        batch_size: of the generation.
-        **generate_kwargs: for `generate`, such as `max_new_tokens`.
+        batch_size: number of conversations that are answered together.
+        **generate_kwargs: arguments of `generate`, such as `max_new_tokens`.
+
+    Returns:
+        The answers, without surrounding whitespace.
     """
     answers = []
     was_training = model.training
@@ -52,6 +55,6 @@ def generate_answers(
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The share of answers that equal their reference, surrounding space aside."""
+    """Share of the answers that equal their reference, apart from surrounding whitespace."""
     equal = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
     return {"exact_match": sum(equal) / len(equal)}

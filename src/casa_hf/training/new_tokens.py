@@ -35,11 +35,11 @@ class NewTokens(nn.Module):
 
     Args:
         matrix: (vocabulary, hidden size) the embedding's weight, from which the rows start.
-        token_ids: the rows.
+        token_ids: numbers of the rows.
 
     Attributes:
         weight: (number of tokens, hidden size).
-        token_ids: the rows.
+        token_ids: numbers of the rows.
     """
 
     def __init__(self, matrix: torch.Tensor, token_ids: Sequence[int]):
@@ -49,7 +49,7 @@ class NewTokens(nn.Module):
         self._hooks: list[Any] = []
 
     def attach(self, embedding: nn.Embedding, head: nn.Module | None) -> None:
-        """Take the place of the rows in an embedding and, where one is given, in the output head tied to it."""
+        """Replace the rows of an embedding and, where one is given, those of the output head tied to it."""
         embedding.add_module(_MODULE, self)
         self._hooks = [
             embedding.register_forward_pre_hook(self._write_back),
@@ -65,7 +65,7 @@ class NewTokens(nn.Module):
             ]
 
     def detach(self, embedding: nn.Embedding) -> None:
-        """Write the rows into the matrix and leave."""
+        """Write the rows into the matrix, and remove the hooks."""
         self._write_back(embedding)
         for hook in self._hooks:
             hook.remove()
@@ -89,7 +89,7 @@ class NewTokens(nn.Module):
         return torch.tensor(self.token_ids, device=device)
 
     def _write_back(self, embedding: nn.Embedding, *_: Any) -> None:
-        """Let whoever reads the matrix find the rows as they are now."""
+        """Update the matrix for whoever reads it."""
         if self.weight.is_meta or embedding.weight.is_meta:  # on its way to where a model is sharded
             return
         # `data`: what the backward pass keeps of the matrix has not changed for it.
@@ -108,7 +108,7 @@ class NewTokens(nn.Module):
         """Nothing: see `_read`."""
 
     def _read(self, embedding: nn.Embedding, *_: Any) -> None:
-        """Take over the rows of a matrix that has been loaded."""
+        """Copy the rows from a matrix that was loaded."""
         with torch.no_grad():
             rows = _whole(embedding.weight)[list(self.token_ids)]
             if isinstance(self.weight, DTensor):
@@ -120,11 +120,11 @@ class NewTokens(nn.Module):
 
 
 def train_new_tokens(model: Any, train: bool) -> None:
-    """Let the rows of new tokens train apart from their frozen matrix, or become ordinary rows again.
+    """Let the rows of new tokens train apart from their frozen matrix, or make them ordinary rows again.
 
     Args:
-        model: a CASA model.
-        train: whether to.
+        model: CASA model.
+        train: whether the rows train.
     """
     embedding = _embedding(model)
     if embedding is None:
@@ -135,7 +135,7 @@ def train_new_tokens(model: Any, train: bool) -> None:
     if train:
         if hasattr(embedding.weight, "ds_id"):
             logger.warning(
-                "ZeRO-3 has split the embeddings, so the new tokens stay as they are. Use ZeRO-2 or FSDP2, or train "
+                "ZeRO-3 has split the embeddings, so new tokens don't train. Use ZeRO-2 or FSDP2, or train "
                 'the whole matrix (the pattern "embed_tokens").'
             )
             return
@@ -145,7 +145,7 @@ def train_new_tokens(model: Any, train: bool) -> None:
 
 
 def new_tokens_name(model: nn.Module) -> str | None:
-    """The name that the parameter of the new tokens has or would have; None if the model has no such tokens."""
+    """Name that the parameter of the new tokens has or would have; None if the model has no such tokens."""
     embedding = _embedding(model)
     if embedding is None:
         return None

@@ -57,9 +57,9 @@ class Part:
     """A part of a model in the table of what trains.
 
     Attributes:
-        name: such as "fusion layers".
+        name: name such as "fusion layers".
         parameters: number of its parameters; one that two parts share is counted once.
-        trainable: number of those that train.
+        trainable: number of the parameters that train.
     """
 
     name: str
@@ -79,19 +79,19 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
     dicts, and so checkpoints, have neither a further name nor another shape: the rows are in the matrix.
 
     Args:
-        model: a CASA model.
-        trainable: patterns of the names of parameters, or a recipe: "paper-qwen" trains the fusion layers and the last
+        model: CASA model.
+        trainable: patterns of parameter names, or a recipe: "paper-qwen" trains the fusion layers and the last
             four blocks of the vision tower (the language model stays as it is), "paper-helium" the whole language
             model with its fusion layers, the projector and these vision blocks, "fusion-only" the fusion layers. All
-            train the projector that a text-only source is given, since it starts at random, and new tokens. With
-            patterns of your own, "new_tokens" trains these.
+            train the projector that conversion adds to a text-only source, since it starts at random, and new tokens.
+            As a pattern, "new_tokens" trains the latter.
 
     Returns:
         What trains, by part of the model.
 
     Raises:
         ValueError: if a pattern is malformed or matches no parameter, or a recipe trains the fusion layers of a model
-            in which they have no parameters of their own. The model is as before.
+            in which they have no parameters of their own. The model is unchanged then.
     """
     new_tokens = new_tokens_name(model)
     names = [name for name, _ in model.named_parameters() if name != new_tokens]
@@ -99,16 +99,16 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
         names.append(new_tokens)
     patterns = _recipe(model, names, trainable) if isinstance(trainable, str) else list(trainable)
     if not patterns:
-        raise ValueError("No pattern was given, so nothing would train; name some parameters or a recipe.")
+        raise ValueError(f"trainable={trainable!r} is empty; give a recipe, or patterns of parameter names.")
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
+            raise ValueError(f"The pattern {pattern!r} is not a valid regular expression: {error}.") from error
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(
-                f"The pattern {pattern!r} matches no parameter of the model. Its parameters have names such as "
-                f"{', '.join(names[:: max(1, len(names) // 4)])}; recipes are {', '.join(RECIPES)}."
+                f"{pattern!r} is not a recipe ({', '.join(RECIPES)}), and as a pattern it matches no parameter of the "
+                f"model. Use a part of names such as {', '.join(names[:: max(1, len(names) // 4)])}."
             )
     trained = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
     whole_matrix = new_tokens is not None and f"{new_tokens.removesuffix(NEW_TOKENS)}.weight" in trained
@@ -119,7 +119,7 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
 
 
 def _recipe(model: nn.Module, names: list[str], recipe: str) -> list[str]:
-    """The patterns of a recipe; a text that is none is a pattern."""
+    """The patterns of a recipe; any other string is a pattern."""
     if recipe not in RECIPES:
         return [recipe]
     projector = [r"(^|\.)multi_modal_projector\."] if any("multi_modal_projector." in name for name in names) else []
@@ -130,8 +130,8 @@ def _recipe(model: nn.Module, names: list[str], recipe: str) -> list[str]:
         return [_LANGUAGE_MODEL, vision_blocks]
     if not any(re.search(FUSION, name) for name in names):
         raise ValueError(
-            f"{recipe!r} trains fusion layers, but this model's have no parameters of their own: they use those of "
-            'self-attention. Train these too (freeze(model, "paper-helium"), or patterns such as "self_attn"), or '
+            f"{recipe!r} trains fusion layers, but those of this model have no parameters of their own: they share "
+            'the projections of self-attention. Train these too ("paper-helium", or patterns such as "self_attn"), or '
             "convert to a variant with projections of its own, such as casa."
         )
     new_tokens = [_NEW_TOKENS] if any(re.search(_NEW_TOKENS, name) for name in names) else []
@@ -139,7 +139,7 @@ def _recipe(model: nn.Module, names: list[str], recipe: str) -> list[str]:
 
 
 def trainable_parts(model: nn.Module) -> list[Part]:
-    """What a model is made of and how much of it trains; parts without parameters are left out."""
+    """List the parts of a model, and how much of each trains; parts without parameters are left out."""
     counts = {name: [0, 0] for name in (*_PARTS, "rest")}
     for name, parameter in model.named_parameters():
         part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "rest")
@@ -151,7 +151,7 @@ def trainable_parts(model: nn.Module) -> list[Part]:
 
 
 def parts_table(parts: Sequence[Part]) -> str:
-    """The parts as lines of text, and their sum."""
+    """Format the parts and their sum as a table."""
     total = Part("all", sum(part.parameters for part in parts), sum(part.trainable for part in parts))
     lines = [f"{'':<22}{'parameters':>16}{'trainable':>16}"]
     lines += [f"{part.name:<22}{part.parameters:>16,}{part.trainable:>16,}" for part in (*parts, total)]
@@ -161,13 +161,13 @@ def parts_table(parts: Sequence[Part]) -> str:
 def parameter_groups(
     model: nn.Module, lr_new: float = 1e-4, lr_existing: float = 1e-5, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer, at the paper's rates.
+    """Group the trainable parameters for an optimizer, at the paper's rates.
 
     Args:
-        model: a CASA model, plain or wrapped (PEFT, DDP, FSDP).
-        lr_new: rate of what the source model hasn't: fusion layers, projector, new tokens, adapters.
-        lr_existing: rate of the rest.
-        weight_decay: of matrices; norms, biases and gates have none.
+        model: CASA model, plain or wrapped (PEFT, DDP, FSDP).
+        lr_new: learning rate of what the source doesn't have: fusion layers, projector, new tokens, adapters.
+        lr_existing: learning rate of the rest.
+        weight_decay: weight decay of matrices; norms, biases and gates have none.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and a `name`, new parameters first (the Trainer logs the first
@@ -193,18 +193,18 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("No parameter of the model is trainable; call freeze(model, ...) with what is to train.")
+        raise ValueError("No parameter of the model is trainable; choose some by freeze(model, ...).")
     return [groups[label] for label in sorted(groups, reverse=True)]
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Keep no activations inside blocks; recompute them in the backward pass.
+    """Recompute activations inside blocks in the backward pass instead of keeping them.
 
-    Like Transformers' own switch, except that embeddings don't count as trained: blocks before the first trained
+    Like Transformers' own option, except that embeddings don't count as trained: blocks before the first trained
     parameter then keep no graph and are not recomputed.
 
     Args:
-        model: a CASA model, plain or with PEFT adapters.
+        model: CASA model, plain or with PEFT adapters.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # The second name is that of older versions of Transformers.

@@ -2,8 +2,8 @@
 """From a conversation to what a model is trained on: token ids, labels on the answers, pixels.
 
 Answers are found by prefix difference: the chat template renders the conversation up to an answer, and with it, and
-what the second text has more is the answer. That needs no marks in the template, so the templates that checkpoints
-ship work as they are.
+what the second text has more is the answer. That needs nothing special in the template, so the templates that
+checkpoints ship work as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ IGNORED = -100  # no loss at tokens with this label
 
 Messages = list[dict[str, Any]]
 
-_SOURCES = {"image": ("image", "path", "url", "base64", "image_url"), "video": ("video", "path", "url", "video_url")}
+# Kinds of media -> the fields of a part that can hold one.
+_MEDIA = {"image": ("image", "path", "url", "base64", "image_url"), "video": ("video", "path", "url", "video_url")}
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Sample:
 
     Attributes:
         input_ids: (tokens,).
-        labels: (tokens,) the ids of the answers, `IGNORED` elsewhere and at image marks.
+        labels: (tokens,) the ids of the answers, `IGNORED` elsewhere and at image placeholders.
         mm_token_type_ids: (tokens,) as the processor gives them.
         pixel_values: (patches, patch dim); None without images.
         image_grid_thw: (num_images, 3); None without images.
-        num_image_tokens: of all images, after merging.
+        num_image_tokens: number of tokens of all images, after merging.
     """
 
     input_ids: torch.Tensor
@@ -56,7 +57,8 @@ class Dialogue:
     """An example in one form, whatever form it came in.
 
     Attributes:
-        messages: turns as the chat template takes them; a picture is `{"type": "image"}`, a clip `{"type": "video"}`.
+        messages: messages as the chat template takes them; an image is `{"type": "image"}`, a video
+            `{"type": "video"}`.
         images, videos: what these stand for, in reading order.
     """
 
@@ -69,82 +71,48 @@ class Dialogue:
         """Read an example.
 
         Args:
-            example: `messages`, a list of `{"role", "content"}` whose content is a text or a list of parts, and
-                optionally `images` and `videos` (or one `image`, one `video`). A part `{"type": "image"}` without a
-                source of its own stands for the next of `images`. Where no part is an image, marks `<image>` in the
-                texts do, with the line break that sets one off; without marks either, images come before the text of
-                the first user message. Likewise for videos, each a file or the list of its frames. Where parts or
-                nothing at all are images, `<image>` is text.
+            example: mapping with `messages`, a list of `{"role", "content"}` whose content is a string or a list of
+                parts, and optionally `images` and `videos` (or one `image`, one `video`). A part `{"type": "image"}`
+                that holds no image itself stands for the next of `images`. Where no part is an image, placeholders
+                `<image>` in the texts do, with the line break that sets one off; without placeholders either, images
+                come before the text of the first user message. Likewise for videos, each a file or the list of its
+                frames. Where parts or nothing at all are images, `<image>` is text.
 
         Raises:
-            ValueError: if the example has no such form, or images and parts or marks don't match.
+            ValueError: if the example has another form, or images and parts or placeholders don't match.
         """
-        messages = example.get("messages")
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        _refuse_other_forms(example)
+        given = {kind: _given(example, kind) for kind in _MEDIA}
+        messages: Messages = [{"role": _role(message), "content": _parts(message)} for message in example["messages"]]
+        for kind in reversed(_MEDIA):
+            if given[kind] and not any(part["type"] == kind for part in _all_parts(messages)):
+                _place(messages, kind, len(given[kind]))
+        media = {kind: _taken_from_parts(messages, kind, given[kind]) for kind in _MEDIA}
+        roles = [message["role"] for message in messages]
+        if roles[0] == "assistant" or "assistant" not in roles:
             raise ValueError(
-                f"An example has the fields {sorted(example)}; expected `messages`, a list of role and content, and "
-                "`images` where its parts don't name their files."
+                f"A conversation has the roles {roles}; expected an assistant's answer, and something before it."
             )
-        for name, holder in (("tools", example), *(("tool_calls", message) for message in messages)):
-            if isinstance(holder, Mapping) and holder.get(name):
-                raise ValueError(
-                    f"`{name}` is {holder[name]!r:.80}; calls of tools aren't trained on. Write them as text into the "
-                    "messages, or leave the example out."
-                )
-        given = {kind: _given(example, kind) for kind in _SOURCES}
-        turns: Messages = [{"role": _role(message), "content": _parts(message)} for message in messages]
-        for kind in reversed(_SOURCES):
-            if not given[kind] or any(part["type"] == kind for turn in turns for part in turn["content"]):
-                continue
-            if not _place_at_marks(turns, kind, len(given[kind])):
-                first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-                first["content"] = [{"type": kind} for _ in given[kind]] + first["content"]
-        found: dict[str, list[Any]] = {kind: [] for kind in _SOURCES}
-        rest = {kind: list(items) for kind, items in given.items()}
-        for part in (part for turn in turns for part in turn["content"]):
-            kind = part["type"]
-            if kind not in _SOURCES:
-                continue
-            source = next((part.pop(key) for key in _SOURCES[kind] if key in part), None)
-            if source is None:
-                if not rest[kind]:
-                    raise ValueError(
-                        f"An example has {len(given[kind])} {kind}s beside its messages, but more parts of type "
-                        f"{kind!r} without a source of their own."
-                    )
-                source = rest[kind].pop(0)
-            found[kind].append(_source(source))
-        for kind, left in rest.items():
-            if left:
-                raise ValueError(
-                    f"An example has {len(given[kind])} {kind}s beside its messages, but parts of type {kind!r} for "
-                    f"only {len(given[kind]) - len(left)} of them."
-                )
-        if turns[0]["role"] == "assistant" or not any(turn["role"] == "assistant" for turn in turns):
-            raise ValueError(
-                f"A conversation has the roles {[turn['role'] for turn in turns]}; expected an assistant's answer, "
-                "and something before it."
-            )
-        return cls(turns, found["image"], found["video"])
+        return cls(messages, media["image"], media["video"])
 
     def question(self) -> tuple[Dialogue, str]:
         """The conversation up to its last answer, and the text of that answer."""
-        last = max(index for index, turn in enumerate(self.messages) if turn["role"] == "assistant")
+        last = max(index for index, message in enumerate(self.messages) if message["role"] == "assistant")
         before = self.messages[:last]
-        parts = [part["type"] for turn in before for part in turn["content"]]
+        parts = [part["type"] for part in _all_parts(before)]
         answer = "".join(part.get("text", "") for part in self.messages[last]["content"])
         return Dialogue(before, self.images[: parts.count("image")], self.videos[: parts.count("video")]), answer
 
 
 def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
-    """A conversation with its labels and pixels.
+    """Tokenize a conversation, label its answers and make the pixels of its images.
 
     Args:
-        processor: the model's.
-        example: see `Dialogue.of`.
+        processor: processor of the model.
+        example: conversation; see `Dialogue.of`.
 
     Raises:
-        ValueError: if the example is unusable, or the chat template changes earlier turns when later ones follow.
+        ValueError: if the example is unusable, or the chat template renders a message differently when others follow.
     """
     conversation = Dialogue.of(example)
     text, answers = _render(processor, conversation.messages)
@@ -162,13 +130,13 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     in_answer = torch.zeros_like(input_ids, dtype=torch.bool)
     for start, end in answers:
         in_answer |= (starts >= start) & (ends <= end) & (ends > starts)
-    marks = processor.tokenizer(processor.image_placeholder, add_special_tokens=False)["input_ids"]
-    marks = torch.tensor([*marks, *processor.gist_token_ids])
+    placeholder = processor.tokenizer(processor.image_placeholder, add_special_tokens=False)["input_ids"]
+    of_images = torch.tensor([*placeholder, *processor.gist_token_ids])
     grids = inputs["image_grid_thw"]
     merge = processor.image_processor.merge_size
     return Sample(
         input_ids=input_ids,
-        labels=torch.where(in_answer & ~torch.isin(input_ids, marks), input_ids, IGNORED),
+        labels=torch.where(in_answer & ~torch.isin(input_ids, of_images), input_ids, IGNORED),
         mm_token_type_ids=inputs["mm_token_type_ids"][0],
         pixel_values=inputs["pixel_values"] if len(grids) else None,
         image_grid_thw=grids if len(grids) else None,
@@ -177,7 +145,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
 
 
 def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, int]:
-    """The numbers of text and image tokens that `encode` would give, without making pixels."""
+    """Numbers of text and image tokens that `encode` would give, without making pixels."""
     conversation = Dialogue.of(example)
     text = processor.apply_chat_template(conversation.messages, tokenize=False)
     videos = [conversation.videos] if conversation.videos else None
@@ -185,11 +153,11 @@ def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, 
 
 
 def unseen_image(processor: CasaProcessor) -> Sample:
-    """An image mark with the smallest picture and no labels, to stand after all text of a row.
+    """The smallest image at a placeholder without labels, to be put after all text of a row.
 
     Nothing that is trained on sees it, so it changes neither loss nor gradients. But it takes the vision tower and the
     fusion layers through forward and backward, which gives each of their parameters a gradient (of zeros) where a
-    batch has no image: what data-parallel training needs, since another rank's batch may have one.
+    batch has no image: what data-parallel training needs, since another process's batch may have one.
     """
     from PIL import Image
 
@@ -225,18 +193,36 @@ def _render(processor: CasaProcessor, messages: Messages) -> tuple[str, list[tup
         prompt, answered = render(index, prompt=True), render(index + 1)
         if not (text.startswith(answered) and answered.startswith(prompt)):
             raise ValueError(
-                f"The chat template writes turn {index} differently when it is the last one, so its answers can't be "
-                "told from the rest. Set processor.chat_template to one that renders each turn the same whatever "
-                "follows."
+                f"The chat template renders message {index} differently when it is the last one, so the tokens of its "
+                "answer can't be found. Set processor.chat_template to one that renders each message the same "
+                "whatever follows."
             )
         answers.append((len(prompt), len(answered.rstrip())))
     return text, answers
 
 
+def _refuse_other_forms(example: Mapping[str, Any]) -> None:
+    messages = example.get("messages")
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(
+            f"An example has the fields {sorted(example)}; expected `messages`, a list of mappings with role and "
+            "content, and `images` where the parts of contents don't name their files."
+        )
+    for name, holder in (("tools", example), *(("tool_calls", message) for message in messages)):
+        if isinstance(holder, Mapping) and holder.get(name):
+            raise ValueError(
+                f"`{name}` is {holder[name]!r:.80}, but tool calls can't be trained on. Write them as text into the "
+                "messages, or leave the example out."
+            )
+
+
 def _given(example: Mapping[str, Any], kind: str) -> list[Any]:
+    """The images or videos beside the messages."""
     several, one = example.get(f"{kind}s"), example.get(kind)
     if several is not None and (isinstance(several, str | bytes | Mapping) or not isinstance(several, Iterable)):
-        raise ValueError(f"`{kind}s` of an example is {several!r:.80}; expected a list (one alone may be `{kind}`).")
+        raise ValueError(
+            f"`{kind}s` of an example is {several!r:.80}; expected a list. For a single one, use `{kind}`."
+        )
     items = [] if several is None else list(several)
     if one is None:
         return items
@@ -245,37 +231,63 @@ def _given(example: Mapping[str, Any], kind: str) -> list[Any]:
     return [one]
 
 
-def _place_at_marks(turns: Messages, kind: str, number: int) -> bool:
-    """Put this many images or videos where the texts have marks such as `<image>`; whether there are any.
+def _all_parts(messages: Messages) -> list[dict[str, Any]]:
+    return [part for message in messages for part in message["content"]]
 
-    Raises:
-        ValueError: if there are more or fewer marks.
-    """
-    texts = [part["text"] for turn in turns for part in turn["content"] if "text" in part]
-    marks = sum(text.count(f"<{kind}>") for text in texts)
-    if not marks:
-        return False
-    if marks != number:
+
+def _place(messages: Messages, kind: str, number: int) -> None:
+    """Add parts for this many images or videos: at placeholders such as `<image>`, or before the first question."""
+    placeholder = f"<{kind}>"
+    found = sum(part["text"].count(placeholder) for part in _all_parts(messages) if "text" in part)
+    if not found:
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
+        first["content"] = [{"type": kind} for _ in range(number)] + first["content"]
+        return
+    if found != number:
         raise ValueError(
-            f"An example has {number} {kind}s beside its messages, but {marks} marks <{kind}> in its texts. Write one "
-            f"for each, or none, or parts of type {kind!r} in place of them (<{kind}> is text then)."
+            f"An example has {number} {kind}s beside its messages, but {found} placeholders {placeholder} in its "
+            f"texts. Write one for each, or none, or parts of type {kind!r} instead ({placeholder} is text then)."
         )
-    # Such data sets set a mark off by a line break, which is no part of what is said.
-    mark = re.compile(rf"\n<{kind}>\Z|<{kind}>\n?")
-    for turn in turns:
-        content = []
-        for part in turn["content"]:
-            first, *others = mark.split(part["text"]) if "text" in part else [None]
-            content += [part] if first is None else [{**part, "text": first}] if first or not others else []
-            for text in others:
-                content += [{"type": kind}, {"type": "text", "text": text}] if text else [{"type": kind}]
-        turn["content"] = content
-    return True
+    for message in messages:
+        message["content"] = [new for part in message["content"] for new in _split_at(placeholder, kind, part)]
+
+
+def _split_at(placeholder: str, kind: str, part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part, with parts for images or videos in place of the placeholders in its text."""
+    # Such datasets set a placeholder off by a line break, which is not part of what is said.
+    first, *others = re.split(rf"\n{placeholder}\Z|{placeholder}\n?", part.get("text", ""))
+    if not others:
+        return [part]
+    split = [{**part, "text": first}] if first else []
+    for text in others:
+        split += [{"type": kind}, {"type": "text", "text": text}] if text else [{"type": kind}]
+    return split
+
+
+def _taken_from_parts(messages: Messages, kind: str, given: list[Any]) -> list[Any]:
+    """The images or videos of the parts, in reading order; parts that hold none stand for those given beside them."""
+    media, rest = [], list(given)
+    for part in _all_parts(messages):
+        if part["type"] != kind:
+            continue
+        medium = next((part.pop(key) for key in _MEDIA[kind] if key in part), None)
+        if medium is None and not rest:
+            raise ValueError(
+                f"An example has {len(given)} {kind}s beside its messages, but more parts of type {kind!r} that hold "
+                f"none themselves. Give as many {kind}s as parts."
+            )
+        media.append(_medium(rest.pop(0) if medium is None else medium))
+    if rest:
+        raise ValueError(
+            f"An example has {len(given)} {kind}s beside its messages, but parts of type {kind!r} for only "
+            f"{len(given) - len(rest)} of them. Give as many {kind}s as parts."
+        )
+    return media
 
 
 def _role(message: Any) -> str:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"A message is {message!r:.80}; expected a role and a content.")
+        raise ValueError(f"A message is {message!r:.80}; expected a mapping with role and content.")
     return message["role"]
 
 
@@ -285,29 +297,31 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise ValueError(f"The content of a message is {content!r:.80}; expected a text, or a list of parts.")
-    for part in content:
-        if not isinstance(part, Mapping):
-            raise ValueError(
-                f'A part of a message is {part!r:.80}; expected a mapping such as {{"type": "text", "text": ...}}.'
-            )
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-    for part in parts:
-        kind = part.setdefault("type", next((key for key in ("text", *_SOURCES) if key in part), "unknown"))
-        if kind not in ("text", *_SOURCES, "image_url", "video_url"):
-            raise ValueError(f"A part of a message has the type {kind!r}; expected text, image or video.")
-        part["type"] = kind.removesuffix("_url")
-        if kind == "text" and not isinstance(part.get("text"), str):
-            raise ValueError(f"The text of a part of a message is {part.get('text')!r:.80}; expected a text.")
-    return parts
+        raise ValueError(f"The content of a message is {content!r:.80}; expected a string, or a list of parts.")
+    return [_part(given) for given in content]
 
 
-def _source(source: Any) -> Any:
+def _part(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f'A part of a message is {given!r:.80}; expected a mapping such as {{"type": "text", "text": ...}}.'
+        )
+    part = {key: value for key, value in given.items() if value is not None}
+    kind = part.setdefault("type", next((key for key in ("text", *_MEDIA) if key in part), "unknown"))
+    if kind not in ("text", *_MEDIA, "image_url", "video_url"):
+        raise ValueError(f"A part of a message has the type {kind!r}; expected text, image or video.")
+    part["type"] = kind.removesuffix("_url")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise ValueError(f"The text of a part of a message is {part.get('text')!r:.80}; expected a string.")
+    return part
+
+
+def _medium(given: Any) -> Any:
     """An image or video as the processor takes it; a table gives {"bytes", "path"}, an API {"url"}."""
-    if isinstance(source, list | tuple):
-        return [_source(frame) for frame in source]
-    if not isinstance(source, Mapping):
-        return source
-    if source.get("bytes") is not None:
-        return source["bytes"]
-    return source.get("url") or source.get("path")
+    if isinstance(given, list | tuple):
+        return [_medium(frame) for frame in given]
+    if not isinstance(given, Mapping):
+        return given
+    if given.get("bytes") is not None:
+        return given["bytes"]
+    return given.get("url") or given.get("path")

@@ -1,24 +1,33 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Settings from a YAML file, typed as the fields of dataclasses are, the way a command line would be."""
+"""Settings from YAML, typed by the fields of the dataclasses that they are for.
+
+Transformers' own parser types strings alone, and takes no list where a string is possible too.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentTypeError
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from transformers.hf_argparser import string_to_bool
+from huggingface_hub.dataclasses import type_validator
 
-from ..checks import shown
+from ..checks import is_number, shown
 
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list"}
+_EXPECTED: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    list[str]: "a list of strings",
+    dict: "a mapping of names to values",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,14 +40,14 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """What a YAML document holds.
+    """Read a YAML document.
 
     Args:
-        text: of the document.
+        text: YAML.
         name: what to call it in errors.
 
     Raises:
-        ValueError: if it isn't YAML.
+        ValueError: if it isn't valid YAML.
     """
     try:
         return yaml.load(text, _Loader)  # a safe loader
@@ -47,29 +56,29 @@ def read_yaml(text: str, name: str) -> Any:
 
 
 def read_yaml_file(file: str | os.PathLike) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Raises:
-        ValueError: if it isn't YAML in UTF-8.
+        ValueError: if it isn't valid YAML in UTF-8.
         OSError: if it can't be read.
     """
     try:
         text = Path(file).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} isn't text in UTF-8: {error}") from error
+        raise ValueError(f"{file} isn't UTF-8 text: {error}. Save it as UTF-8.") from error
     return read_yaml(text, str(file))
 
 
 def check_name(name: Any, known: Iterable[str], refusal: str) -> None:
-    """Refuse a name that isn't known, with the nearest one that is.
+    """Refuse an unknown name, and suggest the nearest known one.
 
     Args:
-        name: as it was given.
-        known: all names.
-        refusal: the beginning of the message.
+        name: name to look for.
+        known: all valid names.
+        refusal: beginning of the message.
 
     Raises:
-        ValueError: with the refusal and a suggestion.
+        ValueError: if the name isn't among them.
     """
     known = list(known)
     if name not in known:
@@ -78,76 +87,60 @@ def check_name(name: Any, known: Iterable[str], refusal: str) -> None:
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """A value as the field of a dataclass takes it.
+    """Convert a value to the type of a setting.
 
-    A number in quotes is a number where one is wanted, 4e3 an integer, and "no" a truth value. Types that aren't
-    numbers, truth values, strings, lists or mappings are left to the dataclass.
+    Quotes make no difference: "3" is a number and "no" a truth value where one is expected. Whole numbers such as 4e3
+    are integers.
 
     Args:
-        name: of the setting, as it stands in the file.
-        value: as it was read.
-        hint: the type of the field.
+        name: name of the setting, as in the file.
+        value: value as it was read.
+        hint: type of the setting.
 
     Raises:
-        ValueError: with name, value and what is expected, if the value is of another type.
+        ValueError: if the value can't be converted; the message says what is expected.
     """
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for read in (_as_it_is, _converted):
-        for kind in kinds:
-            try:
-                return read(name, value, kind)
-            except (TypeError, ArgumentTypeError):
-                continue
-    expected = [_expected(kind) for kind in kinds if kind is not NoneType]
-    raise ValueError(f"{name}={shown(value)} must be {' or '.join(dict.fromkeys(expected))}.")
+    for reading in _readings(value):
+        try:
+            type_validator(name, reading, hint)
+        except TypeError:
+            continue
+        return reading
+    raise ValueError(f"{name}={shown(value)} must be {_expected(hint)}.")
 
 
-def _as_it_is(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of this kind already; raises TypeError otherwise."""
-    origin = get_origin(kind) or kind
-    if origin is Literal:
-        fits = value in get_args(kind)
-    elif origin in (bool, int, float):
-        fits = isinstance(value, (int, float) if origin is float else origin) and isinstance(value, bool) == (
-            origin is bool
-        )
-    elif origin is str:
-        fits = isinstance(value, (str, os.PathLike))
-        value = os.fspath(value) if fits else value
-    elif origin in (list, tuple):
-        fits = isinstance(value, (list, tuple))
-        (item, *_) = get_args(kind) or (Any,)
-        value = [typed(f"{name}[{index}]", each, item) for index, each in enumerate(value)] if fits else value
-    elif origin in (dict, Mapping):
-        fits = isinstance(value, Mapping)
-    elif isinstance(origin, type) and issubclass(origin, Enum):
-        fits = isinstance(value, (str, origin))
-    else:
-        fits = origin is Any or (isinstance(origin, type) and (origin is NoneType) == (value is None))
-    if not fits:
-        raise TypeError
-    return value
+def _readings(value: Any) -> Iterator[Any]:
+    """The value as it is, then what else it can be read as."""
+    yield value
+    if isinstance(value, os.PathLike):
+        yield os.fspath(value)
+    if isinstance(value, list | tuple):
+        yield list(value)
+        yield [tuple(item) if isinstance(item, list) else _scalar(item) for item in value]
+    scalar = _scalar(value)
+    yield scalar
+    if is_number(scalar):
+        yield float(scalar)
+        if float(scalar).is_integer():
+            yield int(scalar)
 
 
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    """A string, or a whole number written with a point, as this kind; raises TypeError or ArgumentTypeError."""
-    if kind is bool and isinstance(value, str):
-        return string_to_bool(value)
-    if kind not in (int, float) or not isinstance(value, (str, float)):
-        raise TypeError
+def _scalar(value: Any) -> Any:
+    """The number or truth value in a string, as YAML has it without quotes; anything else as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        number = float(value)
-    except ValueError:
-        raise TypeError from None
-    if kind is int and not number.is_integer():
-        raise TypeError
-    return kind(value if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number)
+        read = yaml.load(value, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return value
+    return read if isinstance(read, bool | int | float) else value
 
 
-def _expected(kind: Any) -> str:
-    origin = get_origin(kind) or kind
+def _expected(hint: Any) -> str:
+    """The values of a type, in words."""
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_expected(kind) for kind in arguments if kind is not NoneType))
     if origin is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return "a string"
-    return _EXPECTED.get(origin, "a list" if origin is tuple else "a mapping of names to values")
+        return f"one of {', '.join(map(repr, arguments))}"
+    return _EXPECTED.get(hint) or _EXPECTED.get(origin) or f"of the type {getattr(origin, '__name__', origin)}"

@@ -1,7 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """`CasaTrainer`: Transformers' Trainer with two learning rates and evaluation by generated answers.
 
-CASA models train in the plain `Trainer` and in TRL's `SFTTrainer` too; this adds what these have no argument for.
+CASA models also train in the plain `Trainer` and in TRL's `SFTTrainer`; this adds what they have no argument for.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +19,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, get_last_checkpoint, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, has_length
 
-from ..checkpoint_files.errors import PublishingError
-from ..configuration_casa import CasaConfig
-from ..folder_files import own_file
-from ..hub.card import published_card, training_procedure
-from ..hub.card_parts import Card, decode_card, union
-from ..hub.push import explained
-from ..hub.repositories import (
-    CARD,
-    check_branch_name,
-    client,
-    new_branch,
-    present_card,
-    refuse_foreign,
-    repository_info,
-)
 from .checkpoints import last_checkpoint, warn_of_skipped
 from .collator import CasaDataCollator
 from .evaluation import exact_match, generate_answers
 from .parameters import parameter_groups
+from .publishing import PublishingTrainer
 from .refusals import TOKEN_IS_SAVED, refuse_several_gpus
 from .samples import IGNORED, Dialogue
 
 logger = logging.getLogger(__name__)
 
-# Of every card that a Trainer makes.
-_TAG = "generated_from_trainer"
 
-
-class CasaTrainer(Trainer):
+class CasaTrainer(PublishingTrainer):
     """Trainer of CASA models.
 
     Args:
-        *args, **kwargs: as for `Trainer`; `processing_class` is the model's `CasaProcessor`, and data sets hold
+        *args, **kwargs: arguments of `Trainer`. `processing_class` is the model's `CasaProcessor`. Datasets hold
             conversations (see `casa_hf.training.Dialogue.of`), or rows of them (`PackedDataset`), or are iterables of
-            these. A `data_collator` with a processor of its own has that one make the pictures, of evaluation too;
-            `processing_class` is saved, by default the collator's processor.
+            these. If the `data_collator` has another processor, that one makes the inputs of training and evaluation,
+            and `processing_class`, by default the same, is saved.
         lr_new, lr_existing: learning rates; see `parameter_groups`. `weight_decay` is that of the arguments.
         generate: arguments of `generate` with which evaluation asks the model for the last answer of each conversation
-            of the evaluation set; None for the loss alone.
-        score: (answers, references) -> metrics by name, logged beside the loss.
+            of the evaluation dataset; None for the loss alone.
+        score: function of answers and references that returns metrics by name, logged beside the loss.
 
     Raises:
-        ValueError: if the arguments hold a token, which the Trainer would publish with them; and, when it looks
-            for the repository, if that holds another model; if there is neither a processor nor a collator; and if
-            one process would train on several GPUs.
+        ValueError: if the arguments hold a token, which the Trainer would publish with them; if the repository to push
+            to holds another model; if there is neither a processor nor a collator; and if one process would train on
+            several GPUs.
     """
 
     _resumed: TrainerState | None = None
@@ -94,12 +75,12 @@ class CasaTrainer(Trainer):
         collator, processor = given.get("data_collator"), given.get("processing_class")
         if collator is None:
             if processor is None:
-                raise ValueError("CasaTrainer has no processor. Give it the model's: processing_class=processor.")
+                raise ValueError("CasaTrainer has no processor; pass the model's as processing_class=processor.")
             given["data_collator"] = CasaDataCollator(processor)
         elif processor is None and isinstance(collator, CasaDataCollator):
             given["processing_class"] = collator.processor
         if getattr(given.get("args"), "hub_token", None) is not None:
-            raise ValueError(f"hub_token: {TOKEN_IS_SAVED}")
+            raise ValueError(f"hub_token {TOKEN_IS_SAVED}")
         self._remember_config(given.get("model"))
         super().__init__(**given)
         config, before = getattr(self.model, "config", None), self._config_before or {}
@@ -115,11 +96,11 @@ class CasaTrainer(Trainer):
             self.compute_loss_func = self._smoothed_loss
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in Transformers, which comes here first, and anew for each trial of a search; data aren't cut by rows."""
+        """As in Transformers, which calls it first, and again for each trial of a search; batches aren't split."""
         if self.model is not None:  # else `model_init` makes it later
             self._refuse_several_gpus(self.model)
         super().create_accelerator_and_postprocess()
-        # Else one process would read batches of an iterable, and cut them for all by rows, pixels too.
+        # Else one process would read batches of an iterable, and split them for all by rows, pixels too.
         self.accelerator.dataloader_config.dispatch_batches = False
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,13 +132,13 @@ class CasaTrainer(Trainer):
         """As in Transformers; from a checkpoint of a finished run no step is taken, and a warning says so.
 
         Args:
-            resume_from_checkpoint: a folder, or True for the last complete one of the output folder; a warning names
-                those that are skipped.
-            *args, **kwargs: as in Transformers.
+            resume_from_checkpoint: folder of a checkpoint, or True for the last complete one in the output folder; a
+                warning names those that are skipped.
+            *args, **kwargs: further arguments of Transformers.
 
         Raises:
-            FloatingPointError: at the first loss, gradient norm, weight or evaluation loss that isn't finite. The
-                weights stay as they were before that step, and nothing is saved.
+            FloatingPointError: if a loss, gradient norm, weight or evaluation loss isn't finite. The weights stay as
+                they were before that step, and nothing is saved.
         """
         if resume_from_checkpoint is True and not self.args.save_only_model:
             resume_from_checkpoint = self._last_checkpoint() or True
@@ -185,7 +166,7 @@ class CasaTrainer(Trainer):
         if self.is_world_process_zero():
             logger.warning(
                 "The checkpoint has %d of %d steps, so this run is finished and nothing is trained. Raise "
-                "max_steps or num_train_epochs to go on, or start from its weights.",
+                "max_steps or num_train_epochs to continue, or start from its weights.",
                 self._resumed.global_step,
                 max_steps,
             )
@@ -254,10 +235,10 @@ class CasaTrainer(Trainer):
     def _diverged(self, what: str) -> str:
         last, _ = last_checkpoint(Path(self.args.output_dir))
         steps = f"{self.state.global_step} of {self.state.max_steps} steps"
-        way = "No checkpoint with finite weights is there" if last is None else f"The last finite checkpoint is {last}"
+        way = "There is no checkpoint with finite weights" if last is None else f"The last finite checkpoint is {last}"
         return (
             f"{what} is not finite (nan or inf) after {steps}, so the run is stopped and nothing is saved. {way}; "
-            "start with lower learning rates."
+            "lower the learning rates."
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -286,10 +267,10 @@ class CasaTrainer(Trainer):
         return super().get_test_dataloader(self._at_hand(test_dataset))
 
     def _at_hand(self, dataset: Any) -> Any:
-        """The data set, as a list if it is an iterable and the work is shared by index.
+        """The dataset, as a list if it is an iterable and the work is shared by index.
 
-        Of an iterable, each of several processes would see its own part alone, of which the last batches differ in
-        number, or have rows of the first ones again.
+        Of an iterable, each of several processes would see its own part only, in which the last batches differ in
+        number, or repeat rows of the first ones.
         """
         is_shared = self.generate_kwargs is not None or self.accelerator.num_processes > 1
         is_iterable = isinstance(dataset, IterableDataset) or not has_length(dataset)
@@ -301,7 +282,7 @@ class CasaTrainer(Trainer):
         """The loss, a mean over all answer tokens whatever the batches, and the score of generated answers.
 
         Raises:
-            FloatingPointError: while the model trains, if the loss isn't finite.
+            FloatingPointError: if the loss isn't finite while the model trains.
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -336,7 +317,7 @@ class CasaTrainer(Trainer):
         loss, labels = found[0], inputs.get("labels")
         if loss is not None and labels is not None:
             tokens = (labels[:, 1:] != IGNORED).sum()
-            # By rows, since those that a process has been given twice to fill its last batch are cut off again.
+            # By rows, since those that a process was given twice to fill its last batch are left out again.
             total = torch.where(tokens > 0, loss * tokens, 0)  # without any, the mean is nan
             parts = torch.stack([total, tokens]).float().expand(len(labels), 2) / len(labels)
             gathered = self.accelerator.gather_for_metrics(parts.contiguous())
@@ -344,7 +325,7 @@ class CasaTrainer(Trainer):
         return found
 
     def _answers(self, examples: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-        """Answers and references; processes share the work, equally, since a sharded model needs all of them."""
+        """Answers and references; processes share the work equally, since a sharded model needs all of them."""
         from accelerate.utils import gather_object
 
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -363,136 +344,13 @@ class CasaTrainer(Trainer):
         references = [Dialogue.of(example).question()[1] for example in examples]
         return [by_index[index] for index in range(len(examples))], references
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As in Transformers; what people wrote into the card of the branch it goes to stays, see `create_model_card`.
-
-        A branch that doesn't exist is made, and removed if the push is refused.
-        """
-        # The base class waits for it between making the card and sending it, which is time for edits.
-        self._finish_current_push()
-        if self.hub_model_id is None:
-            private = args[0] if args else kwargs.get("private")  # from Transformers 5.24 on
-            self.init_hf_repo(token, revision=revision, **({} if private is None else {"private": private}))
-        # It hands on what it doesn't know itself to `create_model_card`.
-        kwargs |= {"hub_token": token, "hub_revision": revision}
-        with self._branch(token, revision):
-            return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
-
-    @contextmanager
-    def _branch(self, token: str | None = None, revision: str | None = None) -> Iterator[None]:
-        """Where a push goes, made if need be: the base class would fail without it, at the end of the training.
-
-        The base class sends all that is in the output folder; a link there that leads elsewhere is refused.
-        """
-        revision = self.args.hub_revision if revision is None else revision
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            for file in folder.rglob("*"):
-                own_file(folder, file.relative_to(folder), PublishingError)
-        if revision is None or not self.is_world_process_zero():
-            yield
-            return
-        api = client(self.args.hub_token if token is None else token)
-        info, is_new = repository_info(api, self.hub_model_id, revision)
-        with new_branch(api, self.hub_model_id, revision, str(info.sha)) if is_new else nullcontext():
-            yield
-
-    def init_hf_repo(self, token: str | None = None, *args: Any, revision: str | None = None, **kwargs: Any) -> None:
-        """As in Transformers, before the training: what would have the push refused after it ends it here.
-
-        Raises:
-            PublishingError: if the token is unusable, the Hub can't be asked, doesn't accept the token, or doesn't let
-                it write there; if the repository holds another model; or if a card, there or in the output folder,
-                can't be read.
-        """
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        if not self.is_world_process_zero():
-            return super().init_hf_repo(token, *args, **kwargs)
-        file = Path(self.args.output_dir) / CARD  # the base class reads it for its own
-        if file.is_file():
-            Card.read(decode_card(file.read_bytes(), str(file)), str(file))
-        revision = self.args.hub_revision if revision is None else revision
-        check_branch_name(revision)
-        api = client(self.args.hub_token if token is None else token)
-        with explained(name, f"Preparing {name}"):
-            super().init_hf_repo(token, *args, **kwargs)
-            info, _ = repository_info(api, self.hub_model_id, revision)
-            refuse_foreign(api, self.hub_model_id, info, suits_adapters=hasattr(self.model, "peft_config"))
-            present_card(api, self.hub_model_id, info)
-
-    def create_model_card(
-        self, *args: Any, hub_token: str | None = None, hub_revision: str | None = None, **kwargs: Any
-    ) -> None:
-        """As in Transformers; where it goes to the Hub, with what the card of a CASA checkpoint says.
-
-        Transformers' card is about this run alone and takes the place of the repository's one, also of what somebody
-        wrote there. Here the run's procedure and results go into our part of that card.
-
-        Args:
-            *args, **kwargs: as in Transformers.
-            hub_token, hub_revision: token, and branch of the repository whose card counts; None for those of the
-                training arguments.
-        """
-        super().create_model_card(*args, **kwargs)
-        config = getattr(self.model, "config", None)
-        if self.hub_model_id is None or not self.is_world_process_zero() or not isinstance(config, CasaConfig):
-            return
-        file = Path(self.args.output_dir) / CARD
-        card = Card.read(file.read_text("utf-8"), CARD)
-        card.data["tags"] = union(card.data.get("tags"), [_TAG])  # PEFT replaces those of the Trainer
-        _drop_folder(card, config.name_or_path)
-        procedure, card.text = training_procedure(card.text), ""
-        api = client(self.args.hub_token if hub_token is None else hub_token)
-        revision = self.args.hub_revision if hub_revision is None else hub_revision
-        info, _ = repository_info(api, self.hub_model_id, revision)
-        readme = published_card(
-            card.write(),
-            config,
-            self.hub_model_id,
-            revision=revision,
-            present=present_card(api, self.hub_model_id, info),
-            procedure=procedure,
-            needs_origin=False,
-        )
-        file.write_text(readme, "utf-8")
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in Transformers, without the model card that an earlier push has left in the output folder.
-
-        The whole folder goes to the Hub, and that card would undo what has been written there since. The push at the
-        end of the run makes a new one. A README.md that somebody has written stays, and goes to the Hub.
-        """
-        file = Path(self.args.output_dir) / CARD
-        sends = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
-        if sends and file.is_file() and f"\n- {_TAG}\n" in file.read_text("utf-8", "replace"):
-            file.unlink()
-        with self._branch() if sends else nullcontext():
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _set_signature_columns_if_needed(self) -> None:
         # What the collator reads; the Trainer would drop columns that the model's forward doesn't name.
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*(self._signature_columns or []), "messages", "images", "image", "videos", "video"]
 
 
-def _drop_folder(card: Card, source: str | None) -> None:
-    """Take out a base model that is a folder of this machine, as PEFT states it: to others it says nothing."""
-    if not source or not os.path.isdir(source):
-        return
-    if card.data.get("base_model") == source:
-        card.data.pop("base_model")
-    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != f"base_model:adapter:{source}"]
-
-
 def _examples(dataset: Any) -> list[Mapping[str, Any]]:
-    """The conversations of a data set, packed or not."""
+    """The conversations of a dataset, packed or not."""
     features = [dataset[index] for index in range(len(dataset))]
     return [example for feature in features for example in ([feature] if isinstance(feature, Mapping) else feature)]
