@@ -54,12 +54,12 @@ def configuration(stage: str, model: str, data: str, output: str, settings: list
     Raises:
         ValueError: for a setting that isn't NAME=VALUE or that doesn't exist.
     """
-    sources = read_yaml(data, "DATA") if data.startswith(("[", "{")) else data
-    content: dict[str, Any] = {"model": model, "data": sources, "output": output, **STAGES[stage]}
+    datasets = read_yaml(data, "DATA") if data.startswith(("[", "{")) else data
+    content: dict[str, Any] = {"model": model, "data": datasets, "output": output, **STAGES[stage]}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"{setting!r} is no setting; write NAME=VALUE.")
+            raise ValueError(f"{setting!r} is not a setting; write NAME=VALUE.")
         content[name] = read_yaml(value, setting)
     if content.get("num_train_epochs") is not None and not any(
         setting.startswith("max_steps=") for setting in settings
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("model", help="folder or Hub id of a CASA checkpoint")
-    parser.add_argument("data", help="folder or file of conversations, Hub id of a data set, or a YAML list")
-    parser.add_argument("output", help="folder to make")
+    parser.add_argument("data", help="folder or file of conversations, Hub id of a dataset, or a YAML list")
+    parser.add_argument("output", help="folder to create")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     given = parser.parse_args(arguments)
     try:

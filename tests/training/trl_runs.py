@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], bool]] = {
 
 
 def rows(columns: tuple[str, ...], with_images: bool) -> Any:
-    """A data set in the form that a kind of trainer wants."""
+    """A dataset in the form that a kind of trainer wants."""
     examples = []
     for index, (question, answer) in enumerate(QUESTIONS):
         prompt = [{"role": "user", "content": question}]

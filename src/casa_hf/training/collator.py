@@ -133,7 +133,7 @@ class PackedDataset(Dataset):
                 "Give it a list of them, or give the iterable to the trainer, with CasaDataCollator(packing=True)."
             )
         if not len(examples):
-            raise ValueError("There are no conversations in the data; name files or data sets that have some.")
+            raise ValueError("There are no conversations in the data; name files or datasets that have some.")
         self.examples = examples
         kept, sizes = [], []
         measured: dict[int, tuple[int, int]] = {}  # a conversation that occurs again is read once

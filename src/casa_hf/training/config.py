@@ -58,11 +58,11 @@ class TrainingConfig:
 
     Attributes:
         model: folder or Hub id of a CASA checkpoint.
-        data: conversations to train on: a data set or a list of them, with weights or without; see `load_mixture`.
+        data: conversations to train on: a dataset or a list of them, with weights or without; see `load_mixture`.
         output: folder to create, with the trained model and its processor, or the adapter; and `all_results.json` (the
             last metrics) and `trainer_state.json` (those of every log).
         eval_data: conversations to evaluate on, likewise.
-        split, eval_split: split of the data sets that don't name their own; None for "train" and "validation".
+        split, eval_split: split of the datasets that don't name their own; None for "train" and "validation".
         trainable: recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
         lora: arguments of PEFT's `LoraConfig`, to train adapters instead of weights; its `target_modules` may also be
             a key of `LORA_TARGETS`.
