@@ -3,8 +3,8 @@
 
 The captioner that ships with the repository (`examples/tiny_world`) watches one clip of 100,000 frames, in which an
 object lies somewhere else in every frame and now and then is another one, and names it when it changes; its stream
-keeps `--text-window` text tokens. Everything that a user's stream does is part of it: pictures become patches, tokens
-become events. Drawing the frames isn't measured.
+keeps `--max-text-tokens` tokens of text. Everything that a user's stream does is part of it: images become patches,
+tokens become events. Drawing the frames isn't measured.
 
 By frame: latency (from the picture to the end of the frame's text), bytes of the cache, memory of the process, and
 whether the caption is right, silence included. Straight lines and their intervals are those of `benchmarks.forever`.
@@ -41,12 +41,12 @@ class Sizes:
 
     Attributes:
         frames: of the clip.
-        text_window: text tokens that the stream keeps.
+        max_text_tokens: text tokens that the stream keeps.
         blocks: number of means that a line is laid through.
     """
 
     frames: int = 100_000
-    text_window: int = 64
+    max_text_tokens: int = 64
     blocks: int = 50
 
 
@@ -77,7 +77,7 @@ def run(device: str, sizes: Sizes) -> Record:
     processor = CasaProcessor.from_pretrained(live.CHECKPOINT)
     # Places that are there from the start: what is measured is the memory of the stream, not of its record.
     latency, cache, memory, right = (array("d", [1.0]) * sizes.frames for _ in range(4))
-    with live.new_stream(model, processor, fps=2, text_window=sizes.text_window) as stream:
+    with live.new_stream(model, processor, fps=2, max_text_tokens=sizes.max_text_tokens) as stream:
         for index, (frame, wanted) in enumerate(islice(endless(), sizes.frames)):
             *_, end = stream.push(frame)
             latency[index] = 1_000 * end.latency
@@ -152,10 +152,10 @@ def plot(record: Record, sizes: Sizes, absolute: bool, path: Path) -> None:
 def main() -> None:
     parser = start(__doc__)
     parser.add_argument("--frames", type=positive, help="frames of the clip (default: 100,000)")
-    parser.add_argument("--text-window", type=positive, help="text tokens that the stream keeps (default: 64)")
+    parser.add_argument("--max-text-tokens", type=positive, help="text tokens that the stream keeps (default: 64)")
     arguments = parser.parse_args()
     sizes = Sizes(frames=400) if arguments.tiny else Sizes()
-    given = {"frames": arguments.frames, "text_window": arguments.text_window}
+    given = {"frames": arguments.frames, "max_text_tokens": arguments.max_text_tokens}
     sizes = replace(sizes, **{name: value for name, value in given.items() if value})
     if sizes.frames < 2 * sizes.blocks:
         parser.error(f"--frames {sizes.frames} must be at least {2 * sizes.blocks}, for lines with intervals.")

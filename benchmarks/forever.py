@@ -6,7 +6,7 @@ short and the frames are small, because what grows, if anything does, is the tex
 
 | contender | turns | |
 |---|---|---|
-| `bounded` | all | CASA; text beyond `--text-window` tokens is evicted, and positions are counted anew |
+| `bounded` | all | CASA; text beyond `--max-text-tokens` tokens is evicted, and positions are counted anew |
 | `insertion-last-4` | half | token insertion; keys/values of all but the last 4 frames are dropped, the text stays |
 | `insertion` | 256 | token insertion |
 | `unbounded` | all | CASA; all text stays |
@@ -82,13 +82,13 @@ class Sizes(StreamSizes):
     Attributes:
         insertion_turns: turns of token insertion.
         windowed_turns: turns of token insertion that drops old frames.
-        text_window: text tokens of the bounded stream, prompt included.
+        max_text_tokens: text tokens of the bounded stream, prompt included.
         blocks: number of means that a line is laid through.
     """
 
     insertion_turns: int = 256
     windowed_turns: int = 5_000
-    text_window: int = 512
+    max_text_tokens: int = 512
     blocks: int = 50
 
     def turns_of(self, name: str) -> int:
@@ -99,7 +99,7 @@ class Sizes(StreamSizes):
     @property
     def settled(self) -> int:
         """The first turn that is part of a slope: the window has been full and was emptied for the first time."""
-        return min(self.turns // 4, 2 * self.text_window // self.turn_text)
+        return min(self.turns // 4, 2 * self.max_text_tokens // self.turn_text)
 
 
 # A sixth of the parameters of the other benchmarks' small model: what grows is read again for each of 40,000 tokens.
@@ -112,9 +112,17 @@ _TEXT = SMALL_TEXT | {
 }
 SIZES = {
     "cpu": Sizes(_TEXT, SMALL_VISION | {"out_hidden_size": 256}, frame=224, turns=10_000, answer=3),
-    "cuda": Sizes(LARGE_TEXT, LARGE_VISION, frame=448, turns=10_000, answer=5, text_window=1024),
+    "cuda": Sizes(LARGE_TEXT, LARGE_VISION, frame=448, turns=10_000, answer=5, max_text_tokens=1024),
     "tiny": Sizes(
-        TINY_TEXT, TINY_VISION, frame=32, turns=60, prompt=5, answer=3, insertion_turns=12, text_window=40, blocks=10
+        TINY_TEXT,
+        TINY_VISION,
+        frame=32,
+        turns=60,
+        prompt=5,
+        answer=3,
+        insertion_turns=12,
+        max_text_tokens=40,
+        blocks=10,
     ),
 }
 
@@ -124,7 +132,7 @@ class BoundedContender(CasaContender):
 
     def __init__(self, model: CasaForConditionalGeneration, sizes: Sizes):
         super().__init__(model, sizes)
-        self.window = sizes.text_window
+        self.window = sizes.max_text_tokens
 
     def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
         if self.kv_tokens() > self.window:
@@ -208,7 +216,7 @@ def run(contender: Contender, sizes: Sizes, turns: int) -> Record:
         rest = (sizes.answer, sizes.frame_tokens)
         record.predicted = cache_bytes(model.config, model.dtype.itemsize, text, *rest)
         if isinstance(contender, BoundedContender):
-            text = min(text, sizes.text_window + sizes.turn_text)
+            text = min(text, sizes.max_text_tokens + sizes.turn_text)
         record.most = most_bytes(model.config, model.dtype.itemsize, text, *rest)
     return record
 
@@ -226,10 +234,12 @@ def check_eviction(model: CasaForConditionalGeneration, sizes: Sizes) -> float:
     """Compare the keys that an eviction leaves in the first block, which depend on token and position alone, with
     those of a cache that was only given what stays."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.text_window), generator=generator).to(model.device)
+    ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.max_text_tokens), generator=generator).to(
+        model.device
+    )
     moved, fresh = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(ids, cache=moved)
-    kept = model.evict_text(moved, (sizes.text_window + sizes.prompt) // 2, sizes.prompt)
+    kept = model.evict_text(moved, (sizes.max_text_tokens + sizes.prompt) // 2, sizes.prompt)
     model(ids[:, kept[0]], cache=fresh)
     return gate("keys after an eviction", moved.layers[0].keys, fresh.layers[0].keys, model.dtype)
 
@@ -417,16 +427,18 @@ def plot(
 def main() -> None:
     parser = start(__doc__)
     parser.add_argument("--turns", type=positive, help="turns of the stream (default: 10,000)")
-    parser.add_argument("--text-window", type=positive, help="text tokens that the bounded stream keeps")
+    parser.add_argument("--max-text-tokens", type=positive, help="text tokens that the bounded stream keeps")
     parser.add_argument("--variant", choices=("casa", "casa-shared", "ca", "ca-shared"), default="casa")
     parser.add_argument("--attn", default="sdpa", help="attn_implementation of CASA (default: %(default)s)")
     arguments = parser.parse_args()
     sizes = SIZES["tiny" if arguments.tiny else arguments.device]
-    given = {"turns": arguments.turns, "text_window": arguments.text_window}
+    given = {"turns": arguments.turns, "max_text_tokens": arguments.max_text_tokens}
     sizes = replace(sizes, **{name: value for name, value in given.items() if value})
     least = sizes.prompt + sizes.turn_text
-    if sizes.text_window < least:
-        parser.error(f"--text-window {sizes.text_window} must be at least {least}: the prompt and the text of a turn.")
+    if sizes.max_text_tokens < least:
+        parser.error(
+            f"--max-text-tokens {sizes.max_text_tokens} must be at least {least}: the prompt and the text of a turn."
+        )
     if sizes.turns < 12:
         parser.error(f"--turns {sizes.turns} must be at least 12, for lines with intervals.")
     device = begin(parser, arguments)

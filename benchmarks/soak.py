@@ -37,7 +37,14 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import process_bytes
-from casa_hf import CaptionEvent, CasaForConditionalGeneration, CasaProcessor, CasaStream, convert_checkpoint
+from casa_hf import (
+    CaptionEvent,
+    CasaForConditionalGeneration,
+    CasaProcessor,
+    CasaStream,
+    StreamSettings,
+    convert_checkpoint,
+)
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import FrameIterator
 from examples.tiny_source import build_tiny_source
@@ -140,14 +147,15 @@ class Soak:
     def __init__(self, arguments: argparse.Namespace, folder: Path, made: Path):
         self.model = CasaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(arguments.device).eval()
         self.processor = CasaProcessor.from_pretrained(folder)
-        self.settings: dict[str, Any] = {
-            "fps": arguments.fps,
-            "frame_budget": 1 / arguments.fps,
-            "max_new_tokens_per_frame": arguments.max_new_tokens,
-            "text_window": arguments.text_window,
-            "do_sample": True,
-            "seed": arguments.seed,
-        }
+        self.max_text_tokens = arguments.max_text_tokens
+        self.settings = StreamSettings(
+            fps=arguments.fps,
+            frame_budget=1 / arguments.fps,
+            max_new_tokens_per_frame=arguments.max_new_tokens,
+            max_text_tokens=arguments.max_text_tokens,
+            do_sample=True,
+            seed=arguments.seed,
+        )
         self.camera = Camera(arguments.seconds, arguments.fps, arguments.seed, arguments.trouble, made)
         self.trouble = arguments.trouble
         self.late = arguments.late
@@ -163,11 +171,11 @@ class Soak:
 
     def run(self) -> dict[str, Any]:
         begin = time.monotonic()
-        stream = CasaStream(self.model, self.processor, **self.settings)
+        stream = CasaStream(self.model, self.processor, self.settings)
         source = FrameIterator(self.camera, live=True, name="camera")
         captions = LiveCaptions(stream, source, late=self.late)
         # A stream evicts before a forward, which then adds the last token and the frames of a turn.
-        self.text_limit = self.settings["text_window"] + 1 + captions.max_waiting * len(stream.turns.frame)
+        self.text_limit = self.max_text_tokens + 1 + captions.max_waiting * len(stream.turns.frame)
         sampled = reported = begin
         try:
             for event in captions:
@@ -212,7 +220,7 @@ class Soak:
                 expected = self._answer(aside)
             stream.close()
             saved.seek(0)
-            captions.stream = CasaStream(self.model, self.processor, **self.settings)
+            captions.stream = CasaStream(self.model, self.processor, self.settings)
             captions.stream.load_state_dict(torch.load(saved, weights_only=True))
             self.events["restore"] += 1
             with captions.stream.fork() as aside:
@@ -238,7 +246,7 @@ class Soak:
             "every_frame_accounted_for": accounted == given["frames"] > 0,
             "corrupt_frames_and_no_others_are_errors": not self.misjudged,
             "restored_streams_go_on_alike": self.num_restored_alike == self.events["restore"],
-            "cache_within_text_window": self.most_text_tokens <= self.text_limit,
+            "cache_within_max_text_tokens": self.most_text_tokens <= self.text_limit,
         }
         if seconds >= LONG_SECONDS:
             checks["every_accident_seen"] = all((seen + self.errors)[name] for name in (*ACCIDENTS, *CORRUPT_KINDS))
@@ -285,7 +293,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--fps", type=float, default=20.0, help="of the camera and of the stream")
     parser.add_argument("--trouble", type=float, default=1.0, help="factor on the chances of all accidents")
     parser.add_argument("--late", choices=("drop", "merge"), default="drop")
-    parser.add_argument("--text-window", type=int, default=512, help="text tokens that the stream remembers")
+    parser.add_argument("--max-text-tokens", type=int, default=512, help="text tokens that the stream remembers")
     parser.add_argument("--max-new-tokens", type=int, default=4, help="per frame")
     parser.add_argument("--model", type=Path, help="folder of a CASA checkpoint; a small random one unless given")
     parser.add_argument("--device", default="cpu")

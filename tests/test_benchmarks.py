@@ -313,7 +313,7 @@ def test_bounded_text_stays_and_unbounded_text_grows_as_predicted():
     assert unbounded.cache[-1] == unbounded.predicted
     assert unbounded.kv_tokens == sizes.prompt + 30 * sizes.turn_text - 1
     assert max(bounded.cache[8:]) == max(bounded.cache[-8:]) < unbounded.cache[-1] / 2
-    assert bounded.kv_tokens <= sizes.text_window + sizes.turn_text
+    assert bounded.kv_tokens <= sizes.max_text_tokens + sizes.turn_text
     for record in (bounded, unbounded):
         assert all(held < own for held, own in zip(record.cache[1:], record.allocated[1:], strict=True))
         assert max(record.allocated) <= record.most
@@ -410,7 +410,11 @@ def test_program(program, device, monkeypatch, capsys, tmp_path):
         (prefill, ["--backends", "sdpb"], "--backends: unknown name 'sdpb'; choose from eager"),
         (layer, ["--variants", "ca-shared"], "--variants: unknown name 'ca-shared'; choose from casa"),
         (forever, ["--turns", "8"], "--turns 8 must be at least 12"),
-        (forever, ["--text-window", "9"], "--text-window 9 must be at least 10: the prompt and the text of a turn."),
+        (
+            forever,
+            ["--max-text-tokens", "9"],
+            "--max-text-tokens 9 must be at least 10: the prompt and the text of a turn.",
+        ),
         (captions, ["--frames", "99"], "--frames 99 must be at least 100, for lines with intervals."),
         (streams, ["--turns", "2"], "--turns 2 must be more than --period 2"),
         (streams, ["--plot", "no/drawing.svg"], "there is no folder no; make it first."),
@@ -434,7 +438,7 @@ def test_missing_device_is_said(monkeypatch, capsys):
 
 @pytest.mark.slow  # in real time: how many accidents there are depends on the machine
 def test_a_short_soak_has_every_accident_and_a_good_verdict():
-    verdict = soak.main(["--seconds", "10", "--trouble", "12", "--text-window", "150", "--seed", "1"])
+    verdict = soak.main(["--seconds", "10", "--trouble", "12", "--max-text-tokens", "150", "--seed", "1"])
     assert verdict["ok"] and all(verdict["checks"].values()) and len(verdict["checks"]) == 6, verdict
     seen = verdict["camera"] | verdict["events"] | verdict["errors"]
     assert all(seen.get(name) for name in (*soak.ACCIDENTS, *soak.CORRUPT_KINDS)), seen

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, StreamSettings
 from casa_hf.processing_casa import FRAME_TYPE
 from casa_hf.streaming.turns import StreamTurns
 
@@ -76,7 +76,7 @@ class StreamBatcher:
     """Makes batches of clips, token for token what a `CasaStream` would have in its cache."""
 
     def __init__(self, processor: CasaProcessor):
-        self.turns = StreamTurns(processor, None, PROMPT)
+        self.turns = StreamTurns(processor, StreamSettings(prompt=PROMPT))
         self.tokenizer = processor.tokenizer
         self.pixels = Batcher(processor).pixels
 

@@ -22,7 +22,7 @@ from .media_casa import MediaPolicy
 from .modeling_casa import CasaForConditionalGeneration, CasaModel
 from .processing_casa import CasaProcessor
 from .registration import register
-from .streaming import CaptionEvent, CasaStream, CasaStreamBatch
+from .streaming import CaptionEvent, CasaStream, CasaStreamBatch, StreamSettings
 from .version import __version__ as __version__
 
 register()
@@ -39,6 +39,7 @@ __all__ = [
     "ConversionError",
     "MediaPolicy",
     "PublishingError",
+    "StreamSettings",
     "add_code",
     "cache_nbytes",
     "convert_checkpoint",

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, StreamSettings
+from casa_hf.cli.app import app
 from casa_hf.cli.caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
@@ -107,8 +110,8 @@ DRAWS = {"do_sample": True, "temperature": 1.5, "seed": 7}
         (["--prompt", "Name the colours."], {"prompt": "Name the colours."}, {}),
         (["--system", "Speak French."], {"system": "Speak French."}, {}),
         (["--prefix", "In this video"], {"prefix": "In this video"}, {}),
-        (["--text-window", "90"], {"text_window": 90}, {}),
-        (["--budget", "1e-9"], {"frame_budget": 1e-9}, {}),
+        (["--max-text-tokens", "90"], {"max_text_tokens": 90}, {}),
+        (["--frame-budget", "1e-9"], {"frame_budget": 1e-9}, {}),
         (["--allow-repeats"], {"repetition_penalty": None, "no_repeat_ngram_size": 0}, {}),
         (DRAWN, DRAWS, {}),
         ([*DRAWN, "--top-k", "2"], {**DRAWS, "top_k": 2}, DRAWS),
@@ -152,9 +155,9 @@ LIVE = ("--fps", "200", "--live", "--max-new-tokens", "9", "--device", "cpu", "-
     ("options", "kind", "whole"),
     [
         ([], "dropped", False),
-        (["--budget", "600"], "dropped", True),
-        (["--late", "drop", "--budget", "600"], "dropped", True),
-        (["--late", "merge", "--budget", "600"], "merged", True),
+        (["--frame-budget", "600"], "dropped", True),
+        (["--late", "drop", "--frame-budget", "600"], "dropped", True),
+        (["--late", "merge", "--frame-budget", "600"], "merged", True),
         (["--late", "wait"], "", True),
     ],
 )
@@ -239,7 +242,7 @@ def test_what_is_said_about_the_source_is_done(cli: Cli, checkpoint: Path, tmp_p
     for source, options, expected in (
         (tmp_path / "pixels.yuv", raw, [0.0, 0.5, 1.0, 1.5, 2.0]),
         (tmp_path / "folder", ["--rate", "4"], [0.0, 0.5, 1.0]),
-        ("lavfi:testsrc=size=64x48:rate=4:duration=2", ["--recorded-source"], [0.0, 0.5, 1.0, 1.5]),
+        ("lavfi:testsrc=size=64x48:rate=4:duration=2", ["--recorded-input"], [0.0, 0.5, 1.0, 1.5]),
     ):
         said = ["--max-new-tokens", "1", "--device", "cpu", "--out", out, "--overwrite"]
         outcome = cli("caption", source, "--model", checkpoint, *said, *options)
@@ -264,7 +267,7 @@ def test_an_http_camera_is_captioned_live(cli: Cli, checkpoint: Path, tmp_path: 
 
     said = ["--max-new-tokens", "1", "--device", "cpu", "--out", out, "--fps", "100"]
     starts = []
-    for camera, options in ((parts, ["--late", "merge"]), (lambda: map(jpeg_part, range(6)), ["--recorded-source"])):
+    for camera, options in ((parts, ["--late", "merge"]), (lambda: map(jpeg_part, range(6)), ["--recorded-input"])):
         out.unlink(missing_ok=True)
         with http_camera(camera) as address:
             outcome = cli("caption", address, "--model", checkpoint, *said, *options)
@@ -334,7 +337,7 @@ def test_any_number_of_questions_may_be_for_one_moment(checkpoint: Path) -> None
     class Brief(LiveCaptions):
         """Has answers of one token."""
 
-        def ask(self, question: str, max_new_tokens: int = 1) -> None:
+        def ask(self, question: str, max_new_tokens: int | None = 1) -> None:
             asked.append(question)
             super().ask(question, max_new_tokens)
 
@@ -384,10 +387,19 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
         ([BUNNY, "--out", "nowhere/captions.srt"], ["nowhere", "doesn't exist"]),
         ([BUNNY, "--overlay", "video.avi"], ["video.avi", ".mp4"]),
         ([BUNNY, "--overlay", "video.mp4", "--font", "nowhere.ttf"], ["nowhere.ttf", "can't be used"]),
-        ([BUNNY, "--fps", "0"], ["--fps 0", "positive"]),
+        ([BUNNY, "--fps", "0"], ["--fps 0.0 must be a positive number"]),
+        ([str(Path(BUNNY).parent), "--rate", "0"], ["--rate 0.0 must be a positive number"]),
+        ([BUNNY, "--frame-budget", "-1"], ["--frame-budget -1.0 must be a positive number of seconds"]),
+        ([BUNNY, "--frame-budget", "nan"], ["--frame-budget nan must be a positive number"]),
+        ([BUNNY, "--max-new-tokens", "0"], ["--max-new-tokens 0 must be a positive integer"]),
+        ([BUNNY, "--max-text-tokens", "-5"], ["--max-text-tokens -5 must be a positive integer"]),
+        ([BUNNY, "--temperature", "0"], ["--temperature 0.0 must be a positive number"]),
+        ([BUNNY, "--temperature", "1e-400"], ["--temperature 0.0 must be a positive number"]),
+        ([BUNNY, "--temperature", "1", "--top-k", "-1"], ["--top-k -1 must be an integer of 0 or more"]),
+        ([BUNNY, "--temperature", "1", "--seed", str(2**64)], ["--seed 18446744073709551616 must be", "64 bits"]),
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
         (["lavfi:testsrc", "--start", "3"], ["--start 3", "live"]),
-        ([BUNNY, "--live-source", "--start", "3"], ["--start 3", "live"]),
+        ([BUNNY, "--live-input", "--start", "3"], ["--start 3", "live"]),
         ([BUNNY, "--rate", "5"], ["--rate 5.0 is asked of devices", "leave it out"]),
         ([str(Path(BUNNY).parent), "--option", "video_size=64x48"], ["video_size", "are for FFmpeg"]),
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
@@ -411,6 +423,18 @@ def test_wrong_values_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_that_are_settings_have_the_defaults_of_the_library() -> None:
+    """And none of them is missing that the page and the documents promise."""
+    command = typer.main.get_command(app).commands["caption"]  # type: ignore[attr-defined]
+    own = {field.name: field.default for field in fields(StreamSettings)}
+    found = {option.name: option.default for option in command.params if option.name in own}
+    assert {name for name, default in found.items() if default is not None and default != own[name]} == set()
+    assert found.keys() == own.keys() - {
+        *("do_sample", "max_new_tokens_per_answer", "media_policy", "num_sink_tokens", "stop_bias"),
+        *(name for name in own if name.startswith(("repetition_", "no_repeat_"))),
+    }
+
+
 def test_nothing_to_caption_is_said_before_any_file_is_made(
     cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,24 +447,20 @@ def test_nothing_to_caption_is_said_before_any_file_is_made(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--start", "soon"], "'soon' is no time"),
+        (["--start", "soon"], "'soon' is not a time"),
         (["--ask", "@2"], "has a time and no question"),
-        (["--ask", " "], "a question is empty"),
-        (["--late", "drop"], "needs --live or --live-source"),
-        (["--recorded-source", "--late", "drop"], "needs --live"),
-        (["--rate", "0"], "'--rate': '0' must be a positive number"),
-        (["--option", "video_size"], "'video_size' is no option; write KEY=VALUE"),
-        (["--option", "=640x480"], "'=640x480' is no option"),
-        (["--option", "video_size="], "'video_size=' is no option"),
+        (["--ask", " "], "A question is empty"),
+        (["--late", "drop"], "needs --live or --live-input"),
+        (["--recorded-input", "--late", "drop"], "needs --live"),
+        (["--option", "video_size"], "'video_size' is not an option; write KEY=VALUE"),
+        (["--option", "=640x480"], "'=640x480' is not an option"),
+        (["--option", "video_size="], "'video_size=' is not an option"),
         (["--option", "a=1", "--option", "a=2"], "a is given twice: 1 and 2"),
         (["--late", "never"], "merge"),
-        (["--budget", "-1"], "'--budget': '-1' must be a positive number"),
-        (["--budget", "nan"], "'--budget': 'nan' must be a positive number"),
-        (["--budget", "soon"], "'--budget': 'soon' must be a positive number"),
-        (["--temperature", "0"], "'--temperature': '0' must be a positive number"),
+        (["--frame-budget", "soon"], "'--frame-budget': Input should be a valid number"),
         (["--top-k", "5"], "need --temperature"),
         (["--seed", "5"], "need --temperature"),
-        (["--font", "a.ttf"], "--font: it is for --overlay"),
+        (["--font", "a.ttf"], "--font is for --overlay; add it"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:

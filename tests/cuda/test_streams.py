@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, CasaStreamBatch, Conversation
-from casa_hf.streaming.repetition import caption_processors
+from casa_hf.streaming import StreamSettings
 from tests.cuda.test_model import close, in_all, put
 from tests.helpers_generation import Image, batch, new_model, words
 from tests.labelled_device import LabelledDevices
@@ -57,7 +57,7 @@ def stream(model: Any, processor: CasaProcessor, **settings: Any) -> list[Any]:
 
 
 def bounded(model: Any, processor: CasaProcessor) -> list[Any]:
-    return stream(model, processor, text_window=40, num_sink_tokens=4)
+    return stream(model, processor, max_text_tokens=40, num_sink_tokens=4)
 
 
 def sampled(model: Any, processor: CasaProcessor) -> list[Any]:
@@ -71,7 +71,7 @@ def streams(model: Any, processor: CasaProcessor) -> list[Any]:
     def events(given: Iterator[Any]) -> None:
         said.extend((row, event.kind, event.text, event.token_ids) for row, event in given)
 
-    with CasaStreamBatch(model, processor, max_new_tokens_per_frame=5, text_window=48, num_sink_tokens=4) as rows:
+    with CasaStreamBatch(model, processor, max_new_tokens_per_frame=5, max_text_tokens=48, num_sink_tokens=4) as rows:
         first, second = rows.add(prompt="Say what there is."), rows.add()
         events(rows.push({first: PICTURES[0], second: PICTURES[1]}))
         third = rows.fork(first)
@@ -103,7 +103,7 @@ def test_repetition_control_in_generate(devices: LabelledDevices) -> None:
     inputs = batch([*words(3, 1), Image(2, 3, 1), *words(3, 2)])
 
     def generated() -> Tensor:
-        processors = caption_processors([3, 5], prompt_ignore_length=8)
+        processors = StreamSettings().repetition_control([3, 5], prompt_ignore_length=8)
         own = put(inputs, model.device.type, torch.float64)
         return model.generate(**own, max_new_tokens=12, do_sample=False, logits_processor=processors).cpu()
 

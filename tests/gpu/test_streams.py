@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream
-from casa_hf.streaming.repetition import caption_processors
+from casa_hf.streaming import StreamSettings
 from tests.streaming.conftest import FRAME_PIXELS, randomised
 from tests.streaming.helpers import emitted, picture, say
 
@@ -35,7 +35,7 @@ def no_waiting(device: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_logits_processors_do_not_wait_for_the_device(device: str) -> None:
-    processors = caption_processors([3, 5])
+    processors = StreamSettings().repetition_control([3, 5])
     ids = torch.randint(0, 50, (2, 80), device=device)
     scores = torch.randn(2, 50, device=device)
     expected = processors(ids.cpu(), scores.cpu())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf import CasaProcessor
+from casa_hf import CasaProcessor, StreamSettings
 from casa_hf.cli.talking import open_image
 from casa_hf.media_casa import MediaPolicy
 from casa_hf.streaming.turns import StreamTurns
@@ -39,7 +39,7 @@ def test_whoever_takes_a_picture_sees_the_same(processor, stock_pixels, tmp_path
     image, frame = stock_pixels([shown]), stock_pixels([shown], 140**2 // 4)
     tokens = int(image["image_grid_thw"].prod()) // 4
     chat = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    turns = StreamTurns(processor, None, "Describe it.")
+    turns = StreamTurns(processor, StreamSettings(prompt="Describe it."))
     forms = forms_of(file, serve(tmp_path))
     floating = torch.tensor(seen.copy()) / 255
     for name, form in (forms | {"array": seen, "tensor": floating.permute(2, 0, 1)}).items():

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from casa_hf import CaptionEvent, CasaStreamBatch
-from casa_hf.streaming.session import DEFAULT_PROMPT
+from casa_hf import CaptionEvent, CasaStreamBatch, StreamSettings
 from tests.streaming.helpers import OFF, emitted, say
 from tests.streaming.test_session import PICTURES, forwards, stream_of
 
@@ -52,7 +51,7 @@ def untimed(events: Any) -> list[CaptionEvent]:
 def test_streams_that_come_and_go_equal_separate_sessions(model, processor, variant, window):
     """Frames at different turns, several at once, a broken one, questions, a stream that joins late, one that goes."""
     model = model(variant)
-    settings = {"text_window": window, "num_sink_tokens": 4}
+    settings = {"max_text_tokens": window, "num_sink_tokens": 4}
     batch = batch_of(model, processor, **settings)
     alone = {}
 
@@ -220,7 +219,7 @@ def test_a_reset_stream_reports_nothing_of_before(model, processor):
     batch.reset(first)
     events = by_stream(batch.push({first: PICTURES[3]}))
     assert [event.kind for event in events[second]][:2] == ["merged", "merged"]
-    alone = stream_of(model("casa"), processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    alone = stream_of(model("casa"), processor, prompt=StreamSettings().prompt, **SETTINGS)
     assert untimed(events[first]) == untimed(alone.push(PICTURES[3]))
 
 
@@ -270,7 +269,7 @@ def test_a_failing_forward_ends_the_text_of_the_row_that_it_fails_for(
 ):
     """The others say what they say without it, and the row goes on with its next frame as if it hadn't been asked."""
     model = model(variant)
-    settings = {"text_window": window, "num_sink_tokens": 4, "do_sample": sampled}
+    settings = {"max_text_tokens": window, "num_sink_tokens": 4, "do_sample": sampled}
     batch = batch_of(model, processor, **settings)
     alone = {}
     for number, prompt in enumerate((*PROMPTS, PROMPTS[0])):
@@ -302,9 +301,9 @@ def test_a_failing_forward_ends_the_text_of_the_row_that_it_fails_for(
     assert (last.kind, last.message) == ("error", "OSError: out of memory")
     assert last.question == ("Who is it?" if moment == "question" else None)
     if moment == "word":  # its second one: as if the text had ended after the first
-        alone[bad].max_new_tokens_per_frame = 1
+        alone[bad].settings = replace(alone[bad].settings, max_new_tokens_per_frame=1)
         assert untimed(said[bad][:-1]) == untimed(alone[bad].push(PICTURES[bad]))[:-1]
-        alone[bad].max_new_tokens_per_frame = SETTINGS["max_new_tokens_per_frame"]
+        alone[bad].settings = replace(alone[bad].settings, **SETTINGS)
     else:
         assert len(said[bad]) == 1
     if moment == "frame":
@@ -320,7 +319,7 @@ def test_a_failing_forward_ends_the_text_of_the_row_that_it_fails_for(
 def test_a_device_that_has_gone_ends_every_text_and_loses_nothing(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
-    alone = {batch.add(): stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS) for _ in range(3)}
+    alone = {batch.add(): stream_of(model, processor, prompt=StreamSettings().prompt, **SETTINGS) for _ in range(3)}
     list(batch.push(dict.fromkeys(alone, PICTURES[0])))
     with failing_for(model, None, OSError("the device has gone")):
         events = by_stream(batch.push({stream: [PICTURES[1], PICTURES[2]] for stream in alone}))
@@ -337,7 +336,7 @@ def test_an_interrupt_during_a_forward_loses_nothing(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
-    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    alone = stream_of(model, processor, prompt=StreamSettings().prompt, **SETTINGS)
     list(batch.push({first: PICTURES[0], second: PICTURES[0]}))
     say(alone, PICTURES[:1])
     with failing_for(model, None, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
@@ -353,7 +352,7 @@ def test_a_stream_that_cannot_read_its_token_begins_anew_alone(model, processor,
     model = model("casa")
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
-    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    alone = stream_of(model, processor, prompt=StreamSettings().prompt, **SETTINGS)
     list(batch.push({first: PICTURES[0], second: PICTURES[0]}))
     beginning = say(alone, PICTURES[:1])
 
@@ -374,7 +373,7 @@ def test_another_thread_is_refused_during_a_forward(model, processor):
     model = model("casa")
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
-    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    alone = stream_of(model, processor, prompt=StreamSettings().prompt, **SETTINGS)
     taken = batch.push({second: PICTURES[0]})
     calls: list[Callable[[], Any]] = [
         batch.add,
@@ -469,13 +468,17 @@ def test_an_interrupt_before_a_forward_changes_nothing(model, processor, told):
 
 
 def test_only_prompts_of_streams_need_room_in_the_window(model, processor):
-    batch = batch_of(model("casa"), processor, text_window=45)  # the default prompt has more tokens
+    batch = batch_of(model("casa"), processor, max_text_tokens=45)  # the default prompt has more tokens
     assert batch.add(prompt="Say it.") == 0
-    with pytest.raises(ValueError, match="text_window=45 must be larger"):
+    with pytest.raises(ValueError, match="max_text_tokens=45 must be larger"):
         batch.add()
     assert batch.streams == (0,)
-    for settings in ({"text_window": 0}, {"text_window": 50, "num_sink_tokens": 50}, {"text_window": 45.5}):
-        with pytest.raises(ValueError, match="text_window="):
+    for settings in (
+        {"max_text_tokens": 0},
+        {"max_text_tokens": 50, "num_sink_tokens": 50},
+        {"max_text_tokens": 45.5},
+    ):
+        with pytest.raises(ValueError, match="max_text_tokens="):
             batch_of(model("casa"), processor, **settings)
 
 
@@ -496,7 +499,7 @@ def test_what_is_wrong_with_one_frame_refuses_that_one_alone(model, processor, b
     model = model("casa")
     batch = batch_of(model, processor)
     streams = [batch.add() for _ in range(3)]
-    alone = stream_of(model, processor, prompt=DEFAULT_PROMPT, **SETTINGS)
+    alone = stream_of(model, processor, prompt=StreamSettings().prompt, **SETTINGS)
     first = by_stream(batch.push(dict.fromkeys(streams, (PICTURES[0], 0.0))))
     assert untimed(first[0]) == untimed(alone.push(PICTURES[0], 0.0))
     events = by_stream(batch.push({0: PICTURES[1], 1: bad, 2: PICTURES[1]}))
@@ -506,6 +509,31 @@ def test_what_is_wrong_with_one_frame_refuses_that_one_alone(model, processor, b
     assert (error.kind, error.frame_index) == ("error", -1) and message in error.message
     assert batch.num_frames(1) == 1
     assert untimed(by_stream(batch.push({1: PICTURES[1]}))[1]) == expected
+
+
+def test_each_stream_may_have_settings_of_its_own(model, processor):
+    """Those of the batch hold for what `add` doesn't say; rows with the same controls share them."""
+    model = model("casa")
+    shared: dict[str, Any] = {"prompt": PROMPTS[1], "seed": 3, "do_sample": True, "fps": 4, "max_text_tokens": 80}
+    own: list[dict[str, Any]] = [
+        {},
+        {"prompt": PROMPTS[0], "seed": 5, "prefix": "In this video"},
+        {"max_new_tokens_per_frame": 2, "fps": 1, "max_new_tokens_per_answer": 3},
+        {"do_sample": False, "stop_bias": None},
+        {"repetition_penalty": 3.0, "max_text_tokens": None, "no_repeat_ngram_size": 0},
+    ]
+    batch = batch_of(model, processor, **shared)
+    alone = {batch.add(**each): stream_of(model, processor, **{**SETTINGS, **shared, **each}) for each in own}
+    for shown in PICTURES[:4]:
+        events = by_stream(batch.push(dict.fromkeys(alone, shown)))
+        assert {stream: untimed(own) for stream, own in events.items()} == {
+            stream: untimed(single.push(shown)) for stream, single in alone.items()
+        }
+    answers = by_stream(batch.ask(dict.fromkeys(alone, "Who is it?")))
+    for stream, single in alone.items():
+        assert untimed(answers[stream]) == untimed(single.ask("Who is it?"))
+    assert len(emitted(answers[2])) <= 3
+    assert len({id(row._caption_processors) for row in batch._rows.values()}) == 3
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
@@ -522,8 +550,9 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
         assert batch.num_frames(first) == batch.num_frames(second) == 0
     with pytest.raises(ValueError, match="questions is a str; give a dict with the question of each stream"):
         batch.ask("What do you see?")
-    with pytest.raises(TypeError, match="prompt belongs to each stream"):
-        batch_of(model, processor, prompt="What?")
+    for call in (batch_of, lambda model, processor, **settings: batch.add(**settings)):
+        with pytest.raises(TypeError, match="'promt' is not a setting of a stream; did you mean 'prompt'"):
+            call(model, processor, promt="What?")
     with pytest.raises(ValueError, match="fps=0"):
         batch_of(model, processor, fps=0)
     batch.close()

@@ -52,7 +52,7 @@ def test_tokens_are_those_of_a_dense_reference_that_forgets(model, processor, va
     transcript.text(OPENING)
     first = len(transcript.ids) if sinks is None else sinks
     calls: list[int] = []
-    settings: dict[str, Any] = {"text_window": first + ROOM, "num_sink_tokens": sinks, **OFF}
+    settings: dict[str, Any] = {"max_text_tokens": first + ROOM, "num_sink_tokens": sinks, **OFF}
     with stream_of(model, processor, **settings) as stream, forwards(model) as seen:
         for shown in PICTURES[:8]:
             tokens = emitted(stream.push(shown))
@@ -76,7 +76,7 @@ def test_memory_and_positions_stay_the_same_for_hundreds_of_frames(model, proces
     """`advance`: positions that a frame, of 3 x 2 tokens, takes beside those of its text."""
     model = model(variant)
     shown = picture(0, 84, 56)
-    settings = {"prompt": "Say it.", "max_new_tokens_per_frame": 1, "text_window": 80}
+    settings = {"prompt": "Say it.", "max_new_tokens_per_frame": 1, "max_text_tokens": 80}
     held, text_bytes, positions = [], [], []
     with stream_of(model, processor, **settings) as stream:
         for _ in range(200):
@@ -102,7 +102,7 @@ def test_memory_and_positions_stay_the_same_for_hundreds_of_frames(model, proces
 def test_a_long_answer_is_forgotten_while_it_is_given(new_model, processor):
     model = new_model("casa")
     model.generation_config.eos_token_id = model.config.get_text_config().eos_token_id
-    stream = stream_of(model, processor, text_window=90, **OFF)
+    stream = stream_of(model, processor, max_text_tokens=90, **OFF)
     say(stream, PICTURES[:1])
     held, events = [], []
     for event in stream.ask("Who is it?", max_new_tokens=200):
@@ -117,7 +117,7 @@ def test_a_long_answer_is_forgotten_while_it_is_given(new_model, processor):
 
 def test_a_saved_stream_goes_on_where_it_forgot(model, processor):
     model = model("casa")
-    settings: dict[str, Any] = {"text_window": len(processor.tokenizer(OPENING)["input_ids"]) + ROOM}
+    settings: dict[str, Any] = {"max_text_tokens": len(processor.tokenizer(OPENING)["input_ids"]) + ROOM}
     stream = stream_of(model, processor, **settings)
     say(stream, PICTURES[:6])
     other = stream_of(model, processor, **settings)
@@ -127,9 +127,9 @@ def test_a_saved_stream_goes_on_where_it_forgot(model, processor):
 
 def test_models_that_cannot_forget_are_refused(new_model, processor):
     with pytest.raises(ValueError, match='is "all"'):
-        CasaStream(new_model("insertion"), processor, text_window=500)
+        CasaStream(new_model("insertion"), processor, max_text_tokens=500)
     model = new_model("casa")
     rope = model.model.language_model.rotary_emb
     rope.rope_type = "dynamic"
     with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        CasaStream(model, processor, text_window=500)
+        CasaStream(model, processor, max_text_tokens=500)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
-from casa_hf import CasaStream
+from casa_hf import CasaStream, StreamSettings
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
@@ -45,9 +46,8 @@ def test_code_of_the_first_sections(casa_folder, tmp_path, monkeypatch, capsys):
 
 def test_every_control_is_documented():
     """By the name and with the default that the code has."""
-    import inspect
-
     document = (ROOT / "docs" / "streaming.md").read_text("utf-8")
-    parameters = inspect.signature(CasaStream).parameters
-    for name in [*parameters][[*parameters].index("max_new_tokens_per_frame") :]:
-        assert f"{name}={parameters[name].default}" in document, name
+    [controls] = re.findall(r"^## Controls\n(.*?)(?=^## )", document, flags=re.MULTILINE | re.DOTALL)
+    for field in fields(StreamSettings):
+        default = "..." if field.name == "prompt" else f'"{field.default}"' if field.default == "" else field.default
+        assert f"`{field.name}={default}`" in controls, field.name

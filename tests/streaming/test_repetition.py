@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from casa_hf import StreamSettings
 from casa_hf.streaming.repetition import (
     DecayingRepetitionPenalty,
+    RecentNoRepeatNGram,
     StopBias,
-    WindowedNoRepeatNGram,
-    caption_processors,
     history_length,
 )
 from tests.helpers_generation import Image, batch, one_shot, shared_model, token_ids, words
@@ -44,13 +44,13 @@ SETTINGS: list[tuple[dict[str, Any], Any]] = [
     ({"penalty": 1.15, "decay": 0.99, "clamp": 5.0}, DecayingRepetitionPenalty(1.15, 0.99, 5.0, STOPS)),
     ({"penalty": 2.0, "decay": 0.5, "clamp": 1.2}, DecayingRepetitionPenalty(2.0, 0.5, 1.2, STOPS)),
     ({"penalty": 0.7, "decay": 1.0, "clamp": 3.0}, DecayingRepetitionPenalty(0.7, 1.0, 3.0, list(STOPS))),
-    ({"ngram": 1, "window": 5}, WindowedNoRepeatNGram(1, 5, STOPS)),
-    ({"ngram": 2, "window": 20}, WindowedNoRepeatNGram(2, 20, STOPS)),
-    ({"ngram": 2, "window": 4}, WindowedNoRepeatNGram(2, 4, STOPS)),
-    ({"ngram": 3, "window": 60}, WindowedNoRepeatNGram(3, 60, STOPS)),
+    ({"ngram": 1, "window": 5}, RecentNoRepeatNGram(1, 5, STOPS)),
+    ({"ngram": 2, "window": 20}, RecentNoRepeatNGram(2, 20, STOPS)),
+    ({"ngram": 2, "window": 4}, RecentNoRepeatNGram(2, 4, STOPS)),
+    ({"ngram": 3, "window": 60}, RecentNoRepeatNGram(3, 60, STOPS)),
     ({"bias": 0.95}, StopBias(STOPS, 0.95)),
     ({"bias": 3.0}, StopBias(list(STOPS), 3.0)),
-    (CONTROLS, caption_processors(STOPS)),
+    (CONTROLS, StreamSettings().repetition_control(STOPS)),
 ]
 
 
@@ -81,16 +81,16 @@ def test_counts_that_are_kept_from_token_to_token_agree():
             expected = [s / f if s > 0 else s * f for s, f in zip(scores[0].tolist(), factors, strict=True)]
             assert processor(torch.tensor([text[:place]]), scores)[0].tolist() == pytest.approx(expected, rel=1e-8)
     assert history_length(LogitsProcessorList([StopBias(STOPS, 0.95)])) == 0
-    assert history_length(caption_processors(STOPS)) == processor.window < len(text)
+    assert history_length(StreamSettings().repetition_control(STOPS)) == processor.lookback < len(text)
 
 
 def test_the_last_tokens_alone_are_counted_and_a_prompt_is_not():
     [text], scores = rows([40], 1)
     ids = torch.tensor([text])
     penalty = {"penalty": 1.5, "decay": 0.9, "clamp": 9.0}
-    windowed = DecayingRepetitionPenalty(1.5, 0.9, 9.0, STOPS, window=7)
+    recent = DecayingRepetitionPenalty(1.5, 0.9, 9.0, STOPS, lookback=7)
     after_prompt = DecayingRepetitionPenalty(1.5, 0.9, 9.0, STOPS, prompt_ignore_length=31)
-    for processor, counted in ((windowed, text[-7:]), (after_prompt, text[31:])):
+    for processor, counted in ((recent, text[-7:]), (after_prompt, text[31:])):
         expected = naive_scores(scores[0].tolist(), counted, STOPS, **penalty)
         assert processor(ids, scores)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -102,19 +102,18 @@ def test_a_prompt_is_neither_counted_nor_searched(prompt):
     text = torch.randint(5, 8, (40,), generator=generator).tolist()
     _, scores = rows([1], 3)
     settings = {**CONTROLS, "ngram": 3, "window": 20}
-    processors = caption_processors(
-        STOPS, no_repeat_ngram_size=3, no_repeat_ngram_window=20, prompt_ignore_length=prompt
-    )
+    controls = StreamSettings(no_repeat_ngram_size=3, no_repeat_ngram_lookback=20)
+    processors = controls.repetition_control(STOPS, prompt_ignore_length=prompt)
     expected = naive_scores(scores[0].tolist(), text[prompt:], STOPS, **settings)
     assert processors(torch.tensor([text]), scores[:1])[0].tolist() == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="prompt_ignore_length=-1"):
-        WindowedNoRepeatNGram(3, prompt_ignore_length=-1)
+        RecentNoRepeatNGram(3, prompt_ignore_length=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_keep_their_precision(dtype):
     texts, scores = rows([50], 2)
-    actual = caption_processors(STOPS)(padded(texts), scores.to(dtype))
+    actual = StreamSettings().repetition_control(STOPS)(padded(texts), scores.to(dtype))
     assert actual.dtype == dtype
     expected = naive_scores(scores.to(dtype).tolist()[0], texts[0], STOPS, **CONTROLS)
     assert actual[0].tolist() == pytest.approx(expected, rel=2 * torch.finfo(dtype).eps)
@@ -131,9 +130,10 @@ def test_a_bias_moves_stop_tokens_one_way_whatever_their_sign():
 def test_controls_can_be_switched_off():
     off = {"repetition_penalty": None, "no_repeat_ngram_size": None, "stop_bias": None}
     neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "stop_bias": 1.0}
-    assert caption_processors(STOPS, **off) == caption_processors(STOPS, **neutral) == []
-    kinds = [DecayingRepetitionPenalty, WindowedNoRepeatNGram, StopBias]
-    assert [type(processor) for processor in caption_processors(STOPS)] == kinds
+    for settings in (off, neutral):
+        assert StreamSettings(**settings).repetition_control(STOPS) == []
+    kinds = [DecayingRepetitionPenalty, RecentNoRepeatNGram, StopBias]
+    assert [type(processor) for processor in StreamSettings().repetition_control(STOPS)] == kinds
 
 
 # ------------------------------------------------------------------------------------ in generate
@@ -146,15 +146,14 @@ END_TOKENS = [PAD, *range(4, 50, 5)]  # as in Qwen checkpoints, padding is done 
 
 
 def strict_processors() -> LogitsProcessorList:
-    return caption_processors(
-        END_TOKENS,
+    return StreamSettings(
         repetition_penalty=3.0,
         repetition_decay=0.9,
         repetition_clamp=2.0,
         no_repeat_ngram_size=2,
-        no_repeat_ngram_window=12,
+        no_repeat_ngram_lookback=12,
         stop_bias=1.2,
-    )
+    ).repetition_control(END_TOKENS)
 
 
 def greedy(row: Any, settings: dict[str, Any]) -> list[int]:
@@ -220,21 +219,21 @@ def test_reordered_beams_keep_their_own_counts():
         (lambda: DecayingRepetitionPenalty(1.1, decay=0.0), "decay=0.0"),
         (lambda: DecayingRepetitionPenalty(1.1, decay=1.01), "decay=1.01"),
         (lambda: DecayingRepetitionPenalty(1.1, clamp=-1.0), "clamp=-1.0"),
-        (lambda: DecayingRepetitionPenalty(1.1, window=0), "window=0"),
+        (lambda: DecayingRepetitionPenalty(1.1, lookback=0), "lookback=0"),
         (lambda: DecayingRepetitionPenalty(1.1, prompt_ignore_length=-1), "prompt_ignore_length=-1"),
         (lambda: DecayingRepetitionPenalty("a"), "penalty='a' must be a positive number"),
         (lambda: DecayingRepetitionPenalty(math.inf), "penalty=inf"),
         (lambda: DecayingRepetitionPenalty(1.1, decay="a"), "decay='a'"),
         (lambda: DecayingRepetitionPenalty(1.1, clamp=None), "clamp=None"),
-        (lambda: DecayingRepetitionPenalty(1.1, window=2.5), "window=2.5"),
-        (lambda: WindowedNoRepeatNGram(2.5), "ngram_size=2.5 must be a positive integer"),
-        (lambda: WindowedNoRepeatNGram(True), "ngram_size=True"),
-        (lambda: WindowedNoRepeatNGram("4"), "ngram_size='4'"),
-        (lambda: WindowedNoRepeatNGram(4, window=60.5), "window=60.5 must be an integer of at least ngram_size=4"),
+        (lambda: DecayingRepetitionPenalty(1.1, lookback=2.5), "lookback=2.5"),
+        (lambda: RecentNoRepeatNGram(2.5), "ngram_size=2.5 must be a positive integer"),
+        (lambda: RecentNoRepeatNGram(True), "ngram_size=True"),
+        (lambda: RecentNoRepeatNGram("4"), "ngram_size='4'"),
+        (lambda: RecentNoRepeatNGram(4, lookback=60.5), "lookback=60.5 must be an integer of at least ngram_size=4"),
         (lambda: StopBias(STOPS, "a"), "bias='a'"),
         (lambda: StopBias(STOPS, math.inf), "bias=inf"),
-        (lambda: WindowedNoRepeatNGram(0), "ngram_size=0"),
-        (lambda: WindowedNoRepeatNGram(4, window=3), "window=3"),
+        (lambda: RecentNoRepeatNGram(0), "ngram_size=0"),
+        (lambda: RecentNoRepeatNGram(4, lookback=3), "lookback=3"),
         (lambda: StopBias(STOPS, 0.0), "bias=0.0"),
     ],
     ids=range(21),

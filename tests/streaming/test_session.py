@@ -667,7 +667,10 @@ def without(state: dict[str, Any], *names: str) -> dict[str, Any]:
     [
         ({"prompt": "Say it."}, "begins with '.*What do you see.*'; this one begins with '.*Say it"),
         ({"system": "Be brief."}, "Be brief.*the system message and the prompt"),
-        ({"text_window": 80}, "text_window=None; this one has text_window=80. Make it with text_window=None"),
+        (
+            {"max_text_tokens": 80},
+            "max_text_tokens=None; this one has max_text_tokens=80. Make it with max_text_tokens=None",
+        ),
         ({"num_sink_tokens": 4}, "num_sink_tokens=[0-9]+; this one has num_sink_tokens=4"),
     ],
     ids=str,
@@ -688,7 +691,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
     state = other.state_dict()
     layers, windows = state["cache"]["layers"], state["cache"]["windows"]
     damaged = [
-        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 1"),
+        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 2"),
         (without(state, "version"), "version None"),
         *((without(state, name), f"has no {name}") for name in state if name not in ("version", "design")),
         ({**state, "cache": {**state["cache"], "layers": layers[:-1]}}, f"{len(layers) - 1} layers"),
@@ -774,7 +777,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
 def test_a_stream_of_a_model_with_adapters_may_have_a_text_window(new_model, model, processor):
     """PEFT's model is one around ours; adapters that haven't been trained change nothing."""
     peft = pytest.importorskip("peft")
-    settings = {"text_window": 60, "num_sink_tokens": 4}
+    settings = {"max_text_tokens": 60, "num_sink_tokens": 4}
     adapted = peft.get_peft_model(new_model("casa"), peft.LoraConfig(target_modules=["o_proj", "v_proj"])).eval()
     stream, plain = (stream_of(each, processor, **settings) for each in (adapted, model("casa")))
     for turn in range(6):
@@ -1035,10 +1038,10 @@ def test_timestamps_of_several_frames(model, processor):
 
 
 def test_numbers_of_all_kinds(model, processor):
-    kinds = {"fps": Fraction(5, 2), "max_new_tokens_per_frame": np.int64(3), "text_window": np.int32(80)}
+    kinds = {"fps": Fraction(5, 2), "max_new_tokens_per_frame": np.int64(3), "max_text_tokens": np.int32(80)}
     kinds |= {"do_sample": True, "temperature": Fraction(1, 2), "top_k": np.int16(9), "seed": np.uint8(4)}
     kinds |= {"repetition_penalty": Fraction(6, 5), "repetition_clamp": math.inf, "stop_bias": np.float32(0.5)}
-    kinds |= {"no_repeat_ngram_size": np.int8(2), "no_repeat_ngram_window": np.int64(7)}
+    kinds |= {"no_repeat_ngram_size": np.int8(2), "no_repeat_ngram_lookback": np.int64(7)}
     stream = stream_of(model("casa"), processor, **kinds)
     plain = {name: int(value) if isinstance(value, np.integer) else float(value) for name, value in kinds.items()}
     twin = stream_of(model("casa"), processor, **{**plain, "do_sample": True})
@@ -1060,11 +1063,11 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"max_new_tokens_per_frame": 2.5}, "max_new_tokens_per_frame=2.5"),
         ({"frame_budget": 0}, "frame_budget=0"),
         ({"frame_budget": -1.0}, "frame_budget=-1.0"),
-        ({"repetition_penalty": -1.0}, "penalty=-1.0"),
-        ({"repetition_decay": 1.5}, "decay=1.5"),
-        ({"repetition_clamp": 0}, "clamp=0"),
-        ({"no_repeat_ngram_size": 5, "no_repeat_ngram_window": 4}, "window=4"),
-        ({"stop_bias": 0.0}, "bias=0.0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({"repetition_decay": 1.5}, "repetition_decay=1.5"),
+        ({"repetition_clamp": 0}, "repetition_clamp=0"),
+        ({"no_repeat_ngram_size": 5, "no_repeat_ngram_lookback": 4}, "no_repeat_ngram_lookback=4"),
+        ({"stop_bias": 0.0}, "stop_bias=0.0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "top_k": -1}, "top_k"),
         ({"top_k": True}, "top_k=True"),
@@ -1075,35 +1078,35 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"seed": "x"}, "seed='x' must be an integer"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
-        ({"no_repeat_ngram_size": 2.5}, "ngram_size=2.5"),
-        ({"no_repeat_ngram_size": True}, "ngram_size=True"),
-        ({"no_repeat_ngram_window": 60.5}, "window=60.5"),
-        ({"repetition_penalty": "a"}, "penalty='a'"),
-        ({"repetition_penalty": math.inf}, "penalty=inf"),
-        ({"repetition_decay": "a"}, "decay='a'"),
-        ({"stop_bias": "a"}, "bias='a'"),
-        ({"stop_bias": math.inf}, "bias=inf"),
-        ({"text_window": 5}, "text_window=5"),
-        ({"text_window": 100, "num_sink_tokens": 100}, "text_window=100"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size=2.5"),
+        ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size=True"),
+        ({"no_repeat_ngram_lookback": 60.5}, "no_repeat_ngram_lookback=60.5"),
+        ({"repetition_penalty": "a"}, "repetition_penalty='a'"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
+        ({"repetition_decay": "a"}, "repetition_decay='a'"),
+        ({"stop_bias": "a"}, "stop_bias='a'"),
+        ({"stop_bias": math.inf}, "stop_bias=inf"),
+        ({"max_text_tokens": 5}, "max_text_tokens=5"),
+        ({"max_text_tokens": 100, "num_sink_tokens": 100}, "max_text_tokens=100"),
         ({"num_sink_tokens": -1}, "num_sink_tokens=-1"),
         ({"num_sink_tokens": 3.0}, "num_sink_tokens=3.0 must be an integer"),
         ({"num_sink_tokens": True}, "num_sink_tokens=True"),
-        ({"text_window": 99.5}, "text_window=99.5 must be an integer"),
-        ({"text_window": "99"}, "text_window='99' must be an integer"),
+        ({"max_text_tokens": 99.5}, "max_text_tokens=99.5 must be a positive integer"),
+        ({"max_text_tokens": "99"}, "max_text_tokens='99' must be a positive integer"),
         ({"fps": True}, "fps=True"),
         ({"fps": "2"}, "fps='2'"),
         ({"max_new_tokens_per_frame": True}, "max_new_tokens_per_frame=True"),
-        ({"prompt": f"What is {MARK}?", "sanitize_control_tokens": False}, "1 marks"),
-        ({"system": MARK, "sanitize_control_tokens": False}, "1 marks"),
-        ({"prefix": MARK, "sanitize_control_tokens": False}, "1 marks"),
+        ({"prompt": f"What is {MARK}?", "sanitize_control_tokens": False}, "holds image or video placeholders"),
+        ({"system": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
+        ({"prefix": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
         ({"prompt": None}, "text must be a string"),
         ({"prompt": "<|video_pad|>", "sanitize_control_tokens": False}, "outside of a mark"),
         ({"fps": 10**400}, "fps=10"),
         ({"fps": Fraction(1, 10**400)}, "fps=Fraction"),
         ({"frame_budget": 10**400}, "frame_budget=10"),
         ({"do_sample": True, "temperature": 10**400}, "temperature=10"),
-        ({"repetition_penalty": 10**400}, "penalty=10"),
-        ({"repetition_clamp": 10**400}, "clamp=10"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty=10"),
+        ({"repetition_clamp": 10**400}, "repetition_clamp=10"),
         ({"num_sink_tokens": 10**400}, "num_sink_tokens=10"),
     ],
     ids=str,

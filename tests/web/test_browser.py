@@ -72,7 +72,7 @@ def test_a_video_with_its_captions(browser: Browser, make_stream: Callable[[], C
     repeats = int(RATE * FRAME_SECONDS)
     clip = encode(tmp_path / "things.webm", [frame for frame in content.frames for _ in range(repeats)], RATE)
     source = open_video(clip, fps=1 / FRAME_SECONDS)
-    with serving(make_stream(), source, max_new_tokens=6) as server:
+    with serving(make_stream(), source) as server:
         tab = browser.open(server.url)
         tab.wait("document.title === 'things.webm'")
 
@@ -167,7 +167,7 @@ def test_more_pages_than_a_browser_has_connections(
     repeats = int(RATE * FRAME_SECONDS)
     clip = encode(tmp_path / "things.webm", [frame for frame in content.frames for _ in range(repeats)], RATE)
     source = open_video(clip, fps=1 / FRAME_SECONDS)
-    with serving(make_stream(), source, real_time=False, max_new_tokens=6) as server:
+    with serving(make_stream(), source, real_time=False) as server:
         tabs = [browser.open(server.url) for _ in range(7)]
         for tab in tabs:
             tab.call("Page.bringToFront")  # pages behind others aren't drawn

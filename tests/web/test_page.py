@@ -51,7 +51,8 @@ def make_stream(casa_folder: Path) -> Callable[[], CasaStream]:
     """Streams that say the same; drawn at random, so that they say something else from frame to frame."""
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
-    return lambda: CasaStream(model, processor, fps=2, max_new_tokens_per_frame=5, do_sample=True, seed=1)
+    limits = {"max_new_tokens_per_frame": 5, "max_new_tokens_per_answer": 4}
+    return lambda: CasaStream(model, processor, fps=2, do_sample=True, seed=1, **limits)
 
 
 def pictures(number: int = NUM_FRAMES) -> list[Image.Image]:
@@ -152,7 +153,7 @@ def test_pause_stops_the_model_and_questions_are_answered_between_frames(
 ) -> None:
     questions = ["What is in this picture?", "And now <b>what</b>?", "At the end?"]
     images = pictures(9)
-    with serving(make_stream(), open_video(images, fps=2), max_new_tokens=4) as server:
+    with serving(make_stream(), open_video(images, fps=2)) as server:
         page = Listener(server.url)
         page.until(lambda message: message.name == "memory")
         assert request(server.url, "POST", "/pause", {})[0] == 202
@@ -182,9 +183,9 @@ def test_pause_stops_the_model_and_questions_are_answered_between_frames(
     expected = []
     for index, image in enumerate(images):
         if index == before:
-            expected += [plain(event) for text in questions[:2] for event in stream.ask(text, max_new_tokens=4)]
+            expected += [plain(event) for text in questions[:2] for event in stream.ask(text)]
         expected += map(plain, stream.push(image, index / 2))
-    expected += map(plain, stream.ask(questions[2], max_new_tokens=4))
+    expected += map(plain, stream.ask(questions[2]))
     assert events(heard, "caption", "answer") == expected
 
 
@@ -264,7 +265,7 @@ def test_waiting_questions_are_bounded(make_stream: Callable[[], CasaStream]) ->
     goes_on.set()
     hook = stream.model.register_forward_pre_hook(lambda *_: goes_on.wait() and None)
     try:
-        with serving(stream, open_video(pictures(), fps=2), max_new_tokens=2) as server:
+        with serving(stream, open_video(pictures(), fps=2)) as server:
             page = Listener(server.url)
             page.until_state("finished")
             goes_on.clear()

@@ -47,8 +47,13 @@ def test_what_a_camera_shows_during_a_pause_in_the_midst_of_a_frame_is_not_late(
 
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
-    settings: dict[str, Any] = {"real_time": True, "late": "drop", "max_history": 100, "max_new_tokens": 4}
-    said: dict[str, Any] = {"max_new_tokens_per_frame": 6, "do_sample": True, "seed": 1}
+    settings: dict[str, Any] = {"real_time": True, "late": "drop", "max_history": 100}
+    said: dict[str, Any] = {
+        "max_new_tokens_per_frame": 6,
+        "max_new_tokens_per_answer": 4,
+        "do_sample": True,
+        "seed": 1,
+    }
     with CasaStream(model, processor, fps=FPS, frame_budget=1800.0, **said) as stream:
         undisturbed = list(CasaStream(model, processor, fps=FPS, **said).push(picture(0)))
         player = Player(stream, FrameIterator(camera, live=True), on_event=on_event, **settings)
@@ -100,8 +105,8 @@ def test_pictures_are_those_that_were_shown(casa_folder: Path, tmp_path: Path, k
 
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
-    settings: dict[str, Any] = {"real_time": True, "late": "wait", "max_history": 100, "max_new_tokens": 4}
-    with CasaStream(model, processor, fps=FPS, max_new_tokens_per_frame=2) as stream:
+    settings: dict[str, Any] = {"real_time": True, "late": "wait", "max_history": 100}
+    with CasaStream(model, processor, fps=FPS, max_new_tokens_per_frame=2, max_new_tokens_per_answer=4) as stream:
         player = Player(stream, FrameIterator(camera(), live=True), on_event=on_event, **settings)
         player.start()
         player.begin()
@@ -126,8 +131,8 @@ def test_a_question_that_comes_just_after_the_last_frame_is_answered(casa_folder
 
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
-    settings: dict[str, Any] = {"real_time": False, "late": None, "max_history": 100, "max_new_tokens": 2}
-    with CasaStream(model, processor, max_new_tokens_per_frame=1) as stream:
+    settings: dict[str, Any] = {"real_time": False, "late": None, "max_history": 100}
+    with CasaStream(model, processor, max_new_tokens_per_frame=1, max_new_tokens_per_answer=2) as stream:
         player = Player(stream, open_video([picture(0)], rate=FPS), on_event=on_event, **settings)
         assert player._captions is not None
         list(player._captions)

@@ -6,13 +6,13 @@ Captions and answers go to standard output, one line each; on a terminal, a view
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -32,8 +32,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..captions.overlay import Overlay
     from ..captions.subtitles import CaptionWriter
-    from ..streaming import CaptionEvent, CasaStream, LiveCaptions
+    from ..streaming import CaptionEvent, CasaStream, LiveCaptions, StreamSettings
     from ..video import VideoInput
     from ..web import CaptionServer
 
@@ -62,7 +63,7 @@ def _seconds(text: str | float) -> float:
     """Seconds from "90", "1:30" or "0:01:30.5"."""
     parts = str(text).split(":")
     if len(parts) > 3 or not all(re.fullmatch(r"\d+(\.\d*)?", part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is no time; write seconds, or 1:30, or 0:01:30.5.")
+        raise typer.BadParameter(f"{text!r} is not a time; write seconds, or 1:30, or 0:01:30.5.")
     return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
 
 
@@ -70,23 +71,12 @@ def _question(text: str) -> Question:
     """A question from "What is it?" or "@1:30 What is it?"."""
     moment, _, question = text.strip().partition(" ")
     if not text.strip():
-        raise typer.BadParameter("a question is empty; write QUESTION or @SECONDS QUESTION.")
+        raise typer.BadParameter("A question is empty; write QUESTION or @SECONDS QUESTION.")
     if not moment.startswith("@"):
         return Question(None, text.strip())
     if not question.strip():
         raise typer.BadParameter(f"{text!r} has a time and no question; write @SECONDS QUESTION.")
     return Question(_seconds(moment[1:]), question.strip())
-
-
-def _positive(text: str | float) -> float:
-    """A number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise typer.BadParameter(f"{text!r} must be a positive number.")
-    return number
 
 
 def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
@@ -96,7 +86,8 @@ def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise typer.BadParameter(
-                f"{text!r} is no option; write KEY=VALUE, such as video_size=640x480.", param_hint="--option"
+                f"{text!r} is not an option; write KEY=VALUE, such as video_size=640x480.",
+                param_hint="--option",
             )
         if key in options:
             raise typer.BadParameter(f"{key} is given twice: {options[key]} and {value}.", param_hint="--option")
@@ -104,11 +95,14 @@ def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
     return options
 
 
+# Of `caption`, the options that are named like fields of StreamSettings are its values, see `_settings`.
 def caption(
-    source: Annotated[
+    context: typer.Context,
+    video: Annotated[
         str,
         typer.Argument(
             parser=video_name,
+            metavar="VIDEO",
             help="Video file, URL, folder of images, or camera: camera, camera:1, /dev/video0, or FORMAT:DEVICE of "
             "FFmpeg.",
             show_default=False,
@@ -128,23 +122,23 @@ def caption(
         typer.Option(help="System message. Default: the chat template's.", show_default=False, callback=valid_text),
     ] = None,
     prefix: Annotated[
-        str,
+        str | None,
         typer.Option(
             help='Words that the captions begin with, such as "In this video".',
             show_default=False,
             callback=valid_text,
         ),
-    ] = "",
+    ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second that the model sees.")] = 2.0,
     start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
     end: Annotated[
         float | None, typer.Option(parser=_seconds, metavar="TIME", help="Default: the video's.", show_default=False)
     ] = None,
-    live_source: Annotated[
+    live_input: Annotated[
         bool | None,
         typer.Option(
-            "--live-source/--recorded-source",
-            help="Whether the source shows what happens now, and a frame that isn't taken in time is gone. Default: "
+            "--live-input/--recorded-input",
+            help="Whether the video shows what happens now, and a frame that isn't taken in time is gone. Default: "
             "live are cameras, rtsp:// and the like, and HTTP cameras.",
             show_default=False,
         ),
@@ -152,10 +146,7 @@ def caption(
     rate: Annotated[
         float | None,
         typer.Option(
-            parser=_positive,
-            metavar="NUMBER",
-            help="Images per second of a folder. Of a camera: frames per second to ask of it.",
-            show_default=False,
+            help="Images per second of a folder. Of a camera: frames per second to ask of it.", show_default=False
         ),
     ] = None,
     option: Annotated[
@@ -172,7 +163,7 @@ def caption(
     ] = None,
     words: Annotated[bool, typer.Option("--words", help="Subtitles word by word.")] = False,
     overlay: Annotated[
-        Path | None, typer.Option(help="Video to write with the captions in the picture, .mp4, .mov or .mkv.")
+        Path | None, typer.Option(help="Video to write with the captions in the image, .mp4, .mov or .mkv.")
     ] = None,
     font: Annotated[
         Path | None,
@@ -186,17 +177,17 @@ def caption(
     late: Annotated[
         Late | None,
         typer.Option(
-            help="Frames that wait while the model is busy: drop old ones, show them merged in one turn, or let them "
-            "wait. Default: drop when live, else wait.",
+            help="Frames that wait while the model is busy: drop old ones, show them merged in one forward, or let "
+            "them wait. Default: drop when live, else wait.",
             show_default=False,
         ),
     ] = None,
-    budget: Annotated[
+    frame_budget: Annotated[
         float | None,
         typer.Option(
-            parser=_positive,
+            "--frame-budget",
             metavar="SECONDS",
-            help="After so long the text of a frame goes on with the next one. Default: one frame's time when live, "
+            help="After so long the text of a frame resumes with the next one. Default: one frame's time when live, "
             "unless late frames wait.",
             show_default=False,
         ),
@@ -209,27 +200,24 @@ def caption(
             callback=valid_text,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text per frame at most.")] = 20,
-    text_window: Annotated[
-        int | None, typer.Option(min=1, help="Text tokens to remember; older ones are forgotten. Default: all.")
+    max_new_tokens_per_frame: Annotated[
+        int, typer.Option("--max-new-tokens", help="Tokens of text per frame at most.")
+    ] = 20,
+    max_text_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens to remember; older ones are forgotten. Default: all.")
     ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
-            parser=_positive,
-            metavar="NUMBER",
             help="Draw words at random, the more daring the higher; 0.4 is cautious. Default: the likeliest words.",
             show_default=False,
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=0, help="Draw from so many likeliest tokens, 0 for all. Default: 256.", show_default=False),
+        typer.Option(help="Draw from so many likeliest tokens, 0 for all. Default: 256.", show_default=False),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=2**63 - 1, help="Draw the same words each time.", show_default=False),
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the same words each time.", show_default=False)] = None,
     allow_repeats: Annotated[
         bool, typer.Option("--allow-repeats", help="Let captions repeat what was said, unhindered.")
     ] = False,
@@ -252,106 +240,122 @@ def caption(
     """Caption a video while it plays: a file, a stream from the network, or a camera."""
     questions = [_question(text) for text in ask or []]
     ffmpeg_options = _ffmpeg_options(option or [])
-    if web and (questions or overlay is not None):
-        raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
-    if not web and (host is not None or port is not None):
-        raise typer.BadParameter("--host and --port are for --web.", param_hint="--host")
-    if font is not None and overlay is None:
-        raise typer.BadParameter("it is for --overlay.", param_hint="--font")
-    if temperature is None and (top_k is not None or seed is not None):
-        raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
+    _check_company(context.params)
     from ..captions.overlay import Overlay
-    from ..captions.subtitles import WRITERS, check_output
     from ..streaming import CasaStream, LiveCaptions
     from ..video import open_video
 
-    with wrong_value("SOURCE", **{name: f"--{name}" for name in ("fps", "start", "end", "rate")}):
-        video = open_video(source, fps=fps, start=start, end=end, rate=rate, live=live_source, options=ffmpeg_options)
-    real_time = live or video.live
-    if late not in (None, Late.WAIT) and not real_time:
-        raise typer.BadParameter(
-            f"{late} needs --live or --live-source: without a clock no frame is late.", param_hint="--late"
-        )
-    late = late or (Late.DROP if real_time else Late.WAIT)
-    outs = out or []
-    with wrong_value("--out", overwrite="--overwrite"):
-        for path in outs:
-            check_output(path, WRITERS, overwrite, video.files)
+    settings = _settings(context)
+    with wrong_value("VIDEO", **{name: f"--{name}" for name in ("start", "end", "rate")}):
+        opened = open_video(video, fps=fps, start=start, end=end, rate=rate, live=live_input, options=ffmpeg_options)
+    real_time = live or opened.live
+    late = _late(late, real_time)
+    if frame_budget is None and late is not Late.WAIT:
+        settings = replace(settings, frame_budget=1 / fps)
+    files = _Files(out or [], words, overwrite, opened)
     with wrong_value("--overlay", overwrite="--overwrite"):
-        picture = None if overlay is None else Overlay(video, overlay, font=font, overwrite=overwrite)
-    resolved = [path.resolve() for path in outs]
-    for path, place in zip(outs, resolved, strict=True):
-        if resolved.count(place) > 1:
-            raise typer.BadParameter(
-                f"{str(path)!r} is given {resolved.count(place)} times; name each file once.", param_hint="--out"
-            )
-    options: dict[str, Any] = {
-        "system": system,
-        "prefix": prefix,
-        "max_new_tokens_per_frame": max_new_tokens,
-        "text_window": text_window,
-        "sanitize_control_tokens": sanitize_control_tokens,
-        "frame_budget": 1 / fps if budget is None and late is not Late.WAIT else budget,
-    }
-    if prompt is not None:
-        options["prompt"] = prompt
-    if temperature is not None:
-        options |= {"do_sample": True, "temperature": temperature, "seed": seed}
-        options |= {} if top_k is None else {"top_k": top_k}
-    if allow_repeats:
-        options |= {"repetition_penalty": None, "no_repeat_ngram_size": None}
-    files = _Files(outs, words, overwrite)
-    loaded: list[CasaStream] = []
-    with ExitStack() as opened:
-        opened.enter_context(video)
-        opened.enter_context(files)
+        drawn = None if overlay is None else Overlay(opened, overlay, font=font, overwrite=overwrite)
+    with ExitStack() as resources:
+        resources.enter_context(opened)
+        resources.enter_context(files)
+        streams: list[CasaStream] = []
         server = None
         if web:  # takes its port before the model is loaded
-            from ..web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
-
-            server = CaptionServer(
-                loaded.pop,
-                video,
-                host=host or DEFAULT_HOST,
-                port=DEFAULT_PORT if port is None else port,
-                real_time=True if live else None,
-                late=late.value,
-                on_event=files.write,
-            )
-            opened.callback(server.close)
-        stream = opened.enter_context(CasaStream(*load_model(model, device, dtype, attn), fps=fps, **options))
+            server = _page(streams.pop, opened, host, port, late, live, files)
+            resources.callback(server.close)
+        stream = resources.enter_context(CasaStream(*load_model(model, device, dtype, attn), settings))
         for question in questions:
             with wrong_value("--ask"):
                 stream.turns.question(question.text)  # or says what is wrong with it, hours before it is asked
         if server is not None:
-            loaded.append(stream)
+            streams.append(stream)
             _serve(server)
             return
-        captions = LiveCaptions(
-            stream,
-            video,
-            late=late.value,
-            real_time=real_time,
-            on_frame=None if picture is None else picture.show,
-        )
-        view = opened.enter_context(_View(stream, video, captions))
-        interrupted = completed = False
-        try:
-            for event in _events(captions, questions):
-                files.write(event)
-                if picture is not None:
-                    picture.write(event)
-                view.show(event)
-            completed = True
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            if picture is not None:
-                picture.close(interrupted=not completed)
-        made = [*files.made, *([overlay] if overlay and picture and picture.written else [])]
-        view.finish(interrupted, made, picture.note if picture else "")
+        on_frame = None if drawn is None else drawn.show
+        captions = LiveCaptions(stream, opened, late=late.value, real_time=real_time, on_frame=on_frame)
+        view = resources.enter_context(_View(stream, opened, captions))
+        interrupted = _play(captions, questions, files, drawn, view)
+        made = [*files.made, *([overlay] if overlay and drawn and drawn.written else [])]
+        view.finish(interrupted, made, drawn.note if drawn else "")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_company(given: Mapping[str, Any]) -> None:
+    """Refuse options that go with others only."""
+    if given["web"] and (given["ask"] or given["overlay"] is not None):
+        raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
+    if not given["web"] and (given["host"] is not None or given["port"] is not None):
+        raise typer.BadParameter("--host and --port are for --web; add it, or leave them out.", param_hint="--host")
+    if given["font"] is not None and given["overlay"] is None:
+        raise typer.BadParameter("--font is for --overlay; add it, or leave --font out.", param_hint="--font")
+    if given["temperature"] is None and (given["top_k"] is not None or given["seed"] is not None):
+        raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
+
+
+def _settings(context: typer.Context) -> StreamSettings:
+    """What the options say that are named like fields of the settings; None leaves a field as it is."""
+    from ..streaming import StreamSettings
+
+    names = {field.name for field in fields(StreamSettings)}
+    options = {str(option.name): option.opts[0] for option in context.command.params if option.name in names}
+    given = {name: context.params[name] for name in options if context.params[name] is not None}
+    if context.params["allow_repeats"]:
+        given |= {"repetition_penalty": None, "no_repeat_ngram_size": None}
+    with wrong_value(**options):
+        return StreamSettings(do_sample="temperature" in given, **given)
+
+
+def _late(late: Late | None, real_time: bool) -> Late:
+    """What happens to late frames."""
+    if late not in (None, Late.WAIT) and not real_time:
+        raise typer.BadParameter(
+            f"{late} needs --live or --live-input: without a clock no frame is late.", param_hint="--late"
+        )
+    return late or (Late.DROP if real_time else Late.WAIT)
+
+
+def _page(
+    stream: Callable[[], CasaStream],
+    video: VideoInput,
+    host: str | None,
+    port: int | None,
+    late: Late,
+    live: bool,
+    files: _Files,
+) -> CaptionServer:
+    """The server of the page, which has its address and doesn't run yet."""
+    from ..web import DEFAULT_HOST, DEFAULT_PORT, CaptionServer
+
+    return CaptionServer(
+        stream,
+        video,
+        host=host or DEFAULT_HOST,
+        port=DEFAULT_PORT if port is None else port,
+        real_time=True if live else None,
+        late=late.value,
+        on_event=files.write,
+    )
+
+
+def _play(
+    captions: LiveCaptions, questions: list[Question], files: _Files, drawn: Overlay | None, view: _View
+) -> bool:
+    """Write and show what happens, to the end; whether Ctrl-C was it."""
+    completed = False
+    try:
+        for event in _events(captions, questions):
+            files.write(event)
+            if drawn is not None:
+                drawn.write(event)
+            view.show(event)
+        completed = True
+    except KeyboardInterrupt:
+        return True
+    finally:
+        if drawn is not None:
+            drawn.close(interrupted=not completed)
+    return False
 
 
 class _Files(AbstractContextManager["_Files"]):
@@ -359,9 +363,23 @@ class _Files(AbstractContextManager["_Files"]):
 
     Attributes:
         made: those that have been made.
+
+    Raises:
+        BadParameter: if one can't be written, is given twice, or is the video itself.
     """
 
-    def __init__(self, paths: list[Path], words: bool, overwrite: bool):
+    def __init__(self, paths: list[Path], words: bool, overwrite: bool, video: VideoInput):
+        from ..captions.subtitles import WRITERS, check_output
+
+        with wrong_value("--out", overwrite="--overwrite"):
+            for path in paths:
+                check_output(path, WRITERS, overwrite, video.files)
+        places = Counter(path.resolve() for path in paths)
+        for path in paths:
+            if (times := places[path.resolve()]) > 1:
+                raise typer.BadParameter(
+                    f"{str(path)!r} is given {times} times; name each file once.", param_hint="--out"
+                )
         self._paths, self._words, self._overwrite = paths, words, overwrite
         self._opened = ExitStack()
         self._writers: list[CaptionWriter] = []
@@ -406,8 +424,8 @@ def _events(captions: LiveCaptions, questions: list[Question]) -> Iterator[Capti
 class _View(AbstractContextManager["_View"]):
     """Shows events: lines on standard output, and on a terminal how it is going."""
 
-    def __init__(self, stream: CasaStream, source: VideoInput, captions: LiveCaptions):
-        self._stream, self._source, self._captions = stream, source, captions
+    def __init__(self, stream: CasaStream, video: VideoInput, captions: LiveCaptions):
+        self._stream, self._video, self._captions = stream, video, captions
         self._begin = time.perf_counter()
         self._counts: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=_LATEST)
@@ -491,7 +509,7 @@ class _View(AbstractContextManager["_View"]):
         from rich.table import Table
         from rich.text import Text
 
-        bound = [each for each in (self._source.duration, self._source.end) if each is not None]
+        bound = [each for each in (self._video.duration, self._video.end) if each is not None]
         rows = {
             "time": _clock(self._position) + (f" of {_clock(min(bound))}" if bound else ""),
             "frames": f"{self._counts['frames']}, {self._counts['dropped']} dropped, {self._counts['merged']} merged, "
@@ -510,8 +528,8 @@ class _View(AbstractContextManager["_View"]):
             table.add_row(label, value)
         parts: list[Any] = [table]
         if bound:
-            length = min(bound) - self._source.start
-            parts.append(ProgressBar(total=length, completed=self._position - self._source.start, width=60))
+            length = min(bound) - self._video.start
+            parts.append(ProgressBar(total=length, completed=self._position - self._video.start, width=60))
         speaking = self._answer or self._text
         return Group(*parts, Text(_one_line(speaking) or " ", style="bold", overflow="ellipsis", no_wrap=True))
 

@@ -178,7 +178,9 @@ def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
         **options: what the library calls an option, and its name here.
     """
     names = (
-        re.compile("|".join(rf"\b{name}\b(?:=(?:'[^']*'|\w+(?:\.\w+)*))?" for name in options)) if options else None
+        re.compile("|".join(rf"\b{name}\b(?:=(?:'[^']*'|-?\w+(?:[.+-]\w+)*))?" for name in options))
+        if options
+        else None
     )
     try:
         yield

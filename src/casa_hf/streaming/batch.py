@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_snapshot
 from ..checks import check_count
 from .events import CaptionEvent
-from .session import DEFAULT_PROMPT, CasaStream, Forward, Steps, on_device
+from .session import CasaStream, Forward, Steps, check_pair, on_device
+from .settings import StreamSettings
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -41,36 +42,30 @@ class CasaStreamBatch:
     have said. Ctrl-C during a forward ends the texts that waited for it; all streams are as they were before it.
 
     Args:
-        model: captions the frames.
-        processor: the model's.
-        text_window: text tokens that each stream may hold before a forward, as in [`CasaStream`].
-        num_sink_tokens: first tokens that are always kept; None for each stream's prompt.
-        **controls: what else all streams share, as in [`CasaStream`]: `fps`, `max_new_tokens_per_frame`, sampling,
-            repetition control, `frame_budget`.
+        model: model that captions the frames.
+        processor: processor of the model.
+        settings: how frames are captioned in streams for which `add` says nothing else; None for the defaults.
+        **changes: fields of [`StreamSettings`] that replace those of `settings`.
+
+    Attributes:
+        settings: the [`StreamSettings`] that streams have unless `add` says otherwise.
 
     Raises:
-        TypeError: for an unknown setting, or one that belongs to a stream.
-        ValueError: if a value is out of its range, or model and processor don't fit.
+        TypeError: if there is no such setting.
+        ValueError: if a setting can't be, or model and processor don't fit.
     """
 
     def __init__(
         self,
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
-        *,
-        text_window: int | None = None,
-        num_sink_tokens: int | None = None,
-        **controls: Any,
+        settings: StreamSettings | None = None,
+        **changes: Any,
     ):
-        own = [name for name in ("system", "prompt", "prefix", "seed") if name in controls]
-        if own:
-            raise TypeError(f"{own[0]} belongs to each stream: give it to add(), not to CasaStreamBatch.")
+        self.settings = StreamSettings.of(settings, **changes)
+        check_pair(model, processor, self.settings)
         self.model = model
         self.processor = processor
-        self._settings: dict[str, Any] = {**controls, "text_window": text_window, "num_sink_tokens": num_sink_tokens}
-        # Refuses what is wrong for every stream. Whether a prompt leaves room in the window is seen when it comes.
-        sinks = 0 if num_sink_tokens is None else num_sink_tokens
-        self._pattern = _Row(model, processor, **{**self._settings, "num_sink_tokens": sinks})
         self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
         self._cache = self._new_cache()
         self._next_id = 0
@@ -88,23 +83,24 @@ class CasaStreamBatch:
         """Ids of the streams in the batch."""
         return tuple(self._rows)
 
-    def add(
-        self, *, system: str | None = None, prompt: str = DEFAULT_PROMPT, prefix: str = "", seed: int | None = None
-    ) -> int:
-        """Let a stream join; arguments as in [`CasaStream`].
+    def add(self, **changes: Any) -> int:
+        """Let a stream join.
+
+        Args:
+            **changes: fields of [`StreamSettings`] that replace the batch's, such as `prompt` and `seed`.
 
         Returns:
             Its id, which no other stream of this batch has or had.
 
         Raises:
-            ValueError: as [`CasaStream`] does.
+            TypeError: if there is no such setting.
+            ValueError: if a setting can't be, or the prompt leaves no room within `max_text_tokens`.
             RuntimeError: if the batch is closed.
         """
         with self._alone():
             self._require_open()
-            texts = {"system": system, "prompt": prompt, "prefix": prefix, "seed": seed}
-            row = _Row(self.model, self.processor, **{**self._settings, **texts})
-            row.share_processors(self._pattern)
+            row = _Row(self.model, self.processor, self.settings, **changes)
+            row.share_processors(self._rows.values())
             self._append_empty_row()
             return self._named(row)
 
@@ -212,12 +208,14 @@ class CasaStreamBatch:
                     self._start(stream, steps)
             return self._serve()
 
-    def ask(self, questions: Mapping[int, str], max_new_tokens: int = 64) -> Iterator[tuple[int, CaptionEvent]]:
+    def ask(
+        self, questions: Mapping[int, str], max_new_tokens: int | None = None
+    ) -> Iterator[tuple[int, CaptionEvent]]:
         """Ask about what is going on in streams, and receive what the model says in these and in other open streams.
 
         Args:
             questions: by stream.
-            max_new_tokens: tokens that an answer may have; as in [`CasaStream.ask`].
+            max_new_tokens: number of tokens that an answer may have; as in [`CasaStream.ask`].
 
         Yields:
             (stream, event); the events of each stream are those of `CasaStream.ask`. A question that can't be asked is
@@ -231,7 +229,8 @@ class CasaStreamBatch:
         with self._alone():
             self._require_open()
             _check_mapping("questions", questions, "question")
-            check_count("max_new_tokens", max_new_tokens)
+            if max_new_tokens is not None:
+                check_count("max_new_tokens", max_new_tokens)
             rows = {stream: self._row(stream) for stream in questions}
             for stream, question in questions.items():
                 try:
@@ -507,9 +506,12 @@ class _Row(CasaStream):
 
     held: int
 
-    def share_processors(self, other: _Row) -> None:
-        """Take the logits processors of another row, so that they work on both at once."""
-        self._caption_processors, self._answer_processors = other._caption_processors, other._answer_processors
+    def share_processors(self, others: Iterable[_Row]) -> None:
+        """Take the logits processors of another row with the same ones, so that they work on both at once."""
+        for other in others:
+            if other.settings.chooses_like(self.settings):
+                self._caption_processors, self._answer_processors = other._caption_processors, other._answer_processors
+                return
 
     def moment(self) -> tuple[dict[str, Any], torch.Tensor, Any, torch.Tensor | None]:
         """What a forward changes, but for the cache; `return_to` takes it."""
@@ -531,7 +533,8 @@ class _Row(CasaStream):
 
     def tokens_to_keep(self, goes_on: bool) -> int:
         """How much of its text the stream keeps if it is about to go on, or not."""
-        full = self.text_window is not None and goes_on and self.held > self.text_window
+        limit = self.settings.max_text_tokens
+        full = limit is not None and goes_on and self.held > limit
         return self._kept_tokens if full else self.held
 
     @property

@@ -107,7 +107,7 @@ class LiveCaptions:
         self._changed = threading.Condition()
         self._waiting: deque[Frame] = deque()
         self._reports: dict[int | str, _Report] = {}  # by number; beyond the bound by kind
-        self._questions: deque[tuple[str, int]] = deque()
+        self._questions: deque[tuple[str, int | None]] = deque()
         self._drops = source.live and late != "wait"  # whether frames make room in the thread that reads
         self._arriving: ReadAhead[Frame | VideoProblem] | None = None
         self._next: Frame | None = None
@@ -118,7 +118,7 @@ class LiveCaptions:
 
     # ---------------------------------------------------------------- from outside
 
-    def ask(self, question: str, max_new_tokens: int = 64) -> None:
+    def ask(self, question: str, max_new_tokens: int | None = None) -> None:
         """Ask about what is going on; answered before the next frame, also while paused.
 
         Raises:
@@ -337,15 +337,15 @@ class LiveCaptions:
         """When a frame comes in the stream."""
         last = self.stream.last_timestamp
         if self._latest is None and last is not None:
-            self.shift = last + 1 / self.stream.fps - timestamp
+            self.shift = last + 1 / self.stream.settings.fps - timestamp
         self._latest = timestamp
         return timestamp + self.shift
 
     def _timed(self, event: CaptionEvent, timestamp: float) -> CaptionEvent:
         """An event with the source's time."""
-        return replace(event, start=timestamp, end=timestamp + 1 / self.stream.fps)
+        return replace(event, start=timestamp, end=timestamp + 1 / self.stream.settings.fps)
 
-    def answer(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
+    def answer(self, question: str, max_new_tokens: int | None = None) -> Iterator[CaptionEvent]:
         """What `ask` leads to; to be called in the thread that iterates, after the last event."""
         if self._on_question is not None:
             self._on_question(question)

@@ -2,8 +2,8 @@
 """Repetition control for text without an end: logits processors for streams, and for `generate` as well.
 
 Captions of a stream run on for hours, so that what was said must be allowed again after a while: counts decay, and
-n-grams are blocked within a window. The processors keep nothing between calls. All that they need is in the last
-tokens of `input_ids`, so that beams may be reordered and streams copied, saved or batched, and the cost of a step
+n-grams are blocked among the last tokens only. The processors keep nothing between calls. All that they need is in the
+last tokens of `input_ids`, so that beams may be reordered and streams copied, saved or batched, and the cost of a step
 doesn't depend on what was said before. Everything happens on the device of the scores, row by row; nothing waits for
 it. A negative id in `input_ids` is no token: rows of different lengths can be filled with them from the left. Any
 other id counts, that of padding too; give it among the exempt ones where a prompt is padded with it.
@@ -15,14 +15,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from ..checks import check_count, check_number, check_positive
 
 # With a decay of 0.99 a token counts 1e-9 after this many others.
 _COUNTED_TOKENS = 2048
+
+
+def check_factor(name: str, value: Any) -> None:
+    """Refuse what can't be a factor on logits, by this name."""
+    check_positive(name, value, "a positive number (1.0 changes nothing)")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Refuse what can't be the share of an occurrence that every further token leaves of it."""
+    check_number(name, value, Real, lambda share: 0 < share <= 1, "a number in (0, 1] (1.0 counts without fading)")
+
+
+def check_clamp(name: str, value: Any) -> None:
+    """Refuse what can't bound a count."""
+    check_number(name, value, Real, lambda count: count > 0, "a positive number (infinity for no bound)")
+
+
+def check_lookback(name: str, value: Any, size_name: str, size: int) -> None:
+    """Refuse what can't be the number of last tokens that are searched for n-grams of this size."""
+    check_number(name, value, Integral, lambda number: number >= size, f"an integer of at least {size_name}={size}")
 
 
 class _TokenSet:
@@ -39,10 +60,10 @@ class _TokenSet:
         return self.ids
 
 
-class _WindowedProcessor(LogitsProcessor):
-    """What processors share that look at the last `window` tokens behind a prompt."""
+class _LookingBack(LogitsProcessor):
+    """What processors share that look at the last `lookback` tokens behind a prompt."""
 
-    def __init__(self, window: int, exempt_token_ids: Sequence[int] | int | None, prompt_ignore_length: int):
+    def __init__(self, lookback: int, exempt_token_ids: Sequence[int] | int | None, prompt_ignore_length: int):
         check_number(
             "prompt_ignore_length",
             prompt_ignore_length,
@@ -50,30 +71,30 @@ class _WindowedProcessor(LogitsProcessor):
             lambda number: number >= 0,
             "an integer of 0 or more",
         )
-        self.window = int(window)
+        self.lookback = int(lookback)
         self.prompt_ignore_length = prompt_ignore_length
         self._exempt = _TokenSet(exempt_token_ids)
 
     def _last(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, at most `window`) the tokens to look at."""
-        return input_ids[:, self.prompt_ignore_length :][:, -self.window :]
+        """(batch, at most `lookback`) the tokens to look at."""
+        return input_ids[:, self.prompt_ignore_length :][:, -self.lookback :]
 
 
-class DecayingRepetitionPenalty(_WindowedProcessor):
+class DecayingRepetitionPenalty(_LookingBack):
     """Penalise tokens by how often they occurred, where occurrences fade.
 
-    With x_0 the last token, x_1 the one before it, and so on over the last `window` tokens,
+    With x_0 the last token, x_1 the one before it, and so on over the last `lookback` tokens,
 
         n_v = sum over i of decay^i [x_i = v]        f_v = penalty^min(n_v, clamp)
 
     and a logit s of token v becomes s / f_v if it is positive, s * f_v if not: for penalty > 1 it falls either way.
 
     Args:
-        penalty: above 1 discourages repetition, below 1 encourages it.
-        decay: what an occurrence loses with every further token, in (0, 1]; 1 for plain counts.
-        clamp: the count beyond which the penalty grows no more.
+        penalty: factor on logits; above 1 discourages repetition, below 1 encourages it.
+        decay: share of an occurrence that every further token leaves of it, in (0, 1]; 1 for plain counts.
+        clamp: count beyond which the penalty grows no more.
         exempt_token_ids: tokens that are never penalised, such as stop tokens.
-        window: number of last tokens that are counted.
+        lookback: number of last tokens that are counted.
         prompt_ignore_length: number of first tokens of `input_ids` that aren't counted, such as those of a prompt.
 
     Raises:
@@ -86,14 +107,14 @@ class DecayingRepetitionPenalty(_WindowedProcessor):
         decay: float = 0.99,
         clamp: float = 5.0,
         exempt_token_ids: Sequence[int] | int | None = None,
-        window: int = _COUNTED_TOKENS,
+        lookback: int = _COUNTED_TOKENS,
         prompt_ignore_length: int = 0,
     ):
-        check_positive("penalty", penalty, "a positive number (1.0 penalises nothing)")
-        check_number("decay", decay, Real, lambda share: 0 < share <= 1, "in (0, 1] (1.0 counts without fading)")
-        check_number("clamp", clamp, Real, lambda count: count > 0, "a positive number (infinity for no bound)")
-        check_count("window", window)
-        super().__init__(window, exempt_token_ids, prompt_ignore_length)
+        check_factor("penalty", penalty)
+        check_decay("decay", decay)
+        check_clamp("clamp", clamp)
+        check_count("lookback", lookback)
+        super().__init__(lookback, exempt_token_ids, prompt_ignore_length)
         self.penalty = float(penalty)
         self.decay = float(decay)
         self.clamp = float(clamp)
@@ -115,15 +136,15 @@ class DecayingRepetitionPenalty(_WindowedProcessor):
         return torch.where(precise > 0, precise / factors, precise * factors).to(scores.dtype)
 
 
-class WindowedNoRepeatNGram(_WindowedProcessor):
+class RecentNoRepeatNGram(_LookingBack):
     """Forbid tokens that would complete an n-gram which occurs among the last tokens.
 
-    Token v gets the score -inf where the last `window` tokens x hold x_j ... x_(j+n-1) with x_(j+n-1) = v and
+    Token v gets the score -inf where the last `lookback` tokens x hold x_j ... x_(j+n-1) with x_(j+n-1) = v and
     x_j ... x_(j+n-2) equal to the last n - 1 tokens.
 
     Args:
-        ngram_size: n; 1 forbids every token of the window.
-        window: number of last tokens that are searched; at least n.
+        ngram_size: length n of the n-grams; 1 forbids all of the last tokens.
+        lookback: number of last tokens that are searched; at least n.
         exempt_token_ids: tokens that are never forbidden, such as stop tokens.
         prompt_ignore_length: number of first tokens of `input_ids` that aren't searched, such as those of a prompt;
             n-grams that begin among them don't count.
@@ -135,14 +156,13 @@ class WindowedNoRepeatNGram(_WindowedProcessor):
     def __init__(
         self,
         ngram_size: int,
-        window: int = 60,
+        lookback: int = 60,
         exempt_token_ids: Sequence[int] | int | None = None,
         prompt_ignore_length: int = 0,
     ):
         check_count("ngram_size", ngram_size)
-        expected = f"an integer of at least ngram_size={ngram_size}"
-        check_number("window", window, Integral, lambda number: number >= ngram_size, expected)
-        super().__init__(window, exempt_token_ids, prompt_ignore_length)
+        check_lookback("lookback", lookback, "ngram_size", ngram_size)
+        super().__init__(lookback, exempt_token_ids, prompt_ignore_length)
         self.ngram_size = int(ngram_size)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
@@ -173,15 +193,15 @@ class StopBias(LogitsProcessor):
     says more, and bias > 1 raises it.
 
     Args:
-        stop_token_ids: the tokens.
-        bias: the factor.
+        stop_token_ids: tokens whose logits are changed.
+        bias: factor on their logits.
 
     Raises:
         ValueError: if `bias` isn't positive.
     """
 
     def __init__(self, stop_token_ids: Sequence[int] | int, bias: float):
-        check_positive("bias", bias, "a positive number (1.0 changes nothing)")
+        check_factor("bias", bias)
         self.bias = float(bias)
         self._stops = _TokenSet(stop_token_ids)
 
@@ -197,53 +217,6 @@ class StopBias(LogitsProcessor):
         return scores.index_copy(1, stops, torch.where(logits > 0, logits * self.bias, logits / self.bias))
 
 
-def caption_processors(
-    stop_token_ids: Sequence[int] | int,
-    *,
-    repetition_penalty: float | None = 1.15,
-    repetition_decay: float = 0.99,
-    repetition_clamp: float = 5.0,
-    no_repeat_ngram_size: int | None = 4,
-    no_repeat_ngram_window: int = 60,
-    stop_bias: float | None = 0.95,
-    prompt_ignore_length: int = 0,
-) -> LogitsProcessorList:
-    """The processors that keep live captions varied, in the order in which they are to be applied.
-
-    The defaults are those of the authors' live captioner. 1.0 or None switches the penalty and the bias off, 0 or None
-    the n-gram block.
-
-    Args:
-        stop_token_ids: tokens that end a caption; exempt from the first two.
-        repetition_penalty, repetition_decay, repetition_clamp: of [`DecayingRepetitionPenalty`].
-        no_repeat_ngram_size, no_repeat_ngram_window: of [`WindowedNoRepeatNGram`].
-        stop_bias: of [`StopBias`].
-        prompt_ignore_length: first tokens of `input_ids` that the first two don't look at: the prompt's, in `generate`
-            with every row padded to this length from the left. A stream looks at its captions alone.
-
-    Raises:
-        ValueError: if a value is out of its range.
-    """
-    processors = LogitsProcessorList()
-    if repetition_penalty is not None and repetition_penalty != 1.0:
-        processors.append(
-            DecayingRepetitionPenalty(
-                repetition_penalty,
-                repetition_decay,
-                repetition_clamp,
-                stop_token_ids,
-                prompt_ignore_length=prompt_ignore_length,
-            )
-        )
-    if no_repeat_ngram_size:
-        processors.append(
-            WindowedNoRepeatNGram(no_repeat_ngram_size, no_repeat_ngram_window, stop_token_ids, prompt_ignore_length)
-        )
-    if stop_bias is not None and stop_bias != 1.0:
-        processors.append(StopBias(stop_token_ids, stop_bias))
-    return processors
-
-
 def history_length(processors: Sequence[LogitsProcessor]) -> int:
     """Number of last tokens that these processors look at."""
-    return max((getattr(processor, "window", 0) for processor in processors), default=0)
+    return max((getattr(processor, "lookback", 0) for processor in processors), default=0)

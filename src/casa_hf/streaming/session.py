@@ -13,30 +13,28 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import DynamicCache, LogitsProcessorList
 
 from ..cache_casa import cache_nbytes, cache_state, home_layer, restore_cache
-from ..checks import check_count, check_number, check_positive, is_number, shown
+from ..checks import check_count, check_number, is_number, shown
 from ..design_space import DESIGN_FIELDS
-from ..media_casa import MediaPolicy
 from ..processing_casa import FRAME_TYPE
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
-from .repetition import caption_processors, history_length
+from .repetition import history_length
+from .settings import StreamSettings
 from .turns import StreamTurns
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
-
-DEFAULT_PROMPT = "Describe what happens in the video as it happens. Say only what can be seen."
 
 # Fields of the text configuration that decide whether a cache fits a model.
 _GEOMETRY = (
@@ -53,7 +51,7 @@ _GEOMETRY = (
 ANEW = "This came in the midst of a forward of the model; the stream has been reset."
 
 # Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -90,37 +88,21 @@ class CasaStream:
     after `reset`; the exception has a note of that. What interrupts the program between forwards changes nothing.
 
     Args:
-        model: captions the frames.
-        processor: the model's.
-        system: the system message; None for what the chat template writes without one.
-        prompt: what the user asks for, before the first frame.
-        prefix: text behind the first frame that the captions begin with, such as "In this video"; not reported.
-        fps: frames per second that are to be expected; says when a frame ends, and spaces frames without timestamps.
-        max_new_tokens_per_frame: tokens that a frame's text may have, its stop token included.
-        do_sample: whether tokens are drawn at random; False takes the likeliest.
-        temperature: divides the logits before tokens are drawn; 1.0 or None changes nothing.
-        top_k: number of likeliest tokens that are drawn from; 0 or None for all.
-        repetition_penalty, repetition_decay, repetition_clamp: penalty on tokens that the captions had before; see
-            [`DecayingRepetitionPenalty`]. A penalty of 1.0 or None switches it off.
-        no_repeat_ngram_size, no_repeat_ngram_window: n-grams that the last tokens of the captions, over all frames,
-            had are not repeated; see [`WindowedNoRepeatNGram`]. A size of 0 or None switches this off.
-        stop_bias: factor on the logits of stop tokens while captioning; see [`StopBias`]. 1.0 or None for none.
-        text_window: text tokens that the cache may hold before a forward; beyond that the oldest quarter is evicted,
-            and positions are counted anew. None keeps all.
-        num_sink_tokens: first tokens that are always kept; None for the prompt.
-        frame_budget: seconds after `push` from which on a frame gets no further token; it gets at least one. None for
-            no limit.
-        seed: of the random numbers; None for a new one. The global random state is neither used nor changed.
-        media_policy: what frames may be read from, and how large they may be, as a [`~media_casa.MediaPolicy`] or a
-            dictionary of its fields; None for the processor's.
-        sanitize_control_tokens: whether control tokens, and marks of images, in the system message, the prompt, the
-            prefix and questions are text like any other. False lets them count; marks of images are refused then.
+        model: model that captions the frames.
+        processor: processor of the model.
+        settings: how the frames are captioned; None for the defaults.
+        **changes: fields of [`StreamSettings`] that replace those of `settings`, such as
+            `prompt="What happens here?"`.
 
     Attributes:
+        settings: the [`StreamSettings`].
+        num_sink_tokens: number of first tokens that are always kept.
         stop_token_ids: the tokens that end the text of a frame: `model.generation_config.eos_token_id`.
 
     Raises:
-        ValueError: if a value is out of its range, a text isn't valid Unicode, or model and processor don't fit.
+        TypeError: if there is no such setting.
+        ValueError: if a setting can't be, the prompt leaves no room within `max_text_tokens`, or model and processor
+            don't fit.
     """
 
     # The state of the stream. `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
@@ -140,69 +122,18 @@ class CasaStream:
         self,
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
-        *,
-        system: str | None = None,
-        prompt: str = DEFAULT_PROMPT,
-        prefix: str = "",
-        fps: float = 2.0,
-        max_new_tokens_per_frame: int = 20,
-        do_sample: bool = False,
-        temperature: float | None = 0.4,
-        top_k: int | None = 256,
-        repetition_penalty: float | None = 1.15,
-        repetition_decay: float = 0.99,
-        repetition_clamp: float = 5.0,
-        no_repeat_ngram_size: int | None = 4,
-        no_repeat_ngram_window: int = 60,
-        stop_bias: float | None = 0.95,
-        text_window: int | None = None,
-        num_sink_tokens: int | None = None,
-        frame_budget: float | None = None,
-        seed: int | None = None,
-        media_policy: MediaPolicy | Mapping[str, Any] | None = None,
-        sanitize_control_tokens: bool = True,
+        settings: StreamSettings | None = None,
+        **changes: Any,
     ):
-        check_positive("fps", fps)
-        check_count("max_new_tokens_per_frame", max_new_tokens_per_frame)
-        if frame_budget is not None:
-            check_positive("frame_budget", frame_budget)
-        _check_drawing(do_sample, temperature, top_k, seed)
-        _check_pair(model, processor)
+        self.settings = StreamSettings.of(settings, **changes)
+        check_pair(model, processor, self.settings)
         self.model = model
         self.processor = processor
-        self.fps = float(fps)
-        self.max_new_tokens_per_frame = int(max_new_tokens_per_frame)
-        self.frame_budget = None if frame_budget is None else float(frame_budget)
-        self.seed = None if seed is None else int(seed)
-        self.do_sample = do_sample
         self.stop_token_ids = _stop_tokens(model)
-        policy = None if media_policy is None else MediaPolicy.of(media_policy)
-        self.turns = StreamTurns(processor, system, prompt, prefix, policy, sanitize_control_tokens)
-        _check_window(text_window, len(self.turns.opening) if num_sink_tokens is None else num_sink_tokens)
-        self.text_window = None if text_window is None else int(text_window)
-        self.num_sink_tokens = len(self.turns.opening) if num_sink_tokens is None else int(num_sink_tokens)
-        if text_window is not None:
-            model.get_decoder().key_rotation()  # or says why not
-
-        controls: dict[str, Any] = {
-            "repetition_penalty": repetition_penalty,
-            "repetition_decay": repetition_decay,
-            "repetition_clamp": repetition_clamp,
-            "no_repeat_ngram_size": no_repeat_ngram_size,
-            "no_repeat_ngram_window": no_repeat_ngram_window,
-        }
-        warpers: list[Any] = []
-        if do_sample and temperature is not None and temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if do_sample and top_k:
-            warpers.append(TopKLogitsWarper(int(top_k)))
-        stops = self.stop_token_ids
-        self._caption_processors = LogitsProcessorList(
-            [*caption_processors(stops, stop_bias=stop_bias, **controls), *warpers]
-        )
-        self._answer_processors = LogitsProcessorList(
-            [*caption_processors(stops, stop_bias=None, **controls), *warpers]
-        )
+        self.turns = StreamTurns(processor, self.settings)
+        self.num_sink_tokens = self.settings.sink_tokens(len(self.turns.opening))
+        self._caption_processors = self.settings.logits_processors(self.stop_token_ids)
+        self._answer_processors = replace(self.settings, stop_bias=None).logits_processors(self.stop_token_ids)
         self._history_length = history_length(self._caption_processors)
         self._pieces = TextPieces(processor.tokenizer)
         self._closed = False
@@ -244,8 +175,8 @@ class CasaStream:
         self._last_timestamp = timestamps[-1]
         return self._opened(self._caption(frames, timestamps, first, pushed))
 
-    def ask(self, question: str, max_new_tokens: int = 64) -> Iterator[CaptionEvent]:
-        """Ask about what is going on; the captions go on with the next frame.
+    def ask(self, question: str, max_new_tokens: int | None = None) -> Iterator[CaptionEvent]:
+        """Ask about what is going on; the captions resume with the next frame.
 
         The assistant's turn is closed as the chat template closes it, and the answer begins one of its own. It sees
         what a caption here would see. Repetition is controlled within the answer, not against the captions, and stop
@@ -253,7 +184,8 @@ class CasaStream:
 
         Args:
             question: the user's message.
-            max_new_tokens: tokens that the answer may have, its stop token included.
+            max_new_tokens: number of tokens that the answer may have, its stop token included; None for the settings'
+                `max_new_tokens_per_answer`.
 
         Yields:
             "answer" whenever further characters are whole; at the end one "answered".
@@ -263,9 +195,12 @@ class CasaStream:
             RuntimeError: if the stream is closed.
         """
         pushed = time.perf_counter()
-        ids = self._asked(question, max_new_tokens)
+        self._require_open()
+        limit = self.settings.max_new_tokens_per_answer if max_new_tokens is None else max_new_tokens
+        check_count("max_new_tokens", limit)
+        ids = self.turns.question(question)
         self._end_open()
-        return self._opened(self._answer(question, ids, max_new_tokens, pushed))
+        return self._opened(self._answer(question, ids, limit, pushed))
 
     def drop(self, timestamp: float, message: str, count: int = 1) -> CaptionEvent:
         """Count a frame that isn't looked at, or several.
@@ -336,7 +271,7 @@ class CasaStream:
         """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
 
         Of the settings, it has those that the cache was made with: the ids of system message and prompt,
-        `text_window` and `num_sink_tokens`. The others are those of the stream that loads it.
+        `max_text_tokens` and `num_sink_tokens`. The others are those of the stream that loads it.
 
         Raises:
             RuntimeError: if the stream is closed, or being read by another thread.
@@ -360,7 +295,7 @@ class CasaStream:
 
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the
-                stream that gave it had another system message, prompt, `text_window` or `num_sink_tokens`, or if
+                stream that gave it had another system message, prompt, `max_text_tokens` or `num_sink_tokens`, or if
                 something is missing from it or doesn't fit the rest. The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
@@ -443,9 +378,9 @@ class CasaStream:
 
         ids, images = self._shown_frames(list(usable.values()))
         forward = Forward(ids, images, self._caption_processors, self._history)
-        self._deadline = math.inf if self.frame_budget is None else pushed + self.frame_budget
+        self._deadline = math.inf if self.settings.frame_budget is None else pushed + self.settings.frame_budget
         event = functools.partial(self._event, index=last, start=start, pushed=pushed)
-        yield from self._speak(forward, ("text", "end"), event, self._pieces, self.max_new_tokens_per_frame)
+        yield from self._speak(forward, ("text", "end"), event, self._pieces, self.settings.max_new_tokens_per_frame)
 
     def _answer(self, question: str, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
         """The steps of an answer to the question, which has these ids."""
@@ -544,17 +479,21 @@ class CasaStream:
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
 
     def _bound_text(self) -> None:
-        """Keep the cached text within `text_window`; called before every forward."""
-        if self.text_window is not None and self.num_text_tokens > self.text_window:
+        """Keep the cached text within `max_text_tokens`; called before every forward."""
+        if self.settings.max_text_tokens is not None and self.num_text_tokens > self.settings.max_text_tokens:
             assert self._cache is not None
             self.model.evict_text(self._cache, self._kept_tokens, self.num_sink_tokens)
 
     @property
     def _kept_tokens(self) -> int:
-        """Text tokens that stay when `text_window` is exceeded: a quarter of what isn't a sink goes at once, so that
-        evictions are rare, and a key of text is turned to another position four times at most."""
-        assert self.text_window is not None
-        return self.text_window - (self.text_window - self.num_sink_tokens) // 4
+        """Number of text tokens that stay when there are more than `max_text_tokens`.
+
+        A quarter of what isn't a sink goes at once, so that evictions are rare, and a key of text is rotated to
+        another position four times at most.
+        """
+        limit = self.settings.max_text_tokens
+        assert limit is not None
+        return limit - (limit - self.num_sink_tokens) // 4
 
     def _text_of(self, token_id: int, pieces: TextPieces) -> tuple[str, tuple[int, ...]]:
         """The text that this token completes; a stop token is none, even where the tokenizer has text for it."""
@@ -586,13 +525,13 @@ class CasaStream:
         return History(self._history_length, self.model.device)
 
     def _new_generator(self) -> torch.Generator | None:
-        if not self.do_sample:
+        if not self.settings.do_sample:
             return None
         generator = torch.Generator(self.model.device)
-        if self.seed is None:
+        if self.settings.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            generator.manual_seed(self.settings.seed)
         return generator
 
     def _text_state(self) -> dict[str, Any]:
@@ -624,7 +563,7 @@ class CasaStream:
         """Settings that what is cached depends on."""
         return {
             "opening": list(self.turns.opening),
-            "text_window": self.text_window,
+            "max_text_tokens": self.settings.max_text_tokens,
             "num_sink_tokens": self.num_sink_tokens,
         }
 
@@ -735,7 +674,7 @@ class CasaStream:
                 f"The state is of a stream that begins with {other!r}; this one begins with {opened!r}. Make it with "
                 "the system message and the prompt of the other one."
             )
-        for name in ("text_window", "num_sink_tokens"):
+        for name in ("max_text_tokens", "num_sink_tokens"):
             if given.get(name) != own[name]:
                 raise ValueError(
                     f"The state is of a stream with {name}={given.get(name)!r}; this one has {name}={own[name]!r}. "
@@ -778,15 +717,9 @@ class CasaStream:
             raise ValueError("push() was given an empty list; give a frame, or a list of at least one.")
         return frames, self._timestamps(timestamp, len(frames))
 
-    def _asked(self, question: str, max_new_tokens: int) -> list[int]:
-        """Ids of the question that `ask` was given."""
-        self._require_open()
-        check_count("max_new_tokens", max_new_tokens)
-        return self.turns.question(question)
-
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
         """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
-        last, step = self._last_timestamp, 1 / self.fps
+        last, step = self._last_timestamp, 1 / self.settings.fps
         seconds = [] if given is None else _seconds(given)
         if given is None:
             begin = 0.0 if last is None else last + step
@@ -811,7 +744,7 @@ class CasaStream:
 
     def _event(self, kind: EventKind, index: int, start: float, pushed: float, **content: Any) -> CaptionEvent:
         latency = time.perf_counter() - pushed
-        return CaptionEvent(kind, index, start, start + 1 / self.fps, latency, **content)
+        return CaptionEvent(kind, index, start, start + 1 / self.settings.fps, latency, **content)
 
 
 class History:
@@ -845,20 +778,8 @@ def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
-def _check_drawing(do_sample: Any, temperature: Any, top_k: Any, seed: Any) -> None:
-    if not isinstance(do_sample, bool):
-        raise ValueError(f"do_sample={do_sample!r} must be True or False.")
-    if temperature is not None:
-        check_positive("temperature", temperature, "a positive number, or None for 1.0")
-    if top_k is not None:
-        check_number("top_k", top_k, Integral, lambda number: number >= 0, "an integer, or 0 or None for all tokens")
-    if seed is not None:
-        check_number(
-            "seed", seed, Integral, lambda number: -(2**63) <= number < 2**64, "an integer of 64 bits, or None"
-        )
-
-
-def _check_pair(model: Any, processor: Any) -> None:
+def check_pair(model: Any, processor: Any, settings: StreamSettings) -> None:
+    """Refuse a model that can't stream with this processor or with these settings."""
     # By what they have: classes that come with a checkpoint are others than these.
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "casa" or not hasattr(model, "lm_head"):
@@ -872,6 +793,8 @@ def _check_pair(model: Any, processor: Any) -> None:
             f"The processor writes images with token {given[0]} and gist tokens {given[1]}, the model reads {own[0]} "
             f"and {own[1]}. Load both from the same checkpoint."
         )
+    if settings.max_text_tokens is not None:
+        model.get_decoder().key_rotation()  # or says why text can't be evicted
 
 
 def _seconds(given: Any) -> float | list[float]:
@@ -882,16 +805,3 @@ def _seconds(given: Any) -> float | list[float]:
         return math.nan
     several = [_seconds(timestamp) for timestamp in given]
     return [timestamp if isinstance(timestamp, float) else math.nan for timestamp in several]
-
-
-def _check_window(text_window: Any, num_sink_tokens: Any) -> None:
-    expected = "an integer of 0 or more, or None for the prompt"
-    check_number("num_sink_tokens", num_sink_tokens, Integral, lambda number: 0 <= number < 2**63, expected)
-    if text_window is None:
-        return
-    check_number("text_window", text_window, Integral, lambda number: True, "an integer, or None for all text")
-    if text_window <= num_sink_tokens:
-        raise ValueError(
-            f"text_window={text_window} must be larger than the {num_sink_tokens} first tokens that are always kept "
-            "(num_sink_tokens, by default the prompt), or None for all text."
-        )

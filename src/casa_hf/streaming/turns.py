@@ -19,18 +19,15 @@ from ..media_casa import MediaPolicy, rgb_image
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
+    from .settings import StreamSettings
 
 
 class StreamTurns:
     """Token ids and pixels of what a stream is told.
 
     Args:
-        processor: the model's.
-        system: the system message; None for what the template writes without one.
-        prompt: the user's message before the first frame.
-        prefix: text that the captions begin with, behind the first frame.
-        media_policy: what frames may be read from, and how large they may be; None for the processor's.
-        sanitize_control_tokens: whether control tokens and marks of images in the texts are text.
+        processor: processor of the model.
+        settings: system message, prompt, prefix, and how their control tokens and frames are read.
 
     Attributes:
         opening: ids before the first frame.
@@ -40,32 +37,24 @@ class StreamTurns:
         resumption: ids from the end of an answer to where captions go on.
 
     Raises:
-        ValueError: if a text isn't valid Unicode; unless they are sanitized, if it holds marks of images or videos.
+        ValueError: if a text has image placeholders and isn't sanitized.
     """
 
-    def __init__(
-        self,
-        processor: CasaProcessor,
-        system: str | None,
-        prompt: str,
-        prefix: str = "",
-        media_policy: MediaPolicy | None = None,
-        sanitize_control_tokens: bool = True,
-    ):
+    def __init__(self, processor: CasaProcessor, settings: StreamSettings):
         self.processor = processor
-        self.media_policy = media_policy
-        self.sanitize_control_tokens = sanitize_control_tokens
+        self._settings = settings
+        system, prompt, prefix = settings.system, settings.prompt, settings.prefix
         self._user = message("user", prompt)
         first = [self._user] if system is None else [message("system", system), self._user]
-        for name, text in (("system", system or ""), ("prompt", prompt), ("prefix", prefix)):
-            self._check(name, text)
+        for text in (system or "", prompt, prefix):
+            self._check_placeholders(text)
         self.opening = self._ids(self._render(first))
         placeholder = self._ids(ChatText(processor.image_placeholder, {}))
         self.frame = [*placeholder, *processor.gist_token_ids]
         self.image_index = self.frame.index(processor.image_token_id)
         # Tokenized behind an image placeholder, where it will stand: some tokenizers treat the start of a text
         # specially.
-        typed = {"\0": prefix} if sanitize_control_tokens else {}
+        typed = {"\0": prefix} if settings.sanitize_control_tokens else {}
         behind = processor.image_placeholder + ("\0" if typed else prefix)
         self.prefix = self._ids(ChatText(behind, typed))[len(placeholder) :]
         self.resumption = self._ids(self._after_said([]))
@@ -74,9 +63,10 @@ class StreamTurns:
         """Ids from the end of what was said, over a question, to where its answer begins.
 
         Raises:
-            ValueError: as for the other texts.
+            ValueError: if it isn't valid Unicode, or has image placeholders and isn't sanitized.
         """
-        self._check("question", text)
+        check_text("question", text)
+        self._check_placeholders(text)
         return self._ids(self._after_said([message("user", text)]))
 
     def pixels(self, frame: Any) -> dict[str, torch.Tensor]:
@@ -88,7 +78,8 @@ class StreamTurns:
         Raises:
             ValueError: if the frame can't be used.
         """
-        policy = MediaPolicy.of(self.processor.media_policy if self.media_policy is None else self.media_policy)
+        given = self._settings.media_policy
+        policy = MediaPolicy.of(self.processor.media_policy if given is None else given)
         shown = rgb_image(frame, policy)
         return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
 
@@ -97,14 +88,13 @@ class StreamTurns:
         return self._render([self._user, message("assistant", SAID), *messages])
 
     def _render(self, messages: list[dict[str, Any]]) -> ChatText:
-        return render_chat(self.processor, messages, sanitize_control_tokens=self.sanitize_control_tokens)
+        return render_chat(self.processor, messages, sanitize_control_tokens=self._settings.sanitize_control_tokens)
 
     def _ids(self, text: ChatText) -> list[int]:
         return token_ids(self.processor.tokenizer, text, text.typed)
 
-    def _check(self, name: str, text: Any) -> None:
-        check_text(name, text)
-        if not self.sanitize_control_tokens and self.processor.count_placeholders(text):
+    def _check_placeholders(self, text: str) -> None:
+        if not self._settings.sanitize_control_tokens and self.processor.count_placeholders(text):
             raise ValueError(
                 f"The text {text!r} holds image or video placeholders, such as {self.processor.image_placeholder}. "
                 "Remove them; frames are given to push()."

@@ -46,7 +46,6 @@ class Player:
         source: gives the frames.
         real_time, late: see [`LiveCaptions`].
         max_history: entries that `history` keeps.
-        max_new_tokens: length of an answer at most.
         on_event: called with every event of the stream, in the thread.
 
     Attributes:
@@ -63,7 +62,6 @@ class Player:
         real_time: bool,
         late: Late | None,
         max_history: int,
-        max_new_tokens: int,
         on_event: Callable[[CaptionEvent], None] | None = None,
     ) -> None:
         self.history = History(max_history)
@@ -71,7 +69,7 @@ class Player:
         self.error: Exception | None = None
         self._make_stream = stream if callable(stream) else None
         self._source, self._real_time, self._late = source, real_time, late
-        self._max_new_tokens, self._on_event = max_new_tokens, on_event
+        self._on_event = on_event
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
         self._paused_at: float | None = None
@@ -131,7 +129,7 @@ class Player:
             if self._state != "finished":
                 assert self._captions is not None
                 with suppress(RuntimeError):  # they have ended just now, and what is queued here is answered next
-                    self._captions.ask(question, self._max_new_tokens)
+                    self._captions.ask(question)
             self._changed.notify_all()
 
     def picture(self, frame_index: int) -> bytes | None:
@@ -225,7 +223,7 @@ class Player:
         yield from iter(captions)
         self._set_state("finished")
         while self._wait(lambda: bool(self._questions)):
-            yield from captions.answer(self._questions[0], self._max_new_tokens)
+            yield from captions.answer(self._questions[0])
 
     def _begin_answer(self, question: str) -> None:
         self.history.append("question", {"text": question})

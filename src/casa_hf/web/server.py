@@ -44,7 +44,6 @@ def create_app(
     title: str | None = None,
     real_time: bool | None = None,
     late: Late | None = None,
-    max_new_tokens: int = 64,
     max_history: int = MAX_HISTORY,
     on_event: Callable[[CaptionEvent], None] | None = None,
     allowed_hosts: Iterable[str] | None = THIS_MACHINE,
@@ -64,7 +63,6 @@ def create_app(
             beyond what the model has looked at.
         late: what happens to frames when the model is late, see [`LiveCaptions`]. Default: frames of a live source are
             dropped; a recorded one waits for the model.
-        max_new_tokens: length of an answer at most.
         max_history: events that are kept for pages that are opened later, or come back.
         on_event: called with every event of the stream, in the model's thread; to write captions to a file, say.
         allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
@@ -78,7 +76,6 @@ def create_app(
         from .application import Page
     except ImportError as error:
         raise _missing() from error
-    check_count("max_new_tokens", max_new_tokens)
     check_count("max_history", max_history)
     file = source.files[0].resolve() if isinstance(source, MediaInput) and source.files else None
     player = Player(
@@ -87,7 +84,6 @@ def create_app(
         real_time=(source.live or file is not None) if real_time is None else real_time,
         late=late or ("drop" if source.live else "wait"),
         max_history=max_history,
-        max_new_tokens=max_new_tokens,
         on_event=on_event,
     )
     page = Page(player, file, title or Path(source.name).name)
