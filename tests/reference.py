@@ -488,6 +488,12 @@ class Qwen3Block(Block):
     head_norms = True
 
 
+class SmolLM3Block(Block):
+    """As in SmolLM3; which blocks have no positions is the tiny configuration's `no_rope_layers`."""
+
+    without_positions = frozenset({1})
+
+
 class HeliumBlock(Block):
     """As in Helium."""
 

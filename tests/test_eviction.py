@@ -199,11 +199,11 @@ def test_any_design_and_any_text(seed):
 
 
 MISTAKES = {
-    "keys stay rotated": ("eviction.KeyRotation.rotate", lambda self, keys, tables: keys),
+    "keys stay rotated": ("eviction.KeyRotation.rotate", lambda self, layer_idx, keys, tables: keys),
     "image keys stay rotated": (
         "eviction.KeyRotation.rotate",
-        lambda self, keys, tables, rotate=KeyRotation.rotate: (
-            keys if tables[0].shape[1] == 1 else rotate(self, keys, tables)
+        lambda self, layer_idx, keys, tables, rotate=KeyRotation.rotate: (
+            keys if tables[0].shape[1] == 1 else rotate(self, layer_idx, keys, tables)
         ),
     ),
     "rotated the wrong way": (
@@ -308,7 +308,7 @@ def test_a_key_that_moves_through_a_window_loses_little():
     frequencies = 1e6 ** -(torch.arange(0, 128, 2).double() / 128)
     rotary = torch.nn.Module()
     rotary.inv_freq = frequencies.float()
-    rotation = KeyRotation(rotary, apply_rotary_pos_emb)
+    rotation = KeyRotation(rotary, [lambda keys, tables: apply_rotary_pos_emb(keys, keys[:, :0], *tables)[0]])
     keys = torch.randn(1, 1, 512, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def rotated(positions, keys, dtype):
@@ -324,7 +324,7 @@ def test_a_key_that_moves_through_a_window_loses_little():
         stored = rotated(positions, keys, dtype)
         at = [stored]
         for _ in range(4):
-            stored = rotation.rotate(stored, rotation.tables(torch.full((1, 512), 896)))
+            stored = rotation.rotate(0, stored, rotation.tables(torch.full((1, 512), 896)))
             at.append(stored)
         true = [rotated(positions - 896 * times, keys, torch.float64) for times in range(5)]
         loss[dtype] = [

@@ -12,10 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import HeliumConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import (
+    HeliumConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3Config,
+    Qwen3VLConfig,
+    SmolLM3Config,
+)
 
 from benchmarks.counting import added_parameters
 from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf.backbones import SOURCE_BACKBONES
 
 BLOCK = re.compile(r"(model\.language_model\.layers\.(\d+)\.)(.+)")
 # New in a block with a fusion layer, and the tensor of the source that has its shape.
@@ -60,8 +71,8 @@ def qwen3_vl(dimensions: dict, tower: dict, tied: bool = False) -> PreTrainedCon
     return Qwen3VLConfig(text_config=dimensions, vision_config=vision, tie_word_embeddings=tied)
 
 
-def helium(dimensions: dict) -> PreTrainedConfig:
-    return HeliumConfig(**dimensions, head_dim=128)
+def model(config: type[PreTrainedConfig], dimensions: dict, tied: bool = False) -> PreTrainedConfig:
+    return config(**dimensions, tie_word_embeddings=tied)
 
 
 SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -80,9 +91,18 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3-VL-4B": (partial(qwen3_vl, text(2560, 9728, 36, 32, 8, 151936), SMALL_TOWER, tied=True), 4.44),
     "Qwen3-VL-8B": (partial(qwen3_vl, text(4096, 12288, 36, 32, 8, 151936), LARGE_TOWER), 8.77),
     "Qwen3-VL-32B": (partial(qwen3_vl, text(5120, 25600, 64, 64, 8, 151936), LARGE_TOWER), 33.36),
-    "Helium-1-preview-2B": (partial(helium, text(2560, 7040, 24, 20, 20, 48000)), 2.17),
+    "Helium-1-preview-2B": (partial(model, HeliumConfig, text(2560, 7040, 24, 20, 20, 48000, head_dim=128)), 2.17),
+    "Llama-3.2-1B": (partial(model, LlamaConfig, text(2048, 8192, 16, 32, 8, 128256), tied=True), 1.24),
+    "Llama-3.2-3B": (partial(model, LlamaConfig, text(3072, 8192, 28, 24, 8, 128256), tied=True), 3.21),
+    "Qwen2.5-1.5B": (partial(model, Qwen2Config, text(1536, 8960, 28, 12, 2, 151936), tied=True), 1.54),
+    "Qwen3-1.7B": (
+        partial(model, Qwen3Config, text(2048, 6144, 28, 16, 8, 151936, head_dim=128), tied=True),
+        1.72,
+    ),
+    "Qwen3-4B": (partial(model, Qwen3Config, text(2560, 9728, 36, 32, 8, 151936, head_dim=128), tied=True), 4.02),
+    "SmolLM3-3B": (partial(model, SmolLM3Config, text(2048, 11008, 36, 16, 4, 128256), tied=True), 3.08),
 }
-SMALLEST = ("Qwen2-VL-2B", "Qwen2.5-VL-3B", "Qwen3-VL-2B", "Helium-1-preview-2B")
+SMALLEST = ("Qwen2-VL-2B", "Qwen2.5-VL-3B", "Qwen3-VL-2B", "Helium-1-preview-2B", "SmolLM3-3B")
 # One variant for every kind of change to the tensors; all sizes have the kind with most of them.
 CASES = [
     *((name, "casa-before") for name in MODELS),
@@ -103,7 +123,7 @@ class Shapes:
 def build(name: str, variant: str) -> Shapes:
     source_config = MODELS[name][0]()
     given: dict[str, Any] = {}
-    if isinstance(source_config, HeliumConfig):
+    if SOURCE_BACKBONES[source_config.model_type].text_only:
         tower = MODELS["Qwen2.5-VL-3B"][0]().vision_config
         given = {"vision_config": tower, "image_token_id": 3}
     config = CasaConfig.from_source(source_config, variant, **given)
@@ -149,7 +169,9 @@ def test_every_tensor_has_an_origin(name, variant):
     for key in new - given:
         assert casa[key] == source[origin(key, config)], key
     if config.backbone.text_only:
-        assert casa["model.multi_modal_projector.weight"] == (2560, 2048)
+        width = config.text_config.hidden_size
+        projector = casa.get("model.multi_modal_projector.weight")
+        assert projector == (None if width == 2048 else (width, 2048))
         assert any(key.startswith("model.visual.") for key in given)
 
     added = sum(math.prod(casa[key]) for key in new - given)

@@ -23,18 +23,26 @@ from transformers import (
     AutoModel,
     HeliumConfig,
     HeliumForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from casa_hf import CasaConfig
-from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Sample
+from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Sample, SmolLM3Block
 
 PAD, START, END = 0, 60, 61  # padding and the pair of delimiters; an image stands immediately before END
 IMAGE_PAD, VIDEO_PAD = 62, 63  # the source's expanded placeholders
@@ -77,6 +85,25 @@ VISION: dict[str, Any] = {
     "out_hidden_size": HIDDEN,
 }
 
+QWEN2_VL_VISION: dict[str, Any] = {
+    "depth": 2,
+    "embed_dim": 32,
+    "hidden_size": HIDDEN,
+    "num_heads": 2,
+    "patch_size": 4,
+    "mlp_ratio": 2,
+}
+QWEN3_VL_VISION: dict[str, Any] = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": HIDDEN,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 2],
+}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -115,7 +142,7 @@ class Family:
     @property
     def num_deepstack(self) -> int:
         """Number of features per token that are added after the first decoder blocks."""
-        return len(self.vision.get("deepstack_visual_indexes", ()))
+        return 0 if self.text_only else len(self.vision.get("deepstack_visual_indexes", ()))
 
 
 # By `model_type` of the text configuration.
@@ -124,7 +151,7 @@ FAMILIES = {
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
         text={"max_window_layers": 3, "rope_parameters": SECTIONS},
-        vision={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        vision=QWEN2_VL_VISION,
     ),
     "qwen2_5_vl_text": Family(
         Qwen2_5_VLConfig,
@@ -138,16 +165,7 @@ FAMILIES = {
             "head_dim": 24,
             "rope_parameters": {**ROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True},
         },
-        vision={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 2],
-        },
+        vision=QWEN3_VL_VISION,
         block=Qwen3Block,
     ),
     "helium": Family(
@@ -156,6 +174,36 @@ FAMILIES = {
         text={"head_dim": 16, "rope_parameters": ROPE},
         vision={**VISION, "out_hidden_size": 48},
         block=HeliumBlock,
+        text_only=True,
+    ),
+    "llama": Family(
+        LlamaConfig,
+        LlamaForCausalLM,
+        text={"head_dim": 24, "attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE},
+        vision={**VISION, "out_hidden_size": 48},
+        text_only=True,
+    ),
+    "qwen2": Family(
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        text={"max_window_layers": 3, "rope_parameters": ROPE},
+        vision={"model_type": "qwen2_vl_vision", **QWEN2_VL_VISION, "hidden_size": 48},
+        text_only=True,
+    ),
+    "qwen3": Family(
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        text={"head_dim": 24, "rope_parameters": ROPE},
+        vision={"model_type": "qwen3_vl_vision", **QWEN3_VL_VISION, "out_hidden_size": 48},
+        block=Qwen3Block,
+        text_only=True,
+    ),
+    "smollm3": Family(
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        text={"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0, 1], "rope_parameters": ROPE},
+        vision={**VISION, "out_hidden_size": 48},
+        block=SmolLM3Block,
         text_only=True,
     ),
 }

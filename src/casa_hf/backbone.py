@@ -203,7 +203,7 @@ class Backbone:
     Attributes:
         source_model_type: `model_type` of the source checkpoint.
         text_model_type: `model_type` of its text configuration; the key of the table.
-        vision: vision tower of the source; for a text-only family, the one that it can be given.
+        vision: vision tower of the source.
         display_name: the name people use.
         modeling: module that defines the classes below.
         decoder_layer, rotary_embedding, rms_norm: class names in that module. `decoder_layer` must have the children
@@ -213,7 +213,8 @@ class Backbone:
         projections: how attention makes queries, keys and outputs.
         block: how a decoder block is called, and of which kinds blocks are.
         multimodal_rope: whether text positions have three rows (time, height, width).
-        text_only: whether the source has no vision tower.
+        text_only: whether the source has no vision tower: it is given `vision`, or one of `other_towers`.
+        other_towers: further towers that it can be given.
         placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
         save_renamings: the same for the way back, from memory to the names in the source's published files; empty
@@ -234,6 +235,7 @@ class Backbone:
     block: BlockAdapter = _DEFAULT_BLOCKS
     multimodal_rope: bool = True
     text_only: bool = False
+    other_towers: tuple[VisionTower, ...] = ()
     placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),
@@ -243,6 +245,11 @@ class Backbone:
         (r"^model\.visual\.", "visual."),
         (r"^model\.language_model\.", "model."),
     )
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The types of vision configurations that the family can have."""
+        return tuple(tower.model_type for tower in (self.vision, *self.other_towers))
 
     def fusable_blocks(self, text_config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices of the decoder blocks that can have a fusion layer: those of full attention."""

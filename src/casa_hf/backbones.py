@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .backbone import Backbone, VisionTower
+from .backbone import Backbone, Projections, VisionTower
+from .backbone_smollm3 import SmolLM3Projections
 
 _QWEN2_VL = "transformers.models.qwen2_vl.modeling_qwen2_vl"
 _QWEN2_5_VL = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
@@ -55,19 +56,30 @@ BACKBONES: dict[str, Backbone] = {
             source_class="Qwen3VLForConditionalGeneration",
             save_renamings=(),
         ),
-        Backbone(
-            source_model_type="helium",
-            text_model_type="helium",
-            vision=VISION_TOWERS["qwen2_5_vl_vision"],
-            display_name="Helium",
-            modeling="transformers.models.helium.modeling_helium",
-            decoder_layer="HeliumDecoderLayer",
-            rotary_embedding="HeliumRotaryEmbedding",
-            rms_norm="HeliumRMSNorm",
-            source_class="HeliumForCausalLM",
-            multimodal_rope=False,
-            text_only=True,
-            placeholder_id_fields=(),
+        *(
+            Backbone(
+                source_model_type=model_type,
+                text_model_type=model_type,
+                vision=VISION_TOWERS["qwen2_5_vl_vision"],
+                display_name=name,
+                modeling=f"transformers.models.{model_type}.modeling_{model_type}",
+                decoder_layer=f"{classes}DecoderLayer",
+                rotary_embedding=f"{classes}RotaryEmbedding",
+                rms_norm=f"{classes}RMSNorm",
+                source_class=f"{classes}ForCausalLM",
+                projections=projections,
+                multimodal_rope=False,
+                text_only=True,
+                other_towers=(VISION_TOWERS["qwen2_vl_vision"], VISION_TOWERS["qwen3_vl_vision"]),
+                placeholder_id_fields=(),
+            )
+            for model_type, name, classes, projections in (
+                ("helium", "Helium", "Helium", Projections),
+                ("llama", "Llama", "Llama", Projections),
+                ("qwen2", "Qwen2", "Qwen2", Projections),
+                ("qwen3", "Qwen3", "Qwen3", Projections),
+                ("smollm3", "SmolLM3", "SmolLM3", SmolLM3Projections),
+            )
         ),
     )
 }

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .backbone import Backbone
-from .backbones import BACKBONES, SOURCE_BACKBONES, supported_sources
+from .backbone import Backbone, VisionTower
+from .backbones import BACKBONES, SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from .design_space import CHOICES, DESIGN_FIELDS, FIELDS, SETTINGS, VARIANTS, unknown_value
 
 # Before towers had a type of their own, checkpoints gave them the type of the whole model.
@@ -123,7 +123,11 @@ class CasaConfig(PreTrainedConfig):
             self.source_config = {SOURCE_MODEL_TYPE: kept.pop("model_type"), **kept}
         self.text_config = _build_sub_config("text_config", self.text_config, "qwen2_5_vl_text")
         if self.vision_config is None:
-            self.vision_config = {self.backbone.vision.hidden_size_field: self.text_config.hidden_size}
+            tower = self.backbone.vision
+            self.vision_config = {
+                "model_type": tower.model_type,
+                tower.hidden_size_field: self.text_config.hidden_size,
+            }
         self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision.model_type)
         if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
@@ -144,14 +148,25 @@ class CasaConfig(PreTrainedConfig):
         return _backbone_of(self.text_config)
 
     @property
+    def tower(self) -> VisionTower:
+        """The family of the vision configuration."""
+        return VISION_TOWERS[self.vision_config.model_type]
+
+    @property
     def needs_projector(self) -> bool:
         """Whether features of the vision tower have another width than the language model."""
-        return self.backbone.vision.hidden_size(self.vision_config) != self.text_config.hidden_size
+        return self.tower.hidden_size(self.vision_config) != self.text_config.hidden_size
+
+    @property
+    def num_deepstack(self) -> int:
+        """Number of features per token that are added after the first decoder blocks: none in a text model that was
+        given a tower, since its blocks were never trained to take them."""
+        return 0 if self.backbone.text_only else self.tower.num_deepstack(self.vision_config)
 
     @property
     def image_features_size(self) -> int:
         """Width of `image_embeds`: an image state and the features that are added to it after the first blocks."""
-        return self.text_config.hidden_size * (1 + self.backbone.vision.num_deepstack(self.vision_config))
+        return self.text_config.hidden_size * (1 + self.num_deepstack)
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -410,10 +425,11 @@ class CasaConfig(PreTrainedConfig):
 
     def _validate_backbone(self) -> None:
         text, vision = self.text_config, self.vision_config
-        if vision.model_type != self.backbone.vision.model_type:
+        towers = self.backbone.towers
+        if vision.model_type not in towers:
             raise ValueError(
                 f"vision_config.model_type is {vision.model_type!r}; a {self.backbone.display_name} text model needs "
-                f"{self.backbone.vision.model_type!r}."
+                f"{' or '.join(map(repr, towers))}."
             )
         layer_types = getattr(text, "layer_types", None) or []
         if getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
@@ -421,7 +437,7 @@ class CasaConfig(PreTrainedConfig):
                 "text_config has sliding-window attention switched on, which CASA doesn't support; set "
                 "use_sliding_window=False and layer_types=None."
             )
-        tower = self.backbone.vision
+        tower = self.tower
         if self.needs_projector and not self.backbone.text_only:
             raise ValueError(
                 f"vision_config.{tower.hidden_size_field}={tower.hidden_size(vision)} must equal "
@@ -477,7 +493,7 @@ def _build_sub_config(field: str, value: dict | PreTrainedConfig | None, default
         raise ValueError(f"{field} must be a dict or a PreTrainedConfig, got {type(value).__name__}.")
     model_type = value.get("model_type", default_type)
     if field == "vision_config" and model_type in _VISION_SOURCES:
-        model_type = default_type
+        model_type = SOURCE_BACKBONES[model_type].vision.model_type
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{field}.model_type is {model_type!r}, which this version of Transformers doesn't know. Use one of: "

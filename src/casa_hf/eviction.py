@@ -16,7 +16,7 @@ padding too, and its *position* is what its key is rotated by.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,13 +39,14 @@ class KeyRotation:
 
     Args:
         rotary: rotary embedding of the backbone.
-        apply_rotary: function of the backbone `(q, k, cos, sin) -> (q, k)`.
+        rotations: functions, one for each block, that rotate its keys `(keys, (cos, sin)) -> keys`; one that leaves
+            keys as they are, for a block without positions.
 
     Raises:
         ValueError: if the frequencies depend on the length of the text.
     """
 
-    def __init__(self, rotary: nn.Module, apply_rotary: Callable):
+    def __init__(self, rotary: nn.Module, rotations: Sequence[Callable[[torch.Tensor, Tables], torch.Tensor]]):
         rope_type = getattr(rotary, "rope_type", "default")
         if rope_type in _CHANGING_ROPE_TYPES:
             raise ValueError(
@@ -54,7 +55,7 @@ class KeyRotation:
                 '("default", "linear", "yarn", "llama3"), or keep all text.'
             )
         self.inv_freq: Any = rotary.inv_freq
-        self.apply_rotary = apply_rotary
+        self.rotations = rotations
 
     def tables(self, shift: torch.Tensor) -> Tables:
         """cos and sin, float64 on the CPU, that rotate keys back by `shift` (batch, length) positions.
@@ -66,12 +67,11 @@ class KeyRotation:
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
-    def rotate(self, keys: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """Keys (batch, heads, length, head_dim), rotated in at least float32 by tables of `length` or 1."""
+    def rotate(self, layer_idx: int, keys: torch.Tensor, tables: Tables) -> torch.Tensor:
+        """Keys (batch, heads, length, head_dim) of a block, rotated in at least float32 by tables of `length` or 1."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
-        wide = keys.to(dtype)
-        return self.apply_rotary(wide, wide[:, :0], cos, sin)[0].to(keys.dtype)
+        return self.rotations[layer_idx](keys.to(dtype), (cos, sin)).to(keys.dtype)
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,9 @@ def evict_text(
     if plan is None:
         return None
     moves = _Moves(plan, rotation() if plan.drops else None, image_positions=rules.with_text)
-    for layer in cache.layers:
-        text = None if layer.keys is None else moves.text(KeysValues(layer.keys, layer.values))
-        fusion = {name: moves.fusion(name, stored) for name, stored in layer.fusion.items()}
+    for index, layer in enumerate(cache.layers):
+        text = None if layer.keys is None else moves.text(index, KeysValues(layer.keys, layer.values))
+        fusion = {name: moves.fusion(index, name, stored) for name, stored in layer.fusion.items()}
         layer.replace_text(text, fusion, plan.length)
     home_layer(cache).store_state(plan.state(state.growing()))
     return plan.kept.masked_fill(~plan.valid, -1)
@@ -303,26 +303,28 @@ class _Moves:
         self.of_text = self._tables(plan.shift)
         self.of_images = self._tables(plan.image_shift[:, None])
 
-    def text(self, stored: KeysValues) -> KeysValues:
+    def text(self, layer_idx: int, stored: KeysValues) -> KeysValues:
         """Of self-attention's text."""
-        return self._rotated(self.plan.text(stored), self.of_text)
+        return self._rotated(layer_idx, self.plan.text(stored), self.of_text)
 
-    def fusion(self, name: str, stored: KeysValues) -> KeysValues:
+    def fusion(self, layer_idx: int, name: str, stored: KeysValues) -> KeysValues:
         """Of what a fusion layer has stored under this name."""
         if name == "window":
             start, tables = self.plan.text_start, self.of_text
             of_window = None if tables is None else (tables[0][:, start:], tables[1][:, start:])
-            return self._rotated(self.plan.window(stored), of_window)
+            return self._rotated(layer_idx, self.plan.window(stored), of_window)
         # Self-attention's keys for updates of image states always have positions.
-        return self._rotated(stored, self.of_images) if self.image_positions or name == "update" else stored
+        if self.image_positions or name == "update":
+            return self._rotated(layer_idx, stored, self.of_images)
+        return stored
 
     def _tables(self, shift: torch.Tensor) -> Tables | None:
         return None if self.rotation is None or not bool(shift.any()) else self.rotation.tables(shift)
 
-    def _rotated(self, stored: KeysValues, tables: Tables | None) -> KeysValues:
+    def _rotated(self, layer_idx: int, stored: KeysValues, tables: Tables | None) -> KeysValues:
         if self.rotation is None or tables is None:
             return stored
-        return stored._replace(keys=self.rotation.rotate(stored.keys, tables))
+        return stored._replace(keys=self.rotation.rotate(layer_idx, stored.keys, tables))
 
 
 def check_text_budget(keep: int, num_sink_tokens: int) -> None:

@@ -298,7 +298,6 @@ class CasaTextModel(CasaPreTrainedModel):
         self.blocks_with_text = [layer.self_attn is not None for layer in self.layers]
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
-        self.rotate_keys = config.backbone.load("apply_rotary")
         self.gradient_checkpointing = False
         self.post_init()
         # Rules for what this design has; none for fusion layers where the family has none for its own attention.
@@ -400,7 +399,8 @@ class CasaTextModel(CasaPreTrainedModel):
             ValueError: if this model's keys can't be moved, or its images are kept for ever.
         """
         check_history(self.window_rules)
-        return KeyRotation(self.rotary_emb, self.rotate_keys)
+        blocks: Any = self.layers
+        return KeyRotation(self.rotary_emb, [block.projections.rotate_one for block in blocks])
 
     def _packed_samples(
         self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, cache: Cache | None
@@ -516,7 +516,7 @@ class CasaModel(CasaPreTrainedModel):
         super().__init__(config)
         config.validate_design()
         warn_if_untested()
-        tower = config.backbone.vision
+        tower = config.tower
         self.visual = tower.load()._from_config(config.vision_config)
         self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
         self.language_model = CasaTextModel(config)
@@ -572,7 +572,8 @@ class CasaModel(CasaPreTrainedModel):
         features = outputs.pooler_output
         if self.multi_modal_projector is not None:
             features = self.multi_modal_projector(features)
-        features = torch.cat([features, *(getattr(outputs, "deepstack_features", None) or ())], dim=-1)
+        if self.config.num_deepstack:
+            features = torch.cat([features, *outputs.deepstack_features], dim=-1)
         outputs.pooler_output = torch.split(features, sizes)
         return outputs
 

@@ -105,6 +105,18 @@ def test_helium_with_a_tower_of_another_width(helium, tmp_path):
     assert model(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_helium_gets_any_tower(helium, family, tmp_path):
+    convert_checkpoint(helium, tmp_path / "casa", vision_from=build_tiny_source(tmp_path / "vision", family=family))
+    model, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.tower.model_type == f"{family}_vision" and model.config.num_deepstack == 0
+    processor = CasaProcessor.from_pretrained(tmp_path / "casa")
+    inputs = processor(text="A <|image|> B", images=Image.new("RGB", (64, 64), "red"), return_tensors="pt")
+    others = processor(text="A <|image|> B", images=Image.new("RGB", (64, 64), "blue"), return_tensors="pt")
+    assert not torch.equal(model(**inputs).logits[:, -1], model(**others).logits[:, -1])
+
+
 def test_helium_goes_back_without_its_tower(helium, source_folder, tmp_path):
     convert_checkpoint(helium, tmp_path / "casa", vision_from=source_folder, casa_gate="tanh", num_gist_tokens=3)
     report = convert_to_source(tmp_path / "casa", tmp_path / "back")
@@ -138,6 +150,6 @@ def test_card_names_both_sources(helium, source_folder, tmp_path):
 def test_towers_that_dont_fit(helium, source_folder, casa_folder, tmp_path):
     assert_refused(helium, tmp_path / "casa", "text-only", "vision_from")
     assert_refused(source_folder, tmp_path / "casa", "isn't text-only", vision_from=source_folder)
-    for vision in (helium, casa_folder, build_tiny_source(tmp_path / "qwen3", family="qwen3_vl")):
-        assert_refused(helium, tmp_path / "casa", "'qwen2_5_vl_vision'", vision_from=vision)
+    for vision in (helium, casa_folder):
+        assert_refused(helium, tmp_path / "casa", "qwen2_5_vl_vision", "qwen3_vl_vision", vision_from=vision)
     assert_refused(helium, tmp_path / "casa", "is not a folder", vision_from=tmp_path / "nowhere")

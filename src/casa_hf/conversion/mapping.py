@@ -111,7 +111,7 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
             model = config.backbone.load("source_class")(source_config)
             weights = model.state_dict()
             if config.backbone.text_only:
-                tower = config.backbone.vision.load()._from_config(config.vision_config)
+                tower = config.tower.load()._from_config(config.vision_config)
                 weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
     except Exception as error:  # such as the KeyError of an unknown rope_type
         raise ConversionError(
@@ -163,7 +163,7 @@ def computed_shapes(config: CasaConfig) -> dict[str, Shape]:
         shapes |= {GATE.format(index): (1,) for index in config.fusion_layers}
     if config.needs_projector:
         width = config.text_config.hidden_size
-        shapes[f"{PROJECTOR}weight"] = (width, config.backbone.vision.hidden_size(config.vision_config))
+        shapes[f"{PROJECTOR}weight"] = (width, config.tower.hidden_size(config.vision_config))
         shapes[f"{PROJECTOR}bias"] = (width,)
     return shapes
 

@@ -33,10 +33,10 @@ def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConf
     backbone = SOURCE_BACKBONES[config.model_type]
     content = read_source_config(folder)
     vision = getattr(content, "vision_config", None)
-    if isinstance(content, CasaConfig) or vision is None or vision.model_type != backbone.vision.model_type:
+    if isinstance(content, CasaConfig) or vision is None or vision.model_type not in backbone.towers:
         raise ConversionError(
             f"{folder} has model_type {content.model_type!r}; {backbone.display_name} takes the vision tower "
-            f"{backbone.vision.model_type!r} of a source checkpoint. Give such a one."
+            f"of a source checkpoint, {' or '.join(backbone.towers)}. Give such a one."
         )
     return vision
 
