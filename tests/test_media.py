@@ -196,30 +196,42 @@ def truncated(folder: Path) -> Path:
     [
         (np.zeros(4), r"image \(ndarray of shape \(4,\)\) .*two or three dimensions"),
         (np.zeros((0, 5, 3), np.uint8), r"of shape \(0, 5, 3\)"),
-        (None, r"image \(NoneType\) can't be used: .* got a NoneType"),
-        (torch.full((3, 4, 4), 256), "integers from 0 to 255, .*; got int64 from 256 to 256"),
-        (np.full((4, 4, 3), -1), "integers from 0 to 255, .*; got int64 from -1 to -1"),
-        (np.full((4, 4, 3), 255.0, np.float32), "floating values from 0 to 1, .*; got float32 from 255 to 255"),
-        (np.full((4, 4, 3), np.nan), "floating values from 0 to 1, .*; got float64 from nan to nan"),
-        (torch.full((3, 4, 4), torch.inf, dtype=torch.bfloat16), "from 0 to 1, .*; got float32 from inf to inf"),
-        (np.zeros((4, 4, 3), np.uint16), "booleans; got uint16, .* scale it"),
-        (torch.zeros((3, 4, 4), dtype=torch.uint16), "booleans; got uint16, .* scale it"),
-        (np.zeros((4, 4, 3), complex), "got complex128"),
-        (np.full((4, 4, 3), "x"), "got <U1"),
-        (np.zeros((5, 5, 5), np.uint8), r"1 to 4 channels .* its shape is \(5, 5, 5\)"),
+        (None, r"image \(NoneType\) can't be used: it is a NoneType; expected a PIL image"),
+        (
+            torch.full((3, 4, 4), 256),
+            "its values are int64 from 256 to 256; expected integers from 0 to 255, .* Scale them",
+        ),
+        (np.full((4, 4, 3), -1), "its values are int64 from -1 to -1; expected integers from 0 to 255"),
+        (
+            np.full((4, 4, 3), 255.0, np.float32),
+            "float32 from 255 to 255; expected .* floating-point values from 0 to 1",
+        ),
+        (np.full((4, 4, 3), np.nan), "float64 from nan to nan; expected .* floating-point values from 0 to 1"),
+        (torch.full((3, 4, 4), torch.inf, dtype=torch.bfloat16), "float32 from inf to inf; expected .* from 0 to 1"),
+        (
+            np.zeros((4, 4, 3), np.uint16),
+            "its values are uint16, which has no known range; expected .* Scale them to uint8",
+        ),
+        (
+            torch.zeros((3, 4, 4), dtype=torch.uint16),
+            "its values are uint16, which has no known range; expected .* Scale them to uint8",
+        ),
+        (np.zeros((4, 4, 3), complex), "its values are complex128"),
+        (np.full((4, 4, 3), "x"), "its values are <U1"),
+        (np.zeros((5, 5, 5), np.uint8), r"its shape is \(5, 5, 5\); expected 1 to 4 channels"),
         (torch.zeros((3, 4, 4), device="meta"), "image .Tensor of shape"),
         (Image.new("RGB", (0, 4)), "0 x 4 pixels"),
-        (Image.new("I", (4, 4)), "mode 'I', of more than 8 bits"),
-        (Image.new("F", (4, 4)), "mode 'F', of more than 8 bits"),
-        (b"", "image of 0 bytes can't be used: it is in no format that is known"),
-        ("ftp://127.0.0.1/cat.jpg", "it is no http:// or https:// URL"),
-        (b"no picture", "image of 10 bytes can't be used: it is in no format that is known"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "in no format that is known"),
+        (Image.new("I", (4, 4)), "mode is 'I', with more than 8 bits"),
+        (Image.new("F", (4, 4)), "mode is 'F', with more than 8 bits"),
+        (b"", "image of 0 bytes can't be used: its format isn't known"),
+        ("ftp://127.0.0.1/cat.jpg", "neither an http:// or https:// URL nor base64"),
+        (b"no picture", "image of 10 bytes can't be used: its format isn't known"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "its format isn't known"),
         ("data:image/png;base64", "a comma"),
         ("data:image/png;base64,abcde", "base64 is damaged"),
         ("file:///nowhere/cat.jpg", "file:///nowhere/cat.jpg' can't be used: there is no such file"),
         ("\0", "no such file"),
-        ("x" * 5000, "in no format that is known"),
+        ("x" * 5000, "its format isn't known"),
         (png_header(13_000, 13_000), "13000 x 13000 pixels, more than max_decoded_pixels=89478485"),
         (png_header(30_000, 30_000), "30000 x 30000 pixels, more than max_decoded_pixels"),
         (np.broadcast_to(np.uint8(0), (13_000, 13_000, 3)), "13000 x 13000 pixels, more than max_decoded_pixels"),
@@ -242,8 +254,8 @@ def test_files_are_named(tmp_path: Path) -> None:
         (tmp_path, "there is no such file"),
         (half, "half.jpg' can't be used: image file is truncated"),
         (opened, "half.jpg' can't be used: image file is truncated"),
-        (text, "text.png' can't be used: it is in no format"),
-        (tmp_path / "depth.png", "depth.png' can't be used: it has pixels of the mode 'I;16'"),
+        (text, "text.png' can't be used: its format isn't known"),
+        (tmp_path / "depth.png", "depth.png' can't be used: its mode is 'I;16'"),
     ):
         with pytest.raises(ValueError, match=message):
             rgb_image(form)
@@ -280,7 +292,7 @@ def test_a_policy_is_checked() -> None:
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"max_bytes": 0.5}, "max_bytes=0.5 must be a positive integer"),
         ({"network": "no"}, "network='no' must be True or False"),
-        ({"web": False}, "fields of MediaPolicy.*'web'"),
+        ({"web": False}, "has an unknown field .*'web'.*; the fields of MediaPolicy are network, local_files"),
         (3, "media_policy=3 must be a MediaPolicy"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -294,10 +306,12 @@ def test_neither_network_nor_files(tmp_path: Path, serve: Any) -> None:
     file, expected = turned_photograph(tmp_path)
     alone = MediaPolicy(network=False, local_files=False)
     for form in (file, str(file), tmp_path / "nowhere.png", "nowhere.png"):  # nor whether there is one is told
-        with pytest.raises(ValueError, match=r"paths aren't read \(MediaPolicy.local_files=False\); give contents"):
+        with pytest.raises(
+            ValueError, match=r"paths aren't read \(MediaPolicy.local_files=False\); pass the contents"
+        ):
             rgb_image(form, alone)
     url = f"{serve(tmp_path)}/{file.name}"
-    with pytest.raises(ValueError, match=r"URLs aren't fetched \(MediaPolicy.network=False\); give contents"):
+    with pytest.raises(ValueError, match=r"URLs aren't fetched \(MediaPolicy.network=False\); pass the contents"):
         rgb_image(url, alone)
     for form in (file.read_bytes(), base64.b64encode(file.read_bytes()).decode(), Image.open(file), expected):
         assert np.array_equal(np.asarray(rgb_image(form, alone)), expected)
@@ -390,7 +404,7 @@ def test_what_a_server_does_is_told() -> None:
             ("/half", MediaPolicy(), f"the connection ended after 5000 of {len(cat)} bytes"),
             ("/large", small, f"it has {len(cat)} bytes, more than max_bytes=10000"),
             ("/large-unsaid", small, "it has more than max_bytes=10000"),
-            ("/page", MediaPolicy(), "in no format that is known"),
+            ("/page", MediaPolicy(), "its format isn't known"),
         ):
             with pytest.raises(ValueError, match=message):
                 rgb_image(address + path, policy)
@@ -430,7 +444,7 @@ def test_a_server_that_is_not_there_or_says_nothing() -> None:
     with server(answer) as address, server(drip) as dripping:
         for path in (f"{address}/slow", f"{address}/silent", dripping):
             begin = time.monotonic()
-            with pytest.raises(ValueError, match=r"wasn't there within 0\.3 s \(timeout of the MediaPolicy\)"):
+            with pytest.raises(ValueError, match=r"it didn't arrive within 0\.3 s, the timeout of the MediaPolicy"):
                 rgb_image(path, MediaPolicy(timeout=0.3))
             assert time.monotonic() - begin < 4
             if path.endswith("/slow"):  # nor does anything go on receiving

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""`CasaProcessor`: conversations with pictures and videos become the inputs of a CASA model.
+"""`CasaProcessor`: conversations with images and videos become the inputs of a CASA model.
 
 Images never enter the token sequence: an image stands between `<|vision_start|>` and `<|vision_end|>`, immediately
 before the latter. Qwen's chat templates write a placeholder there, `<|image_pad|>` or `<|video_pad|>`. The processor
@@ -32,18 +32,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .chat_text import ChatText, token_ids
 from .checks import check_text
 from .folder_files import read_json
+from .frames_casa import check_sampling, load_frames, measure_frames
 from .image_inputs import FRAME_TYPE, IMAGE_TYPE
-from .media_casa import (
-    MediaPolicy,
-    called,
-    check_sampling,
-    image_size,
-    is_image,
-    load_frames,
-    measure_frames,
-    rgb_image,
-    several,
-)
+from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
 from .publishing_hook import PublishedByHook
 
 VISION_START = "<|vision_start|>"
@@ -63,7 +54,7 @@ _NOT_TYPED = "(?<!\U000f0000)"
 _PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
 
 _LIMITS = ("size", "min_pixels", "max_pixels")
-# Forms that may hold a picture or a video.
+# Forms that may hold an image or a video.
 _FILES = (str, os.PathLike, bytes)
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
@@ -125,7 +116,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     Attributes:
         image_token_id: id of `image_token`.
         gist_token_ids: ids of the gist tokens, in order.
-        media_policy: whether URLs are fetched and paths are read, and how large pictures may be; the
+        media_policy: whether URLs are fetched and paths are read, and how large images may be; the
             [`~media_casa.MediaPolicy`] may be replaced at any time, and isn't saved with the processor.
 
     Raises:
@@ -280,7 +271,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             images: an image, a list of them in reading order over the batch, or a list with one list per prompt, in
                 which None stands for none.
                 An image is a PIL image, an array or tensor (height, width, channels), (channels, height, width) or
-                (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same picture, turned
+                (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same image, turned
                 upright, on white where it isn't opaque: see [`~media_casa.rgb_image`].
             text: a prompt or a list of them. An image stands at each `<|vision_start|><|vision_end|>` or
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
@@ -378,9 +369,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         patches = 0
         layout = options["images_kwargs"].get("input_data_format")
         for visual in visuals:
-            for picture in visual.pictures:
-                width, height = picture if isinstance(picture, tuple) else image_size(picture, policy, layout)
-                patches += self._num_patches(sizes[visual.type], height, width, picture)
+            for image in visual.images:
+                width, height = image if isinstance(image, tuple) else image_size(image, policy, layout)
+                patches += self._num_patches(sizes[visual.type], height, width, image)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
     def _get_num_multimodal_tokens(
@@ -389,7 +380,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         video_sizes: Iterable[tuple[int, int, int]] | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
-        """Numbers of image tokens by size, for engines that plan before there are pictures.
+        """Numbers of image tokens by size, for engines that plan before there are images.
 
         None of these tokens stands in the text, where an image takes the tokens of its mark alone.
 
@@ -417,17 +408,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             ]
         return MultiModalData(**numbers)
 
-    def _num_patches(self, size: dict[str, int], height: int, width: int, picture: Any = None) -> int:
-        """How many patches a picture of this height and width gives.
+    def _num_patches(self, size: dict[str, int], height: int, width: int, image: Any = None) -> int:
+        """How many patches an image of this height and width gives.
 
         Raises:
-            ValueError: if the image processor takes none of this shape; it names the picture.
+            ValueError: if the image processor takes none of this shape; it names the image.
         """
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         try:
             return self.image_processor.get_number_of_image_patches(height, width, limits)
         except ValueError as error:
-            name = called((width, height) if picture is None else picture)
+            name = name_of((width, height) if image is None else image)
             raise ValueError(f"The image {name} can't be used: it has {width} x {height} pixels ({error}).") from error
 
     def count_placeholders(self, text: str) -> int:
@@ -479,16 +470,16 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         layout = images_kwargs.pop("input_data_format", None)
         rows = self._visuals(marks_of_row, images, videos, options["videos_kwargs"], policy)
         if images_kwargs.get("do_rescale") is False:
-            _check_floating([picture for row in rows for visual in row for picture in visual.pictures])
+            _check_floating([image for row in rows for visual in row for image in visual.images])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
 
-        def seen(picture: Any, kind: int) -> Any:
-            image = rgb_image(picture, policy, layout)
-            self._num_patches(sizes[kind], image.height, image.width, picture)  # or says what is wrong with it
+        def seen(image: Any, kind: int) -> Any:
+            image = rgb_image(image, policy, layout)
+            self._num_patches(sizes[kind], image.height, image.width, image)  # or says what is wrong with it
             return image
 
         return [
-            [_Visual(visual.type, [seen(picture, visual.type) for picture in visual.pictures]) for visual in row]
+            [_Visual(visual.type, [seen(image, visual.type) for image in visual.images]) for visual in row]
             for row in rows
         ]
 
@@ -501,7 +492,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         policy: MediaPolicy,
         frames_of: Callable[..., list[Any]] = load_frames,
     ) -> "list[list[_Visual]]":
-        """What stands at each mark of each row, pictures as they were given."""
+        """What stands at each mark of each row, images as they were given."""
         fps, num_frames = videos_kwargs.get("fps"), videos_kwargs.get("num_frames")
         sample = videos_kwargs.get("do_sample_frames") is not False
         check_sampling(fps, num_frames, sample)
@@ -519,7 +510,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
-            _Prompt.write(text, [len(visual.pictures) for visual in row], self._notation)
+            _Prompt.write(text, [len(visual.images) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
         encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
@@ -548,7 +539,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options}))
 
     def _token_types(self, input_ids: list[int], visuals: "list[_Visual]") -> list[int]:
-        types = [visual.type for visual in visuals for _ in visual.pictures]
+        types = [visual.type for visual in visuals for _ in visual.images]
         kept = min(map(input_ids.count, (self.image_token_id, *self.gist_token_ids)))
         if kept != len(types):
             raise ValueError(
@@ -561,16 +552,16 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     def _pixels(
         self, visuals: "list[_Visual]", sizes: dict[int, dict[str, int]], images_kwargs: dict
     ) -> dict[str, torch.Tensor]:
-        """Patches and grids of all pictures, in order."""
+        """Patches and grids of all images, in order."""
         others = {name: value for name, value in images_kwargs.items() if name not in (*_LIMITS, "return_tensors")}
         runs = []
         for kind, run in groupby(visuals, key=lambda visual: visual.type):
-            pictures = [picture for visual in run for picture in visual.pictures]
-            runs.append(self.image_processor(images=pictures, size=sizes[kind], return_tensors="pt", **others))
+            images = [image for visual in run for image in visual.images]
+            runs.append(self.image_processor(images=images, size=sizes[kind], return_tensors="pt", **others))
         return {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
 
     def _no_pixels(self) -> dict[str, torch.Tensor]:
-        """Patches and grids of no picture."""
+        """Patches and grids of no image."""
         processor = self.image_processor
         patch_dim = 3 * processor.temporal_patch_size * processor.patch_size**2
         return {
@@ -647,7 +638,7 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
         return _Given([], None)
     if is_item(given):
         return _Given([given], None)
-    items = several(given)
+    items = elements_of(given)
     if any(item is None for item in items):  # a prompt without any
         items = [[] if item is None else [item] if is_item(item) else item for item in items]
     if all(is_item(item) for item in items):
@@ -723,12 +714,12 @@ class _Visual(NamedTuple):
     """What stands at a mark: an image, or the frames of a video."""
 
     type: int
-    pictures: list[Any]
+    images: list[Any]
 
 
-def _check_floating(pictures: list[Any]) -> None:
-    for picture in pictures:
-        dtype = str(getattr(picture, "dtype", type(picture).__name__))
+def _check_floating(images: list[Any]) -> None:
+    for image in images:
+        dtype = str(getattr(image, "dtype", type(image).__name__))
         if "float" not in dtype:
             raise ValueError(
                 f"do_rescale=False is for floating values from 0 to 1, but an image is of the type {dtype}; leave "
@@ -776,7 +767,7 @@ class _Prompt(NamedTuple):
 
     @classmethod
     def write(cls, text: str, counts: list[int], notation: _Notation) -> "_Prompt":
-        """Rewrite `text`, whose marks stand for this many pictures each."""
+        """Rewrite `text`, whose marks stand for this many images each."""
         pieces, end = [], 0
         for match, count in zip(notation.pattern.finditer(text), counts, strict=True):
             if match["placeholder"] is not None:

@@ -195,7 +195,7 @@ def test_an_image_of_more_than_8_bits_is_refused(processor, tmp_path, kind):
     depth.save(tmp_path / "depth.png")
     picture = depth if kind == "image" else str(tmp_path / "depth.png")
     name = r"The image of 56 x 56 pixels" if kind == "image" else r"The image '.*depth\.png'"
-    with pytest.raises(ValueError, match=f"^{name} can't be used: it has pixels of the mode 'I;16', .*8-bit pixels"):
+    with pytest.raises(ValueError, match=f"^{name} can't be used: its mode is 'I;16', .*convert it to 8 bits"):
         processor.apply_chat_template([user(image(picture), "What?")], **ALL)
 
 

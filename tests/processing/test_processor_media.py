@@ -78,9 +78,9 @@ def test_ranges_are_told_by_the_type_whatever_is_installed(processor, photos):
     with pytest.raises(ValueError, match=r"do_rescale=False is for floating values from 0 to 1, .* type uint8; leave"):
         processor(images=[levels / 255, levels], text=IMAGE * 2, do_rescale=False)
     for wrong, message in (
-        (levels.astype(np.uint16), "got uint16"),
-        (levels.astype(np.float32), "floating values from 0 to 1, .*; got float32 from 0 to 219"),
-        (np.full((40, 40, 3), np.nan), "got float64 from nan to nan"),
+        (levels.astype(np.uint16), "its values are uint16, which has no known range"),
+        (levels.astype(np.float32), "float32 from 0 to 219; expected .* floating-point values from 0 to 1"),
+        (np.full((40, 40, 3), np.nan), "float64 from nan to nan"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(images=wrong, text=IMAGE)

@@ -346,7 +346,7 @@ def test_pictures_of_more_than_8_bits_are_an_error(model, processor, tmp_path, m
     depth.save(tmp_path / "depth.tiff")
     for frame in (depth, tmp_path / "depth.tiff", str(tmp_path / "depth.tiff")):
         [event] = stream.push(frame)
-        assert event.kind == "error" and f"has pixels of the mode {mode!r}" in event.message
+        assert event.kind == "error" and f"its mode is {mode!r}" in event.message
         assert event.message.endswith("make 8-bit pixels of them.")
     grey = Image.fromarray((np.asarray(depth) / 600 * 255).astype(np.uint8))
     expected = stream.turns.pixels(grey.convert("RGB"))["pixel_values"]

@@ -13,7 +13,8 @@ from PIL import Image
 
 from casa_hf import CaptionEvent, CasaProcessor
 from casa_hf.captions.overlay import Overlay
-from casa_hf.media_casa import MediaPolicy, frame_image, measure_frames
+from casa_hf.frames_casa import frame_image, measure_frames
+from casa_hf.media_casa import MediaPolicy
 from casa_hf.video import Frame, VideoWarning, load_frames, open_video
 from tests.clips import damage_packets, numbers, picture, write_clip, write_turned_clip
 
@@ -126,7 +127,7 @@ def test_a_coding_that_is_not_known_is_named(tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", 4, 2)
     clip.write_bytes(clip.read_bytes().replace(b"avc1", b"xyz1"))
     for read in (load_frames, measure_frames, streamed):
-        with pytest.raises(ValueError, match=r"clip\.mp4' can't be used: its pictures are coded in a way"):
+        with pytest.raises(ValueError, match=r"clip\.mp4' can't be used: its codec isn't known; convert it"):
             read(clip)
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf.video import Frame, ReadAhead, VideoInput, VideoProblem, VideoWarning, inputs, load_frames, open_video
+from casa_hf.video import Frame, ReadAhead, VideoInput, VideoProblem, VideoWarning, load_frames, media, open_video
 from tests.clips import http_camera, jpeg_part, numbers, picture, write_clip, write_turned_clip
 
 av = pytest.importorskip("av")
@@ -282,14 +282,14 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
         ({"start": -1}, "start=-1 must be a number of seconds"),
         ({"start": False}, "start=False must be a number of seconds"),
         ({"end": "3"}, "end='3' must be a number of seconds"),
-        ({"start": 2, "end": 2}, "end=2 must be a number of seconds above start=2"),
-        ({"read_ahead": 0}, "read_ahead=0 must be a number of frames, at least 1"),
-        ({"read_ahead": 1.5}, "read_ahead=1.5 must be a number of frames"),
-        ({"read_ahead": "x"}, "read_ahead='x' must be a number of frames"),
-        ({"read_ahead": True}, "read_ahead=True must be a number of frames"),
-        ({"rate": 5}, "rate=5 is asked of devices and of folders of images; .* is neither"),
-        ({"live": True, "start": 1}, "start=1: .*is live"),
-        ({"options": {"probesize": 5000}}, r"options=\{'probesize': 5000\}: keys and values must be texts"),
+        ({"start": 2, "end": 2}, "end=2 must be a number of seconds greater than start=2"),
+        ({"read_ahead": 0}, "read_ahead=0 must be a positive integer"),
+        ({"read_ahead": 1.5}, "read_ahead=1.5 must be a positive integer"),
+        ({"read_ahead": "x"}, "read_ahead='x' must be a positive integer"),
+        ({"read_ahead": True}, "read_ahead=True must be a positive integer"),
+        ({"rate": 5}, "rate=5 can't be used with .*clip.*, which has times of its own; leave it out"),
+        ({"live": True, "start": 1}, "start=1 can't be used with .*, which is live and has no past; leave out start"),
+        ({"options": {"probesize": 5000}}, r"options=\{'probesize': 5000\} must have strings as keys and values"),
     ],
 )
 def test_wrong_options(clip, options, message):
@@ -320,7 +320,7 @@ def test_names_have_no_secrets(tmp_path, serve):
         with pytest.raises(ValueError, match=r"://127\.0\.0\.1:\d+/no\.mp4' can't be used: \w+") as refusal:
             open_video(url)
         assert not any(part in str(refusal.value) for part in ("admin", "word", "secret"))
-    with pytest.raises(ValueError, match=r"folders of images; 'http://127\.0\.0\.1/a\.mp4' is neither"):
+    with pytest.raises(ValueError, match=r"rate=5 can't be used with 'http://127\.0\.0\.1/a\.mp4'"):
         open_video("http://admin:p@ss,word@127.0.0.1/a.mp4?token=secret", rate=5)
     file = tmp_path / "what?@.mp4"
     (tmp_path / "clip.mp4").rename(file)
@@ -328,9 +328,9 @@ def test_names_have_no_secrets(tmp_path, serve):
 
 
 def test_things_that_are_no_video(clip):
-    with pytest.raises(ValueError, match="17 is no video"):
+    with pytest.raises(ValueError, match="17 isn't a video; expected a path"):
         open_video(17)
-    with open_video(clip) as source, pytest.raises(ValueError, match="is an open video already"):
+    with open_video(clip) as source, pytest.raises(ValueError, match="is already open; iterate over it"):
         open_video(source)
 
 
@@ -445,7 +445,7 @@ def read_in_step(items: Iterator[Any], pauses: list[float], told: threading.Sema
 
 def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkeypatch):
     """It sends a picture when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
-    monkeypatch.setattr(inputs, "_FRESH_SECONDS", math.inf)
+    monkeypatch.setattr(media, "_FRESH_SECONDS", math.inf)
     told = threading.Semaphore(0)
     pauses = [0.3, 0.05, 0.2, 0.01, 0.3]
 
@@ -473,7 +473,7 @@ def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkey
 @pytest.mark.parametrize(("seconds", "expected"), [(-1.0, [3, 4, 5]), (math.inf, [0, 1, 2])])
 def test_an_http_camera_that_had_to_wait_is_connected_to_anew(monkeypatch, seconds, expected):
     """So that its first frame is of now, and one that has hung up meanwhile is there again; a first read waits not."""
-    monkeypatch.setattr(inputs, "_FRESH_SECONDS", seconds)
+    monkeypatch.setattr(media, "_FRESH_SECONDS", seconds)
     connections = count()
 
     def parts() -> Iterator[bytes]:
@@ -495,7 +495,9 @@ def test_an_http_camera_can_be_declared_recorded_and_has_no_past():
         source = open_video(address, live=False)
         assert not source.live
         assert seen(source) == [(index / 25, index) for index in range(5)], "as FFmpeg has it"
-        with pytest.raises(ValueError, match=r"start=1: http://.*/stream is live and has no past"):
+        with pytest.raises(
+            ValueError, match=r"start=1 can't be used with http://.*/stream, which is live and has no past"
+        ):
             open_video(address, start=1)
 
 
@@ -657,8 +659,8 @@ def test_depth_images_of_a_folder_are_refused(tmp_path, ending):
     problems = [item for item in items if isinstance(item, VideoProblem)]
     assert [problem.timestamp for problem in problems] == [0.5, 1.5, 2.0]
     for problem, name, mode in zip(problems, (f"1.{ending}", "3.tiff", "4.tiff"), ("I;16", "I", "F"), strict=True):
-        assert f"{name}' can't be used: it has pixels of the mode '{mode}'" in problem.message
-        assert "scale them to 0 to 255" in problem.message
+        assert f"{name}' can't be used: its mode is '{mode}', with more than 8 bits" in problem.message
+        assert "scale its values to 0 to 255" in problem.message
 
 
 def test_files_beside_the_images_of_a_folder_are_no_frames(tmp_path):
@@ -683,7 +685,10 @@ def test_iterators_of_images_and_of_pairs():
     arrays = [(0.5, picture(3))]
     (frame,) = open_video(arrays)
     assert frame.image is arrays[0][1], "what comes is handed on as it is"
-    with pytest.raises(ValueError, match=r"Frame 1 of frames is at 1\.0 s, which isn't after 1\.0 s"):
+    with pytest.raises(
+        ValueError,
+        match=r"Frame 1 of frames has the timestamp 1\.0, which must be greater than the one before \(1\.0\)",
+    ):
         list(open_video([(1.0, images[0]), (1.0, images[1])]))
 
 
@@ -693,7 +698,7 @@ def test_times_of_an_iterator_are_numbers_of_seconds_from_0_on(time, fps):
     for before in ([], [(0.0, picture(0))]):
         frames = [*before, (time, picture(1)), (1.0, picture(2))]
         with pytest.raises(
-            ValueError, match=rf"Frame {len(before)} of frames is at {re.escape(repr(time))}, which must"
+            ValueError, match=rf"Frame {len(before)} of frames has the timestamp {re.escape(repr(time))}, which must"
         ):
             list(open_video(frames, fps=fps))
 
@@ -704,7 +709,10 @@ def test_what_is_no_time_does_not_end_a_live_iterator():
     assert [item.timestamp for item in items if isinstance(item, Frame)] == [0.0, 1.0]
     problems = [item.message for item in items if isinstance(item, VideoProblem)]
     told = [*map(repr, times[1:6]), "an integer of 16610 bits"]
-    assert problems == [f"frame {index} is at {time}, which is no time" for index, time in enumerate(told, start=1)]
+    assert problems == [
+        f"frame {index} has the timestamp {time}, which isn't a number of seconds"
+        for index, time in enumerate(told, start=1)
+    ]
 
 
 def test_times_of_an_iterator_may_be_numbers_of_any_kind():
@@ -757,7 +765,7 @@ def test_times_of_a_live_iterator_count_from_its_first_frame_and_may_be_wrong():
     problems = [item for item in items if isinstance(item, VideoProblem)]
     assert [problem.timestamp for problem in problems] == [0.5, 1.0, 1.5]
     for problem, part in zip(
-        problems, ["2 frames whose times", "frame 5 is at nan,", "back by 61.500 s"], strict=True
+        problems, ["2 frames whose times", "frame 5 has the timestamp nan,", "back by 61.500 s"], strict=True
     ):
         assert part in problem.message
 
@@ -823,5 +831,5 @@ def test_the_oldest_makes_room_where_nothing_may_wait():
             pass
         assert dropped == list(range(7)) and len(items) == 3
         assert items.take(2) == [7, 8] and items.take(5) == [9] and items.take(5) == []
-    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="size=0 must be a positive integer"):
         ReadAhead(lambda: iter([]), 0)

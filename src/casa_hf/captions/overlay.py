@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A video with its captions drawn into the picture.
+"""A video with its captions drawn into the image.
 
 The file is written under a temporary name and moved when it is closed. MP4 and MOV are written in fragments, Matroska
 in clusters, of a second each, and the encoder holds no frame back: so what a killed process leaves under the temporary
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # FFmpeg's name of the container by the file's ending.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# How much is held back before it is written; also how long pictures wait for sound, and sound for pictures. If that
-# were less, fragments of sound alone would come between pictures that are farther apart, and displace them.
+# How much is held back before it is written; also how long images wait for sound, and sound for images. If that
+# were less, fragments of sound alone would come between images that are farther apart, and displace them.
 _KEPT_SECONDS = 1
 _FLUSHED = {"flush_packets": "1", "max_interleave_delta": str(_KEPT_SECONDS * 1_000_000)}
 _FRAGMENTS = {
@@ -47,7 +47,7 @@ _NOMINAL_FPS = 25
 _KEYFRAME_SECONDS = 2
 # Encoders count frames, whatever time they take; these are more than come in the seconds above.
 _MAX_FRAMES_BETWEEN_KEYFRAMES = 600
-# Of the picture's height.
+# Of the image's height.
 _LETTER_HEIGHT = 1 / 18
 _MIN_LETTER_PIXELS = 10
 _MAX_LINES = 3
@@ -67,13 +67,13 @@ _FONTS = (
     "Hiragino Sans GB.ttc",
     "AppleSDGothicNeo.ttc",
 )
-# No character, so that no font has a picture of it but the one for what is missing.
+# No character, so that no font has an image of it but the one for what is missing.
 _NO_CHARACTER = "\U0010ffff"
 _MAX_TOLD = 10
 
 
 class _Undrawable(NamedTuple):
-    """A frame that is no picture."""
+    """A frame that is no image."""
 
     timestamp: float
     reason: str
@@ -138,18 +138,18 @@ class OverlayWriter:
         notes = [self._silence] if self._silence else []
         if self._missing:
             some = " ".join(list(self._missing)[:_MAX_TOLD]) + (" ..." if len(self._missing) > _MAX_TOLD else "")
-            notes.append(f"the font has no picture of some characters of the captions ({some}); give another font")
+            notes.append(f"the font has no image of some characters of the captions ({some}); give another font")
         return "; ".join(notes)
 
     def write(self, frame: Frame, text: str) -> None:
         """Add a frame.
 
         Args:
-            frame: later than the one before; a picture of another size than the first one is fitted into that size.
+            frame: later than the one before; an image of another size than the first one is fitted into that size.
             text: drawn into it; nothing if empty.
 
         Raises:
-            ValueError: if the frame is no picture, as `casa_hf.media_casa.rgb_image` says.
+            ValueError: if the frame is no image, as `casa_hf.media_casa.rgb_image` says.
         """
         import av
         from av.video.frame import PictureType
@@ -262,7 +262,7 @@ class Overlay:
         check_output(path, FORMATS, overwrite, source.files)
         recorded = source if isinstance(source, MediaInput) and not source.live else None
         self._writer = OverlayWriter(path, audio=recorded, start=source.start, font=font, overwrite=overwrite)
-        self._frames = None if recorded is None else _pictures(recorded)
+        self._frames = None if recorded is None else _images(recorded)
         self._end = math.inf if source.end is None else source.end
         self._held: list[Frame | _Undrawable] = []
         self._captions = CaptionCollector()
@@ -331,7 +331,7 @@ class Overlay:
                 self._held.pop(0)
 
     def _draw(self, until: float | None) -> None:
-        """Write the frames before a moment; None for all. What is no picture is left out, and noted."""
+        """Write the frames before a moment; None for all. What is no image is left out, and noted."""
         for frame in self._frames_until(until):
             if isinstance(frame, _Undrawable):
                 self._first_undrawn = self._first_undrawn or f"that at {frame.timestamp:.3f} s ({frame.reason})"
@@ -351,7 +351,7 @@ class Overlay:
 
 
 def captioned(image: Image, text: str, font: str | os.PathLike[str] | None = None) -> Image:
-    """A picture with a caption at its lower edge, on a dark ground.
+    """An image with a caption at its lower edge, on a dark ground.
 
     Long captions are broken into lines; of more than three lines the last three are drawn.
 
@@ -407,7 +407,7 @@ def _lines(text: str, width: float, length: Any) -> list[str]:
 
 @lru_cache(maxsize=8)  # a caption is drawn into many frames
 def _font(text: str, size: int, file: str | None) -> tuple[Any, str]:
-    """The font for a text, as `captioned` says, and the characters that it has no picture of."""
+    """The font for a text, as `captioned` says, and the characters that it has no image of."""
     best: tuple[Any, str] | None = None
     for name in (*_FONTS, None) if file is None else (file,):
         font = _loaded(name, size)
@@ -438,7 +438,7 @@ def _loaded(name: str | None, size: int) -> Any:
 
 
 def _has(font: Any, letter: str) -> bool:
-    """Whether a font has a picture of a character, if one is needed."""
+    """Whether a font has an image of a character, if one is needed."""
     if unicodedata.category(letter)[0] in "CZ":
         return True
     return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_CHARACTER))
@@ -505,7 +505,7 @@ class _Sound:
                 try:
                     self._next = next(self._packets, None)
                 except (OSError, av.error.FFmpegError):
-                    return  # the end is missing, as is that of the picture
+                    return  # the end is missing, as is that of the image
             packet = self._next
             if packet is None or packet.dts is None:
                 return
@@ -524,14 +524,14 @@ class _Sound:
         self._container.close()
 
 
-def _pictures(source: MediaInput) -> Generator[Frame, None, None]:
+def _images(source: MediaInput) -> Generator[Frame, None, None]:
     """All frames of a source, read once more; problems were reported when the captions were made."""
     with source.every_frame() as again:
         yield from (item for item in again.read() if not isinstance(item, VideoProblem))
 
 
 def _drawable(frame: Frame) -> Frame | _Undrawable:
-    """A frame with a picture of its own, or why there is none."""
+    """A frame with an image of its own, or why there is none."""
     try:
         return frame._replace(image=rgb_image(frame.image))
     except Exception as error:  # of many kinds
@@ -539,7 +539,7 @@ def _drawable(frame: Frame) -> Frame | _Undrawable:
 
 
 def _fitted(image: Image, width: int, height: int) -> Image:
-    """A picture in the middle of a frame of this size."""
+    """An image in the middle of a frame of this size."""
     from PIL import Image
 
     scale = min(width / image.width, height / image.height)

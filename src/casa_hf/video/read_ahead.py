@@ -21,11 +21,12 @@ class ReadAhead(Generic[T]):
     thread; so does the end of the `with` block.
 
     Args:
-        produce: makes the iterator; called in the thread, where the iterator is closed as well if it is a generator.
-        size: items that wait at most.
-        on_drop: None: where `size` items wait, the thread waits as well. Otherwise it never waits: the oldest item
-            makes room and is handed to this function, in the thread.
-        condition: notified of every change; of its own unless given.
+        produce: function that makes the iterator; it is called in the thread, where the iterator is closed as well if
+            it is a generator.
+        size: largest number of items that wait.
+        on_drop: function that gets the oldest item, in the thread, where more than `size` would wait. None: the thread
+            waits instead.
+        condition: condition that is notified of every change; None for a new one.
 
     Raises:
         ValueError: if `size` isn't positive.
@@ -40,7 +41,7 @@ class ReadAhead(Generic[T]):
         condition: threading.Condition | None = None,
     ):
         if size < 1:
-            raise ValueError(f"size={size} must be at least 1: the number of items that may wait.")
+            raise ValueError(f"size={size} must be a positive integer: the number of items that may wait.")
         self._produce, self._size, self._on_drop = produce, size, on_drop
         self._changed = condition or threading.Condition()
         self._items: deque[T] = deque()
