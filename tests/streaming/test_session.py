@@ -325,7 +325,7 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
         (np.full((28, 28, 3), np.nan), "float64 from nan"),
         (torch.full((28, 28, 3), torch.inf), "float32 from inf"),
         (np.ones((28, 28, 3), complex), "complex128"),
-        (np.full((28, 28, 3), 256, np.uint16), "got uint16"),
+        (np.full((28, 28, 3), 256, np.uint16), "its values are uint16"),
         (torch.full((28, 28, 3), -1), "int64 from -1 to -1"),
     ],
     ids=str,
@@ -333,7 +333,7 @@ def test_the_same_picture_in_every_kind_of_numbers(model, processor):
 def test_numbers_that_are_no_pixels_are_an_error(model, processor, pixels, found):
     [event] = stream_of(model("casa"), processor).push(pixels)
     assert event.kind == "error" and found in event.message
-    assert "integers from 0 to 255, floating values from 0 to 1" in event.message
+    assert "integers from 0 to 255, floating-point values from 0 to 1" in event.message
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
@@ -347,7 +347,7 @@ def test_pictures_of_more_than_8_bits_are_an_error(model, processor, tmp_path, m
     for frame in (depth, tmp_path / "depth.tiff", str(tmp_path / "depth.tiff")):
         [event] = stream.push(frame)
         assert event.kind == "error" and f"its mode is {mode!r}" in event.message
-        assert event.message.endswith("make 8-bit pixels of them.")
+        assert event.message.endswith("convert it to 8 bits.")
     grey = Image.fromarray((np.asarray(depth) / 600 * 255).astype(np.uint8))
     expected = stream.turns.pixels(grey.convert("RGB"))["pixel_values"]
     assert torch.equal(stream.turns.pixels(grey)["pixel_values"], expected)
