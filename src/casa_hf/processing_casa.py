@@ -473,9 +473,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             _check_floating([image for row in rows for visual in row for image in visual.images])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
 
-        def seen(image: Any, kind: int) -> Any:
-            image = rgb_image(image, policy, layout)
-            self._num_patches(sizes[kind], image.height, image.width, image)  # or says what is wrong with it
+        def seen(given: Any, kind: int) -> Any:
+            image = rgb_image(given, policy, layout)
+            self._num_patches(sizes[kind], image.height, image.width, given)  # or says what is wrong with it
             return image
 
         return [

@@ -172,12 +172,15 @@ def test_the_limit_of_frames_is_theirs_alone(processor, photos, short_clip):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fps": 2, "num_frames": 4}, "fps=2 and num_frames=4 exclude each other"),
+        ({"fps": 2, "num_frames": 4}, "fps=2 and num_frames=4 can't be combined"),
         ({"fps": 0}, "fps=0 must be a positive number"),
         ({"fps": "2"}, "fps='2' must be a positive number"),
         ({"num_frames": -3}, "num_frames=-3 must be a positive integer"),
         ({"num_frames": 2.5}, r"num_frames=2\.5 must be a positive integer"),
-        ({"do_sample_frames": False, "fps": 1}, "do_sample_frames=False takes every frame of a video; leave out fps"),
+        (
+            {"do_sample_frames": False, "fps": 1},
+            "fps can't be combined with do_sample_frames=False, which takes every frame",
+        ),
         ({"num_frames": 61}, "short.mp4' can't be used: num_frames=61 is more than the 60 frames"),
         ({"frame_max_pixels": 1000}, "shortest_edge.* is 3136 and frame_max_pixels is 1000"),
         ({"images": "cat.jpg"}, "0 marks for images .* but 1 images"),
@@ -209,7 +212,7 @@ def test_files_that_are_no_videos(processor, tmp_path, long_clip, serve):
         container.mux(stream.encode())
     for video, message in (
         (tmp_path / "missing.mp4", "missing.mp4' can't be used: there is no such file"),
-        (tmp_path, "there is no such file, and it is no http:// or https:// URL and no base64"),
+        (tmp_path, "there is no such file, and it is neither an http:// or https:// URL nor base64"),
         (text, "text.mp4' can't be used: .*Invalid data"),
         (cut, "cut.mp4' can't be used: "),
         (silent, "sound.wav' can't be used: it has no video stream"),
@@ -228,7 +231,7 @@ def test_without_pyav_the_extra_is_named(processor, monkeypatch, short_clip, pho
 
 
 def test_sampling_options_are_checked_before_anything_is_read(processor):
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="can't be combined"):
         processor(videos=["missing.mp4"], text=VIDEO, fps=1, num_frames=2)
 
 
