@@ -236,21 +236,21 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.integrations.integration_utils": ("INTEGRATION_TO_CALLBACK",),
         "transformers.utils": ("is_torch_bf16_gpu_available",),
     },
-    "training.settings": {"transformers.hf_argparser": ("string_to_bool",)},
+    "training.publishing": {
+        "transformers.Trainer": ("_finish_current_push", "_push_from_checkpoint"),
+        "transformers.trainer_utils": ("HubStrategy",),
+    },
     "training.trainer": {
         "transformers.Trainer": (
-            "_finish_current_push",
             "_get_grad_norm",
             "_init_training_state",
             "_load_optimizer_and_scheduler",
-            "_push_from_checkpoint",
             "_set_signature_columns_if_needed",
             "_signature_columns",
         ),
         "transformers.trainer": ("TRAINER_STATE_NAME",),
         "transformers.trainer_utils": (
             "EvalLoopOutput",
-            "HubStrategy",
             "TrainOutput",
             "get_last_checkpoint",
             "has_length",
