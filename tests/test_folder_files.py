@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from casa_hf import PublishingError
-from casa_hf.conversion import ConversionError, inspect_checkpoint, plan_conversion, plan_to_source
+from casa_hf import CheckpointError
+from casa_hf.conversion import inspect_checkpoint, plan_conversion, plan_to_source
 from casa_hf.folder_files import read_json
 from casa_hf.hub.push import check_checkpoint
 from tests.conversion.helpers import altered
@@ -16,7 +16,7 @@ from tests.conversion.helpers import altered
 CONTENTS = {
     "cut": (b'{"a":', "is not valid JSON"),
     "empty": (b"", "is not valid JSON"),
-    "list": (b"[]", "should hold a JSON object, got a list"),
+    "list": (b"[]", "must hold a JSON object, but holds a list"),
     "deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper"),
     "rather deep": (b'{"a":' + b"[" * 300 + b"]" * 300 + b"}", "nested deeper"),
     "latin": ('{"a": "é"}'.encode("latin-1"), "is not UTF-8"),
@@ -31,8 +31,8 @@ NAMES = ("config.json", "generation_config.json", "processor_config.json", "toke
 def test_kinds(tmp_path, kind):
     content, said = CONTENTS[kind]
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ConversionError, match=f"^{tmp_path / 'a.json'} .*{said}") as error:
-        read_json(tmp_path / "a.json", ConversionError)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'a.json'} .*{said}") as error:
+        read_json(tmp_path / "a.json")
     assert "\n" not in str(error.value)
 
 
@@ -52,7 +52,7 @@ def test_readers(source_folder, casa_folder, tmp_path, name, kind):
     for read, folder in readers:
         (folder / name).write_bytes(CONTENTS[kind][0])
         expected = f"^{folder / name} .*{CONTENTS[kind][1]}"
-        with pytest.raises((ConversionError, PublishingError), match=expected) as error:
+        with pytest.raises((CheckpointError, CheckpointError), match=expected) as error:
             read(folder)
         assert "\n" not in str(error.value)
 
@@ -73,6 +73,6 @@ def test_configurations_of_no_model(source_folder, casa_folder, tmp_path, part, 
     ):
         copy = altered(folder, tmp_path / folder.name, config=lambda content: content[part].update({setting: value}))
         for read in readers:
-            with pytest.raises((ConversionError, PublishingError), match=r"config\.json") as error:
+            with pytest.raises((CheckpointError, CheckpointError), match=r"config\.json") as error:
                 read(copy)
             assert "\n" not in str(error.value)

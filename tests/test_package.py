@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import casa_hf
-from casa_hf.hub.card import CITATION
+from casa_hf.hub.card_text import CITATION
 from tools.release import try_wheel
 
 ROOT = Path(__file__).parents[1]

@@ -6,16 +6,15 @@ Importing the package makes its classes known to Transformers, see `registration
 
 from .cache_casa import cache_nbytes
 from .chat import Conversation
-from .checkpoint_files.errors import PublishingError
 from .configuration_casa import CasaConfig
 from .conversion import (
-    ConversionError,
     convert_checkpoint,
     convert_to_source,
     inspect_checkpoint,
     plan_conversion,
     plan_to_source,
 )
+from .folder_files import CheckpointError
 from .hub.push import push_checkpoint
 from .hub.remote_code import add_code
 from .media_casa import MediaPolicy
@@ -35,10 +34,9 @@ __all__ = [
     "CasaProcessor",
     "CasaStream",
     "CasaStreamBatch",
+    "CheckpointError",
     "Conversation",
-    "ConversionError",
     "MediaPolicy",
-    "PublishingError",
     "StreamSettings",
     "add_code",
     "cache_nbytes",

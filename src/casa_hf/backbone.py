@@ -209,6 +209,7 @@ class Backbone:
         decoder_layer, rotary_embedding, rms_norm: class names in that module. `decoder_layer` must have the children
             `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
         source_class: the stock class of the source model.
+        source_task: what the source model is for, by the Hub's name.
         apply_rotary: function `(q, k, cos, sin) -> (q, k)` in that module.
         projections: how attention makes queries, keys and outputs.
         block: how a decoder block is called, and of which kinds blocks are.
@@ -236,6 +237,7 @@ class Backbone:
     multimodal_rope: bool = True
     text_only: bool = False
     other_towers: tuple[VisionTower, ...] = ()
+    source_task: str = "image-text-to-text"
     placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, cast
 
 _MAX_SHOWN = 100
+_MAX_LISTED = 4
 
 
 def is_number(value: Any, kind: type = Real) -> bool:
@@ -28,6 +29,18 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no integer of more than 4,300 digits
         text = f"an integer of {value.bit_length()} bits"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are, for an error message."""
+    names = list(names)
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
 
 
 def is_positive(value: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from .backbones import BACKBONES
+from .checks import listed
 from .configuration_casa import CasaConfig
 from .folder_files import own_file
 
@@ -105,10 +106,10 @@ def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:
     if not lost:
         return None
     found = loading_info.unexpected_keys
-    others = f" It holds {len(found)} that no part of the model has: {_listed(found)}." if found else ""
+    others = f" It holds {len(found)} that no part of the model has: {listed(sorted(found))}." if found else ""
     return (
         f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
-        f"{_listed(lost)}.{others} Download or write it again, with the config.json that belongs to it. "
+        f"{listed(sorted(lost))}.{others} Download or write it again, with the config.json that belongs to it. "
         "from_pretrained(..., ignore_mismatched_sizes=True) makes new values for what is missing."
     )
 
@@ -138,12 +139,6 @@ def _lost_from_source(config: CasaConfig, missing: Iterable[str]) -> list[str]:
 def _bare(name: str) -> str:
     """The name of a tensor, whether or not the model has a head."""
     return name.removeprefix("model.")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def _register_source_layouts() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from casa_hf import CheckpointError
 from casa_hf.checkpoint_files import shards
 from casa_hf.checkpoint_files.shards import (
     DTYPE_CODES,
@@ -21,7 +22,6 @@ from casa_hf.checkpoint_files.shards import (
     split_files,
     write_checkpoint,
 )
-from casa_hf.conversion import ConversionError
 from tests.conversion.helpers import INDEX, assert_same, load_weights, stored_names
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -93,7 +93,7 @@ def test_a_cast_never_overflows_silently(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     save_file({"fine": torch.ones(4), "large": torch.tensor([1.0, -70000.0])}, folder / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"large holds 70000, .*float16.*bfloat16"):
+    with pytest.raises(CheckpointError, match=r"large holds 70000, .*float16.*bfloat16"):
         write(folder, tmp_path / "cast", dtype=torch.float16)
     # Infinities that were there before are the source's own.
     save_file({"large": torch.tensor([1.0, torch.inf])}, folder / "model.safetensors")
@@ -134,7 +134,7 @@ def test_progress_counts_bytes_to_the_end(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_shard_size_must_be_positive(source, size):
-    with pytest.raises(ConversionError, match=rf"max_shard_size={size}"):
+    with pytest.raises(CheckpointError, match=rf"max_shard_size={size}"):
         split_files([PlannedTensor("a", (read_checkpoint(source)["matrix"],), "F32")], size)
 
 
@@ -142,7 +142,7 @@ def test_shard_size_must_be_positive(source, size):
 
 
 def refused(folder, *words):
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(CheckpointError) as error:
         read_checkpoint(folder)
     assert "\n" not in str(error.value)
     for word in words:
@@ -187,7 +187,7 @@ def test_index_and_shards_disagree(sharded):
         (places | {"brain": places["matrix"], "matrix": places["brain"]}, "brain, matrix"),
     ):
         (sharded / INDEX).write_text(json.dumps(index | {"weight_map": wrong}))
-        refused(sharded, name, "of one version")
+        refused(sharded, name, "of the same version")
 
 
 BROKEN_INDEXES = {
@@ -328,10 +328,10 @@ def test_a_file_that_changes(source, tmp_path, monkeypatch, change, when):
     if when == "before":
         change(file)
     (tmp_path / "copy").mkdir()
-    with pytest.raises(ConversionError, match=f"^{file} (was changed while|can't be read)"):
+    with pytest.raises(CheckpointError, match=f"^{file} (was changed while|can't be read)"):
         write_checkpoint(tmp_path / "copy", split_files(planned, "5GB"), progress)
     if when == "before":
-        with pytest.raises(ConversionError, match=f"^{file} (was changed while|can't be read)"):
+        with pytest.raises(CheckpointError, match=f"^{file} (was changed while|can't be read)"):
             row_statistics(stored["matrix"])
 
 
@@ -350,7 +350,7 @@ def test_quantised_tensors(source):
 def test_no_weights_and_pickled_weights(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
-    refused(folder, "model.safetensors", "there are none")
+    refused(folder, "model.safetensors", "has no safetensors weights")
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused(folder, "pytorch_model.bin", "never loaded", "save_pretrained")
 

@@ -103,7 +103,7 @@ def variant_of(folder: Path) -> str:
         (["--variant", "nonsense"], ["'nonsense'", "'ca-shared'"]),
         (["--max-shard-size", "big"], ["'big'"]),
         (["--variant", "cassa"], ["did you mean 'casa'?"]),
-        (["--revision", "main"], ["'main'", "local folder"]),
+        (["--revision", "main"], ["--revision main is only for Hub ids", "local folder"]),
         (["--dtype", "int8"], ["'int8'", "'bf16'"]),
         (["--keys", "imagge"], ["--keys", "did you mean 'image'?"]),
         (["--layers", "every:9"], ["--layers every:9", "1 to 3"]),
@@ -203,7 +203,7 @@ def test_a_dry_run_tells_what_conversion_does(cli: Cli, source_folder: Path, tmp
 def test_convert_goes_back_to_the_source(cli: Cli, casa_folder: Path, source_folder: Path, tmp_path: Path) -> None:
     plan = cli("convert", casa_folder, tmp_path / "back", "--to-source", "--dry-run")
     assert plan.code == 0 and list(tmp_path.iterdir()) == []
-    left_out = "left out: 24 tensors (fusion layers, which the source hasn't)"
+    left_out = "left out: 24 tensors (fusion layers, which the source doesn't have)"
     assert "visual.merger.mlp.0.weight F32" in plan.out and left_out in plan.out
     outcome = cli("convert", casa_folder, tmp_path / "back", "--to-source")
     assert outcome.code == 0 and [line for line in outcome.out.splitlines() if "left out" in line] == [left_out]

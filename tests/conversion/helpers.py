@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from casa_hf.conversion import ConversionError, convert_checkpoint
+from casa_hf import CheckpointError
+from casa_hf.conversion import convert_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -94,7 +95,7 @@ def stored_names(file: Path) -> list[str]:
 def assert_refused(source: str | Path, output: Path, *words: str, **options: Any) -> str:
     """The conversion stops with one line that holds `words`, and leaves nothing beside the output."""
     before = sorted(output.parent.iterdir())
-    with pytest.raises(ConversionError) as refused:
+    with pytest.raises(CheckpointError) as refused:
         convert_checkpoint(source, output, **options)
     message = str(refused.value)
     assert "\n" not in message

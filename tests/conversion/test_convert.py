@@ -24,10 +24,9 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
-from casa_hf.checkpoint_files.errors import ConversionError
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
 from casa_hf.conversion import convert_checkpoint
-from casa_hf.conversion.source import processor_limits
+from casa_hf.conversion.processor import processor_limits
 from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_source
 from tests.conversion.helpers import (
@@ -321,7 +320,7 @@ def test_output_has_ordinary_permissions_and_new_parents(source_folder, tmp_path
 def test_existing_output_needs_overwrite(source_folder, casa_folder, tmp_path):
     output = tmp_path / "casa"
     shutil.copytree(casa_folder, output)
-    assert_refused(source_folder, output, str(output), "(overwrite=True, --overwrite)", variant="ca-shared")
+    assert_refused(source_folder, output, str(output), "overwrite=True", variant="ca-shared")
     assert CasaConfig.from_pretrained(output).variant == "casa"
 
     def old_is_there(done, total):
@@ -451,7 +450,7 @@ def test_a_failed_write_leaves_nothing(source_folder, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        with pytest.raises(ConversionError, match=f"{tmp_path / 'casa'} can't be written: the disk is full"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path / 'casa'} can't be written: the disk is full"):
             convert_checkpoint(source_folder, tmp_path / "casa")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

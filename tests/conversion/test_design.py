@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from casa_hf.conversion import ConversionError, convert_checkpoint, inspect_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError
+from casa_hf.conversion import convert_checkpoint, inspect_checkpoint
 from casa_hf.conversion.design import layer_indices
 from examples.tiny_source import build_tiny_source
 from tests.conversion.helpers import assert_refused, assert_same, converted, in_memory_layout, load_weights
@@ -45,7 +45,7 @@ def test_blocks_in_words(text, indices):
 
 @pytest.mark.parametrize("text", ["every:0", "last:13", "some", "1, 2", "-1", "", "every:x"])
 def test_blocks_that_cant_be_read(text):
-    with pytest.raises(ConversionError, match="layers"):
+    with pytest.raises(CheckpointError, match="layers"):
         layer_indices(text, range(12))
 
 

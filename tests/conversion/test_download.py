@@ -127,10 +127,10 @@ def test_convert_from_the_hub(source, use_hub, tmp_path):
 
 def test_a_repository_of_another_kind_is_refused_before_its_weights_are_fetched(source, use_hub, tmp_path):
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
     with hub(source) as (address, fetched):
         use_hub(address)
-        assert_refused(REPOSITORY, tmp_path / "outputs" / "casa", "'llama'")
+        assert_refused(REPOSITORY, tmp_path / "outputs" / "casa", "'gemma'")
     assert "config.json" in fetched and "model.safetensors" not in fetched
 
 
@@ -138,14 +138,14 @@ def test_a_repository_without_safetensors(source, use_hub, tmp_path):
     (source / "model.safetensors").unlink()
     with hub(source) as (address, fetched):
         use_hub(address)
-        assert_refused(REPOSITORY, tmp_path / "outputs" / "casa", "there are none")
+        assert_refused(REPOSITORY, tmp_path / "outputs" / "casa", "has no safetensors weights")
     assert "pytorch_model.bin" not in fetched
 
 
 def test_no_such_repository(source, use_hub, tmp_path):
     with hub(source) as (address, _):
         use_hub(address)
-        assert_refused("someone/else", tmp_path / "outputs" / "casa", "'someone/else' is not a folder here", "login")
+        assert_refused("someone/else", tmp_path / "outputs" / "casa", "'someone/else' is not a local folder", "login")
 
 
 def test_without_a_connection(use_hub, tmp_path):

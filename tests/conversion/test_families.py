@@ -149,7 +149,7 @@ def test_card_names_both_sources(helium, source_folder, tmp_path):
 
 def test_towers_that_dont_fit(helium, source_folder, casa_folder, tmp_path):
     assert_refused(helium, tmp_path / "casa", "text-only", "vision_from")
-    assert_refused(source_folder, tmp_path / "casa", "isn't text-only", vision_from=source_folder)
+    assert_refused(source_folder, tmp_path / "casa", "is for text-only sources", vision_from=source_folder)
     for vision in (helium, casa_folder):
         assert_refused(helium, tmp_path / "casa", "qwen2_5_vl_vision", "qwen3_vl_vision", vision_from=vision)
     assert_refused(helium, tmp_path / "casa", "is not a folder", vision_from=tmp_path / "nowhere")

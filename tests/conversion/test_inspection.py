@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes
-from casa_hf.conversion import ConversionError, convert_checkpoint, inspect_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError, cache_nbytes
+from casa_hf.conversion import convert_checkpoint, inspect_checkpoint
 from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 
@@ -122,7 +122,7 @@ def test_default_image_size(casa_folder):
 
 def test_refusals(source_folder, casa_folder, tmp_path):
     def refused(folder, *words):
-        with pytest.raises(ConversionError) as error:
+        with pytest.raises(CheckpointError) as error:
             inspect_checkpoint(folder)
         for word in words:
             assert word in str(error.value)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CheckpointError
 from casa_hf.backbones import SOURCE_BACKBONES
-from casa_hf.conversion import ConversionError
 from casa_hf.conversion.mapping import (
     casa_shapes,
     fusion_copies,
@@ -130,7 +129,7 @@ def test_errors_name_the_tensors():
     expected = stock_shapes(STOCK, config)
 
     def refused(stored, *words):
-        with pytest.raises(ConversionError) as error:
+        with pytest.raises(CheckpointError) as error:
             map_tensors(config, expected, stored)
         for word in words:
             assert word in str(error.value)
@@ -139,7 +138,7 @@ def test_errors_name_the_tensors():
     refused(expected | {"model.layers.0.self_attn.lora_A": (1,)}, "1 tensors", "model.layers.0.self_attn.lora_A")
     refused({name: shape for name, shape in expected.items() if name != norm}, "lacks 1", norm)
     refused(expected | {norm: (33,)}, norm, "[33]", "[32]")
-    refused(expected | {"model.norm.weight": (32,)}, norm, "model.norm.weight", "two layouts")
+    refused(expected | {"model.norm.weight": (32,)}, norm, "model.norm.weight", "under two names")
     many = {f"extra.{index}": (1,) for index in range(10)}
     refused(expected | many, "10 tensors", "extra.0, extra.1, extra.2, extra.3 and 6 more")
 

@@ -70,7 +70,7 @@ def test_the_design_stays_by_default(trained, tmp_path):
     assert_same(load_weights(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     config = report.config
     assert (config.casa_keys, config.casa_layers, config.casa_gate) == ("image", [1], "tanh")
-    assert "what the CASA model does" in report.note
+    assert "what the CASA model that" in report.note
     assert CasaProcessor.from_pretrained(tmp_path / "half").gist_token_ids == config.gist_token_ids
     # The way back is still open.
     back = convert_to_source(tmp_path / "half", tmp_path / "back").output
@@ -118,7 +118,7 @@ def test_shared_projections_can_be_replaced(trained, tmp_path):
         ("casa-before", {}, {"variant": "casa"}, ["casa_layernorm", "3 tensors", "lost"]),
         ("casa", {"casa_gate": "tanh"}, {"variant": "casa"}, ["gate", "lost"]),
         ("casa-replace", {}, {"variant": "casa"}, [f"{BLOCK}.1.self_attn", "no longer"]),
-        ("casa", {"num_gist_tokens": 2}, {"num_gist_tokens": 0}, ["num_gist_tokens=0", "has 2"]),
+        ("casa", {"num_gist_tokens": 2}, {"num_gist_tokens": 0}, ["num_gist_tokens=0", "the 2 gist tokens"]),
     ],
 )
 def test_what_would_be_lost_is_refused(trained, tmp_path, variant, design, target, words):
@@ -139,8 +139,8 @@ def test_what_was_trained_goes_back(trained, source_folder, tmp_path):
     assert report.config.text_config.vocab_size == 768
     assert f"{BLOCK}.0.casa_attn.gate" in report.dropped
     assert report.left_out == [
-        "rows of 2 tensors (tokens that the source hasn't)",
-        "27 tensors (fusion layers, which the source hasn't)",
+        "rows of 2 tensors (tokens that the source doesn't have)",
+        "27 tensors (fusion layers, which the source doesn't have)",
     ]
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source_folder / "tokenizer.json").read_bytes()
 
@@ -170,7 +170,7 @@ def test_spare_rows_that_gist_tokens_took_come_back(tmp_path, tied):
     assert_same(load_weights(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in original.items()})
 
     (tmp_path / "casa" / "source_rows.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"not what was there \(source_rows.safetensors\)"):
+    with pytest.raises(ValueError, match=r"not the source's values of these rows \(source_rows.safetensors\)"):
         convert_to_source(tmp_path / "casa", tmp_path / "other")
 
 
@@ -186,7 +186,7 @@ def test_what_has_no_way_back(trained, source_folder, tmp_path):
     with pytest.raises(ValueError, match="casa_placement='replace'") as error:
         convert_to_source(folder, tmp_path / "back")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="Give a CASA checkpoint"):
+    with pytest.raises(ValueError, match=r"is not a CASA checkpoint\. Convert it first"):
         convert_to_source(source_folder, tmp_path / "back")
     with pytest.raises(ValueError, match="would replace the source"):
         convert_to_source(folder, folder, overwrite=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from casa_hf.conversion import ConversionError, convert_checkpoint, convert_to_source
+from casa_hf import CheckpointError
+from casa_hf.conversion import convert_checkpoint, convert_to_source
 from tests.conversion.helpers import altered, assert_refused
 
 NORM = "model.norm.weight"
@@ -27,7 +28,7 @@ def set_config(folder: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", None])
+@pytest.mark.parametrize("model_type", ["gemma", "phi3", None])
 def test_other_models(source, tmp_path, model_type):
     set_config(source, model_type=model_type)
     assert_refused(source, tmp_path / "casa", f"model_type {model_type!r}", "Qwen2.5-VL (model_type 'qwen2_5_vl')")
@@ -43,7 +44,7 @@ def test_other_models(source, tmp_path, model_type):
 )
 def test_checkpoints_of_the_authors(source, tmp_path, fields):
     set_config(source, **fields)
-    assert_refused(source, tmp_path / "casa", "by the method's authors", "their code")
+    assert_refused(source, tmp_path / "casa", "of the method's authors", "their code")
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])
@@ -134,7 +135,7 @@ def test_weights_that_dont_fit(source_folder, tmp_path):
             (drop, "model.language_model.norm.weight", "lacks 1 tensors"),
             (add, "model.layers.0.self_attn.q_proj.lora_A.weight", "adapters merged"),
             (widen, f"{NORM} is [65], expected [64]"),
-            (repeat, NORM, "two layouts"),
+            (repeat, NORM, "under two names"),
         ]
     ):
         source = altered(source_folder, tmp_path / f"source{number}", weights=change)
@@ -213,6 +214,6 @@ def test_small_files_that_change(source_folder, casa_folder, tmp_path, name, bac
         if changes:
             changes.pop()(folder / name)
 
-    with pytest.raises(ConversionError, match=f"^{folder / name} was changed while it was read"):
+    with pytest.raises(CheckpointError, match=f"^{folder / name} was changed while it was read"):
         convert(folder, tmp_path / "output", progress=change)
     assert not (tmp_path / "output").exists() and not list(tmp_path.glob("*incomplete*"))

@@ -15,8 +15,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, convert_checkpoint, push_checkpoint
-from casa_hf.hub.card import Origin, PresentCard, origin_records, published_card, recorded_origins
+from casa_hf.hub.card import published_card
 from casa_hf.hub.card_parts import BEGIN, END, Card
+from casa_hf.hub.origins import Origin, origin_records, recorded_origins
 from examples.tiny_source import build_tiny_helium
 from tests.hub.conftest import process_environment
 from tests.hub.loopback import Hub
@@ -84,13 +85,6 @@ def test_a_card_of_the_trainer_is_completed(config: CasaConfig) -> None:
     assert titles == ["Training procedure", "Architecture", "Usage", "Licence", "Citation"]
 
 
-def test_a_trained_model_is_not_from_scratch(config: CasaConfig) -> None:
-    """As the Trainer says of all whose source it doesn't know."""
-    sentence = "# out\n\nThis model was trained from scratch on the x/y dataset.\nLoss: 1.0\n"
-    card = ModelCard(published_card(sentence, config, REPOSITORY))
-    assert "This model was trained on the x/y dataset.\nLoss: 1.0\n" in card.text and "Variant `casa`" in card.text
-
-
 WRITTEN = """\
 # My model
 
@@ -120,7 +114,7 @@ def test_what_somebody_wrote_is_kept(config: CasaConfig, on_hub: bool) -> None:
         if not on_hub:
             return published_card(written, config, REPOSITORY, **options)
         folder = "---\nlicense: apache-2.0\nlicense_link: here\n---\n\n# Another\n\nOther words.\n"
-        return published_card(folder, config, REPOSITORY, present=PresentCard(written, config), **options)
+        return published_card(folder, config, REPOSITORY, present=written, **options)
 
     card = ModelCard(published(written))
     kept, begin, ours = card.text.strip().partition(f"\n\n{BEGIN}\n\n")
@@ -137,38 +131,40 @@ def test_what_somebody_wrote_is_kept(config: CasaConfig, on_hub: bool) -> None:
 def test_what_stands_around_our_part_is_nobody_elses(config: CasaConfig) -> None:
     """Words inside it go, comments that have lost their other one take nothing with them."""
     once = published_card(None, config, REPOSITORY)
-    again = published_card(None, config, REPOSITORY, present=PresentCard(once, config))
+    again = published_card(None, config, REPOSITORY, present=once)
     assert again == once
     inside = once.replace("## Usage\n", "## Usage\n\nInside.\n")
-    assert published_card(None, config, REPOSITORY, present=PresentCard(inside, config)) == once
+    assert published_card(None, config, REPOSITORY, present=inside) == once
     for stray in (BEGIN, END):
         title, _, ours = once.partition(BEGIN)
         text = f"{title}{stray}\n\nFirst.\n\n{BEGIN}{ours}\nLast.\n\n{stray}\n"
         for _ in range(2):
-            text = published_card(None, config, REPOSITORY, present=PresentCard(text, config))
+            text = published_card(None, config, REPOSITORY, present=text)
             assert text.count("First.") == text.count("Last.") == text.count("eprint") == 1
             assert text.index("First.") < text.index("eprint") < text.index("Last.")
     unended = once.replace(END, "Mine.")
-    text = published_card(None, config, REPOSITORY, present=PresentCard(unended, config))
+    text = published_card(None, config, REPOSITORY, present=unended)
     assert text.count("Mine.") == 1 and text.count(BEGIN) == 2 and text.count(END) == 1
-    assert published_card(None, config, REPOSITORY, present=PresentCard(text, config)) == text
+    assert published_card(None, config, REPOSITORY, present=text) == text
 
 
-def test_our_part_keeps_what_a_push_knows_nothing_of(config: CasaConfig, casa_folder: Path) -> None:
-    """How it was made and trained; but what is untrained only the folder knows, and it ends with training."""
+def test_our_part_says_what_the_folder_and_the_push_tell(config: CasaConfig, casa_folder: Path) -> None:
+    """What is untrained ends with training; nothing is taken over from our part of the repository's card."""
     converted = (casa_folder / "README.md").read_text()
     first = published_card(converted, config, REPOSITORY)
-    assert {"What is untrained", "How it was made"} <= Card.read(first, "").sections().keys()
-    trained = published_card(None, config, REPOSITORY, present=PresentCard(first, config), datasets=["me/one"])
-    later = published_card(None, config, REPOSITORY, present=PresentCard(trained, config), procedure="At night.")
-    last = published_card(converted, config, REPOSITORY, present=PresentCard(later, config), datasets=["me/two"])
+    made = {"What is untrained", "How it was made"}
+    assert made <= Card.read(first, "").sections().keys()
+    trained = published_card(converted, config, REPOSITORY, present=first, datasets=["me/one"])
+    sections = Card.read(trained, "").sections()
+    assert "How it was made" in sections and "What is untrained" not in sections
+    later = published_card(trained, config, REPOSITORY, present=trained, procedure="At night.")
+    sections = Card.read(later, "").sections()
+    assert sections["Training data"].count("\n") == 0 and sections["Training procedure"] == "At night."
+    last = published_card(None, config, REPOSITORY, present=later, datasets=["me/two"])
     sections = Card.read(last, "").sections()
-    assert sections["Training data"].count("\n") == 1 and sections["Training procedure"] == "At night."
-    assert sections["How it was made"] == Card.read(first, "").sections()["How it was made"]
-    assert "What is untrained" not in sections
-    assert Card.read(last, "").data.datasets == ["me/one", "me/two"]
-    replaced = published_card(converted, config, REPOSITORY, present=PresentCard(last, config), prefer_folder=True)
-    assert replaced == first
+    assert "me/two" in sections["Training data"] and "me/one" not in sections["Training data"]
+    assert not {"Training procedure", *made} & sections.keys()
+    assert Card.read(last, "").data.datasets == ["me/one", "me/two"]  # outside our part
 
 
 def test_what_is_false_is_stated(config: CasaConfig) -> None:
@@ -176,13 +172,13 @@ def test_what_is_false_is_stated(config: CasaConfig) -> None:
     written = "---\ninference: false\nlanguage:\n- en\n- no\n---\n\n# Mine\n"
     there = "---\ntags: [own]\n---\n\n# Mine\n"
     alone = ModelCard(published_card(written, config, REPOSITORY))
-    both = ModelCard(published_card(written, config, REPOSITORY, present=PresentCard(there, config)))
-    back = ModelCard(published_card(there, config, REPOSITORY, present=PresentCard(written, config)))
+    both = ModelCard(published_card(written, config, REPOSITORY, present=there))
+    back = ModelCard(published_card(there, config, REPOSITORY, present=written))
     for card in (alone, both, back):
         assert card.data.get("inference") is False and card.data.language == ["en", "no"]
     one = ModelCard(published_card("---\nlanguage: no\n---\n", config, REPOSITORY))
     assert one.data.language == "no"
-    other = PresentCard(written.replace("inference: false", "inference: true"), config)
+    other = written.replace("inference: false", "inference: true")
     assert ModelCard(published_card(written, config, REPOSITORY, present=other)).data.get("inference") is True
 
 

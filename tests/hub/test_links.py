@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from casa_hf import CasaForConditionalGeneration, PublishingError
+from casa_hf import CasaForConditionalGeneration, CheckpointError
 from casa_hf.hub.push import push_checkpoint
 from tests.hub.loopback import Hub
 
@@ -35,7 +35,7 @@ def test_push(hub: Hub, casa_folder: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_of_links(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PublishingError, match=r"'chat_templates/more\.jinja' leads out"):
+    with pytest.raises(CheckpointError, match=r"'chat_templates/more\.jinja' leads out"):
         folder = shutil.copytree(casa_folder, tmp_path / "casa")
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "more.jinja").write_text("secret")

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub.utils import _http
 from transformers import Trainer, TrainingArguments
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, PublishingError, push_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError, push_checkpoint
 from casa_hf.checkpoint_files import hub_client
-from casa_hf.conversion import ConversionError, convert_checkpoint
+from casa_hf.conversion import convert_checkpoint
 from casa_hf.training import CasaTrainer, TrainingConfig, train
 from tests.hub.loopback import Hub, Refused
 from tests.training.helpers import CONVERSATIONS
@@ -115,7 +115,7 @@ def test_what_somebody_else_has_there_stays(hub: Hub, casa_folder: Path, tmp_pat
     hub.create(NAME, files=content)
     before = states(hub)
     for revision in (None, "v2"):
-        with pytest.raises(PublishingError, match="or delete these files there first") as caught:
+        with pytest.raises(CheckpointError, match="or delete these files there first") as caught:
             WAYS[way](casa_folder, tmp_path / "out", revision, None)
         assert f"{NAME} is taken: it holds {held}" in str(caught.value) and "\n" not in str(caught.value)
         assert states(hub) == before and not hub.uploaded
@@ -130,15 +130,15 @@ def test_training_does_not_begin(hub: Hub, casa_folder: Path, tmp_path: Path) ->
     options = {"push_to_hub": True, "hub_strategy": "end"}
     for files, message in [
         (FOREIGN["weights"][0], "is taken"),
-        ({"README.md": b"# Ma\xe7on\n"}, "isn't encoded as UTF-8"),
+        ({"README.md": b"# Ma\xe7on\n"}, "is not UTF-8 text"),
         ({"README.md": b"---\nlicense: [\n---\n"}, "front matter of the README.md of me/tiny-casa can't be read"),
     ]:
         hub.create(NAME, files=files)
-        with pytest.raises(PublishingError, match=message):
+        with pytest.raises(CheckpointError, match=message):
             trainer_of(casa_folder, tmp_path / "out", **options)
     del hub.repositories[NAME]
     for content, message in [
-        (b"# Ma\xe7on\n", r"README\.md isn't encoded as UTF-8"),
+        (b"# Ma\xe7on\n", r"README\.md is not UTF-8 text"),
         (b"---\nlicense: [\n---\n", r"front matter of .*README\.md can't be read"),
     ]:
         (tmp_path / "own").mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def test_adapters_follow_adapters(hub: Hub, casa_folder: Path, tmp_path: Path) -
     assert len(hub.files(NAME)["adapter_model.safetensors"]) > 100 and len(hub.commits(NAME)) == 2
     assert "training_args.bin" in hub.files(NAME)
     by_processor(casa_folder, tmp_path, None, None)
-    with pytest.raises(PublishingError, match="it holds adapters"):
+    with pytest.raises(CheckpointError, match="it holds adapters"):
         by_model(casa_folder, tmp_path, None, None)
 
 
@@ -199,7 +199,7 @@ def test_a_token_that_cannot_be_sent_is_not_shown(
 ) -> None:
     """Neither in the error nor in one that it came from; the Hub isn't asked."""
     token, kind = case
-    with pytest.raises(PublishingError, match=rf"The token for the Hub has a {kind}") as caught:
+    with pytest.raises(CheckpointError, match=rf"The token for the Hub has an invalid character: a {kind}") as caught:
         WAYS[way](casa_folder, tmp_path / "out", None, token)
     shown = "".join(traceback.format_exception(caught.value)) + "".join(capsys.readouterr()) + caplog.text
     assert "sec" not in shown.replace("casa_folder", "").replace("second", "")
@@ -211,12 +211,12 @@ def test_a_token_of_the_environment(
 ) -> None:
     """Before data or a source are read."""
     monkeypatch.setenv("HF_TOKEN", "hf_sec ret")
-    with pytest.raises(PublishingError, match="has a space"):
+    with pytest.raises(CheckpointError, match="invalid character: a space"):
         trainer_of(casa_folder, tmp_path / "out", push_to_hub=True)
     settings = {"model": str(casa_folder), "data": "nowhere", "output": str(tmp_path / "trained")}
-    with pytest.raises(PublishingError, match="has a space"):
+    with pytest.raises(CheckpointError, match="invalid character: a space"):
         train(TrainingConfig.from_dict({**settings, "push_to_hub": True, "use_cpu": True}))
-    with pytest.raises(ConversionError, match="has a space") as caught:
+    with pytest.raises(CheckpointError, match="invalid character: a space") as caught:
         convert_checkpoint("me/source", tmp_path / "casa")
     assert "sec ret" not in "".join(traceback.format_exception(caught.value))
     assert hub.requests == []
@@ -234,10 +234,10 @@ def test_what_nothing_can_be_added_to(hub: Hub, casa_folder: Path, tmp_path: Pat
     revision = repository.branches["main"][0].sha if revision == "commit" else revision
     before = states(hub)
     words = "a tag or a commit|is not a valid branch name"
-    with pytest.raises(PublishingError, match=words):
+    with pytest.raises(CheckpointError, match=words):
         WAYS[way](casa_folder, tmp_path / "out", revision, None)
     if way == "trainer":
-        with pytest.raises(PublishingError, match=words):
+        with pytest.raises(CheckpointError, match=words):
             trainer_of(casa_folder, tmp_path / "out", push_to_hub=True, hub_revision=revision)
     assert states(hub) == before and not hub.uploaded
 
@@ -255,7 +255,7 @@ def test_a_refused_push_leaves_no_branch(hub: Hub, casa_folder: Path, tmp_path: 
     hub.create(NAME)
     before = states(hub)
     hub.before_commit = refuse
-    with pytest.raises((PublishingError, OSError), match="No more commits today"):
+    with pytest.raises((CheckpointError, OSError), match="No more commits today"):
         WAYS[way](casa_folder, tmp_path / "out", "v2", None)
     assert states(hub) == before
     hub.before_commit = None
@@ -264,7 +264,7 @@ def test_a_refused_push_leaves_no_branch(hub: Hub, casa_folder: Path, tmp_path: 
     # A branch that was there stays where it is.
     hub.repositories[NAME].branches["v2"] = hub.repositories[NAME].branches["main"][:]
     after, hub.before_commit = states(hub), refuse
-    with pytest.raises((PublishingError, OSError), match="No more commits today"):
+    with pytest.raises((CheckpointError, OSError), match="No more commits today"):
         WAYS[way](casa_folder, tmp_path / "out", "v2", None)
     assert states(hub) == after
 
@@ -283,7 +283,7 @@ def test_a_commit_that_may_have_arrived_keeps_its_branch(
             WAYS[way](casa_folder, tmp_path / "out", "v2", None)
     assert len(hub.commits(NAME, "v2")) == 1
     hub.after_commit, hub.before_commit = None, lose  # it may arrive later
-    with pytest.raises((PublishingError, OSError), match="upstream request timeout"):
+    with pytest.raises((CheckpointError, OSError), match="upstream request timeout"):
         WAYS[way](casa_folder, tmp_path / "out", "v3", None)
     assert states(hub)["v3"] == states(hub)["main"]
 
@@ -297,7 +297,7 @@ def test_a_branch_that_somebody_else_uses_stays(hub: Hub, casa_folder: Path, tmp
         refuse()
 
     hub.before_commit = use_and_refuse
-    with pytest.raises((PublishingError, OSError), match="No more commits today"):
+    with pytest.raises((CheckpointError, OSError), match="No more commits today"):
         WAYS[way](casa_folder, tmp_path / "out", "v2", None)
     assert hub.files(NAME, "v2")["NOTES.md"] == b"Mine."
 
@@ -348,7 +348,7 @@ def test_no_request_of_a_push_waits_for_ever(
     hub: Hub, casa_folder: Path, silent: Callable[[str], None], request_: str
 ) -> None:
     silent(request_)
-    with pytest.raises(PublishingError, match="timed out"):
+    with pytest.raises(CheckpointError, match="timed out"):
         push_checkpoint(casa_folder, NAME)
     assert any(request_ in request for request in hub.requests)
 

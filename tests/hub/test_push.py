@@ -29,13 +29,12 @@ from casa_hf import (
     CasaConfig,
     CasaForConditionalGeneration,
     CasaProcessor,
-    PublishingError,
+    CheckpointError,
     convert_checkpoint,
     push_checkpoint,
 )
 from casa_hf.checkpoint_files.download import SMALL_FILES, download
 from casa_hf.cli import main
-from casa_hf.conversion import ConversionError
 from casa_hf.hub.card_parts import BEGIN
 from casa_hf.hub.push import check_checkpoint
 from examples.tiny_source import build_tiny_helium, build_tiny_source
@@ -74,7 +73,7 @@ def shards(folder: Path) -> list[Path]:
 
 def assert_refused(folder: Path, repository: str, *parts: str, **options: Any) -> str:
     """A push must fail with one line that has all parts."""
-    with pytest.raises(PublishingError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         push_checkpoint(folder, repository, **options)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 500
@@ -245,7 +244,7 @@ def test_private(
 
 def test_what_is_to_be_private_never_goes_to_a_public_repository(hub: Hub, casa_folder: Path) -> None:
     hub.create(NAME)
-    assert_refused(casa_folder, NAME, "is public", "--private", private=True)
+    assert_refused(casa_folder, NAME, "is public", "private=True", private=True)
     assert not hub.commits(NAME) and not hub.uploaded
 
 
@@ -281,7 +280,7 @@ def test_a_connection_that_stays_broken_is_resumed_by_the_same_call(hub: Hub, sh
             break_connection(handler, size)
 
     hub.on_upload = on_upload
-    assert_refused(sharded, NAME, "upload", "Nothing was published", "same command again")
+    assert_refused(sharded, NAME, "upload", "Nothing was published", "Try again")
     assert not hub.commits(NAME)
     assert hub.uploaded == [first]
 
@@ -332,7 +331,7 @@ def test_a_commit_of_which_nothing_is_heard(
         answer()
 
     setattr(hub, moment, and_nothing_after)
-    message = assert_refused(casa_folder, NAME, "commit", "isn't known", "same command again")
+    message = assert_refused(casa_folder, NAME, "commit", "isn't known", "Try again")
     assert "Nothing was published" not in message
     assert len(hub.commits(NAME)) == arrived
     setattr(hub, moment, None)
@@ -344,7 +343,7 @@ def test_a_commit_of_which_nothing_is_heard(
 def test_a_commit_that_may_still_arrive(hub: Hub, casa_folder: Path) -> None:
     """The Hub answers, but doesn't hold it, or holds another."""
     hub.before_commit = time_out(504)
-    assert_refused(casa_folder, NAME, "isn't known", "same command again")
+    assert_refused(casa_folder, NAME, "isn't known", "Try again")
     hub.before_commit = None
     push_checkpoint(casa_folder, NAME)
 
@@ -426,7 +425,7 @@ def test_an_interrupted_command_is_resumed(hub: Hub, sharded: Path, tmp_path: Pa
         assert re.search(rf"{re.escape(file.name)}.*100%", shown.text), shown.text
     last = shown.text.splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in shown.text
-    assert "interrupted" in last and "same command again" in last
+    assert "interrupted" in last and "Try again" in last
     assert not hub.commits(NAME)
 
     hub.on_upload = None
@@ -451,7 +450,7 @@ def test_a_full_disk(hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: p
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         pushing = assert_refused(casa_folder, NAME, "disk", "Nothing was published")
-        with pytest.raises(ConversionError) as downloading:
+        with pytest.raises(CheckpointError) as downloading:
             download(NAME, None, SMALL_FILES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -544,7 +543,7 @@ def test_somebody_else_commits_meanwhile(hub: Hub, casa_folder: Path) -> None:
         hub.before_commit = None
 
     hub.before_commit = commit_between
-    assert_refused(casa_folder, NAME, "changed", "same command again", with_code=True)
+    assert_refused(casa_folder, NAME, "changed", "Try again", with_code=True)
     assert branch[-1].message == "theirs"
     push_checkpoint(casa_folder, NAME, with_code=True)
 
@@ -576,12 +575,14 @@ def test_a_revision_that_nothing_can_be_added_to(hub: Hub, casa_folder: Path, na
     repository = hub.repositories[NAME]
     repository.tags["v1"] = repository.branches["main"][0]
     revision = "v1" if named == "tag" else repository.branches["main"][0].sha
-    assert_refused(casa_folder, NAME, repr(revision), "tag or a commit", "Give a branch", revision=revision)
+    assert_refused(
+        casa_folder, NAME, repr(revision), "tag or a commit", "Give the name of a branch", revision=revision
+    )
     assert not hub.uploaded and not hub.commits(NAME) and [*repository.branches] == ["main"]
 
 
 def test_training_data_without_a_name(hub: Hub, casa_folder: Path) -> None:
-    assert_refused(casa_folder, NAME, "datasets", "empty", datasets=["me/colours", " "])
+    assert_refused(casa_folder, NAME, "datasets=''", "Hub ids", datasets=["me/colours", " "])
     assert hub.requests == []
 
 
@@ -679,7 +680,7 @@ def test_an_unfit_folder_is_refused_before_anything_is_sent(
 ) -> None:
     shutil.copytree(casa_folder, tmp_path / "casa")
     damage(tmp_path / "casa")
-    with pytest.raises((PublishingError, ConversionError)) as caught:
+    with pytest.raises(CheckpointError) as caught:
         push_checkpoint(tmp_path / "casa", NAME)
     message = str(caught.value)
     assert "\n" not in message

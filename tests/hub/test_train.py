@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
-from casa_hf.hub.card import Origin, origin_records
+from casa_hf.hub.origins import Origin, origin_records
 from casa_hf.training import TrainingConfig, train
 from tests.conversion.helpers import load_weights
 from tests.hub.loopback import WRITER, Hub, Refused
@@ -102,7 +102,7 @@ def test_the_card_of_an_adapter_names_no_folder(
 
 
 def test_an_id_that_does_not_exist_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'me/other' is not a folder here"):
+    with pytest.raises(ValueError, match="'me/other' is not a local folder"):
         train(TrainingConfig.from_dict({**settings, "model": "me/other"}))
     assert not (tmp_path / "trained").exists()
 

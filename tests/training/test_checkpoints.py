@@ -22,7 +22,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from casa_hf.checkpoint_files.errors import disk_is_full
+from casa_hf.checkpoint_files.disk import disk_is_full
 from casa_hf.cli.train import _interrupted
 from casa_hf.training import TrainingConfig, train
 from casa_hf.training.checkpoints import last_checkpoint

@@ -1,7 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where a new checkpoint goes: checked before any work, filled beside its place, and moved there in one step.
+"""Where a new checkpoint goes: checked before any work, written beside its place, and moved there in one step.
 
-What appears at the place in the meantime stays: a folder is moved by calls that can't replace anything, and only the
+What appears at the place meanwhile stays: a folder is moved by calls that can't replace anything, and only the
 checkpoint that was there in the beginning may be overwritten. A new one that can't go to its place is kept beside it.
 """
 
@@ -17,15 +17,21 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from .errors import ConversionError, disk_is_full, listed, one_line
+from ..checks import listed, one_line
+from ..folder_files import CheckpointError
+from .disk import disk_is_full
 
 if os.name == "posix":
     import fcntl
 
 _UNFINISHED = ".incomplete-"
 
-# In a folder that is being filled: the destination. Locked by the process that fills it, as long as that lives.
+# In a folder that is being written: the destination. Locked by the process that writes it, as long as that lives.
 _OWNER = "owner"
+
+
+class OutputError(CheckpointError):
+    """An output folder that can't be used, found before any work."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,9 @@ class Destination:
     """A place for a checkpoint.
 
     Attributes:
-        target: folder to make.
-        parent: the nearest existing folder above, where it is filled.
-        replaces: state of the folder that it may take the place of; None if there is none.
+        target: Folder to make.
+        parent: Nearest existing folder above, where the checkpoint is written first.
+        replaces: State of the folder that may be replaced; None if there is none.
     """
 
     target: Path
@@ -43,57 +49,42 @@ class Destination:
     replaces: tuple[int, int, int] | None = None
 
 
-def check_output(output: str | os.PathLike, overwrite: bool, *sources: str | os.PathLike | None) -> Destination:
-    """Look at the destination of a conversion, which mustn't be one of its sources; see `check_target`.
+def check_destination(output: str | os.PathLike, overwrite: bool, *sources: str | os.PathLike | None) -> Destination:
+    """Check a place for a checkpoint, and remove what a process that was killed has left there.
+
+    Of a symbolic link the destination is the place that it leads to; the link stays.
 
     Args:
-        output: folder to make.
-        overwrite: whether a checkpoint there may be replaced.
-        *sources: folders, Hub ids and None.
+        output: Folder to make.
+        overwrite: Whether a checkpoint there may be replaced.
+        *sources: Folders that mustn't be replaced; Hub ids and None are ignored.
 
     Raises:
-        ConversionError: if it can't be written, or mustn't be.
+        OutputError: if it can't be written, or mustn't be.
     """
     target = Path(os.path.abspath(output))
     for source in sources:
         if source is not None and os.path.isdir(source):
             resolved = Path(source).resolve()
             if target.resolve() in (resolved, *resolved.parents):
-                raise ConversionError(
-                    f"The output {target} would replace the source {source}. Choose another output folder."
-                )
-    return check_target(target, overwrite)
-
-
-def check_target(target: Path, overwrite: bool) -> Destination:
-    """Look at a destination, and take away what a process that was killed has left there.
-
-    Of a symbolic link the destination is the place that it leads to; the link stays.
-
-    Raises:
-        ConversionError: if it can't be written, or mustn't be.
-    """
+                raise OutputError(f"{target} would replace the source {source}. Choose another output folder.")
     if target.is_symlink():
         target = Path(os.path.realpath(target))
     parent = next(parent for parent in target.parents if os.path.lexists(parent))
     if not parent.is_dir():
-        raise ConversionError(f"{parent} is not a folder, so {target} can't be made. Choose another output folder.")
+        raise OutputError(f"{parent} is not a folder, so {target} can't be made. Choose another output folder.")
     _remove_leftovers(target, parent)
     replaces = None
     if os.path.lexists(target):
         if not overwrite:
-            raise ConversionError(
-                f"{target} exists. Choose another output folder, or overwrite it (overwrite=True, --overwrite)."
-            )
+            raise OutputError(f"{target} exists. Choose another output folder, or replace it with overwrite=True.")
         if not _is_empty_or_checkpoint(target):
-            raise ConversionError(
+            raise OutputError(
                 f"{target} is not a checkpoint folder, so it isn't overwritten. Choose another output folder."
             )
         replaces = _state(target)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConversionError(
-            f"{parent} can't be written to, so {target} can't be made. Choose another output folder."
-        )
+        raise OutputError(f"{parent} can't be written to, so {target} can't be made. Choose another output folder.")
     return Destination(target, parent, replaces)
 
 
@@ -102,12 +93,12 @@ def new_folder(destination: Destination, num_bytes: int) -> Iterator[Path]:
     """A folder that becomes the destination when the block ends, and vanishes if it fails.
 
     Args:
-        destination: where it goes.
-        num_bytes: about how large it will be.
+        destination: Place of the folder.
+        num_bytes: Size of the weights in bytes.
 
     Raises:
-        ConversionError: if there isn't enough space, if the disk doesn't take what is written, or if something else is
-            at the destination by now; then the message says where the finished folder is.
+        CheckpointError: if there isn't enough space, if a file can't be written, or if something else is at the
+            destination by now; then the message says where the finished folder is.
     """
     target, parent = destination.target, destination.parent
     with ExitStack() as owner, _explained(target):
@@ -134,15 +125,15 @@ def new_folder(destination: Destination, num_bytes: int) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _displaced(destination: Destination, error: OSError, place: Path) -> ConversionError:
+def _displaced(destination: Destination, error: OSError, place: Path) -> CheckpointError:
     target = destination.target
     if not os.path.lexists(target):
         obstacle = f"{target} can't be made ({one_line(error)})."
     elif destination.replaces is None:
-        obstacle = f"{target} has come into being meanwhile, and stays as it is."
+        obstacle = f"{target} was made by another process meanwhile, and stays as it is."
     else:
-        obstacle = f"{target} was changed meanwhile, and stays as it is."
-    return ConversionError(f"{obstacle} The finished checkpoint is {place}; move it where you want it.")
+        obstacle = f"{target} was changed by another process meanwhile, and stays as it is."
+    return CheckpointError(f"{obstacle} The finished checkpoint is {place}; move it where you want it.")
 
 
 def _is_empty_or_checkpoint(path: Path) -> bool:
@@ -152,7 +143,7 @@ def _is_empty_or_checkpoint(path: Path) -> bool:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """What tells a folder from others, and from itself with other files."""
+    """What distinguishes a folder from others, and from itself with other files."""
     status = os.lstat(path)
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
@@ -163,7 +154,7 @@ def _check_space(destination: Destination, num_bytes: int) -> None:
     if free < num_bytes:
         left = sorted(folder.name for folder in _unfinished(destination.target, parent))
         unfinished = f" (unfinished ones are {listed(left)})" if left else ""
-        raise ConversionError(
+        raise CheckpointError(
             f"The weights need {num_bytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left{unfinished}. Free "
             "some space, or choose an output folder on another disk."
         )
@@ -171,23 +162,23 @@ def _check_space(destination: Destination, num_bytes: int) -> None:
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Say in one line that the disk doesn't take what is written.
+    """Explain errors of writing files, and what libraries that write files make of them.
 
     Raises:
-        ConversionError: for errors of files inside, and for what libraries that write files make of them.
+        CheckpointError: for such an error inside.
     """
     try:
         yield
-    except ConversionError:
+    except CheckpointError:
         raise
     except Exception as error:  # tokenizers raises plain exceptions
         if disk_is_full(error):
-            raise ConversionError(
-                f"{target} can't be written: the disk is full, or the file too large for it ({one_line(error)}). Free "
-                "some space, or choose an output folder on another disk."
+            raise CheckpointError(
+                f"{target} can't be written: the disk is full, or a file is too large for it ({one_line(error)}). "
+                "Free some space, or choose an output folder on another disk."
             ) from error
         if isinstance(error, OSError):
-            raise ConversionError(
+            raise CheckpointError(
                 f"{target} can't be written ({one_line(error)}). Choose another output folder."
             ) from error
         raise
@@ -197,10 +188,10 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def move_new(folder: Path, target: Path) -> None:
-    """Move a folder to a place where nothing is, in one step.
+    """Move a folder to a path that doesn't exist, in one step.
 
     Raises:
-        OSError: if something is there, whenever it has come.
+        OSError: if something is there.
     """
     if os.name != "posix":
         os.rename(folder, target)  # never replaces
@@ -216,10 +207,10 @@ def move_new(folder: Path, target: Path) -> None:
 
 
 def move_finished(folder: Path, target: Path) -> None:
-    """As `move_new`, for what mustn't get lost.
+    """As `move_new`, for a folder that mustn't get lost.
 
     Raises:
-        ConversionError: if something is there; the message says where the folder is kept.
+        CheckpointError: if something is there; the message says where the folder is kept.
     """
     try:
         move_new(folder, target)
@@ -228,7 +219,7 @@ def move_finished(folder: Path, target: Path) -> None:
 
 
 def _publish(new: Path, old: Path, destination: Destination) -> None:
-    """Move the complete folder `new` to its destination; what was there goes to `old`, and comes back if that fails.
+    """Move the complete folder `new` to its destination; what was there moves to `old`, and back if that fails.
 
     An interrupt may come before, between and after the two moves; only between them is there something to put back.
 
@@ -256,7 +247,7 @@ def _publish(new: Path, old: Path, destination: Destination) -> None:
 
 
 def _keep(folder: Path, target: Path) -> Path:
-    """Put a folder beside the place that it can't have; where it is then."""
+    """Move a folder beside the place that is taken; returns its path."""
     for number in count(2):
         place = target.with_name(f"{target.name}-{number}")
         try:
@@ -270,7 +261,7 @@ def _keep(folder: Path, target: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     if path.is_dir():
         if os.name == "posix":
             descriptor = os.open(path, os.O_RDONLY)
@@ -286,29 +277,29 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _owned(temporary: Path, target: Path) -> Iterator[None]:
-    """Show as long as the block lasts, and the process lives, that somebody fills a folder."""
+    """Mark a folder as being written, as long as the block lasts and the process lives."""
     if os.name != "posix":
         yield
         return
     with open(temporary / _OWNER, "x", encoding="utf-8", errors="surrogateescape") as stream:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
-            # Only now: who finds no destination in it leaves the folder alone.
+            # Only now: a folder without a destination in this file is left alone.
             stream.write(str(target))
             stream.flush()
         yield
 
 
 def _unfinished(target: Path, parent: Path) -> Iterator[Path]:
-    """Folders that somebody fills or has filled for a target of this name."""
+    """Folders that processes write, or have left, for a target of this name."""
     return parent.glob(f"{glob.escape(target.name)}{_UNFINISHED}*")
 
 
 def _remove_leftovers(target: Path, parent: Path) -> None:
-    """Remove what processes have left that were killed while they filled or moved a folder for the same target.
+    """Remove what processes have left that were killed while they wrote or moved a folder for the same target.
 
     Raises:
-        ConversionError: if another one is about to make it.
+        OutputError: if another process is writing it.
     """
     if os.name == "posix":
         for folder in _unfinished(target, parent):
@@ -323,11 +314,11 @@ def _remove_leftover(folder: Path, target: Path) -> None:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConversionError(
+            raise OutputError(
                 f"Another process is writing {target} (in {folder}). Wait for it, or choose another output folder."
             ) from error
         new, old = folder / "new", folder / "old"
         if new.exists() and os.path.lexists(old):
-            # Killed between the two moves: what was there comes back, unless somebody has made another one.
+            # Killed between the two moves: what was there comes back, unless another one was made.
             os.rename(old, target)
         shutil.rmtree(folder, ignore_errors=True)

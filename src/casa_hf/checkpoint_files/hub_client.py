@@ -1,15 +1,16 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What every request to the Hub has: a token that can be sent, and a time-out."""
+"""What every request to the Hub needs: a valid token, a time-out, and the reason when it fails."""
 
 from __future__ import annotations
 
 import re
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import get_token, set_client_factory
 from huggingface_hub.utils import _http
 
-from .errors import PublishingError
+from ..folder_files import CheckpointError
 
 # Seconds to wait for a connection, and for the next byte of an answer or of what is sent: a commit of many files takes
 # the Hub a while, and a gateway gives up after a minute.
@@ -22,10 +23,10 @@ def hub_token(token: str | bool | None = None) -> str | None:
     """The token to send, or None if there is none.
 
     Args:
-        token: one of the Hub; None or True for that of `hf auth login` or HF_TOKEN, False for none.
+        token: Token of the Hub; None or True for that of `hf auth login` or HF_TOKEN, False for none.
 
     Raises:
-        PublishingError: if it has characters that no token has; the message doesn't show it, as the client's would.
+        CheckpointError: if it has an invalid character; the message doesn't show the token, as the client's would.
     """
     if token is False:
         return None
@@ -35,9 +36,9 @@ def hub_token(token: str | bool | None = None) -> str | None:
     if not _PRINTABLE.fullmatch(found):
         place = next(index for index, character in enumerate(found) if not _PRINTABLE.fullmatch(character))
         kind = "line break" if found[place] in "\r\n" else "space" if found[place].isspace() else "character"
-        raise PublishingError(
-            f"The token for the Hub has a {kind} that no token has, at place {place + 1} of {len(found)}. Copy it "
-            "again, without what stands around it, log in with `hf auth login`, or set HF_TOKEN."
+        raise CheckpointError(
+            f"The token for the Hub has an invalid character: a {kind} at place {place + 1} of {len(found)}. Copy the "
+            "token again, log in with `hf auth login`, or set HF_TOKEN."
         )
     return found
 
@@ -45,8 +46,8 @@ def hub_token(token: str | bool | None = None) -> str | None:
 def limit_waiting() -> None:
     """Give the requests of the Hub's client a time-out from now on, where they have none.
 
-    The client waits for ever for most answers. What it is asked to wait for each request counts, and so does a client
-    that somebody has set up (`huggingface_hub.set_client_factory`), except where these say for ever.
+    By default the client waits for most answers without a limit. Limits of a single request, or of a client that was
+    set up with `huggingface_hub.set_client_factory`, are kept.
     """
     make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
     if getattr(make, "has_timeouts", False):
@@ -62,7 +63,13 @@ def limit_waiting() -> None:
 
 
 def _limit(request: Any) -> None:
-    """Fill in what a request lacks; the client's own default doesn't hold where a call says `timeout=None`."""
+    """Add the limits that a request lacks; the client's own default isn't used where a call has `timeout=None`."""
     limits = {"connect": CONNECT_TIMEOUT, "read": READ_TIMEOUT, "write": READ_TIMEOUT, "pool": READ_TIMEOUT}
     given = request.extensions.get("timeout") or {}
     request.extensions["timeout"] = limits | {name: value for name, value in given.items() if value is not None}
+
+
+def reason(error: BaseException) -> str:
+    """Why a request has failed, in one short line; the Hub's own words if it gave any."""
+    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return shorten(said, 160, placeholder=" ...")

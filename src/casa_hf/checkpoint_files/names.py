@@ -22,12 +22,12 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 # Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
 SOURCE_ROWS_FILE = "source_rows.safetensors"
 
-# Where the tokenizer has new tokens, the source's files go by this prefix, as `SOURCE_ROWS_FILE`, for the way back.
-KEPT = "source_"
+# Of the source's files where the tokenizer has new tokens, as of `SOURCE_ROWS_FILE`, for the way back.
+SOURCE_PREFIX = "source_"
 
 # What a conversion reads and copies besides the configuration and the weights, where it is there.
 _CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
-CARRIED_FILES = (*_CARRIED, *(KEPT + name for name in _CARRIED))
+CARRIED_FILES = (*_CARRIED, *(SOURCE_PREFIX + name for name in _CARRIED))
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

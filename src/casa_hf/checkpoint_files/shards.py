@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..folder_files import own_file, parse_json, read_json
-from .errors import ConversionError, listed, one_line
+from ..checks import listed, one_line
+from ..folder_files import CheckpointError, own_file, parse_json, read_json
 from .unchanged import FileState, changed, check_unchanged, file_state
 
 SINGLE_FILE = "model.safetensors"
@@ -48,14 +48,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """Where a tensor is stored.
 
     Attributes:
-        file: the safetensors file.
-        dtype: a key of `DTYPES`.
-        shape: of the tensor.
-        start: offset of its first byte in the file.
-        state: of the file when its header was read.
+        file: Safetensors file.
+        dtype: Key of `DTYPES`.
+        shape: Shape of the tensor.
+        start: Offset of its first byte in the file.
+        state: State of the file when its header was read.
     """
 
     file: Path
@@ -83,8 +83,8 @@ class ComputedTensor:
     """A small tensor that no file holds.
 
     Attributes:
-        shape: of the tensor.
-        compute: makes its values, in any dtype; called when they are written.
+        shape: Shape of the tensor.
+        compute: Function that makes its values, in any dtype; called when they are written.
     """
 
     shape: tuple[int, ...]
@@ -100,10 +100,10 @@ class PlannedTensor:
     """A tensor to be written.
 
     Attributes:
-        name: its new name.
-        parts: what it is put together from, along the first dimension.
-        dtype: a key of `DTYPES`; values of another dtype are cast.
-        origin: in words, where its values come from.
+        name: Name in the new checkpoint.
+        parts: Parts that are concatenated along the first dimension.
+        dtype: Key of `DTYPES`; values of another dtype are cast.
+        origin: Description of where its values come from.
     """
 
     name: str
@@ -132,48 +132,50 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint folder, from headers alone.
 
     Args:
-        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`. As in Transformers the single
-            file wins if both are there.
+        folder: Folder with `model.safetensors`, or with shards and `model.safetensors.index.json`. As in Transformers
+            the single file is read if it has both.
 
     Returns:
         The place of every tensor by name.
 
     Raises:
-        ConversionError: if there are no safetensors weights, if a file is missing, broken or outside the folder, if
+        CheckpointError: if there are no safetensors weights, if a file is missing, broken or outside the folder, if
             shards and index disagree, or if a tensor is quantised.
     """
     if (folder / SINGLE_FILE).is_file():
-        return read_tensors(own_file(folder, SINGLE_FILE, ConversionError))
+        return read_tensors(own_file(folder, SINGLE_FILE))
     if not (folder / INDEX_FILE).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
-        found = f"only pickled ones ({listed(pickles)}), which are never loaded" if pickles else "none"
-        raise ConversionError(
-            f"{folder} should hold weights as {SINGLE_FILE} or as shards with {INDEX_FILE}, but there are {found}. "
-            "Get the safetensors files, or load the model in Transformers and write them with save_pretrained."
+        found = f" It has pickled ones ({listed(pickles)}), which are never loaded." if pickles else ""
+        raise CheckpointError(
+            f"{folder} has no safetensors weights, neither {SINGLE_FILE} nor shards with {INDEX_FILE}.{found} Get the "
+            "safetensors files, or load the model with Transformers and write them with save_pretrained."
         )
     return _read_shards(folder)
 
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    index = own_file(folder, INDEX_FILE, ConversionError)
-    weight_map = read_json(index, ConversionError).get("weight_map")
+    index = own_file(folder, INDEX_FILE)
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ConversionError(f"{index} has no weight_map. Download the file again.")
+        raise CheckpointError(f"{index} has no weight_map, or one that isn't a JSON object. Download the file again.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise ConversionError(f"{index} should give {name} the name of a file, got {file!r}. Download it again.")
+            raise CheckpointError(
+                f"{index} must map {name} to a file name, but maps it to {file!r}. Download it again."
+            )
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not own_file(folder, shard, ConversionError).is_file()]
+    missing = [shard for shard in shards if not own_file(folder, shard).is_file()]
     if missing:
-        raise ConversionError(f"{index} names files that are not there: {listed(missing)}. Download them.")
+        raise CheckpointError(f"{index} names files that don't exist: {listed(missing)}. Download them.")
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         stored = read_tensors(folder / shard)
         promised = {name for name, file in weight_map.items() if file == shard}
         if stored.keys() != promised:
-            raise ConversionError(
-                f"{folder / shard} doesn't hold the tensors that {INDEX_FILE} puts there; they differ in "
-                f"{listed(sorted(stored.keys() ^ promised))}. Download shards and index of one version."
+            raise CheckpointError(
+                f"{folder / shard} doesn't hold the tensors that {INDEX_FILE} lists for it: they differ in "
+                f"{listed(sorted(stored.keys() ^ promised))}. Download the shards and the index of the same version."
             )
         tensors.update(stored)
     return tensors
@@ -183,20 +185,20 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
     """The place of every tensor of a safetensors file by name, from its header.
 
     Raises:
-        ConversionError: if the file is broken, or if a tensor is quantised.
+        CheckpointError: if the file is broken, or if a tensor is quantised.
     """
     try:
         with open(file, "rb", buffering=0) as stream:
             state = file_state(stream.fileno())
             header, start = _read_header(stream, size=state[2])
-    except (_BrokenFile, OSError) as error:
-        raise ConversionError(
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(
             f"{file} is not a complete safetensors file ({one_line(error)}). Download it again."
         ) from error
     quantised = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
     if quantised:
-        raise ConversionError(
-            f"{file} holds quantised or non-float weights: {listed(quantised)}. Convert the original checkpoint, with "
+        raise CheckpointError(
+            f"{file} holds quantised or non-float weights: {listed(quantised)}. Use the original checkpoint, with "
             f"weights in {', '.join(DTYPES)}."
         )
     return {
@@ -205,38 +207,34 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-class _BrokenFile(ValueError):
-    """What is wrong with a safetensors file, in words."""
-
-
 def _read_header(stream: BinaryIO, size: int) -> tuple[dict[str, dict[str, Any]], int]:
     """The entries of a safetensors file's tensors by name, and where their bytes begin.
 
     Args:
-        stream: at the begin of the file.
-        size: of the file.
+        stream: File, at its beginning.
+        size: Size of the file in bytes.
 
     Raises:
-        _BrokenFile: unless the ranges of all tensors fill the file, without gaps, to its last byte.
+        CheckpointError: unless the ranges of all tensors fill the file, without gaps, to its last byte.
     """
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-        raise _BrokenFile(f"{size} bytes can't have a header of {length}")
+        raise CheckpointError(f"{size} bytes can't have a header of {length}")
     content = b""
     while len(content) < length and (more := stream.read(length - len(content))):
         content += more
-    header = parse_json(content, "its header", _BrokenFile)
+    header = parse_json(content, "its header")
     header.pop("__metadata__", None)
     end = 0
     for name, entry in sorted(header.items(), key=_first_byte):
         start, stop = entry["data_offsets"]
         if start != end:
-            raise _BrokenFile(f"{name} begins at byte {start} instead of {end}")
+            raise CheckpointError(f"{name} begins at byte {start} instead of {end}")
         if entry["dtype"] in DTYPES and stop - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
-            raise _BrokenFile(f"{name} has {stop - start} bytes for {entry['dtype']} {entry['shape']}")
+            raise CheckpointError(f"{name} has {stop - start} bytes for {entry['dtype']} {entry['shape']}")
         end = stop
     if 8 + length + end != size:
-        raise _BrokenFile(f"it should have {8 + length + end} bytes, but has {size}")
+        raise CheckpointError(f"it should have {8 + length + end} bytes, but has {size}")
     return header, 8 + length
 
 
@@ -247,7 +245,7 @@ def _first_byte(named: tuple[str, Any]) -> tuple[int, int]:
         case {"dtype": str(), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if start <= stop:
             if all(isinstance(length, int) and length >= 0 for length in shape):
                 return start, stop
-    raise _BrokenFile(f"its header says of {name}: {str(entry)[:80]}")
+    raise CheckpointError(f"its header says of {name}: {str(entry)[:80]}")
 
 
 def _buffer(num_bytes: int | None = None) -> memoryview:
@@ -258,7 +256,7 @@ def _chunks(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
     """The bytes of a tensor, a buffer full at a time; a chunk is valid until the next one.
 
     Raises:
-        ConversionError: if the file isn't the one whose header was read, or can't be read.
+        CheckpointError: if the file isn't the one whose header was read, or can't be read.
     """
     try:
         with open(tensor.file, "rb", buffering=0) as stream:
@@ -275,7 +273,7 @@ def _chunks(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
                     filled += num_bytes
                 yield chunk
     except OSError as error:
-        raise ConversionError(f"{tensor.file} can't be read ({one_line(error)}). Get the file again.") from error
+        raise CheckpointError(f"{tensor.file} can't be read ({one_line(error)}). Get the file again.") from error
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
@@ -306,18 +304,21 @@ def split_files(tensors: Sequence[PlannedTensor], max_shard_size: int | str) -> 
     """Distribute tensors over files, in order: `model.safetensors`, or shards if they exceed `max_shard_size`.
 
     Args:
-        tensors: what is to be written.
-        max_shard_size: bytes of tensors per file, as a number or such as "5GB"; a larger tensor gets its own file.
+        tensors: Tensors to be written.
+        max_shard_size: Largest size of a file's tensors, as a number of bytes or a string such as "5GB"; a larger
+            tensor gets a file of its own.
 
     Returns:
         The tensors of each file, by file name.
 
     Raises:
-        ConversionError: if `max_shard_size` isn't positive, or can't be read.
+        CheckpointError: if `max_shard_size` isn't positive, or can't be read.
     """
     planned = {tensor.name: tensor for tensor in tensors}
     if not isinstance(max_shard_size, str) and max_shard_size <= 0:
-        raise ConversionError(f"max_shard_size={max_shard_size} must be positive, or such as '5GB'.")
+        raise CheckpointError(
+            f"max_shard_size={max_shard_size} must be positive. Give a number of bytes, or such as '5GB'."
+        )
     try:
         split = split_state_dict_into_shards_factory(
             planned,
@@ -326,9 +327,9 @@ def split_files(tensors: Sequence[PlannedTensor], max_shard_size: int | str) -> 
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise ConversionError(
-            f"max_shard_size={max_shard_size!r} can't be read ({one_line(error)}); give a number of bytes, or one "
-            "with a unit such as '5GB'."
+        raise CheckpointError(
+            f"max_shard_size={max_shard_size!r} is not a valid size ({one_line(error)}). Give a number of bytes, or "
+            "one with a unit such as '5GB'."
         ) from error
     return {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
@@ -339,12 +340,12 @@ def write_checkpoint(folder: Path, files: dict[str, list[PlannedTensor]], progre
     Nothing is flushed to the disk; that is left to the caller, once, while the kernel is already at it.
 
     Args:
-        folder: an existing folder.
-        files: see `split_files`.
-        progress: called with (bytes written so far, bytes in all).
+        folder: Existing folder.
+        files: Tensors of each file, see `split_files`.
+        progress: Function that is called with (bytes written so far, bytes in all).
 
     Raises:
-        ConversionError: if a value is too large for the dtype that it is cast to, or if a file has changed since its
+        CheckpointError: if a value is too large for the dtype that it is cast to, or if a file has changed since its
             header was read.
     """
     tensors = [tensor for group in files.values() for tensor in group]
@@ -410,8 +411,8 @@ def _values(chunk: memoryview, dtype: str) -> torch.Tensor:
 def _cast(values: torch.Tensor, tensor: PlannedTensor) -> memoryview:
     cast = values.to(DTYPES[tensor.dtype]).contiguous()
     if bool((cast.isinf() & values.isfinite()).any()):
-        raise ConversionError(
+        raise CheckpointError(
             f"{tensor.name} holds {values.abs().max().item():g}, which is beyond the range of {cast.dtype}. Use "
-            "dtype='bfloat16' or keep the source's dtype."
+            "dtype='bfloat16', or no dtype to keep the source's."
         )
     return cast.view(-1).view(torch.uint8).numpy().data

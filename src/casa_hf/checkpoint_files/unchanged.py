@@ -7,18 +7,17 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..folder_files import own_file
-from .errors import ConversionError
+from ..folder_files import CheckpointError, own_file
 
 # Device, inode, size and time of the last change in nanoseconds.
 FileState = tuple[int, int, int, int]
 
 
 def file_state(file: Path | int) -> FileState:
-    """What tells a file from another one of its name, and from itself with other contents.
+    """What distinguishes a file from another of the same name, and from itself with other contents.
 
     Args:
-        file: path or descriptor.
+        file: Path or descriptor.
     """
     status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -28,21 +27,21 @@ def folder_state(folder: Path, patterns: Iterable[str]) -> dict[Path, FileState]
     """The states of a folder's own files whose names match a pattern.
 
     Raises:
-        ConversionError: if one of them leads out of the folder.
+        CheckpointError: if one of them leads out of the folder.
     """
     files = {file for pattern in patterns for file in folder.glob(pattern)}
-    return {own_file(folder, file.name, ConversionError): file_state(file) for file in files if file.is_file()}
+    return {own_file(folder, file.name): file_state(file) for file in files if file.is_file()}
 
 
 def check_unchanged(states: Mapping[Path, FileState], now: Mapping[Path, FileState] | None = None) -> None:
     """Compare the states of files with those that they had before.
 
     Args:
-        states: of the files, before.
-        now: of the files, including those that have come; None to look.
+        states: States before.
+        now: States now, including those of new files; None to read those of the same files.
 
     Raises:
-        ConversionError: naming a file that isn't the same.
+        CheckpointError: naming a file that has changed.
     """
     for file, before in states.items():
         try:
@@ -55,8 +54,9 @@ def check_unchanged(states: Mapping[Path, FileState], now: Mapping[Path, FileSta
         raise changed(file)
 
 
-def changed(file: Path) -> ConversionError:
-    """That a file isn't the one it was."""
-    return ConversionError(
-        f"{file} was changed while it was read, so old and new would be mixed. Try again when nobody writes there."
+def changed(file: Path) -> CheckpointError:
+    """The error for a file that has changed."""
+    return CheckpointError(
+        f"{file} was changed while it was read, so old and new contents would be mixed. Try again when nothing writes "
+        "there."
     )

@@ -13,7 +13,7 @@ from .options import checkpoint, dtype_option, one_of, wrong_value
 from .terminal import progress_bar, quiet_unless_terminal
 
 if TYPE_CHECKING:
-    from ..conversion import ConversionPlan
+    from ..conversion import ConversionPlan, ConversionReport
 
 _SETTINGS = {setting.field: setting for setting in SETTINGS}
 # What the library calls an option -> the option.
@@ -22,6 +22,9 @@ _OPTIONS = {
     "vision_from": "--vision-from",
     "max_pixels": "--max-pixels",
     "max_shard_size": "--max-shard-size",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "overwrite": "--overwrite",
 }
 
 
@@ -66,16 +69,16 @@ def convert(
         str | None,
         typer.Option(parser=checkpoint, help="Folder or Hub id that gives a text-only source its vision tower."),
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image at most.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest number of pixels of an image.")] = None,
     dtype: Annotated[str | None, dtype_option("Cast the weights. Default: keep the source's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file at most.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Add the code, for trust_remote_code=True without casa_hf.")
     ] = False,
     to_source: Annotated[
-        bool, typer.Option("--to-source", help="Take a CASA checkpoint back to the form of its source.")
+        bool, typer.Option("--to-source", help="Convert a CASA checkpoint back to the form of its source.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -86,10 +89,8 @@ def convert(
 ) -> None:
     """Write the CASA form of a checkpoint, another design of a CASA checkpoint, or its source's form."""
     if output is None and not dry_run:
-        raise typer.BadParameter("name the folder to make, or look first with --dry-run.", param_hint="OUTPUT")
-    if revision is not None and Path(source).is_dir():
         raise typer.BadParameter(
-            f"{revision!r} is for a Hub id, but {source} is a local folder.", param_hint="--revision"
+            "it is missing. Name the folder to make, or see what would be written with --dry-run.", param_hint="OUTPUT"
         )
     # The parameters of the design are read here, all at once.
     values = {setting.field: context.params[setting.parameter] for setting in SETTINGS}
@@ -103,10 +104,11 @@ def convert(
     named += ["--with-code"] if with_code else []
     if to_source and named:
         raise typer.BadParameter(
-            f"leave out {', '.join(named)}: the source's form has no design of CASA.", param_hint="--to-source"
+            f"it can't be used with {', '.join(named)}: the source's form has no CASA design. Leave these out.",
+            param_hint="--to-source",
         )
     quiet_unless_terminal()
-    from ..checkpoint_files.destination import check_output
+    from ..checkpoint_files.destination import OutputError
     from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
 
     weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
@@ -117,14 +119,17 @@ def convert(
                 plan_to_source(source, **weights) if to_source else plan_conversion(source, variant, **form, **weights)
             )
         return
-    with wrong_value("OUTPUT"):
-        check_output(output, overwrite, source, vision_from)
-    with wrong_value(**_OPTIONS), progress_bar("Writing weights") as progress:
+    refused = wrong_value(**_OPTIONS), wrong_value("OUTPUT", OutputError, **_OPTIONS)
+    with refused[0], refused[1], progress_bar("Writing weights") as progress:
         weights |= {"overwrite": overwrite, "progress": progress}
         if to_source:
             report = convert_to_source(source, output, **weights)
         else:
             report = convert_checkpoint(source, output, variant, with_code=with_code, **form, **weights)
+    _print_report(report, to_source)
+
+
+def _print_report(report: ConversionReport, to_source: bool) -> None:
     if to_source:
         typer.echo(
             f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without what the "

@@ -170,21 +170,21 @@ def casa_folder(path: Path) -> Path:
 
 
 @contextmanager
-def wrong_value(option: str | None = None, **options: str) -> Iterator[None]:
+def wrong_value(option: str | None = None, kind: type[ValueError] = ValueError, /, **options: str) -> Iterator[None]:
     """What the library refuses within is a wrong value, which ends in exit code 2 and names options as they are typed.
 
     Args:
-        option: whose value is wrong; None lets a message that names none of the others pass as it is.
-        **options: what the library calls an option, and its name here.
+        option: Option whose value is wrong; None lets a message that names none of the others pass as it is.
+        kind: Type of the errors.
+        **options: Name that the library has for an option -> its name here. One that is also a plain word counts only
+            with a value, as in `revision='v2'`.
     """
-    names = (
-        re.compile("|".join(rf"\b{name}\b(?:=(?:'[^']*'|-?\w+(?:[.+-]\w+)*))?" for name in options))
-        if options
-        else None
-    )
+    value = r"=(?:'[^']*'|-?\w+(?:[.+-]\w+)*)"
+    fields = (rf"\b{name}\b(?:{value}){'?' if '_' in name else ''}" for name in options)
+    names = re.compile("|".join(fields)) if options else None
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         message = str(error)
         if names and (found := names.search(message)):
             option = option or options[found[0].partition("=")[0]]

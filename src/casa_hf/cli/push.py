@@ -8,15 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import existing, valid_text
+from .options import existing, valid_text, wrong_value
 from .terminal import INTERRUPTED, complain, quiet_unless_terminal
+
+# Name that the library has for an option -> the option.
+_OPTIONS = {name: f"--{name}" for name in ("private", "revision", "card")} | {"datasets": "--dataset"}
 
 
 def push(
     folder: Annotated[Path, existing("folder", help="Folder of a CASA checkpoint.", show_default=False)],
-    repository: Annotated[str, typer.Argument(help="Such as namespace/name.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Name on the Hub, such as namespace/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to publish on, made if need be.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to publish on; made if it doesn't exist.")] = None,
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Add the code, for trust_remote_code=True without casa_hf.")
     ] = False,
@@ -26,37 +29,38 @@ def push(
     ] = None,
     card: Annotated[
         Literal["folder"] | None,
-        typer.Option(help="Replace the model card that is there by the folder's.", show_default=False),
+        typer.Option(help="Replace the repository's model card by the folder's.", show_default=False),
     ] = None,
     message: Annotated[
-        str | None, typer.Option(help="Of the commit.", show_default=False, callback=valid_text)
+        str | None, typer.Option(help="Message of the commit.", show_default=False, callback=valid_text)
     ] = None,
 ) -> None:
     """Publish a checkpoint on the Hub: checked, with its model card, in one commit."""
     quiet_unless_terminal()
     from rich.filesize import decimal
 
-    from ..checkpoint_files.errors import PublishingError
     from ..hub.push import push_checkpoint
 
     try:
-        report = push_checkpoint(
-            folder,
-            repository,
-            private=private,
-            revision=revision,
-            with_code=with_code,
-            datasets=dataset or (),
-            card=card,
-            message=message,
-        )
-    except PublishingError:
+        with wrong_value(**_OPTIONS):
+            report = push_checkpoint(
+                folder,
+                repository,
+                private=private,
+                revision=revision,
+                with_code=with_code,
+                datasets=dataset or (),
+                card=card,
+                message=message,
+            )
+    except (ValueError, typer.BadParameter):
         _close_progress_bars()
         raise
     except KeyboardInterrupt:
         _close_progress_bars()
-        again = "The same command again sends only what is missing."
-        complain(InterruptedError(f"The push to {repository} was interrupted. {again}"))
+        complain(
+            InterruptedError(f"The push to {repository} was interrupted. Try again: only what is missing is sent.")
+        )
         raise typer.Exit(INTERRUPTED) from None
     size = f"{len(report.files)} files, {decimal(report.num_bytes)}"
     typer.echo(f"Published {report.url}: {size}, one commit." if report.changed else f"{report.url} holds it already.")

@@ -1,7 +1,6 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """From source checkpoints to CASA checkpoints, from one design to another, and back."""
 
-from ..checkpoint_files.errors import ConversionError
 from .convert import ConversionReport, convert_checkpoint, plan_conversion
 from .inspection import CheckpointSummary, inspect_checkpoint
 from .plan import ConversionPlan
@@ -9,7 +8,6 @@ from .to_source import convert_to_source, plan_to_source
 
 __all__ = [
     "CheckpointSummary",
-    "ConversionError",
     "ConversionPlan",
     "ConversionReport",
     "convert_checkpoint",

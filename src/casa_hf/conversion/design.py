@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint_files.errors import ConversionError
 from ..configuration_casa import CasaConfig, variant_overrides
-from ..design_space import FIELDS
+from ..design_space import FIELDS, unknown_value
+from ..folder_files import CheckpointError
 
 
 def resolve_design(
@@ -18,19 +18,19 @@ def resolve_design(
     """Every design field of a variant of which some axes are chosen otherwise.
 
     Args:
-        variant: a key of `VARIANTS`; None for the design of `own`, or "casa" without it.
-        design: values of design fields, which win over the variant's. `casa_layers` may also be written as in
+        variant: Key of `VARIANTS`; None for the design of `own`, or "casa" without it.
+        design: Values of design fields, which override the variant's. `casa_layers` may also be written as in
             `layer_indices`.
-        blocks: indices of the decoder blocks that can have a fusion layer.
-        own: configuration of the checkpoint if it is a CASA checkpoint.
+        blocks: Indices of the decoder blocks that can have a fusion layer.
+        own: Configuration of the checkpoint if it is a CASA checkpoint.
 
     Raises:
-        ConversionError: for an unknown field, or blocks that can't be read.
+        CheckpointError: for an unknown field, or an invalid choice of blocks.
         ValueError: for an unknown variant.
     """
     unknown = [name for name in design if name not in FIELDS]
     if unknown:
-        raise ConversionError(f"{unknown[0]!r} is not a design option; choose from {', '.join(FIELDS)}.")
+        raise CheckpointError(f"{unknown[0]!r} is not a design option; {unknown_value(unknown[0], FIELDS)}")
     if own is not None and variant is None:
         fields = {name: getattr(own, name) for name in FIELDS}
     else:
@@ -46,22 +46,24 @@ def layer_indices(text: str, blocks: Sequence[int]) -> list[int] | None:
     """Indices of decoder blocks, None for all.
 
     Args:
-        text: "all"; "every:2" for every second of `blocks`; "last:8"; or indices such as "4,8,12".
-        blocks: indices of the decoder blocks that can have a fusion layer.
+        text: Text "all"; "every:2" for every second of `blocks`; "last:8"; or indices such as "4,8,12".
+        blocks: Indices of the decoder blocks that can have a fusion layer.
 
     Raises:
-        ConversionError: if it is none of these, or more blocks than there are.
+        CheckpointError: if it is none of these, or more blocks than there are.
     """
     if text == "all":
         return None
     if match := re.fullmatch(r"(every|last):(\d+)", text):
         number = int(match[2])
         if not 0 < number <= len(blocks):
-            raise ConversionError(
-                f"casa_layers={text!r} must have a number from 1 to {len(blocks)}, as there are blocks that can have "
-                "a fusion layer."
+            raise CheckpointError(
+                f"casa_layers={text!r} asks for blocks that don't exist: {len(blocks)} can have a fusion layer. Give "
+                f"a number from 1 to {len(blocks)}."
             )
         return list(blocks[number - 1 :: number] if match[1] == "every" else blocks[-number:])
     if re.fullmatch(r"\d+(,\d+)*", text):
         return [int(index) for index in text.split(",")]
-    raise ConversionError(f"casa_layers={text!r} can't be read; write 'every:2', '4,8,12', 'last:8' or 'all'.")
+    raise CheckpointError(
+        f"casa_layers={text!r} is not a choice of blocks. Write 'every:2', '4,8,12', 'last:8' or 'all'."
+    )

@@ -7,38 +7,38 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint_files.config import read_source_config
-from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.config import read_casa_config
 from ..checkpoint_files.shards import DTYPES, read_checkpoint
 from ..configuration_casa import CasaConfig
-from ..folder_files import own_file, read_json
+from ..folder_files import CheckpointError, own_file, read_json
 from .mapping import ADDED, TOKEN_ROWS
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """Facts about a CASA checkpoint.
+    """What is known of a CASA checkpoint without its weights.
 
     With L decoder blocks, F of them with a fusion layer, R of these in place of self-attention, K key/value heads of d
     channels and e bytes per number, one token's keys and values in one attention take b = 2 K d e bytes.
 
     Attributes:
-        variant: name of the variant; None if the settings have no name.
-        backbone: family of the source, such as "Qwen2.5-VL".
-        dtype: that most weights have, such as "bfloat16"; e is its size.
-        num_layers: L.
-        fusion_layers: indices of the F blocks.
-        source_parameters: number of parameters taken over from the source, tied ones counted once.
-        added_parameters: number of parameters of fusion layers, projector and embeddings of new tokens.
-        num_bytes: size of all weights.
-        image_tokens: N, tokens of the largest image that the processor makes.
-        image_bytes: image keys/values of a window with one such image: F N b. Where self-attention updates image
-            states it keeps theirs too: L N b if fusion layers use the same keys, (F + L) N b if not.
-        text_token_bytes: (L - R) b, what one more text token adds to the KV cache for good.
-        window_text_bytes: F b, what it adds besides while its window is the current one; 0 where fusion layers have no
-            text keys or those of self-attention.
-        image_history: "latest" or "group" where a new window frees the images before it, "all" where none is freed.
-        video_history: the same for video frames.
+        variant: Name of the variant; None if the settings have no name.
+        backbone: Family of the source, such as "Qwen2.5-VL".
+        dtype: Number format of most weights, such as "bfloat16"; e is its size.
+        num_layers: Number of decoder blocks, L.
+        fusion_layers: Indices of the F blocks.
+        source_parameters: Number of parameters taken over from the source, tied ones counted once.
+        added_parameters: Number of parameters of fusion layers, projector and embeddings of new tokens.
+        num_bytes: Size of all weights.
+        image_tokens: Number of tokens, N, of the largest image that the processor makes.
+        image_bytes: Size of the image keys/values of a window with one such image: F N b. Where self-attention
+            updates image states it keeps theirs too: L N b if fusion layers use the same keys, (F + L) N b if not.
+        text_token_bytes: Size of what one more text token adds to the KV cache for good: (L - R) b.
+        window_text_bytes: Size of what it adds besides while its window is the current one: F b; 0 where fusion layers
+            have no text keys or those of self-attention.
+        image_history: Value "latest" or "group" where a new window frees the images before it, "all" where none is
+            freed.
+        video_history: Same value for video frames.
     """
 
     variant: str | None
@@ -61,26 +61,46 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     """Summarise a CASA checkpoint without loading its weights.
 
     Args:
-        path: folder of the checkpoint.
+        path: Folder of the checkpoint.
 
     Raises:
-        ConversionError: if there is no CASA checkpoint, or its files are broken.
+        CheckpointError: if there is no CASA checkpoint, or its files are broken.
     """
     folder = Path(path)
-    config = _read_config(folder)
+    config = read_casa_config(folder)
     tensors = read_checkpoint(folder)
     parameters: Counter[str] = Counter()
     added = 0
-    num_new_tokens = config.num_gist_tokens + config.backbone.text_only
     for name, tensor in tensors.items():
         parameters[tensor.dtype] += tensor.numel
         added += tensor.numel if ADDED.search(name) else 0
-        added += num_new_tokens * tensor.shape[-1] if name in TOKEN_ROWS else 0
+        added += len(config.new_token_ids) * tensor.shape[-1] if name in TOKEN_ROWS else 0
     dtype = DTYPES[parameters.most_common(1)[0][0]]
+    image_tokens = _largest_image(folder, config)
+    image_token_bytes, text_token_bytes, window_text_bytes = _token_bytes(config, dtype.itemsize)
+    return CheckpointSummary(
+        variant=config.variant,
+        backbone=config.backbone.display_name,
+        dtype=str(dtype).removeprefix("torch."),
+        num_layers=config.text_config.num_hidden_layers,
+        fusion_layers=config.fusion_layers,
+        source_parameters=parameters.total() - added,
+        added_parameters=added,
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        image_tokens=image_tokens,
+        image_bytes=image_tokens * image_token_bytes,
+        text_token_bytes=text_token_bytes,
+        window_text_bytes=window_text_bytes,
+        image_history=config.casa_image_history,
+        video_history=config.casa_video_history,
+    )
 
+
+def _token_bytes(config: CasaConfig, number_bytes: int) -> tuple[int, int, int]:
+    """Bytes of keys and values of a token in all blocks: an image token, a text token, a text token of the window."""
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_key_value_heads * head_dim * dtype.itemsize
+    token_bytes = 2 * text.num_key_value_heads * head_dim * number_bytes
     num_layers, num_fused = text.num_hidden_layers, len(config.fusion_layers)
     one_computation = config.casa_share_projections and config.casa_placement == "parallel"
     image_layers = num_fused
@@ -88,51 +108,20 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
         image_layers = num_layers if one_computation and config.casa_keys != "image" else num_fused + num_layers
     text_layers = num_layers - num_fused if config.casa_placement == "replace" else num_layers
     window_layers = num_fused if config.casa_keys == "window" and not one_computation else 0
-    image_tokens = _largest_image(folder, config)
-    return CheckpointSummary(
-        variant=config.variant,
-        backbone=config.backbone.display_name,
-        dtype=str(dtype).removeprefix("torch."),
-        num_layers=num_layers,
-        fusion_layers=config.fusion_layers,
-        source_parameters=parameters.total() - added,
-        added_parameters=added,
-        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        image_tokens=image_tokens,
-        image_bytes=image_layers * image_tokens * token_bytes,
-        text_token_bytes=text_layers * token_bytes,
-        window_text_bytes=window_layers * token_bytes,
-        image_history=config.casa_image_history,
-        video_history=config.casa_video_history,
-    )
-
-
-def _read_config(folder: Path) -> CasaConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"{folder} has no config.json. Give the folder of a CASA checkpoint.")
-    content = read_json(own_file(folder, file.name, ConversionError), ConversionError)
-    if content.get("model_type") != CasaConfig.model_type:
-        raise ConversionError(
-            f"{folder} has model_type {content.get('model_type')!r}, it is not a CASA checkpoint. Convert it first "
-            "(`casa-hf convert`)."
-        )
-    config = read_source_config(folder)
-    assert isinstance(config, CasaConfig)
-    return config
+    return image_layers * token_bytes, text_layers * token_bytes, window_layers * token_bytes
 
 
 def _largest_image(folder: Path, config: CasaConfig) -> int:
     """Tokens of the largest image that the checkpoint's processor makes."""
     file = folder / "processor_config.json"
     if not file.is_file():
-        raise ConversionError(f"{folder} has no processor_config.json. Add the one that belongs to the checkpoint.")
+        raise CheckpointError(f"{folder} has no processor_config.json. Add the one that belongs to the checkpoint.")
     token_side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     try:
-        settings = read_json(own_file(folder, file.name, ConversionError), ConversionError)
+        settings = read_json(own_file(folder, file.name))
         return settings["image_processor"]["size"]["longest_edge"] // token_side**2
     except (KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{file} has no image_processor.size.longest_edge, the pixels of the largest image. Write it anew with "
+        raise CheckpointError(
+            f"{file} has no image_processor.size.longest_edge, the pixels of the largest image. Write it again with "
             "CasaProcessor.save_pretrained, or add the one that belongs to the checkpoint."
         ) from error

@@ -8,15 +8,16 @@ from the checkpoint itself, so that whatever a file lacks or has too much is fou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
 from ..backbone import Backbone
-from ..checkpoint_files.errors import ConversionError, listed, one_line
+from ..checks import listed, one_line
 from ..configuration_casa import CasaConfig
+from ..folder_files import CheckpointError
 
 Shape = tuple[int, ...]
 
@@ -30,7 +31,7 @@ PLACEMENT_COPIES: dict[str, tuple[tuple[str, str], ...]] = {
     "after": (("casa_layernorm.", "input_layernorm."),),
 }
 
-# What a replaced block has no longer; its fusion layer starts as a copy of it.
+# What a replaced block no longer has; its fusion layer starts as a copy of it.
 REPLACED = "self_attn."
 
 # Names that mark what conversion adds to a source.
@@ -57,11 +58,11 @@ class TensorMap:
     """The outcome for every tensor of a source.
 
     Attributes:
-        found: in-memory name -> name in the source, in the order of the model.
-        added: name of a new tensor -> in-memory name of the tensor that it starts as a copy of.
-        computed: name of a new tensor that starts as no copy -> its shape.
-        replaced: in-memory names of tensors that are only copied from.
-        dropped: name in the source -> why it isn't needed.
+        found: In-memory name -> name in the source, in the order of the model.
+        added: Name of a new tensor -> in-memory name of the tensor that it starts as a copy of.
+        computed: Name of a new tensor that copies nothing -> its shape.
+        replaced: In-memory names of tensors that are only copied from.
+        dropped: Name in the source -> why it isn't needed.
     """
 
     found: dict[str, str]
@@ -100,11 +101,11 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
     """Names and shapes of all weights of the stock model, with the vision tower it is given, without a tied head.
 
     Args:
-        source_config: of the stock model.
-        config: of the CASA model made from it.
+        source_config: Configuration of the stock model.
+        config: Configuration of the CASA model made from it.
 
     Raises:
-        ConversionError: if there can't be such a model.
+        CheckpointError: if there can't be such a model.
     """
     try:
         with torch.device("meta"):
@@ -114,9 +115,9 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
                 tower = config.tower.load()._from_config(config.vision_config)
                 weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
     except Exception as error:  # such as the KeyError of an unknown rope_type
-        raise ConversionError(
-            f"config.json describes no {config.backbone.display_name} model that could be built "
-            f"({type(error).__name__}: {one_line(error)}). Use the config.json that belongs to the weights."
+        raise CheckpointError(
+            f"No {config.backbone.display_name} model can be built from config.json ({type(error).__name__}: "
+            f"{one_line(error)}). Use the config.json that belongs to the weights."
         ) from error
     tied = TIED[:1] if config.tie_word_embeddings else ()
     shapes = {in_memory_name(name, config.backbone): tuple(tensor.shape) for name, tensor in weights.items()}
@@ -172,8 +173,8 @@ def casa_shapes(config: CasaConfig, stock: Mapping[str, Shape]) -> dict[str, Sha
     """Names and shapes of all weights of a CASA checkpoint.
 
     Args:
-        config: of the checkpoint.
-        stock: names and shapes of the source it was made from, see `stock_shapes`.
+        config: Configuration of the checkpoint.
+        stock: Names and shapes of the source that it was made from, see `stock_shapes`.
     """
     copies = {new: stock[original] for new, original in fusion_copies(config, stock).items()}
     replaced = replaced_names(config, stock)
@@ -187,13 +188,13 @@ def map_tensors(
     """Assign every tensor of a checkpoint that becomes one of another design.
 
     Args:
-        config: of the new CASA model.
-        stock: names and shapes of the stock model, see `stock_shapes`.
-        stored: names and shapes that the checkpoint has.
-        own: its configuration if it is a CASA checkpoint; else it must be one of the stock model.
+        config: Configuration of the new CASA model.
+        stock: Names and shapes of the stock model, see `stock_shapes`.
+        stored: Names and shapes that the checkpoint has.
+        own: Configuration of the checkpoint if it is a CASA checkpoint; else it must be one of the stock model.
 
     Raises:
-        ConversionError: naming tensors that are left over, missing, there twice or of the wrong shape; from one design
+        CheckpointError: naming tensors that are left over, missing, there twice or of the wrong shape; from one design
             to another also those that the new one has no place for, or needs and can't have.
     """
     found, dropped = match_tensors(config, stock if own is None else casa_shapes(own, stock), stored)
@@ -203,14 +204,14 @@ def map_tensors(
     added = {new: original for new, original in copies.items() if new not in found}
     absent = [name for name in wanted if name not in {*found, *added, *computed}]
     if absent:
-        raise ConversionError(
-            f"The new design needs {len(absent)} tensors that the checkpoint has no longer: {listed(absent)}. Convert "
+        raise CheckpointError(
+            f"The checkpoint no longer has {len(absent)} tensors that the new design needs: {listed(absent)}. Convert "
             "the source that it was made from."
         )
     replaced = {name for name in found if name not in wanted}
     lost = [name for name in found if name in replaced and name not in added.values()]
     if lost:
-        raise ConversionError(
+        raise CheckpointError(
             f"The new design has no place for {len(lost)} tensors, whose training would be lost: {listed(lost)}. "
             "Choose a design that keeps them, or convert the source that the checkpoint was made from."
         )
@@ -223,41 +224,52 @@ def match_tensors(
     """What each tensor of a checkpoint is.
 
     Args:
-        config: of the CASA model that it belongs to, or is to become.
-        expected: in-memory names and shapes that it must have.
-        stored: names and shapes that it has.
+        config: Configuration of the CASA model that it belongs to, or is to become.
+        expected: In-memory names and shapes that it must have.
+        stored: Names and shapes that it has.
 
     Returns:
         In-memory name -> stored name, in the order of `expected`; stored name -> why it isn't needed.
 
     Raises:
-        ConversionError: naming tensors that are left over, missing, there twice or of the wrong shape.
+        CheckpointError: naming tensors that are left over, missing, there twice or of the wrong shape.
     """
     found: dict[str, str] = {}
     dropped: dict[str, str] = {}
     left_over: list[str] = []
     for name in stored:
         new_name = in_memory_name(name, config.backbone)
+        if new_name in found:
+            raise CheckpointError(
+                f"{found[new_name]} and {name} are the same tensor ({new_name}) under two names. Remove one of them "
+                "from the checkpoint."
+            )
         if new_name in expected:
-            if new_name in found:
-                raise ConversionError(
-                    f"{found[new_name]} and {name} are the same tensor ({new_name}) in two layouts. Remove one of "
-                    "them from the checkpoint."
-                )
             found[new_name] = name
         elif (reason := _drop_reason(new_name, config)) is not None:
             dropped[name] = reason
         else:
             left_over.append(name)
-    family = config.backbone.display_name
+    _check_match(config.backbone.display_name, expected, stored, found, left_over)
+    return {name: found[name] for name in expected}, dropped
+
+
+def _check_match(
+    family: str,
+    expected: Mapping[str, Shape],
+    stored: Mapping[str, Shape],
+    found: Mapping[str, str],
+    left_over: Sequence[str],
+) -> None:
+    """Refuse a checkpoint with other tensors than its configuration describes."""
     if left_over:
-        raise ConversionError(
+        raise CheckpointError(
             f"The source has {len(left_over)} tensors that {family} doesn't: {listed(left_over)}. Convert an "
             f"unmodified {family} checkpoint (adapters merged), with the config.json that belongs to it."
         )
     missing = [name for name in expected if name not in found]
     if missing:
-        raise ConversionError(
+        raise CheckpointError(
             f"The source lacks {len(missing)} tensors of {family}: {listed(missing)}. Download the complete "
             "checkpoint, with the config.json that belongs to it."
         )
@@ -267,11 +279,10 @@ def match_tensors(
         if tuple(stored[name]) != tuple(expected[new_name])
     ]
     if wrong:
-        raise ConversionError(
-            f"The source's weights don't fit its config.json: {listed(wrong)}. Use the config.json that belongs to "
-            "them."
+        raise CheckpointError(
+            f"The source's weights don't have the shapes that its config.json describes: {listed(wrong)}. Use the "
+            "config.json that belongs to the weights."
         )
-    return {name: found[name] for name in expected}, dropped
 
 
 def _drop_reason(name: str, config: CasaConfig) -> str | None:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..checkpoint_files.errors import ConversionError
 from ..checkpoint_files.shards import (
     DTYPES,
     ComputedTensor,
@@ -22,6 +22,7 @@ from ..checkpoint_files.shards import (
     split_files,
 )
 from ..configuration_casa import CasaConfig
+from ..folder_files import CheckpointError
 from .mapping import EMBEDDINGS, PROJECTOR, TIED, TOKEN_ROWS, TensorMap
 
 PROJECTOR_SEED = 0
@@ -32,30 +33,51 @@ GIST_SEED = 1
 GIST_SPREAD = 0.1
 
 
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What a conversion will write.
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is known of a conversion before and after it.
 
     Attributes:
-        config: of the new checkpoint.
-        files: the tensors of each weight file, by file name.
-        source_parameters: number of parameters taken over.
-        added_parameters: number of new ones.
-        added: name of each new tensor -> name of the tensor that it starts as a copy of.
-        initialised: name of each tensor that is new, or has new rows, and copies nothing -> how these start.
-        dropped: name of each source tensor that is left out -> why.
-        note: what the new model does before any training, in sentences.
-        source_rows: the source's rows that new tokens take, in order of their ids, by the name of the matrix.
+        config: Configuration of the new checkpoint.
+        source_parameters: Number of parameters taken over.
+        added_parameters: Number of new parameters.
+        added: Name of each new tensor -> name of the tensor that it starts as a copy of.
+        initialised: Name of each tensor that is new, or has new rows, and copies nothing -> how these start.
+        dropped: Name of each source tensor that is left out -> why.
+        note: What the new model computes before any training, in sentences.
     """
 
     config: PreTrainedConfig
-    files: dict[str, list[PlannedTensor]]
     source_parameters: int
     added_parameters: int
     added: dict[str, str]
     initialised: dict[str, str]
     dropped: dict[str, str]
     note: str
+
+    @property
+    def left_out(self) -> list[str]:
+        """What is left out of the source: a line for each reason, with how many tensors."""
+        kinds: dict[tuple[str, bool], set[str]] = {}
+        for part, reason in self.dropped.items():
+            name, rows, _ = part.partition(", row")
+            kinds.setdefault((reason, bool(rows)), set()).add(name)
+        return [
+            f"{'rows of ' if rows else ''}{len(names)} tensor{'' if len(names) == 1 else 's'} ({reason})"
+            for (reason, rows), names in kinds.items()
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan(Conversion):
+    """What a conversion will write; see `Conversion` for the rest.
+
+    Attributes:
+        files: Tensors of each weight file, by file name.
+        source_rows: Rows of the source that new tokens take, in order of their ids, by the name of the matrix.
+    """
+
+    files: dict[str, list[PlannedTensor]]
     source_rows: tuple[PlannedTensor, ...] = ()
 
     @property
@@ -65,25 +87,27 @@ class ConversionPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all weights."""
+        """Size of all weights in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def left_out(self) -> list[str]:
-        """What is left out of the source, a line for each kind of tensors."""
-        return kinds_of_dropped(self.dropped)
 
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(Conversion):
+    """What a conversion has written; see `Conversion` for the rest.
 
-def kinds_of_dropped(dropped: Mapping[str, str]) -> list[str]:
-    """A line for each reason for which tensors are left out: how many, and why."""
-    kinds: dict[tuple[str, bool], set[str]] = {}
-    for part, reason in dropped.items():
-        name, rows, _ = part.partition(", row")
-        kinds.setdefault((reason, bool(rows)), set()).add(name)
-    return [
-        f"{'rows of ' if rows else ''}{len(names)} tensor{'' if len(names) == 1 else 's'} ({reason})"
-        for (reason, rows), names in kinds.items()
-    ]
+    Attributes:
+        output: Folder of the new checkpoint.
+        num_bytes: Size of all weights in bytes.
+    """
+
+    output: Path
+    num_bytes: int
+
+    @classmethod
+    def of(cls, plan: ConversionPlan, output: Path) -> ConversionReport:
+        """The report of a plan that has been carried out."""
+        shared = {field.name: getattr(plan, field.name) for field in fields(Conversion)}
+        return cls(output=output, num_bytes=plan.num_bytes, **shared)
 
 
 def make_plan(
@@ -99,16 +123,16 @@ def make_plan(
     """The plan of a conversion to a CASA checkpoint; its configuration gets the dtype of the weights.
 
     Args:
-        config: of the new checkpoint.
-        tensor_map: what becomes of each source tensor.
-        stored: the source's tensors by name.
-        new_token_ids: ids of the tokens that the source didn't have.
-        dtype: a key of `DTYPES` to cast to; None to keep each as it is.
-        max_shard_size: bytes of weights per file, as a number or such as "5GB".
-        note: what the new model does before any training.
+        config: Configuration of the new checkpoint.
+        tensor_map: Outcome for each source tensor.
+        stored: Source tensors by name.
+        new_token_ids: Ids of the tokens that the source didn't have.
+        dtype: Key of `DTYPES` to cast to; None to keep each as it is.
+        max_shard_size: Largest size of a weight file, as a number of bytes or a string such as "5GB".
+        note: What the new model computes before any training.
 
     Raises:
-        ConversionError: if a tied head has values of its own.
+        CheckpointError: if a tied head has values of its own.
     """
     _check_tied_head(stored, tensor_map)
     planned, initialised = _plan_tensors(config, tensor_map, stored, new_token_ids, dtype)
@@ -183,7 +207,7 @@ def _usual_dtype(tensors: Iterable[PlannedTensor]) -> str:
 
 
 def set_dtype(config: PreTrainedConfig, planned: Sequence[PlannedTensor], dtype: str | None) -> None:
-    """Make a configuration state the dtype in which the weights are to be loaded."""
+    """Set the dtype in which a configuration has its weights loaded."""
     if dtype is None and config.dtype is not None:
         return
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -238,7 +262,7 @@ def _with_new_rows(
 def _check_tied_head(stored: dict[str, StoredTensor], tensor_map: TensorMap) -> None:
     head, embedding = TIED
     if head in tensor_map.dropped and not same_values(stored[head], stored[tensor_map.found[embedding]]):
-        raise ConversionError(
-            f"config.json says that {head} equals the embeddings (tie_word_embeddings), but the source stores other "
-            "values. Set tie_word_embeddings to false in its config.json to keep both."
+        raise CheckpointError(
+            f"The source has other values for {head} than for the embeddings, but its config.json says that they are "
+            "tied (tie_word_embeddings). Set tie_word_embeddings to false there to keep both."
         )

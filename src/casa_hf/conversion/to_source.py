@@ -10,19 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..checkpoint_files.config import read_source_config
-from ..checkpoint_files.destination import check_output, new_folder
-from ..checkpoint_files.download import SMALL_FILES
-from ..checkpoint_files.errors import ConversionError
+from ..checkpoint_files.config import read_casa_config
+from ..checkpoint_files.destination import check_destination, new_folder
 from ..checkpoint_files.names import (
     CARRIED_FILES,
-    KEPT,
     OTHER_FILES,
+    SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
@@ -31,26 +30,20 @@ from ..checkpoint_files.shards import (
     PlannedTensor,
     Progress,
     StoredTensor,
-    read_checkpoint,
     read_tensors,
     split_files,
     write_checkpoint,
 )
-from ..checkpoint_files.unchanged import FileState, folder_state
 from ..configuration_casa import CasaConfig
-from ..folder_files import check_json
-from ..hub.card import Origin, license_files, source_card
-from .convert import (
-    MAX_SHARD_SIZE,
-    ConversionReport,
-    changed_files,
-    check_small_files,
-    dtype_code,
-    open_source,
-)
+from ..folder_files import CheckpointError
+from ..hub.origins import license_files
+from .card import source_card
+from .convert import changed_files
 from .mapping import ADDED, PROJECTOR, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
-from .plan import ConversionPlan, overwritten_rows, set_dtype
-from .source import source_processor_files, stock_config
+from .plan import ConversionPlan, ConversionReport, overwritten_rows, set_dtype
+from .processor import source_processor_files
+from .request import MAX_SHARD_SIZE, dtype_code
+from .source import Source, stock_config
 
 
 def convert_to_source(
@@ -66,26 +59,25 @@ def convert_to_source(
     """Write the token-insertion checkpoint in the source's form, with a CASA checkpoint's language model and tower.
 
     Args:
-        casa: folder or Hub id of a CASA checkpoint in which no self-attention was replaced.
-        output, dtype, revision, overwrite, max_shard_size, progress: see `convert_checkpoint`.
+        casa: Folder or Hub id of a CASA checkpoint in which no self-attention was replaced.
+        output, dtype, revision, overwrite, max_shard_size, progress: Arguments of `convert_checkpoint`.
 
     Raises:
-        ConversionError: for a checkpoint that has no such form, an output that can't be written, or an option that
+        CheckpointError: for a checkpoint that has no such form, an output that can't be written, or an option that
             can't be used.
     """
     target = Path(os.path.abspath(output))
-    destination = check_output(target, overwrite, casa)
-    plan, folder, config, small_files = _prepare(casa, dtype, revision, max_shard_size)
+    destination = check_destination(target, overwrite, casa)
+    plan, source, config = _prepare(casa, dtype, revision, max_shard_size)
     with new_folder(destination, plan.num_bytes) as new:
         plan.config.save_pretrained(new)
-        for file, name in _copied_files(folder, config):
+        for file, name in _copied_files(source.folder, config):
             shutil.copyfile(file, new / name)
-        for name, content in _processor_files(folder, config).items():
+        for name, content in _processor_files(source.folder, config).items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        card = source_card(config, Origin.of(folder.absolute()), folder, plan.dropped, plan.note, target.name)
-        (new / "README.md").write_text(card, encoding="utf-8")
+        (new / "README.md").write_text(source_card(config, source.folder, plan, target.name), encoding="utf-8")
         write_checkpoint(new, plan.files, progress)
-        check_small_files(small_files)
+        source.check_unchanged()
     return ConversionReport.of(plan, target)
 
 
@@ -99,65 +91,39 @@ def plan_to_source(
     """What `convert_to_source` would write; nothing is written, but a Hub id is downloaded.
 
     Args:
-        casa, dtype, revision, max_shard_size: see `convert_to_source`.
+        casa, dtype, revision, max_shard_size: Arguments of `convert_to_source`.
 
     Raises:
-        ConversionError: as `convert_to_source`.
+        CheckpointError: as `convert_to_source`.
     """
     return _prepare(casa, dtype, revision, max_shard_size)[0]
 
 
 def _prepare(
     casa: str | Path, dtype: str | torch.dtype | None, revision: str | None, max_shard_size: int | str
-) -> tuple[ConversionPlan, Path, CasaConfig, dict[Path, dict[Path, FileState]]]:
+) -> tuple[ConversionPlan, Source, CasaConfig]:
     code = dtype_code(dtype)
-    folder, load_weights = open_source(casa, revision)
-    small_files = {folder: folder_state(folder, SMALL_FILES)}
-    config = read_source_config(folder)
-    check_json(folder, CARRIED_FILES, ConversionError)
-    if not isinstance(config, CasaConfig):
-        raise ConversionError(
-            f"{folder} has model_type {config.model_type!r}. Give a CASA checkpoint; only those can be taken back."
-        )
-    if config.casa_placement == "replace":
-        raise ConversionError(
-            f"{folder} has fusion layers in place of self-attention (casa_placement='replace'), which the source's "
-            "form needs. Only designs that keep self-attention in every block can be taken back."
-        )
-    if config.new_token_ids and not (folder / f"{KEPT}tokenizer_config.json").is_file():
-        raise ConversionError(
-            f"{folder} has tokens of its own, but not the source's tokenizer ({KEPT}*). Copy these files from the "
-            "checkpoint that the conversion made."
-        )
+    source = Source.open(casa, revision, CARRIED_FILES)
+    config = read_casa_config(source.folder)
+    _check_way_back(source.folder, config)
     source_config = stock_config(config)
-    load_weights()
-    stored = read_checkpoint(folder)
-    source_rows = source_config.get_text_config().vocab_size
-    rows = config.text_config.vocab_size
-    taken = overwritten_rows(config.new_token_ids, source_rows)
-    originals = _read_source_rows(folder) if taken else {}
+    stored = source.tensors()
+    rows = _TokenRows.of(source.folder, config, source_config.get_text_config().vocab_size)
     stock = stock_shapes(stock_config(config, keep_tokens=True), config)
-    found, dropped = match_tensors(
-        config, casa_shapes(config, stock), {name: tensor.shape for name, tensor in stored.items()}
-    )
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    found, dropped = match_tensors(config, casa_shapes(config, stock), shapes)
     planned = []
     for name, stored_name in found.items():
         if reason := _drop_reason(name, config):
             dropped[stored_name] = reason
             continue
-        part = stored[stored_name]
+        tensor = stored[stored_name]
+        parts: tuple[StoredTensor, ...] = (tensor,)
         origin = stored_name
-        if name in TOKEN_ROWS and rows > source_rows:
-            part = part.rows(0, source_rows)
-            origin += f", rows 0 to {source_rows - 1}"
-            dropped[f"{stored_name}, rows {source_rows} to {rows - 1}"] = "tokens that the source hasn't"
-        parts: tuple[StoredTensor, ...] = (part,)
-        if name in TOKEN_ROWS and taken:
-            parts = _with_rows(part, taken, originals.get(name))
-            numbers = f"rows {', '.join(map(str, taken))}"
-            origin += f"; {numbers} of the source"
-            dropped[f"{stored_name}, {numbers}"] = "tokens that the source hasn't"
-        planned.append(PlannedTensor(source_name(name, config.backbone), parts, code or part.dtype, origin))
+        if name in TOKEN_ROWS:
+            parts, origin = rows.restored(name, stored_name, tensor)
+            dropped |= rows.dropped(stored_name)
+        planned.append(PlannedTensor(source_name(name, config.backbone), parts, code or tensor.dtype, origin))
     set_dtype(source_config, planned, code)
     plan = ConversionPlan(
         config=source_config,
@@ -169,7 +135,62 @@ def _prepare(
         dropped=dropped,
         note=_note(config),
     )
-    return plan, folder, config, small_files
+    return plan, source, config
+
+
+def _check_way_back(folder: Path, config: CasaConfig) -> None:
+    """Refuse a checkpoint that can't be converted back."""
+    if config.casa_placement == "replace":
+        raise CheckpointError(
+            f"{folder} has fusion layers in place of self-attention (casa_placement='replace'), but the source's form "
+            "needs all of it. Give a checkpoint of a design that keeps self-attention in every block."
+        )
+    if config.new_token_ids and not (folder / f"{SOURCE_PREFIX}tokenizer_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has added tokens, but not the source's tokenizer ({SOURCE_PREFIX}*). Copy these files from the "
+            "checkpoint that the conversion made."
+        )
+
+
+@dataclass(frozen=True)
+class _TokenRows:
+    """How the matrices with a row per token get the source's rows back.
+
+    Attributes:
+        kept: Number of rows that the source has.
+        all: Number of rows that the CASA checkpoint has.
+        taken: Indices of rows of the source that new tokens have taken.
+        originals: Values of these rows by the name of the matrix.
+    """
+
+    kept: int
+    all: int
+    taken: list[int]
+    originals: Mapping[str, StoredTensor]
+
+    @classmethod
+    def of(cls, folder: Path, config: CasaConfig, num_rows: int) -> _TokenRows:
+        taken = overwritten_rows(config.new_token_ids, num_rows)
+        return cls(num_rows, config.text_config.vocab_size, taken, _read_source_rows(folder) if taken else {})
+
+    @property
+    def _numbers(self) -> str:
+        return f"rows {', '.join(map(str, self.taken))}"
+
+    def restored(self, name: str, stored_name: str, matrix: StoredTensor) -> tuple[tuple[StoredTensor, ...], str]:
+        """The parts of a source matrix, and where they come from in words."""
+        origin = stored_name
+        if self.all > self.kept:
+            matrix = matrix.rows(0, self.kept)
+            origin += f", rows 0 to {self.kept - 1}"
+        if not self.taken:
+            return (matrix,), origin
+        return _with_rows(matrix, self.taken, self.originals.get(name)), f"{origin}; {self._numbers} of the source"
+
+    def dropped(self, stored_name: str) -> dict[str, str]:
+        """Which rows of a matrix are left out, and why."""
+        rows = [f"rows {self.kept} to {self.all - 1}"] * (self.all > self.kept) + [self._numbers] * bool(self.taken)
+        return {f"{stored_name}, {numbers}": "tokens that the source doesn't have" for numbers in rows}
 
 
 def _note(config: CasaConfig) -> str:
@@ -177,7 +198,7 @@ def _note(config: CasaConfig) -> str:
     if config.backbone.text_only:
         return (
             "Its language model is that of the CASA checkpoint. If it was trained there, it was trained to read text "
-            "beside fusion layers that see images, which it hasn't any more."
+            "beside fusion layers that see images, which it no longer has."
         )
     return (
         "Its language model and vision tower are those of the CASA checkpoint. If blocks of the tower were trained "
@@ -189,9 +210,9 @@ def _note(config: CasaConfig) -> str:
 def _read_source_rows(folder: Path) -> dict[str, StoredTensor]:
     file = folder / SOURCE_ROWS_FILE
     if not file.is_file():
-        raise ConversionError(
-            f"{folder} has new tokens in rows of the source's embeddings, but not what was there ({file.name}). Copy "
-            "this file from the checkpoint that the conversion made."
+        raise CheckpointError(
+            f"{folder} has added tokens in rows of the source's embeddings, but not the source's values of these rows "
+            f"({file.name}). Copy this file from the checkpoint that the conversion made."
         )
     return read_tensors(file)
 
@@ -201,9 +222,9 @@ def _with_rows(matrix: StoredTensor, indices: Sequence[int], rows: StoredTensor 
     shape = (len(indices), *matrix.shape[1:])
     if rows is None or rows.shape != shape:
         found = "nothing" if rows is None else list(rows.shape)
-        raise ConversionError(
-            f"{SOURCE_ROWS_FILE} should hold {list(shape)} numbers for each matrix with a row per token, got {found}. "
-            "Copy the file from the checkpoint that the conversion made."
+        raise CheckpointError(
+            f"{SOURCE_ROWS_FILE} must hold {list(shape)} numbers for each matrix with a row per token, but holds "
+            f"{found}. Copy the file from the checkpoint that the conversion made."
         )
     parts, start = [], 0
     for number, index in enumerate(indices):
@@ -216,17 +237,17 @@ def _with_rows(matrix: StoredTensor, indices: Sequence[int], rows: StoredTensor 
 def _drop_reason(name: str, config: CasaConfig) -> str | None:
     """Why the source has no such tensor; None if it has."""
     if name.startswith(PROJECTOR):
-        return "projector of image features, which the source hasn't"
+        return "projector of image features, which the source doesn't have"
     if ADDED.search(name):
-        return "fusion layers, which the source hasn't"
+        return "fusion layers, which the source doesn't have"
     if config.backbone.text_only and name.startswith(VISION):
-        return "vision tower, which the source hasn't"
+        return "vision tower, which the source doesn't have"
     return None
 
 
 def _copied_files(folder: Path, config: CasaConfig) -> list[tuple[Path, str]]:
     """Files that go back as the source had them, and their names there."""
-    kept = {file.name.removeprefix(KEPT): file for file in folder.glob(f"{KEPT}*")}
+    kept = {file.name.removeprefix(SOURCE_PREFIX): file for file in folder.glob(f"{SOURCE_PREFIX}*")}
     changed = changed_files(config) if kept else ()
     files = [
         (kept.get(name, folder / name), name)

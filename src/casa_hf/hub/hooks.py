@@ -2,22 +2,21 @@
 """Transformers' `push_to_hub` of model and processor by the rules of `casa-hf push`.
 
 The modelling files know nothing of the Hub, and checkpoints that carry their code don't carry this. Here their hook is
-filled: a model card that says what the model is, on the branch it goes to, and a look at what the repository holds.
+filled: the repository is checked first, and the commit brings the model card of a CASA checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import HfHubHTTPError
 
-from ..folder_files import own_file, parse_json
+from ..folder_files import CheckpointError, own_file, read_json
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
 from ..publishing_hook import PublishingHook
@@ -29,21 +28,17 @@ from .repositories import (
     WEIGHT_FILES,
     check_repository,
     client,
-    is_conflict,
     names_of,
     new_branch,
     outdated,
     present_card,
-    read_json,
+    read_remote_json,
     refuse_foreign,
     repository_info,
 )
 
-# How often a commit is tried while others change the repository.
-_ATTEMPTS = 3
-
-# Attributes of a model: the card that a folder has before a call of `save_pretrained`, the tags that one of
-# `push_to_hub` asks for.
+# Attributes of a model during a call: the card that the folder had before one of `save_pretrained`, the tags that one
+# of `push_to_hub` asks for.
 _FOLDER_CARD, _ASKED_TAGS = "_casa_folder_card", "_casa_asked_tags"
 
 
@@ -51,31 +46,24 @@ class _Publishing(PublishingHook):
     """What processor and model have in common; it has to follow Transformers' `PushToHubMixin`."""
 
     def suits_adapters(self, pushed: Any) -> bool:
-        """Whether it may go where adapters are."""
+        """Whether it may be added to a repository with adapters."""
         raise NotImplementedError
 
     def card(
-        self,
-        pushed: Any,
-        folder: Path,
-        api: HfApi,
-        repository: str,
-        info: ModelInfo,
-        revision: str | None,
-        additions: list[CommitOperationAdd],
+        self, pushed: Any, folder: Path, api: HfApi, repository: str, info: ModelInfo, revision: str | None
     ) -> str | None:
-        """The README.md for what a folder holds, on top of a state of the repository; None to leave that one alone."""
+        """The README.md for what is in a folder and a repository; None to leave the repository's as it is."""
         return None
 
     @contextmanager
     def pushing(self, pushed: Any, repository: str, options: Mapping[str, Any]) -> Iterator[None]:
-        """The repository is looked at before anything is saved, see `casa_hf.hub.repositories`."""
+        """The repository is checked before anything is saved, see `casa_hf.hub.repositories`."""
         check_repository(repository, options.get("token"), options.get("revision"), self.suits_adapters(pushed))
         yield
 
     @contextmanager
     def saving(self, saved: Any, folder: Any, options: Mapping[str, Any]) -> Iterator[None]:
-        """With `push_to_hub=True` the repository is looked at first too."""
+        """With `push_to_hub=True` the repository is checked first too."""
         if options.get("push_to_hub"):
             repository = options.get("repo_id") or Path(folder).name
             check_repository(repository, options.get("token"), options.get("revision"), self.suits_adapters(saved))
@@ -96,82 +84,41 @@ class _Publishing(PublishingHook):
     ) -> Any:
         """One commit, with the model card of a CASA checkpoint in place of the one that Transformers has prepared.
 
-        What is written into the repository's card during the upload is kept too: the commit says which one it follows,
-        and is made anew where another came first. Weights of an earlier push that new ones don't replace go. A branch
-        that doesn't exist is made for it, and removed if it is refused.
+        It is refused if somebody changes the repository meanwhile. Weights of an earlier push that the new ones don't
+        replace are removed. A branch that doesn't exist is made for it, and removed if it is refused.
         """
         folder, api = Path(folder), client(token)
-        names = _modified_files(folder, timestamps)
-        attempts = 0
-        while True:
-            attempts += 1
-            info, is_new = repository_info(api, repository, revision)
-            refuse_foreign(api, repository, info, self.suits_adapters(pushed))
-            additions = [CommitOperationAdd(name, str(own_file(folder, name))) for name in names]
-            card = self.card(pushed, folder, api, repository, info, revision, additions)
-            if card is not None:
-                (folder / CARD).write_text(card, "utf-8")
-                additions.append(CommitOperationAdd(CARD, card.encode()))
-            # Of weights in one file and in several, those in one would be loaded, new or old.
-            brings_weights = any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES)
-            saved = [file.name for file in folder.iterdir()]
-            removed = outdated(info, saved, WEIGHT_FILES) if brings_weights else []
-            operations = [*additions, *map(CommitOperationDelete, removed)]
-
-            def commit(operations: list[Any] = operations, parent: str | None = info.sha) -> Any:
-                return api.create_commit(
-                    repository,
-                    operations,
-                    commit_message=commit_message or f"Upload {type(pushed).__name__}",
-                    commit_description=commit_description,
-                    create_pr=create_pr,
-                    revision=revision,
-                    parent_commit=parent,
-                )
-
-            try:
-                if revision is None or not is_new or revision.startswith("refs/pr"):
-                    return commit()
-                with new_branch(api, repository, revision, str(info.sha)):
-                    return commit()
-            except HfHubHTTPError as error:
-                if attempts == _ATTEMPTS or not is_conflict(error):
-                    raise
+        info, is_new = repository_info(api, repository, revision)
+        refuse_foreign(api, repository, info, self.suits_adapters(pushed))
+        contents: dict[str, str | bytes] = {
+            name: str(own_file(folder, name)) for name in _modified_files(folder, timestamps)
+        }
+        # Of weights in one file and in several, those in one would be loaded, new or old.
+        brings_weights = any(fnmatch(name, pattern) for name in contents for pattern in WEIGHT_FILES)
+        removed = outdated(info, [file.name for file in folder.iterdir()], WEIGHT_FILES) if brings_weights else []
+        card = self.card(pushed, folder, api, repository, info, revision)
+        if card is not None:
+            (folder / CARD).write_text(card, "utf-8")
+            contents[CARD] = card.encode()
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        makes_branch = revision is not None and is_new and not revision.startswith("refs/pr")
+        with new_branch(api, repository, str(revision), str(info.sha)) if makes_branch else nullcontext():
+            return api.create_commit(
+                repository,
+                [*additions, *map(CommitOperationDelete, removed)],
+                commit_message=commit_message or f"Upload {type(pushed).__name__}",
+                commit_description=commit_description,
+                create_pr=create_pr,
+                revision=revision,
+                parent_commit=info.sha,
+            )
 
 
 class _ModelPublishing(_Publishing):
-    """Its model card too. What a call asks for is kept at the model while it lasts."""
+    """Its model card too."""
 
     def suits_adapters(self, pushed: Any) -> bool:
         return bool(getattr(pushed, "_hf_peft_config_loaded", False))
-
-    @contextmanager
-    def saving(self, saved: Any, folder: Any, options: Mapping[str, Any]) -> Iterator[None]:
-        """What the card in the folder says is published too.
-
-        A card that is in the folder stays as it is, but for what it says to be untrained. Where there is none, the
-        published one comes beside the weights.
-        """
-        is_pushed = bool(options.get("push_to_hub"))
-        file = own_file(folder, CARD) if is_pushed else Path(folder) / CARD
-        # Transformers writes the repository's card or a template over it before the upload.
-        before = file.read_bytes() if file.is_file() else None
-        after = before
-        try:
-            if before is not None:
-                after = without_untrained(decode_card(before, str(file))).encode()
-        except ValueError:
-            if is_pushed:
-                raise  # before anything is written
-        is_saved = False
-        try:
-            with super().saving(saved, folder, options), _remembered(saved, _FOLDER_CARD, after):
-                yield
-            is_saved = True
-        finally:
-            kept = after if is_saved else before
-            if kept is not None and file.read_bytes() != kept:
-                file.write_bytes(kept)
 
     @contextmanager
     def pushing(self, pushed: Any, repository: str, options: Mapping[str, Any]) -> Iterator[None]:
@@ -179,24 +126,38 @@ class _ModelPublishing(_Publishing):
         with _remembered(pushed, _ASKED_TAGS, options.get("tags")), super().pushing(pushed, repository, options):
             yield
 
+    @contextmanager
+    def saving(self, saved: Any, folder: Any, options: Mapping[str, Any]) -> Iterator[None]:
+        """A folder's card stays, without its section on what is untrained; what it says is published too.
+
+        In a folder without one, the published card is left beside the weights.
+        """
+        is_pushed = bool(options.get("push_to_hub"))
+        file = own_file(folder, CARD) if is_pushed else Path(folder) / CARD
+        # Transformers writes the repository's card, or a template, over it before the upload.
+        before = kept = file.read_bytes() if file.is_file() else None
+        after = before
+        try:
+            if before is not None:
+                after = without_untrained(decode_card(before, str(file))).encode()
+        except CheckpointError:
+            if is_pushed:
+                raise  # before anything is written
+        try:
+            with super().saving(saved, folder, options), _remembered(saved, _FOLDER_CARD, after):
+                yield
+            kept = after
+        finally:
+            if kept is not None and file.read_bytes() != kept:
+                file.write_bytes(kept)
+
     def card(
-        self,
-        pushed: Any,
-        folder: Path,
-        api: HfApi,
-        repository: str,
-        info: ModelInfo,
-        revision: str | None,
-        additions: list[CommitOperationAdd],
+        self, pushed: Any, folder: Path, api: HfApi, repository: str, info: ModelInfo, revision: str | None
     ) -> str:
-        folder_card, asked_tags = getattr(pushed, _FOLDER_CARD, None), getattr(pushed, _ASKED_TAGS, None)
+        folder_card = getattr(pushed, _FOLDER_CARD, None)
         config = folder / "config.json"  # adapters have none
-        named = (
-            parse_json(config.read_bytes(), str(config))
-            if config.is_file()
-            else read_json(api, repository, info, config.name)
-        )
-        there = names_of(info) | {addition.path_in_repo for addition in additions}
+        named = read_json(config) if config.is_file() else read_remote_json(api, repository, info, config.name)
+        there = names_of(info) | {file.name for file in folder.iterdir()}
         readme = published_card(
             None if folder_card is None else decode_card(folder_card, CARD),
             pushed.config,
@@ -207,7 +168,7 @@ class _ModelPublishing(_Publishing):
             needs_origin=False,
         )
         card = Card.read(readme, CARD)
-        card.data["tags"] = union(union(card.data.get("tags"), asked_tags), pushed.model_tags)
+        card.data["tags"] = union(union(card.data["tags"], getattr(pushed, _ASKED_TAGS, None)), pushed.model_tags)
         return card.write()
 
 
@@ -224,7 +185,7 @@ def fill_hooks() -> None:
 
 @contextmanager
 def _remembered(model: Any, name: str, value: Any) -> Iterator[None]:
-    """Have an attribute at a model for a while."""
+    """Set an attribute of a model as long as the block lasts."""
     setattr(model, name, value)
     try:
         yield
@@ -233,7 +194,7 @@ def _remembered(model: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _modified_files(folder: Path, timestamps: Mapping[str, float]) -> list[str]:
-    """Names of the files in a folder and its folders that came after these times, without the model card."""
+    """Names of the files in a folder and its folders that are newer than these times, without the model card."""
     modified = [
         path for path in sorted(folder.iterdir()) if path.stat().st_mtime > timestamps.get(path.name, -math.inf)
     ]

@@ -7,7 +7,6 @@ holds a CASA checkpoint. Whoever wants to replace something else deletes its fil
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 from collections.abc import Collection, Iterator
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from ..checkpoint_files.errors import PublishingError, listed
 from ..checkpoint_files.hub_client import hub_token, limit_waiting
 from ..checkpoint_files.shards import INDEX_FILE, SINGLE_FILE
+from ..checks import listed
 from ..configuration_casa import CasaConfig
-from ..folder_files import parse_json
-from .card import PresentCard
+from ..folder_files import CheckpointError, parse_json
 from .card_parts import Card, decode_card
+from .errors import is_lost
 
 CARD = "README.md"
 WEIGHT_FILES = (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE)
@@ -45,40 +44,40 @@ _PROCESSORS = {"preprocessor_config.json", "processor_config.json", "tokenizer.j
 
 
 def client(token: str | bool | None = None) -> HfApi:
-    """The Hub's client, for whom the token is usable and no request waits for ever; see `hub_token`."""
+    """The Hub's client, with a valid token and a time-out for each request; see `hub_token`."""
     limit_waiting()
     return HfApi(token=hub_token(token) or False)
 
 
 def writer(token: str | bool | None = None) -> HfApi:
-    """The Hub's client with a token, of which only the Hub knows whether it may write.
+    """The Hub's client with a token; only the Hub knows whether that may write.
 
     Args:
-        token: see `hub_token`.
+        token: Argument of `hub_token`.
 
     Raises:
-        PublishingError: if there is none, or it is unusable.
+        CheckpointError: if there is no token, or it is invalid.
     """
     if hub_token(token) is None:
-        raise PublishingError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+        raise CheckpointError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
     return client(token)
 
 
 def names_of(info: ModelInfo | None) -> set[str]:
-    """Names of a repository's files; of None, a repository that doesn't exist, none."""
+    """Names of a repository's files; none of None, a repository that doesn't exist."""
     return set() if info is None else {sibling.rfilename for sibling in info.siblings or ()}
 
 
 def holds(sibling: RepoSibling, addition: CommitOperationAdd) -> bool:
-    """Whether a file in a repository, with its metadata, has the content that an addition brings."""
+    """Whether a file in a repository has the content that an addition brings."""
     if sibling.lfs is not None:
         return sibling.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as stream:
         return sibling.blob_id == git_hash(stream.read())
 
 
-def read_json(api: HfApi, repository: str, info: ModelInfo, name: str) -> dict[str, Any] | None:
-    """A JSON object in a repository; None if the file isn't there, or holds something else."""
+def read_remote_json(api: HfApi, repository: str, info: ModelInfo, name: str) -> dict[str, Any] | None:
+    """A JSON object in a repository; None if the file doesn't exist, or holds something else."""
     if name not in names_of(info):
         return None
     try:
@@ -87,56 +86,45 @@ def read_json(api: HfApi, repository: str, info: ModelInfo, name: str) -> dict[s
         return None
 
 
-def present_card(api: HfApi, repository: str, info: ModelInfo) -> PresentCard | None:
+def present_card(api: HfApi, repository: str, info: ModelInfo) -> str | None:
     """The model card that a repository has before a commit; None if it has none.
 
     Args:
-        api: the Hub's client.
+        api: Client of the Hub.
         repository: Hub id.
-        info: of the repository at the commit before.
+        info: Information about the repository at the commit before.
 
     Raises:
-        PublishingError: if it isn't UTF-8, or its front matter can't be read.
+        CheckpointError: if it isn't UTF-8, or its front matter can't be read.
     """
     if CARD not in names_of(info):
         return None
     name = f"the {CARD} of {repository}"
-    content = _download(api, repository, info, CARD)
-    try:
-        readme = decode_card(content, name)
-        Card.read(readme, name)
-    except ValueError as error:
-        raise PublishingError(str(error)) from error
-    stated = read_json(api, repository, info, "config.json") or {}
-    config = None
-    if stated.get("model_type") == CasaConfig.model_type:
-        try:
-            config = CasaConfig.from_dict(stated)
-        except Exception:  # of another version, say: then nothing is known about it, as about a card without a model
-            config = None
-    return PresentCard(readme, config)
+    readme = decode_card(_download(api, repository, info, CARD), name)
+    Card.read(readme, name)
+    return readme
 
 
 def outdated(info: ModelInfo, contents: Collection[str], patterns: Collection[str]) -> list[str]:
-    """Names of a repository's files that fit one of the patterns and aren't among the names that are sent."""
+    """Names of a repository's files that match one of the patterns and aren't among those that are sent."""
     return sorted(
         name for name in names_of(info) - set(contents) if any(fnmatch(name, pattern) for pattern in patterns)
     )
 
 
 def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[ModelInfo, bool]:
-    """A repository at the state that a commit to a branch follows, and whether that branch is yet to be made.
+    """A repository in the state that a commit to a branch follows.
 
     Args:
-        api: the Hub's client.
+        api: Client of the Hub.
         repository: Hub id.
-        revision: the branch; None for the default one, from which a new one starts.
+        revision: Branch; None for the default one, from which a new one starts.
 
     Returns:
-        Information with the metadata of the files, and a truth value.
+        Information with the metadata of the files, and whether the branch is yet to be made.
 
     Raises:
-        PublishingError: if nothing can be added there, since it is a tag or a commit.
+        CheckpointError: if the revision is a tag or a commit, to which nothing can be added.
     """
     try:
         info = api.model_info(repository, revision=revision, files_metadata=True)
@@ -145,54 +133,54 @@ def repository_info(api: HfApi, repository: str, revision: str | None) -> tuple[
     if revision is None or revision.startswith("refs/pr/"):
         return info, False
     if revision not in {branch.name for branch in api.list_repo_refs(repository).branches}:
-        raise PublishingError(
-            f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give a "
-            "branch, or the name of a new one."
+        raise CheckpointError(
+            f"revision={revision!r} is a tag or a commit of {repository}, to which nothing can be added. Give the "
+            "name of a branch, which may be new."
         )
     return info, False
 
 
 def check_branch_name(revision: str | None) -> None:
-    """Refuse what no branch can be called; None is the default one.
+    """Refuse an invalid name of a branch; None is the default one.
 
     Raises:
-        PublishingError: for such a name.
+        CheckpointError: for such a name.
     """
     if revision is not None and (not _BRANCH.fullmatch(revision) or ".." in revision or revision.startswith("refs/")):
-        raise PublishingError(f"revision={revision!r} is not a valid branch name. Give one such as main or v1.")
+        raise CheckpointError(f"revision={revision!r} is not a valid branch name. Give one such as main or v1.")
 
 
 def refuse_foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool = False) -> None:
-    """Leave a repository alone that holds another model than a CASA checkpoint.
+    """Refuse a repository that holds another model than a CASA checkpoint.
 
     Args:
-        api: the Hub's client.
+        api: Client of the Hub.
         repository: Hub id.
-        info: of the repository at the commit before.
-        suits_adapters: whether what is published may go where adapters are: others, or a processor.
+        info: Information about the repository at the commit before.
+        suits_adapters: Whether what is published may be added to adapters: other adapters, or a processor.
 
     Raises:
-        PublishingError: if it does, with the way out.
+        CheckpointError: for such a repository.
     """
     held = _foreign(api, repository, info, suits_adapters)
     if held is not None:
-        raise PublishingError(
+        raise CheckpointError(
             f"{repository} is taken: it holds {held}. Choose another name, or delete these files there first."
         )
 
 
 def check_repository(repository: str, token: str | bool | None, revision: str | None, suits_adapters: bool) -> None:
-    """Find out before anything is saved or trained whether a repository, if it exists, can be published to.
+    """Check before anything is saved or trained whether a repository, if it exists, can be published to.
 
     Args:
-        repository: Hub id, or a name of the user's own.
-        token: see `hub_token`.
-        revision: branch; None for the default one.
-        suits_adapters: see `refuse_foreign`.
+        repository: Hub id, or a name in the user's own namespace.
+        token: Argument of `hub_token`.
+        revision: Branch; None for the default one.
+        suits_adapters: Argument of `refuse_foreign`.
 
     Raises:
-        PublishingError: if the token is unusable, the branch is none, the repository holds another model, or its card
-            can't be read.
+        CheckpointError: if the token or the branch is invalid, the repository holds another model, or its card can't
+            be read.
     """
     if revision is None or not revision.startswith("refs/pr/"):
         check_branch_name(revision)
@@ -214,60 +202,30 @@ def check_repository(repository: str, token: str | bool | None, revision: str | 
 
 @contextmanager
 def new_branch(api: HfApi, repository: str, branch: str, start: str) -> Iterator[None]:
-    """Make a branch for a commit, and remove it if the commit is refused; one that may have arrived keeps it.
+    """Make a branch for a commit, and remove it if the commit is refused; it stays if the commit may have arrived.
 
     Args:
-        api: the Hub's client.
+        api: Client of the Hub.
         repository: Hub id.
-        branch: to make.
-        start: hash of the commit that it starts from.
+        branch: Name of the branch.
+        start: Hash of the commit that it starts from.
     """
     api.create_branch(repository, branch=branch, revision=start)
     try:
         yield
     except Exception as error:
         if not is_lost(error):
-            with suppress(Exception):  # what counts is why there is nothing to keep
+            with suppress(Exception):  # the error of the commit counts
                 if api.model_info(repository, revision=branch).sha == start:
                     api.delete_branch(repository, branch=branch)
         raise
-
-
-# ---------------------------------------------------------------- errors of the client
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What the Hub's client has wrapped."""
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether the Hub may have done what was asked in spite of an error: no answer, or one from before the Hub."""
-    cause = cause_of(error)
-    response = getattr(cause, "response", None)
-    return not is_local(cause) if response is None else is_of_gateway(response.status_code)
-
-
-def is_local(error: BaseException) -> bool:
-    """Whether this client has raised an error by itself; an answer that isn't JSON comes from elsewhere."""
-    return isinstance(error, ValueError | TypeError) and not isinstance(error, json.JSONDecodeError)
-
-
-def is_of_gateway(status: int) -> bool:
-    """Whether a gateway answers with this status in the Hub's place."""
-    return status == 408 or (status >= 500 and status != 507)
-
-
-def is_conflict(error: HfHubHTTPError) -> bool:
-    """Whether somebody else has changed the repository meanwhile."""
-    return error.response is not None and error.response.status_code in (409, 412)
 
 
 def _foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool) -> str | None:
     """What a repository holds instead of a CASA checkpoint, in words; None if nothing."""
     names = names_of(info)
     if "config.json" in names:
-        model_type = (read_json(api, repository, info, "config.json") or {}).get("model_type")
+        model_type = (read_remote_json(api, repository, info, "config.json") or {}).get("model_type")
         if model_type == CasaConfig.model_type:
             return None
         return f"a model of type {model_type!r}" if model_type else "a config.json of something else"
@@ -280,9 +238,9 @@ def _foreign(api: HfApi, repository: str, info: ModelInfo, suits_adapters: bool)
     if weights and not suits_adapters:
         return f"adapters ({listed(weights)})"
     processors = sorted(names & _PROCESSORS)
-    if processors and (read_json(api, repository, info, "processor_config.json") or {}).get("processor_class") != (
-        "CasaProcessor"
-    ):
+    if processors and (read_remote_json(api, repository, info, "processor_config.json") or {}).get(
+        "processor_class"
+    ) != ("CasaProcessor"):
         return f"a processor or tokenizer of another model ({listed(processors)})"
     return None
 

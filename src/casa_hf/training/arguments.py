@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..checkpoint_files.errors import one_line
 from ..checkpoint_files.hub_client import hub_token
-from ..checks import check_count
+from ..checks import check_count, one_line
 from ..design_space import unknown_value
 from .config import TrainingConfig
 from .refusals import TOKEN_IS_SAVED, refuse_several_gpus

@@ -15,12 +15,11 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..checkpoint_files.errors import PublishingError
 from ..configuration_casa import CasaConfig
 from ..folder_files import own_file
 from ..hub.card import published_card, training_procedure
 from ..hub.card_parts import Card, decode_card, union
-from ..hub.push import explained
+from ..hub.errors import explained
 from ..hub.repositories import (
     CARD,
     check_branch_name,
@@ -71,7 +70,7 @@ class PublishingTrainer(Trainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             for file in folder.rglob("*"):
-                own_file(folder, file.relative_to(folder), PublishingError)
+                own_file(folder, file.relative_to(folder))
         if revision is None or not self.is_world_process_zero():
             yield
             return
@@ -84,7 +83,7 @@ class PublishingTrainer(Trainer):
         """As in Transformers, before the training: what would have a push refused after it is found here.
 
         Raises:
-            PublishingError: if the token is unusable, the Hub can't be reached, doesn't accept the token, or doesn't
+            CheckpointError: if the token is unusable, the Hub can't be reached, doesn't accept the token, or doesn't
                 let it write there; if the repository holds another model; or if a card, there or in the output folder,
                 can't be read.
         """

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint_files.disk import disk_is_full
 from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
-from ..checkpoint_files.errors import disk_is_full, one_line
+from ..checks import one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import read_json
 from ..modeling_casa import CasaForConditionalGeneration

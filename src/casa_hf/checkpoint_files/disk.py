@@ -1,35 +1,12 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The errors of conversion and publishing, and what keeps their messages in one line."""
+"""Whether an error means that the disk is full."""
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
-
-_LISTED = 4
 
 _FAILED_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos")
-
-
-class ConversionError(ValueError):
-    """A checkpoint that can't be converted or inspected; the message is one line and says what to do."""
-
-
-class PublishingError(ValueError):
-    """What can't be published, or wasn't; the message is one line and says what to do."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())
 
 
 def disk_is_full(error: BaseException | None) -> bool:
