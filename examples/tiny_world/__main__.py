@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a text model, a source that sees, and the CASA form of the source; measure them on held-out pictures."""
+"""Train a text model, a source that sees, and the CASA form of the source; measure them on held-out images."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _destination(partner: Partner, folder: Path) -> Iterator[Path]:
 
 
 def measure(folder: Path, questions: int) -> dict[str, Scores]:
-    """The scores on test pictures of guessing, of the text model, of the source without and with pictures, and of the
+    """The scores on test images of guessing, of the text model, of the source without and with images, and of the
     adapted model."""
     examples = standard_questions(questions)
     blind = [example.blind for example in examples]

@@ -27,7 +27,7 @@ class Source:
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
 
     def inputs(self, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What the model takes for the question of a conversation: each picture as many placeholders as it has tokens.
+        """What the model takes for the question of a conversation: each image as many placeholders as it has tokens.
 
         Args:
             example: see `casa_hf.training.Dialogue.of`.

@@ -1,7 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What pictures are made of: objects of one colour and shape, arrows, and characters.
+"""What images are made of: objects of one colour and shape, arrows, and characters.
 
-A picture is divided into tiles of 28 pixels, the size of one image token; only the object of a `scatter` crosses the
+An image is divided into tiles of 28 pixels, the size of one image token; only the object of a `scatter` crosses the
 borders of tiles. Every drawing is slightly different: background, shade, size and place vary.
 """
 
@@ -48,7 +48,7 @@ def any_thing(rng: Random) -> Thing:
 
 
 class Canvas:
-    """A square picture in the making.
+    """A square image in the making.
 
     Args:
         side: in pixels.
@@ -130,7 +130,7 @@ def glyph(character: str) -> Image.Image:
 
 
 def scatter(thing: Thing, rng: Random) -> Image.Image:
-    """A picture of two by two tiles with one object anywhere."""
+    """An image of two by two tiles with one object anywhere."""
     canvas = Canvas(2 * TILE, rng)
     radius = rng.randint(8, 12)
     slack = TILE - radius - 1

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A few test questions as files: pictures, and conversations as `casa-hf train` and `load_conversations` read them.
+"""A few test questions as files: images, and conversations as `casa-hf train` and `load_conversations` read them.
 
 python -m examples.tiny_world.held_out
 """
@@ -26,9 +26,9 @@ def main(folder: Path = FOLDER) -> None:
     lines = []
     for number, example in enumerate(held_out()):
         names = []
-        for place, picture in enumerate(example.pictures):
+        for place, image in enumerate(example.images):
             names.append(f"{example.task}-{number % PER_TASK}-{place}.png")
-            picture.save(folder / names[-1], optimize=True)
+            image.save(folder / names[-1], optimize=True)
         lines.append(json.dumps({"task": example.task, "messages": example.messages, "images": names}))
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -56,14 +56,14 @@ def clip(index: int, frames: int, split: str = "test") -> Clip:
     rng = Random(f"clip {split} {index}")
     camera = Camera(rng, split)
     thing = any_thing(rng)
-    pictures, captions = [], []
+    images, captions = [], []
     for number in range(frames):
         before = thing
         while number and thing == before and rng.random() < _CHANGES:
             thing = any_thing(rng)
         captions.append(str(thing) if number == 0 or thing != before else "")
-        pictures.append(camera.take(lambda rng, thing=thing: scatter(thing, rng)))
-    return Clip(tuple(pictures), tuple(captions))
+        images.append(camera.take(lambda rng, thing=thing: scatter(thing, rng)))
+    return Clip(tuple(images), tuple(captions))
 
 
 def new_stream(model: Any, processor: CasaProcessor, **settings: Any) -> CasaStream:
@@ -115,7 +115,7 @@ def train(folder: Path, steps: int = 600, frames: int = 256, lengths: Sequence[i
         folder: to write.
         steps: of the optimizers.
         frames: of all clips of a step together.
-        lengths: of the clips, in turn: short ones say more often how to begin, long ones how to go on.
+        lengths: of the clips, in turn: short ones say more often how to begin, long ones how to continue.
     """
     model: Any = CasaForConditionalGeneration.from_pretrained(_START)
     processor = CasaProcessor.from_pretrained(_START)

@@ -1,7 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """How the models come about: a source that learns to read, then to see, and CASA models made from it.
 
-- A text model learns, from scratch, to look things up in a text, and the tasks without their pictures.
+- A text model learns, from scratch, to look things up in a text, and the tasks without their images.
 - The source is this model with a vision tower, and learns to see with token insertion: the variant `insertion` is the
   stock model, with the same parameters.
 - Protocol B (the paper's Table 3) takes the source, keeps its language model as it is, and trains the fusion layers
@@ -70,7 +70,7 @@ class Recipe:
 
 
 # Looking things up in a text is learned from nothing else at first: among other lessons it doesn't come about. Then
-# come the tasks without their pictures, for what answers look like.
+# come the tasks without their images, for what answers look like.
 TEXT = (
     Recipe(
         steps=650,
@@ -89,7 +89,7 @@ TEXT = (
         decay=0.5,
     ),
 )
-# What the text model knows already is soon seen to be in pictures too; tasks that are learnt slowly come more often.
+# What the text model knows already is soon seen to be in images too; tasks that are learnt slowly come more often.
 SOURCE = (
     Recipe(
         steps=1_000,
@@ -166,7 +166,7 @@ def train_source(
         recipes: how, one after the other.
         text: checkpoint whose language model it starts with; from scratch by default, as its vision tower.
         seed: of the weights and of the data of the first recipe; later ones count on from it.
-        blind: whether to leave out all pictures, for a model that knows text alone.
+        blind: whether to leave out all images, for a model that knows text alone.
         report: called now and then.
         partner: the other process, if two train together.
         **config: overrides for `source_config`.

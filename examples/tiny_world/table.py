@@ -246,7 +246,7 @@ class Laboratory:
                 print(f"{run.file}: {done} of {len(missing)}, about {left / 60:.0f} min left", flush=True)
 
     def trials(self, protocol: str, design: str, recipe: Recipe) -> dict[float, Run]:
-        """The runs that choose a design's learning rate: half of the steps, on validation pictures."""
+        """The runs that choose a design's learning rate: half of the steps, on validation images."""
         short = replace(recipe, steps=max(1, recipe.steps // 2))
         return {lr: Run(protocol, design, _TRIAL_SEED, short.at(lr), "validation") for lr in RATES[protocol]}
 
@@ -283,7 +283,7 @@ class Laboratory:
         self.train(run, model, batcher)
         scores = evaluate(model, batcher, _asked(self.questions, run.split))
         found = {f"{task} {size}": score for (task, size), score in scores.by_size.items()}
-        # Where images are updated, pictures carry what no cut reaches.
+        # Where images are updated, images carry what no cut reaches.
         if run.split == "test" and model.config.casa_image_updates != "full":
             for size in FRAMES:
                 questions = _asked_of_memory(self.questions, size)
@@ -411,7 +411,7 @@ def _trial_table(designs: Mapping[str, Any]) -> list[str]:
     rates = list(next(iter(designs.values()))["trials"])
     if not rates:
         return []
-    lines = ["Trials of the learning rate: all tasks, validation pictures, one run each.", ""]
+    lines = ["Trials of the learning rate: all tasks, validation images, one run each.", ""]
     lines += _table(["design", *rates])
     for name, design in designs.items():
         lines.append(_row([name, *(_percent(score) for score in design["trials"].values())]))
@@ -446,15 +446,15 @@ def _memory(size: int, cut: str | None) -> str:
 
 
 def insert_tables(page: str, text: str) -> str:
-    """The page with the text in place of what stands between its marks.
+    """The page with the text in place of what stands between its comments.
 
     Raises:
-        ValueError: if the page has no marks.
+        ValueError: if the page has no such comments.
     """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"The page of results has lost the marks {BEGIN} and {END} between which tables stand.")
+        raise ValueError(f"The page of results has lost the comments {BEGIN} and {END} between which tables stand.")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 

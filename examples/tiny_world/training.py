@@ -50,7 +50,7 @@ def fit(
     every: int = 50,
     partner: Partner | None = None,
 ) -> None:
-    """Train on a stream of examples; no picture comes twice.
+    """Train on a stream of examples; no image comes twice.
 
     The rate rises linearly during `warmup`, a share of the steps, stays, and falls linearly to zero during `decay`.
 

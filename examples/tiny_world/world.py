@@ -2,10 +2,10 @@
 """Tasks: what is shown, what is asked, and what the answer is.
 
 An example is determined by task, size, split, seed and index. Its answer is drawn uniformly and independently of the
-text that precedes it, and the picture is made to agree; so whoever doesn't see the picture can only guess, with the
+text that precedes it, and the image is made to agree; so whoever doesn't see the image can only guess, with the
 probability `Task.chance`. The size of a task is its difficulty: how many pairs, steps, frames, ... there are.
 
-Splits share no picture: which split a picture belongs to is a function of its pixels, and a picture that belongs to
+Splits share no image: which split an image belongs to is a function of its pixels, and an image that belongs to
 another split than the one wanted is drawn again, with the same content.
 """
 
@@ -28,29 +28,29 @@ KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ@#$%&+"
 CHANGES = ("colour", "shape", "place", "nothing")
 
 _DIGITS = "0123456789"
-_HELD_OUT = 8  # one picture in so many is for testing, another one for validation
+_HELD_OUT = 8  # one image in so many is for testing, another one for validation
 
 
-def split_of(picture: Image.Image) -> str:
-    """The split that a picture belongs to: six in eight train."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(picture.tobytes()) % _HELD_OUT, "train")
+def split_of(image: Image.Image) -> str:
+    """The split that an image belongs to: six in eight train."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(image.tobytes()) % _HELD_OUT, "train")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation about pictures.
+    """A conversation about images.
 
     Attributes:
         task, size: what it is an example of.
-        lead: what precedes the first question: texts, and None for each picture.
-        pictures: for these, in order; if there are more, each later question has one of its own.
+        lead: what precedes the first question: texts, and None for each image.
+        images: for these, in order; if there are more, each later question has one of its own.
         turns: questions and answers.
     """
 
     task: str
     size: int
     lead: tuple[str | None, ...]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     turns: tuple[tuple[str, str], ...]
 
     @property
@@ -65,34 +65,34 @@ class Example:
         return messages
 
     def before(self, turn: int) -> tuple[str | None, ...]:
-        """What precedes a question: texts, and None for each picture."""
+        """What precedes a question: texts, and None for each image."""
         if turn == 0:
             return self.lead
-        return (None,) if len(self.pictures) > self.lead.count(None) else ()
+        return (None,) if len(self.images) > self.lead.count(None) else ()
 
     @property
     def conversation(self) -> dict[str, Any]:
         """The example as `casa_hf.training` takes it."""
-        return {"messages": self.messages, "images": list(self.pictures)}
+        return {"messages": self.messages, "images": list(self.images)}
 
     @property
     def blind(self) -> Example:
-        """The same conversation without its pictures."""
-        return replace(self, lead=tuple(part for part in self.lead if part is not None), pictures=())
+        """The same conversation without its images."""
+        return replace(self, lead=tuple(part for part in self.lead if part is not None), images=())
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Takes pictures that belong to a split."""
+    """Takes images that belong to a split."""
 
     rng: Random
     split: str
 
     def take(self, draw: Callable[[Random], Image.Image]) -> Image.Image:
-        """Draw until the picture belongs to the split; `draw` decides nothing but what answers don't depend on."""
-        while split_of(picture := draw(self.rng)) != self.split:
+        """Draw until the image belongs to the split; `draw` decides nothing but what answers don't depend on."""
+        while split_of(image := draw(self.rng)) != self.split:
             pass
-        return picture
+        return image
 
 
 Place = tuple[int, int]  # row and column
@@ -108,9 +108,9 @@ class Task:
         shows: what its answers tell about a model.
         sizes: the dial, from easy to hard.
         standard: the sizes that models train on and are tested with.
-        turns: most questions about one picture while training.
-        build: (camera, size, most turns) -> lead, pictures, turns.
-        chance: size -> probability of a right answer without the picture.
+        turns: most questions about one image while training.
+        build: (camera, size, most turns) -> lead, images, turns.
+        chance: size -> probability of a right answer without the image.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Task:
             split: one of `SPLITS`.
             index: of the example.
             seed: of the whole data set.
-            turns: most questions about its pictures.
+            turns: most questions about its images.
 
         Raises:
             ValueError: for an unknown size or split.
@@ -139,8 +139,8 @@ class Task:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
         rng = Random(f"{seed} {self.name} {size} {split} {index}")
-        lead, pictures, questions = self.build(Camera(rng, split), size, turns)
-        return Example(self.name, size, tuple(lead), tuple(pictures), tuple(questions))
+        lead, images, questions = self.build(Camera(rng, split), size, turns)
+        return Example(self.name, size, tuple(lead), tuple(images), tuple(questions))
 
 
 # ---------------------------------------------------------------- the tasks
@@ -209,7 +209,7 @@ def _arrows(camera: Camera, size: int, turns: int) -> Scene:
     across = 3 if size <= 2 else 4
     places = _places(across)
     while True:
-        # Arrows never leave the picture; half of the tiles hold the objects that they may lead to.
+        # Arrows never leave the image; half of the tiles hold the objects that they may lead to.
         content: dict[Place, Thing | str] = {}
         for place in places:
             inside = [name for name in DIRECTIONS if _next(place, name) in places]
@@ -241,9 +241,9 @@ def _follow(content: Mapping[Place, Thing | str], place: Place, steps: int) -> T
 
 def _frames(camera: Camera, size: int, turns: int) -> Scene:
     things = [any_thing(camera.rng) for _ in range(size)]
-    pictures = [camera.take(lambda rng, thing=thing: scatter(thing, rng)) for thing in things]
+    images = [camera.take(lambda rng, thing=thing: scatter(thing, rng)) for thing in things]
     asked = camera.rng.sample(range(size), min(turns, size))
-    return _clip(size), pictures, [(f"What was in frame {NUMBERS[index + 1]}?", str(things[index])) for index in asked]
+    return _clip(size), images, [(f"What was in frame {NUMBERS[index + 1]}?", str(things[index])) for index in asked]
 
 
 def _clip(frames: int) -> list[str | None]:
@@ -255,8 +255,8 @@ def _rule(camera: Camera, size: int, turns: int) -> Scene:
     rng = camera.rng
     entries, things = _any_rule(rng, size)
     shown = [rng.randrange(size) for _ in range(turns)]
-    pictures = [camera.take(lambda rng, index=index: scatter(things[index], rng)) for index in shown]
-    return (_rule_text(entries), None), pictures, [("What does this mean?", entries[index]) for index in shown]
+    images = [camera.take(lambda rng, index=index: scatter(things[index], rng)) for index in shown]
+    return (_rule_text(entries), None), images, [("What does this mean?", entries[index]) for index in shown]
 
 
 def _any_rule(rng: Random, size: int) -> tuple[list[str], list[Thing]]:
@@ -374,8 +374,8 @@ def _change(camera: Camera, size: int, turns: int) -> Scene:
     }[answer]
     changed = rng.randint(1, size - 1)
     clip = [(before, places[0]) if index < changed else later for index in range(size)]
-    pictures = [camera.take(_tiles({place: thing}, 2)) for thing, place in clip]
-    return _clip(size), pictures, [("What changed?", answer)]
+    images = [camera.take(_tiles({place: thing}, 2)) for thing, place in clip]
+    return _clip(size), images, [("What changed?", answer)]
 
 
 _NUM_THINGS = len(COLOURS) * len(SHAPES)
@@ -412,7 +412,7 @@ TASKS = {
         ),
         Task(
             "frames",
-            "memory of earlier pictures, each a window of its own",
+            "memory of earlier images, each a window of its own",
             (2, 3, 4, 6, 8),
             (2, 3),
             3,
@@ -420,7 +420,7 @@ TASKS = {
             lambda size: 1 / _NUM_THINGS,
         ),
         Task(
-            "rule", "text, then a picture that it is about", (2, 4, 6, 8, 10), (2, 4), 3, _rule, lambda size: 1 / size
+            "rule", "text, then an image that it is about", (2, 4, 6, 8, 10), (2, 4), 3, _rule, lambda size: 1 / size
         ),
         Task("colour", "everyday", (2, 3, 4, 5), (2, 4), 4, _colour, lambda size: 1 / len(COLOURS)),
         Task("shape", "everyday", (2, 3, 4, 5, 6), (2, 4), 4, _shape, lambda size: 1 / len(SHAPES)),
@@ -435,7 +435,7 @@ LESSONS = {
     for task in (
         Task("name", "one object", (1,), (1,), 1, _name_it, lambda size: 1 / _NUM_THINGS),
         Task("describe", "every tile", (2, 3, 4), (2, 3), 1, _describe, lambda size: 0.0),
-        Task("recall", "a rule, without a picture", (2, 4), (2, 4), 4, _recall, lambda size: 1 / size),
+        Task("recall", "a rule, without an image", (2, 4), (2, 4), 4, _recall, lambda size: 1 / size),
         Task("recall all", "a rule in another order", (2, 4, 6), (2, 4, 6), 1, _recall_all, lambda size: 0.0),
         Task("recall more", "a long rule in another order", (4, 8), (4, 8), 1, _recall_all, lambda size: 0.0),
         Task("seek", "every pair in another order", (2, 4, 8), (2, 4, 8), 1, _seek, lambda size: 0.0),
@@ -460,7 +460,7 @@ def examples(
         tasks: names of the tasks; one that stands there twice comes twice as often.
         seed: of the data set.
         start: index of the first one.
-        single: whether to ask one question about each picture, instead of several where the task has them.
+        single: whether to ask one question about each image, instead of several where the task has them.
     """
     index = start
     while True:
@@ -474,7 +474,7 @@ def examples(
 
 
 def all_questions(standard: int, others: int, split: str = "test", *, seed: int = 0) -> list[Example]:
-    """So many questions of each task and standard size, so many of each other size, each about pictures of its own."""
+    """So many questions of each task and standard size, so many of each other size, each about images of its own."""
     return [
         task.example(size, split, index, seed=seed)
         for task in TASKS.values()
@@ -484,5 +484,5 @@ def all_questions(standard: int, others: int, split: str = "test", *, seed: int 
 
 
 def standard_questions(number: int, split: str = "test", *, seed: int = 0) -> list[Example]:
-    """So many questions of each task and standard size, each about pictures of its own."""
+    """So many questions of each task and standard size, each about images of its own."""
     return all_questions(number, 0, split, seed=seed)

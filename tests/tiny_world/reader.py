@@ -37,13 +37,13 @@ class Area(NamedTuple):
 def read(example: Example) -> str:
     """The answer to the first question."""
     question = example.turns[0][0]
-    pictures = [areas(picture) for picture in example.pictures]
+    images = [areas(image) for image in example.images]
     numbers = [WORDS[word] for word in re.findall(r"\w+", question) if word in WORDS]
     words = question.rstrip("?").split()
-    first = pictures[0]
+    first = images[0]
     match example.task:
         case "pairs":
-            return words[3] + characters(example.pictures[0])[words[3]]
+            return words[3] + characters(example.images[0])[words[3]]
         case "place":
             return _name(_tile(first, numbers[0] - 1, numbers[1] - 1))
         case "arrows":
@@ -55,7 +55,7 @@ def read(example: Example) -> str:
             assert steps == example.size
             return _name(found)
         case "frames":
-            return _name(pictures[numbers[0] - 1][0])
+            return _name(images[numbers[0] - 1][0])
         case "rule":
             rule = example.lead[0]
             assert rule is not None and rule.count(",") + 1 == example.size
@@ -71,7 +71,7 @@ def read(example: Example) -> str:
             found = [area for area in first if kind in (area.colour, area.shape)]
             return next(word for word, number in WORDS.items() if number == len(found))
         case "change":
-            before, after = pictures[0][0], pictures[-1][0]
+            before, after = images[0][0], images[-1][0]
             moved = [before.row // 28, before.column // 28] != [after.row // 28, after.column // 28]
             differences = {
                 "colour": before.colour != after.colour,
@@ -79,14 +79,14 @@ def read(example: Example) -> str:
                 "place": moved,
             }
             changed = [name for name, differs in differences.items() if differs]
-            assert len(changed) < 2 and len(pictures) == example.size
+            assert len(changed) < 2 and len(images) == example.size
             return changed[0] if changed else "nothing"
     raise AssertionError(example.task)
 
 
-def areas(picture: Image.Image) -> list[Area]:
+def areas(image: Image.Image) -> list[Area]:
     """The connected areas of at least 20 pixels."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(image).astype(int)
     left = _foreground(pixels)
     found = []
     while left.any():
@@ -103,14 +103,14 @@ def areas(picture: Image.Image) -> list[Area]:
     return found
 
 
-def characters(picture: Image.Image) -> dict[str, str]:
+def characters(image: Image.Image) -> dict[str, str]:
     """The character to the right of each, by comparing halves of tiles with every character of the font, enlarged."""
     font = ImageFont.load_default_imagefont()
     alphabet = {}
     for character in map(chr, range(33, 127)):
         mask = _trim(np.array(font.getmask(character)).reshape(11, 6) > 0).repeat(2, 0).repeat(2, 1)
         alphabet[mask.tobytes(), mask.shape] = character
-    ink = _foreground(np.asarray(picture).astype(int))
+    ink = _foreground(np.asarray(image).astype(int))
     found = {}
     for row in range(0, ink.shape[0], 28):
         for column in range(0, ink.shape[1], 28):

@@ -69,19 +69,19 @@ def test_they_see():
     assert blind.overall < chance(QUESTIONS).overall + 0.09
 
 
-def test_exact_is_the_source_on_single_pictures(tmp_path):
-    """Without any training, and for the same pictures through the stock model and the stock image processor."""
+def test_exact_is_the_source_on_single_images(tmp_path):
+    """Without any training, and for the same images through the stock model and the stock image processor."""
     exact = CasaForConditionalGeneration.from_pretrained(
         convert_checkpoint(SOURCE, tmp_path / "exact", "exact").output, dtype=torch.float64
     ).eval()
     source = Source(SOURCE)
     source.model.to(torch.float64)
     processor = CasaProcessor.from_pretrained(CASA)
-    single = [example for example in FEW if len(example.pictures) == 1]
+    single = [example for example in FEW if len(example.images) == 1]
     assert len(single) >= 40
     for example in single:
         prompt = processor.apply_chat_template(example.messages[:-1], tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=prompt, images=list(example.pictures), return_tensors="pt")
+        inputs = processor(text=prompt, images=list(example.images), return_tensors="pt")
         with torch.no_grad():
             logits = exact(**inputs).logits[0, -1]
             expected = source.model(**source.inputs(example.conversation)).logits[0, -1]
@@ -163,5 +163,5 @@ def test_the_bundled_questions_are_standard_questions():
 
     for row, example in zip(rows, held_out(), strict=True):
         assert row["messages"] == example.messages
-        for name, picture in zip(row["images"], example.pictures, strict=True):
-            assert Image.open(name).convert("RGB").tobytes() == picture.tobytes()
+        for name, image in zip(row["images"], example.images, strict=True):
+            assert Image.open(name).convert("RGB").tobytes() == image.tobytes()

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cutting self-attention: what is cut carries nothing of a picture any more, what is left carries it."""
+"""Cutting self-attention: what is cut carries nothing of an image any more, what is left carries it."""
 
 from __future__ import annotations
 
@@ -33,43 +33,43 @@ def models(tmp_path_factory):
 
 
 @torch.no_grad()
-def logits_after(model, batcher, example, picture, mask):
+def logits_after(model, batcher, example, image, mask):
     batch = batcher([example])
     ids = batch["input_ids"][0].tolist()
     if mask is not None:
         floor = torch.finfo(model.dtype).min
         batch["attention_mask"] = torch.zeros(1, 1, len(ids), len(ids)).double().masked_fill(~mask, floor)
     batch.pop("labels")
-    end = window_of(ids, model.config.image_token_id, picture).stop
+    end = window_of(ids, model.config.image_token_id, image).stop
     return model(**{**batch, "pixel_values": batch["pixel_values"].double()}, use_cache=False).logits[0, end:]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("picture", [0, 1])
-def test_what_is_cut_carries_nothing(models, picture, backend):
+@pytest.mark.parametrize("image", [0, 1])
+def test_what_is_cut_carries_nothing(models, image, backend):
     model, batcher = models
     model.set_attn_implementation(backend)
     example, _ = questions_of_memory(1, 3, "train")[0]
-    pictures = list(example.pictures)
-    pictures[picture] = ImageOps.invert(pictures[picture])
-    changed = replace(example, pictures=tuple(pictures))
+    images = list(example.images)
+    images[image] = ImageOps.invert(images[image])
+    changed = replace(example, images=tuple(images))
     ids = batcher.encode(example)[0]
 
     def effect(what):
-        mask = None if what is None else cut_mask(ids, model.config, picture, what)
-        before, after = (logits_after(model, batcher, one, picture, mask) for one in (example, changed))
+        mask = None if what is None else cut_mask(ids, model.config, image, what)
+        before, after = (logits_after(model, batcher, one, image, mask) for one in (example, changed))
         return float((before - after).abs().max())
 
     assert effect("window") == 0
-    assert effect("gists") > 1e-4  # other text of the window carries the picture too
+    assert effect("gists") > 1e-4  # other text of the window carries the image too
     assert effect(None) > 1e-4
-    # Another picture's memory stays.
-    other = cut_mask(ids, model.config, 1 - picture, "window")
+    # Another image's memory stays.
+    other = cut_mask(ids, model.config, 1 - image, "window")
     before, after = (logits_after(model, batcher, one, 1, other) for one in (example, changed))
     assert float((before - after).abs().max()) > 1e-4
 
 
-def test_gists_are_the_mark_and_the_gist_tokens(models):
+def test_gists_are_the_placeholder_and_the_gist_tokens(models):
     model, batcher = models
     (example, _) = questions_of_memory(1, 3, "train")[0]
     ids = batcher.encode(example)[0]
@@ -96,7 +96,7 @@ def test_what_a_cut_would_leave_is_refused(models):
     ids = batcher.encode(questions_of_memory(1, 2, "train")[0][0])[0]
     with pytest.raises(ValueError, match="choose one of"):
         cut_mask(ids, model.config, 0, "everything")
-    with pytest.raises(ValueError, match="picture=1"):
+    with pytest.raises(ValueError, match="image=1"):
         cut_mask(ids, model.config, 1, "window")
     config = type(model.config)(**{**model.config.to_dict(), "casa_image_updates": "full"})
     with pytest.raises(ValueError, match="full"):

@@ -90,8 +90,8 @@ def encoded(one: live.Clip, path) -> list[float]:
         stream.pix_fmt = "yuv444p"
         for frame in one.frames:
             for _ in range(int(RATE * FRAME_SECONDS)):
-                picture = av.VideoFrame.from_image(frame)
-                container.mux(stream.encode(picture))
+                image = av.VideoFrame.from_image(frame)
+                container.mux(stream.encode(image))
         container.mux(stream.encode())
     return [index * FRAME_SECONDS for index, caption in enumerate(one.captions) if caption]
 

@@ -46,7 +46,7 @@ def test_batches_equal_those_of_the_collator(processor, task):
     assert batch.keys() == expected.keys() - {"mm_token_type_ids"}
     for name in batch.keys() - {"pixel_values"}:
         assert torch.equal(batch[name], expected[name]), name
-    if found[0].pictures:
+    if found[0].images:
         torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-5)
     assert (batch["labels"] != -100).any(1).all()
 

@@ -103,7 +103,7 @@ def test_tables_replace_those_of_the_page():
     once = table.insert_tables(page, "new\n")
     assert once == table.insert_tables(once, "new\n")
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "new" in once and "old" not in once
-    with pytest.raises(ValueError, match="lost the marks"):
+    with pytest.raises(ValueError, match="lost the comments"):
         table.insert_tables("no marks", "new\n")
 
 
@@ -149,7 +149,7 @@ def test_a_local_tower_sees_each_image_token_by_itself(tmp_path: Path):
         torch.manual_seed(0)
         towers[name] = Qwen2_5_VLForConditionalGeneration(source_config(tokenizer, **fields)).eval()
     folder = write_source(tmp_path, next(iter(towers.values())), tokenizer)
-    inputs = Batcher(CasaProcessor.from_source(folder)).pixels(TASKS["place"].example(3, "train", 0).pictures)
+    inputs = Batcher(CasaProcessor.from_source(folder)).pixels(TASKS["place"].example(3, "train", 0).images)
     changed = inputs["pixel_values"].clone()
     changed[:4] += 1  # the patches of the first image token
 

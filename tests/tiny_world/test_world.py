@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The tasks ask what their pictures show, only their pictures, and the same for the same seed."""
+"""The tasks ask what their images show, only their images, and the same for the same seed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ALL_SIZES = [(task.name, size) for task in TASKS.values() for size in task.sizes
 
 
 def digest(example: Example) -> str:
-    pixels = b"".join(picture.tobytes() for picture in example.pictures)
+    pixels = b"".join(image.tobytes() for image in example.images)
     return hashlib.sha256(pixels + repr((example.lead, example.turns)).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(("name", "size"), ALL_SIZES)
-def test_answers_agree_with_pictures(name, size):
+def test_answers_agree_with_images(name, size):
     for index in range(5):
         example = TASKS[name].example(size, "test", index)
         assert read(example) == example.turns[0][1], (index, example.turns)
@@ -34,26 +34,26 @@ def test_answers_agree_with_pictures(name, size):
 def test_every_question_about_a_picture_is_answered_from_it(name):
     task = TASKS[name]
     example = task.example(task.standard[-1], "train", 0, turns=task.turns)
-    of_its_own = len(example.pictures) > example.lead.count(None)  # whether each question has a picture
+    of_its_own = len(example.images) > example.lead.count(None)  # whether each question has an image
     assert len(example.turns) > 1 and (of_its_own or len(set(example.turns)) == len(example.turns))
     for index, turn in enumerate(example.turns):
-        shown = example.pictures[index : index + 1] if of_its_own else example.pictures
+        shown = example.images[index : index + 1] if of_its_own else example.images
         assert read(Example(name, example.size, example.lead, shown, (turn,))) == turn[1]
 
 
-def test_splits_share_no_picture():
-    pictures = defaultdict(set)
+def test_splits_share_no_image():
+    images = defaultdict(set)
     for split in SPLITS:
         for example in islice(examples(split), 270):
-            pictures[split] |= {picture.tobytes() for picture in example.pictures}
+            images[split] |= {image.tobytes() for image in example.images}
     for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
         for other in others:
-            assert not pictures[split] & pictures[other]
-    assert all(len(found) > 250 for found in pictures.values())
+            assert not images[split] & images[other]
+    assert all(len(found) > 250 for found in images.values())
 
 
 def test_splits_differ_in_pictures_only():
-    """Which split a picture belongs to isn't told by what it shows."""
+    """Which split an image belongs to isn't told by what it shows."""
     answers = {}
     for split in ("train", "test"):
         answers[split] = Counter(TASKS["frames"].example(2, split, index).turns[0][1] for index in range(900))
@@ -117,7 +117,7 @@ def test_unknown_sizes_and_splits_are_refused(size, split, message):
 
 
 def _blindly(example: Example) -> tuple[str, str | int]:
-    """What is known without the picture, and the answer: as no rule comes twice, the number of its entry."""
+    """What is known without the image, and the answer: as no rule comes twice, the number of its entry."""
     question, answer = example.turns[0]
     if example.task == "rule":
         return question, _entries(example).index(answer)
