@@ -51,7 +51,7 @@ def test_batches_equal_those_of_the_collator(processor, task):
     assert (batch["labels"] != -100).any(1).all()
 
 
-def test_conversations_without_pictures_have_no_pixels(processor):
+def test_conversations_without_images_have_no_pixels(processor):
     example = TASKS["frames"].example(2, "train", 0)
     batch = Batcher(processor)([example.blind])
     assert "pixel_values" not in batch

@@ -31,7 +31,7 @@ def test_answers_agree_with_images(name, size):
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.turns > 1])
-def test_every_question_about_a_picture_is_answered_from_it(name):
+def test_every_question_about_an_image_is_answered_from_it(name):
     task = TASKS[name]
     example = task.example(task.standard[-1], "train", 0, turns=task.turns)
     of_its_own = len(example.images) > example.lead.count(None)  # whether each question has an image
@@ -52,7 +52,7 @@ def test_splits_share_no_image():
     assert all(len(found) > 250 for found in images.values())
 
 
-def test_splits_differ_in_pictures_only():
+def test_splits_differ_in_images_only():
     """Which split an image belongs to isn't told by what it shows."""
     answers = {}
     for split in ("train", "test"):
