@@ -441,7 +441,7 @@ def test_cropping_past_the_start_of_the_window_raises_and_changes_nothing(varian
     cache = feed(model, [*words(3, 1), A, *words(4, 2)], empty_cache(model, static)).cache
     untouched = snapshot(cache)
     for removed in (5, 6, 9, 99):
-        message = f"Can't crop {removed} of 9 tokens.*at most 4 can be taken back.*copy of the cache taken before"
+        message = f"Can't crop {removed} of 9 tokens.*at most 4 can be removed.*copy of the cache made before"
         with pytest.raises(ValueError, match=message):
             cache.crop(-removed)
         assert same(snapshot(cache), untouched)
@@ -457,7 +457,7 @@ def test_a_length_to_crop_to_is_refused_as_a_whole(layers, static):
     model, row = new_model("casa-replace", casa_layers=layers), [*words(3, 1), A, *words(4, 2)]
     cache = feed(model, row, empty_cache(model, static)).cache
     untouched = snapshot(cache)
-    with pytest.raises(ValueError, match=r"crop\(6\): give the number of tokens to take back as a negative number"):
+    with pytest.raises(ValueError, match=r"crop\(6\) must get the number of tokens to remove as a negative number"):
         cache.crop(6)
     assert same(snapshot(cache), untouched)
     cache.crop(-2)
@@ -626,8 +626,12 @@ def test_another_batch_size_is_refused(masks):
 @pytest.mark.parametrize(
     "cache, error, message",
     [
-        (((torch.zeros(1), torch.zeros(1)),), TypeError, "The cache is a tuple; pass.*DynamicCache"),
-        (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "EncoderDecoderCache; pass.*StaticCache"),
+        (((torch.zeros(1), torch.zeros(1)),), TypeError, "The cache is a tuple, which.*pass.*DynamicCache"),
+        (
+            EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            TypeError,
+            "EncoderDecoderCache, which.*pass.*StaticCache",
+        ),
         (
             Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4) for _ in range(3)]),
             TypeError,
@@ -669,7 +673,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "place outside": (
         {**image_inputs([B]), "image_positions": torch.tensor([[0, 4]])},
-        r"image_positions holds \(0, 4\).*1 rows with 4 tokens",
+        r"image_positions contains \(0, 4\).*1 rows of 4 tokens",
     ),
     "places in another order": (
         {**image_inputs([B, C]), "image_positions": torch.tensor([[0, 3], [0, 1]])},
@@ -691,7 +695,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"pixel_values": torch.zeros(8, 96), "image_grid_thw": torch.tensor([1, 2, 4])},
         r"image_grid_thw has shape \(3,\); expected \(num_images, 3\)",
     ),
-    "no grid": ({"pixel_values": torch.zeros(8, 96)}, "need image_grid_thw"),
+    "no grid": ({"pixel_values": torch.zeros(8, 96)}, "without image_grid_thw"),
     "pixels and features": (
         {**image_inputs([B]), "image_embeds": torch.zeros(2, 64)},
         "pixel_values and image_embeds were both given",
@@ -727,7 +731,7 @@ def test_images_may_not_stand_in_padding():
     model = shared_model("casa")
     inputs = batch([A, *words(3, 1)], [B])
     for places in ([[0, 1], [1, 1]], [[0, 1], [2, 1]]):
-        with pytest.raises(ValueError, match=r"image_positions holds \([12], 1\), which is no text token"):
+        with pytest.raises(ValueError, match=r"image_positions contains \([12], 1\), which is not a text token"):
             model(**inputs, image_positions=torch.tensor(places))
 
 

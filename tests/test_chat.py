@@ -283,7 +283,7 @@ def test_beams_find_what_they_find_when_all_is_read_anew(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"use_cache": False}, ValueError, "use_cache=False: a conversation keeps"),
+        ({"use_cache": False}, ValueError, "use_cache=False isn't possible in a conversation"),
         ({"generation_config": GenerationConfig(use_cache=False)}, ValueError, "use_cache=False"),
         ({"cache_implementation": "static"}, ValueError, "cache_implementation='static'"),
         ({"cache_implementation": "quantized"}, ValueError, "cache_implementation='quantized'"),

@@ -127,7 +127,7 @@ def test_a_tokenizer_in_python_refuses_by_name() -> None:
     assert (
         token_ids(tokenizer, "MARK</s>", {"MARK": "hi"}) == tokenizer("hi</s>", add_special_tokens=False)["input_ids"]
     )
-    with pytest.raises(ValueError, match="ByT5Tokenizer can't read the control token '</s>' as text"):
+    with pytest.raises(ValueError, match="control token '</s>', which a ByT5Tokenizer can't tokenize"):
         token_ids(tokenizer, "MARK", {"MARK": "hi</s>"})
 
 
@@ -146,7 +146,7 @@ def test_a_template_that_does_not_carry_a_text_is_refused(
 ) -> None:
     changed = copy.copy(processor)
     changed.chat_template = template
-    with pytest.raises(ValueError, match=f"The chat template writes .* {times} times, where a text must come once"):
+    with pytest.raises(ValueError, match=f"The chat template writes .* {times} times, but must write each text once"):
         render_chat(
             changed,
             [message("user", "Hello there!"), message("assistant", SAID), message("user", "And now?")],

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen3Config
+from transformers import AutoConfig, MistralConfig, Qwen2_5_VLConfig
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.design_space import CHOICES, VARIANTS
@@ -112,13 +112,13 @@ def test_variant_is_none_for_other_settings_and_ignores_how_all_layers_are_writt
 def test_from_variant_takes_overrides_and_refuses_unknown_names():
     made = CasaConfig.from_variant("ca", text_config=TEXT, vision_config=VISION, casa_layers=[1], **TOKENS)
     assert (made.casa_keys, made.casa_layers) == ("image", [1])
-    with pytest.raises(ValueError, match=r"variant 'casaa' is unknown; did you mean 'casa'\? choose one of 'casa',"):
+    with pytest.raises(ValueError, match=r"variant 'casaa' is unknown; did you mean 'casa'\? Choose one of 'casa',"):
         CasaConfig.from_variant("casaa", text_config=TEXT, vision_config=VISION)
 
 
 @pytest.mark.parametrize("field", CHOICES)
 def test_unknown_values_are_named(field):
-    with pytest.raises(ValueError, match=rf"{field}='nonsense' is unknown; .*choose one of"):
+    with pytest.raises(ValueError, match=rf"{field}='nonsense' is unknown; .*hoose one of"):
         config(**{field: "nonsense"})
 
 
@@ -176,12 +176,12 @@ def test_types_are_checked(fields):
 
 
 def test_backbones_are_checked():
-    with pytest.raises(ValueError, match=r"text_config\.model_type is 'qwen3', which CASA isn't built on"):
-        CasaConfig(text_config=Qwen3Config(), vision_config=VISION)
+    with pytest.raises(ValueError, match=r"text_config\.model_type is 'mistral', which isn't supported"):
+        CasaConfig(text_config=MistralConfig(), vision_config=VISION)
     with pytest.raises(ValueError, match=r"text_config\.model_type is 'no_such_model'"):
         CasaConfig(text_config={"model_type": "no_such_model"})
-    with pytest.raises(ValueError, match=r"vision_config\.model_type is 'qwen3'"):
-        config_with_wrong_tower = Qwen3Config()
+    with pytest.raises(ValueError, match=r"vision_config\.model_type is 'mistral'"):
+        config_with_wrong_tower = MistralConfig()
         CasaConfig(text_config=TEXT, vision_config=config_with_wrong_tower, **TOKENS)
     with pytest.raises(ValueError, match="sliding-window attention switched on"):
         CasaConfig(
@@ -259,10 +259,12 @@ def test_old_flat_source_configurations_are_read():
 
 
 def test_unsupported_sources_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'qwen3' can't become CASA models\. Supported: Qwen2-VL .*, Qwen2\.5-VL"):
-        CasaConfig.from_source(Qwen3Config())
-    Qwen3Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'qwen3' can't become CASA models"):
+    with pytest.raises(
+        ValueError, match=r"'mistral' can't be converted to CASA .* Supported: Qwen2-VL .*, Qwen2\.5-VL"
+    ):
+        CasaConfig.from_source(MistralConfig())
+    MistralConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'mistral' can't be converted to CASA models"):
         CasaForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -475,7 +475,7 @@ def test_a_row_without_an_image_has_none_after_an_eviction():
 def test_what_cannot_be_evicted_is_refused_and_left_alone():
     model = model_of(tiny.casa_config("casa"))
     cache = DynamicCache(config=model.config)
-    with pytest.raises(TypeError, match="a CASA model has filled; this DynamicCache is none"):
+    with pytest.raises(TypeError, match="a CASA model has filled, but this DynamicCache isn't one"):
         model.evict_text(cache, 8)
     model(torch.arange(3, 23)[None].repeat(2, 1), cache=cache)
     for arguments, message in (

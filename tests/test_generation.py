@@ -438,7 +438,7 @@ def test_attentions_of_assisted_decoding_are_those_of_greedy_search(variant):
 
 def test_attentions_that_assisted_decoding_cannot_return_are_refused_by_name():
     settings = {"prompt_lookup_num_tokens": 2, "output_attentions": True, "return_dict_in_generate": True}
-    with pytest.raises(ValueError, match=r"'sdpa' doesn't give.*set_attn_implementation\(\"eager\"\)"):
+    with pytest.raises(ValueError, match=r"'sdpa' doesn't return.*set_attn_implementation\(\"eager\"\)"):
         shared_model("casa").generate(**batch(ONE), max_new_tokens=3, **settings)
     replaced = new_model("casa-replace", attn_implementation="eager")
     with pytest.raises(NotImplementedError, match=r"no self-attention.*Leave output_attentions out"):
@@ -617,7 +617,7 @@ def test_new_ids_without_the_whole_mask_are_refused():
         ({"dola_layers": "high"}, NotImplementedError, "dola_generation"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, NotImplementedError, "group_beam_search"),
         ({"num_beams": 4, "force_words_ids": [[5]]}, NotImplementedError, "constrained_beam_search"),
-        ({"cache_implementation": "paged"}, NotImplementedError, "continuous batching.*paged"),
+        ({"cache_implementation": "paged"}, NotImplementedError, "Continuous batching.*paged"),
         ({"cache_implementation": "offloaded"}, NotImplementedError, "Offloaded caches.*without offloading"),
         ({"assistant_early_exit": 1}, NotImplementedError, "assistant_early_exit"),
         ({"prefill_chunk_size": 3, "use_cache": False}, ValueError, "chunking without a cache"),
@@ -639,7 +639,7 @@ def test_continuous_batching_is_refused_by_name():
         lambda: model.init_continuous_batching(),
         lambda: model.continuous_batching_context_manager(),
     ):
-        with pytest.raises(NotImplementedError, match=r"continuous batching.*padded batch"):
+        with pytest.raises(NotImplementedError, match=r"Continuous batching.*padded batch"):
             start()
 
 
@@ -674,7 +674,7 @@ def test_chunks_of_embedded_prompts_work_or_are_refused_by_name():
             {"pixel_values": None, "image_grid_thw": None},
             "6 image placeholders .token 61. but 0 images.*remove the placeholders",
         ),
-        ({"image_grid_thw": None}, "need image_grid_thw"),
+        ({"image_grid_thw": None}, "without image_grid_thw"),
         ({"pixel_values": None}, "image_grid_thw was given without images"),
         (image_inputs([A, B]), "6 image placeholders, 6 of them after the 0 cached tokens, but 2 images.*new images"),
         ({"pixel_values": None, "image_grid_thw": None, "image_positions": torch.tensor([[0, 4]])}, "image_positions"),

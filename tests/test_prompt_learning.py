@@ -114,5 +114,5 @@ def test_images_behind_a_prompt_are_refused(casa_folder: Path, kind: str, typed:
 @pytest.mark.parametrize("kind", LEARNED)
 def test_a_conversation_behind_a_prompt_is_refused(casa_folder: Path, kind: str) -> None:
     """Its second turn was answered as if the prompt stood between the turns, or as if there had been no first one."""
-    with pytest.raises(NotImplementedError, match=r"learned prompt before every turn.*Use LoRA"):
+    with pytest.raises(NotImplementedError, match=r"learned prompt again before every turn.*Use LoRA"):
         Conversation(adapted(casa_folder, kind), CasaProcessor.from_pretrained(casa_folder))

@@ -122,7 +122,7 @@ def test_a_conversation_takes_no_cache(casa_folder: Path, name: str) -> None:
     chat = Conversation(CasaForConditionalGeneration.from_pretrained(casa_folder), processor)
     for _ in range(2):
         before, cache = chat._ids, chat._cache
-        with pytest.raises(TypeError, match=f"cache of its own; leave {name} out"):
+        with pytest.raises(TypeError, match=f"^{name} can't be given .* a cache of its own"):
             chat.ask("And now?", max_new_tokens=3, **{name: DynamicCache()})
         assert torch.equal(chat._ids, before) and chat._cache is cache
         chat.ask("What?", max_new_tokens=3)
@@ -212,7 +212,7 @@ def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def test_both_names_at_once_are_refused(call: Callable[..., Any]) -> None:
     first, second = DynamicCache(), DynamicCache()
-    with pytest.raises(ValueError, match=r"Both cache and past_key_values.*Pass one of them"):
+    with pytest.raises(ValueError, match=r"cache and past_key_values were both given.*Pass one of them"):
         call(shared_model("casa"), cache=first, past_key_values=second)
     assert first.get_seq_length() == second.get_seq_length() == 0
     call(shared_model("casa"), cache=first, past_key_values=None)

@@ -317,8 +317,8 @@ class CasaLayerMixin:
         """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
         if not self.grows:
             raise NotImplementedError(
-                f"{operation} isn't possible on a {type(self).__name__}, a static or quantized cache layer; use a "
-                "DynamicCache."
+                f"{operation} isn't supported by a {type(self).__name__}, a layer of a static or quantized "
+                "cache; use a DynamicCache."
             )
 
     @property
@@ -497,8 +497,8 @@ def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
     removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
     if removed < 0:
         raise ValueError(
-            f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number. A length to "
-            "keep isn't taken, because blocks without self-attention don't know theirs."
+            f"crop({tokens_to_remove}) must get the number of tokens to remove as a negative number; a length "
+            "to keep isn't supported, because blocks without self-attention don't know theirs."
         )
     return removed
 
@@ -511,8 +511,9 @@ def require_decoder_cache(cache: Any) -> None:
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(
-            f"The cache is a {type(cache).__name__}; pass a decoder's cache such as DynamicCache or StaticCache. "
-            "Caches of continuous batching (paged) and of encoder-decoder models aren't supported."
+            f"The cache is a {type(cache).__name__}, which CASA models don't support; pass a decoder's cache "
+            "such as DynamicCache or StaticCache. Caches of continuous batching (paged) and of "
+            "encoder-decoder models can't be used."
         )
 
 
@@ -535,8 +536,8 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) < num_layers:
         raise ValueError(
-            f"The cache has {len(cache.layers)} layers, the model has {num_layers}. Make the cache with this "
-            "model's config."
+            f"The cache has {len(cache.layers)} layers, but the model has {num_layers}. Make the cache with "
+            "this model's configuration: DynamicCache(config=model.config)."
         )
     further = [True] * (len(cache.layers) - num_layers)
     cache.layers = [
@@ -718,13 +719,14 @@ def _check_lengths(cache: Cache) -> None:
                 fits = (batch_size, heads, head_dim) == (state.batch_size, like.shape[1], like.shape[3])
                 if not fits or length != lengths[name] or tensor.dtype != like.dtype:
                     raise ValueError(
-                        f"The state is damaged: {name} of layer {number} is {tensor.dtype} of shape "
-                        f"{tuple(tensor.shape)}, which doesn't fit the rest; give all of it, as it was saved."
+                        f"The saved state is damaged: {name} of layer {number} is {tensor.dtype} of shape "
+                        f"{tuple(tensor.shape)}, which doesn't match the rest of it. Load the whole state, as "
+                        "it was saved."
                     )
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(
-                        f"The state is damaged: {name} of layer {number} has numbers that aren't finite, from "
-                        "which the model would say nonsense. Go on from an earlier state, or begin a new stream."
+                        f"The saved state is damaged: {name} of layer {number} has numbers that aren't finite. "
+                        "Resume from an earlier state, or start a new stream."
                     )
 
 

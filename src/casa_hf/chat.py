@@ -59,9 +59,9 @@ class Conversation:
         learned = getattr(model, "active_peft_config", None)
         if getattr(learned, "is_prompt_learning", False):
             raise NotImplementedError(
-                f"{type(learned).__name__}: PEFT puts a learned prompt before every turn anew, so that later ones "
-                "would be answered otherwise than if all were read at once. Use LoRA, or call model.generate with "
-                "everything that was said."
+                f"A conversation isn't possible with {type(learned).__name__}: PEFT inserts the learned prompt "
+                "again before every turn, so that later turns would be answered differently than in one call. "
+                "Use LoRA, or call model.generate with the whole conversation."
             )
         self.model = model
         self.processor = processor
@@ -130,21 +130,25 @@ class Conversation:
         """Refuse settings of `generate` that a conversation can't have."""
         if own := [name for name in _OWN if name in given]:
             what = "a cache" if own[0] in CACHE_NAMES else own[0]
-            raise TypeError(f"A conversation has {what} of its own; leave {own[0]} out, or call model.generate.")
+            raise TypeError(
+                f"{own[0]} can't be given to a conversation, which has {what} of its own; leave it out, or call "
+                "model.generate."
+            )
         if given.get("use_cache") is False or getattr(given.get("generation_config"), "use_cache", None) is False:
             raise ValueError(
-                "use_cache=False: a conversation keeps what was said and shown in its cache. Leave it out, or call "
-                "model.generate with everything that was said."
+                "use_cache=False isn't possible in a conversation, which keeps its text and images in a "
+                "cache. Leave it out, or call model.generate with the whole conversation."
             )
         if (kind := _setting("cache_implementation", given, self.model)) is not None:
             raise ValueError(
-                f"cache_implementation={kind!r}: a conversation has a cache of its own, which grows with each turn. "
-                "Leave it out, or set it to None in model.generation_config; model.generate takes any."
+                f"cache_implementation={kind!r} isn't possible in a conversation, which has a cache of its own "
+                "that grows with each turn. Leave it out, or set it to None in model.generation_config; "
+                "model.generate takes any."
             )
         if (number := _setting("num_return_sequences", given, self.model) or 1) > 1:
             raise ValueError(
-                f"num_return_sequences={number}: a conversation goes on from one answer. Leave it out, or call "
-                "model.generate."
+                f"num_return_sequences={number} isn't possible in a conversation, which continues from one "
+                "answer. Leave it out, or call model.generate."
             )
 
     @torch.no_grad()

@@ -87,8 +87,8 @@ def render_chat(
         if (times := rendered.count(mark)) != 1:
             what = repr(typed[mark]) if mark in typed else "what the assistant said"
             raise ValueError(
-                f"The chat template writes {what:.100} {times} times, where a text must come once and as it is. Use "
-                "another template: processor.chat_template."
+                f"The chat template writes {what:.100} {times} times, but must write each text once and "
+                "unchanged. Set processor.chat_template to another template."
             )
     return ChatText(rendered.rpartition(said)[2] if after_said else rendered, typed)
 
@@ -133,8 +133,8 @@ def _sanitized_ids(tokenizer: Any, pieces: list[str], control: re.Pattern[str]) 
     if backend is None:
         found = next(match[0] for piece in pieces[1::2] for match in control.finditer(piece))
         raise ValueError(
-            f"A {type(tokenizer).__name__} can't read the control token {found!r} as text. Take it out, or let it "
-            "count with sanitize_control_tokens=False."
+            f"The text contains the control token {found!r}, which a {type(tokenizer).__name__} can't tokenize "
+            "as plain text. Remove it, or keep it as a control token with sanitize_control_tokens=False."
         )
     plain = Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer"):
@@ -165,8 +165,9 @@ def _sanitized_ids(tokenizer: Any, pieces: list[str], control: re.Pattern[str]) 
         read = [index for index in ids(gap) if index != plain.token_to_id(gap)]
     if left := unwanted.intersection(read):
         raise ValueError(
-            f"This tokenizer makes the control token {tokenizer.convert_ids_to_tokens(min(left))!r} of plain text, so "
-            "it can't be typed. Take it out, or let it count with sanitize_control_tokens=False."
+            f"The text contains the control token {tokenizer.convert_ids_to_tokens(min(left))!r}, which this "
+            "tokenizer can't tokenize as plain text. Remove it, or keep it as a control token with "
+            "sanitize_control_tokens=False."
         )
     return [index_of.get(index, index) for index in read]
 

@@ -83,12 +83,13 @@ def check_text(name: str, text: Any) -> None:
         ValueError: with the name, the character and its place.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{name}: text must be a string, not {type(text).__name__}.")
+        raise ValueError(f"{name} must be a string, got {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         place = error.start
         raise ValueError(
-            f"{name} has {text[place]!r} at index {place}, which is half a character: text of bytes that aren't "
-            "UTF-8, or of half an escape such as \\ud83d\\ude00 in JSON. Write it in whole characters."
+            f"{name} has {text[place]!r} at index {place}, which is half a character (a lone surrogate): it comes "
+            "from bytes that aren't UTF-8, or from half of an escape such as \\ud83d\\ude00 in JSON. Replace it by "
+            "a whole character."
         ) from None

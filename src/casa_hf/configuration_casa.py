@@ -254,7 +254,7 @@ class CasaConfig(PreTrainedConfig):
             source, source_type = copy.deepcopy(source), source.model_type
         if source_type not in SOURCE_BACKBONES:
             raise ValueError(
-                f"Checkpoints with model_type {source_type!r} can't become CASA models. Supported: "
+                f"Checkpoints with model_type {source_type!r} can't be converted to CASA models. Supported: "
                 f"{supported_sources()}."
             )
         generic = PreTrainedConfig().to_dict().keys() | {"text_config", "vision_config", "torch_dtype"}
@@ -269,8 +269,9 @@ class CasaConfig(PreTrainedConfig):
             missing = [field for field in ("vision_config", "image_token_id") if overrides.get(field) is None]
             if missing:
                 raise ValueError(
-                    f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower: {' and '.join(missing)} "
-                    "must be given. `casa-hf convert SOURCE OUTPUT --vision-from CHECKPOINT` takes a checkpoint's."
+                    f"{SOURCE_BACKBONES[source_type].display_name} has no vision tower, so "
+                    f"{' and '.join(missing)} must be given. `casa-hf convert SOURCE OUTPUT --vision-from "
+                    "CHECKPOINT` takes the tower of another checkpoint."
                 )
             fields |= {"vision_start_token_id": None, "vision_end_token_id": None}
             return cls.from_variant(variant, text_config=source, **{**fields, **overrides})
@@ -314,8 +315,8 @@ class CasaConfig(PreTrainedConfig):
             if asked:
                 options = ", ".join(f"{field}={kwargs[field]!r}" for field in asked)
                 raise ValueError(
-                    f"{options} would change which tensors this CASA checkpoint has, and lose or invent some. "
-                    "Convert it: `casa-hf convert CHECKPOINT OUTPUT` with the options wanted."
+                    f"{options} would change which tensors this CASA checkpoint has. To change its design, "
+                    "convert it: `casa-hf convert CHECKPOINT OUTPUT` with these options."
                 )
             return config_dict
         overrides = {field: kwargs.pop(field) for field in DESIGN_FIELDS if field in kwargs}
@@ -385,7 +386,8 @@ class CasaConfig(PreTrainedConfig):
         refusals = [
             (
                 keys == "context" and not shared,
-                "casa_keys='context' is one attention and needs casa_share_projections=True",
+                "casa_keys='context' computes fusion and self-attention in one softmax and needs "
+                "casa_share_projections=True",
             ),
             (keys == "context" and self.casa_gate, "casa_keys='context' can't be gated; set casa_gate=None"),
             (
@@ -402,7 +404,8 @@ class CasaConfig(PreTrainedConfig):
             ),
             (
                 placement == "replace" and self.casa_gate,
-                "casa_placement='replace' can't be gated, nothing else would mix tokens; set casa_gate=None",
+                "casa_placement='replace' can't be gated, because nothing else in these blocks mixes tokens; "
+                "set casa_gate=None",
             ),
             (
                 placement == "replace" and keys == "image" and every_block,
@@ -458,7 +461,7 @@ def _loses(checkpoint: dict[str, Any], field: str, value: Any) -> bool:
 def _backbone_of(text_config: PreTrainedConfig) -> Backbone:
     if text_config.model_type not in BACKBONES:
         raise ValueError(
-            f"text_config.model_type is {text_config.model_type!r}, which CASA isn't built on. Use a text "
+            f"text_config.model_type is {text_config.model_type!r}, which isn't supported. Use a text "
             f"configuration of: {supported_sources()}."
         )
     return BACKBONES[text_config.model_type]

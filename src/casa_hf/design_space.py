@@ -215,8 +215,8 @@ def unknown_value(value: object, choices: Iterable[object]) -> str:
     """The end of an error message about a value that is none of the choices: the nearest one, if any, and all."""
     names = {str(choice): repr(choice) for choice in choices}
     near = get_close_matches(str(value), names, n=1)
-    question = f"did you mean {names[near[0]]}? " if near else ""
-    return f"{question}choose one of {', '.join(names.values())}."
+    question = f"did you mean {names[near[0]]}? Choose" if near else "choose"
+    return f"{question} one of {', '.join(names.values())}."
 
 
 __all__ = ["CHOICES", "DESIGN_FIELDS", "FIELDS", "SETTINGS", "VARIANTS", "Setting", "Variant", "unknown_value"]

@@ -341,7 +341,7 @@ def check_text_budget(keep: int, num_sink_tokens: int) -> None:
         raise ValueError(f"num_sink_tokens={num_sink_tokens} must be 0 or more.")
     if keep <= num_sink_tokens:
         raise ValueError(
-            f"keep={keep} must be larger than num_sink_tokens={num_sink_tokens}, else no recent text would stay."
+            f"keep={keep} must be larger than num_sink_tokens={num_sink_tokens}, so that some recent text stays."
         )
 
 
@@ -353,8 +353,8 @@ def check_history(rules: WindowRules) -> None:
     """
     if rules.keeps_all_images:
         raise ValueError(
-            'Text can\'t be evicted where casa_image_history or casa_video_history is "all": every image is kept for '
-            'ever, so memory grows without bound all the same. Use "latest" or "group".'
+            'Text can\'t be evicted where casa_image_history or casa_video_history is "all": every image is '
+            'kept, so that memory grows without bound. Use "latest" or "group".'
         )
 
 
@@ -363,8 +363,8 @@ def _state_of(cache: Cache) -> WindowState:
     home = home_layer(cache)
     if home is None or home.window_state is None:
         raise TypeError(
-            f"Text is evicted from a cache that a CASA model has filled; this {type(cache).__name__} is none. Pass "
-            "the cache of a forward or generate call."
+            "Text can only be evicted from a cache that a CASA model has filled, but this "
+            f"{type(cache).__name__} isn't one. Pass the cache that forward or generate has returned."
         )
     return home.window_state
 

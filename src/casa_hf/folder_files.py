@@ -38,13 +38,13 @@ def own_file(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
         real, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     except ValueError as unusable:  # a null character, half a surrogate pair
         raise CheckpointError(
-            f"{os.fspath(name)!r} is not a valid file name ({unusable}). Get the files of {folder} again."
+            f"{os.fspath(name)!r} is not a valid file name ({unusable}). Download the files of {folder} again."
         ) from None
     in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
     if not real.is_relative_to(root) and not in_cache:
         raise CheckpointError(
             f"{os.fspath(name)!r} leads out of {folder}, to {real}, but only files inside a checkpoint's folder "
-            "belong to it. If you trust the file, put a copy into the folder."
+            "belong to it. If you trust the file, copy it into the folder."
         )
     return file
 

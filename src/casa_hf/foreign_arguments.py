@@ -54,7 +54,7 @@ def refuse_foreign(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if _is_cache(value):
             raise TypeError(
-                f"{name} is a {type(value).__name__}, but a CASA model has no argument of this name for its cache. "
+                f"{name} is a {type(value).__name__}, but CASA models take their cache under another name. "
                 "Pass it as `cache` or `past_key_values`."
             )
         if name in _REFUSED and value is not None:

@@ -204,8 +204,8 @@ class CasaGenerationMixin(GenerationMixin):
         implementation = self.config.text_config._attn_implementation
         if implementation == "sdpa" or is_varlen(implementation):
             raise ValueError(
-                f"output_attentions=True needs weights of attention, which {implementation!r} doesn't give. Call "
-                'model.set_attn_implementation("eager"), or leave output_attentions out.'
+                f"output_attentions=True needs attention weights, which {implementation!r} doesn't return. "
+                'Call model.set_attn_implementation("eager"), or leave output_attentions out.'
             )
         if self.config.casa_placement == "replace":
             raise NotImplementedError(
@@ -342,8 +342,8 @@ class CasaGenerationMixin(GenerationMixin):
         if generation_config.prefill_chunk_size is not None:
             if generation_config.compile_config is not None:
                 raise NotImplementedError(
-                    "compile_config and prefill_chunk_size exclude each other: chunks with different images can't be "
-                    "compiled once for all. Leave one of them out."
+                    "compile_config and prefill_chunk_size can't be combined: chunks with different images "
+                    "can't be compiled once for all. Leave one of them out."
                 )
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -352,14 +352,15 @@ class CasaGenerationMixin(GenerationMixin):
         custom = kwargs.get("custom_generate", args[1] if len(args) > 1 else None)
         if custom is None and "/" in GENERATION_MODES_MAPPING[generation_mode]:
             raise NotImplementedError(
-                f"generation mode {generation_mode.value!r} needs code from the Hub that doesn't know CASA's windows. "
-                "Use greedy search, sampling, beam search or assisted decoding."
+                f"Generation mode {generation_mode.value!r} isn't supported by CASA models: it loads code from "
+                "the Hub that doesn't know CASA's windows. Use greedy search, sampling, beam search or "
+                "assisted decoding."
             )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            "continuous batching (generate_batch, cache_implementation='paged') has no place for CASA's image "
-            "windows. Use generate with a padded batch."
+            "Continuous batching (generate_batch, cache_implementation='paged') isn't supported by CASA "
+            "models: its cache has no place for their images. Call generate with a padded batch."
         )
 
     generate_batch = init_continuous_batching
@@ -373,10 +374,13 @@ def _check_image_inputs(images: dict[str, Any], past: int) -> bool:
     """
     content = [name for name in ("pixel_values", "image_embeds") if name in images]
     if content and "image_grid_thw" not in images:
-        raise ValueError(f"{content[0]} need image_grid_thw (num_images, 3); pass it as the processor returned it.")
+        raise ValueError(
+            f"{content[0]} was given without image_grid_thw; pass it as the processor returned it, of shape "
+            "(num_images, 3)."
+        )
     if content and len(images[content[0]]) and not len(images["image_grid_thw"]):
         raise ValueError(
-            f"{content[0]} hold images, but image_grid_thw is empty; pass both as the processor made them."
+            f"{content[0]} has images, but image_grid_thw is empty; pass both as the processor returned them."
         )
     if not content and (
         len(images.get("image_positions", ())) or (len(images.get("image_grid_thw", ())) and not past)
@@ -403,16 +407,19 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
     """Refuse by name what Transformers can't do with this cache or prompt."""
     if getattr(model_kwargs.get(CACHE), "offloading", False):
         raise NotImplementedError(
-            "Offloaded caches would leave the images' keys and values on the device, which hasn't been tried; use a "
+            "Offloaded caches aren't supported: the keys and values of images would stay on the device. Use a "
             "DynamicCache or StaticCache without offloading."
         )
     if config.assistant_early_exit is not None:
         raise NotImplementedError(
-            "assistant_early_exit isn't possible with CASA; use assistant_model or prompt lookup."
+            "assistant_early_exit isn't supported by CASA models; use assistant_model or prompt lookup."
         )
     if config.prefill_chunk_size is not None:
         if model_kwargs.get("inputs_embeds") is not None:
-            raise NotImplementedError("prefill_chunk_size splits input_ids, not inputs_embeds; leave it out.")
+            raise NotImplementedError(
+                "prefill_chunk_size can't be combined with inputs_embeds, since only input_ids are split into "
+                "chunks; leave it out."
+            )
         if past and is_older_than(5, 21):
             raise NotImplementedError(
                 "prefill_chunk_size with a filled cache needs Transformers 5.21 or newer; leave it out, or feed the "
@@ -420,8 +427,9 @@ def _check_generation(config: GenerationConfig, model_kwargs: dict[str, Any], ge
             )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         if model_kwargs.get(CACHE) is None:
-            raise ValueError("Assisted decoding needs a cache: set use_cache=True, or leave the assistant out.")
+            raise ValueError("Assisted decoding needs a cache; set use_cache=True, or leave the assistant out.")
         if isinstance(model_kwargs[CACHE], QuantizedCache):
             raise NotImplementedError(
-                "Assisted decoding takes rejected tokens back, which a quantized cache can't do; use a DynamicCache."
+                "Assisted decoding isn't possible with a quantized cache, from which rejected tokens can't be "
+                "removed; use a DynamicCache."
             )

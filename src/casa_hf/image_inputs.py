@@ -55,7 +55,10 @@ def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torc
         ValueError: if there are none, or one isn't the size of an image.
     """
     if image_grid_thw is None:
-        raise ValueError("Images need image_grid_thw (num_images, 3); pass it as the image processor returned it.")
+        raise ValueError(
+            "Images were given without image_grid_thw; pass it as the image processor returned it, of shape "
+            "(num_images, 3)."
+        )
     image_grid_thw = torch.as_tensor(image_grid_thw).cpu()
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
         raise ValueError(f"image_grid_thw has shape {tuple(image_grid_thw.shape)}; expected (num_images, 3).")
@@ -182,7 +185,7 @@ def check_no_images(
 
 def without_images(names: str) -> ValueError:
     """The error for arguments that describe images, in a call that has none."""
-    return ValueError(f"{names} was given without images; pass pixel_values or image_embeds too, or neither.")
+    return ValueError(f"{names} was given without images; pass pixel_values or image_embeds too, or leave it out.")
 
 
 def image_placeholders(config: CasaConfig, text: NewText, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
@@ -301,6 +304,6 @@ def _check_places(places: list[list[int]], text_shape: torch.Size, valid: torch.
         inside = 0 <= row < batch_size and 0 <= index < num_tokens
         if not inside or (is_text is not None and not is_text[row][index]):
             raise ValueError(
-                f"image_positions holds ({row}, {index}), which is no text token of {batch_size} rows with "
+                f"image_positions contains ({row}, {index}), which is not a text token in {batch_size} rows of "
                 f"{num_tokens} tokens (padding excluded)."
             )

@@ -219,9 +219,10 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
 
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
-            'attn_implementation="flex_attention" isn\'t possible with CASA: its block masks are made and compiled '
-            "for one shape, but windows differ from call to call, so that every image would compile again. Use "
-            '"flash_attention_2", "torch_varlen" (CUDA, torch 2.11 or newer, no further package) or "sdpa".'
+            'attn_implementation="flex_attention" isn\'t supported by CASA models: its block masks are '
+            "compiled for one shape, but windows differ from call to call, so that every image would be "
+            'compiled again. Use "flash_attention_2", "torch_varlen" (CUDA, torch 2.11 or newer, no further '
+            'package) or "sdpa".'
         )
 
 
@@ -677,8 +678,9 @@ class CasaModel(CasaPreTrainedModel):
             return cache
         if cached_length(cache):
             raise ValueError(
-                "The cache holds text, but gradient checkpointing runs blocks again in the backward pass, which can't "
-                "continue from a cache. Call model.eval() or model.gradient_checkpointing_disable() first."
+                "The cache holds text, but gradient checkpointing is on, which computes blocks again in the "
+                "backward pass and can't continue from a cache. Call model.eval() or "
+                "model.gradient_checkpointing_disable() first."
             )
         return None
 

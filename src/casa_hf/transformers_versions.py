@@ -47,7 +47,7 @@ def with_one_cache_name(arguments: Mapping[str, Any], name: str = "cache") -> di
     caches = [arguments[key] for key in CACHE_NAMES if arguments.get(key) is not None]
     if len(caches) > 1:
         raise ValueError(
-            f"Both cache and {_OLD_NAME} were given; they are two names of the same argument. Pass one of them."
+            f"cache and {_OLD_NAME} were both given, but are two names of the same argument. Pass one of them."
         )
     others = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
     return {**others, name: caches[0]} if caches else others

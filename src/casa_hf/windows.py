@@ -238,8 +238,8 @@ class WindowState:
         if self.image_columns and last_image >= length:
             raise ValueError(
                 f"Can't crop {num_tokens} of {self.length} tokens: the current image stands before token "
-                f"{last_image}, so at most {self.length - last_image - 1} can be taken back. "
-                "Earlier windows are no longer stored; start again from a copy of the cache taken before the image."
+                f"{last_image}, so at most {self.length - last_image - 1} can be removed. Earlier windows are "
+                "no longer stored; start from a copy of the cache made before the image."
             )
         if length < 0:
             raise ValueError(f"Can't crop {num_tokens} of {self.length} tokens.")
@@ -313,8 +313,9 @@ class WindowState:
             numbers = getattr(self, name)
             if bool((numbers < least).any()) or (most is not None and bool((numbers > most).any())):
                 raise ValueError(
-                    f"The state is damaged: {name} of its windows is {numbers.tolist()!r:.100}, where numbers from "
-                    f"{least} to {'anything' if most is None else most} are expected; give all of it, as it was saved."
+                    f"The saved state is damaged: {name} of its windows is {numbers.tolist()!r:.100}; expected "
+                    f"numbers from {least} to {'anything' if most is None else most}. Load the whole state, as "
+                    "it was saved."
                 )
 
     def _check_forms(self) -> None:
@@ -332,8 +333,8 @@ class WindowState:
                 fits = own == other if name == "length" else own >= 0
             if not fits:
                 raise ValueError(
-                    f"The state is damaged: {name} of its windows doesn't fit the rest; give all of it, as it was "
-                    "saved."
+                    f"The saved state is damaged: {name} of its windows doesn't match the rest of it. Load the "
+                    "whole state, as it was saved."
                 )
 
 

@@ -229,10 +229,10 @@ def test_shards_outside_the_folder(sharded, tmp_path, name):
     name = str(outside) if name == "absolute" else name
     index = (sharded / INDEX).read_text()
     (sharded / INDEX).write_text(index.replace("model-00001-of-00002.safetensors", name))
-    refused(sharded, name, str(outside), "copy into the folder")
+    refused(sharded, name, str(outside), "copy it into the folder")
     (sharded / INDEX).write_text(index)
     (sharded / "model-00001-of-00002.safetensors").symlink_to(outside)
-    refused(sharded, "model-00001-of-00002.safetensors", str(outside), "copy into the folder")
+    refused(sharded, "model-00001-of-00002.safetensors", str(outside), "copy it into the folder")
 
 
 def test_links_inside_the_folder_and_into_the_download_cache(sharded, tmp_path):

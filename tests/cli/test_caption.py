@@ -381,7 +381,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["nowhere.mp4"], ["nowhere.mp4", "no file or folder"]),
+        (["nowhere.mp4"], ["nowhere.mp4", "exist; give"]),
         ([__file__], ["test_caption.py", "can't be used"]),
         ([BUNNY, "--out", "captions.txt"], ["captions.txt", ".srt"]),
         ([BUNNY, "--out", "nowhere/captions.srt"], ["nowhere", "doesn't exist"]),

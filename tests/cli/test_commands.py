@@ -477,7 +477,10 @@ def test_a_person_can_go_on_after_an_error(cli: Cli, casa_folder: Path, chat_ans
     typed = f"/fly\n/image nowhere.jpg\nHello!\n/image {CAT}\nWhat \ud83d\nWhat is this?\n/quit\n"
     outcome = cli("chat", casa_folder, *SHORT, stdin=typed, terminal=True)
     assert outcome.code == 0
-    assert "error: /fly" in outcome.err and "error: The image 'nowhere.jpg' can't be used" in outcome.err
+    assert (
+        "error: '/fly' is not a command" in outcome.err
+        and "error: The image 'nowhere.jpg' can't be used" in outcome.err
+    )
     # The picture waits for a message that can be asked.
     assert "half a character" in outcome.err
     assert outcome.out == f"> > > {chat_answers[0]}\n> > > {chat_answers[1]}\n> "

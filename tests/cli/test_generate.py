@@ -120,7 +120,7 @@ def test_progress_is_shown_on_a_terminal(cli: Cli, casa_folder: Path, tmp_path: 
         (["--prompt", "x", "--each"], ["--each"]),
         (["--prompt", "x", "--prompt", "y", *["--image", CAT] * 3], ["3 images for 2 prompts"]),
         (["--prompt", "x", "--prompt", "y", "--stream"], ["--stream", "one prompt"]),
-        (["--prompt", "x", "--input", "questions.jsonl"], ["--input", "leave out"]),
+        (["--prompt", "x", "--input", "questions.jsonl"], ["--input", "can't be combined"]),
         (["--input", "nowhere.jsonl"], ["--input", "nowhere.jsonl"]),
         (["--prompt", "x", "--output", "nowhere/a.jsonl"], ["--output", "nowhere"]),
         (["--prompt", "x", "--batch-size", "0"], ["--batch-size"]),
@@ -137,7 +137,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("", ["no lines"]),
+        ("", ["is empty"]),
         ("what?", ["line 1", "JSON"]),
         ("[]", ["line 1", "`prompt`"]),
         ('{"prompt": "\\ud83d"}', ["line 1", "ud83d"]),
@@ -146,7 +146,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),
         ('{"prompt": "x", "image": "nowhere.jpg"}', ["line 1", "nowhere.jpg"]),
-        (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "no image file"]),
+        (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "The image file"]),
         ('{"prompt": ' + "[" * 100_000, ["line 1", "JSON"]),
     ],
 )

@@ -1099,7 +1099,7 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"prompt": f"What is {MARK}?", "sanitize_control_tokens": False}, "holds image or video placeholders"),
         ({"system": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
         ({"prefix": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
-        ({"prompt": None}, "text must be a string"),
+        ({"prompt": None}, "must be a string"),
         ({"prompt": "<|video_pad|>", "sanitize_control_tokens": False}, "outside of a mark"),
         ({"fps": 10**400}, "fps=10"),
         ({"fps": Fraction(1, 10**400)}, "fps=Fraction"),

@@ -45,7 +45,7 @@ def chat(
             elif command == "/image":
                 pending.append(open_image(argument.strip()))
             elif command.startswith("/"):
-                raise ValueError(f"{command} is not a command. {CHAT_HELP}")
+                raise ValueError(f"{command!r} is not a command. {CHAT_HELP}")
             else:
                 conversation.ask(line, pending, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
                 pending = []  # now that they are part of what was said

@@ -76,12 +76,18 @@ def generate(
     question whose images can't be used.
     """
     if input is not None and (prompt or image or each):
-        raise typer.BadParameter("the file has the prompts and images; leave out the options.", param_hint="--input")
+        raise typer.BadParameter(
+            "it can't be combined with --prompt, --image and --each; the file has the prompts and images.",
+            param_hint="--input",
+        )
     with wrong_value("--input"):
         rows = rows_of_options(prompt or [], image or [], each) if input is None else rows_of_file(input)
     single = len(rows) == 1 and input is None and output is None
     if stream and not single:
-        raise typer.BadParameter("it is for one prompt whose answer is printed.", param_hint="--stream")
+        raise typer.BadParameter(
+            "it needs one prompt, and no --input and --output: it prints the answer while it is generated.",
+            param_hint="--stream",
+        )
     if output is not None:
         from ..captions.subtitles import check_output
 
@@ -127,7 +133,7 @@ def _answer_all(
         typer.echo(f"Interrupted: {done} of {len(rows)} questions are answered{_in(output)}.", err=True)
         raise
     if failed:
-        raise ValueError(f"{failed} of {len(rows)} questions could not be asked; `error` says why{_in(output)}.")
+        raise ValueError(f"{failed} of {len(rows)} questions could not be asked; see `error` of each{_in(output)}.")
 
 
 def _in(output: Path | None) -> str:

@@ -52,7 +52,7 @@ def load_model(
     try:
         model = CasaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", attn_implementation=attn)
     except SafetensorError as error:
-        raise ValueError(f"The weights in {name} are damaged ({error}); convert or download them again.") from error
+        raise ValueError(f"The weights in {name} are damaged ({error}). Convert or download them again.") from error
     return model.to(where).eval(), processor
 
 

@@ -76,8 +76,8 @@ def checkpoint(text: str) -> str:
     """
     if not Path(text).is_dir() and not is_hub_id(text):
         raise typer.BadParameter(
-            f"{text!r} is not a folder. Give the folder of a checkpoint, or a Hub id such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct."
+            f"{text!r} is not a folder or a valid Hub id. Give the folder of a checkpoint, or a Hub id such "
+            "as Qwen/Qwen2.5-VL-3B-Instruct."
         )
     return text
 
@@ -112,8 +112,8 @@ def check_is_casa(folder: Path, name: str) -> None:
         return  # a damaged file is the library's to explain
     if model_type != "casa":
         raise typer.BadParameter(
-            f"{name!r} is a checkpoint of the type {model_type!r}, not a CASA checkpoint. Convert it first: "
-            f"`casa-hf convert {name} OUTPUT`."
+            f"{name!r} is not a CASA checkpoint: its model_type is {model_type!r}. Convert it first: `casa-hf "
+            f"convert {name} OUTPUT`."
         )
 
 
@@ -129,7 +129,7 @@ def picture_name(text: str) -> str:
         BadParameter: if it is a file that isn't there.
     """
     if not is_url(text) and not os.path.isfile(os.path.expanduser(text)):
-        raise typer.BadParameter(f"There is no image file {text!r:.200}; give the path or URL of one.")
+        raise typer.BadParameter(f"The image file {text!r:.200} doesn't exist; give the path or URL of an image.")
     return text
 
 
@@ -141,7 +141,7 @@ def video_name(text: str) -> str:
     """
     is_place = ":" not in text and text != "camera"  # rather than a URL, a camera, or FORMAT:DEVICE
     if is_place and not Path(text).expanduser().exists():
-        raise typer.BadParameter(f"There is no file or folder {text!r}; give the path or URL of a video, or a camera.")
+        raise typer.BadParameter(f"{text!r} doesn't exist; give the path or URL of a video, or a camera.")
     return text
 
 

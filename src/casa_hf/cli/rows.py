@@ -48,9 +48,11 @@ def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -
         BadParameter: if it isn't clear which images belong to which prompt.
     """
     if not prompts:
-        raise typer.BadParameter("give a question, or a file of questions with --input.", param_hint="--prompt")
+        raise typer.BadParameter(
+            "it is missing; give a question, or a file of questions with --input.", param_hint="--prompt"
+        )
     if each and (len(prompts) > 1 or not images):
-        raise typer.BadParameter("it takes one --prompt and the images to ask it about.", param_hint="--each")
+        raise typer.BadParameter("it needs one --prompt and the images to ask it about.", param_hint="--each")
     if each:
         return [Row(prompts[0], (image,)) for image in images]
     if len(prompts) == 1:
@@ -78,10 +80,12 @@ def rows_of_file(file: Path) -> list[Row]:
     try:
         lines = file.read_text("utf-8-sig").split("\n")  # rather than `splitlines`: JSON may hold U+2028
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} isn't UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
     rows = [_row(f"{file}, line {number}", line, file.parent) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise ValueError(f"{file} has no lines; write one JSON object a line, with `prompt` and `images`.")
+        raise ValueError(f"{file} is empty; write one JSON object per line, with `prompt` and `images`.")
     return rows
 
 
@@ -89,7 +93,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} isn't JSON ({error}).") from error
+        raise ValueError(f"{place} is not valid JSON ({error}). Write one JSON object per line.") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError(f'{place} must be an object with a string as `prompt`, such as {{"prompt": "..."}}.')
     check_text(place, json.dumps(given, ensure_ascii=False))  # all of it is written again, with the answer
