@@ -460,7 +460,7 @@ def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str
     [
         ("/image nowhere.jpg", ["nowhere.jpg"]),
         ("/image", ["''", "no such file"]),
-        ("/image depth.png", ["depth.png", "'I;16'", "8-bit"]),
+        ("/image depth.png", ["depth.png", "'I;16'", "8 bits"]),
         ("/fly", ["/fly", "/quit"]),
     ],
 )
