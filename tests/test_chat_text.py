@@ -194,7 +194,7 @@ def test_control_tokens_count_where_they_are_asked_for(
         Conversation(model, processor, sanitize_control_tokens=False).ask(typed, max_new_tokens=1)
     whole = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     assert fed[0] == tokenizer(whole.format(typed) + "<|im_start|>assistant\n")["input_ids"]
-    with pytest.raises(ValueError, match=r"1 marks for images .* but 0 images"):
+    with pytest.raises(ValueError, match=r"number of images \(0\) must be .* placeholders in the text \(1\)"):
         Conversation(model, processor, sanitize_control_tokens=False).ask(MARK)
     stream = CasaStream(model, processor, prompt=typed, sanitize_control_tokens=False)
     assert stream.turns.opening == tokenizer(whole.format(typed) + "<|im_start|>assistant\n")["input_ids"]

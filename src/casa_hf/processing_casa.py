@@ -1,24 +1,16 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """`CasaProcessor`: conversations with images and videos become the inputs of a CASA model.
 
-Images never enter the token sequence: an image stands between `<|vision_start|>` and `<|vision_end|>`, immediately
-before the latter. Qwen's chat templates write a placeholder there, `<|image_pad|>` or `<|video_pad|>`. The processor
-takes it out, and for a video repeats the empty pair once per frame, so that every frame is an image of its own. Pixels
-come from the source's own image processor.
-
-The tokenizer of a text-only source has no such pair. There an image stands before the one token `<|image|>`, and the
-chat template writes `<|video|>`, which is no token, for a video. Gist tokens, where a model has any, follow the token
-that an image precedes; the processor writes them.
+Images never enter the token sequence; `placeholders.py` says how they are written in a prompt. Pixels come from the
+source's own image processor.
 """
 
 # Transformers reads the annotations of typed dictionaries at run time, so they must not become strings here.
 
 import os
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -30,28 +22,15 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .chat_text import ChatText, token_ids
-from .checks import check_text
 from .folder_files import read_json
 from .frames_casa import check_sampling, load_frames, measure_frames
 from .image_inputs import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
+from .placeholders import IMAGE_PAD, IMAGE_TOKEN, VIDEO_PAD, VISION_END, VISION_START, Notation, Prompt
 from .publishing_hook import PublishedByHook
-
-VISION_START = "<|vision_start|>"
-VISION_END = "<|vision_end|>"
-IMAGE_PAD = "<|image_pad|>"
-VIDEO_PAD = "<|video_pad|>"
-
-# Where there are no delimiters: the token that an image precedes, and what stands for a video.
-IMAGE_TOKEN = "<|image|>"
-VIDEO_PLACEHOLDER = "<|video|>"
 
 MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
-
-# Transformers puts this character before a control token that a user typed (`sanitize_control_tokens`): it is text.
-_NOT_TYPED = "(?<!\U000f0000)"
-_PLACEHOLDER = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
 
 _LIMITS = ("size", "min_pixels", "max_pixels")
 # Forms that may hold an image or a video.
@@ -103,21 +82,21 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     """Tokenizer, image processor and chat template of a CASA model.
 
     Args:
-        image_processor: the source's image processor, of either back end (torchvision or PIL).
-        tokenizer: the source's tokenizer. It pads on the left unless its settings say otherwise.
+        image_processor: image processor of the source, of either backend (torchvision or PIL).
+        tokenizer: tokenizer of the source. It pads on the left unless its settings say otherwise.
         chat_template: Jinja template of conversations; None for the tokenizer's.
         frame_max_pixels: largest number of pixels of a video frame; None for the limit of images.
         source_config: contents of the source's processor files by file name, kept so that the model can be converted
             back; not used otherwise.
-        image_token: the token that an image precedes. `<|vision_end|>` is the second of a pair of delimiters; any
-            other stands alone.
+        image_token: token that an image precedes. `<|vision_end|>` is the second of a pair of delimiters; any other
+            stands alone.
         num_gist_tokens: gist tokens `<|gist_0|>`, `<|gist_1|>`, ... that follow each image token.
 
     Attributes:
         image_token_id: id of `image_token`.
         gist_token_ids: ids of the gist tokens, in order.
-        media_policy: whether URLs are fetched and paths are read, and how large images may be; the
-            [`~media_casa.MediaPolicy`] may be replaced at any time, and isn't saved with the processor.
+        media_policy: [`~media_casa.MediaPolicy`] that says whether URLs are fetched and paths are read, and how large
+            images may be; it may be replaced at any time, and isn't saved with the processor.
 
     Raises:
         ValueError: if the tokenizer lacks one of these tokens, or `num_gist_tokens` is negative.
@@ -147,7 +126,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.gist_token_ids = tokenizer.convert_tokens_to_ids(gists)
         self.media_policy = MediaPolicy()
-        self._notation = _Notation.of(image_token, "".join(gists))
+        self._notation = Notation.of(image_token, "".join(gists))
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
 
@@ -161,14 +140,14 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
-            *args, **kwargs: as elsewhere in Transformers; also the settings that hold from now on: `min_pixels` and
-                `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images,
+            *args, **kwargs: arguments as elsewhere in Transformers, and settings that hold from now on: `min_pixels`
+                and `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images,
                 `frame_max_pixels` for video frames, and `media_policy`, a [`~media_casa.MediaPolicy`] or a dictionary
                 of its fields. Without one, any URL is fetched and any path is read, as by Transformers' processors;
                 a server gives `{"network": False, "local_files": False}`.
 
         Raises:
-            ValueError: if the limits don't fit together, or the policy is no such.
+            ValueError: if the limits don't fit together, or the policy isn't valid.
         """
         media_policy = MediaPolicy.of(kwargs.pop("media_policy", None))
         limits = {name: kwargs.pop(name) for name in _LIMITS if name in kwargs}
@@ -268,17 +247,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         """Inputs of the model for one or several prompts.
 
         Args:
-            images: an image, a list of them in reading order over the batch, or a list with one list per prompt, in
-                which None stands for none.
+            images: image, list of images in reading order over the batch, or list with one list per prompt, in which
+                None stands for none.
                 An image is a PIL image, an array or tensor (height, width, channels), (channels, height, width) or
                 (height, width), a path, a URL, base64 or bytes; in all of these forms it is the same image, turned
                 upright, on white where it isn't opaque: see [`~media_casa.rgb_image`].
-            text: a prompt or a list of them. An image stands at each `<|vision_start|><|vision_end|>` or
+            text: prompt or list of prompts. An image stands at each `<|vision_start|><|vision_end|>` or
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
                 `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
                 token and a video at each `<|video|>`. Gist tokens needn't be written. None to process pixels only.
-            videos: a video, a list, or a list of lists like `images`. A video is a path, a URL, base64, the bytes of a
-                file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
+            videos: video, list of videos, or list of lists like `images`. A video is a path, a URL, base64, the bytes
+                of a file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: not supported; must be None.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
                 (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps`,
@@ -292,35 +271,22 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             both are empty where there are none, so that prompts with and without images have the same keys.
 
         Raises:
-            ValueError: if marks and images or videos don't match, or an image, a video or an option is unusable.
+            ValueError: if placeholders and images or videos don't match, or an image, a video or an option can't be
+                used.
         """
         if images is None and text is None and videos is None:
-            raise ValueError("Give at least one of text, images and videos.")
+            raise ValueError("Nothing was given; pass at least one of text, images and videos.")
         if audio is not None:
-            raise ValueError("CASA models take no audio; leave it out.")
-        policy = self._policy(kwargs)
-        all_images = _collect("images", images, is_image, is_image)
-        all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
+            raise ValueError("CASA models take no audio; leave audio out.")
         texts = text if text is None or isinstance(text, (list, tuple)) else [text]
-        if texts is None:
-            marks_of_row = [[IMAGE_TYPE] * len(all_images.items) + [FRAME_TYPE] * len(all_videos.items)]
-        else:
-            marks_of_row = [_marks(row, self._notation) for row in texts]
-            _check_counts("images", self._notation.image, IMAGE_TYPE, marks_of_row, all_images)
-            _check_counts("videos", self._notation.video, FRAME_TYPE, marks_of_row, all_videos)
-
-        options = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
-        return_tensors = options["text_kwargs"].pop("return_tensors", None)
-        sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
-        rows = self._load(marks_of_row, all_images.items, all_videos.items, sizes, options, policy)
-
+        call = self._read_call(texts, images, videos, kwargs)
+        return_tensors = call.options["text_kwargs"].pop("return_tensors", None)
+        rows = self._load(call)
         data: dict[str, Any] = {}
         if texts is not None:
-            data.update(self._tokenize(texts, rows, options["text_kwargs"]))
+            data.update(self._tokenize(texts, rows, call.options["text_kwargs"]))
         visuals = [visual for row in rows for visual in row]
-        data.update(self._pixels(visuals, sizes, options["images_kwargs"]))
+        data.update(self._pixels(visuals, call))
         if not visuals and return_tensors is not None:
             data.update(self._no_pixels())
         return BatchFeature(data, tensor_type=return_tensors)
@@ -342,8 +308,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         Of image files only the header is read, of video files only the container; nothing is decoded.
 
         Args:
-            text: a prompt, written as for a call.
-            images, videos, **kwargs: as for a call.
+            text: prompt, written as for a call.
+            images, videos, **kwargs: arguments of a call.
 
         Returns:
             The number of text tokens and the number of image tokens.
@@ -351,27 +317,16 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         Raises:
             ValueError: as for a call.
         """
-        policy = self._policy(kwargs)
-        all_images = _collect("images", images, is_image, is_image)
-        all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
-        marks = _marks(text, self._notation)
-        _check_counts("images", self._notation.image, IMAGE_TYPE, [marks], all_images)
-        _check_counts("videos", self._notation.video, FRAME_TYPE, [marks], all_videos)
-        options = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
-        sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=bool(all_videos.items))
-        [visuals] = self._visuals(
-            [marks], all_images.items, all_videos.items, options["videos_kwargs"], policy, frames_of=measure_frames
-        )
-        options["text_kwargs"].pop("return_tensors", None)
-        input_ids = self._tokenize([text], [visuals], options["text_kwargs"])["input_ids"][0]
+        call = self._read_call([text], images, videos, kwargs)
+        [visuals] = self._visuals(call, measure_frames)
+        call.options["text_kwargs"].pop("return_tensors", None)
+        input_ids = self._tokenize([text], [visuals], call.options["text_kwargs"])["input_ids"][0]
         patches = 0
-        layout = options["images_kwargs"].get("input_data_format")
+        layout = call.options["images_kwargs"].get("input_data_format")
         for visual in visuals:
             for image in visual.images:
-                width, height = image if isinstance(image, tuple) else image_size(image, policy, layout)
-                patches += self._num_patches(sizes[visual.type], height, width, image)
+                width, height = image if isinstance(image, tuple) else image_size(image, call.policy, layout)
+                patches += self._num_patches(call.sizes[visual.type], height, width, image)
         return len(input_ids), patches // self.image_processor.merge_size**2
 
     def _get_num_multimodal_tokens(
@@ -382,20 +337,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     ) -> MultiModalData:
         """Numbers of image tokens by size, for engines that plan before there are images.
 
-        None of these tokens stands in the text, where an image takes the tokens of its mark alone.
+        None of these tokens stands in the text, where an image takes the tokens of its placeholder alone.
 
         Args:
             image_sizes: (height, width) of each image, in pixels.
             video_sizes: (frames, height, width) of each video, counted with the frames that are taken.
-            **kwargs: options as for a call.
+            **kwargs: options of a call.
 
         Returns:
             `num_image_tokens` and `num_image_patches`, one number per image, and `num_video_tokens`, one per video.
         """
-        options = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
-        sizes = self._sizes(options["images_kwargs"], options["videos_kwargs"], with_videos=video_sizes is not None)
+        sizes = self._sizes(self._options(kwargs), with_videos=video_sizes is not None)
         merge = self.image_processor.merge_size**2
         numbers: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -422,16 +374,16 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             raise ValueError(f"The image {name} can't be used: it has {width} x {height} pixels ({error}).") from error
 
     def count_placeholders(self, text: str) -> int:
-        """Number of images and videos that a prompt has marks for.
+        """Number of image and video placeholders in a prompt.
 
         Raises:
-            ValueError: if `text` isn't a string, or has a placeholder outside of a mark.
+            ValueError: if `text` isn't a string, or has pad tokens outside of a placeholder.
         """
-        return len(_marks(text, self._notation))
+        return len(self._notation.types(text))
 
     @property
     def image_placeholder(self) -> str:
-        """An image as it is written in a prompt."""
+        """How an image is written in a prompt."""
         return self._notation.image
 
     @property
@@ -441,76 +393,80 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
     # ---------------------------------------------------------------- steps of the call
 
-    def _sizes(self, images_kwargs: dict, videos_kwargs: dict, with_videos: bool) -> dict[int, dict[str, int]]:
+    def _read_call(self, texts: Sequence[str] | None, images: Any, videos: Any, kwargs: dict[str, Any]) -> "_Call":
+        """What a call was given, checked; nothing is loaded."""
+        given = kwargs.pop("media_policy", None)
+        policy = MediaPolicy.of(self.media_policy if given is None else given)
+        all_images = _collect("images", images, is_image, is_image)
+        all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
+        if texts is None:
+            types = [[IMAGE_TYPE] * len(all_images.items) + [FRAME_TYPE] * len(all_videos.items)]
+        else:
+            types = [self._notation.types(row) for row in texts]
+            _check_counts("image", self._notation.image, [row.count(IMAGE_TYPE) for row in types], all_images)
+            _check_counts("video", self._notation.video, [row.count(FRAME_TYPE) for row in types], all_videos)
+        options = self._options(kwargs)
+        sizes = self._sizes(options, with_videos=bool(all_videos.items))
+        return _Call(types, all_images.items, all_videos.items, options, sizes, policy)
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, dict]:
+        """The options of a call by what they are for."""
+        return self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+
+    def _sizes(self, options: dict[str, dict], with_videos: bool) -> dict[int, dict[str, int]]:
         """`size` for images and for video frames."""
-        sizes = {IMAGE_TYPE: _size(self.image_processor, images_kwargs)}
+        sizes = {IMAGE_TYPE: _size(self.image_processor, options["images_kwargs"])}
         sizes[FRAME_TYPE] = dict(sizes[IMAGE_TYPE])
-        frame_max_pixels = videos_kwargs.get("frame_max_pixels", self.frame_max_pixels)
+        frame_max_pixels = options["videos_kwargs"].get("frame_max_pixels", self.frame_max_pixels)
         if with_videos and frame_max_pixels is not None:
             sizes[FRAME_TYPE]["longest_edge"] = frame_max_pixels
             _check_size(sizes[FRAME_TYPE], "frame_max_pixels")
         return sizes
 
-    def _policy(self, kwargs: dict[str, Any]) -> MediaPolicy:
-        """The policy among the options of a call, which loses it, or the processor's."""
-        given = kwargs.pop("media_policy", None)
-        return MediaPolicy.of(self.media_policy if given is None else given)
-
-    def _load(
-        self,
-        marks_of_row: list[list[int]],
-        images: list[Any],
-        videos: list[Any],
-        sizes: dict[int, dict[str, int]],
-        options: dict[str, dict],
-        policy: MediaPolicy,
-    ) -> "list[list[_Visual]]":
-        """What stands at each mark of each row, as RGB images."""
-        images_kwargs = options["images_kwargs"]
+    def _load(self, call: "_Call") -> "list[list[_Visual]]":
+        """What stands at each placeholder of each prompt, as RGB images."""
+        images_kwargs = call.options["images_kwargs"]
         layout = images_kwargs.pop("input_data_format", None)
-        rows = self._visuals(marks_of_row, images, videos, options["videos_kwargs"], policy)
+        rows = self._visuals(call, load_frames)
         if images_kwargs.get("do_rescale") is False:
             _check_floating([image for row in rows for visual in row for image in visual.images])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
 
-        def seen(given: Any, kind: int) -> Any:
-            image = rgb_image(given, policy, layout)
-            self._num_patches(sizes[kind], image.height, image.width, given)  # or says what is wrong with it
+        def loaded(given: Any, type: int) -> Any:
+            image = rgb_image(given, call.policy, layout)
+            self._num_patches(call.sizes[type], image.height, image.width, given)  # or says what is wrong with it
             return image
 
         return [
-            [_Visual(visual.type, [seen(image, visual.type) for image in visual.images]) for visual in row]
+            [_Visual(visual.type, [loaded(image, visual.type) for image in visual.images]) for visual in row]
             for row in rows
         ]
 
-    def _visuals(
-        self,
-        marks_of_row: list[list[int]],
-        images: list[Any],
-        videos: list[Any],
-        videos_kwargs: dict,
-        policy: MediaPolicy,
-        frames_of: Callable[..., list[Any]] = load_frames,
-    ) -> "list[list[_Visual]]":
-        """What stands at each mark of each row, images as they were given."""
-        fps, num_frames = videos_kwargs.get("fps"), videos_kwargs.get("num_frames")
-        sample = videos_kwargs.get("do_sample_frames") is not False
-        check_sampling(fps, num_frames, sample)
-        next_image, next_video = iter(images), iter(videos)
+    def _visuals(self, call: "_Call", frames_of: Callable[..., list[Any]]) -> "list[list[_Visual]]":
+        """What stands at each placeholder of each prompt, images as they were given."""
+        videos_kwargs = call.options["videos_kwargs"]
+        sampling: dict[str, Any] = {
+            "fps": videos_kwargs.get("fps"),
+            "num_frames": videos_kwargs.get("num_frames"),
+            "sample": videos_kwargs.get("do_sample_frames") is not False,
+        }
+        check_sampling(**sampling)
+        images, videos = iter(call.images), iter(call.videos)
 
-        def visual(mark: int) -> _Visual:
-            if mark == IMAGE_TYPE:
-                return _Visual(mark, [next(next_image)])
-            options = {"fps": fps, "num_frames": num_frames, "sample": sample, "policy": policy}
-            return _Visual(mark, frames_of(next(next_video), **options))
+        def visual(type: int) -> _Visual:
+            if type == IMAGE_TYPE:
+                return _Visual(type, [next(images)])
+            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling))
 
-        return [[visual(mark) for mark in marks] for marks in marks_of_row]
+        return [[visual(type) for type in types] for types in call.types]
 
     def _tokenize(self, texts: list[str], rows: "list[list[_Visual]]", text_kwargs: dict) -> dict[str, Any]:
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
-            _Prompt.write(text, [len(visual.images) for visual in row], self._notation)
+            Prompt.write(text, [len(visual.images) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
         encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
@@ -543,21 +499,20 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         kept = min(map(input_ids.count, (self.image_token_id, *self.gist_token_ids)))
         if kept != len(types):
             raise ValueError(
-                f"Truncation leaves {kept} of the {len(types)} images and frames of a prompt; raise max_length, or "
+                f"Truncation leaves {kept} of the {len(types)} images and frames of a prompt; increase max_length, or "
                 "shorten the prompt."
             )
         remaining = iter(types)
         return [next(remaining) if token == self.image_token_id else 0 for token in input_ids]
 
-    def _pixels(
-        self, visuals: "list[_Visual]", sizes: dict[int, dict[str, int]], images_kwargs: dict
-    ) -> dict[str, torch.Tensor]:
+    def _pixels(self, visuals: "list[_Visual]", call: "_Call") -> dict[str, torch.Tensor]:
         """Patches and grids of all images, in order."""
-        others = {name: value for name, value in images_kwargs.items() if name not in (*_LIMITS, "return_tensors")}
+        options = call.options["images_kwargs"].items()
+        others = {name: value for name, value in options if name not in (*_LIMITS, "return_tensors")}
         runs = []
-        for kind, run in groupby(visuals, key=lambda visual: visual.type):
+        for type, run in groupby(visuals, key=lambda visual: visual.type):
             images = [image for visual in run for image in visual.images]
-            runs.append(self.image_processor(images=images, size=sizes[kind], return_tensors="pt", **others))
+            runs.append(self.image_processor(images=images, size=call.sizes[type], return_tensors="pt", **others))
         return {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
 
     def _no_pixels(self) -> dict[str, torch.Tensor]:
@@ -568,59 +523,6 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             "pixel_values": torch.zeros(0, patch_dim),
             "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
         }
-
-
-# -------------------------------------------------------------------- how images are written
-
-
-class _Notation(NamedTuple):
-    """How images and videos stand in a prompt.
-
-    Attributes:
-        image: an image, as a user writes it.
-        video: a video, as a user writes it.
-        pattern: matches either, with the gist tokens after it if the text has them (group `gists`). Group
-            `placeholder` is what isn't a token of the prompt and gives way to the frames of a video.
-        video_placeholder: the placeholder of a video.
-        next_frame: what stands in the prompt from the image token of a frame, with it, to that of the next one.
-        last_frame: the rest of the placeholder's place, up to what follows it in the text.
-        gists: the gist tokens.
-    """
-
-    image: str
-    video: str
-    pattern: re.Pattern[str]
-    video_placeholder: str
-    next_frame: str
-    last_frame: str
-    gists: str
-
-    @classmethod
-    def of(cls, image_token: str, gists: str) -> "_Notation":
-        """With delimiters if `image_token` is the second of them, else without."""
-        token = _NOT_TYPED + re.escape(image_token)
-        written_gists = f"(?P<gists>{re.escape(gists)})?"
-        if image_token != VISION_END:
-            return cls(
-                image=image_token,
-                video=VIDEO_PLACEHOLDER,
-                pattern=re.compile(f"(?:(?P<placeholder>{re.escape(VIDEO_PLACEHOLDER)})|{token}){written_gists}"),
-                video_placeholder=VIDEO_PLACEHOLDER,
-                next_frame=image_token + gists,
-                last_frame=image_token,
-                gists=gists,
-            )
-        placeholders = f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}"
-        opening = f"(?:{_NOT_TYPED}{re.escape(VISION_START)}(?P<placeholder>{placeholders}))?"
-        return cls(
-            image=VISION_START + VISION_END,
-            video=VISION_START + VIDEO_PAD + VISION_END,
-            pattern=re.compile(opening + token + written_gists),
-            video_placeholder=VIDEO_PAD,
-            next_frame=VISION_END + gists + VISION_START,
-            last_frame="",
-            gists=gists,
-        )
 
 
 # -------------------------------------------------------------------- what is given
@@ -653,8 +555,8 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
         return _Given(items, per_row)
     shape = f" of shape {tuple(wrong.shape)}" if hasattr(wrong, "shape") else ""
     raise ValueError(
-        f"{name} must be one of them, a list, or a list of lists, one per prompt; got an element of type "
-        f"{type(wrong).__name__}{shape}. See CasaProcessor.__call__ for what can be given."
+        f"{name} has an element of type {type(wrong).__name__}{shape}; expected one, a list of {name}, or one list of "
+        f"{name} per prompt. CasaProcessor.__call__ describes their forms."
     )
 
 
@@ -673,45 +575,48 @@ def _is_video_or_files(value: Any) -> bool:
     return _is_video(value)
 
 
-def _marks(text: Any, notation: _Notation) -> list[int]:
-    """Types of the images and videos that a prompt has marks for, in reading order."""
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string or a list of strings, got an element of type {type(text).__name__}.")
-    check_text("text", text)
-    marks = [match["placeholder"] for match in notation.pattern.finditer(text)]
-    used = sum(mark in (IMAGE_PAD, VIDEO_PAD) for mark in marks)
-    stray = len(_PLACEHOLDER.findall(text)) - used
-    if stray:
+def _check_counts(kind: str, placeholder: str, expected: list[int], given: _Given) -> None:
+    """Check that the prompts have as many placeholders for images or videos as there are."""
+    per_row = given.per_row
+    if per_row is not None and len(per_row) != len(expected):
         raise ValueError(
-            f"The text has {stray} times {IMAGE_PAD} or {VIDEO_PAD} outside of a mark. Write an image "
-            f"as {notation.image} and a video as {notation.video}; CASA repeats no placeholders."
+            f"{kind}s has {len(per_row)} lists for {len(expected)} prompts; give one list per prompt, or a flat list."
         )
-    return [FRAME_TYPE if mark == notation.video_placeholder else IMAGE_TYPE for mark in marks]
-
-
-def _check_counts(name: str, written: str, mark: int, marks_of_row: list[list[int]], given: _Given) -> None:
-    expected = [marks.count(mark) for marks in marks_of_row]
-    if given.per_row is not None and len(given.per_row) != len(expected):
-        raise ValueError(
-            f"{name} has {len(given.per_row)} lists for {len(expected)} prompts; give one list per prompt, or a flat "
-            "list."
-        )
-    if sum(expected) != len(given.items):
-        raise ValueError(
-            f"The text has {sum(expected)} marks for {name} ({written}) but {len(given.items)} {name} were given."
-        )
-    for row, (marks, items) in enumerate(zip(expected, given.per_row or expected, strict=True)):
-        if marks != items:
+    pairs = [("", sum(expected), len(given.items))]
+    pairs += [(f" in prompt {row}", *pair) for row, pair in enumerate(zip(expected, per_row or expected, strict=True))]
+    for where, number, available in pairs:
+        if number != available:
             raise ValueError(
-                f"Prompt {row} has {marks} marks for {name} ({written}) but {items} {name} were given for it."
+                f"The number of {kind}s{where} ({available}) must be the number of {kind} placeholders in the text "
+                f"({number}); write {placeholder} once for each {kind}."
             )
 
 
 # -------------------------------------------------------------------- what goes in
 
 
+class _Call(NamedTuple):
+    """What a call was given.
+
+    Attributes:
+        types: `IMAGE_TYPE` or `FRAME_TYPE` for each placeholder of each prompt.
+        images: images in reading order.
+        videos: videos in reading order.
+        options: options by what they are for, as Transformers merges them.
+        sizes: limits of the image processor for images and for frames, by type.
+        policy: what may be read.
+    """
+
+    types: list[list[int]]
+    images: list[Any]
+    videos: list[Any]
+    options: dict[str, dict]
+    sizes: dict[int, dict[str, int]]
+    policy: MediaPolicy
+
+
 class _Visual(NamedTuple):
-    """What stands at a mark: an image, or the frames of a video."""
+    """What stands at a placeholder: an image, or the frames of a video."""
 
     type: int
     images: list[Any]
@@ -722,8 +627,8 @@ def _check_floating(images: list[Any]) -> None:
         dtype = str(getattr(image, "dtype", type(image).__name__))
         if "float" not in dtype:
             raise ValueError(
-                f"do_rescale=False is for floating values from 0 to 1, but an image is of the type {dtype}; leave "
-                "do_rescale out: what the values of an image mean is told by their type."
+                f"do_rescale=False needs floating-point values from 0 to 1, but an image has the type {dtype}; leave "
+                "do_rescale out, since the type of an image tells what its values mean."
             )
 
 
@@ -739,66 +644,15 @@ def _refuse_parts(given: Any) -> None:
     field = given.get if isinstance(given, Mapping) else partial(getattr, given)
     kind = field("type", None)
     if kind in ("audio", "audio_url", "input_audio"):
-        raise ValueError("A message has a part with audio, but CASA models take no audio; leave it out.")
+        raise ValueError("A message has a part with audio, but CASA models take no audio; leave that part out.")
     if kind == "video_url":
         raise ValueError(
-            "A message has a part of the type 'video_url', which chat templates pass over; write it as "
+            "A message has a part of the type 'video_url', which chat templates ignore; write it as "
             '{"type": "video", "url": ...}.'
         )
     for name in ("messages", "content"):
         if (inner := field(name, None)) is not None:
             _refuse_parts(inner)
-
-
-class _Prompt(NamedTuple):
-    """A prompt as it is tokenized, and where its pieces come from.
-
-    Attributes:
-        text: the prompt without placeholders, the mark of a video repeated once per frame, with gist tokens.
-        starts: where each piece starts in `text`.
-        spans: the piece's (start, end) in the given text.
-        copied: whether the piece is what the given text has there.
-    """
-
-    text: str
-    starts: list[int]
-    spans: list[tuple[int, int]]
-    copied: list[bool]
-
-    @classmethod
-    def write(cls, text: str, counts: list[int], notation: _Notation) -> "_Prompt":
-        """Rewrite `text`, whose marks stand for this many images each."""
-        pieces, end = [], 0
-        for match, count in zip(notation.pattern.finditer(text), counts, strict=True):
-            if match["placeholder"] is not None:
-                start, stop = match.span("placeholder")
-                frames = notation.next_frame * (count - 1) + notation.last_frame
-                pieces += [(text[end:start], end, start), (frames, start, stop)]
-                end = stop
-            if not match["gists"]:
-                # They refer to the last character of the mark: a span without any would seem to begin what follows.
-                pieces += [(text[end : match.end()], end, match.end()), (notation.gists, match.end() - 1, match.end())]
-                end = match.end()
-        pieces.append((text[end:], end, len(text)))
-        starts = list(accumulate((len(piece) for piece, _, _ in pieces), initial=0))[:-1]
-        return cls(
-            text="".join(piece for piece, _, _ in pieces),
-            starts=starts,
-            spans=[(start, stop) for _, start, stop in pieces],
-            copied=[piece == text[start:stop] for piece, start, stop in pieces],
-        )
-
-    def origin(self, start: int, end: int) -> tuple[int, int]:
-        """The span in the given text of a span in `text`; what was written anew has that of what it stands for."""
-        if end == 0:  # padding, and what the tokenizer adds
-            return 0, 0
-        first, last = (bisect_right(self.starts, place) - 1 for place in (start, max(start, end - 1)))
-        begin, stop = self.spans[first][0], self.spans[last][1]
-        if self.copied[first]:
-            begin += start - self.starts[first]
-        if self.copied[last]:
-            stop = self.spans[last][0] + end - self.starts[last]
-        return begin, stop
 
 
 def _read_source_files(folder: str | os.PathLike) -> dict[str, Any]:
@@ -820,7 +674,7 @@ def _load_tokenizer(folder: str | os.PathLike, new_tokens: list[str]) -> Any:
 
 def _gist_tokens(number: int) -> list[str]:
     if number < 0:
-        raise ValueError(f"num_gist_tokens={number} must not be negative; use 0 for none.")
+        raise ValueError(f"num_gist_tokens={number} must be 0 (none) or more.")
     return [f"<|gist_{index}|>" for index in range(number)]
 
 
@@ -833,12 +687,12 @@ def _check_image_tokens(tokenizer: Any, image_token: str) -> None:
     if image_token != VISION_END:
         if _missing(tokenizer, [image_token]):
             raise ValueError(
-                f"The tokenizer has no {image_token}, the token that an image is to precede. Add it as a special "
+                f"The tokenizer has no {image_token}, the token that an image is to precede; add it as a special "
                 "token, as CasaProcessor.from_text_source does."
             )
     elif missing := _missing(tokenizer, (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)):
         raise ValueError(
-            f"The tokenizer has no {missing}. Use the tokenizer of a Qwen vision-language checkpoint, or add them as "
+            f"The tokenizer has no {missing}; use the tokenizer of a Qwen vision-language checkpoint, or add them as "
             "special tokens."
         )
 
@@ -846,7 +700,7 @@ def _check_image_tokens(tokenizer: Any, image_token: str) -> None:
 def _check_gist_tokens(tokenizer: Any, gists: list[str]) -> None:
     if missing := _missing(tokenizer, gists):
         raise ValueError(
-            f"num_gist_tokens={len(gists)}, but the tokenizer has no {missing}. Add them as special tokens, as "
+            f"num_gist_tokens={len(gists)}, but the tokenizer has no {missing}; add them as special tokens, as "
             "CasaProcessor.from_source(..., num_gist_tokens=...) does."
         )
 
@@ -857,8 +711,8 @@ def _size(image_processor: Any, options: dict[str, Any]) -> dict[str, int]:
     given = dict(options.get("size") or {})
     if not given.keys() <= size.keys():
         raise ValueError(
-            f"size={given} must be given as 'shortest_edge' and 'longest_edge', the smallest and the largest number "
-            "of pixels of an image."
+            f"size={given} must have only the keys 'shortest_edge' and 'longest_edge', the smallest and the largest "
+            "number of pixels of an image."
         )
     size |= given
     if options.get("min_pixels") is not None:
@@ -873,7 +727,7 @@ def _check_size(size: dict[str, int], upper: str) -> None:
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise ValueError(
             f"min_pixels (shortest_edge) is {size['shortest_edge']} and {upper} is {size['longest_edge']}; the first "
-            "must be positive and not larger than the second."
+            "must be positive and no larger than the second."
         )
 
 

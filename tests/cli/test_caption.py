@@ -405,7 +405,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
         (
             [BUNNY, "--out", "a.srt", "--ask", "<|image_pad|>", "--no-sanitize-control-tokens"],
-            ["--ask", "outside of a mark"],
+            ["--ask", "outside of a placeholder"],
         ),
     ],
 )

@@ -504,4 +504,4 @@ def test_control_tokens_are_text_unless_asked_for(cli: Cli, casa_folder: Path) -
     for command, stdin in ((["generate", casa_folder, "--prompt", mark], ""), (["chat", casa_folder], f"{mark}\n")):
         assert cli(*command, *SHORT, stdin=stdin).code == 0
         outcome = cli(*command, *SHORT, "--no-sanitize-control-tokens", stdin=stdin)
-        assert outcome.failed_with_one_line("1 marks for images")
+        assert outcome.failed_with_one_line("number of image placeholders in the text (1)")

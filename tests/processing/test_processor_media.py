@@ -75,7 +75,7 @@ def test_ranges_are_told_by_the_type_whatever_is_installed(processor, photos):
     floating = [levels / 255, torch.tensor(levels / 255)]
     twice = processor(images=floating, text=IMAGE * 2, do_rescale=False, return_tensors="pt")
     assert torch.equal(twice["pixel_values"], expected["pixel_values"].repeat(2, 1))
-    with pytest.raises(ValueError, match=r"do_rescale=False is for floating values from 0 to 1, .* type uint8; leave"):
+    with pytest.raises(ValueError, match=r"do_rescale=False needs floating-point values .* type uint8; leave"):
         processor(images=[levels / 255, levels], text=IMAGE * 2, do_rescale=False)
     for wrong, message in (
         (levels.astype(np.uint16), "its values are uint16, which has no known range"),

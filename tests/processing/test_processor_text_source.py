@@ -129,10 +129,13 @@ def test_what_the_tokenizer_adds_is_nowhere_in_the_text(processor, photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": "<|image|>"}, r"1 marks for images \(<\|image\|>\) but 0 images were given"),
-        ({"text": "none", "images": 1}, r"0 marks for images \(<\|image\|>\) but 1 images were given"),
-        ({"text": "<|video|>"}, r"1 marks for videos \(<\|video\|>\) but 0 videos were given"),
-        ({"text": ["<|image|>" * 2, ""], "images": [1, 1]}, r"Prompt 0 has 2 marks for images .* but 1 images"),
+        ({"text": "<|image|>"}, r"number of images \(0\) must be .* in the text \(1\); write <\|image\|> once"),
+        (
+            {"text": "none", "images": 1},
+            r"number of images \(1\) must be .* in the text \(0\); write <\|image\|> once",
+        ),
+        ({"text": "<|video|>"}, r"number of videos \(0\) must be .* in the text \(1\); write <\|video\|> once"),
+        ({"text": ["<|image|>" * 2, ""], "images": [1, 1]}, r"number of images in prompt 0 \(1\) must be .* \(2\)"),
         ({"text": "<|image_pad|>", "images": 1}, r"Write an image as <\|image\|> and a video as <\|video\|>"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -156,7 +159,7 @@ def test_marks_that_a_user_typed_can_be_kept_as_text(processor, photos):
     inputs = processor.apply_chat_template(messages, **ALL, sanitize_control_tokens=True)
     assert inputs["mm_token_type_ids"][0].count_nonzero() == len(inputs["image_grid_thw"]) == 2
     assert "Is <|image|> an image?" in processor.decode(inputs["input_ids"][0])
-    with pytest.raises(ValueError, match=r"2 marks for images .* but 1 images"):
+    with pytest.raises(ValueError, match=r"number of images \(1\) must be .* placeholders in the text \(2\)"):
         processor.apply_chat_template(messages, **ALL)
 
 

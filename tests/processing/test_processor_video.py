@@ -183,7 +183,7 @@ def test_the_limit_of_frames_is_theirs_alone(processor, photos, short_clip):
         ),
         ({"num_frames": 61}, "short.mp4' can't be used: num_frames=61 is more than the 60 frames"),
         ({"frame_max_pixels": 1000}, "shortest_edge.* is 3136 and frame_max_pixels is 1000"),
-        ({"images": "cat.jpg"}, "0 marks for images .* but 1 images"),
+        ({"images": "cat.jpg"}, r"number of images \(1\) must be .* placeholders in the text \(0\)"),
     ],
     ids=str,
 )
