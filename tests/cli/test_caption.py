@@ -400,7 +400,7 @@ def test_the_view_of_a_terminal(cli: Cli, checkpoint: Path) -> None:
         ([BUNNY, "--model", "nowhere"], ["'nowhere'", "not a folder"]),
         (["lavfi:testsrc", "--start", "3"], ["--start 3", "live"]),
         ([BUNNY, "--live-input", "--start", "3"], ["--start 3", "live"]),
-        ([BUNNY, "--rate", "5"], ["--rate 5.0 is asked of devices", "leave it out"]),
+        ([BUNNY, "--rate", "5"], ["--rate 5.0 can't be used with", "leave it out"]),
         ([str(Path(BUNNY).parent), "--option", "video_size=64x48"], ["video_size", "are for FFmpeg"]),
         ([BUNNY, "--out", "a.srt", "--out", "./a.srt"], ["a.srt", "2 times"]),
         (
