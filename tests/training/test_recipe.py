@@ -440,6 +440,10 @@ def test_the_command(settings, tmp_path, capsys):
         ({"save_total_limit": 2.5}, ["save_total_limit=2.5 must be an integer."]),
         ({"save_total_limit": "2.5"}, ["save_total_limit='2.5' must be an integer."]),
         ({"use_cpu": "maybe"}, ["use_cpu='maybe' must be true or false."]),
+        ({"use_cpu": 1}, ["use_cpu=1 must be true or false."]),
+        ({"weight_decay": 10**400}, ["weight_decay=1000", "... must be a number."]),
+        ({"label_names": ["labels", 3]}, ["label_names=['labels', 3] must be a list of strings."]),
+        ({"lora": {"bias": "some"}}, ["lora.bias='some' must be one of 'none', 'all', 'lora_only'."]),
         ({"optim": "adamx"}, ["adamx is not a valid", "adamw_torch"]),
         ({"logging_steps": 0}, ["non-zero --logging_steps"]),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, ["load_best_model_at_end requires"]),
@@ -575,6 +579,8 @@ generate: {max_new_tokens: "3", temperature: "0.5", do_sample: "yes"}
     arguments = training_arguments(config, 2)
     assert (arguments.save_steps, arguments.adam_beta2, arguments.use_cpu) == (0.5, 0.9, True)
     assert lora_arguments(config.lora) == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "use_rslora": True}
+    lists = {"layers_to_transform": ["1", 2], "layer_replication": [[0, 2]], "modules_to_save": ["a"]}
+    assert lora_arguments(lists) == {**lists, "layers_to_transform": [1, 2], "layer_replication": [(0, 2)]}
     data = [{"path": "a", "weight": "3"}, {"path": "b", "weight": "1e-1"}]
     assert [DatasetEntry.of(each).weight for each in data] == [3, 0.1]
 

@@ -60,7 +60,8 @@ def check_arguments(config: TrainingConfig) -> None:
         )
     if config.resume and given.get("save_only_model"):
         raise ValueError(
-            "resume needs the states that save_only_model leaves out of checkpoints; leave out one of them."
+            "resume and save_only_model can't be used together, since checkpoints then lack the states that resuming "
+            "needs; leave out one of them."
         )
     if given.get("hub_token") is not None:
         raise ValueError(f"hub_token {TOKEN_IS_SAVED}")

@@ -83,7 +83,7 @@ def check_name(name: Any, known: Iterable[str], refusal: str) -> None:
     known = list(known)
     if name not in known:
         near = get_close_matches(str(name), known, n=1)
-        raise ValueError(f"{refusal}; did you mean {near[0]!r}?" if near else f"{refusal}.")
+        raise ValueError(f"{refusal}; {f'did you mean {near[0]!r}?' if near else 'check its spelling.'}")
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
