@@ -23,8 +23,8 @@ class CheckpointError(ValueError):
 def own_file(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
     """A file of a folder, which needn't exist, by a name that may come from elsewhere, such as an index of shards.
 
-    What lies outside is no file of the folder, whether the name or a symbolic link leads there. The Hub's download
-    cache is one folder in this respect: its snapshots are links to files in its `blobs`.
+    A name or a symbolic link that leads out of the folder is refused. The Hub's download cache counts as one folder:
+    its snapshots are links to files in its `blobs`.
 
     Args:
         folder: Folder of a checkpoint.

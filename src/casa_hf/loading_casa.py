@@ -93,7 +93,7 @@ class CasaLoadingMixin:
 
 
 def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:
-    """What to say if a checkpoint lacks tensors of the model that its own config.json describes; else None."""
+    """The message if a checkpoint lacks tensors of the model that its own config.json describes; else None."""
     source = load_config.pretrained_model_name_or_path
     if source is None or not loading_info.missing_keys:
         return None
@@ -106,7 +106,7 @@ def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:
     if not lost:
         return None
     found = loading_info.unexpected_keys
-    others = f" It holds {len(found)} that no part of the model has: {listed(sorted(found))}." if found else ""
+    others = f" It holds {len(found)} that the model doesn't have: {listed(sorted(found))}." if found else ""
     return (
         f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
         f"{listed(sorted(lost))}.{others} Download or write it again, with the config.json that belongs to it. "
@@ -123,7 +123,7 @@ def _lost_from_casa(
     promised = {_bare(name) for name in template.state_dict().keys() - template.all_tied_weights_keys.keys()}
     written_by = next(iter(stated.get("architectures") or ()), _WITH_HEAD)
     if written_by != model_class.__name__:
-        # Another class has another head, and a class of somebody else's none that is known here.
+        # Another class has another head; that of a class outside this package isn't known.
         known = _BODY + (_HEAD if written_by == _WITH_HEAD else ())
         promised = {name for name in promised if name.startswith(known)}
     return [name for name in missing if _bare(name) in promised]

@@ -22,9 +22,9 @@ class PublishingHook:
         """A context for `save_pretrained`.
 
         Args:
-            saved: model or processor.
-            folder: where it is saved.
-            options: the other arguments of the call, by name.
+            saved: Model or processor.
+            folder: Folder that it is saved in.
+            options: Other arguments of the call, by name.
         """
         return nullcontext()
 
@@ -41,15 +41,15 @@ class PublishingHook:
         timestamps: Mapping[str, float],
         **options: Any,
     ) -> Any:
-        """The commit by which files of a folder get into a repository.
+        """Commit files of a folder to a repository.
 
         Args:
-            pushed: model or processor.
-            upload: how Transformers does it (`PushToHubMixin._upload_modified_files`).
-            folder: where they are.
-            repository: id on the Hub.
-            timestamps: times of the files that were there before, by name, in seconds.
-            **options: for the commit, as of `push_to_hub`.
+            pushed: Model or processor.
+            upload: Transformers' own function, `PushToHubMixin._upload_modified_files`.
+            folder: Folder with the files.
+            repository: Hub id.
+            timestamps: Times of the files that were there before, by name, in seconds.
+            **options: Options of the commit, as of `push_to_hub`.
 
         Returns:
             What `push_to_hub` returns.
@@ -58,10 +58,10 @@ class PublishingHook:
 
 
 class PublishedByHook(PushToHubMixin):
-    """A base for models and processors, to stand before Transformers' own.
+    """A base class of models and processors, before that of Transformers.
 
     Attributes:
-        publishing_hook: what happens around saving and publishing.
+        publishing_hook: Hook with what happens around saving and publishing.
     """
 
     publishing_hook: ClassVar[PublishingHook] = PublishingHook()

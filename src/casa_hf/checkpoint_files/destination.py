@@ -303,7 +303,7 @@ def _remove_leftovers(target: Path, parent: Path) -> None:
     """
     if os.name == "posix":
         for folder in _unfinished(target, parent):
-            with suppress(OSError):  # nobody's, somebody else's, or gone
+            with suppress(OSError):  # without an owner, of another user, or gone
                 _remove_leftover(folder, target)
 
 

@@ -33,5 +33,5 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether this can be the id of a repository on the Hub, "namespace/name", and is no file here."""
+    """Whether this can be the id of a repository on the Hub, "namespace/name", and isn't a local file."""
     return _HUB_ID.fullmatch(str(name)) is not None and not Path(name).exists()

@@ -7,7 +7,7 @@ the bytes. Renaming or duplicating a tensor therefore needs no tensor at all: `r
 the values, and it too works on a few megabytes at a time. What no file holds, such as a gate or the embedding of a new
 token, is computed when it is written; a tensor may be put together from ranges and computed rows.
 
-Files are read, never mapped: the process that has mapped a file ends where somebody cuts the file off.
+Files are read, never mapped: a process that has mapped a file is killed if the file gets shorter.
 """
 
 from __future__ import annotations

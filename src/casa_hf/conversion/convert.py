@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..backbones import BACKBONES
+from ..backbones import BACKBONES, SOURCE_BACKBONES
 from ..checkpoint_files.config import read_config
 from ..checkpoint_files.destination import check_destination, new_folder
 from ..checkpoint_files.names import (
@@ -205,7 +205,8 @@ def _prepare(request: ConversionRequest) -> _Prepared:
 
 def _open_vision(request: ConversionRequest, folder: Path, source_config: PreTrainedConfig) -> Source | None:
     """The checkpoint that gives a text-only source its vision tower."""
-    text_only = not isinstance(source_config, CasaConfig) and getattr(source_config, "vision_config", None) is None
+    backbone = SOURCE_BACKBONES.get(source_config.model_type)  # None for a CASA checkpoint
+    text_only = backbone is not None and backbone.text_only
     if text_only and request.vision_from is None:
         raise CheckpointError(
             f"{folder} (model_type {source_config.model_type!r}) is text-only. Give the checkpoint whose vision tower "

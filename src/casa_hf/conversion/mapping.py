@@ -34,7 +34,7 @@ PLACEMENT_COPIES: dict[str, tuple[tuple[str, str], ...]] = {
 # What a replaced block no longer has; its fusion layer starts as a copy of it.
 REPLACED = "self_attn."
 
-# Names that mark what conversion adds to a source.
+# Of the names of tensors that conversion adds to a source.
 ADDED = re.compile(r"\.layers\.\d+\.(casa_attn|casa_layernorm)\.|^model\.multi_modal_projector\.")
 
 GATE = LAYER + "casa_attn.gate"

@@ -84,7 +84,7 @@ class _Publishing(PublishingHook):
     ) -> Any:
         """One commit, with the model card of a CASA checkpoint in place of the one that Transformers has prepared.
 
-        It is refused if somebody changes the repository meanwhile. Weights of an earlier push that the new ones don't
+        The Hub refuses it if the repository was changed meanwhile. Weights of an earlier push that the new ones don't
         replace are removed. A branch that doesn't exist is made for it, and removed if it is refused.
         """
         folder, api = Path(folder), client(token)

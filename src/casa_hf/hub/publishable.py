@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether a folder can be published: read as somebody would who downloads it, except for the values of its weights."""
+"""Whether a folder can be published: it is read as by its users, except for the values of its weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PublishableCheckpoint:
 
 
 def check_checkpoint(folder: str | Path) -> PublishableCheckpoint:
-    """Read a checkpoint folder as somebody would who downloads it, except for the values of its weights.
+    """Read a checkpoint folder as its users will, except for the values of its weights.
 
     Args:
         folder: Folder of a CASA checkpoint, as `convert_checkpoint`, `save_pretrained` of model and processor, or a

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..folder_files import read_json
+from ..folder_files import CheckpointError, read_json
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -33,13 +33,13 @@ _NAMED_IN = {"config.json": tuple(AUTO_MAP), "processor_config.json": ("AutoProc
 
 
 def modelling_files(package: Path = PACKAGE) -> list[Path]:
-    """The modules that loading and running a checkpoint needs, sorted by name.
+    """The modules that a checkpoint needs to load and run, sorted by name.
 
     Args:
-        package: folder of the modules.
+        package: Folder of the modules.
 
     Raises:
-        ValueError: if one of them imports in a way that a flat folder can't serve, or Transformers can't follow.
+        ValueError: if one of them has an import that doesn't work in a flat folder, or that Transformers can't follow.
     """
     pending = {reference.partition(".")[0] for reference in AUTO_MAP.values()}
     found: dict[str, Path] = {}
@@ -54,7 +54,7 @@ def code_files(folder: Path) -> dict[str, bytes]:
     """What makes the checkpoint in `folder` self-contained; nothing is written.
 
     Args:
-        folder: holds config.json and processor_config.json of a CASA checkpoint.
+        folder: Folder of a CASA checkpoint with config.json and processor_config.json.
 
     Returns:
         Contents by file name: the modules, and both configuration files with `auto_map`.
@@ -67,19 +67,19 @@ def add_code(folder: str | Path) -> list[Path]:
     """Make the CASA checkpoint in a folder self-contained, so that `trust_remote_code=True` loads it.
 
     Args:
-        folder: of a checkpoint with its processor. Code that is there already is replaced.
+        folder: Folder of a checkpoint with its processor. Code that is there already is replaced.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: if the folder holds no checkpoint with a processor.
+        CheckpointError: if the folder holds no checkpoint with a processor.
     """
     folder = Path(folder)
     missing = [name for name in _NAMED_IN if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{folder} has no {' and no '.join(missing)}. Give the folder of a CASA checkpoint, model and processor."
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(missing)}. Give the folder of a CASA checkpoint with its processor."
         )
     files = code_files(folder)
     # The configurations name the modules, so they come last.
@@ -89,7 +89,7 @@ def add_code(folder: str | Path) -> list[Path]:
 
 
 def has_code(folder: Path) -> bool:
-    """Whether a checkpoint names its classes and holds all modules that they need."""
+    """Whether a checkpoint's config.json names the classes of its code, and its folder holds the modules."""
     if not names_code(read_json(folder / "config.json")):
         return False
     try:
@@ -99,18 +99,18 @@ def has_code(folder: Path) -> bool:
 
 
 def names_code(config: Mapping[str, Any]) -> bool:
-    """Whether the config.json of a checkpoint names the classes of its own code."""
+    """Whether a config.json names the classes of code in the checkpoint."""
     stated = config.get("auto_map")
     return isinstance(stated, Mapping) and AUTO_MAP.items() <= stated.items()
 
 
 def with_auto_map(file: Path) -> bytes:
-    """A configuration file of a checkpoint that names the classes of its own code."""
+    """The content of a configuration file, with the names of the classes in the checkpoint's code."""
     return _written(read_json(file) | {"auto_map": {name: AUTO_MAP[name] for name in _NAMED_IN[file.name]}})
 
 
 def without_auto_map(file: Path) -> bytes:
-    """A configuration file of a checkpoint that carries no code."""
+    """The content of a configuration file, without names of classes in code."""
     return _written({key: value for key, value in read_json(file).items() if key != "auto_map"})
 
 
@@ -138,7 +138,7 @@ def _written(content: dict[str, Any]) -> bytes:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Write a file in one step: at any moment it has its old content or its new one."""
+    """Write a file in one step: at any moment it has its old content or the new one."""
     temporary = file.with_name(f".{file.name}.incomplete")
     try:
         with open(temporary, "wb") as stream:
