@@ -19,7 +19,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 .PHONY: bench-gpu bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
-	@echo "make demo               convert a small trained checkpoint, ask it about pictures, look at its cache"
+	@echo "make demo               convert a small trained checkpoint, ask it about images, look at its cache"
 	@echo "make tiny-world         train a small source that sees, and its CASA form"
 	@echo "make tiny-world-table   train every design on the same tasks, for docs/results.md; takes hours"
 	@echo "make test               the quick tests, below 8 minutes on two cores"
@@ -30,10 +30,10 @@ help:
 	@echo "make test-torchao       the tests that need torchao, in an environment with it"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
-	@echo "make bench              CASA against its rivals on the CPU, with plots; below half an hour on two cores"
+	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
-	@echo "make soak               two hours of live captions of a camera that does everything wrong"
-	@echo "make bench-forever      10,000 frames of one stream, with and without a text window; takes an hour"
+	@echo "make soak               two hours of live captions of a camera that fails in every way"
+	@echo "make bench-forever      10,000 frames of one stream, with and without a limit of its text; takes an hour"
 	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
 	@echo "make lint               ruff, mypy, import contracts, schemas of GitHub's files (also: make quality)"
 	@echo "make notebooks          run the notebooks and keep what they print"

@@ -6,7 +6,7 @@ object lies somewhere else in every frame and now and then is another one, and n
 keeps `--max-text-tokens` tokens of text. Everything that a user's stream does is part of it: images become patches,
 tokens become events. Drawing the frames isn't measured.
 
-By frame: latency (from the picture to the end of the frame's text), bytes of the cache, memory of the process, and
+By frame: latency (from the image to the end of the frame's text), bytes of the cache, memory of the process, and
 whether the caption is right, silence included. Straight lines and their intervals are those of `benchmarks.forever`.
 The exit code is 1 if latency or cache have a slope that is different from 0, latency may have risen by a fifth or
 memory by a hundredth (upper ends of intervals), or captions become worse. The last line is JSON.
@@ -88,7 +88,7 @@ def run(device: str, sizes: Sizes) -> Record:
 
 
 def lines(record: Record, sizes: Sizes) -> dict[str, Line]:
-    """The line of each figure, without the first hundredth of the frames, in which the window fills."""
+    """The line of each figure, without the first hundredth of the frames, before the text reaches its limit."""
     figures = {"latency": record.latency_ms, "cache": record.cache, "memory": record.memory, "right": record.right}
     return {name: line(values[sizes.frames // 100 :], sizes.blocks, len(SLOPES)) for name, values in figures.items()}
 

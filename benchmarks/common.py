@@ -188,7 +188,7 @@ class Sizes:
 
 
 class Stream:
-    """A conversation of pictures and words, as inputs of CASA models and of the source model.
+    """A conversation of images and words, as inputs of CASA models and of the source model.
 
     Positions are those of the text without images; `prompt` is where the prompt ends, `decoded` where the tokens end
     that are decoded one by one, and `end` where the last frame's text ends.
@@ -204,8 +204,8 @@ class Stream:
         starts = [*range(0, self.prompt, sizes.words), self.decoded]
         self.ids = torch.randint(WORDS, sizes.text["vocab_size"], (1, self.end), generator=generator)
         self.ids[0, starts] = START
-        self.marks = torch.tensor(starts) + 1
-        self.ids[0, self.marks] = END
+        self.placeholders = torch.tensor(starts) + 1
+        self.ids[0, self.placeholders] = END
         self.features = (
             torch.randn(len(starts) * sizes.image_tokens, sizes.text["hidden_size"], generator=generator)
             * source.get_input_embeddings().weight.std().item()
@@ -217,8 +217,8 @@ class Stream:
 
     @torch.no_grad()
     def _insert(self, source: Qwen2_5_VLForConditionalGeneration) -> None:
-        """Make the source's inputs, in which an image's tokens stand before its mark."""
-        before = (torch.arange(self.end)[:, None] >= self.marks).sum(-1)
+        """Make the source's inputs, in which an image's tokens stand before its placeholder."""
+        before = (torch.arange(self.end)[:, None] >= self.placeholders).sum(-1)
         self.places = torch.arange(self.end) + before * self.sizes.image_tokens
         inserted = torch.full((1, int(self.places[-1]) + 1), IMAGE_PAD, device=source.device)
         inserted[0, self.places.to(source.device)] = self.ids[0]
@@ -231,10 +231,10 @@ class Stream:
 
     def casa(self, start: int, end: int) -> dict[str, Any]:
         """Inputs of a CASA model for text from `start` to `end` and the images in it."""
-        inside = ((self.marks >= start) & (self.marks < end)).nonzero()[:, 0]
+        inside = ((self.placeholders >= start) & (self.placeholders < end)).nonzero()[:, 0]
         inputs: dict[str, Any] = {"input_ids": self.ids[:, start:end]}
         if len(inside):
-            features = self.features.unflatten(0, (len(self.marks), -1))[inside].flatten(0, 1)
+            features = self.features.unflatten(0, (len(self.placeholders), -1))[inside].flatten(0, 1)
             inputs |= {"image_embeds": features, "image_grid_thw": self.grids[inside]}
         return inputs
 

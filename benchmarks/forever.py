@@ -6,20 +6,20 @@ short and the frames are small, because what grows, if anything does, is the tex
 
 | contender | turns | |
 |---|---|---|
-| `bounded` | all | CASA; text beyond `--max-text-tokens` tokens is evicted, and positions are counted anew |
+| `bounded` | all | CASA; text beyond `--max-text-tokens` tokens is evicted, and positions are counted from scratch |
 | `insertion-last-4` | half | token insertion; keys/values of all but the last 4 frames are dropped, the text stays |
 | `insertion` | 256 | token insertion |
 | `unbounded` | all | CASA; all text stays |
 
 What lies beyond the turns of a contender is a line through them, and marked so. They run one after the other, each in
 a process of its own, so that nobody's memory is another's (with `--tiny` in this one). Slopes are least squares over
-the means of blocks of turns: neighbouring turns share the machine's moods, and a window of text fills and empties many
-times in a block. Intervals are those of Student's t at 95 %; what must be flat is judged by wider ones, which hold
-together at 95 %. The first turns, in which the window fills, are no part of a slope. Nothing is measured before the
-streams have given the logits of one call on everything, and the keys that an eviction moved are those of a cache that
-never held more. The memory that is measured is what the process has in use; with `--device cuda` what PyTorch has
-allocated on the GPU (`torch.cuda.memory_allocated`). The exit code is 1 if something doesn't hold that must; `--tiny`,
-which is a try, judges bytes but no slopes. The last line is JSON.
+the means of blocks of turns: neighbouring turns share the state of the machine, and text reaches its limit and is
+evicted many times in a block. Intervals are those of Student's t at 95 %; what must be flat is judged by wider ones,
+which hold together at 95 %. The first turns, before the text reaches its limit, are no part of a slope. Nothing is
+measured before the streams have given the logits of one call on everything, and the keys that an eviction moved are
+those of a cache that never held more. The memory that is measured is what the process has in use; with `--device cuda`
+what PyTorch has allocated on the GPU (`torch.cuda.memory_allocated`). The exit code is 1 if something doesn't hold
+that must; `--tiny`, which is a try, judges bytes but no slopes. The last line is JSON.
 
     python -m benchmarks.forever --plot docs/images/forever-cpu.svg
 """
@@ -66,7 +66,7 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
 
 CHECKED_TURNS = 6
 KEPT_FRAMES = 4
-PICTURES = 8  # shown in turn
+IMAGES = 8  # shown in turn
 # What must be level in a bounded stream, judged by slopes.
 FLAT = {"turn_ms": "time per turn", "cache": "cache", "allocated": "cache with its room"}
 # Of a process's memory, which is taken from the system in steps: a single one, early or late, makes a slope.
@@ -198,13 +198,13 @@ def run(contender: Contender, sizes: Sizes, turns: int) -> Record:
     generator = torch.Generator().manual_seed(1)
     model, camera = contender.model, Camera(sizes)
     prompt = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.prompt), generator=generator)
-    pixels = [camera.pixels(camera.picture(turn)).to(model.device, model.dtype) for turn in range(PICTURES)]
+    pixels = [camera.pixels(camera.image(turn)).to(model.device, model.dtype) for turn in range(IMAGES)]
     contender.begin(prompt.to(model.device))
     token = prompt[:, -1:].to(model.device)
     # Places that are there from the start: what is measured is the memory of the stream, not of its record.
     turn_ms, cache, allocated, resident = (array("d", [1.0]) * turns for _ in range(4))
     for turn in range(turns):
-        token, first, per_token = run_turn(contender, token, pixels[turn % PICTURES], sizes.answer)
+        token, first, per_token = run_turn(contender, token, pixels[turn % IMAGES], sizes.answer)
         turn_ms[turn] = first + (sizes.answer - 1) * per_token
         cache[turn] = sum(cache_nbytes(contender.cache).values())
         allocated[turn] = allocated_bytes(contender.cache)

@@ -6,14 +6,14 @@
 
 The camera gives 20 frames per second in real time, to a small model of random weights or the checkpoint named by
 --model. At random times frames are missing, come in bursts, are corrupt (a JPEG that is cut off, opened but not
-decoded, or as a file; an array that is no picture), or have another size; now and then the stream is forked, and the
-fork used and closed; or it is saved, closed, and a new one goes on from what was saved.
+decoded, or as a file; an array that is no image), or have another size; now and then the stream is forked, and the
+fork used and closed; or it is saved, closed, and a new one continues from what was saved.
 
 Progress goes to standard error. The last line on standard output is a verdict as JSON, and the exit code is 1 unless
 all its checks hold: no exception, no thread left, every frame that the camera gave accounted for by an event, the
-corrupt ones and no others reported as errors, every restored stream going on with the tokens of the saved one, and the
-cache within the text window. Of ten minutes or more also: every accident has happened, every kind of corrupt frame is
-among the errors, and the memory of the process doesn't grow by more than 64 MiB per hour.
+corrupt ones and no others reported as errors, every restored stream continuing with the tokens of the saved one, and
+the cache within the limit of its text. Of ten minutes or more also: every accident has happened, every kind of corrupt
+frame is among the errors, and the memory of the process doesn't grow by more than 64 MiB per hour.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ SAMPLE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 # Shorter runs don't show whether memory grows, nor every accident.
 LONG_SECONDS = 600.0
-# A picture that stays behind with every frame makes ten times as much, a cache with every restored stream five times.
+# An image that stays behind with every frame makes ten times as much, a cache with every restored stream five times.
 MAX_GROWTH = 64 * 2**20
 ACCIDENTS = ("missing", "bursts", "corrupt", "resized", "fork", "restore")
-CORRUPT_KINDS = ("truncated image", "truncated file", "no picture")
+CORRUPT_KINDS = ("truncated image", "truncated file", "no image")
 
 
 class Camera:
@@ -107,7 +107,7 @@ class Camera:
                 kind = self._corrupt[index] = self._random.choice(CORRUPT_KINDS)
                 yield index / self.fps, self.corrupt_frame(kind, index, size)
             else:
-                yield index / self.fps, self._picture(index, size)
+                yield index / self.fps, self._image(index, size)
 
     def corrupt_frame(self, kind: str, index: int, size: tuple[int, int]) -> Any:
         """A frame that can't be used, of one of `CORRUPT_KINDS`."""
@@ -118,7 +118,7 @@ class Camera:
     def _truncated(self, index: int, size: tuple[int, int]) -> bytes:
         """The first half of a JPEG: its header is whole."""
         whole = io.BytesIO()
-        Image.fromarray(self._picture(index, size)).save(whole, "jpeg")
+        Image.fromarray(self._image(index, size)).save(whole, "jpeg")
         return whole.getvalue()[: whole.tell() // 2]
 
     def corrupt_at(self, seconds: float) -> str:
@@ -128,7 +128,7 @@ class Camera:
     def _happens(self, chance: float) -> bool:
         return self._random.random() < chance * self.trouble
 
-    def _picture(self, index: int, size: tuple[int, int]) -> np.ndarray:
+    def _image(self, index: int, size: tuple[int, int]) -> np.ndarray:
         width, height = size
         image = self._noise.integers(0, 64, (height, width, 3), np.uint8)
         image[:, : index % width] += 128
@@ -207,7 +207,7 @@ class Soak:
             self.errors[kind] += 1
 
     def _disturb(self, captions: LiveCaptions) -> None:
-        """Now and then fork the stream, or go on with one that was saved and restored."""
+        """Now and then fork the stream, or continue with one that was saved and restored."""
         stream = captions.stream
         if self.random.random() < FORK * self.trouble:
             with stream.fork() as aside:

@@ -3,7 +3,7 @@
 
 The protocol is that of the authors' streaming benchmark (batch size 1): a turn is one frame and 16 greedy tokens on a
 persistent cache. Time to the first token (TTFT) runs from the frame's pixels to the next token, vision tower included;
-decoding is the other 15 tokens of the turn. The last of them enters the cache with the next frame. Turning a picture
+decoding is the other 15 tokens of the turn. The last of them enters the cache with the next frame. Turning an image
 into pixels is left out of both and shown by itself.
 
 | contender | |
@@ -136,15 +136,15 @@ class Camera:
         )
         self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
 
-    def picture(self, turn: int) -> Tensor:
+    def image(self, turn: int) -> Tensor:
         """The frame of a turn, (channels, height, width) bytes."""
         generator = torch.Generator().manual_seed(turn)
         shape = (3, self.sizes.frame, self.sizes.frame)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
-    def pixels(self, picture: Tensor) -> Tensor:
+    def pixels(self, image: Tensor) -> Tensor:
         """What models take: the part of a turn that is timed by itself."""
-        return self.processor(images=[picture.numpy()], return_tensors="pt")["pixel_values"]
+        return self.processor(images=[image.numpy()], return_tensors="pt")["pixel_values"]
 
 
 class Contender(Protocol):
@@ -413,7 +413,7 @@ class Record:
         ttft, decode: milliseconds to a turn's first token, and per further token.
         peak: bytes: weights, cache, and the most that was allocated beside them. On a CPU one figure, of a turn
             after those that are timed.
-        cache, kv_tokens: bytes and slots of the cache after the last turn.
+        cache, kv_tokens: bytes of the cache, and text tokens that it holds, after the last turn.
     """
 
     ttft: list[float] = field(default_factory=list)
@@ -462,7 +462,7 @@ def check(models: dict[str, Contender], sizes: Sizes, camera: Camera, turns: int
         lengths = [sizes.prompt, *[sizes.answer] * turns]
         words = [torch.randint(WORDS, sizes.text["vocab_size"], (1, n), generator=generator) for n in lengths]
         words = [word.to(device) for word in words]
-        pixels = [camera.pixels(camera.picture(turn)).to(device, dtype) for turn in range(turns)]
+        pixels = [camera.pixels(camera.image(turn)).to(device, dtype) for turn in range(turns)]
         contender.begin(words[0])
         token, calls = words[0][:, -1:], [words[0][:, :-1]]
         for frame, answer in zip(pixels, words[1:], strict=True):
@@ -496,7 +496,7 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
     """Run the stream.
 
     Returns:
-        What was measured of each contender, and the milliseconds that turning pictures into pixels took.
+        What was measured of each contender, and the milliseconds that turning images into pixels took.
     """
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.prompt), generator=generator)
@@ -518,8 +518,8 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
 
     device = models[names[0]].model.device
     for turn in range(sizes.turns):
-        picture = camera.picture(turn)
-        pixels, seconds = timed(functools.partial(camera.pixels, picture), torch.device("cpu"))
+        image = camera.image(turn)
+        pixels, seconds = timed(functools.partial(camera.pixels, image), torch.device("cpu"))
         preprocessing.append(1e3 * seconds)
         shift = turn % len(names)  # nobody is always the first
         for name in names[shift:] + names[:shift]:
@@ -546,7 +546,7 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
 @torch.no_grad()
 def tower_ms(models: dict[str, Contender], camera: Camera) -> dict[str, float]:
     """Milliseconds of each contender's vision tower for one frame, the median of 3."""
-    pixels = camera.pixels(camera.picture(0))
+    pixels = camera.pixels(camera.image(0))
     found = {}
     for name, contender in models.items():
         model = contender.model

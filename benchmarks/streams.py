@@ -53,7 +53,7 @@ from casa_hf import CasaConfig, cache_nbytes
 from casa_hf.design_space import VARIANTS
 
 RATE_BAR = 2.0  # frames per second and stream, 32 streams on one GPU
-PICTURES = 4
+IMAGES = 4
 
 
 class StaggeredContender(CasaContender):
@@ -164,7 +164,7 @@ def run(
         return torch.randint(WORDS, sizes.text["vocab_size"], (streams, count), generator=generator).to(device)
 
     camera, prompts = Camera(sizes), random_words(sizes.prompt)
-    pixels = [camera.pixels(camera.picture(number)).to(device, dtype) for number in range(PICTURES)]
+    pixels = [camera.pixels(camera.image(number)).to(device, dtype) for number in range(IMAGES)]
     tokens = dict.fromkeys(fleets, prompts[:, -1:])
     seconds: dict[str, list[float]] = {name: [] for name in fleets}
     logits = {}

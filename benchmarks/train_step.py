@@ -2,7 +2,7 @@
 """What a training step costs: text tokens per second and peak memory, against the source with image tokens inserted.
 
 All models train the same parameters (the language model and the last four vision blocks; CASA its fusion layers too),
-recompute activations in the backward pass, and see the same batch: conversations of one picture and as many words
+recompute activations in the backward pass, and see the same batch: conversations of one image and as many words
 each, no padding, so that nobody computes for nothing. A step is forward, backward and AdamW in bfloat16 autocast
 (float32 on a CPU). Models are measured one after the other, several rounds, and the median of the ratios within a
 round is reported. Nothing is measured before the variant `insertion` has given the stock class's loss on small shapes.

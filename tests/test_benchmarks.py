@@ -464,8 +464,7 @@ def test_each_corrupt_frame_of_a_soak_is_an_error_and_the_stream_goes_on(kind, c
         good = np.full((48, 64, 3), 60 * index, np.uint8)
         (error,) = disturbed.push(frame)
         assert (
-            error.kind == "error"
-            and ("got float64 from nan" if kind == "no picture" else "truncated") in error.message
+            error.kind == "error" and ("got float64 from nan" if kind == "no image" else "truncated") in error.message
         )
         said.append([event.token_ids for event in disturbed.push(good) if event.kind == "end"])
         assert said[-1] == [event.token_ids for event in undisturbed.push(good) if event.kind == "end"]
@@ -479,7 +478,7 @@ def test_the_camera_of_a_soak_knows_which_of_its_frames_are_corrupt(monkeypatch,
     frames = list(camera)
     first = frames[0][0]
     known = [camera.corrupt_at(timestamp - first) for timestamp, _ in frames]
-    kinds = {np.ndarray: "no picture", type(tmp_path): "truncated file"}
+    kinds = {np.ndarray: "no image", type(tmp_path): "truncated file"}
     found = [
         "" if isinstance(frame, np.ndarray) and frame.ndim == 3 else kinds.get(type(frame), "truncated image")
         for _, frame in frames
