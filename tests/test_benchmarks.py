@@ -88,7 +88,7 @@ def advance(contender, camera: Camera, turns: int) -> None:
     contender.begin(words[:, : TINY.prompt])
     position = TINY.prompt - 1
     for turn in range(turns):
-        contender.frame(words[:, position : position + 1], camera.pixels(camera.picture(turn)))
+        contender.frame(words[:, position : position + 1], camera.pixels(camera.image(turn)))
         for index in range(1, TINY.answer):
             contender.step(words[:, position + index : position + index + 1])
         position += TINY.answer
@@ -98,7 +98,7 @@ def advance(contender, camera: Camera, turns: int) -> None:
 
 
 def test_tower_flops(source, camera):
-    pixels = camera.pixels(camera.picture(0))
+    pixels = camera.pixels(camera.image(0))
     counted = flops(lambda: source.get_image_features(pixels, camera.grid))
     assert counted == tower_flops(source.config.vision_config, TINY.patches, TINY.patches)
 
@@ -151,7 +151,7 @@ def test_insertions_stream_is_counted(source, camera):
         expected = 3 * text_flops(config, text, 0, seen * SEEN) + image_flops(config, SEEN, text, seen * SEEN)
         expected += head_flops(config) + tower_flops(config.vision_config, TINY.patches, TINY.patches)
         assert contender.predict(4)["frame_flops"] == expected
-        assert flops(partial(contender.frame, torch.tensor([[9]]), camera.pixels(camera.picture(3)))) == expected
+        assert flops(partial(contender.frame, torch.tensor([[9]]), camera.pixels(camera.image(3)))) == expected
 
 
 @pytest.mark.parametrize("variant", ["casa", "ca"])
@@ -464,7 +464,7 @@ def test_each_corrupt_frame_of_a_soak_is_an_error_and_the_stream_goes_on(kind, c
         good = np.full((48, 64, 3), 60 * index, np.uint8)
         (error,) = disturbed.push(frame)
         assert (
-            error.kind == "error" and ("got float64 from nan" if kind == "no image" else "truncated") in error.message
+            error.kind == "error" and ("float64 from nan" if kind == "no image" else "truncated") in error.message
         )
         said.append([event.token_ids for event in disturbed.push(good) if event.kind == "end"])
         assert said[-1] == [event.token_ids for event in undisturbed.push(good) if event.kind == "end"]
