@@ -242,6 +242,25 @@ def test_private(
         assert "hf auth login" in complaint and NAME in complaint
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--private"], "is public, but --private was given"),
+        (["--revision", "a..b"], "--revision a..b is not a valid branch name"),
+        (["--dataset", " "], "--dataset is not a data set"),
+    ],
+)
+def test_the_command_names_options_as_they_are_typed(
+    hub: Hub, casa_folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.create(NAME)
+    with pytest.raises(SystemExit) as ended:
+        main(["push", str(casa_folder), NAME, *options])
+    complaint = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and said in complaint and f"Invalid value for {options[0]}" in complaint
+    assert not hub.commits(NAME) and not hub.uploaded
+
+
 def test_what_is_to_be_private_never_goes_to_a_public_repository(hub: Hub, casa_folder: Path) -> None:
     hub.create(NAME)
     assert_refused(casa_folder, NAME, "is public", "private=True", private=True)
