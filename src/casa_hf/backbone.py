@@ -156,7 +156,7 @@ class BlockAdapter:
         )
 
     def mlp(self, block: DecoderBlock, states: torch.Tensor) -> torch.Tensor:
-        """The MLP of (..., hidden) normalised states of text or images."""
+        """The MLP of (batch, tokens, hidden) normalised states of text or images."""
         return block.mlp(states)
 
 
@@ -170,8 +170,8 @@ class VisionTower:
     Attributes:
         model_type: of its configuration; the key of the table.
         modeling: module that defines its class.
-        tower: name of the class. It is called with `(pixel_values, grid_thw=...)` and returns merged features as
-            `pooler_output`.
+        tower: name of the class. It is called with pixels, `grid_thw` and what `vision_tower.tower_inputs` derives,
+            returns merged features as `pooler_output`, and has a convolution `patch_embed.proj`.
         hidden_size_field: configuration field with the width of merged features.
         deepstack_field: configuration field that lists the layers whose features, returned as `deepstack_features`,
             are added to image states after the first decoder blocks; None for towers without any.

@@ -372,12 +372,14 @@ class CasaConfig(PreTrainedConfig):
     def _validate_layers(self) -> None:
         if self.casa_layers is None:
             return
-        depth = self.text_config.num_hidden_layers
-        wrong = [i for i in self.casa_layers if not 0 <= i < depth]
+        blocks = self.backbone.fusable_blocks(self.text_config)
+        wrong = [i for i in self.casa_layers if i not in blocks]
         if not self.casa_layers or wrong or len(set(self.casa_layers)) != len(self.casa_layers):
+            depth = self.text_config.num_hidden_layers
+            others = "" if len(blocks) == depth else f" (of these, blocks {blocks} can have a fusion layer)"
             raise ValueError(
-                f"casa_layers={self.casa_layers} must list distinct block indices from 0 to {depth - 1}; None means "
-                "all blocks."
+                f"casa_layers={self.casa_layers} must list distinct block indices from 0 to {depth - 1}{others}; None "
+                "means all blocks."
             )
 
     def _validate_combinations(self) -> None:
@@ -435,10 +437,12 @@ class CasaConfig(PreTrainedConfig):
                 f"{' or '.join(map(repr, towers))}."
             )
         layer_types = getattr(text, "layer_types", None) or []
-        if getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
+        # Some families have a switch beside the size of the window.
+        slides = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+        if slides or "sliding_attention" in layer_types:
             raise ValueError(
                 "text_config has sliding-window attention switched on, which CASA doesn't support; set "
-                "use_sliding_window=False and layer_types=None."
+                "sliding_window=None (or use_sliding_window=False where there is one) and layer_types=None."
             )
         tower = self.tower
         if self.needs_projector and not self.backbone.text_only:

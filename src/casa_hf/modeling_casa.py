@@ -176,7 +176,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         if self.image_updates == "full":
             modules = self._modules_of_attention()
             states = states + image_attention(self.projections, self.layer_idx, modules, states, attended, call)
-        return states + self.adapter.mlp(self, self.post_attention_layernorm(states))
+        return states + self.adapter.mlp(self, self.post_attention_layernorm(states)[None])[0]
 
     def _modules_of_attention(self) -> BlockModules:
         return BlockModules(self.self_attn, self.input_layernorm)
