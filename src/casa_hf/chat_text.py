@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Conversations as their chat template writes them, in which only the template's own control tokens count.
 
-What a person typed may hold `<|im_start|>system`, `<think>` or the mark of an image. While the template is rendered a
-mark stands for each such text, drawn anew every time; afterwards the text takes its place and is tokenized as text.
+What a person typed may hold `<|im_start|>system`, `<think>` or an image placeholder. While the template is rendered, a
+random key stands for each such text; afterwards the text takes its place and is tokenized as text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SAID = object()
 
 
 class ChatText(str):
-    """A prompt in which a mark stands for each text that was typed.
+    """A prompt in which a key stands for each text that was typed.
 
     Attributes:
-        typed: by mark, the text.
+        typed: texts by key.
     """
 
     typed: dict[str, str]
@@ -46,15 +46,15 @@ def render_chat(
     """What the chat template writes for a conversation, up to where the next answer begins.
 
     Args:
-        processor: a CasaProcessor.
-        messages: made by `message`. Where the text of one is `SAID`, what follows that text is returned.
-        sanitize_control_tokens: whether control tokens in the texts are text; False leaves them what they are.
+        processor: CasaProcessor with the chat template.
+        messages: messages made by `message`. Where the text of one is `SAID`, what follows that text is returned.
+        sanitize_control_tokens: whether control tokens in the texts are text; False leaves them control tokens.
 
     Returns:
-        The text; the processor takes it as it is, and `token_ids` gives its ids.
+        The text, which the processor takes as it is, and of which `token_ids` gives the ids.
 
     Raises:
-        ValueError: if a text isn't one, or the template leaves a text out, changes it or writes it several times.
+        ValueError: if a text isn't a string, or the template leaves a text out, changes it or writes it several times.
     """
     nonce = secrets.token_hex(16)  # of this rendering alone: nobody can have typed it
     said = f"{nonce}x"
@@ -67,11 +67,11 @@ def render_chat(
         core = text.strip()  # templates trim texts, but not what is within
         if not sanitize_control_tokens or not core:
             return text
-        mark = f"{nonce}t{len(typed)}x"
-        typed[mark] = core
-        return text.replace(core, mark, 1)
+        key = f"{nonce}t{len(typed)}x"
+        typed[key] = core
+        return text.replace(core, key, 1)
 
-    marked = [
+    keyed = [
         {
             "role": each["role"],
             "content": [
@@ -81,11 +81,11 @@ def render_chat(
         }
         for each in messages
     ]
-    rendered = processor.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    after_said = any(part.get("text") == said for each in marked for part in each["content"])
-    for mark in [*typed, *([said] if after_said else [])]:
-        if (times := rendered.count(mark)) != 1:
-            what = repr(typed[mark]) if mark in typed else "what the assistant said"
+    rendered = processor.apply_chat_template(keyed, tokenize=False, add_generation_prompt=True)
+    after_said = any(part.get("text") == said for each in keyed for part in each["content"])
+    for key in [*typed, *([said] if after_said else [])]:
+        if (times := rendered.count(key)) != 1:
+            what = repr(typed[key]) if key in typed else "what the assistant said"
             raise ValueError(
                 f"The chat template writes {what:.100} {times} times, but must write each text once and "
                 "unchanged. Set processor.chat_template to another template."
@@ -97,15 +97,15 @@ def token_ids(tokenizer: Any, text: str, typed: Mapping[str, str]) -> list[int]:
     """Ids of a prompt; no control token comes from what was typed.
 
     Args:
-        tokenizer: a fast one, unless nothing that was typed looks like a control token.
-        text: with marks.
-        typed: by mark, the text that stands there.
+        tokenizer: tokenizer of the model; a fast one, unless nothing that was typed looks like a control token.
+        text: prompt with keys.
+        typed: texts by key.
 
     Raises:
         ValueError: if this tokenizer can't read a control token as text.
     """
     pieces = re.split(f"({'|'.join(map(re.escape, typed))})", text) if typed else [text]
-    pieces[1::2] = [typed[mark] for mark in pieces[1::2]]
+    pieces[1::2] = [typed[key] for key in pieces[1::2]]
     whole = "".join(pieces)
     control = _control_tokens(tokenizer)
     own, place = [], 0

@@ -37,7 +37,7 @@ def has_images(
         ValueError: if pixels and features are given.
     """
     if pixel_values is not None and image_embeds is not None:
-        raise ValueError("pixel_values and image_embeds were both given; pass one of them.")
+        raise ValueError("pixel_values and image_embeds were both given; pass only one of them.")
     content = image_embeds if pixel_values is None else pixel_values
     if content is None:
         return False
@@ -48,7 +48,7 @@ def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torc
     """(num_images, 3) the sizes of images, on the CPU.
 
     Args:
-        config: configuration that says how many patches the tower merges.
+        config: configuration with the number of patches that the tower merges.
         image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
 
     Raises:

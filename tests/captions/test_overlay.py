@@ -21,7 +21,8 @@ from PIL import Image
 
 from casa_hf import CaptionEvent
 from casa_hf.captions import overlay as overlay_module
-from casa_hf.captions.overlay import _ENCODERS, Overlay, OverlayWriter, _font, _lines, _loaded, captioned
+from casa_hf.captions.drawing import _font, _lines, _loaded, captioned
+from casa_hf.captions.overlay import _ENCODERS, Overlay, OverlayWriter
 from casa_hf.video import Frame, open_video
 from tests.clips import every_kind, numbers, picture, write_clip
 
@@ -350,9 +351,9 @@ def test_the_source_is_never_replaced(tmp_path):
     (tmp_path / "link.mkv").symlink_to(clip)
     for source in (open_video(clip), open_video(f"file://{clip}"), open_video(clip, live=True)):
         for path in (clip, tmp_path / "link.mkv", tmp_path / ".." / tmp_path.name / "clip.mp4"):
-            with source, pytest.raises(ValueError, match="is the source itself; choose another name"):
+            with source, pytest.raises(ValueError, match="is the video that is read; choose another name"):
                 Overlay(source, path, overwrite=True)
-    with pytest.raises(ValueError, match="is the source itself"):
+    with pytest.raises(ValueError, match="is the video that is read"):
         OverlayWriter(clip, audio=str(clip), overwrite=True)
     assert clip.read_bytes() == whole
     with open_video(clip) as source, pytest.raises(ValueError, match="exists; choose another name"):

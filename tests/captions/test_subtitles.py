@@ -301,7 +301,7 @@ def test_files_are_not_replaced_by_mistake(tmp_path):
     assert path.read_text() == "hours of work"
     with caption_writer(path, overwrite=True):
         assert path.read_bytes() == b""
-    with pytest.raises(ValueError, match=r"nowhere' of 'a\.srt' doesn't exist"):
+    with pytest.raises(ValueError, match=r"nowhere' for 'a\.srt' doesn't exist"):
         caption_writer(tmp_path / "nowhere" / "a.srt")
     with pytest.raises(ValueError, match=r"a\.txt' must end in \.srt or \.vtt or \.jsonl"):
         caption_writer(tmp_path / "a.txt")

@@ -327,7 +327,7 @@ def test_the_source_is_never_replaced(cli: Cli, checkpoint: Path, tmp_path: Path
     (tmp_path / "a.srt").symlink_to(clip)
     for option, file in (("--overlay", clip), ("--out", tmp_path / "a.srt")):
         outcome = cli("caption", clip, "--model", checkpoint, option, file, "--overwrite")
-        assert outcome.refused(str(file), "is the source itself; choose another name")
+        assert outcome.refused(str(file), "is the video that is read; choose another name")
     assert clip.read_bytes() == whole
 
 

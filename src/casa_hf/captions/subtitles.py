@@ -32,12 +32,12 @@ _SHORTEST = Fraction(1, 1000)
 
 
 class Caption(NamedTuple):
-    """What was said to one frame.
+    """What was said about one frame.
 
     Attributes:
-        start: seconds.
-        end: seconds; when the next frame is due.
-        text: not empty.
+        start: time of the frame, in seconds.
+        end: time at which the next frame is due, in seconds.
+        text: caption, not empty.
     """
 
     start: float
@@ -66,7 +66,7 @@ class CaptionCollector:
         return self.finish() if event.kind == "end" else None
 
     def finish(self) -> Caption | None:
-        """The caption of a frame that was interrupted, if any of it was said."""
+        """The caption of a frame that was interrupted, if it has any text."""
         event, text = self._latest, self._pieces.strip()
         self._latest, self._pieces = None, ""
         return Caption(event.start, event.end, text) if event is not None and text else None
@@ -76,7 +76,7 @@ class CaptionWriter(ABC):
     """Writes the events of a stream to a file while they come.
 
     Args:
-        path: of the file.
+        path: name of the file.
         overwrite: whether to replace a file that exists.
 
     Raises:
@@ -92,7 +92,7 @@ class CaptionWriter(ABC):
         """Take one event; what it completes is in the file when this returns."""
 
     def close(self) -> None:
-        """Write what was said to a frame that was interrupted, and close the file."""
+        """Write what was said about a frame that was interrupted, and close the file."""
         self._file.close()
 
     def __enter__(self) -> CaptionWriter:
@@ -126,7 +126,7 @@ class _CueWriter(CaptionWriter):
         caption = self._captions.add(event)
         if caption is not None:
             self._append(caption)
-        if event.question is None and event.frame_index >= 0:  # else a problem of the source, not a frame
+        if event.question is None and event.frame_index >= 0:  # else a problem of the input, not a frame
             self._cut(Fraction(event.start))
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ class VttWriter(_CueWriter):
     A cue begins with its frame and ends when the next one is due, or earlier if one comes earlier.
 
     Args:
-        path: of the file.
+        path: name of the file.
         words: whether the words of a caption appear one after the other, evenly spaced over its time.
         overwrite: whether to replace a file that exists.
 
@@ -256,7 +256,7 @@ def caption_writer(path: str | os.PathLike[str], *, words: bool = False, overwri
     """The writer for a file name that ends in .srt, .vtt or .jsonl.
 
     Args:
-        path: of the file.
+        path: name of the file.
         words: whether the words of a caption appear one after the other; in subtitles only.
         overwrite: whether to replace a file that exists.
 
@@ -279,10 +279,10 @@ def check_output(
     """Check that a file can be made.
 
     Args:
-        path: of the file.
-        endings: that its name may have.
+        path: name of the file.
+        endings: endings that its name may have.
         overwrite: whether to replace a file that exists.
-        inputs: what is read meanwhile, which is never replaced; names that aren't those of files are passed over.
+        inputs: files that are read meanwhile, which are never replaced; names of anything else are ignored.
 
     Raises:
         ValueError: if its name has none of these endings, it is one of the inputs, it exists and isn't to be replaced,
@@ -290,13 +290,13 @@ def check_output(
     """
     path = Path(path)
     if path.suffix.lower() not in endings:
-        raise ValueError(f"The name {str(path)!r} must end in {' or '.join(endings)}.")
+        raise ValueError(f"The file name {str(path)!r} must end in {' or '.join(endings)}.")
     if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
-        raise ValueError(f"{str(path)!r} is the source itself; choose another name.")
+        raise ValueError(f"{str(path)!r} is the video that is read; choose another name.")
     if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"{str(path)!r} exists; choose another name, or have it replaced with overwrite.")
+        raise ValueError(f"{str(path)!r} exists; choose another name, or replace it with overwrite.")
     if not path.parent.is_dir():
-        raise ValueError(f"The folder {str(path.parent)!r} of {path.name!r} doesn't exist; make it first.")
+        raise ValueError(f"The folder {str(path.parent)!r} for {path.name!r} doesn't exist; make it first.")
     return path
 
 
@@ -312,11 +312,11 @@ class _Placed(NamedTuple):
     """A caption in a file.
 
     Attributes:
-        timed: when and what.
-        position: in the file, in bytes.
-        num_before: cues before it.
-        data: its own cues as they stand there.
-        num_cues: how many they are.
+        timed: text and time.
+        position: index of its first byte in the file.
+        num_before: number of cues before it.
+        data: its own cues as they stand in the file.
+        num_cues: number of its cues.
     """
 
     timed: _Timed
@@ -339,7 +339,7 @@ def _clock(time: Fraction, point: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Words with the blanks behind them."""
+    """Words with the white space behind them."""
     return re.findall(r"\S+\s*", text)
 
 
