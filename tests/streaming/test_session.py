@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, CasaStreamBatch, MediaPolicy, cache_nbytes
 from casa_hf.design_space import VARIANTS
-from casa_hf.streaming.session import History
+from casa_hf.streaming.steps import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
 
 PROMPT = "What do you see?"

@@ -20,8 +20,9 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_snapshot
 from ..checks import check_count
 from .events import CaptionEvent
-from .session import CasaStream, Forward, Steps, check_pair, on_device
+from .session import CasaStream, check_pair
 from .settings import StreamSettings
+from .steps import Forward, Steps, on_device
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration

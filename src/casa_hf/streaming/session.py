@@ -13,67 +13,33 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache
 
-from ..cache_casa import cache_nbytes, cache_state, home_layer, restore_cache
-from ..checks import check_count, check_number, is_number, shown
-from ..design_space import DESIGN_FIELDS
+from ..cache_casa import cache_nbytes, cache_state
+from ..checks import check_count, check_number
 from ..processing_casa import FRAME_TYPE
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
 from .repetition import history_length
 from .settings import StreamSettings
+from .state import STATE_VERSION, check_state, model_design, restored_cache
+from .steps import Forward, History, Steps, on_device
+from .timestamps import frame_timestamps
 from .turns import StreamTurns
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
 
-# Fields of the text configuration that decide whether a cache fits a model.
-_GEOMETRY = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-    "head_dim",
-    "vocab_size",
-)
-
-
 # Told with what has interrupted a forward, of which the cache may hold a part.
-ANEW = "This came in the midst of a forward of the model; the stream has been reset."
-
-# Of what `CasaStream.state_dict` gives; another one for every change of what is in it.
-_STATE_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Forward:
-    """A forward that a stream has to wait for.
-
-    Attributes:
-        ids: new text.
-        images: image inputs with it, as for a batch of this row alone.
-        processors: what the logits of the next token go through.
-        history: and the text that they look at.
-    """
-
-    ids: list[int]
-    images: dict[str, torch.Tensor]
-    processors: LogitsProcessorList
-    history: History
-
-
-# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token, on
-# the CPU.
-Steps = Generator[CaptionEvent | Forward, torch.Tensor, None]
+_RESET_NOTE = "This came in the midst of a forward of the model; the stream has been reset."
 
 
 class CasaStream:
@@ -279,13 +245,7 @@ class CasaStream:
         self._require_open()
         self._require_idle()
         cached = self._cache is not None and self._cache.get_seq_length() > 0
-        return {
-            "version": _STATE_VERSION,
-            "design": self._design(),
-            "settings": self._cache_settings(),
-            "cache": cache_state(self._cache) if cached else None,
-            **self._text_state(),
-        }
+        return {**self._state(), "cache": cache_state(self._cache) if cached else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream that gave this state stood, with the same tokens as that one.
@@ -302,8 +262,8 @@ class CasaStream:
         self._require_open()
         other = copy.copy(self)  # made whole before anything of this one changes
         try:
-            self._check_state(state)
-            other._cache = self._restored(state["cache"])
+            check_state(state, self._state(), self.model, self.processor.tokenizer)
+            other._cache = restored_cache(state["cache"], self.model)
             other._load_text(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
@@ -459,7 +419,7 @@ class CasaStream:
                 # As one: between them the cache holds tokens that still wait to be read.
                 step = steps.send(self._next_token(step))
             except BaseException as error:
-                error.add_note(ANEW)
+                error.add_note(_RESET_NOTE)
                 self._begin()
                 raise
 
@@ -534,6 +494,16 @@ class CasaStream:
             generator.manual_seed(self.settings.seed)
         return generator
 
+    def _state(self) -> dict[str, Any]:
+        """What `state_dict` returns, but for the cache."""
+        settings = {
+            "opening": list(self.turns.opening),
+            "max_text_tokens": self.settings.max_text_tokens,
+            "num_sink_tokens": self.num_sink_tokens,
+        }
+        design = model_design(self.model)
+        return {"version": STATE_VERSION, "design": design, "settings": settings, **self._text_state()}
+
     def _text_state(self) -> dict[str, Any]:
         """Everything but the cache."""
         return {
@@ -558,128 +528,6 @@ class CasaStream:
         self._generator = self._new_generator()
         if self._generator is not None:
             self._generator.set_state(state["random"].cpu())
-
-    def _cache_settings(self) -> dict[str, Any]:
-        """Settings that what is cached depends on."""
-        return {
-            "opening": list(self.turns.opening),
-            "max_text_tokens": self.settings.max_text_tokens,
-            "num_sink_tokens": self.num_sink_tokens,
-        }
-
-    def _design(self) -> dict[str, Any]:
-        """What a cache must have been made with to fit the model."""
-        config, text = self.model.config, self.model.config.get_text_config()
-        fields = {name: getattr(config, name) for name in DESIGN_FIELDS}
-        fields |= {"casa_layers": list(config.fusion_layers), "model_type": text.model_type}
-        fields |= {name: getattr(text, name, None) for name in _GEOMETRY}
-        return fields | {"dtype": str(self.model.dtype)}
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict) or "design" not in state:
-            raise ValueError("The state is no stream's; give what state_dict() of a CasaStream returned.")
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"The state has version {state.get('version')!r}; this release of casa_hf reads version "
-                f"{_STATE_VERSION}. Go on with the release that saved it, or begin a new stream."
-            )
-        missing = [name for name in ("settings", "cache", *self._text_state()) if name not in state]
-        if missing:
-            raise ValueError(
-                f"The state has no {', '.join(missing)}; give all of what state_dict() of a CasaStream returned."
-            )
-        own, given = self._design(), state["design"]
-        differing = [name for name in own if given.get(name) != own[name]]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"The state is of a model with {name}={given.get(name)!r}; this one has {name}={own[name]!r}"
-                f"{' and differs in ' + ', '.join(differing[1:]) if differing[1:] else ''}. Load it into a stream of "
-                "the model that it was saved with."
-            )
-        held, blocks = state["cache"], len(self.model.get_decoder().layers)
-        if held is not None and len(held["layers"]) != blocks:
-            raise ValueError(
-                f"The state has a cache of {len(held['layers'])} layers; the model has {blocks}. It isn't whole; give "
-                "all of what state_dict() of a CasaStream returned."
-            )
-        self._check_settings(state["settings"])
-        self._check_text(state)
-        if self._generator is not None:
-            random = state["random"]
-            if random is None or random.shape != self._generator.get_state().shape:
-                raise ValueError(
-                    f"The state has {'no random numbers' if random is None else 'random numbers of another device'}, "
-                    f"but this stream draws tokens at random on {self.model.device}. Make both streams with the same "
-                    "do_sample, on the same kind of device."
-                )
-
-    def _check_text(self, state: dict[str, Any]) -> None:
-        """Refuse what no stream has, of all but the cache."""
-        vocabulary, history = self.model.config.get_text_config().vocab_size, state["history"]
-
-        def are_ids(values: Any) -> bool:
-            return isinstance(values, list) and all(is_number(i, Integral) and 0 <= i < vocabulary for i in values)
-
-        last, pieces = state["last_timestamp"], state["pieces"]
-        fits = {
-            "pending": are_ids(state["pending"]) and state["pending"],
-            "history": history.dtype == torch.long and history.shape[:-1] == (1,) and are_ids(history[0].tolist()),
-            "num_frames": is_number(state["num_frames"], Integral) and state["num_frames"] >= 0,
-            "last_timestamp": last is None or (is_number(last) and math.isfinite(last)),
-            "begun": isinstance(state["begun"], bool),
-            "answered": isinstance(state["answered"], bool),
-            "pieces": are_ids(pieces["before"]) and are_ids(pieces["waiting"]),
-            "cache": state["cache"] is not None or not (state["begun"] or state["answered"]),
-        }
-        for name, fit in fits.items():
-            if not fit:
-                raise ValueError(
-                    f"The state is damaged: its {name} can't be {state[name]!r:.100}; give what state_dict() of a "
-                    "CasaStream returned."
-                )
-
-    def _restored(self, held: dict[str, Any] | None) -> DynamicCache:
-        """A cache that holds this."""
-        cache, blocks = self._new_cache(), self.model.get_decoder().layers
-        if held is None:
-            return cache
-        restore_cache(cache, held, [next(block.parameters()).device for block in blocks])
-        windows = home_layer(cache).window_state
-        # Blocks of one kind hold the same.
-        parts: dict[tuple[bool, bool], set[str]] = {}
-        for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
-            kind = (block.self_attn is not None, block.casa_attn is not None)
-            own = parts.setdefault(kind, set(layer.fusion))
-            images = "image" in own or not kind[1] or not windows.image_columns
-            if (
-                own != layer.fusion.keys()
-                or not images
-                or (layer.keys is not None) != kind[0]
-                or windows.batch_size != 1
-            ):
-                raise ValueError(
-                    f"The state is damaged: a part of layer {number} is missing, or one too many; give what "
-                    "state_dict() of a CasaStream returned."
-                )
-        return cache
-
-    def _check_settings(self, given: dict[str, Any]) -> None:
-        own = self._cache_settings()
-        if given.get("opening") != own["opening"]:
-            opened, other = (
-                self.processor.tokenizer.decode(ids or []) for ids in (own["opening"], given.get("opening"))
-            )
-            raise ValueError(
-                f"The state is of a stream that begins with {other!r}; this one begins with {opened!r}. Make it with "
-                "the system message and the prompt of the other one."
-            )
-        for name in ("max_text_tokens", "num_sink_tokens"):
-            if given.get(name) != own[name]:
-                raise ValueError(
-                    f"The state is of a stream with {name}={given.get(name)!r}; this one has {name}={own[name]!r}. "
-                    f"Make it with {name}={given.get(name)!r}."
-                )
 
     # ---------------------------------------------------------------- small things
 
@@ -718,59 +566,11 @@ class CasaStream:
         return frames, self._timestamps(timestamp, len(frames))
 
     def _timestamps(self, given: float | Sequence[float] | None, count: int) -> list[float]:
-        """Those of `count` frames; where only the last one's is known, the others lie evenly before it."""
-        last, step = self._last_timestamp, 1 / self.settings.fps
-        seconds = [] if given is None else _seconds(given)
-        if given is None:
-            begin = 0.0 if last is None else last + step
-            timestamps = [begin + number * step for number in range(count)]
-        elif isinstance(seconds, float):
-            if last is not None:
-                step = (seconds - last) / count
-            timestamps = [seconds - number * step for number in reversed(range(count))]
-        else:
-            timestamps = seconds
-            if len(timestamps) != count:
-                raise ValueError(f"timestamp has {len(timestamps)} values for {count} frames; give one for each.")
-        previous = -math.inf if last is None else last
-        for timestamp in timestamps:
-            if not previous < timestamp < math.inf:
-                raise ValueError(
-                    f"timestamp={shown(given)} must be a finite number of seconds, later than {previous} of the frame "
-                    "before."
-                )
-            previous = timestamp
-        return timestamps
+        return frame_timestamps(given, count, self._last_timestamp, 1 / self.settings.fps)
 
     def _event(self, kind: EventKind, index: int, start: float, pushed: float, **content: Any) -> CaptionEvent:
         latency = time.perf_counter() - pushed
         return CaptionEvent(kind, index, start, start + 1 / self.settings.fps, latency, **content)
-
-
-class History:
-    """The last tokens of a text, for logits processors: (1, length) `ids` on a device, -1 before its beginning."""
-
-    def __init__(self, length: int, device: torch.device):
-        self.ids = torch.full((1, length), -1, dtype=torch.long, device=device)
-
-    def add(self, tokens: torch.Tensor) -> None:
-        """Append (1, tokens) ids, on any device."""
-        length = self.ids.shape[1]
-        tokens = tokens.to(self.ids.device, non_blocking=True)
-        self.ids = torch.cat([self.ids, tokens], dim=1)[:, tokens.shape[1] :][:, -length:] if length else self.ids
-
-    def tokens(self) -> torch.Tensor:
-        """(1, tokens) the ids since the beginning."""
-        return self.ids[:, self.ids[0] >= 0]
-
-
-def on_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Inputs of a forward: ids and pixels on the device, without waiting for it, and the rest, which the model looks
-    at on the host, where it is."""
-    return {
-        name: value.to(device, non_blocking=True) if name in ("input_ids", "pixel_values") else value
-        for name, value in inputs.items()
-    }
 
 
 def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
@@ -795,13 +595,3 @@ def check_pair(model: Any, processor: Any, settings: StreamSettings) -> None:
         )
     if settings.max_text_tokens is not None:
         model.get_decoder().key_rotation()  # or says why text can't be evicted
-
-
-def _seconds(given: Any) -> float | list[float]:
-    """A timestamp or several, as numbers; what is none becomes one that is refused as timestamps are."""
-    if is_number(given) or getattr(given, "ndim", None) == 0:
-        return float(given)
-    if isinstance(given, bool | str | bytes) or not isinstance(given, Iterable):
-        return math.nan
-    several = [_seconds(timestamp) for timestamp in given]
-    return [timestamp if isinstance(timestamp, float) else math.nan for timestamp in several]
