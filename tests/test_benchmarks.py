@@ -463,9 +463,7 @@ def test_each_corrupt_frame_of_a_soak_is_an_error_and_the_stream_goes_on(kind, c
     for index, frame in enumerate(frames):
         good = np.full((48, 64, 3), 60 * index, np.uint8)
         (error,) = disturbed.push(frame)
-        assert (
-            error.kind == "error" and ("float64 from nan" if kind == "no image" else "truncated") in error.message
-        )
+        assert error.kind == "error" and ("float64 from nan" if kind == "no image" else "truncated") in error.message
         said.append([event.token_ids for event in disturbed.push(good) if event.kind == "end"])
         assert said[-1] == [event.token_ids for event in undisturbed.push(good) if event.kind == "end"]
     assert all(tokens for [tokens] in said)

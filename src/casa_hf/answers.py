@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Answers to many questions in one batch, each with pictures of its own."""
+"""Answers to many questions in one batch, each with its own images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Question(NamedTuple):
     """A message of a user.
 
     Attributes:
-        text: the message.
-        images: one picture, in any form that the processor takes, or a list of such; they come before the text.
+        text: message of the user.
+        images: one image, in any form that the processor takes, or a list of such; they come before the text.
     """
 
     text: str
@@ -40,17 +40,17 @@ def answer_batch(
     """What the model answers to each question, as `Conversation.ask` would give it.
 
     Args:
-        model: answers.
-        processor: the model's.
-        questions: any number, with any number of pictures each.
+        model: model that answers.
+        processor: processor of the model.
+        questions: questions, any number of them, with any number of images each.
         sanitize_control_tokens: whether control tokens in the texts are text.
-        **generate_kwargs: for `generate`, such as `max_new_tokens`.
+        **generate_kwargs: arguments for `generate`, such as `max_new_tokens`.
 
     Returns:
         The answers, in the order of the questions.
 
     Raises:
-        ValueError: if the processor refuses a text or a picture.
+        ValueError: if the processor refuses a text or an image.
     """
     if not questions:
         return []
@@ -77,11 +77,11 @@ def answer_prompts(
     """What the model says after each prompt.
 
     Args:
-        model: answers.
-        processor: the model's.
-        prompts: as the chat template writes them.
-        images, videos: of all prompts, in any form that the processor takes.
-        **generate_kwargs: for `generate`.
+        model: model that answers.
+        processor: processor of the model.
+        prompts: texts as the chat template writes them.
+        images, videos: images and videos of all prompts, in any form that the processor takes.
+        **generate_kwargs: arguments for `generate`.
     """
     inputs = processor(
         text=prompts,

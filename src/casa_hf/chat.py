@@ -40,13 +40,13 @@ class Conversation:
     """Turns of a user and a model.
 
     Args:
-        model: answers.
-        processor: the model's.
-        sanitize_control_tokens: whether control tokens and marks of images in messages are text like any other. False
-            lets them count.
+        model: model that answers.
+        processor: processor of the model.
+        sanitize_control_tokens: whether control tokens and image placeholders in messages are text like any other.
+            False lets them count.
 
     Raises:
-        NotImplementedError: for a model with a prompt that PEFT has learned, which it puts before every turn anew.
+        NotImplementedError: for a model with a prompt that PEFT has learned, which it puts before every turn again.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Conversation:
         `generate` ends with isn't that of the answer, as after a beam search, the turn is read once more.
 
         Args:
-            text: the message; its images come before it.
-            images: the new images only: one, in any form that the processor takes (a PIL image, a path, a URL, base64,
+            text: message of the user; its images come before it.
+            images: new images only: one, in any form that the processor takes (a PIL image, a path, a URL, base64,
                 bytes, an array), or a list of such.
-            **generate_kwargs: for `generate`, such as `max_new_tokens`, `num_beams` or `streamer`.
+            **generate_kwargs: arguments for `generate`, such as `max_new_tokens`, `num_beams` or `streamer`.
 
         Raises:
-            TypeError: for what the conversation has itself: a cache, ids, masks, images by another name.
+            TypeError: for arguments that the conversation gives itself: a cache, ids, masks, images by another name.
             ValueError: if the processor refuses the message, or for settings that a conversation can't have: no cache,
                 one that doesn't grow, several answers.
         """
@@ -165,7 +165,7 @@ class Conversation:
         return cache
 
     def _image_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The new images, and where they stand; a mark that the model has written itself is text."""
+        """The new images, and where they stand; an image placeholder that the model has written itself is text."""
         if not len(inputs["image_grid_thw"]):
             return {}
         return {
@@ -188,8 +188,8 @@ class Conversation:
 
 def _setting(name: str, given: Mapping[str, Any], model: Any) -> Any:
     """What `generate` takes for a setting: that of the call, of its generation_config, or of the model's."""
-    sources = (given.get(name), getattr(given.get("generation_config"), name, None))
-    return next((value for value in sources if value is not None), getattr(model.generation_config, name, None))
+    values = (given.get(name), getattr(given.get("generation_config"), name, None))
+    return next((value for value in values if value is not None), getattr(model.generation_config, name, None))
 
 
 def _holds_one_row(cache: Any) -> bool:

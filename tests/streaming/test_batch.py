@@ -164,7 +164,7 @@ def test_texts_that_are_ended_by_the_next_frame(model, processor):
 
 def test_waiting_streams_do_not_pile_up_padding(model, processor, monkeypatch):
     """Streams that take turns: each has a row full of padding."""
-    monkeypatch.setattr("casa_hf.streaming.batch._SPARE_SLOTS", 8)
+    monkeypatch.setattr("casa_hf.streaming.batch._SPARE_POSITIONS", 8)
     model, settings = model("casa"), {"max_new_tokens_per_frame": 5}
     batch = batch_of(model, processor, **settings)
     streams = [batch.add(prompt=PROMPTS[0]) for _ in range(3)]
@@ -425,7 +425,7 @@ def test_what_cannot_be_asked_leaves_all_other_texts_as_they_are(model, processo
         taken = [next(events)]
         if refused:
             for questions, limit, message in (
-                ({first: "Who is it?", 7: "Who is it?"}, 5, "no stream 7"),
+                ({first: "Who is it?", 7: "Who is it?"}, 5, "stream=7 must be one of the batch"),
                 ({first: "Who is it?"}, 0, "max_new_tokens=0"),
             ):
                 with pytest.raises(ValueError, match=message):
@@ -541,14 +541,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model, processor):
     batch = batch_of(model, processor)
     first, second = batch.add(), batch.add()
     for frames, message in (
-        ({first: PICTURES[0], 7: PICTURES[0]}, "no stream 7"),
-        ([PICTURES[0], PICTURES[1]], "frames is a list; give a dict"),
-        (PICTURES[0], "frames is a Image; give a dict"),
+        ({first: PICTURES[0], 7: PICTURES[0]}, "stream=7 must be one of the batch"),
+        ([PICTURES[0], PICTURES[1]], "frames is a list; give a dictionary"),
+        (PICTURES[0], "frames is a Image; give a dictionary"),
     ):
         with pytest.raises(ValueError, match=message):
             batch.push(frames)
         assert batch.num_frames(first) == batch.num_frames(second) == 0
-    with pytest.raises(ValueError, match="questions is a str; give a dict with the question of each stream"):
+    with pytest.raises(ValueError, match="questions is a str; give a dictionary with the question of each stream"):
         batch.ask("What do you see?")
     for call in (batch_of, lambda model, processor, **settings: batch.add(**settings)):
         with pytest.raises(TypeError, match="'promt' is not a setting of a stream; did you mean 'prompt'"):

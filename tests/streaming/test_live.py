@@ -129,7 +129,7 @@ def test_lag_is_how_late_the_newest_frame_was(stream):
 
 
 class Camera:
-    """A live source in the hands of a test: `show` returns when the frame has arrived."""
+    """A live video in the hands of a test: `show` returns when the frame has arrived."""
 
     def __init__(self) -> None:
         self._shown, self._taken = threading.Semaphore(0), threading.Semaphore(0)
@@ -326,11 +326,11 @@ def test_a_question_after_the_last_frame_is_still_answered(stream):
     ("late", "options"), [("wait", {}), ("merge", {"max_waiting": 2}), ("drop", {"max_waiting": 1})]
 )
 def test_a_further_source_runs_on_in_the_stream_and_keeps_its_own_times(stream, late, options):
-    """After a first source, and in a stream that was saved and restored; also where the source begins later."""
+    """After a first video, and in a stream that was saved and restored; also where the video begins later."""
 
-    def told(of: CasaStream, source: VideoInput) -> tuple[LiveCaptions, list[tuple[str, int, float, float]]]:
+    def told(of: CasaStream, video: VideoInput) -> tuple[LiveCaptions, list[tuple[str, int, float, float]]]:
         clock = Clock()
-        captions = LiveCaptions(of, source, late=late, real_time=True, clock=clock, sleep=clock.sleep, **options)
+        captions = LiveCaptions(of, video, late=late, real_time=True, clock=clock, sleep=clock.sleep, **options)
         events = []
         for event in captions:
             if event.kind == "end":
@@ -399,7 +399,7 @@ def test_a_broken_place_is_an_error_event_and_the_stream_goes_on(stream, tmp_pat
     events = [event for event in LiveCaptions(stream, open_video(tmp_path, rate=FPS)) if event.kind != "text"]
     assert [(event.kind, ticks(event.start)) for event in events] == [("end", 0), ("error", 1), ("end", 2), ("end", 3)]
     assert "1.png" in events[1].message
-    assert [event.frame_index for event in events] == [0, -1, 1, 2], "the source's error is no frame's"
+    assert [event.frame_index for event in events] == [0, -1, 1, 2], "the video's error isn't a frame's"
 
 
 def test_an_image_that_is_none_is_an_error_of_the_stream(stream):
@@ -427,7 +427,7 @@ def test_what_is_reported_is_bounded(stream):
 
 
 class Script(VideoInput):
-    """A source that gives what it is told, and runs what is in between, when it is asked for it."""
+    """A video that gives what it is told, and runs what is in between, when it is asked for it."""
 
     def __init__(self, *items: Frame | VideoProblem | Callable[[], Any], live: bool = True):
         super().__init__("script", live=live)
@@ -455,8 +455,8 @@ def test_problems_and_frames_that_a_stall_costs_are_counted_apart(stream):
         script.append(Frame(index / 100, picture(0)))
         if index >= 1100:  # all of them beyond what is told one by one; both before and after the frame
             script.append(VideoProblem(index / 100 + (-0.05, 0.05)[index % 2], f"part {index} is broken"))
-    source = Script(*script, Frame(15.0, picture(0)), live=False)
-    captions = LiveCaptions(stream, source, late="drop", real_time=True, clock=clock, sleep=clock.sleep)
+    video = Script(*script, Frame(15.0, picture(0)), live=False)
+    captions = LiveCaptions(stream, video, late="drop", real_time=True, clock=clock, sleep=clock.sleep)
     events = []
     for event in captions:
         events.append(event)
@@ -475,12 +475,12 @@ def test_a_problem_after_a_long_stall_of_a_camera_does_not_end_the_captions(stre
     busy, over, told = threading.Event(), threading.Event(), threading.Event()
     broken = VideoProblem(55.05, "a part can't be decoded")
     script = [Frame(index / 20, picture(index % 4)) for index in range(1100)]
-    source = Script(
+    video = Script(
         *(script[0], lambda: busy.wait(30), *script[1:], broken),
         *(over.set, lambda: told.wait(30), Frame(55.0, picture(2))),
     )
     events = []
-    for event in LiveCaptions(stream, source):
+    for event in LiveCaptions(stream, video):
         events.append(event)
         if event.kind == "error":
             told.set()
@@ -506,11 +506,11 @@ def test_problems_take_no_place_of_frames_that_wait(stream, late, max_waiting, e
     busy, over = threading.Event(), threading.Event()
     broken = VideoProblem(0.15, "a part can't be decoded")
     frames = [Frame(index / FPS, picture(index)) for index in range(3)]
-    source = Script(
+    video = Script(
         *(frames[0], lambda: busy.wait(30), broken, frames[1], broken, broken, frames[2], broken, broken, over.set),
         live=True,
     )
-    captions = LiveCaptions(stream, source, late=late, max_waiting=max_waiting)
+    captions = LiveCaptions(stream, video, late=late, max_waiting=max_waiting)
     events = []
     for event in captions:
         events.append(event)
@@ -528,13 +528,13 @@ def test_a_problem_is_told_while_no_frame_comes_and_before_an_error_that_ends_th
     def fail() -> None:
         raise OSError("the cable is out")
 
-    source = Script(
+    video = Script(
         *(Frame(0.0, picture(0)), VideoProblem(0.1, "first"), lambda: told.wait(30) or fail()),
         *(VideoProblem(0.2, "second"), fail),
     )
     messages = []
     with pytest.raises(OSError, match="the cable is out"):
-        for event in LiveCaptions(stream, source):
+        for event in LiveCaptions(stream, video):
             if event.kind == "error":
                 messages.append(event.message)
                 told.set()
@@ -583,7 +583,7 @@ def test_an_error_of_the_source_comes_after_what_it_gave(stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"late": "never"}, "late='never' is none of 'drop', 'merge', 'wait'"),
+        ({"late": "never"}, "late='never' must be one of 'drop', 'merge', 'wait'"),
         ({"late": "drop"}, "late='drop' needs real_time=True"),
         ({"max_waiting": 0}, "max_waiting=0 must be a positive integer"),
         ({"max_waiting": 1.5}, "max_waiting=1.5 must be a positive integer"),
@@ -592,5 +592,5 @@ def test_an_error_of_the_source_comes_after_what_it_gave(stream):
 def test_wrong_options(stream, options, message):
     with pytest.raises(ValueError, match=message):
         LiveCaptions(stream, recorded(1), **options)
-    with pytest.raises(ValueError, match=r"real_time=False: .* is live"):
+    with pytest.raises(ValueError, match=r"real_time=False is for recorded videos, and .* is live"):
         LiveCaptions(stream, live(Camera()), real_time=False)

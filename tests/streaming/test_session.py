@@ -641,7 +641,7 @@ def test_states_of_other_models_are_refused(new_model, model, processor, family)
         "dtype='torch.float32'": stream_of(new_model("casa").float(), processor).state_dict(),
         "casa_layers": stream_of(new_model("casa", casa_layers=[0, 2]), processor).state_dict(),
         "model_type='qwen2_vl_text'": stream_of(*family("qwen2_vl")).state_dict(),
-        "no stream's": {"pending": []},
+        "not a stream's": {"pending": []},
     }
     stream = stream_of(model("casa"), processor)
     say(stream, PICTURES[:2])
@@ -747,8 +747,8 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
                 message,
             )
             for part, message in [
-                ({"text": []}, "a part of layer 1 is missing"),
-                ({"fusion": {}}, "a part of layer 1 is missing"),
+                ({"text": []}, "layer 1 has a part too few or too many"),
+                ({"fusion": {}}, "layer 1 has a part too few or too many"),
                 ({"text": [tensor[:, :, 1:] for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float64 of"),
                 ({"text": [tensor.float() for tensor in layers[1]["text"]]}, "text of layer 1 is torch.float32 of"),
                 *(
@@ -762,7 +762,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
         ),
         (
             {**state, "cache": {**state["cache"], "layers": [{**layer, "fusion": {}} for layer in layers]}},
-            "a part of layer 0 is missing",
+            "layer 0 has a part too few or too many",
         ),
     ]
     for given, message in damaged:
@@ -774,7 +774,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
-def test_a_stream_of_a_model_with_adapters_may_have_a_text_window(new_model, model, processor):
+def test_a_stream_of_a_model_with_adapters_may_bound_its_text(new_model, model, processor):
     """PEFT's model is one around ours; adapters that haven't been trained change nothing."""
     peft = pytest.importorskip("peft")
     settings = {"max_text_tokens": 60, "num_sink_tokens": 4}

@@ -150,8 +150,8 @@ def test_frames_where_there_is_no_video_to_play(browser: Browser, make_stream: C
     with serving(make_stream(), open_video(images, fps=4), title="Camera") as server:
         tab = browser.open(server.url)
         tab.wait("document.querySelector('#status').dataset.state === 'finished'")
-        tab.wait("picture.alt === 'Frame at 0:00' && picture.complete && picture.dataset.frame === '2'")
-        assert tab.evaluate("[picture.naturalWidth, picture.naturalHeight, video.hidden]") == [84, 56, True]
+        tab.wait("image.alt === 'Frame at 0:00' && image.complete && image.dataset.frame === '2'")
+        assert tab.evaluate("[image.naturalWidth, image.naturalHeight, video.hidden]") == [84, 56, True]
         assert tab.evaluate("document.querySelector('h1').textContent") == "Camera"
         assert_tidy(tab, server.url)
 

@@ -239,7 +239,8 @@ def test_what_is_asked_is_checked(server: CaptionServer) -> None:
         status, _, content = request(server.url, "POST", path, body, **headers)
         return status, content.decode()
 
-    assert answer("/ask", {"question": "Too early?"}) == (409, '{"error":"Nobody can answer: the stream is waiting."}')
+    status, text = answer("/ask", {"question": "Too early?"})
+    assert (status, json.loads(text)) == (409, {"error": "The question can't be answered: the stream is waiting."})
     page = Listener(server.url)
     page.until_state("finished")
     for question in ("", "  ", 5, None, "x" * 1001):
@@ -253,7 +254,7 @@ def test_what_is_asked_is_checked(server: CaptionServer) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         assert answer("/ask", b'{"question": "Hello?"}', content_type=kind)[0] == 415
         assert answer("/pause", b"{}", content_type=kind)[0] == 415
-    # Marks of images are text.
+    # Image placeholders are text.
     assert answer("/ask", {"question": "What is <|vision_end|>?"})[0] == 202
     assert page.until_answer()[-1].data["kind"] == "answered"
     assert not any(message.name == "question" and "x" * 1001 in message.data["text"] for message in page.messages)
@@ -391,7 +392,7 @@ def test_what_a_browser_asks_for_another_site_is_refused(idle: CaptionServer) ->
     for headers in foreign:
         for method, path in ROUTES:
             status, answered, content = request(idle.url, method, path, {} if method == "POST" else None, **headers)
-            assert status == 403 and "Another site" in json.loads(content)["error"]
+            assert status == 403 and "Other web sites" in json.loads(content)["error"]
             assert "access-control-allow-origin" not in answered
     # A link to the page is none of that, and its own requests aren't.
     assert request(idle.url, "GET", "/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200

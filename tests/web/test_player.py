@@ -112,7 +112,7 @@ def test_pictures_are_those_that_were_shown(casa_folder: Path, tmp_path: Path, k
         player.begin()
         try:
             assert done.wait(TIMEOUT)
-            pictures = [player.picture(index) for index in range(3)]
+            pictures = [player.image(index) for index in range(3)]
         finally:
             player.close()
     assert pictures[2] is None and player.error is None

@@ -17,7 +17,7 @@ from .terminal import EXPLAINED, complain
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CHAT_HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit ends."
+CHAT_HELP = "/image FILE adds an image to the next message, /reset starts from scratch, /quit ends."
 
 
 def chat(
@@ -50,7 +50,7 @@ def chat(
                 conversation.ask(line, pending, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
                 pending = []  # now that they are part of what was said
         except EXPLAINED as error:
-            # A person can try again; a script must not go on with half of its input.
+            # A person can try again; a script must not continue with half of its input.
             if not interactive:
                 raise
             complain(error)

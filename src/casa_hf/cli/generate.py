@@ -141,7 +141,7 @@ def _in(output: Path | None) -> str:
 
 
 def _opened(row: Row) -> Question | ValueError:
-    """The question with its pictures, or what is wrong with them."""
+    """The question with its images, or what is wrong with them."""
     from ..answers import Question
 
     try:

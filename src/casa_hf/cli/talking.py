@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `casa-hf generate` and `casa-hf chat` share: pictures that are named, and a conversation to show them to."""
+"""What `casa-hf generate` and `casa-hf chat` share: images that are named, and a conversation to show them to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_image(name: str) -> Image:
-    """The picture of a file or URL.
+    """The image of a file or URL.
 
     Raises:
         ValueError: if there is none.

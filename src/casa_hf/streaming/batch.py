@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from ..cache_casa import cache_nbytes, cache_snapshot
 from ..checks import check_count
-from .events import CaptionEvent
+from .events import CaptionEvent, refusal
 from .session import CasaStream, check_pair
 from .settings import StreamSettings
 from .steps import Forward, Steps, on_device
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
 
-# Padding is closed up when there are this many slots more than a quarter above the tokens of the longest row.
-_SPARE_SLOTS = 64
+# Padding is closed up when the cache has so many positions more than a quarter above the tokens of its longest row.
+_SPARE_POSITIONS = 64
 
 
 class CasaStreamBatch:
     """Live captions of many streams with one model; each says what a `CasaStream` of its own would say.
 
-    Streams join and leave, and their frames come, at any time, also while others are in the midst of a text. Threads
-    may take turns with a batch; what one calls while another is at it is refused.
+    Streams join and leave, and their frames come, at any time, also while the texts of others are being generated.
+    Threads may use a batch one after another; a call while another thread uses it is refused.
 
     A forward that fails ends the text of those streams alone that it fails for: an event "error" says why, they are as
-    they were before it, and may go on with their next frame. It is run again for the others, which say what they would
-    have said. Ctrl-C during a forward ends the texts that waited for it; all streams are as they were before it.
+    they were before it, and may continue with their next frame. It is run again for the others, which say what they
+    would have said. Ctrl-C during a forward ends the texts that waited for it; all streams are as they were before it.
 
     Args:
         model: model that captions the frames.
@@ -119,7 +119,7 @@ class CasaStreamBatch:
             del self._rows[stream]
 
     def fork(self, stream: int) -> int:
-        """Add a stream that goes on by itself from where this one is.
+        """Add a stream that continues by itself from where this one is.
 
         Returns:
             The new stream's id.
@@ -134,7 +134,7 @@ class CasaStreamBatch:
             return self._named(other)
 
     def reset(self, stream: int) -> None:
-        """Let a stream forget everything, its events that haven't been taken too, and begin anew with its prompt.
+        """Let a stream forget everything, its events that haven't been taken too, and start from scratch.
 
         Raises:
             ValueError: if there is no such stream.
@@ -143,7 +143,7 @@ class CasaStreamBatch:
             self._row(stream)
             self._end(stream)
             self._discard_events(stream)
-            self._begin_anew(stream)
+            self._restart(stream)
 
     def close(self) -> None:
         """End all streams and free the cache; of what comes later, only `close` and the properties work."""
@@ -168,18 +168,18 @@ class CasaStreamBatch:
     ) -> None:
         self.close()
 
-    # ---------------------------------------------------------------- what goes on
+    # ---------------------------------------------------------------- frames and questions
 
     def push(self, frames: Mapping[int, Any]) -> Iterator[tuple[int, CaptionEvent]]:
         """Show streams their next frames, and receive what the model says in these and in other open streams.
 
         Arguments are checked at once; the model works while events are taken. A text that is still in the making when
-        its stream is given the next frame, or a question, ends there. The texts of other streams go on with this call;
-        events that weren't taken from an earlier one are given out by this one.
+        its stream is given the next frame, or a question, ends there. The texts of other streams are continued by this
+        call; events that weren't taken from an earlier one are given out by this one.
 
         Args:
-            frames: by stream, the frame, a list of frames, or a tuple (frame or frames, timestamp); as in
-                [`CasaStream.push`].
+            frames: dictionary with, for each stream by its id, the frame, a list of frames, or a tuple (frame or
+                frames, timestamp); as in [`CasaStream.push`].
 
         Yields:
             (stream, event); the events of each stream are those of `CasaStream.push`. What can't be pushed to one
@@ -187,8 +187,8 @@ class CasaStreamBatch:
             and changes nothing else.
 
         Raises:
-            ValueError: if `frames` is no dict, or there is no such stream. Then nothing was pushed.
-            RuntimeError: if the batch is closed, or another thread is at it.
+            ValueError: if `frames` isn't a dictionary, or there is no such stream. Then nothing was pushed.
+            RuntimeError: if the batch is closed, or another thread is using it.
         """
         with self._alone():
             self._require_open()
@@ -204,7 +204,7 @@ class CasaStreamBatch:
                         )
                     steps = rows[stream].push(*pair)
                 except ValueError as error:
-                    self._events.append((stream, _refusal(error)))
+                    self._events.append((stream, refusal(error)))
                 else:
                     self._start(stream, steps)
             return self._serve()
@@ -212,10 +212,10 @@ class CasaStreamBatch:
     def ask(
         self, questions: Mapping[int, str], max_new_tokens: int | None = None
     ) -> Iterator[tuple[int, CaptionEvent]]:
-        """Ask about what is going on in streams, and receive what the model says in these and in other open streams.
+        """Ask streams questions about what is shown, and receive what the model says in all open streams.
 
         Args:
-            questions: by stream.
+            questions: dictionary with the question of each stream, by its id.
             max_new_tokens: number of tokens that an answer may have; as in [`CasaStream.ask`].
 
         Yields:
@@ -223,9 +223,9 @@ class CasaStreamBatch:
             an "error" of its stream, and changes nothing else.
 
         Raises:
-            ValueError: if `questions` is no dict, there is no such stream, or `max_new_tokens` isn't a positive
-                integer. Then nothing was asked.
-            RuntimeError: if the batch is closed, or another thread is at it.
+            ValueError: if `questions` isn't a dictionary, there is no such stream, or `max_new_tokens` isn't a
+                positive integer. Then nothing was asked.
+            RuntimeError: if the batch is closed, or another thread is using it.
         """
         with self._alone():
             self._require_open()
@@ -237,7 +237,7 @@ class CasaStreamBatch:
                 try:
                     steps = rows[stream].ask(question, max_new_tokens)
                 except Exception as error:  # of many kinds: chat templates and tokenizers have their own
-                    self._events.append((stream, _refusal(error, question)))
+                    self._events.append((stream, refusal(error, question=question)))
                 else:
                     self._start(stream, steps)
             return self._serve()
@@ -274,7 +274,7 @@ class CasaStreamBatch:
         self._steps[stream] = steps
 
     def _end(self, stream: int) -> None:
-        """End the text that a stream is in the midst of."""
+        """End the text that is being generated for a stream."""
         self._forwards.pop(stream, None)
         steps = self._steps.pop(stream, None)
         if steps is not None:
@@ -296,10 +296,10 @@ class CasaStreamBatch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse what another thread calls meanwhile."""
+        """Refuse calls of other threads meanwhile."""
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
-                "The batch is being used by another thread; call it when that has taken its event, or make one batch "
+                "The batch is being used by another thread. Wait until that has taken its event, or make one batch "
                 "for each thread."
             )
         try:
@@ -310,7 +310,7 @@ class CasaStreamBatch:
     def _step(self) -> None:
         """One forward for all streams with a text in the making.
 
-        A stream that isn't in the midst of this is always in a state to go on from, like a single one.
+        Before and after it, every stream can be continued, like a single one.
         """
         for stream in [stream for stream in self._steps if stream not in self._forwards]:
             self._advance(stream, None)
@@ -360,10 +360,10 @@ class CasaStreamBatch:
             self._rows[stream].return_to(moment)
 
     def _advance(self, stream: int, token: Any) -> None:
-        """Let a stream go on, with the token that it waited for, until it needs another forward or is done.
+        """Continue a stream, with the token that it waited for, until it needs another forward or is done.
 
-        A stream that can't read its token begins anew, with an event that says why: the cache holds what it hasn't
-        taken in.
+        A stream that can't read its token is reset, with an event that says why: the cache holds what it hasn't taken
+        in.
         """
         self._forwards.pop(stream, None)
         steps = self._steps[stream]
@@ -376,8 +376,8 @@ class CasaStreamBatch:
             del self._steps[stream]
         except Exception as error:
             del self._steps[stream]
-            self._begin_anew(stream)
-            self._events.append((stream, _refusal(error, note="the stream has been reset")))
+            self._restart(stream)
+            self._events.append((stream, refusal(error, note="the stream has been reset")))
         else:
             self._forwards[stream] = step
 
@@ -437,18 +437,18 @@ class CasaStreamBatch:
     # ---------------------------------------------------------------- rows of the cache
 
     def _bound_text(self, forwards: dict[int, Forward]) -> None:
-        """Keep the text of streams that go on within their window, and close up padding where there is much of it."""
+        """Keep the text of these streams within their `max_text_tokens`, and close up padding where there is much."""
         if not self._holds_text:
             return
         keep = [row.tokens_to_keep(stream in forwards) for stream, row in self._rows.items()]
         held = [row.held for row in self._rows.values()]
-        if keep == held and self._cache.get_seq_length() <= max(held) * 5 // 4 + _SPARE_SLOTS:
+        if keep == held and self._cache.get_seq_length() <= max(held) * 5 // 4 + _SPARE_POSITIONS:
             return
         sinks = torch.tensor([row.num_sink_tokens for row in self._rows.values()])
         # A row that has no more than its sinks yet keeps them.
-        slots = self.model.evict_text(self._cache, torch.tensor(keep).maximum(sinks + 1), sinks)
-        if slots is not None:
-            for row, number in zip(self._rows.values(), (slots >= 0).sum(1).tolist(), strict=True):
+        positions = self.model.evict_text(self._cache, torch.tensor(keep).maximum(sinks + 1), sinks)
+        if positions is not None:
+            for row, number in zip(self._rows.values(), (positions >= 0).sum(1).tolist(), strict=True):
                 row.held = number
 
     @property
@@ -478,10 +478,10 @@ class CasaStreamBatch:
     def _row(self, stream: int) -> _Row:
         self._require_open()
         if stream not in self._rows:
-            raise ValueError(f"There is no stream {stream!r} in the batch; it holds {list(self._rows)}. See add().")
+            raise ValueError(f"stream={stream!r} must be one of the batch: {list(self._rows)}. Streams join by add().")
         return self._rows[stream]
 
-    def _begin_anew(self, stream: int) -> None:
+    def _restart(self, stream: int) -> None:
         """Give a stream, whose text has ended, an empty row."""
         row = self._rows[stream]
         row.reset()
@@ -495,7 +495,7 @@ class CasaStreamBatch:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise RuntimeError("The batch is closed; make a new CasaStreamBatch.")
+            raise RuntimeError("The batch is closed. Make a new CasaStreamBatch.")
 
 
 class _Row(CasaStream):
@@ -532,10 +532,10 @@ class _Row(CasaStream):
         """The token (1, 1) for the scores (1, vocabulary)."""
         return self._drawn(scores)
 
-    def tokens_to_keep(self, goes_on: bool) -> int:
-        """How much of its text the stream keeps if it is about to go on, or not."""
+    def tokens_to_keep(self, continues: bool) -> int:
+        """Number of its text tokens that the stream keeps before a forward that continues it, or one that doesn't."""
         limit = self.settings.max_text_tokens
-        full = limit is not None and goes_on and self.held > limit
+        full = limit is not None and continues and self.held > limit
         return self._kept_tokens if full else self.held
 
     @property
@@ -551,13 +551,8 @@ class _Row(CasaStream):
         self.held = 0
 
 
-def _refusal(error: Exception, question: str | None = None, note: str = "") -> CaptionEvent:
-    """What was wrong with one stream, which isn't about a frame that it was shown."""
-    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    message = f"{name}{error}" + (f" ({note})" if note else "")
-    return CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, question=question)
-
-
 def _check_mapping(name: str, given: Any, item: str) -> None:
     if not isinstance(given, Mapping):
-        raise ValueError(f"{name} is a {type(given).__name__}; give a dict with the {item} of each stream, by its id.")
+        raise ValueError(
+            f"{name} is a {type(given).__name__}; give a dictionary with the {item} of each stream, by its id."
+        )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 EventKind = Literal["text", "end", "answer", "answered", "dropped", "merged", "error"]
 
@@ -19,9 +19,9 @@ class CaptionEvent:
             cut its text short, or its events were closed. "answer": a piece of an answer to a question. "answered":
             the answer is done, also if the model had none to give; its end as "end" is a frame's. "dropped": the frame
             came too late and wasn't looked at. "merged": the frame was looked at together with the next one. "error":
-            a frame, a part of the source or a question could not be used; the stream goes on without it.
+            a frame, a part of the video or a question could not be used; the stream continues without it.
         frame_index: index of the frame among all that were pushed or dropped, from 0; of the latest one for answers,
-            -1 before the first; -1 for an error that is no frame's. Of several frames, the last one's.
+            -1 before the first; -1 for an error that isn't a frame's. Of several frames, the last one's.
         start: the frame's timestamp, in seconds; of several, the last one's.
         end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
@@ -32,7 +32,7 @@ class CaptionEvent:
         message: why, for "dropped", "merged" and "error".
         question: what was asked, where the event is about a question: for "answer", "answered", and an "error" of it.
         count: how many frames a "dropped" stands for: those with the indices from `frame_index - count + 1` to
-            `frame_index`; and how many problems of the source an "error" that is no frame's. 1 for all others.
+            `frame_index`; and how many problems of the video an "error" that isn't a frame's. 1 for all others.
     """
 
     kind: EventKind
@@ -45,3 +45,16 @@ class CaptionEvent:
     message: str = ""
     question: str | None = None
     count: int = 1
+
+
+def refusal(error: Exception, note: str = "", **content: Any) -> CaptionEvent:
+    """The event of what couldn't be shown or asked, before the model has looked at it.
+
+    Args:
+        error: what was wrong.
+        note: what else to say.
+        **content: other fields of the event.
+    """
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    message = f"{name}{error}" + (f" ({note})" if note else "")
+    return CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, **content)

@@ -13,27 +13,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..checks import check_count
 from ..video import Frame, ReadAhead, VideoInput, VideoProblem
-from .events import CaptionEvent
+from .events import CaptionEvent, refusal
 from .session import CasaStream
 
 Late = Literal["drop", "merge", "wait"]
 
-# How many frames wait at most, unless said: the newest one; as many as fit well into one turn; what decodes ahead.
+# How many frames wait at most, unless said: the newest one; as many as fit well into one forward; what decodes ahead.
 _MAX_WAITING = {"drop": 1, "merge": 4, "wait": 8}
 # Beyond these, the dropped frames are reported together, and so are the problems; questions are refused.
 _MAX_REPORTS = 1000
 _MAX_QUESTIONS = 16
-# A recorded source that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
+# A recorded video that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
 _STALL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class _Report:
-    """Something to tell before the next frame: a dropped frame or a problem of the source, or several of one kind.
+    """Something to tell before the next frame: a dropped frame or a problem of the video, or several of one kind.
 
     Kinds never go together: the times of dropped frames ascend in the stream, those of problems follow no order.
     """
@@ -47,30 +47,30 @@ class _Report:
 class LiveCaptions:
     """Captions of a video as it plays. Iterating yields the events, once.
 
-    The times of events are the source's, whatever the stream has seen before. In the stream, whose timestamps must
-    ascend, those of a further source run on: its first frame comes one frame period (1 / fps) after the last one.
+    The times of events are the video's, whatever the stream has seen before. In the stream, whose timestamps must
+    ascend, those of a further video follow: its first frame comes one frame period (1 / fps) after the last one.
 
     `ask`, `pause`, `resume` and `stop` may be called from other threads, and between events.
 
     Args:
-        stream: says the captions. It is not closed.
-        source: gives the frames.
-        late: what happens to frames that wait while the model is busy. "drop": the newest ones are kept, older ones
-            dropped and reported. "merge": all that wait are shown in one turn and reported; more than `max_waiting`
+        stream: stream that says the captions. It is not closed.
+        video: input that the frames come from, see [`open_video`].
+        late: treatment of frames that wait while the model is busy. "drop": the newest ones are kept, older ones
+            dropped and reported. "merge": all that wait are shown in one forward and reported; more than `max_waiting`
             are dropped. "wait": none is lost by this object, and captions may fall behind without limit. Default:
             "drop" in real time, else "wait". After a stall that cost more than 1,000 frames one event reports all
             further ones; its `count` says how many.
-        max_waiting: frames that wait at most. Default: 1 to drop, 4 to merge, 8 to wait.
+        max_waiting: number of frames that wait at most. Default: 1 to drop, 4 to merge, 8 to wait.
         real_time: whether a recorded video is played at its own speed. Default: false; live ones always are.
-        clock: seconds, ascending.
-        sleep: called with the seconds until the next frame is due. Default: waits for them, and wakes up early when
-            another thread asks or stops.
-        on_frame: called with every frame just before the model sees it.
-        on_question: called with every question just before the model is asked.
+        clock: function that tells the time in seconds, ascending.
+        sleep: function that is called with the seconds until the next frame is due. Default: waits for them, and wakes
+            up early when another thread asks or stops.
+        on_frame: function that is called with every frame just before the model sees it.
+        on_question: function that is called with every question just before the model is asked.
 
     Attributes:
         lag: seconds by which the frame that the model saw last was late at that moment, compared with the first one.
-        shift: seconds by which the stream's timestamps are ahead of the source's; 0 where it had seen no frame before.
+        shift: seconds by which the stream's timestamps are ahead of the video's; 0 where it had seen no frame before.
 
     Raises:
         ValueError: if `late` isn't known or needs real time, or `max_waiting` isn't a positive integer.
@@ -79,7 +79,7 @@ class LiveCaptions:
     def __init__(
         self,
         stream: CasaStream,
-        source: VideoInput,
+        video: VideoInput,
         *,
         late: Late | None = None,
         max_waiting: int | None = None,
@@ -89,17 +89,19 @@ class LiveCaptions:
         on_frame: Callable[[Frame], None] | None = None,
         on_question: Callable[[str], None] | None = None,
     ):
-        real_time = source.live if real_time is None else real_time
+        real_time = video.live if real_time is None else real_time
         late = late or ("drop" if real_time else "wait")
         if late not in get_args(Late):
-            raise ValueError(f"late={late!r} is none of {', '.join(map(repr, get_args(Late)))}.")
-        if source.live and not real_time:
-            raise ValueError(f"real_time=False: {source.name} is live; leave real_time out.")
+            raise ValueError(f"late={late!r} must be one of {', '.join(map(repr, get_args(Late)))}.")
+        if video.live and not real_time:
+            raise ValueError(f"real_time=False is for recorded videos, and {video.name} is live. Leave real_time out.")
         if late != "wait" and not real_time:
-            raise ValueError(f"late={late!r} needs real_time=True: without a clock no frame is late.")
+            raise ValueError(
+                f"late={late!r} needs real_time=True: without a clock no frame is late. Add it, or leave late out."
+            )
         max_waiting = _MAX_WAITING[late] if max_waiting is None else max_waiting
         check_count("max_waiting", max_waiting)
-        self.stream, self.source, self.late, self.max_waiting = stream, source, late, max_waiting
+        self.stream, self.video, self.late, self.max_waiting = stream, video, late, max_waiting
         self.real_time = real_time
         self.lag = self.shift = 0.0
         self._clock, self._sleep, self._on_frame = clock, sleep, on_frame
@@ -108,18 +110,18 @@ class LiveCaptions:
         self._waiting: deque[Frame] = deque()
         self._reports: dict[int | str, _Report] = {}  # by number; beyond the bound by kind
         self._questions: deque[tuple[str, int | None]] = deque()
-        self._drops = source.live and late != "wait"  # whether frames make room in the thread that reads
+        self._drops = video.live and late != "wait"  # whether frames make room in the thread that reads
         self._arriving: ReadAhead[Frame | VideoProblem] | None = None
         self._next: Frame | None = None
         self._origin: float | None = None
         self._paused_at: float | None = None
-        self._latest: float | None = None  # the source's time of the last frame
+        self._latest: float | None = None  # the video's time of the last frame
         self._stopped = self._ended = False
 
     # ---------------------------------------------------------------- from outside
 
     def ask(self, question: str, max_new_tokens: int | None = None) -> None:
-        """Ask about what is going on; answered before the next frame, also while paused.
+        """Ask a question about what is shown; it is answered before the next frame, also while paused.
 
         Raises:
             RuntimeError: if the iteration has ended, or been stopped.
@@ -127,14 +129,16 @@ class LiveCaptions:
         """
         with self._changed:
             if self._ended or self._stopped:
-                raise RuntimeError("The captions have ended, and nobody would answer; ask with answer() now.")
+                raise RuntimeError(
+                    "The captions have ended, so that ask() would never be answered. Call answer() instead."
+                )
             if len(self._questions) >= _MAX_QUESTIONS:
-                raise ValueError(f"{_MAX_QUESTIONS} questions wait for an answer already; ask again later.")
+                raise ValueError(f"{_MAX_QUESTIONS} questions wait for an answer already. Ask again later.")
             self._questions.append((question, max_new_tokens))
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """Stop playing after the current frame; a live source goes on without being watched."""
+        """Stop playing after the current frame; a live video continues without being watched."""
         with self._changed:
             if self._paused_at is None:
                 self._paused_at = self._clock()
@@ -142,11 +146,11 @@ class LiveCaptions:
                 self._changed.notify_all()
 
     def resume(self) -> None:
-        """Go on: where it stood in a recorded video, with what comes next in a live one."""
+        """Resume: where it stopped in a recorded video, with what comes next in a live one."""
         with self._changed:
             if self._paused_at is None:
                 return
-            if self._origin is not None and not self.source.live:
+            if self._origin is not None and not self.video.live:
                 self._origin += self._clock() - self._paused_at
             self._pass_over()
             self._paused_at = None
@@ -165,7 +169,7 @@ class LiveCaptions:
     # ---------------------------------------------------------------- what happens
 
     def __iter__(self) -> Generator[CaptionEvent, None, None]:
-        size = self.max_waiting if self.source.live or not self.real_time else self.source.read_ahead
+        size = self.max_waiting if self.video.live or not self.real_time else self.video.read_ahead
         on_drop = self._lost if self._drops else None
         with ReadAhead(self._watch, size, on_drop=on_drop, condition=self._changed) as arriving:
             self._arriving = arriving
@@ -191,13 +195,13 @@ class LiveCaptions:
         Returns:
             Whether there is or can be anything more; and what to tell before the frames that wait now.
         """
-        if self.real_time and not self.source.live:
+        if self.real_time and not self.video.live:
             return self._play(arriving), self._told()
         with self._changed:
             self._changed.wait_for(lambda: len(arriving) or self._reports or arriving.ended or self._interrupted())
             if self.paused:
                 return True, self._told()
-            # What is to be told comes before an error that has ended the source.
+            # What is to be told comes before an error that has ended the video.
             taken = self.max_waiting if self.late == "merge" else 1
             for item in arriving.take(taken) if len(arriving) or not self._reports else ():
                 if isinstance(item, VideoProblem):
@@ -253,12 +257,12 @@ class LiveCaptions:
         return bool(self._stopped or self.paused or self._questions)
 
     def _watch(self) -> Generator[Frame | VideoProblem, None, None]:
-        """What the source gives, read in a thread; what a live one shows during a pause passes.
+        """What the video gives, read in a thread; what a live one shows during a pause passes.
 
         The thread that iterates may be held between two events meanwhile, and can't see to it. Where frames make room
         for others, problems don't wait among them: they would take the frames' places.
         """
-        for item in self.source.read():
+        for item in self.video.read():
             if self._ended:  # nobody else would say so while nothing is yielded
                 return
             if self._drops and isinstance(item, VideoProblem):
@@ -266,12 +270,12 @@ class LiveCaptions:
                     if not self.paused:
                         self._lost(item)
                         self._changed.notify_all()
-            elif not (self.source.live and self.paused):
+            elif not (self.video.live and self.paused):
                 yield item
 
     def _pass_over(self) -> None:
-        """Forget what a live source has shown, and what was to be told of it; under the lock."""
-        if self.source.live:
+        """Forget what a live video has shown, and what was to be told of it; under the lock."""
+        if self.video.live:
             if self._arriving is not None:
                 self._arriving.clear()
             self._waiting.clear()
@@ -283,7 +287,7 @@ class LiveCaptions:
             self._changed.wait_for(lambda: self._stopped or not self.paused or self._questions)
 
     def _lost(self, item: Frame | VideoProblem) -> None:
-        """Note a problem, or a frame that had to make room, whose picture is freed."""
+        """Note a problem, or a frame that had to make room, whose image is freed."""
         if isinstance(item, VideoProblem):
             report = _Report("error", item.timestamp, item.message)
         else:
@@ -306,13 +310,13 @@ class LiveCaptions:
                 try:
                     event = self.stream.drop(self._placed(report.timestamp), message, report.count)
                 except ValueError as error:
-                    event = _refused(error, count=report.count)
+                    event = refusal(error, count=report.count)
             else:
                 event = CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=message, count=report.count)
             yield self._timed(event, report.timestamp)
 
     def _look(self) -> Iterator[CaptionEvent]:
-        """Show the model one frame, or all that wait in one turn."""
+        """Show the model one frame, or all that wait in one forward."""
         with self._changed:
             num_shown = len(self._waiting) if self.late == "merge" else min(1, len(self._waiting))
             frames = [self._waiting.popleft() for _ in range(num_shown)]
@@ -328,7 +332,7 @@ class LiveCaptions:
         try:
             events = self.stream.push(images, timestamps)
         except ValueError as error:  # times that the stream can't tell apart, say
-            yield self._timed(_refused(error, count=len(frames)), frames[-1].timestamp)
+            yield self._timed(refusal(error, count=len(frames)), frames[-1].timestamp)
             return
         for event in events:
             yield self._timed(event, frames[event.frame_index - first].timestamp)
@@ -342,7 +346,7 @@ class LiveCaptions:
         return timestamp + self.shift
 
     def _timed(self, event: CaptionEvent, timestamp: float) -> CaptionEvent:
-        """An event with the source's time."""
+        """An event with the video's time."""
         return replace(event, start=timestamp, end=timestamp + 1 / self.stream.settings.fps)
 
     def answer(self, question: str, max_new_tokens: int | None = None) -> Iterator[CaptionEvent]:
@@ -355,12 +359,6 @@ class LiveCaptions:
         except RuntimeError:  # the stream is closed, or another thread's
             raise
         except Exception as error:  # of many kinds: chat templates and tokenizers have their own
-            events = iter([_refused(error, question=question)])
+            events = iter([refusal(error, question=question)])
         for event in events:
             yield self._timed(event, self._latest or 0.0)
-
-
-def _refused(error: Exception, **content: Any) -> CaptionEvent:
-    """What couldn't be asked or shown, before the model has looked at it."""
-    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return CaptionEvent("error", -1, 0.0, 0.0, 0.0, message=f"{name}{error}", **content)

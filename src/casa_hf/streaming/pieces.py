@@ -1,5 +1,9 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Text from tokens as they arrive, in whole characters."""
+"""Text from tokens as they arrive, in whole characters.
+
+`tokenizers.decoders.DecodeStream` does the same for a text that is never saved and always valid: it can't be written
+to a file, resumes wrongly within a character, and raises where byte tokens form none.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class TextPieces:
     only where something precedes it.
 
     Args:
-        tokenizer: decodes; special tokens are left out.
+        tokenizer: tokenizer that decodes; special tokens are left out.
     """
 
     def __init__(self, tokenizer: Any):
@@ -47,11 +51,11 @@ class TextPieces:
         return piece, tokens
 
     def state(self) -> dict[str, list[int]]:
-        """What `load` takes."""
+        """What `load` resumes from."""
         return {"before": list(self._before), "waiting": list(self._waiting)}
 
     def load(self, state: dict[str, list[int]]) -> None:
-        """Go on where another one stood."""
+        """Resume where another one stopped, whose `state` this is."""
         self._before, self._waiting = list(state["before"]), list(state["waiting"])
 
     def _decode(self, token_ids: list[int]) -> str:

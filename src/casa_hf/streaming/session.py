@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
 
-# Told with what has interrupted a forward, of which the cache may hold a part.
-_RESET_NOTE = "This came in the midst of a forward of the model; the stream has been reset."
+# Note on what interrupted a forward, of which the cache may hold a part.
+_RESET_NOTE = "This interrupted a forward of the model; the stream has been reset."
 
 
 class CasaStream:
     """Live captions of frames with one model, which other streams may use too.
 
     All state is in this object and its cache. The text of a frame ends with a stop token, after
-    `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and goes on with the next frame; a frame may
+    `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and resumes with the next frame; a frame may
     have no text.
 
     Between forwards the stream may be called from any thread; during one, a call from another thread is refused. If a
-    forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and the stream begins anew, as
-    after `reset`; the exception has a note of that. What interrupts the program between forwards changes nothing.
+    forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and the stream is reset, as by
+    `reset`; a note on the exception says so. What interrupts the program between forwards changes nothing.
 
     Args:
         model: model that captions the frames.
@@ -107,7 +107,7 @@ class CasaStream:
         self._deadline = math.inf  # of the text that is being generated
         self.reset()
 
-    # ---------------------------------------------------------------- what goes on
+    # ---------------------------------------------------------------- frames and questions
 
     def push(self, frame: Any, timestamp: float | Sequence[float] | None = None) -> Iterator[CaptionEvent]:
         """Show the stream a frame and receive what the model says to it.
@@ -117,12 +117,13 @@ class CasaStream:
         `push` or `ask` ends what is open.
 
         Args:
-            frame: a PIL image, a file, a URL, base64, bytes, or an array or tensor of pixels (height, width, 3) or
-                (3, height, width), integers from 0 to 255 or floating values from 0 to 1, as
+            frame: frame to show, as a PIL image, a path, a URL, base64, bytes, or an array or tensor of pixels
+                (height, width, 3) or (3, height, width), integers from 0 to 255 or floating values from 0 to 1, as
                 `casa_hf.media_casa.rgb_image` takes them; or a list of such frames, which are shown one after the
                 other in one forward, with text after the last.
-            timestamp: when the frame was taken, in seconds, later than the one before; None for one over `fps` after
-                it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that of the last.
+            timestamp: time at which the frame was taken, in seconds, later than the one before; None for one over
+                `fps` after it (0 at first). For a list of frames, the timestamps of all, as a list or array, or that
+                of the last.
 
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
@@ -142,14 +143,14 @@ class CasaStream:
         return self._opened(self._caption(frames, timestamps, first, pushed))
 
     def ask(self, question: str, max_new_tokens: int | None = None) -> Iterator[CaptionEvent]:
-        """Ask about what is going on; the captions resume with the next frame.
+        """Ask a question about what is shown; the captions resume with the next frame.
 
         The assistant's turn is closed as the chat template closes it, and the answer begins one of its own. It sees
         what a caption here would see. Repetition is controlled within the answer, not against the captions, and stop
         tokens aren't biased.
 
         Args:
-            question: the user's message.
+            question: message of the user.
             max_new_tokens: number of tokens that the answer may have, its stop token included; None for the settings'
                 `max_new_tokens_per_answer`.
 
@@ -172,8 +173,8 @@ class CasaStream:
         """Count a frame that isn't looked at, or several.
 
         Args:
-            timestamp: when it was taken, in seconds, later than the one before; of several, when the last one was.
-            message: why it isn't looked at.
+            timestamp: time at which it was taken, in seconds, later than the one before; of several, that of the last.
+            message: reason why it isn't looked at.
             count: number of frames.
 
         Returns:
@@ -197,7 +198,7 @@ class CasaStream:
         Without such a frame nothing happens. It may be called from another thread.
 
         Args:
-            seconds: to add.
+            seconds: time to add.
 
         Raises:
             ValueError: if they are negative or not finite.
@@ -208,7 +209,7 @@ class CasaStream:
     # ---------------------------------------------------------------- the stream as a whole
 
     def reset(self) -> None:
-        """Forget everything and begin anew with the prompt and, if a seed was given, the same random numbers.
+        """Forget everything and start from scratch: with the prompt and, if a seed was given, the same random numbers.
 
         Raises:
             RuntimeError: if the stream is closed.
@@ -218,7 +219,7 @@ class CasaStream:
         self._begin()
 
     def fork(self) -> CasaStream:
-        """A second stream that goes on from here by itself, with a copy of the cache and the same model.
+        """A second stream that continues from here by itself, with a copy of the cache and the same model.
 
         Given the same frames, both say the same, also where tokens are drawn at random.
 
@@ -248,14 +249,14 @@ class CasaStream:
         return {**self._state(), "cache": cache_state(self._cache) if cached else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the stream that gave this state stood, with the same tokens as that one.
+        """Resume where the stream that was saved stopped; the same frames lead to the same tokens.
 
         Args:
-            state: from `state_dict`, as it is or read by `torch.load(..., weights_only=True)`, on any device.
+            state: what `state_dict` returned, as it is or read by `torch.load(..., weights_only=True)`, on any device.
 
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the
-                stream that gave it had another system message, prompt, `max_text_tokens` or `num_sink_tokens`, or if
+                stream that was saved had another system message, prompt, `max_text_tokens` or `num_sink_tokens`, or if
                 something is missing from it or doesn't fit the rest. The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
@@ -324,7 +325,7 @@ class CasaStream:
         for (index, _), frame in zip(numbered, frames, strict=True):
             try:
                 usable[index] = self.turns.pixels(frame)
-            except Exception as error:  # as many kinds as there are broken pictures
+            except Exception as error:  # of as many kinds as there are broken images
                 errors[index] = f"{type(error).__name__}: {error}"
         last = max(usable, default=None)
         for index, start in numbered:
@@ -359,7 +360,7 @@ class CasaStream:
         if self._answered:
             ids = self._turn_to_close() + self.turns.resumption
             self._pieces.reset()
-        # The places are told: a mark that the model itself has written is text.
+        # Their places are given: an image placeholder that the model itself has written is text.
         size = len(self.turns.frame)
         places = [len(ids) + number * size + self.turns.image_index for number in range(len(frames))]
         ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
@@ -379,7 +380,7 @@ class CasaStream:
     ) -> Steps:
         """The steps from a forward to the end of the text that follows it; `kinds` are those of its pieces and end.
 
-        After this forward the stream is always in a state to go on from: the cache holds everything before the last
+        After this forward the stream can always be continued: the cache holds everything before the last
         token, and the token waits to be folded into the next forward, whichever that is.
         """
         emitted: list[int] = []

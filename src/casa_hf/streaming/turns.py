@@ -34,7 +34,7 @@ class StreamTurns:
         frame: ids of one frame, gist tokens included.
         image_index: index in `frame` of the token that the image precedes.
         prefix: ids of the prefix.
-        resumption: ids from the end of an answer to where captions go on.
+        resumption: ids from the end of an answer to where captions resume.
 
     Raises:
         ValueError: if a text has image placeholders and isn't sanitized.

@@ -62,9 +62,9 @@ class Page:
     """The answers to the requests of a page.
 
     Args:
-        player: runs the model.
-        file: the video that the page plays; None where it shows frames.
-        title: of the page.
+        player: player that runs the model.
+        file: video that the page plays; None where it shows frames.
+        title: title of the page.
     """
 
     def __init__(self, player: Player, file: Path | None, title: str) -> None:
@@ -135,10 +135,10 @@ class Page:
     def frame(self, request: Request) -> Response:
         """A frame as a JPEG; runs in a thread of the server's pool."""
         index = request.path_params["index"]
-        picture = self._player.picture(index) if request.path_params["run"] == self._player.run else None
-        if picture is None:
-            return _refusal(404, f"Frame {index} is not kept.")
-        return Response(picture, media_type="image/jpeg", headers=_HEADERS)
+        image = self._player.image(index) if request.path_params["run"] == self._player.run else None
+        if image is None:
+            return _refusal(404, f"Frame {index} is no longer kept.")
+        return Response(image, media_type="image/jpeg", headers=_HEADERS)
 
     async def pause(self, request: Request) -> Response:
         return await _command(request, lambda content: self._player.pause())
@@ -168,7 +168,7 @@ class _OwnSite:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _is_foreign(Headers(scope=scope), scope["path"]):
-            refusal = _refusal(403, "Another site can't use this page. Open its address in the browser.")
+            refusal = _refusal(403, "Other web sites can't use this page. Open its address in the browser.")
             await refusal(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -202,22 +202,22 @@ def _refusal(status: int, message: str) -> Response:
 async def _command(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
     """Do what the content of a POST request asks for; a ValueError or RuntimeError says why not."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return _refusal(415, "Send JSON, with the content type application/json.")
+        return _refusal(415, "The content type must be application/json. Send JSON.")
     body = b""
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > _MAX_BODY_BYTES:
-                    return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes.")
+                    return _refusal(413, f"The request is longer than {_MAX_BODY_BYTES} bytes. Send less.")
     except ClientDisconnect:  # a page that was closed; nobody hears the answer
         return _refusal(400, "The request was broken off.")
     except TimeoutError:
-        return _refusal(408, f"The request didn't come within {_BODY_SECONDS:g} s.")
+        return _refusal(408, f"The request didn't arrive within {_BODY_SECONDS:g} s. Send it again.")
     try:
         content = json.loads(body)
         if not isinstance(content, dict):
-            raise ValueError(f"Send a JSON object, not {type(content).__name__}.")
+            raise ValueError(f"The request holds a JSON {type(content).__name__}; send an object.")
         act(content)
     except ValueError as error:
         return _refusal(400, str(error))

@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 State = Literal["waiting", "loading", "running", "paused", "finished", "failed", "closed"]
 
 MAX_QUESTIONS = 8
-_MAX_PICTURES = 8
-_PICTURE_SIDE = 960
+_MAX_IMAGES = 8
+_IMAGE_SIDE = 960
 
 
 class Player:
@@ -42,11 +42,11 @@ class Player:
     answered between two frames, also during a pause and after the last frame.
 
     Args:
-        stream: a stream, or a function that makes one, called in the thread; what it makes is closed with the player.
-        source: gives the frames.
-        real_time, late: see [`LiveCaptions`].
-        max_history: entries that `history` keeps.
-        on_event: called with every event of the stream, in the thread.
+        stream: stream, or a function that makes one, called in the thread; what it makes is closed with the player.
+        video: input that the frames come from.
+        real_time, late: settings of the clock, see [`LiveCaptions`].
+        max_history: number of entries that `history` keeps.
+        on_event: function that is called with every event of the stream, in the thread.
 
     Attributes:
         history: of "state", "caption", "memory", "question" and "answer"; `docs/streaming.md` describes them.
@@ -57,7 +57,7 @@ class Player:
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: VideoInput,
+        video: VideoInput,
         *,
         real_time: bool,
         late: Late | None,
@@ -68,13 +68,13 @@ class Player:
         self.run = secrets.token_hex(8)
         self.error: Exception | None = None
         self._make_stream = stream if callable(stream) else None
-        self._source, self._real_time, self._late = source, real_time, late
+        self._video, self._real_time, self._late = video, real_time, late
         self._on_event = on_event
         self._changed = threading.Condition()
         self._questions: deque[str] = deque()
         self._paused_at: float | None = None
         self._held = 0.0  # seconds for which the frame that is in work was paused
-        self._pictures: OrderedDict[int, Any] = OrderedDict()
+        self._images: OrderedDict[int, Any] = OrderedDict()
         self._begun = self._closing = False
         self._state: State = "waiting"
         self._message = ""
@@ -107,7 +107,7 @@ class Player:
         self._switch("running", "paused")
 
     def resume(self) -> None:
-        """Let the model go on; nothing happens where it isn't paused.
+        """Let the model resume; nothing happens where it isn't paused.
 
         Raises:
             RuntimeError: if the stream isn't running.
@@ -122,7 +122,7 @@ class Player:
         """
         with self._changed:
             if self._state not in ("running", "paused", "finished"):
-                raise RuntimeError(f"Nobody can answer: the stream is {self._state}.")
+                raise RuntimeError(f"The question can't be answered: the stream is {self._state}.")
             if len(self._questions) >= MAX_QUESTIONS:
                 raise RuntimeError(f"{MAX_QUESTIONS} questions are waiting for an answer; ask again later.")
             self._questions.append(question)
@@ -132,10 +132,10 @@ class Player:
                     self._captions.ask(question)
             self._changed.notify_all()
 
-    def picture(self, frame_index: int) -> bytes | None:
-        """A recent frame as a JPEG; None where it is no longer kept, or isn't a picture."""
+    def image(self, frame_index: int) -> bytes | None:
+        """A recent frame as a JPEG; None where it is no longer kept, or isn't an image."""
         with self._changed:
-            frame = self._pictures.get(frame_index)
+            frame = self._images.get(frame_index)
         try:
             return None if frame is None else _jpeg(frame)
         except Exception:  # of many kinds; the stream has an event that says more
@@ -176,15 +176,15 @@ class Player:
         def show(frame: Frame) -> None:
             image = _kept(frame.image)
             with self._changed:
-                # The frames of one turn come one after another before any of them is counted.
-                following = next(reversed(self._pictures), -1) + 1
-                self._pictures[max(stream.num_frames, following)] = image
-                while len(self._pictures) > _MAX_PICTURES:
-                    self._pictures.popitem(last=False)
+                # The frames of one forward come one after another before any of them is counted.
+                following = next(reversed(self._images), -1) + 1
+                self._images[max(stream.num_frames, following)] = image
+                while len(self._images) > _MAX_IMAGES:
+                    self._images.popitem(last=False)
 
         return LiveCaptions(
             stream,
-            self._source,
+            self._video,
             real_time=self._real_time,
             late=self._late,
             on_frame=show,
@@ -209,15 +209,15 @@ class Player:
         """Wait for the end of a pause; False if the player is closing instead."""
         with self._changed:
             begin = self._paused_at
-            # A question has its turn after the frame, whose text it doesn't cut short: so the frame goes on.
-            goes_on = self._wait(lambda: not captions.paused or bool(self._questions))
+            # A question is asked after the frame, whose text it doesn't cut short: so the frame is continued.
+            continues = self._wait(lambda: not captions.paused or bool(self._questions))
             if begin is not None:
                 now = time.perf_counter()
                 self._held += now - begin
                 captions.stream.extend_budget(now - begin)
                 if self._paused_at is not None:
                     self._paused_at = now
-            return goes_on
+            return continues
 
     def _events(self, captions: LiveCaptions) -> Generator[CaptionEvent, None, None]:
         yield from iter(captions)
@@ -232,9 +232,8 @@ class Player:
         if self._on_event is not None:
             self._on_event(event)
         told = asdict(event)
-        if (
-            event.kind == "end"
-        ):  # else the text of the next frame goes on with this one's, maybe in the midst of a word
+        if event.kind == "end":
+            # Whether the text of the next frame continues this one's, maybe within a word.
             told["cut"] = bool(event.token_ids) and event.token_ids[-1] not in stream.stop_token_ids
         self.history.append("caption" if event.question is None else "answer", told)
         if event.kind in ("end", "answered"):
@@ -271,9 +270,9 @@ class Player:
 
 
 def _kept(image: Any) -> Any:
-    """What remains of a frame when its file is replaced, or its buffer filled again; None if it is no picture.
+    """What remains of a frame when its file is replaced, or its buffer filled again; None if it isn't an image.
 
-    PIL images are made anew for each frame, and needn't be copied.
+    PIL images are made for each frame, and needn't be copied.
     """
     if isinstance(image, Image):
         return image
@@ -285,7 +284,7 @@ def _kept(image: Any) -> Any:
 
 def _jpeg(frame: Any) -> bytes:
     image = rgb_image(frame)
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

@@ -39,7 +39,7 @@ _server_log = logging.getLogger("uvicorn.error")
 
 def create_app(
     stream: CasaStream | Callable[[], CasaStream],
-    source: VideoInput,
+    video: VideoInput,
     *,
     title: str | None = None,
     real_time: bool | None = None,
@@ -54,19 +54,20 @@ def create_app(
     is opened.
 
     Args:
-        stream: a stream that nobody else uses meanwhile; or a function that makes one, which the thread calls, and
+        stream: stream that nobody else uses meanwhile; or a function that makes one, which the thread calls, and
             closes what it made.
-        source: gives the frames, see [`open_video`]. A file is played by the page, with its sound; of anything else,
-            and of files that the browser can't play, the page shows the frames that the model has seen.
-        title: of the page; None for the name of the source.
+        video: input that the frames come from, see [`open_video`]. A file is played by the page, with its sound; of
+            anything else, and of files that the browser can't play, the page shows the frames that the model has seen.
+        title: title of the page; None for the name of the video.
         real_time: whether a recorded video is played at its own speed. Default: true of a file. A page never plays on
             beyond what the model has looked at.
-        late: what happens to frames when the model is late, see [`LiveCaptions`]. Default: frames of a live source are
+        late: treatment of frames when the model is late, see [`LiveCaptions`]. Default: frames of a live video are
             dropped; a recorded one waits for the model.
-        max_history: events that are kept for pages that are opened later, or come back.
-        on_event: called with every event of the stream, in the model's thread; to write captions to a file, say.
-        allowed_hosts: names under which a browser may ask for the page; None for any. It refuses other sites whose
-            names have been made to point to this machine.
+        max_history: number of events that are kept for pages that are opened later, or come back.
+        on_event: function that is called with every event of the stream, in the model's thread; to write captions to a
+            file, say.
+        allowed_hosts: host names under which a browser may ask for the page; None for any. Other sites whose names
+            have been made to point to this machine are refused.
 
     Raises:
         ValueError: if a number isn't positive, or `late` and `real_time` don't go together.
@@ -77,16 +78,16 @@ def create_app(
     except ImportError as error:
         raise _missing() from error
     check_count("max_history", max_history)
-    file = source.files[0].resolve() if isinstance(source, MediaInput) and source.files else None
+    file = video.files[0].resolve() if isinstance(video, MediaInput) and video.files else None
     player = Player(
         stream,
-        source,
-        real_time=(source.live or file is not None) if real_time is None else real_time,
-        late=late or ("drop" if source.live else "wait"),
+        video,
+        real_time=(video.live or file is not None) if real_time is None else real_time,
+        late=late or ("drop" if video.live else "wait"),
         max_history=max_history,
         on_event=on_event,
     )
-    page = Page(player, file, title or Path(source.name).name)
+    page = Page(player, file, title or Path(video.name).name)
     app = page.application(["*"] if allowed_hosts is None else list(allowed_hosts))
     app.state.player = player
     return app
@@ -96,10 +97,10 @@ class CaptionServer:
     """An HTTP server for the page of a stream.
 
     Args:
-        stream, source, **options: see [`create_app`].
+        stream, video, **options: arguments of [`create_app`].
         host: address to listen on. Anything but this machine's own addresses lets others watch, pause and ask:
             there is no password and no encryption.
-        port: 0 takes a free one.
+        port: port to listen on; 0 takes a free one.
 
     Attributes:
         url: where the page is.
@@ -112,7 +113,7 @@ class CaptionServer:
     def __init__(
         self,
         stream: CasaStream | Callable[[], CasaStream],
-        source: VideoInput,
+        video: VideoInput,
         *,
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
@@ -124,7 +125,7 @@ class CaptionServer:
             raise _missing() from error
         shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
         options.setdefault("allowed_hosts", (*THIS_MACHINE, shown) if _is_loopback(host) else None)
-        app = create_app(stream, source, **options)
+        app = create_app(stream, video, **options)
         self._player: Player = app.state.player
         self._socket = _listen(host, port)
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/"
@@ -178,7 +179,7 @@ class CaptionServer:
 
 def serve(
     stream: CasaStream | Callable[[], CasaStream],
-    source: VideoInput,
+    video: VideoInput,
     *,
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
@@ -188,10 +189,10 @@ def serve(
     """Serve the page of a stream until Ctrl-C.
 
     Args:
-        stream, source, host, port, **options: see [`CaptionServer`].
-        on_start: told the page's URL before it is served.
+        stream, video, host, port, **options: arguments of [`CaptionServer`].
+        on_start: function that is called with the page's URL before it is served.
     """
-    server = CaptionServer(stream, source, host=host, port=port, **options)
+    server = CaptionServer(stream, video, host=host, port=port, **options)
     if on_start is not None:
         on_start(server.url)
     server.run()

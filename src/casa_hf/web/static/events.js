@@ -5,19 +5,19 @@ const NAMES = ["session", "state", "gap", "caption", "answer", "memory", "questi
 const KEPT_EVENTS = 20000;
 const RETRY_MILLISECONDS = 2000;
 
-// Call `tell` with lists of [name, JSON]: the server's events; "lost" while there is no connection; "anew" where
+// Call `tell` with lists of [name, JSON]: the server's events; "lost" while there is no connection; "restart" where
 // everything comes again from the beginning.
 export function listen(tell) {
-  const source = new EventSource("/events");
+  const connection = new EventSource("/events");
   for (const name of NAMES) {
-    source.addEventListener(name, (message) => tell([[name, message.data]]));
+    connection.addEventListener(name, (message) => tell([[name, message.data]]));
   }
-  source.onerror = () => {
+  connection.onerror = () => {
     tell([["lost", "{}"]]);
-    if (source.readyState === EventSource.CLOSED) {
+    if (connection.readyState === EventSource.CLOSED) {
       // Refused rather than interrupted: the browser doesn't try again by itself.
       setTimeout(() => {
-        tell([["anew", "{}"]]);
+        tell([["restart", "{}"]]);
         listen(tell);
       }, RETRY_MILLISECONDS);
     }
@@ -37,7 +37,7 @@ function share() {
     for (const message of messages) {
       const [name, data] = message;
       lost = name === "lost" ? message : null;
-      if (name === "anew") {
+      if (name === "restart") {
         run = null;
       } else if (name === "session") {
         if (run !== JSON.parse(data).run) {

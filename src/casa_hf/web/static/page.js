@@ -22,9 +22,9 @@ const STATES = {
 
 const element = (id) => document.getElementById(id);
 const video = element("video");
-const picture = element("picture");
+const image = element("image");
 
-let run = null; // identifies the server's stream; another one starts the page anew
+let run = null; // identifies the server's stream; another one starts the page from scratch
 let state = "waiting";
 let period = 0.5; // seconds from frame to frame
 let playable = false; // whether there is a video that this browser plays
@@ -32,7 +32,7 @@ let stream = fresh();
 
 function fresh() {
   return {
-    frames: new Map(), // index -> {start, end, text, cut: whether the next frame's text goes on with it, line}
+    frames: new Map(), // index -> {start, end, text, cut: whether the next frame's text continues it, line}
     latest: null, // the last frame that was begun
     frontier: 0, // the video may play up to here: what follows hasn't been looked at
     joined: false, // whether the video has been put where the stream is
@@ -112,7 +112,7 @@ const HANDLERS = {
       element("pause").disabled = true;
     }
   },
-  anew() {
+  restart() {
     run = null;
   },
 };
@@ -129,7 +129,7 @@ function deliver(messages) {
 
 function caption(event) {
   const { kind } = event;
-  const frame = event.frame_index < 0 ? null : frameOf(event); // there is none where the source has a problem
+  const frame = event.frame_index < 0 ? null : frameOf(event); // there is none where the video has a problem
   if (kind === "text") {
     frame.text += event.text;
     followCaptions();
@@ -296,7 +296,7 @@ function showTime() {
   element("clock").textContent = clock(time);
   element("live").hidden = !playable || stream.frontier - time < 2 + 2 * period;
   let text = "";
-  let cut = false; // whether the text before goes on
+  let cut = false; // whether the text before is continued
   let current = null;
   for (const frame of stream.frames.values()) {
     if (frame.start > time + SLACK_SECONDS) {
@@ -308,9 +308,9 @@ function showTime() {
     cut = frame.cut;
     current = frame.line ?? current;
   }
-  const marked = element("captions").querySelector("[aria-current]");
-  if (marked !== current) {
-    marked?.removeAttribute("aria-current");
+  const highlighted = element("captions").querySelector("[aria-current]");
+  if (highlighted !== current) {
+    highlighted?.removeAttribute("aria-current");
     current?.setAttribute("aria-current", "time");
   }
   const subtitle = element("subtitle");
@@ -325,32 +325,32 @@ function showTime() {
 
 let loading = false;
 
-function showPicture() {
-  if (playable || loading || !stream.latest || picture.dataset.frame === String(stream.latest.index)) {
+function showFrame() {
+  if (playable || loading || !stream.latest || image.dataset.frame === String(stream.latest.index)) {
     return;
   }
   const frame = stream.latest;
-  const image = new Image();
+  const loaded = new Image();
   loading = true;
   const done = () => {
     loading = false;
-    picture.dataset.frame = frame.index;
+    image.dataset.frame = frame.index;
     refresh();
   };
-  image.onload = () => {
-    picture.src = image.src;
-    picture.alt = `Frame at ${clock(frame.start)}`;
-    picture.hidden = false;
+  loaded.onload = () => {
+    image.src = loaded.src;
+    image.alt = `Frame at ${clock(frame.start)}`;
+    image.hidden = false;
     element("placeholder").hidden = true;
     done();
   };
-  image.onerror = done;
-  image.src = `/frames/${run}/${frame.index}.jpg`;
+  loaded.onerror = done;
+  loaded.src = `/frames/${run}/${frame.index}.jpg`;
 }
 
 video.addEventListener("loadedmetadata", () => {
   video.hidden = false;
-  picture.hidden = true;
+  image.hidden = true;
   element("sound").hidden = false;
   element("placeholder").hidden = true;
   stream.joined = false;
@@ -472,7 +472,7 @@ function refresh() {
       element("captions").scrollTop = element("captions").scrollHeight;
     }
     keepInStep();
-    showPicture();
+    showFrame();
     showTime();
     drawPlots();
   });
