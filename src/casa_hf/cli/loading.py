@@ -27,10 +27,10 @@ def load_model(
         name: folder or Hub id.
         device: where to run; None for an accelerator if there is one.
         dtype: None for the checkpoint's.
-        attn: attention back end; None for what Transformers chooses.
+        attn: attention backend; None for what Transformers chooses.
 
     Raises:
-        BadParameter: if the device or the back end isn't there, or it is no CASA checkpoint.
+        BadParameter: if the device or the backend isn't there, or it isn't a CASA checkpoint.
         ValueError: if there is no such checkpoint, or it is damaged.
     """
     quiet_unless_terminal()
