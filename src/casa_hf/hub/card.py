@@ -70,8 +70,8 @@ def published_card(
     origins = recorded_origins(config)
     if needs_origin and not origins and not card.data.get("license") and not card.data.get("base_model"):
         raise CheckpointError(
-            "Neither README.md nor config.json tells what the checkpoint was made from and under which licence. State "
-            "`base_model` and `license` in the front matter of README.md."
+            "Neither README.md nor config.json says what the checkpoint was made from and under which licence. Add "
+            "`base_model` and `license` to the front matter of README.md."
         )
     told = folder.sections()
     trained_on = datasets_text(datasets) or told.get(TRAINED_ON)

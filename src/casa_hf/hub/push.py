@@ -184,7 +184,7 @@ def _check_arguments(repository: str, revision: str | None, card: str | None, da
     if card not in (None, "folder"):
         raise CheckpointError(f"card={card!r} is unknown. Give 'folder' to replace the card, or leave it out.")
     if any(not name.strip() for name in datasets):
-        raise CheckpointError("datasets='' is not a data set. Give Hub ids or names, or leave it out.")
+        raise CheckpointError("datasets has an empty name. Give Hub ids or names of datasets, or leave it out.")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

@@ -146,7 +146,9 @@ class TrainingConfig:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
         if Path(self.output).name in ("", ".."):
-            raise ValueError(f"output={self.output!r} is not the path of a folder to create. Use one such as trained.")
+            raise ValueError(
+                f"output={self.output!r} is not the path of a folder to create. Use one such as my-trained-model."
+            )
         if self.trainable is not None and not (self.trainable and all(self.trainable)):
             raise ValueError(f"trainable={self.trainable!r} is empty; give a recipe, or patterns of parameter names.")
         if self.lora is not None and self.trainable is not None:

@@ -41,7 +41,7 @@ class History:
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
-            raise ValueError(f"A history of {capacity} entries can't hold anything; give 1 or more.")
+            raise ValueError(f"capacity={capacity} must be 1 or more: the number of entries that a history holds.")
         self._entries: deque[Entry] = deque(maxlen=capacity)
         self._lock = threading.Lock()
         self._readers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
