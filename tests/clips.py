@@ -142,7 +142,7 @@ def damage_packets(path: Path, numbers: list[int]) -> Path:
 
 
 def jpeg_part(number: int) -> bytes:
-    """A picture as HTTP cameras send it, larger than what FFmpeg reads before it hands on the first one."""
+    """An image as HTTP cameras send it, larger than what FFmpeg reads before it hands on the first one."""
     image = BytesIO()
     Image.fromarray(picture(number, 640, 480)).save(image, "jpeg")
     head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {image.tell()}\r\n\r\n"

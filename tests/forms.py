@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Files of pictures that careless readers see differently, and one file in all forms in which pictures are given."""
+"""Files of images that careless readers see differently, and one file in all forms in which images are given."""
 
 from __future__ import annotations
 

@@ -243,9 +243,7 @@ def test_questions_in_a_batch_are_text_too(model: CasaForConditionalGeneration, 
         answer_batch(model, processor, [Question("fine"), Question("\ud83d")])
 
 
-def test_one_picture_of_a_question_needs_no_list(
-    model: CasaForConditionalGeneration, processor: CasaProcessor
-) -> None:
+def test_one_image_of_a_question_needs_no_list(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
     given = [CAT, Image.open(COFFEE)]
     alone = [Question("What?", picture) for picture in given]
     listed = [Question("What?", [picture]) for picture in given]

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of every form become what they stand for, and what can't be a picture is refused by name."""
+"""Images of every form become what they stand for, and what can't be an image is refused by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.forms import forms_of, transparent_drawing, turned_photograph
 CAT = PHOTOGRAPHS / "cat.jpg"
 
 
-def test_every_kind_of_frame_is_the_same_picture(tmp_path: Path) -> None:
+def test_every_kind_of_frame_is_the_same_image(tmp_path: Path) -> None:
     for name, frame in every_kind(77, tmp_path / "77.png").items():
         found = rgb_image(frame)
         assert found.mode == "RGB" and np.array_equal(np.asarray(found), picture(77)), name
@@ -80,11 +80,11 @@ def test_the_frame_stays_as_it_is() -> None:
     assert np.array_equal(np.asarray(frame), picture(77))
 
 
-# -------------------------------------------------------------------- one picture in all forms
+# -------------------------------------------------------------------- one image in all forms
 
 
 @pytest.mark.parametrize("make", [turned_photograph, transparent_drawing])
-def test_a_file_is_the_same_picture_in_all_its_forms(make: Any, tmp_path: Path, serve: Any) -> None:
+def test_a_file_is_the_same_image_in_all_its_forms(make: Any, tmp_path: Path, serve: Any) -> None:
     file, expected = make(tmp_path)
     for name, form in forms_of(file, serve(tmp_path)).items():
         found = rgb_image(form)
@@ -128,14 +128,14 @@ def test_channels_are_found_where_transformers_finds_them_or_where_one_says() ->
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # as Pillow says
 @pytest.mark.parametrize("ending", ["jpeg", "png", "webp"])
 @pytest.mark.parametrize("data", [b"Exif\0\0 no such data", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"])
-def test_damaged_data_about_a_picture_is_no_damage_to_it(ending: str, data: bytes) -> None:
+def test_damaged_data_about_an_image_is_no_damage_to_it(ending: str, data: bytes) -> None:
     file = BytesIO()
     Image.fromarray(picture(77)).save(file, ending, exif=data)
     assert rgb_image(file.getvalue()).size == rgb_image(Image.open(file)).size == (64, 48)
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_picture_is_turned_whatever_its_other_data_say(orientation: int) -> None:
+def test_an_image_is_turned_whatever_its_other_data_say(orientation: int) -> None:
     """`ImageOps.exif_transpose` writes all of them anew, which fails for what some cameras write."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -162,7 +162,7 @@ def test_a_png_that_is_damaged_within_is_refused(form: Any) -> None:
         rgb_image(bytes(damaged) if form is bytes else form(BytesIO(damaged)))
 
 
-def test_one_picture_or_several() -> None:
+def test_one_image_or_several() -> None:
     several = [np.zeros((4, 4, 3), np.uint8)] * 2
     assert images_of(None) == [] and images_of(()) == [] and images_of(several) == several
     assert images_of("cat.jpg") == ["cat.jpg"] and images_of(["cat.jpg", b""]) == ["cat.jpg", b""]
@@ -171,7 +171,7 @@ def test_one_picture_or_several() -> None:
     assert len(images_of(np.stack(several))) == 2 and len(images_of(several[0])) == 1
 
 
-# -------------------------------------------------------------------- what is no picture
+# -------------------------------------------------------------------- what is no image
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -238,7 +238,7 @@ def truncated(folder: Path) -> Path:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_picture_is_refused_by_name(form: Any, message: str) -> None:
+def test_what_is_no_image_is_refused_by_name(form: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         rgb_image(form)
     assert str(caught.value).startswith("The image ") and len(str(caught.value)) < 700

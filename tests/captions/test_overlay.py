@@ -118,7 +118,7 @@ def test_sound_that_does_not_fit_is_left_out_and_said(tmp_path):
     assert numbers([image for _, image in decoded(tmp_path / "out.mp4")]) == list(range(10))
 
 
-def test_a_source_is_opened_for_its_sound_as_for_its_pictures(tmp_path):
+def test_a_source_is_opened_for_its_sound_as_for_its_images(tmp_path):
     """Neither a device nor raw pixels can be opened by their names alone."""
     tone = "lavfi:testsrc=size=64x48:rate=10:duration=2[out0];sine=duration=2[out1]"
     overlay = Overlay(open_video(tone, fps=2, live=False), tmp_path / "tone.mkv")
@@ -172,7 +172,7 @@ def test_frames_of_a_live_source_are_those_that_were_shown(tmp_path):
     assert numbers([frames[2][1][:121, :159]]) == [5]
 
 
-def test_frames_that_are_no_pictures_are_left_out_and_not_kept(tmp_path):
+def test_frames_that_are_no_images_are_left_out_and_not_kept(tmp_path):
     source = open_video([picture(0)], fps=10)
     overlay = Overlay(source, tmp_path / "out.mp4")
     kept = []
@@ -251,7 +251,7 @@ def test_frames_that_cannot_be_drawn_are_counted_and_the_first_one_is_explained(
     assert not nothing.written and "1 frame couldn't be drawn" in nothing.note
 
 
-def test_long_captions_are_broken_into_lines_inside_the_picture():
+def test_long_captions_are_broken_into_lines_inside_the_image():
     image = Image.new("RGB", (320, 180), (200, 0, 0))
     short, long = (np.asarray(captioned(image, text)) for text in ("word", "many words one after the other " * 9))
     changed = [np.nonzero((drawn != np.asarray(image)).any(axis=2)) for drawn in (short, long)]
@@ -319,7 +319,7 @@ def test_a_font_that_was_asked_for_is_the_one_that_is_used(tmp_path):
         Overlay(open_video([picture(0)]), tmp_path / "c.mp4", font="nowhere.ttf")
 
 
-def test_text_without_blanks_is_broken_inside_the_picture():
+def test_text_without_blanks_is_broken_inside_the_image():
     def size(text: str) -> tuple[int, int, int]:
         """First and last column and height of what is drawn."""
         rows, columns = np.nonzero((np.asarray(captioned(PLAIN, text)) != np.asarray(PLAIN)).any(axis=2))
@@ -430,7 +430,7 @@ def test_without_x264_it_is_mpeg4(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 @pytest.mark.parametrize("fps", [2, 25])
-def test_pictures_do_not_wait_for_sound_that_has_ended(tmp_path, fps, ending):
+def test_images_do_not_wait_for_sound_that_has_ended(tmp_path, fps, ending):
     clip = write_clip(tmp_path / "clip.mp4", 10, 10, sound="aac")
     with OverlayWriter(tmp_path / f"out.{ending}", audio=str(clip)) as writer:
         for index in range(200):
@@ -444,7 +444,7 @@ def test_pictures_do_not_wait_for_sound_that_has_ended(tmp_path, fps, ending):
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
 @pytest.mark.parametrize("fps", [0.2, 0.7, 1.1])
-def test_pictures_that_are_far_apart_keep_their_times_beside_sound(tmp_path, fps, ending):
+def test_images_that_are_far_apart_keep_their_times_beside_sound(tmp_path, fps, ending):
     clip = write_clip(tmp_path / "clip.mp4", 100, 10, sound="aac")
     with OverlayWriter(tmp_path / f"out.{ending}", audio=str(clip)) as writer:
         for index in range(int(10 * fps)):
@@ -478,7 +478,7 @@ def test_names_with_a_colon(tmp_path, monkeypatch):
 
 
 def write_slides(path: Path) -> Path:
-    """Pictures at 0, 2 and 4 s, and 10 s of sound."""
+    """Images at 0, 2 and 4 s, and 10 s of sound."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"

@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def processor(source: Path) -> CasaProcessor:
-    """With small pictures, which are as good as large ones here and faster."""
+    """With small images, which are as good as large ones here and faster."""
     return CasaProcessor.from_source(source, max_pixels=SIDE**2, frame_max_pixels=SIDE**2 // 4)
 
 

@@ -56,7 +56,7 @@ def test_a_batch_of_prompts(folder, pipe, processor, photos):
     assert [record["generated_text"] for record in records] == generated(folder, inputs)
 
 
-def test_a_batch_with_and_without_pictures(pipe, photos):
+def test_a_batch_with_and_without_images(pipe, photos):
     """The pipeline puts only inputs with the same keys into one batch."""
     asked = [(photos["cat"], "What?"), (None, "And what else?"), (photos["coffee"], "Hm?"), (None, "Say it.")]
     chats = []
@@ -70,7 +70,7 @@ def test_a_batch_with_and_without_pictures(pipe, photos):
     assert [records[0]["generated_text"] for records in together] == alone
 
 
-def test_lists_of_pictures_by_prompt(pipe, photos):
+def test_lists_of_images_by_prompt(pipe, photos):
     texts = [f"{MARK}What?", "And what else?", f"{MARK}{MARK}Hm?"]
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     images = [[photos["cat"]], [], [photos["coffee"], photos["cat"]]]

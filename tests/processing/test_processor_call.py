@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""`CasaProcessor.__call__`: ids, marks and pixels, compared with the stock tokenizer and image processor."""
+"""`CasaProcessor.__call__`: ids, placeholders and pixels, compared with the stock tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_types_of_frames_are_always_given(processor, photos):
 
 @pytest.mark.parametrize("options", [{}, {"max_pixels": 100**2}, {"images_kwargs": {"max_pixels": 100**2}}])
 def test_numbers_of_tokens_by_size(processor, options):
-    """As engines ask for them, which plan before there is a picture."""
+    """As engines ask for them, which plan before there is an image."""
     sizes = [(100, 100), (300, 100), (500, 30), (213, 167)]
     pictures = [np.zeros((*size, 3), dtype=np.uint8) for size in sizes]
     numbers = processor._get_num_multimodal_tokens(

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""`CasaProcessor.apply_chat_template`: stock chat templates, pictures from everywhere, batches."""
+"""`CasaProcessor.apply_chat_template`: stock chat templates, images from everywhere, batches."""
 
 from __future__ import annotations
 
@@ -176,10 +176,10 @@ def test_marks_that_a_user_typed_can_be_kept_as_text(processor, photos):
         processor.apply_chat_template([user(image(photos["cat"]), typed)], **ALL)
 
 
-@pytest.mark.parametrize("picture", ["missing.jpg", str(PHOTOGRAPHS / "README.md"), "aGVsbG8="])
-def test_an_image_that_cannot_be_loaded_is_named(processor, picture):
-    with pytest.raises(ValueError, match=f"The image '.*{picture[-9:]}' can't be used: "):
-        processor.apply_chat_template([user(image(picture), "What?")], **ALL)
+@pytest.mark.parametrize("given", ["missing.jpg", str(PHOTOGRAPHS / "README.md"), "aGVsbG8="])
+def test_an_image_that_cannot_be_loaded_is_named(processor, given):
+    with pytest.raises(ValueError, match=f"The image '.*{given[-9:]}' can't be used: "):
+        processor.apply_chat_template([user(image(given), "What?")], **ALL)
 
 
 def test_an_image_that_the_server_does_not_have_is_named(processor, serve):

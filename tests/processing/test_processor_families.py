@@ -99,7 +99,7 @@ def test_saving_and_loading(processor, photos, tmp_path):
 
 @torch.no_grad()
 def test_the_insertion_model_gives_the_stock_models_logits(folder, processor, photos):
-    """Both from the files of the source and from pictures, each in its own way."""
+    """Both from the files of the source and from images, each in its own way."""
     images = [photos["cat"], photos["coffee"].rotate(90, expand=True)]
     text = f"Compare {IMAGE} with {IMAGE}: what's new?"
     model = CasaForConditionalGeneration.from_pretrained(folder, casa_variant="insertion").eval()

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""All that takes pictures takes them through one door: the same pixels, whatever the form and whoever asks."""
+"""All that takes images takes them through one door: the same pixels, whatever the form and whoever asks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize("make", [turned_photograph, transparent_drawing])
-def test_whoever_takes_a_picture_sees_the_same(processor, stock_pixels, tmp_path, serve, make):
+def test_whoever_takes_an_image_sees_the_same(processor, stock_pixels, tmp_path, serve, make):
     """`stock_pixels` is Transformers' own image processor, given what is to be seen."""
     file, seen = make(tmp_path)
     shown = Image.fromarray(np.ascontiguousarray(seen))
@@ -162,7 +162,7 @@ def test_a_server_reads_neither_urls_nor_paths(source, photos, tmp_path, serve):
     assert CasaProcessor.from_pretrained(tmp_path / "saved").media_policy == MediaPolicy()
 
 
-def test_large_pictures_are_refused_before_they_are_decoded(processor, tmp_path):
+def test_large_images_are_refused_before_they_are_decoded(processor, tmp_path):
     Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 40_000
     for read in (processor, processor.measure):

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The small source checkpoints are complete checkpoints of their families and treat pictures as these do."""
+"""The small source checkpoints are complete checkpoints of their families and treat images as these do."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_tokenizer_has_learned_words(source):
     assert tokenizer.tokenize("<|vision_start|><|vision_end|>") == ["<|vision_start|>", "<|vision_end|>"]
 
 
-def test_the_picture_matters_to_the_model(source, tokenizer, stock_pixels, photos):
+def test_the_image_matters_to_the_model(source, tokenizer, stock_pixels, photos):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
     logits = []
     for name in ("cat", "coffee"):

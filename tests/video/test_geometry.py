@@ -89,7 +89,7 @@ def test_all_ways_to_hold_a_camera(tmp_path, a, d, turned):
 
 
 def test_frames_that_are_not_opaque_are_on_white(tmp_path):
-    """As a picture of the same file is."""
+    """As an image of the same file is."""
     colours = np.zeros((48, 64, 4), np.uint8)
     colours[..., 0], colours[:24, :, 3] = 200, 255
     with av.open(str(tmp_path / "clip.mov"), "w") as container:

@@ -444,7 +444,7 @@ def read_in_step(items: Iterator[Any], pauses: list[float], told: threading.Sema
 
 
 def test_an_http_camera_is_live_and_its_frames_are_stamped_when_they_come(monkeypatch):
-    """It sends a picture when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
+    """It sends an image when it is told to, far from evenly; FFmpeg's stamps are 0.04 s apart whatever it does."""
     monkeypatch.setattr(media, "_FRESH_SECONDS", math.inf)
     told = threading.Semaphore(0)
     pauses = [0.3, 0.05, 0.2, 0.01, 0.3]

@@ -294,7 +294,7 @@ def check_output(
     if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
         raise ValueError(f"{str(path)!r} is the video that is read; choose another name.")
     if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"{str(path)!r} exists; choose another name, or replace it with overwrite.")
+        raise ValueError(f"{str(path)!r} exists; choose another name, or replace it with overwrite=True.")
     if not path.parent.is_dir():
         raise ValueError(f"The folder {str(path.parent)!r} for {path.name!r} doesn't exist; make it first.")
     return path

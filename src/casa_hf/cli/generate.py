@@ -19,7 +19,7 @@ from .options import (
     DtypeOption,
     MaxNewTokensOption,
     ModelArgument,
-    picture_name,
+    image_name,
     valid_text,
     wrong_value,
 )
@@ -42,7 +42,7 @@ def generate(
     image: Annotated[
         list[str] | None,
         typer.Option(
-            parser=picture_name,
+            parser=image_name,
             help="File or URL of an image; repeat for several. With several prompts: one for each, or one for all.",
             show_default=False,
         ),

@@ -118,12 +118,12 @@ def check_is_casa(folder: Path, name: str) -> None:
 
 
 def is_url(text: str) -> bool:
-    """Whether this is the URL of a picture rather than a path."""
+    """Whether this is the URL of an image rather than a path."""
     return text.startswith(("http://", "https://", "data:", "file:///"))
 
 
-def picture_name(text: str) -> str:
-    """The file or the URL of a picture.
+def image_name(text: str) -> str:
+    """The file or the URL of an image.
 
     Raises:
         BadParameter: if it is a file that isn't there.

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..checks import check_text
-from .options import is_url, picture_name
+from .options import image_name, is_url
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def rows_of_file(file: Path) -> list[Row]:
         file: paths in it are relative to its folder.
 
     Raises:
-        ValueError: for a line that is no question, or a picture that isn't there.
+        ValueError: for a line that is no question, or an image that isn't there.
     """
     try:
         lines = file.read_text("utf-8-sig").split("\n")  # rather than `splitlines`: JSON may hold U+2028
@@ -109,7 +109,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
 
 
 def _located(image: str, folder: Path) -> str:
-    return image if is_url(image) else picture_name(str(folder / os.path.expanduser(image)))
+    return image if is_url(image) else image_name(str(folder / os.path.expanduser(image)))
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
