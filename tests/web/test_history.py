@@ -55,7 +55,7 @@ def test_only_the_last_entries_are_kept() -> None:
     assert [entry.number for entry in history.since(0)] == [3, 4, 5]
     assert [entry.number for entry in history.since(4)] == [5]
     assert history.since(5) == history.since(99) == []
-    with pytest.raises(ValueError, match="0 entries"):
+    with pytest.raises(ValueError, match="capacity=0 must be 1 or more"):
         History(0)
 
 
