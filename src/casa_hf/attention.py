@@ -42,11 +42,11 @@ class Call:
         masks: masks of the text's own attention by kind of block, in the form that the backend takes.
         cache: cache prepared by `prepare_cache`; None without.
         arguments: further arguments of the attention interface.
-        windows: which image tokens and which text each token sees in fusion layers; None if there is nothing to see.
+        windows: image tokens and text that each token sees in fusion layers; None if nothing is seen.
         kernel: the same in the form that the backend takes; None if no token sees anything.
         all_see: whether it is known that every token sees something.
         image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
-        update_kernel: what image states attend to; None if attention doesn't update them or there are no new images.
+        update_kernel: keys that image states attend to; None without new images, or if attention doesn't update them.
     """
 
     rotary: Rotary
@@ -123,7 +123,7 @@ class TextStates(NamedTuple):
     Attributes:
         query, rotated: (batch, heads, tokens, head_dim) queries without and with positions.
         keys: keys/values of all text, those of the cache included.
-        gate: what `Projections.output` takes.
+        gate: argument of `Projections.output`.
     """
 
     query: torch.Tensor
@@ -181,7 +181,7 @@ def image_attention(
         layer_idx: index of the block.
         block: its modules.
         states: image states.
-        of_text: what the block's text attention has given.
+        of_text: output of the block's text attention.
         call: windows, and what images attend to.
     """
     self_attn, windows = block.attention, call.windows

@@ -56,7 +56,7 @@ class MaskedKernel:
     Attributes:
         mask: (batch, 1, tokens, keys), boolean, or additive for "eager".
         sees: (batch, tokens) whether a token sees anything.
-        plan: where the new image tokens are placed, for updates of image states; None for fusion.
+        plan: places of the new image tokens, for updates of image states; None for fusion.
     """
 
     mask: torch.Tensor
@@ -156,7 +156,7 @@ def windowed_attention(
     """One softmax over [image tokens ; text] that each query sees.
 
     Args:
-        module: what the query was projected by; has `config`, `scaling`, `attention_dropout`,
+        module: module that projected the query; has `config`, `scaling`, `attention_dropout`,
             `num_key_value_groups` and `training`.
         query: (batch, heads, tokens, head_dim); for updates of image states (1, heads, num_image_tokens, head_dim).
         keys: keys/values of all image columns of the call and of its text.
@@ -223,11 +223,11 @@ def step_with_self_attention(
     """Self-attention plus fusion of a step, of the same queries and text keys: the text is read once for both.
 
     Args:
-        module: as in `windowed_attention`.
+        module: module that projected the query.
         query: (batch, heads, tokens, head_dim), rotated.
         images: keys/values of all image columns; None without any.
         text: keys/values of all text, of which fusion takes those from `kernel.first_text` on.
-        kernel: what fusion sees.
+        kernel: windows that fusion layers attend to.
         self_mask: boolean (batch or 1, 1, tokens, cache positions) of self-attention; None if all is visible.
         fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None for 1.
     """

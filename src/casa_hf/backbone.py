@@ -168,7 +168,7 @@ class VisionTower:
     """A family of vision towers.
 
     Attributes:
-        model_type: of its configuration; the key of the table.
+        model_type: type of its configuration; the key of the table.
         modeling: module that defines its class.
         tower: name of the class. It is called with pixels, `grid_thw` and what `vision_tower.tower_inputs` derives,
             returns merged features as `pooler_output`, and has a convolution `patch_embed.proj`.
@@ -209,10 +209,10 @@ class Backbone:
         decoder_layer, rotary_embedding, rms_norm: class names in that module. `decoder_layer` must have the children
             `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
         source_class: the stock class of the source model.
-        source_task: what the source model is for, by the Hub's name.
+        source_task: task of the source model, by the Hub's name.
         apply_rotary: function `(q, k, cos, sin) -> (q, k)` in that module.
-        projections: how attention makes queries, keys and outputs.
-        block: how a decoder block is called, and of which kinds blocks are.
+        projections: adapter that makes queries, keys and outputs of attention.
+        block: adapter that calls a decoder block, and tells the kinds of blocks.
         multimodal_rope: whether text positions have three rows (time, height, width).
         text_only: whether the source has no vision tower: it is given `vision`, or one of `other_towers`.
         other_towers: further towers that it can be given.

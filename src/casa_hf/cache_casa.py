@@ -131,7 +131,7 @@ class CasaLayerMixin:
             the fusion layer's own don't serve.
             "window": text from `WindowState.text_start` on, where the fusion layer has text keys that aren't those of
             self-attention.
-        memory: where growing keys/values are kept, by name; "text" for those of self-attention.
+        memory: buffers of growing keys/values, by name; "text" for those of self-attention.
         window_state: state of the windows, in the home layer only.
         block_has_text: whether the block has self-attention, which fills the layer with text.
     """
@@ -257,8 +257,8 @@ class CasaLayerMixin:
         """Hold other keys/values from now on, those of `length` cache positions.
 
         Args:
-            text: of self-attention; None in a layer without.
-            fusion: of the fusion layer, as in `fusion`.
+            text: keys and values of self-attention; None in a layer without.
+            fusion: keys and values of the fusion layer, as in `fusion`.
             length: number of cache positions.
         """
         self.memory = {}
@@ -522,7 +522,7 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
 
     Args:
         cache: a cache of full-attention layers, empty or filled with text by the source language model.
-        blocks_with_text: for each decoder block whether it has self-attention.
+        blocks_with_text: whether each decoder block has self-attention.
 
     Raises:
         TypeError: if `cache` isn't a `Cache`, or a layer isn't a full-attention layer.
@@ -581,9 +581,9 @@ def window_state(
     Args:
         cache: prepared by `prepare_cache`, or None.
         batch_size: rows of the call.
-        device: where the state's tensors are wanted.
-        attention_mask: of the call; if it covers the cached text of another model, (batch, all tokens), it says which
-            of that is padding.
+        device: device for the state's tensors.
+        attention_mask: mask of the call; if it covers the cached text of another model, (batch, all tokens), it says
+            which of that is padding.
         reserved_columns: image columns that a static cache keeps at least.
 
     Raises:
@@ -677,9 +677,9 @@ def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.d
     """Fill an empty cache with what `cache_state` gave.
 
     Args:
-        cache: of as many growing layers as the state has, empty.
-        state: from `cache_state`; it isn't changed and shares nothing with the cache.
-        devices: of the decoder blocks.
+        cache: empty cache of as many growing layers as the state has.
+        state: result of `cache_state`; it isn't changed and shares nothing with the cache.
+        devices: devices of the decoder blocks.
 
     Raises:
         ValueError: if what it holds has lengths that don't fit together.

@@ -81,11 +81,11 @@ class TextEviction:
     Attributes:
         drops: whether any text goes, and not only padding.
         length: number of cache positions afterwards.
-        kept: (batch, length) the old cache position of each; rows with fewer tokens are padded on the left.
+        kept: (batch, length) old cache position of each; rows with fewer tokens are padded on the left.
         valid: (batch, length) False for that padding.
         shift: (batch, length) positions by which each token moves back.
-        image_shift: (batch,) and by which each row's images do.
-        moved: (batch, old length + 1) for each old cache position the new one of the first text that stays at or
+        image_shift: (batch,) positions by which each row's images move back.
+        moved: (batch, old length + 1) new cache position, for each old one, of the first text that stays at or
             after it.
         text_start: first new cache position whose text keys fusion layers still need.
         old_text_start: the same before, as an old cache position.
@@ -142,7 +142,7 @@ def plan_eviction(
 
     Args:
         state: windows of the cache.
-        rules: who sees whom.
+        rules: rules of who sees which image.
         keep: (batch,) number of text tokens that each row keeps, sinks included.
         num_sink_tokens: (batch,) number of first tokens that stay.
 
@@ -187,7 +187,7 @@ class _EvictedText:
 
     Attributes:
         text_index: (batch, length + 1) number of text tokens before each cache position, and in all.
-        begin, end: what goes, end excluded.
+        begin, end: range of what is evicted, end excluded.
         first_image, last_image: the tokens that the first and the last of the current images precede.
         has_image: whether there are any.
     """
@@ -253,7 +253,7 @@ def evict_text(
 
     Args:
         cache: cache that a CASA model has filled, growing or static.
-        rules: who sees whom.
+        rules: rules of who sees which image.
         rotation: function that gives the rotation of the model's keys, or refuses; called if text is to go, and not
             only padding.
         keep: number of text tokens that stay in each row, sinks included; one number, or (batch,). A row that holds
@@ -291,7 +291,7 @@ class _Moves:
     """What stays of stored keys/values, at its new positions.
 
     Args:
-        plan: what stays, and by how much it moves.
+        plan: plan of what stays, and by how much it moves.
         rotation: rotation of the model's keys; None if no text goes, so that nothing moves.
         image_positions: whether the image keys of fusion layers have positions.
     """

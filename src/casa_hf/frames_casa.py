@@ -122,7 +122,7 @@ def load_frames(
         fps: frames per second; only for files, since decoded frames don't tell their rate.
         num_frames: number of frames in all, evenly spaced.
         sample: whether frames are sampled; False takes every frame, without `fps` and `num_frames`.
-        policy: what may be read, and how large it may be.
+        policy: limits of what may be read, and of its size.
 
     Without `fps` and `num_frames`, a file of 10 seconds or more gives 2 frames per second, a shorter one 20 evenly
     spaced frames (all of them if it has fewer), as in training; of decoded frames all are taken.
@@ -159,7 +159,7 @@ def measure_frames(
     """What `load_frames` would give, without decoding anything.
 
     Args:
-        video, fps, num_frames, sample, policy: as for `load_frames`.
+        video, fps, num_frames, sample, policy: arguments of `load_frames`.
 
     Returns:
         For files, the (width, height) of each frame, in square pixels and not yet turned upright; the elements of
@@ -183,7 +183,7 @@ def sample_indices(
     """Which frames of a video to take.
 
     Args:
-        times: when each frame appears, in seconds from the first one, ascending.
+        times: times at which frames appear, in seconds from the first one, ascending.
         duration: length of the video, in seconds.
         fps: frames per second: what is on screen at 0, 1/fps, 2/fps, ... is taken.
         num_frames: number of frames in all, evenly spaced.
@@ -231,7 +231,7 @@ class _Plan:
     Attributes:
         media: file or contents that PyAV opens.
         options: options for FFmpeg.
-        moments: when the chosen frames appear, in seconds from the first one, ascending.
+        moments: times at which the chosen frames appear, in seconds from the first one, ascending.
         origin: seconds of the first stamp; None if packets have none.
         size: width and height of a frame in square pixels, not turned upright.
         missing: message about an end that is missing; empty if none is.
@@ -463,9 +463,9 @@ def timed_frames(
     """Frames with the times of the container, counted from the first one; the times of problems alike.
 
     Args:
-        frames: what `decoded` gives.
+        frames: result of `decoded`.
         stream: the video stream that they are from.
-        policy: how large images may be.
+        policy: limits of the size of images.
         origin: time 0, in seconds of the container; None for the first frame.
     """
     period, aspect = frame_period(stream), pixel_aspect(stream)
@@ -545,7 +545,7 @@ def frame_image(frame: Any, aspect: float = 1.0, policy: MediaPolicy = DEFAULT_P
     Args:
         frame: frame of PyAV.
         aspect: aspect of its pixels, see `pixel_aspect`.
-        policy: how large it may be.
+        policy: limits of its size.
 
     Raises:
         ValueError: if it is larger.

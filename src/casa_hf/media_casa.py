@@ -160,7 +160,7 @@ def rgb_image(image: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | No
             black and white. 16-bit values (depth, scans) have no known range and are refused, and so is a PIL image
             with more than 8 bits per channel. A PIL image is turned by the EXIF data that it has;
             `PIL.ImageOps.exif_transpose` removes them.
-        policy: what may be read, and how large it may be.
+        policy: limits of what may be read, and of its size.
         layout: "channels_first" or "channels_last", for arrays; None infers it from the shape.
 
     Returns:
@@ -182,7 +182,7 @@ def image_size(image: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | N
     """Width and height of what `rgb_image` would give, not yet turned upright; nothing is decoded for them.
 
     Args:
-        image, policy, layout: as for `rgb_image`.
+        image, policy, layout: arguments of `rgb_image`.
 
     Raises:
         ValueError: as `rgb_image`, but for what decoding finds.
@@ -328,7 +328,7 @@ def contents_of(given: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> b
 
     Args:
         given: a path, a URL, a data URL, base64 or bytes.
-        policy: what may be read.
+        policy: limits of what may be read.
 
     Raises:
         ValueError: if it isn't allowed or can't be found.

@@ -337,7 +337,7 @@ class CasaTextModel(CasaPreTrainedModel):
             position_ids: None, (batch, tokens), (axes, batch, tokens) or (1 + axes, batch, tokens); see
                 `CasaModel.forward`.
             cache: cache with the earlier text, windows and positions.
-            images: where the new images stand; None without any.
+            images: places of the new images; None without any.
             image_states: (num_image_tokens, hidden) embedded images.
             deepstack: features like `image_states` that are added to them after the first blocks.
             gist: (batch, tokens) True for gist tokens; None without any.

@@ -42,7 +42,7 @@ class Notation(NamedTuple):
         video: video placeholder, as a user writes it.
         pattern: pattern of either, with the gist tokens after it if the text has them (group `gists`). Group `pad` is
             what isn't tokenized and gives way to the frames of a video.
-        video_pad: that part of a video placeholder.
+        video_pad: the same part of a video placeholder.
         next_frame: text from the image token of a frame, with it, to that of the next one.
         last_frame: text in place of the pad of a video, behind all frames but the last.
         gists: gist tokens.

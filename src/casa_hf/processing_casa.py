@@ -211,7 +211,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             text_folder: local folder with the files of the tokenizer, to which `<|image|>` and then the gist tokens
                 are added. Its chat template, if any, knows no images and is replaced by `TEXT_CHAT_TEMPLATE`.
             vision_folder: local folder with the files of the image processor; `source_config` holds these.
-            max_pixels, frame_max_pixels, num_gist_tokens: see `from_source`.
+            max_pixels, frame_max_pixels, num_gist_tokens: arguments of `from_source`.
 
         Raises:
             ValueError: if there is no tokenizer, `max_pixels` is below the vision checkpoint's minimum,
@@ -258,7 +258,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                 token and a video at each `<|video|>`. Gist tokens needn't be written. None to process pixels only.
             videos: video, list of videos, or list of lists like `images`. A video is a path, a URL, base64, the bytes
                 of a file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
-            audio: not supported; must be None.
+            audio: None; audio is not supported.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
                 (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps`,
                 `num_frames`, `do_sample_frames` and `frame_max_pixels`; `media_policy`, for this call alone;
@@ -604,7 +604,7 @@ class _Call(NamedTuple):
         videos: videos in reading order.
         options: options by what they are for, as Transformers merges them.
         sizes: limits of the image processor for images and for frames, by type.
-        policy: what may be read.
+        policy: limits of what may be read.
     """
 
     types: list[list[int]]

@@ -38,8 +38,8 @@ def with_one_cache_name(arguments: Mapping[str, Any], name: str = "cache") -> di
     """Keyword arguments whose cache, given by either name, goes by one.
 
     Args:
-        arguments: of a function that takes a cache, by default None.
-        name: the one to go by, "cache" or "past_key_values".
+        arguments: keyword arguments of a function that takes a cache, by default None.
+        name: name to go by, "cache" or "past_key_values".
 
     Raises:
         ValueError: if both names hold a cache.

@@ -124,7 +124,7 @@ class WindowState:
         next_position: (batch,) position of the next text token.
         image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
         image_tokens: (batch,) image tokens of the current window, 0 before the first image.
-        pinned: (batch, image_columns) columns that stay visible for ever; None while no history is "all".
+        pinned: (batch, image_columns) columns that stay visible to all later text; None while no history is "all".
         last_image: (batch,) cache position of the token that the last image precedes; -1 without an image.
         window_start: (batch,) first cache position of the current window.
         closed_at: (batch,) cache position of the first text after the last image, `OPEN` while there is none.
@@ -371,9 +371,9 @@ class WindowPlan:
     Image columns are the stored ones, followed by those of the call's new images (left-aligned per row).
 
     Attributes:
-        state: what was remembered before the call.
-        next_state: what to remember after it.
-        rules: who sees whom.
+        state: state before the call.
+        next_state: state after the call.
+        rules: rules of who sees which image.
         image_start, image_end: (batch, tokens) image columns of a token's window, end excluded.
         text_start: (batch, tokens) first cache position of a token's text keys.
         text_end: (batch, tokens) cache position after the last of them; at most the token's own plus one.
@@ -381,9 +381,9 @@ class WindowPlan:
         pinned: (batch, image columns) columns that every later token of their sample sees; None without any.
         pinned_start: (batch, tokens) first column of a token's sample; None without packing.
         new_columns: number of columns for new images.
-        token_rows, token_columns: (num_image_tokens,) where each new image token goes; None without new images.
+        token_rows, token_columns: (num_image_tokens,) place of each new image token; None without new images.
         kept_columns: (batch, num_kept) columns that stay stored, as the last ones; None if nothing changes.
-        update: what new image tokens attend to when their own states are updated; None without new images.
+        update: keys that new image tokens attend to when their own states are updated; None without new images.
     """
 
     state: WindowState
@@ -533,12 +533,12 @@ def plan_windows(
     """Compute the windows of one call.
 
     Args:
-        state: what earlier calls left behind.
-        rules: who sees whom.
+        state: state that earlier calls have left.
+        rules: rules of who sees which image.
         token_valid: (batch, tokens) False for padding.
         closes_window: (batch, tokens) True for text that ends a run of images (valid and no delimiter).
         positions: (batch, tokens) position of each text token.
-        images: where the call's new images stand; None without images.
+        images: places of the call's new images; None without images.
         samples: (batch, tokens) index of the packed sample that a token belongs to; None without packing.
         gist: (batch, tokens) True for gist tokens; None without any.
 
@@ -587,7 +587,7 @@ class _Text:
     Attributes:
         cache_positions: (tokens,) cache position of each token, the same in all rows.
         sample_start: (batch, tokens) cache position of the first token of each token's sample.
-        valid, closes_window, positions, samples: (batch, tokens), as in `plan_windows`.
+        valid, closes_window, positions, samples: (batch, tokens) arguments of `plan_windows`.
     """
 
     cache_positions: torch.Tensor
@@ -632,9 +632,9 @@ class _NewImages:
     """The images of a call.
 
     Attributes:
-        placement: where they stand in the text.
+        placement: places of the images in the text.
         windows: (num_images,) window that each of them is in, up to its own last column.
-        token_rows, token_columns, update: as in `WindowPlan`.
+        token_rows, token_columns, update: fields of `WindowPlan`.
         latest: (batch, tokens) last image at or before each token, as an index into the images; any if there is none.
         has_latest: (batch, tokens) whether there is one, in the token's sample.
     """
@@ -799,10 +799,10 @@ def _retained(
     for, once.
 
     Args:
-        rules: who sees whom.
+        rules: rules of who sees which image.
         state: the state after the text of the call.
-        windows: (batch,) the current ones.
-        pinned: (batch, num_columns) columns that stay visible for ever; None without any.
+        windows: (batch,) current windows.
+        pinned: (batch, num_columns) columns that stay visible to all later text; None without any.
         num_columns: number of image columns of the call.
     """
     kept = _in_range(torch.arange(num_columns, device=state.valid.device), windows.image_start, windows.image_end)
@@ -862,9 +862,9 @@ def pinned_before(
     """(batch, queries, image columns) pinned columns before `end` and, with packing, from `start` on.
 
     Args:
-        pinned: (batch, image columns) columns that stay visible for ever.
+        pinned: (batch, image columns) columns that stay visible to all later text.
         start: (batch, queries) first column of each query's sample; None without packing.
-        columns: (image columns,) their numbers.
+        columns: (image columns,) numbers of the columns.
         end: (batch, queries) column at which each query's images end.
     """
     mask = pinned[:, None] & (columns < end[..., None])

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        arguments: without the program's name; None for those of the process.
+        arguments: words of the command line without the program's name; None for those of the process.
     """
     try:
         app(arguments)

@@ -25,9 +25,9 @@ def load_model(
 
     Args:
         name: folder or Hub id.
-        device: where to run; None for an accelerator if there is one.
-        dtype: None for the checkpoint's.
-        attn: attention backend; None for what Transformers chooses.
+        device: device to run on; None for an accelerator if there is one.
+        dtype: number format to run in; None for the checkpoint's.
+        attn: attention backend; None for the one that Transformers chooses.
 
     Raises:
         BadParameter: if the device or the backend isn't there, or it isn't a CASA checkpoint.

@@ -97,8 +97,8 @@ def check_is_casa(folder: Path, name: str) -> None:
     """Refuse a folder whose config.json describes another kind of model, or isn't there.
 
     Args:
-        folder: of the checkpoint.
-        name: what the user calls it.
+        folder: folder of the checkpoint.
+        name: name by which the user calls it.
 
     Raises:
         BadParameter: with the way to a CASA checkpoint.
@@ -208,7 +208,7 @@ def existing(kind: str, **options: Any) -> Callable[..., Any]:
 
     Args:
         kind: "file" or "folder".
-        **options: of the argument.
+        **options: options of the argument.
     """
     return typer.Argument(exists=True, file_okay=kind == "file", dir_okay=kind == "folder", **options)
 

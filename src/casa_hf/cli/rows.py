@@ -41,7 +41,7 @@ def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -
     """The questions that options ask.
 
     Args:
-        prompts, images: in the order of the command line.
+        prompts, images: values of the options, in the order of the command line.
         each: whether the one prompt is asked about each image by itself.
 
     Raises:
@@ -72,7 +72,7 @@ def rows_of_file(file: Path) -> list[Row]:
     """The questions of a file, one JSON object a line: `prompt`, and `images` or `image`.
 
     Args:
-        file: paths in it are relative to its folder.
+        file: path of the file; paths in it are relative to its folder.
 
     Raises:
         ValueError: for a line that is no question, or an image that isn't there.

@@ -44,7 +44,7 @@ class Conversion:
         added: Name of each new tensor -> name of the tensor that it starts as a copy of.
         initialised: Name of each tensor that is new, or has new rows, and copies nothing -> how these start.
         dropped: Name of each source tensor that is left out -> why.
-        note: What the new model computes before any training, in sentences.
+        note: Text on what the new model computes before any training, in sentences.
     """
 
     config: PreTrainedConfig
@@ -129,7 +129,7 @@ def make_plan(
         new_token_ids: Ids of the tokens that the source didn't have.
         dtype: Key of `DTYPES` to cast to; None to keep each as it is.
         max_shard_size: Largest size of a weight file, as a number of bytes or a string such as "5GB".
-        note: What the new model computes before any training.
+        note: Text on what the new model computes before any training.
 
     Raises:
         CheckpointError: if a tied head has values of its own.

@@ -23,9 +23,9 @@ def explained(repository: str, doing: str, user: str | None = None, when_lost: s
 
     Args:
         repository: Hub id.
-        doing: What is being done, as the subject of a sentence.
+        doing: Action that failed, as the subject of a sentence.
         user: Name of the token's user, once known.
-        when_lost: What to do if there was no answer, or none of the Hub itself.
+        when_lost: Advice for when there was no answer, or none of the Hub itself.
 
     Raises:
         CheckpointError: for any error inside.

@@ -45,7 +45,7 @@ class CasaStreamBatch:
     Args:
         model: model that captions the frames.
         processor: processor of the model.
-        settings: how frames are captioned in streams for which `add` says nothing else; None for the defaults.
+        settings: settings of the streams for which `add` says nothing else; None for the defaults.
         **changes: fields of [`StreamSettings`] that replace those of `settings`.
 
     Attributes:

@@ -23,15 +23,15 @@ class CaptionEvent:
         frame_index: index of the frame among all that were pushed or dropped, from 0; of the latest one for answers,
             -1 before the first; -1 for an error that isn't a frame's. Of several frames, the last one's.
         start: the frame's timestamp, in seconds; of several, the last one's.
-        end: when the next frame is due, in seconds: `start` plus one over the stream's frames per second.
+        end: time at which the next frame is due, in seconds: `start` plus one over the stream's frames per second.
         latency: seconds from pushing the frame, or asking, to this event.
         text: the piece of text; for "end" and "answered", all the text of the frame or answer. A character that the
             frame ends within is in the text of the next frame, unless a question comes between.
         token_ids: the tokens that `text` was decoded from; for "end" and "answered", all that the model emitted, stop
             token included.
         message: why, for "dropped", "merged" and "error".
-        question: what was asked, where the event is about a question: for "answer", "answered", and an "error" of it.
-        count: how many frames a "dropped" stands for: those with the indices from `frame_index - count + 1` to
+        question: question that was asked, where the event is about one: for "answer", "answered" and an "error" of it.
+        count: number of frames that a "dropped" stands for: those with the indices from `frame_index - count + 1` to
             `frame_index`; and how many problems of the video an "error" that isn't a frame's. 1 for all others.
     """
 
@@ -51,8 +51,8 @@ def refusal(error: Exception, note: str = "", **content: Any) -> CaptionEvent:
     """The event of what couldn't be shown or asked, before the model has looked at it.
 
     Args:
-        error: what was wrong.
-        note: what else to say.
+        error: error that was raised.
+        note: further text for the message.
         **content: other fields of the event.
     """
     name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -209,7 +209,7 @@ class StopBias(LogitsProcessor):
         """Scores with biased stop tokens.
 
         Args:
-            input_ids: not looked at.
+            input_ids: ids so far; not used.
             scores: (batch, vocabulary).
         """
         stops = self._stops.on(scores.device)

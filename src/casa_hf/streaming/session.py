@@ -56,7 +56,7 @@ class CasaStream:
     Args:
         model: model that captions the frames.
         processor: processor of the model.
-        settings: how the frames are captioned; None for the defaults.
+        settings: settings of captions; None for the defaults.
         **changes: fields of [`StreamSettings`] that replace those of `settings`, such as
             `prompt="What happens here?"`.
 
@@ -252,7 +252,7 @@ class CasaStream:
         """Resume where the stream that was saved stopped; the same frames lead to the same tokens.
 
         Args:
-            state: what `state_dict` returned, as it is or read by `torch.load(..., weights_only=True)`, on any device.
+            state: result of `state_dict`, as it is or read by `torch.load(..., weights_only=True)`, on any device.
 
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the

@@ -157,7 +157,7 @@ class StreamSettings:
         """Settings, with other values for some fields.
 
         Args:
-            settings: what to start from; None for the defaults.
+            settings: settings to start from; None for the defaults.
             **changes: values of the fields that differ.
 
         Raises:

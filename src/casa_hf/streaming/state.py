@@ -45,7 +45,7 @@ def check_state(state: Any, own: dict[str, Any], model: CasaForConditionalGenera
     """Refuse a state that a stream can't resume from.
 
     Args:
-        state: what the stream was given.
+        state: state that the stream was given.
         own: state of that stream itself, its cache left out.
         model: model of that stream.
         tokenizer: tokenizer of that stream.

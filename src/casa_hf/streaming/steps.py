@@ -20,7 +20,7 @@ class Forward:
     Attributes:
         ids: new text.
         images: image inputs with it, as for a batch of this row alone.
-        processors: what the logits of the next token go through.
+        processors: logits processors of the next token.
         history: and the text that they look at.
     """
 

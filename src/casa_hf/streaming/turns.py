@@ -73,7 +73,7 @@ class StreamTurns:
         """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
 
         Args:
-            frame: of any kind that `casa_hf.media_casa.rgb_image` takes.
+            frame: image of any kind that `casa_hf.media_casa.rgb_image` takes.
 
         Raises:
             ValueError: if the frame can't be used.

@@ -48,7 +48,7 @@ class TrainingReport:
 
     Attributes:
         output: folder with the result.
-        parts: what was trained, by part of the model.
+        parts: trained parameters, by part of the model.
         steps: number of optimizer steps in all.
         sequences: number of packed sequences in the training data.
         dropped: number of conversations left out for their length.

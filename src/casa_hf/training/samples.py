@@ -59,7 +59,7 @@ class Dialogue:
     Attributes:
         messages: messages as the chat template takes them; an image is `{"type": "image"}`, a video
             `{"type": "video"}`.
-        images, videos: what these stand for, in reading order.
+        images, videos: images and videos that these stand for, in reading order.
     """
 
     messages: Messages

@@ -44,7 +44,7 @@ def read_yaml(text: str, name: str) -> Any:
 
     Args:
         text: YAML.
-        name: what to call it in errors.
+        name: name of it in errors.
 
     Raises:
         ValueError: if it isn't valid YAML.

@@ -61,8 +61,8 @@ class MediaInput(VideoInput):
         format: FFmpeg's name of the kind of device, such as v4l2; None for a file or URL.
         options: options for FFmpeg, such as {"video_size": "640x480", "framerate": "30"}; it ignores those that it
             doesn't know.
-        live: see `VideoInput`. None: true of devices, of URLs of the kind of rtsp://, and over the network of the
-            images of HTTP cameras and of what has neither times nor a length.
+        live: whether it is live, see `VideoInput`. None for devices, URLs of the kind of rtsp://, and over the
+            network of the images of HTTP cameras and of what has neither times nor a length.
         **selection: arguments of `VideoInput`.
 
     Attributes:

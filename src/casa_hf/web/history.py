@@ -23,7 +23,7 @@ class Entry:
 
     Attributes:
         number: 1 for the first entry, one more for each that follows.
-        name: what kind of thing.
+        name: kind of the entry.
         data: the rest, as JSON.
     """
 

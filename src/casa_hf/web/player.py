@@ -49,9 +49,9 @@ class Player:
         on_event: function that is called with every event of the stream, in the thread.
 
     Attributes:
-        history: of "state", "caption", "memory", "question" and "answer"; `docs/streaming.md` describes them.
+        history: history of "state", "caption", "memory", "question" and "answer"; `docs/streaming.md` describes them.
         run: names this player among all, so that a page notices that the server is another one.
-        error: what ended the stream, if an error did.
+        error: error that ended the stream, if one did.
     """
 
     def __init__(

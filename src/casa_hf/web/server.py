@@ -103,7 +103,7 @@ class CaptionServer:
         port: port to listen on; 0 takes a free one.
 
     Attributes:
-        url: where the page is.
+        url: address of the page.
 
     Raises:
         ValueError: if the address can't be had, and where `create_app` does.
