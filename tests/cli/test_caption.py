@@ -458,9 +458,9 @@ def test_nothing_to_caption_is_said_before_any_file_is_made(
         (["--option", "a=1", "--option", "a=2"], "a is given twice: 1 and 2"),
         (["--late", "never"], "merge"),
         (["--frame-budget", "soon"], "'--frame-budget': Input should be a valid number"),
-        (["--top-k", "5"], "need --temperature"),
-        (["--seed", "5"], "need --temperature"),
-        (["--font", "a.ttf"], "--font is for --overlay; add it"),
+        (["--top-k", "5"], "Add --temperature"),
+        (["--seed", "5"], "Add --temperature"),
+        (["--font", "a.ttf"], "--font is for --overlay. Add it"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(cli: Cli, checkpoint: Path, options: list[str], complaint: str) -> None:

@@ -603,10 +603,10 @@ def test_the_command_refuses_options_that_do_not_go_together(casa_folder: Path, 
     from casa_hf.cli.app import app
 
     for arguments, expected in (
-        (["--web", "--ask", "What?"], "ask on the page"),
+        (["--web", "--ask", "What?"], "the page takes questions"),
         (["--web", "--overlay", "out.mp4"], "--overlay"),
-        (["--port", "80"], "are for --web"),
-        (["--host", "::1"], "are for --web"),
+        (["--port", "80"], "are for the page. Add --web"),
+        (["--host", "::1"], "are for the page. Add --web"),
     ):
         result = CliRunner().invoke(app, ["caption", str(clip), "--model", str(casa_folder), *arguments])
         assert result.exit_code == 2

@@ -90,7 +90,9 @@ def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
                 param_hint="--option",
             )
         if key in options:
-            raise typer.BadParameter(f"{key} is given twice: {options[key]} and {value}.", param_hint="--option")
+            raise typer.BadParameter(
+                f"{key} is given twice: {options[key]} and {value}. Give it once.", param_hint="--option"
+            )
         options[key] = value
     return options
 
@@ -284,13 +286,21 @@ def caption(
 def _check_company(given: Mapping[str, Any]) -> None:
     """Refuse options that go with others only."""
     if given["web"] and (given["ask"] or given["overlay"] is not None):
-        raise typer.BadParameter("--web takes no --ask and no --overlay: ask on the page.", param_hint="--web")
+        raise typer.BadParameter(
+            "--web can't be combined with --ask and --overlay. Leave them out; the page takes questions.",
+            param_hint="--web",
+        )
     if not given["web"] and (given["host"] is not None or given["port"] is not None):
-        raise typer.BadParameter("--host and --port are for --web; add it, or leave them out.", param_hint="--host")
+        raise typer.BadParameter(
+            "--host and --port are for the page. Add --web, or leave them out.", param_hint="--host"
+        )
     if given["font"] is not None and given["overlay"] is None:
-        raise typer.BadParameter("--font is for --overlay; add it, or leave --font out.", param_hint="--font")
+        raise typer.BadParameter("--font is for --overlay. Add it, or leave --font out.", param_hint="--font")
     if given["temperature"] is None and (given["top_k"] is not None or given["seed"] is not None):
-        raise typer.BadParameter("--top-k and --seed need --temperature, to draw.", param_hint="--temperature")
+        raise typer.BadParameter(
+            "--top-k and --seed are for words drawn at random. Add --temperature, or leave them out.",
+            param_hint="--temperature",
+        )
 
 
 def _settings(context: typer.Context) -> StreamSettings:
@@ -310,7 +320,8 @@ def _late(late: Late | None, real_time: bool) -> Late:
     """What happens to late frames."""
     if late not in (None, Late.WAIT) and not real_time:
         raise typer.BadParameter(
-            f"{late} needs --live or --live-input: without a clock no frame is late.", param_hint="--late"
+            f"{late} needs --live or --live-input: without a clock no frame is late. Add one, or leave --late out.",
+            param_hint="--late",
         )
     return late or (Late.DROP if real_time else Late.WAIT)
 

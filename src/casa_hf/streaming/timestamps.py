@@ -39,10 +39,8 @@ def frame_timestamps(
     previous = -math.inf if last is None else last
     for timestamp in timestamps:
         if not previous < timestamp < math.inf:
-            raise ValueError(
-                f"timestamp={shown(given)} must be a finite number of seconds, later than {previous} of the frame "
-                "before."
-            )
+            later = "" if previous == -math.inf else f", later than {previous} of the frame before"
+            raise ValueError(f"timestamp={shown(given)} must be a finite number of seconds{later}.")
         previous = timestamp
     return timestamps
 

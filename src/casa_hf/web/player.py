@@ -254,7 +254,9 @@ class Player:
                 self._set_state(after)
                 self._changed.notify_all()
             elif self._state != after:
-                raise RuntimeError(f"The stream is {self._state}; only a running one can be paused.")
+                raise RuntimeError(
+                    f"The stream is {self._state}; only a running stream can be paused, and only a paused one resumed."
+                )
 
     def _set_state(self, state: State, message: str = "") -> None:
         with self._changed:
