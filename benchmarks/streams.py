@@ -7,7 +7,7 @@ In a turn every stream decodes some tokens; every PERIOD turns it gets a frame b
 |---|---|
 | `one by one` | the streams in a CASA model one after the other |
 | `together` | one batch in which all frames arrive in the same turns: the best that a batch can do |
-| `staggered` | one batch in which each turn brings frames to a part of the rows; the others go on with their text |
+| `staggered` | one batch in which each turn brings frames to a part of the rows; the others continue their text |
 | `insertion together` | the source model of the same weights, its best case |
 
 All do the same work, turn by turn in one process. Nothing is measured before `staggered` has given the logits of `one

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The whole way from a trained Qwen2.5-VL checkpoint to answers about pictures, in seconds and without a network.
+"""The whole way from a trained Qwen2.5-VL checkpoint to answers about images, in seconds and without a network.
 
 The checkpoint is a small one that ships with the repository (examples/tiny_world): it knows coloured shapes, arrows
 and characters, and nothing else. A large checkpoint takes the same steps.
@@ -39,7 +39,7 @@ def main() -> None:
         print("   (Transformers' own processor of such a source needs torchvision; CasaProcessor does without.)")
         exact = convert_checkpoint(SOURCE, Path(folder, "exact"), "exact").output
 
-        print("2. Ask about pictures that none of the models was trained on (* = wrong)")
+        print("2. Ask about images that none of the models was trained on (* = wrong)")
         questions = load_conversations(TINY_WORLD / "held_out")
         said = {
             "source": Source(SOURCE).answers(questions),
@@ -56,22 +56,22 @@ def main() -> None:
         for name, given in said.items():
             count = sum(answer == expected for answer, expected in zip(given, right, strict=True))
             print(f"   {name}: {count} of {len(right)} right")
-        print("   `exact` needs no training to equal the source on single pictures, not on several;")
+        print("   `exact` needs no training to equal the source on single images, not on several;")
         print("   `converted` is `casa` as converted, `trained` the same with its fusion layers trained.")
         print("   docs/results.md has the scores on thousands of questions.")
 
     print("3. What stays in the cache: a chat about photographs, one after the other")
-    print("   pictures   text tokens   CASA's cache               the source's cache")
+    print("   images   text tokens   CASA's cache               the source's cache")
     for row in _caches((1, 4, 16)):
-        print(f"   {row.pictures:8}   {row.tokens:11}   {row.casa:12,} bytes   {row.source:15,} bytes")
-    print("   CASA's grows with the text alone: of the pictures it holds the current one.")
+        print(f"   {row.images:8}   {row.tokens:11}   {row.casa:12,} bytes   {row.source:15,} bytes")
+    print("   CASA's grows with the text alone: of the images it holds the current one.")
     print("   What these models say of photographs means nothing: they have never seen one.")
 
 
 class _Caches(NamedTuple):
-    """What a chat about some pictures leaves in the caches: CASA's and the source's."""
+    """What a chat about some images leaves in the caches: CASA's and the source's."""
 
-    pictures: int
+    images: int
     tokens: int
     casa: int
     source: int
@@ -109,7 +109,7 @@ def _answers(folder: str | Path, questions: Sequence) -> list[str]:
 
 
 def _text(example: dict) -> str:
-    """The last question, without its pictures."""
+    """The last question, without its images."""
     dialogue, _ = Dialogue.of(example).question()
     return next(part["text"] for part in reversed(dialogue.messages[-1]["content"]) if part["type"] == "text")
 

@@ -17,10 +17,10 @@ def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     demo.main()
     shown = capsys.readouterr().out
     assert [line[:2] for line in shown.splitlines() if line[0].isdigit()] == ["1.", "2.", "3."]
-    # Of pictures, CASA holds the current one: every third is the cat, so only the text makes a difference.
+    # Of images, CASA holds the current one: every third is the cat, so only the text makes a difference.
     rows = re.findall(r"^ +(\d+) +(\d+) +([\d,]+) bytes +([\d,]+) bytes$", shown, flags=re.M)
-    pictures, tokens, casa, source = zip(*([int(cell.replace(",", "")) for cell in row] for row in rows), strict=True)
-    assert pictures == (1, 4, 16)
+    images, tokens, casa, source = zip(*([int(cell.replace(",", "")) for cell in row] for row in rows), strict=True)
+    assert images == (1, 4, 16)
     text = 4 * 4 * 2 * 2 * 32  # bytes of one token: 4 layers, float32, keys and values, 2 heads of 32
     assert casa[2] - casa[1] == text * (tokens[2] - tokens[1])
     assert source[2] - source[1] > 12 * text * 60 and source[2] > 4 * casa[2]

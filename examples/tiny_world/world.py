@@ -128,7 +128,7 @@ class Task:
             size: one of `sizes`.
             split: one of `SPLITS`.
             index: of the example.
-            seed: of the whole data set.
+            seed: seed of the whole dataset.
             turns: most questions about its images.
 
         Raises:
@@ -458,7 +458,7 @@ def examples(
     Args:
         split: one of `SPLITS`.
         tasks: names of the tasks; one that stands there twice comes twice as often.
-        seed: of the data set.
+        seed: seed of the dataset.
         start: index of the first one.
         single: whether to ask one question about each image, instead of several where the task has them.
     """

@@ -9,7 +9,7 @@ layer.
 |---|---|---|
 | `MaskedKernel` | "eager", and custom backends | one mask over all tokens and keys: the plain reference |
 | `PaddedKernel` | "sdpa" | windows of similar size as one padded batch |
-| `VarlenKernel` | "flash_attention_2" and its kin, "torch_varlen" | one call over all windows |
+| `VarlenKernel` | "flash_attention_2" and similar ones, "torch_varlen" | one call over all windows |
 | `StepKernel` | all but the first row's, in decoding steps | keys are read where they are stored, without a copy |
 
 All take the same queries and keys and return the same numbers, up to rounding.

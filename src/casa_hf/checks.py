@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but never True and False; strings."""
+"""Checks of what callers give: numbers of every kind, Python's and NumPy's, but not True and False; strings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_positive(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, kind: type, allowed: Callable[[Any], bool], expected: str) -> None:
-    """Refuse what is no number of this kind, or isn't allowed.
+    """Refuse a value that is not a number of this kind, or isn't allowed.
 
     Raises:
         ValueError: with the name, the value and what is expected.
@@ -77,7 +77,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_text(name: str, text: Any) -> None:
-    """Refuse what is no text, or has a lone surrogate, which no tokenizer and no file takes.
+    """Refuse what is not a string, or has a lone surrogate, which can be neither tokenized nor written to a file.
 
     Raises:
         ValueError: with the name, the character and its place.

@@ -226,7 +226,7 @@ def test_a_model_of_two_sources(source_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("origins", [None, [], [{"name": "x"}], [{"name": "x", "on_hub": 1, "license": 3}]])
 def test_an_unknown_origin(config: CasaConfig, origins: list | None) -> None:
     config.source_origins = origins
-    with pytest.raises(ValueError, match=r"`base_model` and `license` in the front matter of README\.md"):
+    with pytest.raises(ValueError, match=r"`base_model` and `license` to the front matter of README\.md"):
         published_card(None, config, REPOSITORY)
     card = ModelCard(published_card("---\nlicense: mit\n---\n", config, REPOSITORY))
     assert card.data.license == "mit" and card.data.get("base_model") is None

@@ -229,5 +229,5 @@ ControlTokensOption = Annotated[
     ),
 ]
 AttnOption = Annotated[
-    str | None, typer.Option(help="Attention back end, such as sdpa or eager. Default: chosen by Transformers.")
+    str | None, typer.Option(help="Attention backend, such as sdpa or eager. Default: chosen by Transformers.")
 ]

@@ -97,7 +97,7 @@ class Card:
         self.data = ModelCardData(**fields, **({} if value is None else {name: value}))
 
     def add_fields(self, fields: Mapping[str, Any]) -> None:
-        """Add those fields that the front matter lacks, and those tags and data sets that its lists lack."""
+        """Add those fields that the front matter lacks, and those tags and datasets that its lists lack."""
         stated = self.data.to_dict()
         present = {_COMPLETES.get(key, key) for key, value in stated.items() if value not in (None, "", [], {})}
         added = {key: value for key, value in fields.items() if _COMPLETES.get(key, key) not in present}

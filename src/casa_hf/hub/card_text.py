@@ -109,7 +109,7 @@ processor = AutoProcessor.from_pretrained({arguments}, trust_remote_code=True)
 
 
 def datasets_text(datasets: Sequence[str]) -> str:
-    """A list of data sets; Hub ids become links."""
+    """A list of datasets; Hub ids become links."""
     return "\n".join(
         f"- [{name}](https://huggingface.co/datasets/{name})" if HUB_NAME.fullmatch(name) else f"- {name}"
         for name in datasets
