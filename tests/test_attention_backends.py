@@ -344,7 +344,7 @@ def test_blocks_on_several_devices_get_all_they_need(fields: dict[str, Any], bac
         past = model(**{**case.inputs, "use_cache": True}, image_embeds=case.features).cache
         model(input_ids=torch.full((2, 1), 9), cache=past)
     for call in seen:
-        assert call.kernel is not None
+        assert call.fusion is not None
         before, after = tensors_in(call), tensors_in(call.to("meta"))
         assert before.keys() == after.keys() and before
         assert {path: (x.shape, x.dtype) for path, x in before.items()} == {

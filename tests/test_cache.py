@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, Qwen2_5_VLForConditi
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedCache
 
 from casa_hf import cache_nbytes
+from casa_hf.cache_casa import cache_snapshot
 from casa_hf.design_space import VARIANTS as ALL_VARIANTS
 from casa_hf.transformers_versions import CACHE
 from tests.helpers_generation import (
@@ -469,6 +470,43 @@ def quantized_cache(model: Any) -> Any:
         return QuantizedCache(backend="fp8", config=model.config)
     except ValueError:
         pytest.skip("this version of Transformers has no quantised cache that runs here")
+
+
+def test_a_custom_layer_keeps_the_text_in_its_own_way():
+    class Counting(DynamicLayer):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            updates.append(self)
+            return super().update(*args, **kwargs)
+
+    updates: list[Any] = []
+    model, row = shared_model("casa"), [*words(3, 1), A, *words(4, 2)]
+    for cache in (Cache(layers=[Counting() for _ in range(3)]), Cache(layer_class_to_replicate=Counting)):
+        updates.clear()
+        feed(model, row, cache)
+        logits = feed(model, [5], cache).logits[0, -1]
+        assert relative_error(logits, one_shot(model, [*row, 5])[-1]) < TOLERANCE
+        assert len(updates) == 2 * 3
+
+
+def test_a_snapshot_of_a_quantized_cache_stays_as_it_is():
+    model, row = shared_model("casa"), [*words(3, 1), A, *words(4, 2)]
+    cache = quantized_cache(model)
+    feed(model, row, cache)
+    snapshot = cache_snapshot(cache)
+    expected = feed(model, [5], cache).logits
+    feed(model, [6, 7], cache)
+    assert snapshot.get_seq_length() == len(token_ids(row))
+    assert torch.equal(feed(model, [5], snapshot).logits, expected)
+
+
+def test_a_cache_of_a_smaller_model_is_refused():
+    model, small = new_model("casa"), new_model("casa")
+    small.model.language_model.layers = small.model.language_model.layers[:2]
+    small.model.language_model.blocks_with_text = [True, True]
+    cache = Cache(layers=[DynamicLayer(), DynamicLayer()])
+    feed(small, words(3, 1), cache)
+    with pytest.raises(ValueError, match=r"2 layers.*3"):
+        feed(model, words(3, 1), cache)
 
 
 def test_caches_say_whether_they_can_be_cropped():

@@ -255,6 +255,14 @@ def test_no_images_may_be_empty_tensors():
             call(**{**inputs, "pixel_values": pixels})
 
 
+def test_no_images_may_be_empty_in_both_forms():
+    model = shared_model("casa")
+    empty = {"pixel_values": torch.zeros(0, 96), "image_embeds": torch.zeros(0, 64)}
+    grids = torch.zeros(0, 3, dtype=torch.long)
+    ids = torch.tensor([words(3, 1)])
+    assert torch.equal(model(ids, **empty, image_grid_thw=grids).logits, model(ids).logits)
+
+
 # ------------------------------------------------------------------------------------ frames that nobody calls so
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from casa_hf.attention_backends import StepKernel, windowed_attention
+from casa_hf.attention_backends import StepWindows, windowed_attention
 from casa_hf.cache_casa import FusionKeys, KeysValues
 from tests.helpers_generation import Image, batch, one_shot, relative_error, shared_model, token_ids, words
 
@@ -88,8 +88,8 @@ def test_scores_of_a_step_stay_in_the_range_of_float16():
     keys[:, :, 3] = 25 * query[:, :, 0].sign()
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
     half = KeysValues(keys.half(), values.half())
-    kernel = StepKernel(torch.ones(1, 1, 1, 9, dtype=torch.bool))
-    output, _ = windowed_attention(Module, query.half(), FusionKeys(half, None), kernel)
+    windows = StepWindows(torch.ones(1, 1, 1, 9, dtype=torch.bool))
+    output, _ = windowed_attention(Module, query.half(), FusionKeys(half, None), windows)
     assert (query.half() @ keys.half().transpose(2, 3)).isinf().any(), "or this proves nothing"
     assert relative_error(output.float(), expected.transpose(1, 2).flatten(2)) < 2e-2
 

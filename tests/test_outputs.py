@@ -251,6 +251,12 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def recompute(model: Any, reentrant: bool) -> None:
+    # The name in newer versions of Transformers, and the one in older.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "variant, frozen", [*((variant, False) for variant in VARIANTS), ("casa", True), ("ca", True)]
@@ -265,9 +271,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, frozen, reentrant):
                 parameter.requires_grad_("casa_attn" in name)
             model.enable_input_require_grads()
         if checkpointing:
-            # The name in newer versions of Transformers, and the one in older.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": reentrant})
+            recompute(model, reentrant)
         results.append(gradients(model))
     plain, checkpointed = results
     assert plain.keys() == checkpointed.keys()
@@ -389,3 +393,28 @@ def test_backends_can_be_changed_and_unusable_ones_are_refused():
     for name in ("flash_attention_2", "nonsense"):
         with pytest.raises((ValueError, ImportError)):
             model.set_attn_implementation(name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_language_model_itself_recomputes_without_a_cache(reentrant):
+    model = new_model("casa").train()
+    language_model, ids = model.model.language_model, torch.tensor([words(6, 1)])
+
+    def gradient(**cache: Any) -> torch.Tensor:
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        everything = torch.ones(ids.shape, dtype=torch.bool)
+        language_model(embeds, everything, everything, **cache).last_hidden_state.square().sum().backward()
+        return embeds.grad
+
+    expected = gradient(use_cache=False)
+    recompute(model, reentrant)
+    cache = DynamicCache()
+    assert torch.equal(gradient(cache=cache, use_cache=False), expected) and cache.get_seq_length() == 0
+    assert torch.equal(gradient(use_cache=True), expected)
+
+
+def test_a_token_mask_alone_is_a_mask():
+    model, row = new_model("casa"), words(4, 1)
+    ids, mask = torch.tensor([[0, 0, *row]]), torch.tensor([[False, False, True, True, True, True]])
+    expected = model(torch.tensor([row])).logits
+    assert relative_error(model(ids, token_mask=mask).logits[:, 2:], expected) < 1e-6

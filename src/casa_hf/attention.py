@@ -8,14 +8,14 @@
 | `CasaSharedAttention` | self-attention's, computed once | self-attention and fusion, summed before one o_proj |
 | `CasaContextAttention` | self-attention's, computed once | one softmax over images and all text: both in one |
 
-A query is made here, finds its keys in the cache's layer (`extend`), and goes to `windowed_attention`, which hands it
-to the backend that `config._attn_implementation` names.
+A query of the text comes from the family's projections (`backbone.Projections`), finds its keys in the cache's layer
+(`extend`), and goes to `windowed_attention`, which hands it to the backend that `config._attn_implementation` names.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,11 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from .attention_backends import Kernel, StepKernel, attend, step_with_self_attention, windowed_attention
+from .attention_backends import BackendWindows, StepWindows, attend, step_with_self_attention, windowed_attention
 from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
 from .cache_casa import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
-from .windows import WindowPlan
+from .windows import WindowPlan, moved
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,30 +42,28 @@ class Call:
         masks: masks of the text's own attention by kind of block, in the form that the backend takes.
         cache: cache prepared by `prepare_cache`; None without.
         arguments: further arguments of the attention interface.
-        windows: image tokens and text that each token sees in fusion layers; None if nothing is seen.
-        kernel: the same in the form that the backend takes; None if no token sees anything.
+        plan: image tokens and text that each token sees in fusion layers; None if nothing is seen.
+        fusion: the same in the form that the backend takes; None if no token sees anything.
         all_see: whether it is known that every token sees something.
         image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
-        update_kernel: keys that image states attend to; None without new images, or if attention doesn't update them.
+        updates: keys that image states attend to, in the same form; None without new images, or if attention doesn't
+            update them.
     """
 
     rotary: Rotary
     masks: dict[str, torch.Tensor | None]
     cache: Cache | None
     arguments: dict[str, Any]
-    windows: WindowPlan | None = None
-    kernel: Kernel | None = None
+    plan: WindowPlan | None = None
+    fusion: BackendWindows | None = None
     all_see: bool = False
     image_rotary: Rotary | None = None
-    update_kernel: Kernel | None = None
+    updates: BackendWindows | None = None
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> Call:
         """The call on another device; Accelerate asks for it when decoder blocks live on several devices."""
         device = torch.device(device)
-        if self.rotary[0].device == device:
-            return self
-        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self) if f.name != "cache"}
-        return replace(self, **moved)
+        return self if self.rotary[0].device == device else moved(self, device)
 
     def extend(
         self, layer_idx: int, images: KeysValues | None, text: KeysValues | None, name: str = "image"
@@ -73,8 +71,8 @@ class Call:
         """All keys/values of a block's fusion layer: these new ones and those that its cache layer holds."""
         if self.cache is None:
             return FusionKeys(images, text)
-        assert self.windows is not None
-        return self.cache.layers[layer_idx].extend(images, text, self.windows, name)
+        assert self.plan is not None
+        return self.cache.layers[layer_idx].extend(images, text, self.plan, name)
 
 
 @dataclass(frozen=True)
@@ -163,12 +161,12 @@ def image_keys(
     """
     if normed is None:
         return None
-    assert call.windows is not None
+    assert call.plan is not None
     key, value = projections.keys(owner, normed[None])
     if rotate:
         assert call.image_rotary is not None
         key = projections.rotate_one(key, call.image_rotary)
-    return KeysValues(*(call.windows.place(x[0].transpose(0, 1)).transpose(1, 2) for x in (key, value)))
+    return KeysValues(*(call.plan.place(x[0].transpose(0, 1)).transpose(1, 2) for x in (key, value)))
 
 
 def image_attention(
@@ -184,8 +182,8 @@ def image_attention(
         of_text: output of the block's text attention.
         call: windows, and what images attend to.
     """
-    self_attn, windows = block.attention, call.windows
-    assert windows is not None and call.image_rotary is not None and of_text.text is not None
+    self_attn, plan = block.attention, call.plan
+    assert plan is not None and call.image_rotary is not None and of_text.text is not None
     normed = block.input_layernorm(states)
     query, gate = projections.query(self_attn, normed[None])
     query = projections.rotate_one(query, call.image_rotary)
@@ -193,8 +191,8 @@ def image_attention(
     if images is None:
         new = image_keys(projections, self_attn, normed, call, rotate=True)
         images = call.extend(layer_idx, new, None, name="update").images
-    keys = FusionKeys(images, of_text.text.between(0, windows.text_range[1]))
-    output, _ = windowed_attention(self_attn, query, keys, call.update_kernel)
+    keys = FusionKeys(images, of_text.text.between(0, plan.text_range[1]))
+    output, _ = windowed_attention(self_attn, query, keys, call.updates)
     return projections.output(self_attn, output, gate)[0]
 
 
@@ -230,8 +228,8 @@ class FusionLayer(nn.Module):
             output = output * self.gate.tanh()
         if call.all_see:
             return output
-        assert call.windows is not None
-        return output.masked_fill(~call.windows.sees[..., None], 0)
+        assert call.plan is not None
+        return output.masked_fill(~call.plan.sees[..., None], 0)
 
 
 class CasaAttention(FusionLayer):
@@ -279,7 +277,7 @@ class CasaAttention(FusionLayer):
         normed = None if image_states is None else image_norm(image_states)
         images = image_keys(project, owner, normed, call, rotate=self.with_text)
         keys = call.extend(self.layer_idx, images, text)
-        output, weights = windowed_attention(owner, query, keys, call.kernel)
+        output, weights = windowed_attention(owner, query, keys, call.fusion)
         return Attended(self._finish(project.output(owner, output, gate), call), fusion_weights=weights)
 
     def _add_projections(self, stock: DecoderBlock) -> None:
@@ -316,21 +314,21 @@ class CasaSharedAttention(FusionLayer):
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
     ) -> Attended:
         """Both attentions of a block; arguments as in `CasaAttention.forward`."""
-        self_attn, project, windows = block.attention, self.projections, call.windows
-        assert windows is not None
+        self_attn, project, plan = block.attention, self.projections, call.plan
+        assert plan is not None
         text = text_states(project, self_attn, hidden_states, call)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = image_keys(project, self_attn, normed, call, rotate=self.with_text)
         keys = call.extend(self.layer_idx, images, None)
         mask = call.masks[FULL_ATTENTION]
-        if self.with_text and isinstance(call.kernel, StepKernel) and _takes_masks(mask):
-            output = self._step(self_attn, text, keys, call.kernel, mask, call)
+        if self.with_text and isinstance(call.fusion, StepWindows) and _takes_masks(mask):
+            output = self._step(self_attn, text, keys, call.fusion, mask, call)
             return Attended(project.output(self_attn, output, text.gate))
         own, self_weights = attend(self_attn, text.rotated, text.keys, mask, **call.arguments)
         query = text.query
         if self.with_text:
-            query, keys = text.rotated, keys._replace(text=text.keys.between(*windows.text_range))
-        fused, weights = windowed_attention(self_attn, query, keys, call.kernel)
+            query, keys = text.rotated, keys._replace(text=text.keys.between(*plan.text_range))
+        fused, weights = windowed_attention(self_attn, query, keys, call.fusion)
         output = project.output(self_attn, own + self._finish(fused, call), text.gate)
         return Attended(output, self_weights, weights, text.keys, keys.images if self.with_text else None)
 
@@ -339,17 +337,17 @@ class CasaSharedAttention(FusionLayer):
         self_attn: SelfAttention,
         text: TextStates,
         keys: FusionKeys,
-        kernel: StepKernel,
+        windows: StepWindows,
         mask: torch.Tensor | None,
         call: Call,
     ) -> torch.Tensor:
         """A decoding step: both softmaxes on one product with the text's keys, both sums in one with its values."""
-        assert call.windows is not None
-        scale = None if call.all_see else call.windows.sees.to(text.query.dtype)
+        assert call.plan is not None
+        scale = None if call.all_see else call.plan.sees.to(text.query.dtype)
         if self.gated:
             scale = self.gate.tanh() if scale is None else scale * self.gate.tanh()
-        all_text = text.keys.between(0, call.windows.text_range[1])
-        return step_with_self_attention(self_attn, text.rotated, keys.images, all_text, kernel, mask, scale)
+        all_text = text.keys.between(0, call.plan.text_range[1])
+        return step_with_self_attention(self_attn, text.rotated, keys.images, all_text, windows, mask, scale)
 
 
 class CasaContextAttention(FusionLayer):
@@ -359,14 +357,14 @@ class CasaContextAttention(FusionLayer):
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
     ) -> Attended:
         """The attention of a block; arguments as in `CasaAttention.forward`."""
-        self_attn, project, windows = block.attention, self.projections, call.windows
-        assert windows is not None
+        self_attn, project, plan = block.attention, self.projections, call.plan
+        assert plan is not None
         text = text_states(project, self_attn, hidden_states, call)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = image_keys(project, self_attn, normed, call, rotate=True)
         keys = call.extend(self.layer_idx, images, None)
-        keys = keys._replace(text=text.keys.between(0, windows.text_range[1]))
-        output, weights = windowed_attention(self_attn, text.rotated, keys, call.kernel)
+        keys = keys._replace(text=text.keys.between(0, plan.text_range[1]))
+        output, weights = windowed_attention(self_attn, text.rotated, keys, call.fusion)
         attended = Attended(project.output(self_attn, output, text.gate), text=text.keys, images=keys.images)
         if weights is None:
             return attended
@@ -388,11 +386,3 @@ def fusion_layer(config: CasaConfig, layer_idx: int, stock: DecoderBlock) -> Fus
 def _takes_masks(attention_mask: torch.Tensor | None) -> bool:
     """Whether the mask of self-attention is one that a step can use: none, or boolean for queries and keys."""
     return attention_mask is None or (attention_mask.ndim == 4 and attention_mask.dtype == torch.bool)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
-    return value.to(device) if hasattr(value, "to") else value

@@ -1,16 +1,16 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """How each attention backend computes the attention of windows.
 
-What a forward hands to all its fusion layers is a *kernel*: which queries meet which keys, in the form that the
-backend takes. `fusion_kernel` and `update_kernel` choose it once per forward, `windowed_attention` runs it in every
-layer.
+A forward hands the windows of its plan to all fusion layers in the form that the backend takes: which queries meet
+which keys. `fusion_windows` and `update_windows` choose the form once per forward; `windowed_attention` runs it in
+every layer.
 
-| kernel | backend | what runs |
+| form | backend | what runs |
 |---|---|---|
-| `MaskedKernel` | "eager", and custom backends | one mask over all tokens and keys: the plain reference |
-| `PaddedKernel` | "sdpa" | windows of similar size as one padded batch |
-| `VarlenKernel` | "flash_attention_2" and similar ones, "torch_varlen" | one call over all windows |
-| `StepKernel` | all but the first row's, in decoding steps | keys are read where they are stored, without a copy |
+| `MaskedWindows` | "eager", and custom backends | one mask over all tokens and keys: the plain reference |
+| `PaddedWindows` | "sdpa" | windows of similar size as one padded batch |
+| `VarlenWindows` | "flash_attention_2" and similar ones, "torch_varlen" | one call over all windows |
+| `StepWindows` | all but "eager" and custom backends, in decoding steps | keys are read where they are stored |
 
 All take the same queries and keys and return the same numbers, up to rounding.
 
@@ -27,7 +27,7 @@ computed there, from `WindowPlan.on_host`, and copied to the device without wait
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .backbone import AttentionModule
 from .cache_casa import FusionKeys, KeysValues
 from .torch_varlen import TORCH_VARLEN
-from .windows import WindowPlan, pinned_before
+from .windows import WindowPlan, moved, pinned_before
 
 
 def is_varlen(implementation: str | None) -> bool:
@@ -50,27 +50,34 @@ def is_varlen(implementation: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class MaskedKernel:
+class MaskedWindows:
     """One call of the backend with a mask over all tokens and keys.
 
     Attributes:
         mask: (batch, 1, tokens, keys), boolean, or additive for "eager".
         sees: (batch, tokens) whether a token sees anything.
-        plan: places of the new image tokens, for updates of image states; None for fusion.
     """
 
     mask: torch.Tensor
     sees: torch.Tensor
-    plan: WindowPlan | None = None
-
-    def to(self, device: torch.device) -> MaskedKernel:
-        plan = None if self.plan is None else self.plan.to(device)
-        return MaskedKernel(self.mask.to(device), self.sees.to(device), plan)
 
 
 @dataclass(frozen=True)
-class PaddedKernel:
-    """One call of the backend for all segments of similar size.
+class MaskedUpdate:
+    """The same for updates of image states, which are distributed over their rows and collected again.
+
+    Attributes:
+        mask: (batch, 1, new image columns, keys), boolean, or additive for "eager".
+        plan: windows of the call.
+    """
+
+    mask: torch.Tensor
+    plan: WindowPlan
+
+
+@dataclass(frozen=True)
+class PaddedWindows:
+    """One call of the backend for each batch of segments of similar size.
 
     Attributes:
         batches: padded segments.
@@ -80,23 +87,17 @@ class PaddedKernel:
     batches: tuple[PaddedSegments, ...]
     in_place: bool
 
-    def to(self, device: torch.device) -> PaddedKernel:
-        return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
-
 
 @dataclass(frozen=True)
-class VarlenKernel:
+class VarlenWindows:
     """One call of a backend that takes segments of different lengths."""
 
     segments: Segments
 
-    def to(self, device: torch.device) -> VarlenKernel:
-        return VarlenKernel(self.segments.to(device))
-
 
 @dataclass(frozen=True)
-class StepKernel:
-    """Few tokens against stored keys, without a copy of these: one softmax over two products.
+class StepWindows:
+    """One token per row against stored keys, without a copy of these: one softmax over two products.
 
     Attributes:
         mask: boolean (batch, 1, tokens, image columns [+ cache positions]); None if every token sees every key.
@@ -106,52 +107,51 @@ class StepKernel:
     mask: torch.Tensor | None
     first_text: int = 0
 
-    def to(self, device: torch.device) -> StepKernel:
-        return replace(self, mask=None if self.mask is None else self.mask.to(device))
+
+BackendWindows = MaskedWindows | MaskedUpdate | PaddedWindows | VarlenWindows | StepWindows
 
 
-Kernel = MaskedKernel | PaddedKernel | VarlenKernel | StepKernel
-
-
-def fusion_kernel(
+def fusion_windows(
     plan: WindowPlan, implementation: str, dtype: torch.dtype, everything_visible: bool
-) -> tuple[Kernel | None, bool]:
-    """The kernel of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
+) -> tuple[BackendWindows | None, bool]:
+    """The windows of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
 
     Args:
         plan: windows of the call.
         implementation: name of the backend.
         dtype: data type of the states.
-        everything_visible: whether all that is stored is visible to a token without an image of its own, as in a
-            single row without padding.
+        everything_visible: whether a token of a decoding step sees all that is stored, as in a single row without
+            padding.
     """
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
-        return MaskedKernel(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
+        return MaskedWindows(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
-        return StepKernel(None if everything_visible else plan.mask(), plan.text_range[0]), everything_visible
+        return StepWindows(None if everything_visible else plan.mask(), plan.text_range[0]), everything_visible
     segments, device = fusion_segments(plan.on_host), plan.sees.device
     if segments is None:
         return None, False
     all_see = len(segments.query_index) == plan.sees.numel()
     if varlen:
-        return VarlenKernel(segments).to(device), all_see
-    return PaddedKernel(segments.padded(plan.sees.numel()), segments.takes_all_keys).to(device), all_see
+        return moved(VarlenWindows(segments), device), all_see
+    padded = PaddedWindows(segments.padded(plan.sees.numel()), segments.takes_all_keys)
+    return moved(padded, device), all_see
 
 
-def update_kernel(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> Kernel:
-    """The kernel of updates of image states by attention; arguments as in `fusion_kernel`."""
+def update_windows(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> BackendWindows:
+    """What image states attend to in updates by attention; arguments as in `fusion_windows`."""
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
-        return MaskedKernel(_backend_mask(plan.update_mask(), implementation, dtype), plan.sees, plan)
+        return MaskedUpdate(_backend_mask(plan.update_mask(), implementation, dtype), plan)
     segments, device = update_segments(plan.on_host), plan.sees.device
     if varlen:
-        return VarlenKernel(segments).to(device)
-    return PaddedKernel(segments.padded(len(segments.query_index)), segments.takes_all_keys).to(device)
+        return moved(VarlenWindows(segments), device)
+    padded = PaddedWindows(segments.padded(len(segments.query_index)), segments.takes_all_keys)
+    return moved(padded, device)
 
 
 def windowed_attention(
-    module: AttentionModule, query: torch.Tensor, keys: FusionKeys, kernel: Kernel | None
+    module: AttentionModule, query: torch.Tensor, keys: FusionKeys, windows: BackendWindows | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over [image tokens ; text] that each query sees.
 
@@ -160,35 +160,36 @@ def windowed_attention(
             `num_key_value_groups` and `training`.
         query: (batch, heads, tokens, head_dim); for updates of image states (1, heads, num_image_tokens, head_dim).
         keys: keys/values of all image columns of the call and of its text.
-        kernel: form of the windows that the backend takes; None if no token sees anything.
+        windows: form of the windows that the backend takes; None if no token sees anything.
 
     Returns:
         The output, (batch, tokens, heads * head_dim), and the weights where the backend gives any. Where a token sees
         nothing the output means nothing, and weights are 0.
     """
     batch_size, num_heads, num_tokens, head_dim = query.shape
-    match kernel:
-        case MaskedKernel(mask, sees, None):
+    match windows:
+        case MaskedWindows(mask, sees):
             output, weights = attend(module, query, keys.joined(), mask, is_causal=False)
             return output, None if weights is None else weights.masked_fill(~sees[:, None, :, None], 0)
-        case MaskedKernel(mask, _, WindowPlan() as plan):
+        case MaskedUpdate(mask, plan):
             query = plan.place(query[0].transpose(0, 1)).transpose(1, 2)
             return plan.collect(attend(module, query, keys.joined(), mask, is_causal=False)[0])[None], None
-        case StepKernel(mask):
+        case StepWindows(mask):
             return _step_attention(module, query, keys, mask), None
-        case PaddedKernel(batches, in_place):
+        case PaddedWindows(batches, in_place):
             queries = nn.functional.pad(_flat(query), (0, 0, 0, 0, 0, 1))  # padding reads and writes a row of its own
             stored = keys.joined() if in_place else _flat_keys(keys)
-            outputs = []
+            flat: torch.Tensor | None = None  # (queries, heads * head_dim), in the dtype of the backend's output
             for batch in batches:
                 part = queries[batch.query_index].transpose(1, 2)  # (segments, heads, queries, head_dim)
                 seen = stored if in_place else KeysValues(*(x[batch.key_index].transpose(1, 2) for x in stored))
-                outputs.append(attend(module, part, seen, batch.mask, is_causal=False)[0])
-            flat = outputs[0].new_zeros(len(queries), num_heads * head_dim)
-            for batch, output in zip(batches, outputs, strict=True):
+                output, _ = attend(module, part, seen, batch.mask, is_causal=False)
+                if flat is None:
+                    flat = output.new_zeros(len(queries), num_heads * head_dim)
                 flat = flat.index_copy(0, batch.query_index.flatten(), output.flatten(0, 1))
+            assert flat is not None
             return flat[:-1].view(batch_size, num_tokens, -1), None
-        case VarlenKernel(segments):
+        case VarlenWindows(segments):
             part = _flat(query)[segments.query_index].transpose(0, 1)[None]
             if segments.takes_all_keys:
                 seen = keys.joined()
@@ -216,7 +217,7 @@ def step_with_self_attention(
     query: torch.Tensor,
     images: KeysValues | None,
     text: KeysValues,
-    kernel: StepKernel,
+    windows: StepWindows,
     self_mask: torch.Tensor | None,
     fusion_scale: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -226,24 +227,24 @@ def step_with_self_attention(
         module: module that projected the query.
         query: (batch, heads, tokens, head_dim), rotated.
         images: keys/values of all image columns; None without any.
-        text: keys/values of all text, of which fusion takes those from `kernel.first_text` on.
-        kernel: windows that fusion layers attend to.
+        text: keys/values of all text, of which fusion takes those from `windows.first_text` on.
+        windows: windows that fusion layers attend to.
         self_mask: boolean (batch or 1, 1, tokens, cache positions) of self-attention; None if all is visible.
         fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None for 1.
     """
     grouped = _grouped(query, text.keys.shape[1], module)
     of_text = _scores(grouped, text.keys)
     weights = _softmax(of_text, self_mask, module)
-    window = of_text[..., kernel.first_text :]
+    window = of_text[..., windows.first_text :]
     of_images = [] if images is None else [_scores(grouped, images.keys)]
-    fused = _softmax(torch.cat([*of_images, window], dim=-1), kernel.mask, module)
+    fused = _softmax(torch.cat([*of_images, window], dim=-1), windows.mask, module)
     if fusion_scale is not None and fusion_scale.ndim == 2:
         # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
         fusion_scale = fusion_scale.repeat(1, grouped.shape[2] // query.shape[2])[:, None, :, None]
     if fusion_scale is not None:
         fused = fused * fusion_scale.to(fused.dtype)
     num_window = window.shape[-1]
-    weights = weights + nn.functional.pad(fused[..., -num_window:], (kernel.first_text, 0))
+    weights = weights + nn.functional.pad(fused[..., -num_window:], (windows.first_text, 0))
     parts = [(weights, text.values)]
     if images is not None:
         parts.append((fused[..., :-num_window], images.values))
@@ -364,10 +365,6 @@ class Segments:
     total_keys: int
     causal: bool
 
-    def to(self, device: torch.device) -> Segments:
-        """The segments with their tensors on `device`."""
-        return _moved(self, device)
-
     def arguments(self) -> dict[str, Any]:
         """Arguments of the attention interface."""
         return {
@@ -429,10 +426,6 @@ class PaddedSegments:
     query_index: torch.Tensor
     key_index: torch.Tensor
     mask: torch.Tensor | None
-
-    def to(self, device: torch.device) -> PaddedSegments:
-        """The batch with its tensors on `device`."""
-        return _moved(self, device)
 
 
 def fusion_segments(plan: WindowPlan) -> Segments | None:
@@ -582,11 +575,3 @@ def _segments(
 
 def _cumulative(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _moved(indices: Any, device: torch.device) -> Any:
-    tensors = {f.name: getattr(indices, f.name) for f in fields(indices)}
-    return replace(
-        indices,
-        **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)},
-    )

@@ -11,26 +11,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
     EncoderDecoderCache,
-    QuantizedLayer,
     StaticLayer,
 )
 
-from .windows import WindowPlan, WindowState
+from .windows import WindowPlan, WindowState, moved
 
 # Room for further tokens that growing keys/values are given at least.
 _SPARE_ROOM = 64
-
-# The base of quantised layers; a further one came with Transformers 5.24.
-_QUANTIZED_LAYERS = (QuantizedLayer, getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer))
 
 
 class KeysValues(NamedTuple):
@@ -87,8 +82,8 @@ class GrowingMemory:
         self.used = used
 
     def consists_of(self, *parts: KeysValues) -> bool:
-        """Whether these parts, one after the other, are all that has been written, and it may be written on here: what
-        was made in inference mode may not be changed outside."""
+        """Whether these parts, one after the other, are all that has been written, and more can be written behind
+        them: tensors of inference mode can't be changed outside it."""
         if self.tensors.keys.is_inference() and not torch.is_inference_mode_enabled():
             return False
         place = 0
@@ -160,7 +155,7 @@ class CasaLayerMixin:
         stored = None if text is None else self._append_joined(text)
         all_text = None if text is None else self._extend_text(text, plan, appended=stored is not None)
         if images is not None or plan.num_dropped_text:
-            stored = None  # no longer what is there
+            stored = None  # what is stored has changed since
         return FusionKeys(self._extend_images(name, images, plan), all_text, stored)
 
     def _extend_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
@@ -222,6 +217,12 @@ class CasaLayerMixin:
             memory = self.memory[name] = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
             memory.append(new)
         return memory.tensors.between(0, memory.used)
+
+    def copied(self) -> Self:
+        """A layer that shares what this one holds now, and goes its own way."""
+        new = copy.copy(self)
+        new.fusion, new.memory = dict(self.fusion), {}
+        return new
 
     def store_state(self, state: WindowState) -> None:
         """Remember the windows; in the home layer."""
@@ -378,9 +379,9 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
 
     def _extend_text(self, new: KeysValues, plan: WindowPlan, appended: bool) -> KeysValues:
         everything = self._allocated("window", new.keys, self.max_cache_len)
-        positions = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
+        cache_positions = torch.arange(new.keys.shape[2], device=new.keys.device) + plan.state.length
         for tensor, part in zip(everything, new, strict=True):
-            tensor.index_copy_(2, positions, part)
+            tensor.index_copy_(2, cache_positions, part)
         return everything.between(*plan.text_range)
 
     @property
@@ -484,8 +485,14 @@ class _LayerOfText(CacheLayerMixin):
         self.text.reorder_cache(beam_idx)
 
 
-class CasaQuantizedLayer(CasaLayerMixin, _LayerOfText):
-    """A layer whose text is quantised, by whatever package does it; images and window text are kept as they are."""
+class CasaWrappedLayer(CasaLayerMixin, _LayerOfText):
+    """A layer whose text another growing layer keeps in its own way, such as a quantised one; images and window text
+    are kept as they are."""
+
+    def copied(self) -> CasaWrappedLayer:
+        new = super().copied()
+        new.text = copy.copy(self.text)
+        return new
 
 
 def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
@@ -529,7 +536,7 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
         ValueError: if it has too few layers.
     """
     require_decoder_cache(cache)
-    if home_layer(cache) is not None:
+    if home_layer(cache) is not None and len(cache.layers) >= len(blocks_with_text):
         return
     num_layers = len(blocks_with_text)
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
@@ -557,8 +564,8 @@ def _with_fusion_state(layer: Any, block_has_text: bool) -> Any:
     if type(layer) in (DynamicLayer, StaticLayer):
         prepared = object.__new__(CasaDynamicLayer if type(layer) is DynamicLayer else CasaStaticLayer)
         prepared.__dict__.update(layer.__dict__)
-    elif isinstance(layer, _QUANTIZED_LAYERS):
-        prepared = CasaQuantizedLayer(layer)
+    elif isinstance(layer, DynamicLayer) and not layer.is_sliding:
+        prepared = CasaWrappedLayer(layer)
     else:
         raise TypeError(
             f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
@@ -613,7 +620,7 @@ def window_state(
             f"The cache holds {length} tokens, but CASA has seen {state.length} of them: another model has "
             "extended the cache. Give each model a cache of its own."
         )
-    return state.to(device)
+    return state if state.valid.device == device else moved(state, device)
 
 
 def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int) -> None:
@@ -644,10 +651,9 @@ def cache_snapshot(cache: Cache) -> Cache:
     long as the snapshot lives.
     """
     snapshot = copy.copy(cache)
-    snapshot.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in snapshot.layers:
-        if isinstance(layer, CasaLayerMixin):
-            layer.fusion, layer.memory = dict(layer.fusion), {}
+    snapshot.layers = [
+        layer.copied() if isinstance(layer, CasaLayerMixin) else copy.copy(layer) for layer in cache.layers
+    ]
     return snapshot
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .configuration_casa import CasaConfig
 from .text_inputs import NewText, cached_length
-from .windows import ImagePlacement
+from .windows import ImagePlacement, moved
 
 logger = logging.get_logger(__name__)
 
@@ -36,12 +36,12 @@ def has_images(
     Raises:
         ValueError: if pixels and features are given.
     """
-    if pixel_values is not None and image_embeds is not None:
-        raise ValueError("pixel_values and image_embeds were both given; pass only one of them.")
-    content = image_embeds if pixel_values is None else pixel_values
-    if content is None:
+    given = [content for content in (pixel_values, image_embeds) if content is not None]
+    if image_grid_thw is not None and not len(image_grid_thw) and not any(map(len, given)):
         return False
-    return image_grid_thw is None or len(content) > 0 or len(image_grid_thw) > 0
+    if len(given) == 2:
+        raise ValueError("pixel_values and image_embeds were both given; pass only one of them.")
+    return bool(given)
 
 
 def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
@@ -143,7 +143,7 @@ def place_images(
     merged = grids[:, 1:] // config.vision_config.spatial_merge_size
     per_row = torch.zeros(text.shape[0], dtype=torch.long).index_put((rows,), merged.prod(-1), accumulate=True)
     placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()))
-    return placement.to(text.device)
+    return moved(placement, text.device)
 
 
 def check_no_images(

@@ -42,7 +42,7 @@ from .attention import (
     image_attention,
     self_attention,
 )
-from .attention_backends import fusion_kernel, is_varlen, packed_lengths, single_row_lengths, update_kernel
+from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
 from .backbone import FULL_ATTENTION, DecoderBlock, SelfAttention
 from .cache_casa import CasaStaticLayer, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
@@ -86,8 +86,8 @@ class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-# What a block mixes tokens by, in order: the norm of the states and the method that takes them; each adds to the
-# states. The keys are `casa_placement` and whether one attention layer does both; `None` are blocks without fusion.
+# By what a block mixes tokens, in order: the name of the norm, and of the method of `CasaDecoderLayer` that takes the
+# normed states and whose output is added to the states. By `casa_placement`; None: blocks without fusion.
 _SELF_ATTENTION = (("input_layernorm", "attend_text"),)
 _MIXERS = {
     None: _SELF_ATTENTION,
@@ -145,7 +145,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             Text states, image states, and the weights of self-attention and fusion, where the backend gives any.
         """
         attended = Attended(hidden_states)
-        for norm, mixer in self.text_mixers if call.windows is None else self.mixers:
+        for norm, mixer in self.text_mixers if call.plan is None else self.mixers:
             mixed = getattr(self, mixer)(getattr(self, norm)(hidden_states), image_states, call)
             hidden_states = hidden_states + mixed.output
             attended = attended.updated(mixed)
@@ -162,12 +162,12 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         return Attended(output, self_weights=weights)
 
     def fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """The fusion layer."""
+        """What the fusion layer gives; where projections are shared in parallel, with self-attention in it."""
         assert self.casa_attn is not None
         return self.casa_attn(states, image_states, call, self._modules_of_attention())
 
     def attend_text_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Both, of the same states."""
+        """Self-attention and the fusion layer, of the same states."""
         text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
         return text.updated(fused)._replace(output=text.output + fused.output)
 
@@ -247,7 +247,7 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
             init.copy_(parameter, sources[name])
 
 
-class _Text(NamedTuple):
+class _TextInputs(NamedTuple):
     """The text of one forward.
 
     Attributes:
@@ -345,9 +345,10 @@ class CasaTextModel(CasaPreTrainedModel):
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
         """
+        cache = self.prepared(cache)
         samples = self._packed_samples(position_ids, token_mask, cache)
-        if use_cache and cache is None and samples is None:
-            cache = DynamicCache(config=self.config)
+        if use_cache and cache is None and samples is None and not self.recomputes:
+            cache = self.prepared(DynamicCache(config=self.config))
         state = self._window_state(cache, inputs_embeds, attention_mask, images, static_image_tokens)
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
         plan = plan_windows(
@@ -360,7 +361,7 @@ class CasaTextModel(CasaPreTrainedModel):
             samples=samples,
             gist=gist,
         )
-        text = _Text(inputs_embeds, token_mask, attention_mask, text_index, positions, samples, gist)
+        text = _TextInputs(inputs_embeds, token_mask, attention_mask, text_index, positions, samples, gist)
         call = self._call(text, plan, images, cache, kwargs)
         hidden_states, weights = inputs_embeds, []
         for index, layer in enumerate(self.layers):
@@ -392,6 +393,21 @@ class CasaTextModel(CasaPreTrainedModel):
     def recomputes(self) -> bool:
         """Whether blocks run again in the backward pass; Transformers takes the cache out of their calls then."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def prepared(self, cache: Cache | None) -> Cache | None:
+        """The cache of a call; None where gradient checkpointing would run blocks on it a second time."""
+        if cache is None:
+            return None
+        prepare_cache(cache, self.blocks_with_text)
+        if not self.recomputes:
+            return cache
+        if cached_length(cache):
+            raise ValueError(
+                "The cache holds text, but gradient checkpointing is on, which computes blocks again in the "
+                "backward pass and can't continue from a cache. Call model.eval() or "
+                "model.gradient_checkpointing_disable() first."
+            )
+        return None
 
     def key_rotation(self) -> KeyRotation:
         """What moves stored keys to other positions.
@@ -447,10 +463,8 @@ class CasaTextModel(CasaPreTrainedModel):
         images: ImagePlacement | None,
         static_image_tokens: int,
     ) -> WindowState:
-        """What earlier calls left behind, in the form that this one works on; the cache is prepared."""
+        """What earlier calls left behind, in the form that this one works on."""
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        if cache is not None:
-            prepare_cache(cache, self.blocks_with_text)
         state = window_state(cache, batch_size, inputs_embeds.device, attention_mask, static_image_tokens)
         if images is not None or num_tokens > 1:
             state = state.growing()  # only a decoding step works on the fixed state of a static cache
@@ -458,7 +472,7 @@ class CasaTextModel(CasaPreTrainedModel):
         return state
 
     def _call(
-        self, text: _Text, plan: WindowPlan, images: ImagePlacement | None, cache: Cache | None, arguments: dict
+        self, text: _TextInputs, plan: WindowPlan, images: ImagePlacement | None, cache: Cache | None, arguments: dict
     ) -> Call:
         """What all blocks of a forward share."""
         state, implementation, dtype = plan.state, self.config._attn_implementation, text.embeds.dtype
@@ -474,13 +488,13 @@ class CasaTextModel(CasaPreTrainedModel):
         call = Call(rotary, self._masks(text, cache), cache, arguments)
         if not plan.active:
             return call
-        kernel, all_see = fusion_kernel(plan, implementation, dtype, everything_visible)
-        call = replace(call, windows=plan, kernel=kernel, all_see=all_see, image_rotary=image_rotary)
+        fusion, all_see = fusion_windows(plan, implementation, dtype, everything_visible)
+        call = replace(call, plan=plan, fusion=fusion, all_see=all_see, image_rotary=image_rotary)
         if image_rotary is None or not self.attends_to_update:
             return call
-        return replace(call, update_kernel=update_kernel(plan, implementation, dtype))
+        return replace(call, updates=update_windows(plan, implementation, dtype))
 
-    def _varlen_mask(self, text: _Text, plan: WindowPlan, cache: Cache | None) -> tuple[Any, dict[str, Any]]:
+    def _varlen_mask(self, text: _TextInputs, plan: WindowPlan, cache: Cache | None) -> tuple[Any, dict[str, Any]]:
         """The mask and further arguments of self-attention: backends of this kind keep neither packed samples nor the
         empty part of a static cache apart by themselves."""
         valid, length = plan.next_state.valid, plan.next_state.length
@@ -493,7 +507,7 @@ class CasaTextModel(CasaPreTrainedModel):
             return {FULL_ATTENTION: None}, single_row_lengths(num_tokens, length, valid.device)
         return {FULL_ATTENTION: valid}, {}
 
-    def _masks(self, text: _Text, cache: Cache | None) -> dict[str, torch.Tensor | None]:
+    def _masks(self, text: _TextInputs, cache: Cache | None) -> dict[str, torch.Tensor | None]:
         """The masks of the text's own attention by kind of block."""
         if isinstance(text.mask, dict):  # prepared for a static cache
             return text.mask
@@ -636,7 +650,7 @@ class CasaModel(CasaPreTrainedModel):
         embedding = self.get_input_embeddings()
         inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
         text = NewText(input_ids, inputs_embeds, embedding, attention_mask if token_mask is None else token_mask)
-        cache = self._prepared(cache)
+        cache = self.language_model.prepared(cache)
         attention_mask, token_mask = text_masks(attention_mask, token_mask, text, cache)
 
         images = image_states = image_outputs = None
@@ -668,21 +682,6 @@ class CasaModel(CasaPreTrainedModel):
         )
         outputs.image_outputs = image_outputs
         return outputs
-
-    def _prepared(self, cache: Cache | None) -> Cache | None:
-        """The cache of a call; None where gradient checkpointing would run blocks on it a second time."""
-        if cache is None:
-            return None
-        prepare_cache(cache, self.language_model.blocks_with_text)
-        if not self.language_model.recomputes:
-            return cache
-        if cached_length(cache):
-            raise ValueError(
-                "The cache holds text, but gradient checkpointing is on, which computes blocks again in the "
-                "backward pass and can't continue from a cache. Call model.eval() or "
-                "model.gradient_checkpointing_disable() first."
-            )
-        return None
 
     def _embed_images(
         self,

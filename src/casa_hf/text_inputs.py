@@ -112,7 +112,9 @@ def text_masks(
         ValueError: if `attention_mask` fits neither all tokens nor the new ones.
     """
     device, (batch_size, num_tokens) = text.device, text.shape
-    if token_mask is not None:
+    if attention_mask is None:
+        attention_mask = token_mask
+    elif token_mask is not None:
         return attention_mask, token_mask.to(device, torch.bool, non_blocking=True)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return attention_mask, torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)

@@ -142,7 +142,6 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.utils.generic": ("is_flash_attention_requested",),
     },
     "cache_casa": {
-        "transformers.cache_utils": ("QuantizedLayer",),
         "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
         "transformers.cache_utils.CacheLayerMixin": ("is_initialized", "lazy_initialization"),
         "transformers.cache_utils.DynamicLayer": ("is_croppable", "is_sliding"),

@@ -13,7 +13,7 @@ with the position that its rotary embedding has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,10 +79,6 @@ class ImagePlacement:
     is_frame: torch.Tensor
     total_tokens: int
     max_row_tokens: int
-
-    def to(self, device: torch.device) -> ImagePlacement:
-        """The placement with its tensors on `device`."""
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in _tensors_of(self).items()})
 
     @cached_property
     def num_tokens(self) -> torch.Tensor:
@@ -177,12 +173,6 @@ class WindowState:
     @property
     def batch_size(self) -> int:
         return self.valid.shape[0]
-
-    def to(self, device: torch.device) -> WindowState:
-        """The state with its tensors on `device`."""
-        if self.valid.device == device:
-            return self
-        return replace(self, **_moved(self, device))
 
     # ---------------------------------------------------------------- rows
 
@@ -359,10 +349,6 @@ class ImageUpdatePlan:
     text_end: torch.Tensor
     pinned_start: torch.Tensor | None
 
-    def to(self, device: torch.device) -> ImageUpdatePlan:
-        """The plan with its tensors on `device`."""
-        return replace(self, **_moved(self, device))
-
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -425,22 +411,9 @@ class WindowPlan:
         """Number of cache positions, the first of the stored window text, that no later token needs."""
         return self.next_state.text_start - self.state.text_start
 
-    def to(self, device: torch.device | str | int, **kwargs: Any) -> WindowPlan:
-        """The plan on another device; called by Accelerate when decoder blocks live on several devices."""
-        device = torch.device(device)
-        if self.sees.device == device:
-            return self
-        return replace(
-            self,
-            **_moved(self, device),
-            state=self.state.to(device),
-            next_state=self.next_state.to(device),
-            update=None if self.update is None else self.update.to(device),
-        )
-
     @cached_property
     def on_host(self) -> WindowPlan:
-        """The plan with the tensors that blocks are made from on the CPU; a device is waited for once."""
+        """The plan with the tensors that segments are made from on the CPU; a device is waited for once."""
         if self.sees.device.type == "cpu":
             return self
         stay = ("kept_columns", "token_rows", "token_columns")
@@ -898,9 +871,17 @@ def _tensors_of(record: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), torch.Tensor)}
 
 
-def _moved(record: Any, device: torch.device) -> dict[str, Any]:
-    """These tensors on `device`."""
-    return {name: tensor.to(device) for name, tensor in _tensors_of(record).items()}
+def moved(value: Any, device: torch.device) -> Any:
+    """A value whose tensors are on `device`: in tuples, dictionaries and records; whatever else is in it stays."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
