@@ -181,3 +181,18 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None:
 @pytest.mark.slow
 def test_wheel_installs_in_a_clean_environment(wheel: Path) -> None:
     try_wheel(ROOT, wheel)
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_documents_list_the_modules_that_are_there(document: str) -> None:
+    """Every file and folder of the package, and none that is gone."""
+    root = Path(__file__).parents[1]
+    text = (root / document).read_text("utf-8")
+    start, end = (
+        ("## Files", "A file imports") if document.startswith("docs") else ("src/casa_hf/\n", "src/casa_hf_command")
+    )
+    section = text.partition(start)[2].partition(end)[0]
+    listed = set(re.findall(r"(?:`|^  |, )([\w]+\.py|\w+/)(?=`|\s|,|$)", section, re.MULTILINE))
+    package = root / "src" / "casa_hf"
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if path.name[:3] != "__i"}
+    assert listed == there - {"__pycache__/", "py.typed"}

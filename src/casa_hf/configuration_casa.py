@@ -183,9 +183,9 @@ class CasaConfig(PreTrainedConfig):
 
     @property
     def new_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that conversion has added to the source's vocabulary: rows that nobody has trained yet."""
-        own_mark = [self.image_token_id] if self.backbone.text_only else []
-        return (*own_mark, *(self.gist_token_ids or []))
+        """Ids of the tokens that conversion has added to the source's vocabulary, whose rows are untrained."""
+        added = [self.image_token_id] if self.backbone.text_only else []
+        return (*added, *(self.gist_token_ids or []))
 
     @property
     def placeholder_token_ids(self) -> tuple[int, ...]:
