@@ -118,7 +118,7 @@ def token_ids(tokenizer: Any, text: str, typed: Mapping[str, str]) -> list[int]:
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches every added token but blanks and line breaks, which some vocabularies add in runs and nobody means."""
+    """Matches every added token but blanks and line breaks, which are text in runs that some vocabularies add."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 

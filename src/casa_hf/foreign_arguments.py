@@ -2,7 +2,7 @@
 """Arguments of `forward` and `generate` that CASA models don't have.
 
 `forward` takes any keyword, since trainers, adapters and the attention interface pass more than a model names. So that
-none is lost silently, what changes the result is refused by its meaning, and what nobody reads is named once.
+none is lost silently, what changes the result is refused by its meaning, and what is not read is named once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _REFUSED = {
 
 
 def refuse_foreign(arguments: Mapping[str, Any]) -> None:
-    """Refuse what would change the result and that nobody reads.
+    """Refuse arguments that would change the result but are not read.
 
     Args:
         arguments: keyword arguments beyond those of the model's own.
@@ -62,7 +62,7 @@ def refuse_foreign(arguments: Mapping[str, Any]) -> None:
 
 
 def check_foreign(arguments: Mapping[str, Any], attn_implementation: str) -> None:
-    """Refuse what `refuse_foreign` refuses, and name once each other argument that nobody is known to read.
+    """Refuse what `refuse_foreign` refuses, and name once each other argument that nothing is known to read.
 
     A compiled call names none: logging would break its graph.
 

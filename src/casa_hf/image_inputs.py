@@ -226,7 +226,7 @@ def refuse_expanded_placeholders(config: CasaConfig, input_ids: torch.Tensor) ->
 
 
 def warn_of_untyped_frames(config: CasaConfig, places: Sequence[Sequence[int]]) -> None:
-    """Say once if images that follow each other would be seen otherwise as the frames of a video, and nobody has said
+    """Say once if images that follow each other would be seen otherwise as the frames of a video, and nothing says
     which they are.
 
     Args:

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The one door through which images come in, and what may come in: `rgb_image` and `MediaPolicy`.
+"""How images come in, and what may come in: `rgb_image` and `MediaPolicy`.
 
 Whatever an image is given as, it becomes the same RGB image of 8 bits per channel: upright as its EXIF data says, on
 white where it isn't opaque, with values that mean what their type says. Anything else is refused by name.

@@ -631,7 +631,7 @@ class CasaModel(CasaPreTrainedModel):
             mm_token_type_ids: (batch, tokens) or (batch, all tokens so far) 1 at tokens that an image precedes, 2 at
                 those that a video frame precedes, else 0. Without them every image is a still one.
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
-            **kwargs: arguments of the attention interface. A name that nobody is known to read is logged once.
+            **kwargs: arguments of the attention interface. A name that nothing is known to read is logged once.
 
         Returns:
             `attentions` are those of self-attention, `cross_attentions` those of the fusion layers; where both are
@@ -725,7 +725,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     def evict_text(
         self, cache: Cache, keep: int | torch.Tensor, num_sink_tokens: int | torch.Tensor = 4
     ) -> torch.Tensor | None:
-        """Forget text between the first tokens and the most recent ones, so that a cache can be used for ever.
+        """Forget text between the first tokens and the most recent ones, so that a cache can be used without end.
 
         In place and in every layer; positions run on from the first tokens without a gap, and relative positions of
         recent text, images and what comes next stay the same. Images stay as long as they are seen. Text that pads

@@ -6,7 +6,7 @@ before the latter. Qwen's chat templates write a pad token there, `<|image_pad|>
 and for a video the empty pair is repeated once per frame, so that every frame is an image of its own.
 
 The tokenizer of a text-only source has no such pair. There an image stands before the one token `<|image|>`, and the
-chat template writes `<|video|>`, which is no token, for a video. Gist tokens, where a model has any, follow the token
+chat template writes `<|video|>`, not a token, for a video. Gist tokens, where a model has any, follow the token
 that an image precedes; they are added here.
 """
 

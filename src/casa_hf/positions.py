@@ -125,7 +125,7 @@ def packed_samples(text_index: torch.Tensor, token_mask: torch.Tensor) -> torch.
         before; None if that happens nowhere.
 
     Raises:
-        ValueError: if the index jumps forward, which is no index: positions with jumps belong in further rows.
+        ValueError: if the index jumps forward, which is not an index: positions with jumps belong in further rows.
     """
     order = torch.arange(text_index.shape[1], device=text_index.device)
     last_text = torch.where(token_mask, order, -1).cummax(dim=1).values

@@ -2,7 +2,7 @@
 """Where `casa_hf.hub` comes in when a model or a processor is saved or published.
 
 The modelling files know nothing of the Hub. A checkpoint that carries them is saved and published by Transformers
-alone, as is a class whose hook nobody has filled.
+alone, as is a class whose hook is not filled.
 """
 
 from __future__ import annotations

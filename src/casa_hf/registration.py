@@ -1,6 +1,6 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Makes CASA's classes known to Transformers: to its Auto classes, and to whoever looks classes up in it by name; and
-the rules of the Hub known to the classes."""
+"""Registers CASA's classes: with the Auto classes of Transformers, in its namespace, where some libraries look classes
+up by name, and with the rules for publishing."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class NewText:
 
     @property
     def valid(self) -> torch.Tensor | None:
-        """(batch, tokens) False for padding, on the device of the mask; None if nobody says what is padding."""
+        """(batch, tokens) False for padding, on the device of the mask; None if nothing says what is padding."""
         if not isinstance(self.mask, torch.Tensor) or self.mask.ndim != 2:
             return None
         return self.mask[:, -self.shape[1] :].bool()

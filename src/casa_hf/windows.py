@@ -34,7 +34,7 @@ class WindowRules:
     Attributes:
         keys: "image", "window" or "context".
         image_history, video_history: "latest", "group" or "all".
-        text_windows: whether text before the first image forms a window of its own.
+        text_windows: whether text before the first image attends to itself in fusion layers.
     """
 
     keys: str
@@ -403,7 +403,7 @@ class WindowPlan:
 
     @property
     def active(self) -> bool:
-        """Whether fusion layers have anything to do: an image to see, or a window of text alone."""
+        """Whether fusion layers have anything to do: images to see, or text before them that attends to itself."""
         return self.num_columns > 0 or self.rules.text_windows
 
     @property

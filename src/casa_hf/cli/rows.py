@@ -75,7 +75,7 @@ def rows_of_file(file: Path) -> list[Row]:
         file: path of the file; paths in it are relative to its folder.
 
     Raises:
-        ValueError: for a line that is no question, or an image that isn't there.
+        ValueError: for a line that is not a question, or an image that doesn't exist.
     """
     try:
         lines = file.read_text("utf-8-sig").split("\n")  # rather than `splitlines`: JSON may hold U+2028

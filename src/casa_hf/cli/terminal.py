@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""How commands speak to whoever runs them: errors in one line, progress where somebody watches."""
+"""What commands print on the terminal: errors in one line, and progress bars."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def complain(error: Exception) -> None:
 
 
 def quiet_unless_terminal() -> None:
-    """Switch off the progress bars of the libraries where nobody watches."""
+    """Switch off the progress bars of the libraries where standard error is not a terminal."""
     if not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
