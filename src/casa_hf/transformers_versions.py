@@ -2,8 +2,8 @@
 """What differs between the versions of Transformers that this package supports, and what it uses that may change in
 the next one (`INTERNALS`).
 
-A decoder's cache is called `cache` from 5.24 on and `past_key_values` before. CASA models say `cache`, accept both names
-on every version, and hand each function of Transformers the one that it knows, which is `CACHE`.
+A decoder's cache is called `cache` from 5.24 on and `past_key_values` before. CASA models say `cache`, accept both
+names with every version, and pass each function of Transformers the one that it knows, which is `CACHE`.
 """
 
 from __future__ import annotations
