@@ -247,7 +247,7 @@ def test_private(
     [
         (["--private"], "is public, but --private was given"),
         (["--revision", "a..b"], "--revision a..b is not a valid branch name"),
-        (["--dataset", " "], "--dataset has an empty name"),
+        (["--dataset", " "], "is an empty name"),
     ],
 )
 def test_the_command_names_options_as_they_are_typed(
@@ -601,7 +601,7 @@ def test_a_revision_that_nothing_can_be_added_to(hub: Hub, casa_folder: Path, na
 
 
 def test_training_data_without_a_name(hub: Hub, casa_folder: Path) -> None:
-    assert_refused(casa_folder, NAME, "datasets has an empty name", "Hub ids", datasets=["me/colours", " "])
+    assert_refused(casa_folder, NAME, "datasets=' ' is an empty name", "Hub ids", datasets=["me/colours", " "])
     assert hub.requests == []
 
 

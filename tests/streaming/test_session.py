@@ -1100,7 +1100,7 @@ MARK = "<|vision_start|><|vision_end|>"
         ({"system": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
         ({"prefix": MARK, "sanitize_control_tokens": False}, "holds image or video placeholders"),
         ({"prompt": None}, "must be a string"),
-        ({"prompt": "<|video_pad|>", "sanitize_control_tokens": False}, "outside of a mark"),
+        ({"prompt": "<|video_pad|>", "sanitize_control_tokens": False}, "outside of a placeholder"),
         ({"fps": 10**400}, "fps=10"),
         ({"fps": Fraction(1, 10**400)}, "fps=Fraction"),
         ({"frame_budget": 10**400}, "frame_budget=10"),

@@ -183,8 +183,9 @@ def push_checkpoint(
 def _check_arguments(repository: str, revision: str | None, card: str | None, datasets: Sequence[str]) -> None:
     if card not in (None, "folder"):
         raise CheckpointError(f"card={card!r} is unknown. Give 'folder' to replace the card, or leave it out.")
-    if any(not name.strip() for name in datasets):
-        raise CheckpointError("datasets has an empty name. Give Hub ids or names of datasets, or leave it out.")
+    empty = next((name for name in datasets if not name.strip()), None)
+    if empty is not None:
+        raise CheckpointError(f"datasets={empty!r} is an empty name. Give Hub ids or names of datasets, or leave it out.")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
