@@ -486,6 +486,6 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(source_folder, 
 def test_bad_options_stop_before_anything_is_written(source_folder, tmp_path):
     with pytest.raises(ValueError, match="'casino' is unknown"):
         convert_checkpoint(source_folder, tmp_path / "casa", "casino")
-    for size in ("5 apples", "5XB", "GB"):
+    for size in ("5 apples", "5XB", "GB", "0", "0GB", "0.0000001KB", "-5GB", "infGB", "nanGB", "", None, True, 2.5):
         assert_refused(source_folder, tmp_path / "casa", f"max_shard_size={size!r}", "'5GB'", max_shard_size=size)
     assert listing(tmp_path) == []

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from casa_hf.conversion import convert_checkpoint, convert_to_source
+from casa_hf.conversion import convert_checkpoint, convert_to_source, plan_to_source
+from casa_hf.folder_files import CheckpointError
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.conversion.helpers import assert_refused, assert_same, converted, in_memory_layout, load_weights
 
@@ -188,6 +189,8 @@ def test_what_has_no_way_back(trained, source_folder, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"is not a CASA checkpoint\. Convert it first"):
         convert_to_source(source_folder, tmp_path / "back")
+    with pytest.raises(CheckpointError, match="max_shard_size='0GB' is not a size"):
+        plan_to_source(folder, max_shard_size="0GB")
     with pytest.raises(ValueError, match="would replace the source"):
         convert_to_source(folder, folder, overwrite=True)
     assert not (tmp_path / "back").exists()

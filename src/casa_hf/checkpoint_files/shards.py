@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+# A size such as "5GB", and its units.
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d*)?)\s*(KB|MB|GB|TB)\s*", re.ASCII | re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -300,37 +305,43 @@ def row_statistics(tensor: StoredTensor) -> tuple[torch.Tensor, float]:
 # ---------------------------------------------------------------- writing
 
 
+def shard_bytes(max_shard_size: int | str) -> int:
+    """The largest size of a weight file in bytes, from a number or a string such as "5GB".
+
+    Raises:
+        CheckpointError: if it isn't a size, or isn't positive.
+    """
+    number = max_shard_size if type(max_shard_size) is int else 0
+    if isinstance(max_shard_size, str) and (match := _SIZE.fullmatch(max_shard_size)):
+        number = int(float(match[1]) * _UNITS[match[2].upper()])
+    if number <= 0:
+        raise CheckpointError(
+            f"max_shard_size={max_shard_size!r} is not a size; expected a positive number of bytes, or one with KB, "
+            "MB, GB or TB. Use such as '5GB'."
+        )
+    return number
+
+
 def split_files(tensors: Sequence[PlannedTensor], max_shard_size: int | str) -> dict[str, list[PlannedTensor]]:
     """Distribute tensors over files, in order: `model.safetensors`, or shards if they exceed `max_shard_size`.
 
     Args:
         tensors: Tensors to be written.
-        max_shard_size: Largest size of a file's tensors, as a number of bytes or a string such as "5GB"; a larger
-            tensor gets a file of its own.
+        max_shard_size: Largest size of a file's tensors, see `shard_bytes`; a larger tensor gets a file of its own.
 
     Returns:
         The tensors of each file, by file name.
 
     Raises:
-        CheckpointError: if `max_shard_size` isn't positive, or can't be read.
+        CheckpointError: if `max_shard_size` isn't a size.
     """
     planned = {tensor.name: tensor for tensor in tensors}
-    if not isinstance(max_shard_size, str) and max_shard_size <= 0:
-        raise CheckpointError(
-            f"max_shard_size={max_shard_size} must be positive. Give a number of bytes, or such as '5GB'."
-        )
-    try:
-        split = split_state_dict_into_shards_factory(
-            planned,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise CheckpointError(
-            f"max_shard_size={max_shard_size!r} is not a valid size ({one_line(error)}). Give a number of bytes, or "
-            "one with a unit such as '5GB'."
-        ) from error
+    split = split_state_dict_into_shards_factory(
+        planned,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes(max_shard_size),
+    )
     return {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
 

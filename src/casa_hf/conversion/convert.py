@@ -118,8 +118,8 @@ def convert_checkpoint(
             option that can't be used. The message is one line that says what to do.
         ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
-    destination = check_destination(output, overwrite, source, vision_from)
     request = ConversionRequest(source, variant, vision_from, dtype, revision, max_pixels, max_shard_size, design)
+    destination = check_destination(output, overwrite, source, vision_from)
     prepared = _prepare(request)
     card = _card(prepared, str(output), with_code)
     _record_origins(prepared)

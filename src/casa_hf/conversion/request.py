@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_files.shards import DTYPE_CODES, DTYPES
+from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, shard_bytes
 from ..design_space import SETTINGS
 from ..folder_files import CheckpointError
 
@@ -33,7 +33,7 @@ class ConversionRequest:
         design: Design fields that differ from the variant.
 
     Raises:
-        CheckpointError: if the dtype is unknown.
+        CheckpointError: if the dtype is unknown, or the size of a weight file isn't one.
     """
 
     source: str | Path
@@ -47,6 +47,7 @@ class ConversionRequest:
 
     def __post_init__(self) -> None:
         dtype_code(self.dtype)
+        shard_bytes(self.max_shard_size)
 
     @property
     def dtype_code(self) -> str | None:

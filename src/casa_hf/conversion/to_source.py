@@ -31,6 +31,7 @@ from ..checkpoint_files.shards import (
     Progress,
     StoredTensor,
     read_tensors,
+    shard_bytes,
     split_files,
     write_checkpoint,
 )
@@ -103,6 +104,7 @@ def _prepare(
     casa: str | Path, dtype: str | torch.dtype | None, revision: str | None, max_shard_size: int | str
 ) -> tuple[ConversionPlan, Source, CasaConfig]:
     code = dtype_code(dtype)
+    shard_bytes(max_shard_size)
     source = Source.open(casa, revision, CARRIED_FILES)
     config = read_casa_config(source.folder)
     _check_way_back(source.folder, config)
