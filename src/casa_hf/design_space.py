@@ -154,6 +154,9 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 FIELDS: tuple[str, ...] = tuple(setting.field for setting in SETTINGS)
 
+# Gist tokens stand for an image in fewer tokens; this is about as many as a large image has.
+MAX_GIST_TOKENS = 1024
+
 # What a variant is made of; gist tokens go with any of them.
 DESIGN_FIELDS: tuple[str, ...] = tuple(name for name in FIELDS if name != "num_gist_tokens")
 
@@ -211,6 +214,19 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def check_gist_tokens(number: int) -> None:
+    """Check a number of gist tokens, before they are made.
+
+    Raises:
+        ValueError: if it isn't an integer from 0 to `MAX_GIST_TOKENS`.
+    """
+    if type(number) is not int or not 0 <= number <= MAX_GIST_TOKENS:
+        raise ValueError(
+            f"num_gist_tokens={number!r} is out of range; expected an integer from 0 to {MAX_GIST_TOKENS}. Use 0 for "
+            "none, or a few, such as 4."
+        )
+
+
 def unknown_value(value: object, choices: Iterable[object]) -> str:
     """The end of an error message about a value that is none of the choices: the nearest one, if any, and all."""
     names = {str(choice): repr(choice) for choice in choices}
@@ -219,4 +235,15 @@ def unknown_value(value: object, choices: Iterable[object]) -> str:
     return f"{question} one of {', '.join(names.values())}."
 
 
-__all__ = ["CHOICES", "DESIGN_FIELDS", "FIELDS", "SETTINGS", "VARIANTS", "Setting", "Variant", "unknown_value"]
+__all__ = [
+    "CHOICES",
+    "DESIGN_FIELDS",
+    "FIELDS",
+    "MAX_GIST_TOKENS",
+    "SETTINGS",
+    "VARIANTS",
+    "Setting",
+    "Variant",
+    "check_gist_tokens",
+    "unknown_value",
+]

@@ -22,6 +22,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .chat_text import ChatText, token_ids
+from .design_space import check_gist_tokens
 from .folder_files import read_json
 from .frames_casa import check_sampling, load_frames, measure_frames
 from .image_inputs import FRAME_TYPE, IMAGE_TYPE
@@ -99,7 +100,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             images may be; it may be replaced at any time, and isn't saved with the processor.
 
     Raises:
-        ValueError: if the tokenizer lacks one of these tokens, or `num_gist_tokens` is negative.
+        ValueError: if the tokenizer lacks one of these tokens, or `num_gist_tokens` is out of range.
     """
 
     valid_processor_kwargs = CasaProcessorKwargs
@@ -180,7 +181,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         Raises:
             ValueError: if the tokenizer lacks the vision tokens, `max_pixels` is below the source's minimum,
-                `num_gist_tokens` is negative, or a processor file isn't JSON.
+                `num_gist_tokens` is out of range, or a processor file isn't JSON.
             OSError: if files are missing.
         """
         gists = _gist_tokens(num_gist_tokens)
@@ -215,7 +216,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         Raises:
             ValueError: if there is no tokenizer, `max_pixels` is below the vision checkpoint's minimum,
-                `num_gist_tokens` is negative, or a processor file isn't JSON.
+                `num_gist_tokens` is out of range, or a processor file isn't JSON.
             OSError: if other files are missing.
         """
         gists = _gist_tokens(num_gist_tokens)
@@ -673,8 +674,7 @@ def _load_tokenizer(folder: str | os.PathLike, new_tokens: list[str]) -> Any:
 
 
 def _gist_tokens(number: int) -> list[str]:
-    if number < 0:
-        raise ValueError(f"num_gist_tokens={number} must be 0 (none) or more.")
+    check_gist_tokens(number)
     return [f"<|gist_{index}|>" for index in range(number)]
 
 

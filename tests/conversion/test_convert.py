@@ -488,4 +488,7 @@ def test_bad_options_stop_before_anything_is_written(source_folder, tmp_path):
         convert_checkpoint(source_folder, tmp_path / "casa", "casino")
     for size in ("5 apples", "5XB", "GB", "0", "0GB", "0.0000001KB", "-5GB", "infGB", "nanGB", "", None, True, 2.5):
         assert_refused(source_folder, tmp_path / "casa", f"max_shard_size={size!r}", "'5GB'", max_shard_size=size)
+    for number in (-1, 1025, 10**12, 2.0):
+        with pytest.raises(ValueError, match=f"num_gist_tokens={number} is out of range; expected an integer from 0"):
+            convert_checkpoint(source_folder, tmp_path / "casa", num_gist_tokens=number)
     assert listing(tmp_path) == []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,15 @@ def test_more_of_them_than_the_tokenizer_has(pair):
         CasaProcessor(**parts, image_token=processor.image_token, num_gist_tokens=3)
 
 
-def test_fewer_than_none(source):
-    with pytest.raises(ValueError, match=r"num_gist_tokens=-1 must be 0 \(none\) or more"):
-        CasaProcessor.from_source(source, num_gist_tokens=-1)
+@pytest.mark.parametrize("number", [-1, 1025, 10**12, 2.0, True, None])
+def test_numbers_out_of_range(pair, source, number):
+    """None of these makes a list of tokens first."""
+    _, processor, _ = pair
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    refusal = rf"num_gist_tokens={number} is out of range; expected an integer from 0 to 1024\."
+    for make in (partial(CasaProcessor, **parts), partial(CasaProcessor.from_source, source)):
+        with pytest.raises(ValueError, match=refusal):
+            make(num_gist_tokens=number)
 
 
 def test_truncation_may_not_cut_off_a_gist_token(pair, photos):

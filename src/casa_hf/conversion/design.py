@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..configuration_casa import CasaConfig, variant_overrides
-from ..design_space import FIELDS, unknown_value
+from ..design_space import FIELDS, check_gist_tokens, unknown_value
 from ..folder_files import CheckpointError
 
 
@@ -26,7 +26,7 @@ def resolve_design(
 
     Raises:
         CheckpointError: for an unknown field, or an invalid choice of blocks.
-        ValueError: for an unknown variant.
+        ValueError: for an unknown variant, or a number of gist tokens that is out of range.
     """
     unknown = [name for name in design if name not in FIELDS]
     if unknown:
@@ -37,6 +37,7 @@ def resolve_design(
         fields = {name: getattr(CasaConfig, name) for name in FIELDS}
         fields |= variant_overrides(variant or "casa", blocks)
     fields |= dict(design)
+    check_gist_tokens(fields["num_gist_tokens"])
     if isinstance(fields["casa_layers"], str):
         fields["casa_layers"] = layer_indices(fields["casa_layers"], blocks)
     return fields

@@ -185,7 +185,9 @@ def _check_arguments(repository: str, revision: str | None, card: str | None, da
         raise CheckpointError(f"card={card!r} is unknown. Give 'folder' to replace the card, or leave it out.")
     empty = next((name for name in datasets if not name.strip()), None)
     if empty is not None:
-        raise CheckpointError(f"datasets={empty!r} is an empty name. Give Hub ids or names of datasets, or leave it out.")
+        raise CheckpointError(
+            f"datasets={empty!r} is an empty name. Give Hub ids or names of datasets, or leave it out."
+        )
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
