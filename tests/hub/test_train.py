@@ -124,7 +124,7 @@ def test_a_repository_has_the_name_of_the_output(settings: dict[str, Any], hub: 
 
 
 def test_a_token_among_the_settings_is_refused(settings: dict[str, Any], hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hub_token can't be an argument.*training_args\.bin.*HF_TOKEN"):
+    with pytest.raises(ValueError, match=r"hub_token was given; expected none.*training_args\.bin.*HF_TOKEN"):
         train(TrainingConfig.from_dict({**settings, "hub_token": WRITER}))
     assert not (tmp_path / "trained").exists()
 

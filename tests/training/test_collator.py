@@ -189,7 +189,7 @@ def test_conversations_over_the_budget_are_refused_or_dropped_with_a_count(proce
     assert 0 < len(fitting) < len(CONVERSATIONS)
     options = {"max_image_tokens": limit, "max_text_tokens": None}
     over = next(size for size in sizes if size[1] > limit)
-    with pytest.raises(ValueError, match=f"{over[1]} image tokens.*{limit} \\(max_image_tokens\\)"):
+    with pytest.raises(ValueError, match=f"has {over[1]} image tokens; .* {limit} \\(max_image_tokens\\).*max_pixels"):
         PackedDataset(CONVERSATIONS, processor, **options)
     with pytest.raises(ValueError, match=f"{over[1]} image tokens"):
         CasaDataCollator(processor, **options)(CONVERSATIONS)

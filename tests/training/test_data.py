@@ -257,7 +257,7 @@ def test_a_truncated_image_is_named_when_it_is_used(processor, tmp_path):
     assert Image.open(tmp_path / "cat.jpg").size[0] > 100
     collator = CasaDataCollator(processor)
     [row] = PackedDataset(load_conversations(file), processor)
-    with pytest.raises(ValueError, match=r"Example 0 \(.*train\.jsonl, line 1\): .*cat\.jpg.*truncated"):
+    with pytest.raises(ValueError, match=r"^/.*train\.jsonl, line 1: .*cat\.jpg.*truncated"):
         collator([pickle.loads(pickle.dumps(row))])
     stored = [{**CONVERSATIONS[1]}, {**CONVERSATIONS[0], "images": [{"bytes": (tmp_path / "cat.jpg").read_bytes()}]}]
     [row] = PackedDataset(stored, processor)
@@ -269,7 +269,7 @@ def test_a_truncated_image_is_named_when_it_is_used(processor, tmp_path):
 
 def test_an_unusable_conversation_is_named(processor, tmp_path):
     (tmp_path / "train.jsonl").write_text(f'{json.dumps(ask("a", "b"))}\n\n{{"text": "x"}}\n')
-    with pytest.raises(ValueError, match=r"Example 1 \(.*train\.jsonl, line 3\): .*messages"):
+    with pytest.raises(ValueError, match=r"^/.*train\.jsonl, line 3: .*messages"):
         PackedDataset(load_conversations(tmp_path), processor)
 
 
@@ -367,11 +367,11 @@ def test_an_error_of_any_kind_names_the_example(casa_folder, tmp_path):
     shutil.copy(PHOTOGRAPHS / "cat.jpg", tmp_path)
     planned = PackedDataset(load_conversations(file), processor)
     processor.chat_template = "{{ raise_exception('No images here') }}"
-    named = r"Example 0 \(.*train\.jsonl, line 1\): TemplateError: No images here"
+    named = r"^/.*train\.jsonl, line 1: TemplateError: No images here"
     with pytest.raises(ValueError, match=named):
         PackedDataset(load_mixture(file), processor)
     with pytest.raises(ValueError, match=named):
         CasaDataCollator(processor)([planned[0]])
     strict = load_processor(casa_folder, media_policy={"max_decoded_pixels": 100})
-    with pytest.raises(ValueError, match=r"line 1\): The image '.*cat\.jpg' can't be used: .* max_decoded_pixels=100"):
+    with pytest.raises(ValueError, match=r"line 1: The image '.*cat\.jpg' can't be used: .* max_decoded_pixels=100"):
         PackedDataset(load_conversations(file), strict)

@@ -68,8 +68,10 @@ def test_fusion_layers_without_parameters_cannot_be_trained_alone(converted, rec
 
 def test_patterns_that_match_nothing_are_refused(casa_folder):
     model = load_model(casa_folder)
-    with pytest.raises(ValueError, match=r"'casa_atn'.*paper-qwen.*model\.visual"):
+    with pytest.raises(ValueError, match=r"trainable='casa_atn' is neither a recipe nor .*paper-qwen.*model\.visual"):
         freeze(model, ["lm_head", "casa_atn"])
+    with pytest.raises(ValueError, match=r"trainable='fuson' is .*; did you mean 'fusion-only'\?"):
+        freeze(model, "fuson")
     with pytest.raises(ValueError, match=r"'\(' is not a valid regular expression: .*unterminated"):
         freeze(model, ["casa_attn", "("])
     with pytest.raises(ValueError, match=r"trainable=\[\] is empty"):

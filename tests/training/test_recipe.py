@@ -124,7 +124,7 @@ def test_a_run_says_how_it_goes_and_what_it_lacks(settings, tmp_path, caplog):
     changes |= {"eval_data": str(tmp_path / "eval.jsonl"), "logging_steps": 10}
     report = train(TrainingConfig.from_dict({**settings, **changes}), logs.append)
     assert len([log for log in logs if "loss" in log]) == 2
-    assert f"only {report.sequences} packed sequences" in caplog.text
+    assert f"only {report.sequences} packed sequence" in caplog.text
     assert f"1 of {len(rows)} conversations of eval_data are dropped" in caplog.text
 
 
@@ -144,8 +144,8 @@ def test_limits_are_those_of_the_run_unless_they_are_kept(settings, casa_folder,
 
 def test_a_run_reads_what_its_policy_allows(settings, tmp_path):
     for policy, message in (
-        ({"max_decoded_pixels": 100}, r"^Example .*\.jpg' can't be used: .* more than max_decoded_pixels=100"),
-        ({"local_files": False}, r"^Example .*\.jpg' can't be used: paths aren't read"),
+        ({"max_decoded_pixels": 100}, r"^/.*, line \d+: .*\.jpg' can't be used: .* more than max_decoded_pixels=100"),
+        ({"local_files": False}, r"^/.*, line \d+: .*\.jpg' can't be used: paths aren't read"),
         ({"files": False}, "media_policy=.*'files'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -179,7 +179,8 @@ def test_a_damaged_image_is_one_line_that_names_the_example(settings, tmp_path, 
     with pytest.raises(SystemExit):
         cli.main(["train", str(tmp_path / "run.yaml")])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: Example 0") and "damaged.jsonl, line 1" in said and "truncated" in said
+    assert said.startswith("error: /") and "Example" not in said
+    assert "damaged.jsonl, line 1: " in said and "truncated" in said
     assert len(said) < 500 and "Traceback" not in said
 
 
@@ -412,8 +413,9 @@ def test_the_command(settings, tmp_path, capsys):
         ({"lr_nwe": 1.0}, ["'lr_nwe'", "'lr_new'"]),
         ({"max_grad_nrom": 1}, ["'max_grad_nrom'", "'max_grad_norm'"]),
         ({"warmup": 0.1}, ["'warmup'", "'warmup_steps'"]),
-        ({"trainer": {"save_steps": 1}}, ["'trainer'", "beside the other settings"]),
-        ({"model": None}, ["has no model"]),
+        ({"trainer": {"save_steps": 1}}, ["'trainer' is not a setting", "at the top level"]),
+        ({"model": None}, ["The setting model is missing; expected model, data, output."]),
+        ({"model": None, "output": None}, ["The settings model and output are missing"]),
         ({"max_steps": 0}, ["max_steps=0", "positive"]),
         ({"lr_new": "fast"}, ["lr_new='fast' must be a number."]),
         ({"lr_new": True}, ["lr_new=True must be a number."]),
@@ -452,10 +454,10 @@ def test_the_command(settings, tmp_path, capsys):
         ({"output": "."}, ["output='.'", "not the path of a folder"]),
         ({"output": "a/.."}, ["output='a/..'", "not the path of a folder"]),
         ({"output": 7}, ["output=7 must be a string."]),
-        ({"learning_rate": 1e-2}, ["learning_rate can't be set", "follows from lr_new and lr_existing;"]),
-        ({"output_dir": "elsewhere"}, ["output_dir can't be set", "follows from output"]),
-        ({"gradient_accumulation_steps": 4}, ["follows from sequences_per_update;"]),
-        ({"resume_from_checkpoint": "c"}, ["resume_from_checkpoint", "follows from resume;"]),
+        ({"learning_rate": 1e-2}, ["learning_rate can't be set; expected lr_new and lr_existing, ", "Set those."]),
+        ({"output_dir": "elsewhere"}, ["output_dir can't be set; expected output and checkpoints", "Set those."]),
+        ({"gradient_accumulation_steps": 4}, ["expected sequences_per_update, which it follows from. Set that."]),
+        ({"resume_from_checkpoint": "c"}, ["resume_from_checkpoint can't be set; expected resume,"]),
         ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size=0"]),
         ({"train_sampling_strategy": "group_by_length"}, ["train_sampling_strategy", "packed"]),
         ({"generate": {"num_return_sequences": 2, "num_beams": 2}}, ["more than one answer", "num_return_sequences"]),
@@ -477,7 +479,10 @@ def test_the_command(settings, tmp_path, capsys):
         ({"resume": "perhaps"}, ["resume='perhaps'", "true or false"]),
         ({"per_device_train_batch_size": 3}, ["sequences_per_update=2", "multiple of 3", "3 sequences"]),
         ({"data": "nowhere.jsonl"}, ["'nowhere.jsonl'"]),
-        ({"max_image_tokens": 1}, ["Example", "train.jsonl, line", "max_image_tokens"]),
+        (
+            {"max_image_tokens": 1},
+            ["train.jsonl, line 1: A conversation has ", "expected at most 1 (max_image_tokens)"],
+        ),
         ({"over_long": "cut"}, ["over_long='cut'"]),
         ({"trainable": "paper-qwne"}, ["'paper-qwne'", "paper-qwen"]),
         ({"trainable": 3}, ["trainable=3", "a string or a list"]),
@@ -598,13 +603,21 @@ def test_numbers_in_yaml(tmp_path, settings):
     file.write_text(yaml.safe_dump({**settings, "data": None}) + "data: [{path: a, weight: 1e-1}, {path: b}]")
     file.write_text(file.read_text().replace("data: null\n", ""))
     assert TrainingConfig.from_yaml(file).data == [{"path": "a", "weight": 0.1}, {"path": "b"}]
-    for broken in ("model: [", "output: 2026-02-30"):  # a date that isn't one
+    for broken, message in (
+        (
+            "a: 1\nmodel: [",
+            ", line 2, column 9 isn't valid YAML: expected a value, but found the end of the file. Correct",
+        ),
+        ("output: 2026-02-30", " isn't valid YAML: day"),  # a date that isn't one
+        ("- model", " holds a list; expected lines such as 'model: my-casa-model'"),
+        ("model", " holds text; expected lines such as"),
+        ("", " holds nothing; expected lines such as"),
+        ("3", " holds 3; expected lines such as"),
+    ):
         file.write_text(broken)
-        with pytest.raises(ValueError, match=f"{file.name} isn't valid YAML"):
+        with pytest.raises(ValueError, match=f"{file.name}{message}") as refused:
             TrainingConfig.from_yaml(file)
-    file.write_text("- model")
-    with pytest.raises(ValueError, match="list; expected a mapping"):
-        TrainingConfig.from_yaml(file)
+        assert "\n" not in str(refused.value)
 
 
 # ---------------------------------------------------------------- data

@@ -189,13 +189,22 @@ def test_the_question_of_a_conversation():
     ("example", "words"),
     [
         ({"text": "x"}, ["text", "messages"]),
-        ({"messages": [{"role": "user", "content": "x"}]}, ["user", "answer"]),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "before it"]),
-        ({**ask("x", "y", "cat"), "images": []}, ["0 images", "more parts"]),
-        ({**ask("x", "y", "cat"), "images": ["a.jpg", "b.jpg"]}, ["2 images", "only 1"]),
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            ["has the roles ['user']; expected an assistant message", "Add the answer."],
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            ["['assistant']", "after another one. Add the question."],
+        ),
+        ({**ask("x", "y", "cat"), "images": []}, ["0 images beside", "without its own (1). Add the rest."]),
+        (
+            {**ask("x", "y", "cat"), "images": ["a.jpg", "b.jpg"]},
+            ["2 images beside", "without its own (1). Remove the rest."],
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, ["audio", "image or video"]),
-        (with_images("<image>\n<image>\nx", "a.jpg"), ["1 images", "2 placeholders <image>", "parts"]),
-        (with_images("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 placeholders <image>"]),
+        (with_images("<image>\n<image>\nx", "a.jpg"), ["1 image beside", "2 placeholders <image>", "parts"]),
+        (with_images("<image> x", "a.jpg", "b.jpg"), ["2 images", "1 placeholder <image>"]),
         ({**with_images("x", "a.jpg"), "image": "b.jpg"}, ["both `images` and `image`"]),
         ({"messages": ["x"]}, ["'x'", "role"]),
         (

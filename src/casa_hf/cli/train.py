@@ -27,6 +27,7 @@ def train(
     quiet_unless_terminal()
     from dataclasses import replace
 
+    from ..checks import counted
     from ..training import TrainingConfig, parts_table
     from ..training import train as run
     from ..training.arguments import is_first_process
@@ -38,7 +39,7 @@ def train(
     def announce(parts: list[Part], data: PackedDataset) -> None:
         typer.echo(parts_table(parts))
         typer.echo(
-            f"{len(data.examples) - data.num_dropped} conversations in {len(data)} packed sequences, "
+            f"{counted(data.num_conversations, 'conversation')} in {counted(len(data), 'packed sequence')}, "
             f"{data.num_dropped} dropped as too long."
         )
 

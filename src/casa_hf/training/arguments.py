@@ -55,8 +55,8 @@ def check_arguments(config: TrainingConfig) -> None:
     given = config.trainer
     if given.get("train_sampling_strategy") == "group_by_length":
         raise ValueError(
-            "train_sampling_strategy='group_by_length' can't be used, sequences are packed to the same length; leave "
-            "it out."
+            "train_sampling_strategy='group_by_length' can't be used, since sequences are packed to the same length; "
+            "leave it out."
         )
     if config.resume and given.get("save_only_model"):
         raise ValueError(

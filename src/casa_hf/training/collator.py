@@ -56,10 +56,17 @@ class Budget:
 
     def refusal(self, text_tokens: int, image_tokens: int) -> str:
         """Message of the error for a conversation of this size."""
+        over = []
+        if not self.holds(text_tokens, 0):
+            over.append((f"{text_tokens} text tokens", self.text_tokens, "max_text_tokens"))
+        if not self.holds(0, image_tokens):
+            over.append((f"{image_tokens} image tokens", self.image_tokens, "max_image_tokens"))
+        found = " and ".join(tokens for tokens, _, _ in over)
+        expected = " and ".join(f"{limit} ({name})" for _, limit, name in over)
+        raised = " and ".join(name for _, _, name in over)
+        lower = "" if self.holds(0, image_tokens) else "lower max_pixels, "
         return (
-            f"A conversation has {text_tokens} text tokens and {image_tokens} image tokens, but a row holds at most "
-            f"{self.text_tokens} (max_text_tokens) and {self.image_tokens} (max_image_tokens). Raise these, set "
-            'over_long="drop", or give the processor a smaller max_pixels.'
+            f"A conversation has {found}; expected at most {expected}. Raise {raised}, {lower}or set over_long: drop."
         )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_type_hints
 
-from ..checks import check_count, check_number, check_positive
+from ..checks import check_count, check_number, check_positive, shown
 from ..media_casa import MediaPolicy
 from ..modeling_casa import CasaForConditionalGeneration
 from .settings import check_name, read_yaml_file, typed
@@ -31,7 +32,7 @@ _COUNTS = (
 
 # Arguments of `TrainingArguments` -> the settings that they follow from.
 _FOLLOWING = {
-    "output_dir": "output (and checkpoints)",
+    "output_dir": "output and checkpoints",
     "learning_rate": "lr_new and lr_existing",
     "gradient_accumulation_steps": "sequences_per_update",
     "auto_find_batch_size": "sequences_per_update",
@@ -182,16 +183,19 @@ class TrainingConfig:
         Raises:
             ValueError: if a setting is missing, and as `TrainingConfig`.
         """
-        if not isinstance(content, Mapping):
-            raise ValueError(
-                f"The training configuration is a {type(content).__name__}; expected a mapping of settings to values."
-            )
+        _check_mapping(content, "The training configuration")
         own = {f.name: f for f in fields(cls) if f.name != "trainer"}
         if "trainer" in content:
-            raise ValueError("The setting 'trainer' is unknown; write what it holds beside the other settings.")
+            raise ValueError(
+                "'trainer' is not a setting; expected its settings at the top level. Move them up one level."
+            )
         required = [f.name for f in own.values() if f.default is MISSING]
         if missing := [name for name in required if content.get(name) is None]:
-            raise ValueError(f"The training configuration has no {', '.join(missing)}. Add what is missing.")
+            settings, verb = ("setting", "is") if len(missing) == 1 else ("settings", "are")
+            raise ValueError(
+                f"The {settings} {' and '.join(missing)} {verb} missing; expected {', '.join(required)}. Add what is "
+                "missing."
+            )
         given = {name: value for name, value in content.items() if name in own and value is not None}
         return cls(**given, trainer={name: value for name, value in content.items() if name not in own})
 
@@ -203,7 +207,18 @@ class TrainingConfig:
             ValueError: if it isn't valid YAML, and as `from_dict`.
             OSError: if it can't be read.
         """
-        return cls.from_dict(read_yaml_file(file))
+        content = read_yaml_file(file)
+        _check_mapping(content, str(file))
+        return cls.from_dict(content)
+
+
+def _check_mapping(content: Any, name: str) -> None:
+    if not isinstance(content, Mapping):
+        kinds = {str: "text", list: "a list", NoneType: "nothing"}
+        raise ValueError(
+            f"{name} holds {kinds.get(type(content), shown(content))}; expected lines such as "
+            "'model: my-casa-model'. See docs/training.md."
+        )
 
 
 def _trainer_arguments(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +230,9 @@ def _trainer_arguments(given: Mapping[str, Any], settings: Mapping[str, Any]) ->
     for name, value in given.items():
         check_name(name, {*hints, *settings} - {"trainer"}, f"The setting {name!r} is unknown")
         if name in _FOLLOWING or name in settings:
-            raise ValueError(f"{name} can't be set, it follows from {_FOLLOWING.get(name, name)}; set that instead.")
+            origin = _FOLLOWING.get(name, name)
+            those = "those" if " and " in origin else "that"
+            raise ValueError(f"{name} can't be set; expected {origin}, which it follows from. Set {those}.")
         arguments[name] = typed(name, value, hints[name])
     return arguments
 

@@ -285,7 +285,7 @@ class _Located(Sequence):
         if self._lines is None:
             return f"Example {index} of {self._folder}"
         file, number = self._lines[index]
-        return f"Example {index} ({file}, line {number})"
+        return f"{file}, line {number}"
 
     def _locate(self, value: Any) -> Any:
         """The value, with absolute paths in place of strings that are the path of a file in the folder."""

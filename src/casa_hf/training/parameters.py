@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -106,9 +107,12 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
         except re.error as error:
             raise ValueError(f"The pattern {pattern!r} is not a valid regular expression: {error}.") from error
         if not any(re.search(pattern, name) for name in names):
+            near = get_close_matches(pattern, RECIPES, n=1)
             raise ValueError(
-                f"{pattern!r} is not a recipe ({', '.join(RECIPES)}), and as a pattern it matches no parameter of the "
-                f"model. Use a part of names such as {', '.join(names[:: max(1, len(names) // 4)])}."
+                f"trainable={pattern!r} is neither a recipe nor part of a parameter name; "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"Use one of {', '.join(RECIPES)}, or a part of names such as "
+                f"{', '.join(names[:: max(1, len(names) // 4)])}."
             )
     trained = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
     whole_matrix = new_tokens is not None and f"{new_tokens.removesuffix(NEW_TOKENS)}.weight" in trained

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint_files.disk import disk_is_full
 from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
-from ..checks import one_line
+from ..checks import counted, one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import read_json
 from ..modeling_casa import CasaForConditionalGeneration
@@ -201,8 +201,8 @@ def _load_data(config: TrainingConfig, processor: CasaProcessor) -> tuple[Packed
     data = _pack(config, processor, load_mixture(config.data, config.split, config.seed))
     if len(data) < config.sequences_per_update and is_first_process():
         logger.warning(
-            "The data has only %d packed sequences, so each step has these rather than sequences_per_update=%d.",
-            len(data),
+            "The data has only %s, which is what each step has rather than sequences_per_update=%d.",
+            counted(len(data), "packed sequence"),
             config.sequences_per_update,
         )
     if config.eval_data is None:
@@ -292,7 +292,10 @@ def _evaluate(trainer: CasaTrainer, run: _Run, metrics: dict[str, float]) -> dic
         return metrics
     metrics = metrics | trainer.evaluate()
     if not math.isfinite(metrics["eval_loss"]):
-        raise FloatingPointError(f"The loss of the evaluation is not finite: {metrics['eval_loss']}.")
+        raise FloatingPointError(
+            f"eval_loss={metrics['eval_loss']}; expected a finite number. Lower lr_new and lr_existing, or check "
+            "eval_data."
+        )
     if trainer.is_world_process_zero():
         write_metrics(trainer, run.output, metrics)
     return metrics

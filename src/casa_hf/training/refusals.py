@@ -5,8 +5,7 @@ from __future__ import annotations
 
 # Follows the name of the argument.
 TOKEN_IS_SAVED = (
-    "can't be an argument, the token would be saved and published with the others (training_args.bin). Leave it out, "
-    "and log in with `hf auth login` or set HF_TOKEN."
+    "was given; expected none, because it would be saved in training_args.bin. Use `hf auth login` or HF_TOKEN."
 )
 
 

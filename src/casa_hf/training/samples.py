@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checks import counted
+
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
 
@@ -90,8 +92,10 @@ class Dialogue:
         media = {kind: _taken_from_parts(messages, kind, given[kind]) for kind in _MEDIA}
         roles = [message["role"] for message in messages]
         if roles[0] == "assistant" or "assistant" not in roles:
+            lacking = "question" if roles[0] == "assistant" else "answer"
             raise ValueError(
-                f"A conversation has the roles {roles}; expected an assistant's answer, and something before it."
+                f"A conversation has the roles {roles}; expected an assistant message after another one. Add the "
+                f"{lacking}."
             )
         return cls(messages, media["image"], media["video"])
 
@@ -245,8 +249,9 @@ def _place(messages: Messages, kind: str, number: int) -> None:
         return
     if found != number:
         raise ValueError(
-            f"An example has {number} {kind}s beside its messages, but {found} placeholders {placeholder} in its "
-            f"texts. Write one for each, or none, or parts of type {kind!r} instead ({placeholder} is text then)."
+            f"An example has {counted(number, kind)} beside its messages, but {counted(found, 'placeholder')} "
+            f"{placeholder} in its texts. Write one for each, or none, or parts of type {kind!r} instead "
+            f"({placeholder} is text then)."
         )
     for message in messages:
         message["content"] = [new for part in message["content"] for new in _split_at(placeholder, kind, part)]
@@ -266,23 +271,16 @@ def _split_at(placeholder: str, kind: str, part: dict[str, Any]) -> list[dict[st
 
 def _taken_from_parts(messages: Messages, kind: str, given: list[Any]) -> list[Any]:
     """The images or videos of the parts, in reading order; parts that hold none stand for those given beside them."""
-    media, rest = [], list(given)
-    for part in _all_parts(messages):
-        if part["type"] != kind:
-            continue
-        medium = next((part.pop(key) for key in _MEDIA[kind] if key in part), None)
-        if medium is None and not rest:
-            raise ValueError(
-                f"An example has {len(given)} {kind}s beside its messages, but more parts of type {kind!r} that hold "
-                f"none themselves. Give as many {kind}s as parts."
-            )
-        media.append(_medium(rest.pop(0) if medium is None else medium))
-    if rest:
+    parts = [part for part in _all_parts(messages) if part["type"] == kind]
+    own = [next((part.pop(key) for key in _MEDIA[kind] if key in part), None) for part in parts]
+    wanted = own.count(None)
+    if len(given) != wanted:
         raise ValueError(
-            f"An example has {len(given)} {kind}s beside its messages, but parts of type {kind!r} for only "
-            f"{len(given) - len(rest)} of them. Give as many {kind}s as parts."
+            f"An example has {counted(len(given), kind)} beside its messages; expected one for each part of type "
+            f"{kind!r} without its own ({wanted}). {'Add' if len(given) < wanted else 'Remove'} the rest."
         )
-    return media
+    rest = iter(given)
+    return [_medium(next(rest) if medium is None else medium) for medium in own]
 
 
 def _role(message: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from ..checks import is_number, shown
+from ..checks import is_number, one_line, shown
 
 _EXPECTED: dict[Any, str] = {
     bool: "true or false",
@@ -52,7 +52,13 @@ def read_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a safe loader
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of a date that isn't one
-        raise ValueError(f"{name} isn't valid YAML: {error}") from error
+        place, problem = "", one_line(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None and error.problem:
+            mark, problem = error.problem_mark, error.problem
+            for jargon, words in (("the node content", "a value"), ("'<stream end>'", "the end of the file")):
+                problem = problem.replace(jargon, words)
+            place = f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{name}{place} isn't valid YAML: {problem}. Correct it.") from error
 
 
 def read_yaml_file(file: str | os.PathLike) -> Any:
