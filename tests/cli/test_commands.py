@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -101,7 +102,9 @@ def variant_of(folder: Path) -> str:
     ("options", "parts"),
     [
         (["--variant", "nonsense"], ["'nonsense'", "'ca-shared'"]),
-        (["--max-shard-size", "big"], ["'big'"]),
+        (["--max-shard-size", "big"], ["--max-shard-size big", "'5GB'"]),
+        (["--max-shard-size", "0GB"], ["--max-shard-size 0GB"]),
+        (["--gist-tokens", "1000000000000"], ["--gist-tokens 1000000000000", "from 0 to 1024"]),
         (["--variant", "cassa"], ["did you mean 'casa'?"]),
         (["--revision", "main"], ["--revision main is only for Hub ids", "local folder"]),
         (["--dtype", "int8"], ["'int8'", "'bf16'"]),
@@ -205,6 +208,8 @@ def test_convert_goes_back_to_the_source(cli: Cli, casa_folder: Path, source_fol
     assert plan.code == 0 and list(tmp_path.iterdir()) == []
     left_out = "left out: 24 tensors (fusion layers, which the source doesn't have)"
     assert "visual.merger.mlp.0.weight F32" in plan.out and left_out in plan.out
+    again = cli("convert", casa_folder, tmp_path / "again")
+    assert re.search(r": casa, [\d,]+ parameters taken over and 0 new ones\.", again.out)
     outcome = cli("convert", casa_folder, tmp_path / "back", "--to-source")
     assert outcome.code == 0 and [line for line in outcome.out.splitlines() if "left out" in line] == [left_out]
     assert "blocks of the tower were trained there" in outcome.out and "trained for CASA" in outcome.out
@@ -366,6 +371,10 @@ def test_generate_as_a_process_prints_the_answer_and_nothing_else(casa_folder: P
         (["--device", "nonsense"], ["'nonsense'", "cpu"]),
         (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
         (["--attn", "eagr"], ["did you mean 'eager'?"]),
+        (["--attn", "paged|eager"], ["'paged|eager' is unknown"]),
+        (["--attn", "flex_attention"], ["'flex_attention' is unknown"]),
+        (["--attn", "torch_varlen_flash"], ["'torch_varlen_flash' is unknown", "did you mean 'torch_varlen'?"]),
+        (["--attn", "torch_varlen", "--device", "cpu"], ["needs a CUDA device", "on cpu. Use sdpa"]),
         (["--dtype", "bf15"], ["did you mean 'bf16'?"]),
     ],
 )

@@ -337,10 +337,13 @@ def test_only_checkpoints_are_overwritten(source_folder, tmp_path):
     (holiday / "beach.jpg").write_bytes(b"x")
     (holiday / "config.json").write_text("{}")
     assert_refused(source_folder, holiday, "not a checkpoint folder", overwrite=True)
-    assert_refused(source_folder, holiday / "beach.jpg", "not a checkpoint folder", overwrite=True)
+    assert "overwrite" not in assert_refused(source_folder, holiday, "not a checkpoint folder")
+    for overwrite in (False, True):
+        refusal = assert_refused(source_folder, holiday / "beach.jpg", "is a file", overwrite=overwrite)
+        assert "overwrite" not in refusal
     assert (holiday / "beach.jpg").read_bytes() == b"x"
     (tmp_path / "empty").mkdir()
-    assert_refused(source_folder, tmp_path / "empty", "exists")
+    assert_refused(source_folder, tmp_path / "empty", "exists", "add overwrite=True")
     convert_checkpoint(source_folder, tmp_path / "empty", overwrite=True)
 
 

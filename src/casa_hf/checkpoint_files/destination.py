@@ -76,12 +76,11 @@ def check_destination(output: str | os.PathLike, overwrite: bool, *sources: str 
     _remove_leftovers(target, parent)
     replaces = None
     if os.path.lexists(target):
-        if not overwrite:
-            raise OutputError(f"{target} exists. Choose another output folder, or replace it with overwrite=True.")
         if not _is_empty_or_checkpoint(target):
-            raise OutputError(
-                f"{target} is not a checkpoint folder, so it isn't overwritten. Choose another output folder."
-            )
+            kind = "is not a checkpoint folder" if target.is_dir() else "is a file"
+            raise OutputError(f"{target} exists and {kind}; expected a new folder. Choose another name.")
+        if not overwrite:
+            raise OutputError(f"{target} exists; expected a new folder. Choose another, or add overwrite=True.")
         replaces = _state(target)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} can't be written to, so {target} can't be made. Choose another output folder.")
