@@ -41,7 +41,7 @@ def load_model(
     from ..processing_casa import CasaProcessor
 
     where = _device(device)
-    _check_attention(attn)
+    _check_attention(attn, where)
     repository = hub_id(name, revision=None)
     if repository is None:
         folder = Path(name)
@@ -73,11 +73,19 @@ def _device(name: str | None) -> torch.device:
     )
 
 
-def _check_attention(name: str | None) -> None:
+def _check_attention(name: str | None, device: torch.device) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from ..attention_backends import is_varlen
     from ..design_space import unknown_value
+    from ..torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    flash = [key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if is_varlen(key) and "|" not in key]
+    known = ["eager", "sdpa", *sorted(key for key in flash if key != TORCH_VARLEN_TOWER)]
     if name is not None and name not in known and "/" not in name:  # a kernel of the Hub has a slash
         raise typer.BadParameter(f"{name!r} is unknown; {unknown_value(name, known)}", param_hint="--attn")
+    if name == TORCH_VARLEN and device.type != "cuda":
+        raise typer.BadParameter(
+            f"{name!r} needs a CUDA device, but the model would run on {device}. Use sdpa, or another --device.",
+            param_hint="--attn",
+        )

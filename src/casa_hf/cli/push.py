@@ -29,7 +29,11 @@ def push(
     ] = None,
     card: Annotated[
         Literal["folder"] | None,
-        typer.Option(help="Replace the repository's model card by the folder's.", show_default=False),
+        typer.Option(
+            metavar="folder",
+            help="The word folder: replace the repository's card by the folder's. Default: keep what people wrote.",
+            show_default=False,
+        ),
     ] = None,
     message: Annotated[
         str | None, typer.Option(help="Message of the commit.", show_default=False, callback=valid_text)
