@@ -25,8 +25,9 @@ def resolve_design(
         own: Configuration of the checkpoint if it is a CASA checkpoint.
 
     Raises:
-        CheckpointError: for an unknown field, or an invalid choice of blocks.
-        ValueError: for an unknown variant, or a number of gist tokens that is out of range.
+        CheckpointError: for an unknown field, an invalid choice of blocks, or a number of gist tokens that is out of
+            range.
+        ValueError: for an unknown variant.
     """
     unknown = [name for name in design if name not in FIELDS]
     if unknown:
@@ -37,7 +38,10 @@ def resolve_design(
         fields = {name: getattr(CasaConfig, name) for name in FIELDS}
         fields |= variant_overrides(variant or "casa", blocks)
     fields |= dict(design)
-    check_gist_tokens(fields["num_gist_tokens"])
+    try:
+        check_gist_tokens(fields["num_gist_tokens"])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if isinstance(fields["casa_layers"], str):
         fields["casa_layers"] = layer_indices(fields["casa_layers"], blocks)
     return fields
@@ -59,8 +63,8 @@ def layer_indices(text: str, blocks: Sequence[int]) -> list[int] | None:
         number = int(match[2])
         if not 0 < number <= len(blocks):
             raise CheckpointError(
-                f"casa_layers={text!r} asks for blocks that don't exist: {len(blocks)} can have a fusion layer. Give "
-                f"a number from 1 to {len(blocks)}."
+                f"casa_layers={text!r} is out of range; expected {match[1]}:1 to {match[1]}:{len(blocks)}, since "
+                f"{len(blocks)} blocks can have a fusion layer. Choose a number of these."
             )
         return list(blocks[number - 1 :: number] if match[1] == "every" else blocks[-number:])
     if re.fullmatch(r"\d+(,\d+)*", text):
