@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checks import counted
 from ..design_space import CHOICES, SETTINGS, VARIANTS
 from .options import checkpoint, dtype_option, one_of, wrong_value
-from .terminal import number_of, progress_bar, quiet_unless_terminal
+from .terminal import progress_bar, quiet_unless_terminal
 
 if TYPE_CHECKING:
     from ..conversion import ConversionPlan, ConversionReport
@@ -150,13 +151,13 @@ def _print_report(report: ConversionReport, to_source: bool) -> None:
 
 def _print_plan(plan: ConversionPlan) -> None:
     for file, tensors in plan.files.items():
-        typer.echo(f"{file}: {number_of(len(tensors), 'tensor')}, {sum(tensor.nbytes for tensor in tensors):,} bytes")
+        typer.echo(f"{file}: {counted(len(tensors), 'tensor')}, {sum(tensor.nbytes for tensor in tensors):,} bytes")
         for tensor in tensors:
             size = f"{tensor.dtype} {list(tensor.shape)} {tensor.nbytes:,} bytes"
             typer.echo(f"  {tensor.name} {size} <- {tensor.origin}")
     for kind in plan.left_out:
         typer.echo(f"left out: {kind}")
     typer.echo(
-        f"{plan.num_bytes:,} bytes in {number_of(len(plan.files), 'file')}: {plan.source_parameters:,} parameters "
+        f"{plan.num_bytes:,} bytes in {counted(len(plan.files), 'file')}: {plan.source_parameters:,} parameters "
         f"taken over, {plan.added_parameters:,} new. Nothing was written."
     )

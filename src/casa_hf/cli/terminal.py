@@ -25,11 +25,6 @@ def complain(error: Exception) -> None:
     typer.echo(f"error: {message}", err=True)
 
 
-def number_of(count: int, noun: str) -> str:
-    """A count and its noun, such as "1 file" or "2 files"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def quiet_unless_terminal() -> None:
     """Switch off the progress bars of the libraries where standard error is not a terminal."""
     if not sys.stderr.isatty():
