@@ -149,10 +149,13 @@ def test_unknown_values_are_named(field):
         ({"casa_placement": "replace", "casa_keys": "image"}, "leaves no attention between text"),
         ({"casa_placement": "replace", "casa_layers": [1]}, "set casa_text_windows=True"),
         ({"casa_text_windows": True, "casa_keys": "image"}, "casa_text_windows=True is for casa_keys='window'"),
-        ({"casa_layers": [0, 4]}, r"casa_layers=\[0, 4\] must list distinct block indices from 0 to 3"),
+        (
+            {"casa_layers": [0, 4]},
+            r"casa_layers=\[0, 4\] names block 4; expected .* from 0 to 3, each once\.",
+        ),
         ({"casa_layers": [-1]}, "from 0 to 3"),
-        ({"casa_layers": [1, 1]}, "distinct"),
-        ({"casa_layers": []}, "None means all blocks"),
+        ({"casa_layers": [1, 1]}, "names a block twice"),
+        ({"casa_layers": []}, "is empty"),
         ({"num_gist_tokens": -1}, "num_gist_tokens=-1 must not be negative"),
         ({"num_gist_tokens": 2}, "num_gist_tokens=2 needs as many distinct gist_token_ids, got None"),
         ({"num_gist_tokens": 2, "gist_token_ids": [20, 20]}, "distinct gist_token_ids"),
@@ -271,7 +274,7 @@ def test_unsupported_sources_are_refused(tmp_path):
 def test_settings_changed_after_loading_are_checked_when_a_model_is_built():
     changed = config()
     changed.casa_layers = [7]
-    with pytest.raises(ValueError, match=r"casa_layers=\[7\] must list distinct block indices"):
+    with pytest.raises(ValueError, match=r"casa_layers=\[7\] names block 7"):
         CasaForConditionalGeneration(changed)
 
 

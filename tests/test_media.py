@@ -251,7 +251,7 @@ def test_files_are_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "depth.png")
     for form, message in (
         (tmp_path / "nowhere.png", "nowhere.png' can't be used: there is no such file"),
-        (tmp_path, "there is no such file"),
+        (tmp_path, "it is a folder; expected a file"),
         (half, "half.jpg' can't be used: image file is truncated"),
         (opened, "half.jpg' can't be used: image file is truncated"),
         (text, "text.png' can't be used: its format isn't known"),

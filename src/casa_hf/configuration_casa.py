@@ -376,10 +376,11 @@ class CasaConfig(PreTrainedConfig):
         wrong = [i for i in self.casa_layers if i not in blocks]
         if not self.casa_layers or wrong or len(set(self.casa_layers)) != len(self.casa_layers):
             depth = self.text_config.num_hidden_layers
+            fault = f"names block {wrong[0]}" if wrong else "names a block twice" if self.casa_layers else "is empty"
             others = "" if len(blocks) == depth else f" (of these, blocks {blocks} can have a fusion layer)"
             raise ValueError(
-                f"casa_layers={self.casa_layers} must list distinct block indices from 0 to {depth - 1}{others}; None "
-                "means all blocks."
+                f"casa_layers={self.casa_layers} {fault}; expected block numbers from 0 to {depth - 1}, each "
+                f"once{others}. Choose among them, or leave casa_layers out for all."
             )
 
     def _validate_combinations(self) -> None:

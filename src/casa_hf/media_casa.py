@@ -346,6 +346,8 @@ def contents_of(given: str | os.PathLike[str] | bytes, policy: MediaPolicy) -> b
     # In this order: a file may have a name that could be base64. What may not be read isn't looked for either.
     if policy.local_files and os.path.isfile(path):
         return path
+    if policy.local_files and os.path.isdir(path):
+        raise ValueError("it is a folder; expected a file. Name a file in it")
     if isinstance(given, str) and _BASE64.fullmatch(given):
         return base64.b64decode(given)
     if not policy.local_files:

@@ -719,15 +719,18 @@ def _size(image_processor: Any, options: dict[str, Any]) -> dict[str, int]:
         size["shortest_edge"] = options["min_pixels"]
     if options.get("max_pixels") is not None:
         size["longest_edge"] = options["max_pixels"]
-    _check_size(size, "max_pixels (longest_edge)")
+    _check_size(size, "max_pixels")
     return size
 
 
 def _check_size(size: dict[str, int], upper: str) -> None:
-    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+    smallest, largest = size["shortest_edge"], size["longest_edge"]
+    if smallest <= 0:
+        raise ValueError(f"min_pixels={smallest} is not positive; expected 1 pixel or more. Raise it.")
+    if largest < smallest:
         raise ValueError(
-            f"min_pixels (shortest_edge) is {size['shortest_edge']} and {upper} is {size['longest_edge']}; the first "
-            "must be positive and no larger than the second."
+            f"{upper}={largest} is below min_pixels={smallest}; expected {smallest} or more. Raise it, or lower "
+            "min_pixels."
         )
 
 

@@ -351,12 +351,12 @@ def test_the_source_is_never_replaced(tmp_path):
     (tmp_path / "link.mkv").symlink_to(clip)
     for source in (open_video(clip), open_video(f"file://{clip}"), open_video(clip, live=True)):
         for path in (clip, tmp_path / "link.mkv", tmp_path / ".." / tmp_path.name / "clip.mp4"):
-            with source, pytest.raises(ValueError, match="is the video that is read; choose another name"):
+            with source, pytest.raises(ValueError, match="is the input itself; expected a new name"):
                 Overlay(source, path, overwrite=True)
-    with pytest.raises(ValueError, match="is the video that is read"):
+    with pytest.raises(ValueError, match="is the input itself"):
         OverlayWriter(clip, audio=str(clip), overwrite=True)
     assert clip.read_bytes() == whole
-    with open_video(clip) as source, pytest.raises(ValueError, match="exists; choose another name"):
+    with open_video(clip) as source, pytest.raises(ValueError, match="exists; expected a new name"):
         Overlay(source, tmp_path / write_clip(tmp_path / "other.mp4", 2, 10))
 
 

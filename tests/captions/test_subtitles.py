@@ -296,7 +296,7 @@ def test_a_process_that_is_killed_leaves_whole_files(tmp_path):
 def test_files_are_not_replaced_by_mistake(tmp_path):
     path = tmp_path / "captions.srt"
     path.write_text("hours of work")
-    with pytest.raises(ValueError, match=r"captions\.srt' exists; choose another name"):
+    with pytest.raises(ValueError, match=r"captions\.srt' exists; expected a new name"):
         caption_writer(path)
     assert path.read_text() == "hours of work"
     with caption_writer(path, overwrite=True):
@@ -305,6 +305,6 @@ def test_files_are_not_replaced_by_mistake(tmp_path):
         caption_writer(tmp_path / "nowhere" / "a.srt")
     with pytest.raises(ValueError, match=r"a\.txt' must end in \.srt or \.vtt or \.jsonl"):
         caption_writer(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"exists; expected a new name\. Choose another\.$"):
         (tmp_path / "folder.srt").mkdir()
         caption_writer(tmp_path / "folder.srt", overwrite=True)

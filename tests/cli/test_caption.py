@@ -284,7 +284,7 @@ def test_files_are_replaced_and_words_come_one_by_one(cli: Cli, checkpoint: Path
     srt.write_text("old")
     arguments = ["caption", BUNNY, "--model", checkpoint, "--out", srt, "--overlay", video, "--device", "cpu"]
     arguments += ["--end", "0.4", "--max-new-tokens", "12", "--words", "--allow-repeats", *DRAWN]
-    assert cli(*arguments).refused("--out", "exists; choose another name")
+    assert cli(*arguments).refused("--out", "a.srt' exists; expected a new name. Choose another, or add --overwrite.")
     assert srt.read_text() == "old"
     outcome = cli(*arguments, "--overwrite")
     assert outcome.code == 0, outcome.err
@@ -327,7 +327,7 @@ def test_the_source_is_never_replaced(cli: Cli, checkpoint: Path, tmp_path: Path
     (tmp_path / "a.srt").symlink_to(clip)
     for option, file in (("--overlay", clip), ("--out", tmp_path / "a.srt")):
         outcome = cli("caption", clip, "--model", checkpoint, option, file, "--overwrite")
-        assert outcome.refused(str(file), "is the video that is read; choose another name")
+        assert outcome.refused(str(file), "is the input itself; expected a new name")
     assert clip.read_bytes() == whole
 
 
@@ -449,6 +449,7 @@ def test_nothing_to_caption_is_said_before_any_file_is_made(
     [
         (["--start", "soon"], "'soon' is not a time"),
         (["--ask", "@2"], "has a time and no question"),
+        (["--ask", "@x hello"], "'@x hello' begins with '@x'; expected @ and a time"),
         (["--ask", " "], "A question is empty"),
         (["--late", "drop"], "needs --live or --live-input"),
         (["--recorded-input", "--late", "drop"], "needs --live"),
@@ -458,8 +459,8 @@ def test_nothing_to_caption_is_said_before_any_file_is_made(
         (["--option", "a=1", "--option", "a=2"], "a is given twice: 1 and 2"),
         (["--late", "never"], "merge"),
         (["--frame-budget", "soon"], "'--frame-budget': Input should be a valid number"),
-        (["--top-k", "5"], "Add --temperature"),
-        (["--seed", "5"], "Add --temperature"),
+        (["--top-k", "5"], "--top-k 5 needs --temperature"),
+        (["--seed", "5"], "--seed 5 needs --temperature"),
         (["--font", "a.ttf"], "--font is for --overlay. Add it"),
     ],
 )

@@ -109,8 +109,9 @@ def variant_of(folder: Path) -> str:
         (["--revision", "main"], ["--revision main is only for Hub ids", "local folder"]),
         (["--dtype", "int8"], ["'int8'", "'bf16'"]),
         (["--keys", "imagge"], ["--keys", "did you mean 'image'?"]),
-        (["--layers", "every:9"], ["--layers every:9", "1 to 3"]),
-        (["--layers", "7"], ["--layers", "0 to 2"]),
+        (["--layers", "every:9"], ["--layers every:9 is out of range", "every:1 to every:3"]),
+        (["--layers", "7"], ["--layers 7 names block 7", "0 to 2"]),
+        (["--layers", "1,7"], ["--layers 1,7 names block 7"]),
         (["--keys", "context"], ["--keys context", "--share-projections"]),
         (["--variant", "ca", "--text-windows"], ["--text-windows", "--keys window", "--keys image"]),
         (["--variant", "ca-replace", "--gate", "tanh"], ["--placement replace", "--gate none"]),
@@ -367,7 +368,8 @@ def test_generate_as_a_process_prints_the_answer_and_nothing_else(casa_folder: P
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--image", "nowhere.jpg"], ["nowhere.jpg", "path or URL"]),
+        (["--image", "nowhere.jpg"], ["nowhere.jpg' doesn't exist", "path or URL"]),
+        (["--image", "."], ["The image '.' is a folder; expected a file."]),
         (["--device", "nonsense"], ["'nonsense'", "cpu"]),
         (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
         (["--attn", "eagr"], ["did you mean 'eager'?"]),

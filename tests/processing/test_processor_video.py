@@ -182,7 +182,7 @@ def test_the_limit_of_frames_is_theirs_alone(processor, photos, short_clip):
             "fps can't be combined with do_sample_frames=False, which takes every frame",
         ),
         ({"num_frames": 61}, "short.mp4' can't be used: num_frames=61 is more than the 60 frames"),
-        ({"frame_max_pixels": 1000}, "shortest_edge.* is 3136 and frame_max_pixels is 1000"),
+        ({"frame_max_pixels": 1000}, "frame_max_pixels=1000 is below min_pixels=3136"),
         ({"images": "cat.jpg"}, r"number of images \(1\) must be .* placeholders in the text \(0\)"),
     ],
     ids=str,
@@ -212,7 +212,7 @@ def test_files_that_are_no_videos(processor, tmp_path, long_clip, serve):
         container.mux(stream.encode())
     for video, message in (
         (tmp_path / "missing.mp4", "missing.mp4' can't be used: there is no such file"),
-        (tmp_path, "there is no such file, and it is neither an http:// or https:// URL nor base64"),
+        (tmp_path, "it is a folder; expected a file. Name a file in it"),
         (text, "text.mp4' can't be used: .*Invalid data"),
         (cut, "cut.mp4' can't be used: "),
         (silent, "sound.wav' can't be used: it has no video stream"),

@@ -292,9 +292,10 @@ def check_output(
     if path.suffix.lower() not in endings:
         raise ValueError(f"The file name {str(path)!r} must end in {' or '.join(endings)}.")
     if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
-        raise ValueError(f"{str(path)!r} is the video that is read; choose another name.")
+        raise ValueError(f"{str(path)!r} is the input itself; expected a new name. Choose another.")
     if path.exists() and not (overwrite and path.is_file()):
-        raise ValueError(f"{str(path)!r} exists; choose another name, or replace it with overwrite=True.")
+        way_out = "Choose another." if path.is_dir() else "Choose another, or add overwrite=True."
+        raise ValueError(f"{str(path)!r} exists; expected a new name. {way_out}")
     if not path.parent.is_dir():
         raise ValueError(f"The folder {str(path.parent)!r} for {path.name!r} doesn't exist; make it first.")
     return path

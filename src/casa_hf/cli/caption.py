@@ -76,7 +76,14 @@ def _question(text: str) -> Question:
         return Question(None, text.strip())
     if not question.strip():
         raise typer.BadParameter(f"{text!r} has a time and no question; write @SECONDS QUESTION.")
-    return Question(_seconds(moment[1:]), question.strip())
+    try:
+        return Question(_seconds(moment[1:]), question.strip())
+    except typer.BadParameter as error:
+        raise typer.BadParameter(
+            f"{text!r} begins with {moment!r}; expected @ and a time in seconds, or as 1:30 or 0:01:30.5. Correct the "
+            "time.",
+            param_hint="--ask",
+        ) from error
 
 
 def _ffmpeg_options(texts: list[str]) -> dict[str, str]:
@@ -297,9 +304,12 @@ def _check_company(given: Mapping[str, Any]) -> None:
     if given["font"] is not None and given["overlay"] is None:
         raise typer.BadParameter("--font is for --overlay. Add it, or leave --font out.", param_hint="--font")
     if given["temperature"] is None and (given["top_k"] is not None or given["seed"] is not None):
+        name, value = next((name, given[name]) for name in ("top_k", "seed") if given[name] is not None)
+        option = f"--{name.replace('_', '-')}"
         raise typer.BadParameter(
-            "--top-k and --seed are for words drawn at random. Add --temperature, or leave them out.",
-            param_hint="--temperature",
+            f"{option} {value} needs --temperature, with which words are drawn at random. Add --temperature 0.4, or "
+            f"leave {option} out.",
+            param_hint=option,
         )
 
 

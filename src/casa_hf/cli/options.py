@@ -126,10 +126,12 @@ def image_name(text: str) -> str:
     """The file or the URL of an image.
 
     Raises:
-        BadParameter: if it is a file that isn't there.
+        BadParameter: if it is a folder, or a file that isn't there.
     """
-    if not is_url(text) and not os.path.isfile(os.path.expanduser(text)):
-        raise typer.BadParameter(f"The image file {text!r:.200} doesn't exist; give the path or URL of an image.")
+    path = os.path.expanduser(text)
+    if not is_url(text) and not os.path.isfile(path):
+        fault = "is a folder; expected a file" if os.path.isdir(path) else "doesn't exist; expected a file or a URL"
+        raise typer.BadParameter(f"The image {text!r:.200} {fault}. Give the path or URL of an image.")
     return text
 
 
@@ -179,7 +181,7 @@ def wrong_value(option: str | None = None, kind: type[ValueError] = ValueError, 
         **options: Name that the library has for an option -> its name here. One that is also a plain word counts only
             with a value, as in `revision='v2'`.
     """
-    value = r"=(?:'[^']*'|-?\w+(?:[.+-]\w+)*)"
+    value = r"=(?:'[^']*'|\[[\d, -]*\]|-?\w+(?:[.+-]\w+)*)"
     fields = (rf"\b{name}\b(?:{value}){'?' if '_' in name else ''}" for name in options)
     names = re.compile("|".join(fields)) if options else None
     try:
@@ -195,9 +197,10 @@ def wrong_value(option: str | None = None, kind: type[ValueError] = ValueError, 
 
 
 def _as_typed(field: str, options: Mapping[str, str]) -> str:
-    """`casa_gate='tanh'` as `--gate tanh`, `casa_share_projections=False` as `--no-share-projections`."""
+    """`casa_gate='tanh'` as `--gate tanh`, `casa_layers=[1, 7]` as `--layers 1,7`, `casa_share_projections=False` as
+    `--no-share-projections`."""
     name, _, value = field.partition("=")
-    option, value = options[name], value.strip("'")
+    option, value = options[name], value.strip("'[]").replace(", ", ",")
     if value in ("True", "False"):
         return option if value == "True" else f"--no-{option.removeprefix('--')}"
     return f"{option} {'none' if value == 'None' else value}".strip()
