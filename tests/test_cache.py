@@ -697,7 +697,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"pixel_values": image_inputs([B])["pixel_values"][1:], "image_grid_thw": torch.tensor([B.grid])},
         r"7 patches, but image_grid_thw \[\[1, 2, 4\]\] needs 8",
     ),
-    "two images for one placeholder": (image_inputs([A, B]), "1 image placeholders .token 61. but 2 images"),
+    "two images for one placeholder": (image_inputs([A, B]), "1 image placeholder .token 61.; expected 2"),
     "no image": ({"image_grid_thw": torch.tensor([B.grid])}, "image_grid_thw was given without images"),
     "places only": ({"image_positions": torch.tensor([[0, 1]])}, "image_positions was given without images"),
     "short mask": (
@@ -761,7 +761,7 @@ def test_either_ids_or_embeddings():
     for inputs in ({}, {"input_ids": torch.tensor([[5]]), "inputs_embeds": torch.zeros(1, 1, 64)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**inputs)
-    with pytest.raises(ValueError, match=r"images beside inputs_embeds.*0 such rows but 1 images.*image_positions"):
+    with pytest.raises(ValueError, match=r"images beside inputs_embeds.*0 such rows; expected 1, .*image_positions"):
         model(inputs_embeds=torch.zeros(1, 2, 64).double(), **image_inputs([B]))
 
 

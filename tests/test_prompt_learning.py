@@ -107,7 +107,9 @@ def test_images_behind_a_prompt_are_refused(casa_folder: Path, kind: str, typed:
     ids, images = picture(model)
     if typed:
         images["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-    with pytest.raises(ValueError, match=r"one entry per new token.*learned prompt.*Use prefix tuning or LoRA"):
+    with pytest.raises(
+        ValueError, match=r"expected one each\. If PEFT has put a learned prompt .*: use prefix tuning or LoRA"
+    ):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, max_new_tokens=2)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from .checks import counted
 from .configuration_casa import CasaConfig
 from .text_inputs import NewText, cached_length
 from .windows import ImagePlacement, moved
@@ -156,15 +157,15 @@ def check_no_images(
 ) -> None:
     """Refuse sizes or places in a call without images.
 
-    Beside a filled cache, sizes are left over from the prompt, unless the new text has an image placeholder. One token
-    is a decoding step, whose placeholder the model has written.
+    Sizes beside a filled cache are those of the prompt's images, which callers pass again: they are ignored unless the
+    new text has an image placeholder. A single token is a decoding step; a placeholder there was written by the model.
 
     Args:
         config: configuration that names the image placeholder.
         text: new text.
         image_grid_thw: (num_images, 3) sizes, or None.
         image_positions: (num_images, 2) places, or None.
-        mm_token_type_ids: types of the new tokens or of all so far; those of another length are left over too.
+        mm_token_type_ids: types of the new tokens or of all so far; those of another length are ignored.
         cache: cache with the earlier text, or None.
 
     Raises:
@@ -253,10 +254,14 @@ def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cac
         return mm_token_type_ids
     batch_size, num_tokens = text.shape
     if mm_token_type_ids.shape != (batch_size, cached_length(cache) + num_tokens):
+        given = tuple(mm_token_type_ids.shape)
+        if text.ids is None and given[0] == batch_size and given[1] < num_tokens:
+            raise ValueError(
+                f"mm_token_type_ids have {given[1]} entries for {num_tokens} rows of inputs_embeds; expected one "
+                "each. If PEFT has put a learned prompt before the text, images can't be placed: use prefix tuning or LoRA."
+            )
         raise ValueError(
-            f"mm_token_type_ids has shape {tuple(mm_token_type_ids.shape)}; expected {tuple(text.shape)}, one entry "
-            "per new token. (If PEFT has put a learned prompt before the text: images can't be placed then. Use "
-            "prefix tuning or LoRA.)"
+            f"mm_token_type_ids has shape {given}; expected {tuple(text.shape)}, one entry per new token."
         )
     return mm_token_type_ids[:, -num_tokens:]
 
@@ -277,18 +282,18 @@ def _find_places(
     places = found.cpu().nonzero()
     if len(places) != num_images:
         raise ValueError(
-            f"{_found_in_words(config, text, types, len(places))} but {num_images} images were given. Write one "
-            "placeholder per new image, or pass image_positions (num_images, 2), row and index of the token that each "
-            "image precedes (a placeholder that the model itself has written is text)."
+            f"{_found_in_words(config, text, types, len(places))}; expected {num_images}, one per image. "
+            f"{'Add them' if len(places) < num_images else 'Remove the others'}, or pass image_positions of shape "
+            f"({num_images}, 2): row and index of the token that each image precedes."
         )
     return places, valid
 
 
 def _found_in_words(config: CasaConfig, text: NewText, types: torch.Tensor | None, number: int) -> str:
     if types is not None:
-        return f"mm_token_type_ids have {number} image placeholders (1 or 2)"
+        return f"mm_token_type_ids have {counted(number, 'image placeholder')} (1 or 2)"
     if text.ids is not None:
-        return f"The text has {number} image placeholders (token {config.image_token_id})"
+        return f"The text has {counted(number, 'image placeholder')} (token {config.image_token_id})"
     return (
         "Without image_positions or mm_token_type_ids, images beside inputs_embeds stand where a row equals the "
         f"embedding of token {config.image_token_id}: there are {number} such rows"
