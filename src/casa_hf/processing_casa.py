@@ -22,6 +22,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .chat_text import ChatText, token_ids
+from .checks import listed
 from .design_space import check_gist_tokens
 from .folder_files import read_json
 from .frames_casa import check_sampling, load_frames, measure_frames
@@ -36,6 +37,8 @@ FRAME_MAX_PIXELS = 504 * 504
 _LIMITS = ("size", "min_pixels", "max_pixels")
 # Forms that may hold an image or a video.
 _FILES = (str, os.PathLike, bytes)
+# Where a part of a message has its image.
+_IMAGE_KEYS = ("image", "url", "path", "base64")
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 # Conversations with a text-only source: a line per turn, answers closed by the end-of-text token.
@@ -296,9 +299,10 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         """As in Transformers, which would fetch parts with audio, whatever the policy of this processor.
 
         Raises:
-            ValueError: if there are such, or videos where no template sees them; and as for a call.
+            ValueError: if there are such, or videos where no template sees them, or not one image in a part of type
+                "image" that is to be tokenized; and as for a call.
         """
-        _refuse_parts(conversation)
+        _refuse_parts(conversation, bool(kwargs.get("tokenize")))
         if kwargs.get("load_audio_from_video"):
             raise ValueError("CASA models take no audio; leave load_audio_from_video out.")
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -633,14 +637,14 @@ def _check_floating(images: list[Any]) -> None:
             )
 
 
-def _refuse_parts(given: Any) -> None:
+def _refuse_parts(given: Any, tokenize: bool) -> None:
     """Refuse what CASA can't see among the parts of a conversation or a batch; other faults are found by who reads it.
 
     Messages and their parts may be dictionaries or objects, as Transformers takes them.
     """
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         for element in given:
-            _refuse_parts(element)
+            _refuse_parts(element, tokenize)
         return
     field = given.get if isinstance(given, Mapping) else partial(getattr, given)
     kind = field("type", None)
@@ -651,9 +655,16 @@ def _refuse_parts(given: Any) -> None:
             "A message has a part of the type 'video_url', which chat templates ignore; write it as "
             '{"type": "video", "url": ...}.'
         )
+    if kind == "image" and tokenize:
+        named = [key for key in _IMAGE_KEYS if field(key, None) is not None]
+        if len(named) != 1:
+            raise ValueError(
+                f"A message part of type 'image' has {listed(named) or 'no image'}; expected exactly one of "
+                f"{', '.join(_IMAGE_KEYS)}. {'Keep' if named else 'Add'} one."
+            )
     for name in ("messages", "content"):
         if (inner := field(name, None)) is not None:
-            _refuse_parts(inner)
+            _refuse_parts(inner, tokenize)
 
 
 def _read_source_files(folder: str | os.PathLike) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
-from casa_hf.samples import PHOTOGRAPHS
+from casa_hf.samples import CAT, PHOTOGRAPHS
 
 ALL = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 
@@ -206,9 +206,21 @@ def test_the_error_for_bad_base64_stays_short(processor):
     assert len(str(caught.value)) < 600
 
 
-def test_an_image_block_without_an_image(processor):
-    with pytest.raises(ValueError, match=r"number of images \(0\) must be .* placeholders in the text \(1\)"):
-        processor.apply_chat_template([user({"type": "image"}, "What?")], **ALL)
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ({}, "no image"),
+        ({"file": CAT}, "no image"),
+        ({"image": None}, "no image"),
+        ({"path": CAT, "url": CAT}, "url, path"),
+    ],
+)
+def test_an_image_block_without_one_image(processor, part, fault):
+    messages = [user({"type": "image"} | part, "What?")]
+    refusal = rf"A message part of type 'image' has {fault}; expected exactly one of image, url, path, base64\."
+    with pytest.raises(ValueError, match=refusal):
+        processor.apply_chat_template(messages, **ALL)
+    assert "<|image_pad|>" in processor.apply_chat_template(messages)
 
 
 def test_decoding(processor, tokenizer):
