@@ -223,7 +223,11 @@ def truncated(folder: Path) -> Path:
         (Image.new("RGB", (0, 4)), "0 x 4 pixels"),
         (Image.new("I", (4, 4)), "mode is 'I', with more than 8 bits"),
         (Image.new("F", (4, 4)), "mode is 'F', with more than 8 bits"),
-        (b"", "image of 0 bytes can't be used: its format isn't known"),
+        (b"", "image of 0 bytes can't be used: it has 0 bytes; expected a file such as JPEG"),
+        (b"\0\0\0 ftypisom\0\0\2\0", "it is a video; expected an image. Pass it as a video"),
+        (b"\x1aE\xdf\xa3 matroska", "it is a video"),
+        (b"\0\0\1\xb3 mpeg", "it is a video"),
+        (b"\0\0\0 ftypheic\0\0\2\0", "its format isn't known"),
         ("ftp://127.0.0.1/cat.jpg", "neither an http:// or https:// URL nor base64"),
         (b"no picture", "image of 10 bytes can't be used: its format isn't known"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "its format isn't known"),
@@ -252,8 +256,8 @@ def test_files_are_named(tmp_path: Path) -> None:
     for form, message in (
         (tmp_path / "nowhere.png", "nowhere.png' can't be used: there is no such file"),
         (tmp_path, "it is a folder; expected a file"),
-        (half, "half.jpg' can't be used: image file is truncated"),
-        (opened, "half.jpg' can't be used: image file is truncated"),
+        (half, "half.jpg' can't be used: its file is truncated"),
+        (opened, "half.jpg' can't be used: its file is truncated"),
         (text, "text.png' can't be used: its format isn't known"),
         (tmp_path / "depth.png", "depth.png' can't be used: its mode is 'I;16'"),
     ):
@@ -401,9 +405,9 @@ def test_what_a_server_does_is_told() -> None:
             ("/loop", MediaPolicy(), "status 302 .*redirect"),
             ("/file", MediaPolicy(), "status 302"),
             ("/ftp", MediaPolicy(), "unknown url type|status 302"),
-            ("/half", MediaPolicy(), f"the connection ended after 5000 of {len(cat)} bytes"),
+            ("/half", MediaPolicy(), f"it ended after 5000 of {len(cat)} bytes; expected all"),
             ("/large", small, f"it has {len(cat)} bytes, more than max_bytes=10000"),
-            ("/large-unsaid", small, "it has more than max_bytes=10000"),
+            ("/large-unsaid", small, "it has more than max_bytes=10000 .*raise max_bytes"),
             ("/page", MediaPolicy(), "its format isn't known"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -258,7 +258,8 @@ def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cac
         if text.ids is None and given[0] == batch_size and given[1] < num_tokens:
             raise ValueError(
                 f"mm_token_type_ids have {given[1]} entries for {num_tokens} rows of inputs_embeds; expected one "
-                "each. If PEFT has put a learned prompt before the text, images can't be placed: use prefix tuning or LoRA."
+                "each. If PEFT has put a learned prompt before the text, images can't be placed: use prefix tuning or "
+                "LoRA."
             )
         raise ValueError(
             f"mm_token_type_ids has shape {given}; expected {tuple(text.shape)}, one entry per new token."

@@ -39,6 +39,7 @@ _CHUNK_BYTES = 1 << 16
 _USER_AGENT = "casa_hf (https://pypi.org/project/casa_hf/)"
 # The smallest images take some 40 bytes.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
+_SMALLER = "Use a smaller file, or raise max_bytes"
 _MAX_NAME = 200
 _MAX_REASON = 400
 # What turns an image upright, by the orientation in its EXIF data.
@@ -53,6 +54,10 @@ _UPRIGHT = {
 }
 # A film, and a document that Pillow gives to another program.
 UNREAD_FORMATS = ("MPEG", "EPS")
+# How MP4 and QuickTime (but not HEIF and AVIF), Matroska and WebM, AVI, MPEG and Flash videos begin.
+_VIDEO = re.compile(
+    rb"....ftyp(?!avi|hei|hev|mif|msf)|\x1aE\xdf\xa3|RIFF....AVI |\x00\x00\x01[\xb3\xba]|FLV\x01", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def images_of(given: Any) -> list[Any]:
 
 
 def elements_of(given: Any) -> list[Any]:
-    """The elements of what can hold several images or videos; anything else is one element, if a wrong one."""
+    """The elements of what can hold several images or videos; anything else is one element."""
     is_one = isinstance(given, (Mapping, IOBase, bytearray, memoryview)) or not isinstance(given, Iterable)
     return [given] if is_one else list(given)
 
@@ -229,7 +234,12 @@ def _checked(image: Image.Image, policy: MediaPolicy) -> Image.Image:
 def _flat(image: Image.Image, policy: MediaPolicy) -> Image.Image:
     """The image upright, without opacity, in RGB."""
     _checked(image, policy)
-    image.load()  # before EXIF data are read, which counts as loading and hides damage
+    try:
+        image.load()  # before EXIF data are read, which counts as loading and hides damage
+    except OSError as error:
+        if "truncated" not in str(error).lower():
+            raise
+        raise ValueError("its file is truncated, so that the image is incomplete. Get it again") from error
     transpose = _UPRIGHT.get(_orientation(image))
     if transpose is not None:  # without `ImageOps.exif_transpose`, which fails if other EXIF data are damaged
         image = image.transpose(transpose)
@@ -260,6 +270,10 @@ def _opened_image(file: BinaryIO) -> Image.Image:
             return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # another format
             continue
+    if not prefix:
+        raise ValueError("it has 0 bytes; expected a file such as JPEG or PNG. Get it again")
+    if _VIDEO.match(prefix):
+        raise ValueError("it is a video; expected an image. Pass it as a video")
     raise UnidentifiedImageError("its format isn't known, or the file is damaged; expected JPEG, PNG or the like")
 
 
@@ -314,7 +328,7 @@ def _levels(pixels: np.ndarray) -> np.ndarray:
     if kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
             levels = np.rint(pixels * np.float32(255))
-    if not 0 <= levels.min() <= levels.max() <= 255:  # nor where they aren't finite
+    if not 0 <= levels.min() <= levels.max() <= 255:  # also refuses NaN and infinity
         found = f"{pixels.dtype} from {pixels.min():g} to {pixels.max():g}"
         raise ValueError(f"its values are {found}; {expected}. Scale them, or convert them to uint8")
     return levels.astype(np.uint8)
@@ -460,16 +474,20 @@ def _received(response: Any, policy: MediaPolicy, until: float) -> bytes:
     stated = response.headers.get("Content-Length") or ""
     length = int(stated) if stated.isdigit() else None
     if length is not None and length > policy.max_bytes:
-        raise ValueError(f"it has {length} bytes, more than max_bytes={policy.max_bytes} of the MediaPolicy")
+        raise ValueError(
+            f"it has {length} bytes, more than max_bytes={policy.max_bytes} of the MediaPolicy. {_SMALLER}"
+        )
     contents = bytearray()
     while chunk := response.read1(_CHUNK_BYTES):
         contents += chunk
         if len(contents) > policy.max_bytes:
-            raise ValueError(f"it has more than max_bytes={policy.max_bytes} of the MediaPolicy")
+            raise ValueError(f"it has more than max_bytes={policy.max_bytes} of the MediaPolicy. {_SMALLER}")
         if time.monotonic() > until:
             raise ValueError(_late(policy))
     if length is not None and len(contents) < length:
-        raise ValueError(f"the connection ended after {len(contents)} of {length} bytes")
+        raise ValueError(
+            f"it ended after {len(contents)} of {length} bytes; expected all. Try again, or download the file first"
+        )
     return bytes(contents)
 
 

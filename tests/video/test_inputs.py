@@ -268,6 +268,10 @@ def test_files_that_hold_no_video(tmp_path, clip, serve):
         open_video(tmp_path / "nowhere.mp4")
     with pytest.raises(ValueError, match="has no frames between 20 s and its end"):
         list(open_video(clip, start=20))
+    with pytest.raises(
+        ValueError, match=r"^The video 'http://.*' can't be opened \(Input/output error\): the address"
+    ):
+        open_video("http://nowhere.invalid/clip.mp4")
     with pytest.raises(ValueError, match=r"missing\.mp4' can't be used: .*404"):
         open_video(f"{serve(tmp_path)}/missing.mp4")
 

@@ -47,6 +47,8 @@ _OPEN_AT_ONCE = {"probesize": "32", "analyzeduration": "1"}
 _CONTAINER_TICKS = 1_000_000  # per second, in which FFmpeg states the duration of a container
 # FFmpeg's name of what HTTP cameras send: images without end, as multipart/x-mixed-replace.
 _HTTP_CAMERA = "mpjpeg"
+# All that FFmpeg says of an address that nothing answers at.
+_UNREACHABLE = "Input/output error"
 _LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "srt", "tcp", "mms")
 
 
@@ -159,6 +161,11 @@ class MediaInput(VideoInput):
             raise ImportError(f"The video {self.name!r} can't be read: {error}") from error
         except reading_errors() as error:
             reason = reason_of(error)
+            if "://" in self.url and reason == _UNREACHABLE:
+                raise ValueError(
+                    f"The video {self.name!r} can't be opened ({reason}): the address can't be reached. Check it and "
+                    "the connection."
+                ) from error
             raise ValueError(f"The video {self.name!r} can't be used: {reason}.{self._known_devices()}") from error
 
     def _known_devices(self) -> str:
