@@ -150,7 +150,7 @@ class Page:
         def ask(content: dict[str, Any]) -> None:
             question = content.get("question")
             if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION_CHARACTERS:
-                raise ValueError(f"question must be a text of 1 to {MAX_QUESTION_CHARACTERS} characters.")
+                raise ValueError(f"question must be a string of 1 to {MAX_QUESTION_CHARACTERS} characters.")
             check_text("The question", question)
             self._player.ask(question.strip())
 
