@@ -19,6 +19,7 @@ from casa_hf.checkpoint_files.shards import (
     PlannedTensor,
     read_checkpoint,
     row_statistics,
+    shard_bytes,
     split_files,
     write_checkpoint,
 )
@@ -136,6 +137,13 @@ def test_progress_counts_bytes_to_the_end(source, tmp_path, monkeypatch):
 def test_shard_size_must_be_positive(source, size):
     with pytest.raises(CheckpointError, match=rf"max_shard_size={size}"):
         split_files([PlannedTensor("a", (read_checkpoint(source)["matrix"],), "F32")], size)
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [(8100, 8100), ("8100", 8100), ("5GB", 5 * 10**9), (" 1.5 kb ", 1500), ("2TB", 2 * 10**12)]
+)
+def test_shard_sizes(size, number):
+    assert shard_bytes(size) == number
 
 
 # -------------------------------------------------------------------- broken sources

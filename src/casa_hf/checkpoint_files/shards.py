@@ -39,9 +39,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
-# A size such as "5GB", and its units.
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d*)?)\s*(KB|MB|GB|TB)\s*", re.ASCII | re.IGNORECASE)
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# A size such as "5GB" or "5000", and its units.
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d*)?)\s*(KB|MB|GB|TB|)\s*", re.ASCII | re.IGNORECASE)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 _CHUNK_BYTES = 16 * 2**20
 
