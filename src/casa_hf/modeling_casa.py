@@ -59,7 +59,7 @@ from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if
 from .vision_tower import PatchProjection, tower_inputs
 from .windows import ImagePlacement, WindowPlan, WindowRules, WindowState, plan_windows
 
-# What the vision tower is asked for too.
+# Options of a call that apply to the vision tower too.
 _RECORDED = ("output_attentions", "output_hidden_states")
 
 

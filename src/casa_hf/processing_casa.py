@@ -92,8 +92,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         frame_max_pixels: largest number of pixels of a video frame; None for the limit of images.
         source_config: contents of the source's processor files by file name, kept so that the model can be converted
             back; not used otherwise.
-        image_token: token that an image precedes. `<|vision_end|>` is the second of a pair of delimiters; any other
-            stands alone.
+        image_token: token that an image stands before. **It is one ordinary token of the text, not a pad token that
+            is repeated for each feature of an image.** `<|vision_end|>` is the second of a pair of delimiters; any
+            other stands alone.
         num_gist_tokens: gist tokens `<|gist_0|>`, `<|gist_1|>`, ... that follow each image token.
 
     Attributes:
@@ -431,7 +432,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         return sizes
 
     def _load(self, call: "_Call") -> "list[list[_Visual]]":
-        """What stands at each placeholder of each prompt, as RGB images."""
+        """Load all images and frames of a call, by prompt and placeholder, as RGB images."""
         images_kwargs = call.options["images_kwargs"]
         layout = images_kwargs.pop("input_data_format", None)
         rows = self._visuals(call, load_frames)
@@ -450,7 +451,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         ]
 
     def _visuals(self, call: "_Call", frames_of: Callable[..., list[Any]]) -> "list[list[_Visual]]":
-        """What stands at each placeholder of each prompt, images as they were given."""
+        """Distribute the images and videos of a call over prompts and placeholders; images stay as they were given."""
         videos_kwargs = call.options["videos_kwargs"]
         sampling: dict[str, Any] = {
             "fps": videos_kwargs.get("fps"),
@@ -597,7 +598,7 @@ def _check_counts(kind: str, placeholder: str, expected: list[int], given: _Give
             )
 
 
-# -------------------------------------------------------------------- what goes in
+# -------------------------------------------------------------------- the contents of a call
 
 
 class _Call(NamedTuple):
@@ -621,7 +622,12 @@ class _Call(NamedTuple):
 
 
 class _Visual(NamedTuple):
-    """What stands at a placeholder: an image, or the frames of a video."""
+    """The image, or the frames of the video, that one placeholder stands for.
+
+    Attributes:
+        type: `IMAGE_TYPE` or `FRAME_TYPE`.
+        images: images or frames, in order.
+    """
 
     type: int
     images: list[Any]
