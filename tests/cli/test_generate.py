@@ -146,7 +146,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),
         ('{"prompt": "x", "image": "nowhere.jpg"}', ["line 1", "nowhere.jpg"]),
-        (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "The image file"]),
+        (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "exist; expected a file or a URL"]),
         ('{"prompt": ' + "[" * 100_000, ["line 1", "JSON"]),
     ],
 )
