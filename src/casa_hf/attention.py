@@ -28,9 +28,8 @@ from .attention_backends import BackendWindows, StepWindows, attend, step_with_s
 from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
 from .cache_casa import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
+from .positions import Rotary
 from .windows import WindowPlan, moved
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -170,14 +169,13 @@ def image_keys(
 
 
 def image_attention(
-    projections: Projections, layer_idx: int, block: BlockModules, states: torch.Tensor, of_text: Attended, call: Call
+    projections: Projections, block: BlockModules, states: torch.Tensor, of_text: Attended, call: Call
 ) -> torch.Tensor:
     """What self-attention adds to (num_image_tokens, hidden) states of new images (axis D4, "full").
 
     Args:
         projections: the family's projections.
-        layer_idx: index of the block.
-        block: its modules.
+        block: modules of the block.
         states: image states.
         of_text: output of the block's text attention.
         call: windows, and what images attend to.
@@ -190,7 +188,7 @@ def image_attention(
     images = of_text.images
     if images is None:
         new = image_keys(projections, self_attn, normed, call, rotate=True)
-        images = call.extend(layer_idx, new, None, name="update").images
+        images = call.extend(self_attn.layer_idx, new, None, name="update").images
     keys = FusionKeys(images, of_text.text.between(0, plan.text_range[1]))
     output, _ = windowed_attention(self_attn, query, keys, call.updates)
     return projections.output(self_attn, output, gate)[0]
@@ -203,15 +201,16 @@ class FusionLayer(nn.Module):
         config: configuration of the model.
         layer_idx: index of the block.
         stock: the family's own decoder block.
+        projections: the family's projections in this block.
     """
 
     is_causal = False
 
-    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock):
+    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock, projections: Projections):
         super().__init__()
         self.config: PreTrainedConfig = config.text_config
         self.layer_idx = layer_idx
-        self.projections = config.backbone.projections(config.backbone, stock.self_attn)
+        self.projections = projections
         self.with_text = config.casa_keys != "image"
         self.gated = config.casa_gate is not None
         if self.gated:
@@ -249,8 +248,8 @@ class CasaAttention(FusionLayer):
     scaling: float
     attention_dropout: float
 
-    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock):
-        super().__init__(config, layer_idx, stock)
+    def __init__(self, config: CasaConfig, layer_idx: int, stock: DecoderBlock, projections: Projections):
+        super().__init__(config, layer_idx, stock, projections)
         self._add_projections(stock)
 
     def forward(
@@ -372,15 +371,15 @@ class CasaContextAttention(FusionLayer):
         return attended._replace(self_weights=weights[..., num_columns:], fusion_weights=weights[..., :num_columns])
 
 
-def fusion_layer(config: CasaConfig, layer_idx: int, stock: DecoderBlock) -> FusionLayer:
+def fusion_layer(config: CasaConfig, layer_idx: int, stock: DecoderBlock, projections: Projections) -> FusionLayer:
     """The fusion layer of a block; `stock` is the family's own block, whose parameters it starts from or uses."""
     if not config.casa_share_projections:
-        return CasaAttention(config, layer_idx, stock)
+        return CasaAttention(config, layer_idx, stock, projections)
     if config.casa_keys == "context":
-        return CasaContextAttention(config, layer_idx, stock)
+        return CasaContextAttention(config, layer_idx, stock, projections)
     if config.casa_placement == "parallel":
-        return CasaSharedAttention(config, layer_idx, stock)
-    return CasaBorrowedAttention(config, layer_idx, stock)
+        return CasaSharedAttention(config, layer_idx, stock, projections)
+    return CasaBorrowedAttention(config, layer_idx, stock, projections)
 
 
 def _takes_masks(attention_mask: torch.Tensor | None) -> bool:

@@ -25,13 +25,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .cache_casa import KeysValues, home_layer
+from .positions import Rotary
 from .windows import OPEN, WindowRules, WindowState
 
 # Rope types whose frequencies depend on the length of the text: a stored key can't be moved from one to another.
 _CHANGING_ROPE_TYPES = ("dynamic", "longrope")
-
-# cos and sin by which keys are rotated.
-Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeyRotation:
@@ -46,7 +44,7 @@ class KeyRotation:
         ValueError: if the frequencies depend on the length of the text.
     """
 
-    def __init__(self, rotary: nn.Module, rotations: Sequence[Callable[[torch.Tensor, Tables], torch.Tensor]]):
+    def __init__(self, rotary: nn.Module, rotations: Sequence[Callable[[torch.Tensor, Rotary], torch.Tensor]]):
         rope_type = getattr(rotary, "rope_type", "default")
         if rope_type in _CHANGING_ROPE_TYPES:
             raise ValueError(
@@ -57,7 +55,7 @@ class KeyRotation:
         self.inv_freq: Any = rotary.inv_freq
         self.rotations = rotations
 
-    def tables(self, shift: torch.Tensor) -> Tables:
+    def tables(self, shift: torch.Tensor) -> Rotary:
         """cos and sin, float64 on the CPU, that rotate keys back by `shift` (batch, length) positions.
 
         The angles are exact products: to what a key's own float32 angle has lost, nothing is added here. They carry no
@@ -67,7 +65,7 @@ class KeyRotation:
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
-    def rotate(self, layer_idx: int, keys: torch.Tensor, tables: Tables) -> torch.Tensor:
+    def rotate(self, layer_idx: int, keys: torch.Tensor, tables: Rotary) -> torch.Tensor:
         """Keys (batch, heads, length, head_dim) of a block, rotated in at least float32 by tables of `length` or 1."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
@@ -318,10 +316,10 @@ class _Moves:
             return self._rotated(layer_idx, stored, self.of_images)
         return stored
 
-    def _tables(self, shift: torch.Tensor) -> Tables | None:
+    def _tables(self, shift: torch.Tensor) -> Rotary | None:
         return None if self.rotation is None or not bool(shift.any()) else self.rotation.tables(shift)
 
-    def _rotated(self, layer_idx: int, stored: KeysValues, tables: Tables | None) -> KeysValues:
+    def _rotated(self, layer_idx: int, stored: KeysValues, tables: Rotary | None) -> KeysValues:
         if self.rotation is None or tables is None:
             return stored
         return stored._replace(keys=self.rotation.rotate(layer_idx, stored.keys, tables))

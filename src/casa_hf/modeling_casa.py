@@ -37,7 +37,6 @@ from .attention import (
     CasaContextAttention,
     CasaSharedAttention,
     FusionLayer,
-    Rotary,
     fusion_layer,
     image_attention,
     self_attention,
@@ -51,7 +50,7 @@ from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, has_images, place_images
 from .loading_casa import CasaLoadingMixin
-from .positions import PositionRules, packed_samples
+from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
@@ -116,17 +115,19 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         stock: DecoderBlock = backbone.load("decoder_layer")(text_config, layer_idx)
         fused = layer_idx in config.fusion_layers
         placement = config.casa_placement if fused else None
-        self.layer_idx, self.kind = layer_idx, backbone.block.kinds(text_config)[layer_idx]
+        self.kind = backbone.block.kinds(text_config)[layer_idx]
         self.adapter = backbone.block
         self.image_updates = config.casa_image_updates
         self.self_attn: SelfAttention | None = None if placement == "replace" else stock.self_attn
         self.mlp = stock.mlp
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
-        self.casa_attn: FusionLayer | None = fusion_layer(config, layer_idx, stock) if fused else None
+        self.projections = backbone.projections(backbone, stock.self_attn)
+        self.casa_attn: FusionLayer | None = None
+        if fused:
+            self.casa_attn = fusion_layer(config, layer_idx, stock, self.projections)
         if placement in ("before", "after"):
             self.casa_layernorm = copy.deepcopy(stock.input_layernorm)
-        self.projections = backbone.projections(backbone, stock.self_attn)
         joint = isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention)
         self.mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
         self.text_mixers = () if placement == "replace" else _SELF_ATTENTION
@@ -175,7 +176,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         """Image states for the next block: through self-attention ("full") and the MLP."""
         if self.image_updates == "full":
             modules = self._modules_of_attention()
-            states = states + image_attention(self.projections, self.layer_idx, modules, states, attended, call)
+            states = states + image_attention(self.projections, modules, states, attended, call)
         return states + self.adapter.mlp(self, self.post_attention_layernorm(states)[None])[0]
 
     def _modules_of_attention(self) -> BlockModules:

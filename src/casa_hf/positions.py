@@ -15,6 +15,9 @@ from torch import nn
 
 from .windows import ImagePlacement, first_of_run
 
+# cos and sin by which queries and keys are rotated, each (batch, tokens, head_dim).
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class PositionRules:

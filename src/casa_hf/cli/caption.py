@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..checks import counted
 from .loading import load_model
 from .options import (
     AttnOption,
@@ -501,9 +502,9 @@ class _View(AbstractContextManager["_View"]):
             self._line(f"[{_clock(self._position)}] {text}")
             self._text = ""
         seconds = time.perf_counter() - self._begin
-        counts = [_number(self._counts["frames"], "frame")]
+        counts = [counted(self._counts["frames"], "frame")]
         counts += [f"{self._counts[kind]} {kind}" for kind in ("dropped", "merged") if self._counts[kind]]
-        counts += [_number(self._counts["error"], "error")] if self._counts["error"] else []
+        counts += [counted(self._counts["error"], "error")] if self._counts["error"] else []
         written = f"; wrote {', '.join(map(str, files))}" if files else ""
         ended = "Interrupted: " if interrupted else ""
         if note:
@@ -534,7 +535,7 @@ class _View(AbstractContextManager["_View"]):
         rows = {
             "time": _clock(self._position) + (f" of {_clock(min(bound))}" if bound else ""),
             "frames": f"{self._counts['frames']}, {self._counts['dropped']} dropped, {self._counts['merged']} merged, "
-            f"{_number(self._counts['error'], 'error')}",
+            f"{counted(self._counts['error'], 'error')}",
             "latency": "",
             "memory": f"{decimal(self._nbytes['text'])} text, {decimal(self._nbytes['image'])} image, "
             f"{self._stream.num_text_tokens} text tokens",
@@ -553,10 +554,6 @@ class _View(AbstractContextManager["_View"]):
             parts.append(ProgressBar(total=length, completed=self._position - self._video.start, width=60))
         speaking = self._answer or self._text
         return Group(*parts, Text(_one_line(speaking) or " ", style="bold", overflow="ellipsis", no_wrap=True))
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _clock(seconds: float) -> str:

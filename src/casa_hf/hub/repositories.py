@@ -59,7 +59,7 @@ def writer(token: str | bool | None = None) -> HfApi:
         CheckpointError: if there is no token, or it is invalid.
     """
     if hub_token(token) is None:
-        raise CheckpointError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+        raise CheckpointError("No token for the Hub was found. Log in with `hf auth login`, or set HF_TOKEN.")
     return client(token)
 
 

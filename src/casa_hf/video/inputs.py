@@ -185,6 +185,6 @@ class VideoInput:
                 return
             if item.timestamp < due - TOLERANCE_SECONDS:
                 continue
-            # On average one per period, also where the camera's own is no part of it; after a gap without haste.
+            # On average one per period, even if the camera's own doesn't divide it; a gap isn't made up for.
             due = max(due + period, item.timestamp + (period if due == -math.inf else period / 2))
             yield item
