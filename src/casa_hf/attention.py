@@ -61,8 +61,7 @@ class Call:
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> Call:
         """The call on another device; Accelerate asks for it when decoder blocks live on several devices."""
-        device = torch.device(device)
-        return self if self.rotary[0].device == device else moved(self, device)
+        return moved(self, torch.device(device))
 
     def extend(
         self, layer_idx: int, images: KeysValues | None, text: KeysValues | None, name: str = "image"

@@ -220,7 +220,11 @@ MAPS = {
 
 @pytest.mark.parametrize(
     "variant, placement",
-    in_all(("casa", "exact", "casa-shared"), MAPS, {("casa", "tower apart"), ("exact", "blocks apart")}),
+    in_all(
+        ("casa", "exact", "casa-shared"),
+        MAPS,
+        {("casa", "tower apart"), ("exact", "blocks apart"), ("casa", "there and back")},
+    ),
 )
 def test_a_model_on_two_devices(variant: str, placement: str, devices: LabelledDevices) -> None:
     """As `device_map` spreads it: caches, windows and images follow their block."""

@@ -485,7 +485,7 @@ def test_a_full_disk(hub: Hub, casa_folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_no_token(hub: Hub, casa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert_refused(casa_folder, NAME, "no token", "hf auth login", "HF_TOKEN")
+    assert_refused(casa_folder, NAME, "No token", "hf auth login", "HF_TOKEN")
     assert hub.requests == []
     push_checkpoint(casa_folder, NAME, token=WRITER)
     assert len(hub.commits(NAME)) == 1
