@@ -175,6 +175,8 @@ class VisionTower:
         hidden_size_field: configuration field with the width of merged features.
         deepstack_field: configuration field that lists the layers whose features, returned as `deepstack_features`,
             are added to image states after the first decoder blocks; None for towers without any.
+        tokens_per_second_field: configuration field with the number of positions that a second of video takes on the
+            time axis; None where the temporal patches of a video are counted.
     """
 
     model_type: str
@@ -182,6 +184,7 @@ class VisionTower:
     tower: str
     hidden_size_field: str = "out_hidden_size"
     deepstack_field: str | None = None
+    tokens_per_second_field: str | None = None
 
     def load(self) -> Any:
         """The class of the tower."""
@@ -194,6 +197,10 @@ class VisionTower:
     def num_deepstack(self, config: PreTrainedConfig) -> int:
         """Number of features per token that are added after the first decoder blocks."""
         return 0 if self.deepstack_field is None else len(getattr(config, self.deepstack_field))
+
+    def positions_per_second(self, config: PreTrainedConfig) -> float | None:
+        """Number of positions that a second of video takes in time; None where temporal patches are counted."""
+        return None if self.tokens_per_second_field is None else getattr(config, self.tokens_per_second_field)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,8 @@ class Backbone:
         multimodal_rope: whether text positions have three rows (time, height, width).
         text_only: whether the source has no vision tower: it is given `vision`, or one of `other_towers`.
         other_towers: further towers that it can be given.
+        native_video: what one pair of delimiters stands for in the source's own layout of a video: "video", all of it,
+            or "temporal patch"; None for a source that knows no videos.
         placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
         save_renamings: the same for the way back, from memory to the names in the source's published files; empty
@@ -238,6 +247,7 @@ class Backbone:
     text_only: bool = False
     other_towers: tuple[VisionTower, ...] = ()
     source_task: str = "image-text-to-text"
+    native_video: str | None = None
     placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),

@@ -14,7 +14,12 @@ VISION_TOWERS: dict[str, VisionTower] = {
     tower.model_type: tower
     for tower in (
         VisionTower("qwen2_vl_vision", _QWEN2_VL, "Qwen2VisionTransformerPretrainedModel", "hidden_size"),
-        VisionTower("qwen2_5_vl_vision", _QWEN2_5_VL, "Qwen2_5_VisionTransformerPretrainedModel"),
+        VisionTower(
+            "qwen2_5_vl_vision",
+            _QWEN2_5_VL,
+            "Qwen2_5_VisionTransformerPretrainedModel",
+            tokens_per_second_field="tokens_per_second",
+        ),
         VisionTower("qwen3_vl_vision", _QWEN3_VL, "Qwen3VLVisionModel", deepstack_field="deepstack_visual_indexes"),
     )
 }
@@ -32,6 +37,7 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen2VLRotaryEmbedding",
             rms_norm="Qwen2VLRMSNorm",
             source_class="Qwen2VLForConditionalGeneration",
+            native_video="video",
         ),
         Backbone(
             source_model_type="qwen2_5_vl",
@@ -43,6 +49,7 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen2_5_VLRotaryEmbedding",
             rms_norm="Qwen2_5_VLRMSNorm",
             source_class="Qwen2_5_VLForConditionalGeneration",
+            native_video="video",
         ),
         Backbone(
             source_model_type="qwen3_vl",
@@ -54,6 +61,7 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen3VLTextRotaryEmbedding",
             rms_norm="Qwen3VLTextRMSNorm",
             source_class="Qwen3VLForConditionalGeneration",
+            native_video="temporal patch",
             save_renamings=(),
         ),
         *(

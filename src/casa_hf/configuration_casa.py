@@ -68,6 +68,8 @@ class CasaConfig(PreTrainedConfig):
             Positions of text: "contiguous" (images don't advance them) or "insertion" (as the source assigns them).
         casa_image_positions (`str`, *optional*):
             Positions of images with contiguous text positions: "at" the token that the image precedes, or "before" it.
+        casa_video_layout (`str`, *optional*):
+            Layout of videos: None, one pair of delimiters per frame or per two frames; or "native", the source's.
         casa_text_windows (`bool`, *optional*):
             Whether text before the first image attends to itself in fusion layers.
         casa_gate (`str`, *optional*):
@@ -110,6 +112,7 @@ class CasaConfig(PreTrainedConfig):
     casa_video_history: str = "latest"
     casa_positions: str = "contiguous"
     casa_image_positions: str = "at"
+    casa_video_layout: str | None = None
     casa_text_windows: bool = False
     casa_gate: str | None = None
     casa_static_image_tokens: int = 1156
@@ -167,6 +170,11 @@ class CasaConfig(PreTrainedConfig):
     def image_features_size(self) -> int:
         """Width of `image_embeds`: an image state and the features that are added to it after the first blocks."""
         return self.text_config.hidden_size * (1 + self.num_deepstack)
+
+    @property
+    def has_whole_videos(self) -> bool:
+        """Whether a whole video is one image, with several temporal patches."""
+        return self.casa_video_layout == "native" and self.backbone.native_video == "video"
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -419,6 +427,17 @@ class CasaConfig(PreTrainedConfig):
                 placement == "replace" and keys == "window" and not self.casa_text_windows,
                 "casa_placement='replace' with casa_keys='window' would leave text before the first image without "
                 "attention; set casa_text_windows=True",
+            ),
+            (
+                self.casa_video_layout == "native" and self.backbone.native_video is None,
+                f"casa_video_layout='native' is the source's own layout of a video, and {self.backbone.display_name} "
+                "knows no videos; leave casa_video_layout out",
+            ),
+            (
+                self.has_whole_videos and self.casa_positions != "insertion",
+                f"casa_video_layout='native' of {self.backbone.display_name} has positions in time, which only "
+                f"casa_positions='insertion' gives, got {self.casa_positions!r}; use the variant 'exact' or "
+                "'insertion', or leave casa_video_layout out",
             ),
             (
                 self.casa_text_windows and keys != "window",

@@ -131,6 +131,16 @@ SETTINGS: tuple[Setting, ...] = (
         },
     ),
     Setting(
+        "casa_video_layout",
+        "--video-layout",
+        "Layout of videos.",
+        {
+            None: "one pair of delimiters per frame, or per two frames (`frames_per_image` of the processor)",
+            "native": "the source's own: Qwen2-VL and Qwen2.5-VL put a whole video between one pair, with positions "
+            "in time (`insertion` positions only), Qwen3-VL each temporal patch of two frames",
+        },
+    ),
+    Setting(
         "casa_gate",
         "--gate",
         "Gate of each fusion layer.",

@@ -28,6 +28,7 @@ from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
 from .image_inputs import (
+    check_seconds,
     image_placeholders,
     refuse_expanded_placeholders,
     warn_of_untyped_frames,
@@ -43,7 +44,7 @@ from .transformers_versions import (
     with_one_cache_name,
 )
 
-IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions")
+IMAGE_INPUTS = ("pixel_values", "image_embeds", "image_grid_thw", "image_positions", "second_per_grid_ts")
 
 
 @dataclass
@@ -105,9 +106,9 @@ class CasaGenerationMixin(GenerationMixin):
         first_new = past if past < prompt_length else 0
         has_content = _check_image_inputs(images, past)
         # Sizes and places are chosen from and counted, which a device would have to be asked for each time.
-        for name in ("image_grid_thw", "image_positions"):
-            if isinstance(images.get(name), torch.Tensor):
-                images[name] = images[name].cpu()
+        for name in ("image_grid_thw", "image_positions", "second_per_grid_ts"):
+            if name in images:
+                images[name] = torch.as_tensor(images[name]).cpu()
         places = images.pop("image_positions", None)
         types = model_kwargs.get("mm_token_type_ids")
         if types is not None and not past and types.shape[1] != prompt_length:
@@ -253,6 +254,8 @@ class CasaGenerationMixin(GenerationMixin):
             if isinstance(features, torch.Tensor):
                 features = features.split(self._tokens_per_image(grids))
             model_kwargs["image_embeds"] = tuple(features[i] for i in wanted)
+        if (seconds := model_kwargs.get("second_per_grid_ts")) is not None:
+            model_kwargs["second_per_grid_ts"] = seconds[indices]
         model_kwargs["image_grid_thw"] = grids[indices]
 
     def _tokens_per_image(self, grids: torch.Tensor) -> list[int]:
@@ -386,6 +389,8 @@ def _check_image_inputs(images: dict[str, Any], past: int) -> bool:
         len(images.get("image_positions", ())) or (len(images.get("image_grid_thw", ())) and not past)
     ):
         raise without_images(" and ".join(images))
+    if content:
+        check_seconds(images.get("second_per_grid_ts"), len(images["image_grid_thw"]))
     return bool(content) and len(images["image_grid_thw"]) > 0
 
 

@@ -50,7 +50,7 @@ def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torc
 
     Args:
         config: configuration with the number of patches that the tower merges.
-        image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
+        image_grid_thw: (num_images, 3) patches in time, height and width; in time 1, unless `config` has whole videos.
 
     Raises:
         ValueError: if there are none, or one isn't the size of an image.
@@ -66,11 +66,13 @@ def check_grids(config: CasaConfig, image_grid_thw: torch.Tensor | None) -> torc
     merge = config.vision_config.spatial_merge_size
     grids = image_grid_thw.tolist()
     for index, (time, height, width) in enumerate(grids):
-        if time != 1:
+        if time != 1 and not config.has_whole_videos:
             raise ValueError(
                 f"image_grid_thw[{index}] = {grids[index]} has {time} temporal patches; expected 1. Pass each "
-                "video frame as an image of its own, as CasaProcessor does."
+                "video frame, or pair of frames, as an image of its own, as CasaProcessor does."
             )
+        if time <= 0:
+            raise ValueError(f"image_grid_thw[{index}] = {grids[index]} must have at least 1 temporal patch.")
         if height <= 0 or width <= 0 or height % merge or width % merge:
             raise ValueError(
                 f"image_grid_thw[{index}] = {grids[index]} must have a height and width that are positive "
@@ -102,6 +104,24 @@ def check_features(
     return features
 
 
+def check_seconds(second_per_grid_ts: torch.Tensor | Sequence[float] | None, num_images: int) -> None:
+    """Refuse times that aren't those of the images.
+
+    Args:
+        second_per_grid_ts: (num_images,) seconds from one temporal patch of each image to the next; None without any.
+        num_images: number of images.
+
+    Raises:
+        ValueError: if there isn't one number per image.
+    """
+    if second_per_grid_ts is not None and len(second_per_grid_ts) != num_images:
+        raise ValueError(
+            f"second_per_grid_ts has {counted(len(second_per_grid_ts), 'number')} for "
+            f"{counted(num_images, 'image')}; expected one for each row of image_grid_thw, as CasaProcessor returns "
+            "them."
+        )
+
+
 def place_images(
     config: CasaConfig,
     text: NewText,
@@ -109,6 +129,7 @@ def place_images(
     image_positions: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
     cache: Cache | None,
+    second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
 ) -> ImagePlacement:
     """Where the new images of a call stand, on the device of its text.
 
@@ -119,6 +140,7 @@ def place_images(
         image_positions: (num_images, 2) row and index of the token that each image precedes; None to look for them.
         mm_token_type_ids: types of the new tokens or of all so far; None without any.
         cache: cache with the earlier text, or None.
+        second_per_grid_ts: (num_images,) seconds from one temporal patch of each image to the next; None for 1 second.
 
     Raises:
         ValueError: if images, types and positions don't fit each other and the text.
@@ -141,9 +163,11 @@ def place_images(
     if types is not None:
         places = (part.to(types.device, non_blocking=True) for part in (rows, indices))
         is_frame = types[tuple(places)] == FRAME_TYPE
-    merged = grids[:, 1:] // config.vision_config.spatial_merge_size
+    merge = config.vision_config.spatial_merge_size
+    merged = grids // torch.tensor([1, merge, merge])
     per_row = torch.zeros(text.shape[0], dtype=torch.long).index_put((rows,), merged.prod(-1), accumulate=True)
-    placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()))
+    steps = _time_steps(config, grids, second_per_grid_ts)
+    placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()), steps)
     return moved(placement, text.device)
 
 
@@ -299,6 +323,22 @@ def _found_in_words(config: CasaConfig, text: NewText, types: torch.Tensor | Non
         "Without image_positions or mm_token_type_ids, images beside inputs_embeds stand where a row equals the "
         f"embedding of token {config.image_token_id}: there are {number} such rows"
     )
+
+
+def _time_steps(
+    config: CasaConfig, grids: torch.Tensor, second_per_grid_ts: torch.Tensor | Sequence[float] | None
+) -> torch.Tensor | None:
+    """(num_images,) by how many positions temporal patches are apart, on the CPU; None where each image has one."""
+    check_seconds(second_per_grid_ts, len(grids))
+    if not bool((grids[:, 0] > 1).any()):
+        return None
+    rate = config.tower.positions_per_second(config.vision_config)
+    if rate is None:
+        return torch.ones(len(grids))
+    if second_per_grid_ts is None:
+        return torch.full((len(grids),), float(rate))
+    # In float32, as the source computes them: positions are what is below.
+    return rate * torch.as_tensor(second_per_grid_ts).cpu().float()
 
 
 def _check_places(places: list[list[int]], text_shape: torch.Size, valid: torch.Tensor | None) -> None:

@@ -564,7 +564,8 @@ class CasaModel(CasaPreTrainedModel):
 
         Args:
             pixel_values: (patches, patch dim) as the image processor makes them.
-            image_grid_thw: (num_images, 3) patches in time (always 1), height and width.
+            image_grid_thw: (num_images, 3) patches in time (1, or those of a whole video with
+                `casa_video_layout="native"`), height and width.
 
         Returns:
             An output whose `pooler_output` is a tuple with one tensor (tokens, `config.image_features_size`) per
@@ -608,6 +609,7 @@ class CasaModel(CasaPreTrainedModel):
         image_positions: torch.LongTensor | None = None,
         image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CasaModelOutput:
@@ -624,13 +626,17 @@ class CasaModel(CasaPreTrainedModel):
                 recognised where a row equals their embedding exactly: with noise on them, say where images stand.
             use_cache: whether to return a cache.
             pixel_values: (patches, patch dim) of the new images, in reading order over the batch.
-            image_grid_thw: (num_images, 3) patches in time (1), height and width.
+            image_grid_thw: (num_images, 3) patches in time (1, or those of a whole video with
+                `casa_video_layout="native"`), height and width.
             image_positions: (num_images, 2) row and index, in that row's new tokens, of the token that each image
                 precedes. None: the tokens that `mm_token_type_ids` name, without these each `config.image_token_id`.
             image_embeds: features in place of pixels: (num_image_tokens, `config.image_features_size`), or one tensor
                 per image.
             mm_token_type_ids: (batch, tokens) or (batch, all tokens so far) 1 at tokens that an image precedes, 2 at
                 those that a video frame precedes, else 0. Without them every image is a still one.
+            second_per_grid_ts: (num_images,) seconds from one temporal patch of each image to the next, as
+                `CasaProcessor` makes them for whole videos; None for 1 second. Other images have no use for it, nor
+                have families that count temporal patches (Qwen2-VL).
             token_mask: (batch, tokens) False for padding; only needed beside a prepared `attention_mask`.
             **kwargs: arguments of the attention interface. A name that nothing is known to read is logged once.
 
@@ -658,7 +664,9 @@ class CasaModel(CasaPreTrainedModel):
         deepstack: Sequence[torch.Tensor] = ()
         if has_images(pixel_values, image_embeds, image_grid_thw):
             grids = check_grids(self.config, image_grid_thw)
-            images = place_images(self.config, text, grids, image_positions, mm_token_type_ids, cache)
+            images = place_images(
+                self.config, text, grids, image_positions, mm_token_type_ids, cache, second_per_grid_ts
+            )
             recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
             features, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -765,6 +773,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         image_positions: torch.LongTensor | None = None,
         image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -787,6 +796,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             image_positions=image_positions,
             image_embeds=image_embeds,
             mm_token_type_ids=mm_token_type_ids,
+            second_per_grid_ts=second_per_grid_ts,
             token_mask=token_mask,
             **{**kwargs, "return_dict": True},
         )

@@ -3,7 +3,9 @@
 
 Positions have one axis (1-D RoPE) or three (M-RoPE: time, height, width) in their first dimension. Under "contiguous"
 positions images don't advance the text; under "insertion" they do as in the source model, where they stand in the
-sequence: by max(height, width) of the merged grid under M-RoPE, by their number of tokens under 1-D RoPE.
+sequence: by max(height, width) of the merged grid under M-RoPE, by their number of tokens under 1-D RoPE. The temporal
+patches of a whole video, where it is one image, have positions of their own on the time axis, which don't advance the
+text either.
 """
 
 from __future__ import annotations
@@ -88,12 +90,13 @@ class PositionRules:
             start = of_token - self._advance(images) if self.before else of_token
         start = start[:, images.token_images]
         if self.axes == 3:
-            return torch.cat([start[:1], start[1:] + images.token_grid])
+            time = start[:1] if images.token_times is None else start[:1] + images.token_times
+            return torch.cat([time, start[1:] + images.token_grid])
         return start + images.token_offsets if self.insertion or self.before else start
 
     def _advance(self, images: ImagePlacement) -> torch.Tensor:
         """(num_images,) by how much each image advances positions."""
-        return images.grids.amax(-1) if self.axes == 3 else images.num_tokens
+        return images.grids[:, 1:].amax(-1) if self.axes == 3 else images.num_tokens
 
     def _advance_up_to_token(self, images: ImagePlacement) -> torch.Tensor:
         """(num_images,) by how much each image and those between it and its token advance positions."""

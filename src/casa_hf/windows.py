@@ -67,10 +67,12 @@ class ImagePlacement:
     Attributes:
         rows: (num_images,) row of each image.
         indices: (num_images,) index, in the row's new tokens, of the token that the image precedes.
-        grids: (num_images, 2) height and width in merged-grid units.
-        is_frame: (num_images,) whether the image is a video frame.
+        grids: (num_images, 3) temporal patches, height and width, the last two in merged-grid units.
+        is_frame: (num_images,) whether the image is a video frame, or a whole video.
         total_tokens: number of image tokens.
         max_row_tokens: largest number of image tokens that one row receives.
+        time_steps: (num_images,) by how many positions the temporal patches of each image are apart; None where each
+            image has one.
     """
 
     rows: torch.Tensor
@@ -79,6 +81,7 @@ class ImagePlacement:
     is_frame: torch.Tensor
     total_tokens: int
     max_row_tokens: int
+    time_steps: torch.Tensor | None = None
 
     @cached_property
     def num_tokens(self) -> torch.Tensor:
@@ -98,9 +101,18 @@ class ImagePlacement:
 
     @cached_property
     def token_grid(self) -> torch.Tensor:
-        """(2, num_image_tokens) row and column of each image token in its image."""
-        width = self.grids[self.token_images, 1]
-        return torch.stack([self.token_offsets // width, self.token_offsets % width])
+        """(2, num_image_tokens) row and column of each image token in its temporal patch."""
+        _, height, width = self.grids[self.token_images].unbind(-1)
+        return torch.stack([self.token_offsets // width % height, self.token_offsets % width])
+
+    @cached_property
+    def token_times(self) -> torch.Tensor | None:
+        """(num_image_tokens,) by how many positions each token's temporal patch is after the first one of its image;
+        None where each image has one."""
+        if self.time_steps is None:
+            return None
+        patches = self.token_offsets // self.grids[:, 1:].prod(-1)[self.token_images]
+        return (patches * self.time_steps[self.token_images]).long()
 
 
 @dataclass(frozen=True)
