@@ -423,7 +423,7 @@ class Block:
     def fusion(self, normed: Tensor, images: Tensor) -> Tensor:
         """Attention to image tokens and, as the masks say, text; (T, H * D), before the output projection."""
         image_norm = "input_layernorm" if self.config.casa_share_projections else "casa_attn.image_norm"
-        normed_images = self.norm(image_norm, images)
+        normed_images = images if self.config.casa_image_norm == "none" else self.norm(image_norm, images)
         q, text_k, text_v = (self.heads(self.fusion_module, p, normed) for p in "qkv")
         image_k, image_v = (self.heads(self.fusion_module, p, normed_images) for p in "kv")
         values = torch.cat([image_v, text_v])

@@ -79,6 +79,7 @@ DEFAULTS = {
     "casa_positions": "contiguous",
     "casa_image_positions": "at",
     "casa_text_windows": False,
+    "casa_image_norm": "input",
     "casa_gate": None,
     "num_gist_tokens": 0,
 }
@@ -148,6 +149,14 @@ def test_unknown_values_are_named(field):
         ),
         ({"casa_placement": "replace", "casa_keys": "image"}, "leaves no attention between text"),
         ({"casa_placement": "replace", "casa_layers": [1]}, "set casa_text_windows=True"),
+        (
+            {"casa_image_norm": "none", "casa_image_updates": "full"},
+            "casa_image_norm='none' is for fusion layers alone",
+        ),
+        (
+            {"casa_image_norm": "none", "casa_share_projections": True, "casa_keys": "context"},
+            "casa_image_norm='none' is for fusion layers alone",
+        ),
         ({"casa_text_windows": True, "casa_keys": "image"}, "casa_text_windows=True is for casa_keys='window'"),
         (
             {"casa_layers": [0, 4]},

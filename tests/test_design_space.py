@@ -27,6 +27,7 @@ AXES = {
     "casa_positions": ("contiguous", "insertion"),
     "casa_image_positions": ("at", "before"),
     "casa_text_windows": (False, True),
+    "casa_image_norm": ("input", "none"),
     "casa_gate": (None, "tanh"),
 }
 TOLERANCE = 1e-6
@@ -137,7 +138,7 @@ def compare(fields, rows=ROWS, attn="sdpa"):
 
 def test_the_quick_set_is_complete():
     assert set().union(*map(pairs, pairwise())) == set().union(*map(pairs, product()))
-    assert len(product()) == 8208
+    assert len(product()) == 13608
 
 
 @pytest.mark.parametrize("shard", range(4))

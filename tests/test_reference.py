@@ -273,6 +273,8 @@ DESIGN_CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("exact", {"casa_positions": "contiguous"}),
     ("casa", {"casa_image_positions": "before"}),
     ("casa", {"casa_text_windows": True}),
+    ("casa", {"casa_image_norm": "none"}),
+    ("ca-shared", {"casa_image_norm": "none"}),
     ("casa", {"casa_gate": "tanh"}),
     ("casa", GISTS),
 ]
@@ -481,6 +483,8 @@ COMBINATIONS: list[tuple[str, dict[str, Any]]] = [
     ("casa-replace", GISTS),
     ("casa-shared", {"casa_gate": "tanh", "casa_text_windows": True}),
     ("casa-shared", {"casa_placement": "after", "casa_gate": "tanh"}),
+    ("casa-shared", {"casa_placement": "before", "casa_image_norm": "none"}),
+    ("ca-ffn", {"casa_image_norm": "none"}),
     ("ca-shared", {"casa_placement": "before", "casa_image_updates": "full"}),
     ("casa", {"casa_placement": "after", "casa_image_updates": "full", "casa_image_positions": "before"}),
     ("exact", {"casa_layers": [1], "casa_positions": "contiguous", "casa_image_positions": "before"}),

@@ -236,7 +236,7 @@ def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
             continue
         if is_attention and own:
             shapes[name.replace("self_attn", "casa_attn")] = shape
-        if is_norm and own:
+        if is_norm and own and config.casa_image_norm == "input":
             shapes[name.replace("input_layernorm", "casa_attn.image_norm")] = shape
         if is_norm and placement in ("before", "after"):
             shapes[name.replace("input_layernorm", "casa_layernorm")] = shape

@@ -211,6 +211,7 @@ class FusionLayer(nn.Module):
         self.layer_idx = layer_idx
         self.projections = projections
         self.with_text = config.casa_keys != "image"
+        self.normalises_images = config.casa_image_norm != "none"
         self.gated = config.casa_gate is not None
         if self.gated:
             self.gate = nn.Parameter(torch.zeros(1))
@@ -219,6 +220,10 @@ class FusionLayer(nn.Module):
         """Close the gate, if there is one."""
         if self.gated:
             init.zeros_(self.gate)
+
+    def _normed(self, norm: nn.Module, images: torch.Tensor | None) -> torch.Tensor | None:
+        """Image states as keys and values are made of them; None without any."""
+        return norm(images) if self.normalises_images and images is not None else images
 
     def _finish(self, output: torch.Tensor, call: Call) -> torch.Tensor:
         """(batch, tokens, width) through the gate, and exactly 0 where a token sees nothing."""
@@ -234,7 +239,7 @@ class CasaAttention(FusionLayer):
     """Fusion with projections of its own (axis D1, `casa_share_projections=False`).
 
     Tensors: {q,k,v,o}_proj, {q,k}_norm where the backbone has them, image_norm, which normalises image states before
-    their keys and values are made, and gate where the configuration has one.
+    their keys and values are made, unless `casa_image_norm="none"`, and gate where the configuration has one.
     """
 
     q_proj: nn.Module
@@ -272,7 +277,7 @@ class CasaAttention(FusionLayer):
             key, value = project.keys(owner, hidden_states)
             query, key = project.rotate(query, key, call.rotary)
             text = KeysValues(key, value)
-        normed = None if image_states is None else image_norm(image_states)
+        normed = self._normed(image_norm, image_states)
         images = image_keys(project, owner, normed, call, rotate=self.with_text)
         keys = call.extend(self.layer_idx, images, text)
         output, weights = windowed_attention(owner, query, keys, call.fusion)
@@ -285,7 +290,7 @@ class CasaAttention(FusionLayer):
         self.attention_dropout = self_attn.attention_dropout
         for name in self.projections.modules:
             setattr(self, name, copy.deepcopy(getattr(self_attn, name)))
-        self.image_norm = copy.deepcopy(stock.input_layernorm)
+        self.image_norm = copy.deepcopy(stock.input_layernorm) if self.normalises_images else nn.Identity()
 
     def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
         """The module with the projections, and the norm of image states."""
@@ -315,7 +320,7 @@ class CasaSharedAttention(FusionLayer):
         self_attn, project, plan = block.attention, self.projections, call.plan
         assert plan is not None
         text = text_states(project, self_attn, hidden_states, call)
-        normed = None if image_states is None else block.input_layernorm(image_states)
+        normed = self._normed(block.input_layernorm, image_states)
         images = image_keys(project, self_attn, normed, call, rotate=self.with_text)
         keys = call.extend(self.layer_idx, images, None)
         mask = call.masks[FULL_ATTENTION]

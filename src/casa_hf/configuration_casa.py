@@ -23,6 +23,7 @@ SOURCE_MODEL_TYPE = "source_model_type"
 _ADDITIONS = (
     ("casa_share_projections", True, False),
     ("casa_gate", None, "tanh"),
+    ("casa_image_norm", "none", "input"),
     ("casa_placement", "parallel", "before"),
     ("casa_placement", "parallel", "after"),
 )
@@ -72,6 +73,9 @@ class CasaConfig(PreTrainedConfig):
             Layout of videos: None, one pair of delimiters per frame or per two frames; or "native", the source's.
         casa_text_windows (`bool`, *optional*):
             Whether text before the first image attends to itself in fusion layers.
+        casa_image_norm (`str`, *optional*):
+            What image states pass before fusion layers make keys and values of them: "input" (the block's input norm,
+            or a copy of it that belongs to the fusion layer) or "none".
         casa_gate (`str`, *optional*):
             Gate of each fusion layer: None, or "tanh" for the tanh of one learned number, which starts at 0.
         casa_static_image_tokens (`int`, *optional*):
@@ -114,6 +118,7 @@ class CasaConfig(PreTrainedConfig):
     casa_image_positions: str = "at"
     casa_video_layout: str | None = None
     casa_text_windows: bool = False
+    casa_image_norm: str = "input"
     casa_gate: str | None = None
     casa_static_image_tokens: int = 1156
     tie_word_embeddings: bool = False
@@ -438,6 +443,11 @@ class CasaConfig(PreTrainedConfig):
                 f"casa_video_layout='native' of {self.backbone.display_name} has positions in time, which only "
                 f"casa_positions='insertion' gives, got {self.casa_positions!r}; use the variant 'exact' or "
                 "'insertion', or leave casa_video_layout out",
+            ),
+            (
+                self.casa_image_norm == "none" and (keys == "context" or self.casa_image_updates == "full"),
+                "casa_image_norm='none' is for fusion layers alone, but with casa_keys='context' or "
+                "casa_image_updates='full' image states pass self-attention; set casa_image_norm='input'",
             ),
             (
                 self.casa_text_windows and keys != "window",

@@ -141,6 +141,16 @@ SETTINGS: tuple[Setting, ...] = (
         },
     ),
     Setting(
+        "casa_image_norm",
+        "--image-norm",
+        "Whether image states are normalised before keys and values are made of them.",
+        {
+            "input": "by the block's input norm, of which fusion layers with projections of their own have a copy",
+            "none": "they aren't, as in some models that were trained elsewhere",
+        },
+        changes_tensors=True,
+    ),
+    Setting(
         "casa_gate",
         "--gate",
         "Gate of each fusion layer.",

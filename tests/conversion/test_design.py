@@ -60,6 +60,7 @@ def test_every_axis_by_its_own_option(source_folder, tmp_path):
         "casa_positions": "insertion",
         "casa_image_positions": "before",
         "casa_share_projections": True,
+        "casa_image_norm": "none",
         "casa_gate": "tanh",
     }
     report = convert_checkpoint(source_folder, tmp_path / "casa", **design)

@@ -102,6 +102,20 @@ def test_a_norm_and_gates_are_added(trained, tmp_path):
     assert report.config.casa_layers == [0, 2]
 
 
+def test_norms_of_images_are_added(trained, tmp_path):
+    """They start as the block's; the way back would lose them. Loading with the setting gives the same model."""
+    folder, tensors = trained("ca", casa_image_norm="none")
+    assert not any("image_norm" in name for name in tensors)
+    convert_checkpoint(folder, tmp_path / "normed", casa_image_norm="input")
+    norms = {
+        f"{BLOCK}.{i}.casa_attn.image_norm.weight": tensors[f"{BLOCK}.{i}.input_layernorm.weight"] for i in range(3)
+    }
+    assert_same(load_weights(tmp_path / "normed"), tensors | norms)
+    loaded = CasaForConditionalGeneration.from_pretrained(folder, casa_image_norm="input").state_dict()
+    assert all(torch.equal(loaded[name], norm) for name, norm in norms.items())
+    assert_refused(tmp_path / "normed", tmp_path / "casa", "image_norm", "lost", casa_image_norm="none")
+
+
 def test_shared_projections_can_be_replaced(trained, tmp_path):
     """Self-attention goes on as the fusion layer, so nothing is lost."""
     folder, tensors = trained("ca-shared")

@@ -63,6 +63,7 @@ def convert(
     text_windows: Annotated[bool | None, _setting("casa_text_windows")] = None,
     share_projections: Annotated[bool | None, _setting("casa_share_projections")] = None,
     video_layout: Annotated[str | None, _setting("casa_video_layout")] = None,
+    image_norm: Annotated[str | None, _setting("casa_image_norm")] = None,
     gate: Annotated[str | None, _setting("casa_gate")] = None,
     gist_tokens: Annotated[
         int | None, typer.Option(min=0, help=_SETTINGS["num_gist_tokens"].meaning, show_default=False)

@@ -25,7 +25,8 @@ LAYER = "model.language_model.layers.{}."
 _IN_BLOCK = re.compile(r"(model\.language_model\.layers\.\d+\.)(.+)")
 
 # Inside a block with a fusion layer: (prefix of a new name, prefix of the tensor that it starts as a copy of).
-PROJECTION_COPIES = (("casa_attn.", "self_attn."), ("casa_attn.image_norm.", "input_layernorm."))
+PROJECTION_COPIES = (("casa_attn.", "self_attn."),)
+IMAGE_NORM_COPIES = {"input": (("casa_attn.image_norm.", "input_layernorm."),)}
 PLACEMENT_COPIES: dict[str, tuple[tuple[str, str], ...]] = {
     "before": (("casa_layernorm.", "input_layernorm."),),
     "after": (("casa_layernorm.", "input_layernorm."),),
@@ -132,7 +133,7 @@ def fusion_copies(config: CasaConfig, names: Iterable[str]) -> dict[str, str]:
     """
     copies = PLACEMENT_COPIES.get(config.casa_placement, ())
     if not config.casa_share_projections:
-        copies += PROJECTION_COPIES
+        copies += PROJECTION_COPIES + IMAGE_NORM_COPIES.get(config.casa_image_norm, ())
     return {
         block + new + inner.removeprefix(old): block + inner
         for block, inner in _inside_fused_blocks(config, names)
