@@ -502,7 +502,7 @@ def test_a_snapshot_of_a_quantized_cache_stays_as_it_is():
 def test_a_cache_of_a_smaller_model_is_refused():
     model, small = new_model("casa"), new_model("casa")
     small.model.language_model.layers = small.model.language_model.layers[:2]
-    small.model.language_model.blocks_with_text = [True, True]
+    small.model.language_model.kept_by_blocks = ["text", "text"]
     cache = Cache(layers=[DynamicLayer(), DynamicLayer()])
     feed(small, words(3, 1), cache)
     with pytest.raises(ValueError, match=r"2 layers.*3"):

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
-# The kind of block that fusion layers stand in, by the name that Transformers has for it in `layer_types`.
+# Kinds of blocks, by the names that Transformers has for them in `layer_types`. Fusion layers stand in blocks of the
+# first kind.
 FULL_ATTENTION = "full_attention"
+LINEAR_ATTENTION = "linear_attention"
 
 
 class AttentionModule(Protocol):

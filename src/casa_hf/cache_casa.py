@@ -4,6 +4,8 @@
 `prepare_cache` gives each layer of a Transformers `Cache` the fusion state; what the layer holds stays. Everything
 that `generate` does to a cache (reorder beams, crop rejected candidates, repeat or select rows, reset) reaches the
 layers one by one and so reaches this state too. One of them, the `home_layer`, also owns the `WindowState`.
+
+Blocks of linear attention keep no text but a state of fixed size, from which nothing can be taken back.
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from torch import nn
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
     EncoderDecoderCache,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
 from .windows import WindowPlan, WindowState, moved
+
+# What a block's own attention keeps in a cache: keys/values of the text, the recurrent state of linear attention, or
+# nothing where self-attention is replaced.
+Kept = Literal["text", "recurrent", "nothing"]
 
 # Room for further tokens that growing keys/values are given at least.
 _SPARE_ROOM = 64
@@ -129,6 +137,7 @@ class CasaLayerMixin:
         memory: buffers of growing keys/values, by name; "text" for those of self-attention.
         window_state: state of the windows, in the home layer only.
         block_has_text: whether the block has self-attention, which fills the layer with text.
+        beside_recurrent: whether any layer of the cache has a recurrent state.
     """
 
     keys: torch.Tensor | None
@@ -137,6 +146,7 @@ class CasaLayerMixin:
     memory: dict[str, GrowingMemory]
     window_state: WindowState | None
     block_has_text: bool
+    beside_recurrent: bool
 
     # Whether text is added behind what is there, so that rows and text can be taken away again.
     grows = False
@@ -236,11 +246,11 @@ class CasaLayerMixin:
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` works on this layer; `generate` asks before it relies on it."""
-        return self.grows
+        return self.grows and not self.beside_recurrent
 
     def crop(self, tokens_to_remove: int) -> None:
         self._require_dynamic("crop")
-        removed = _number_to_remove(tokens_to_remove)
+        removed = self._number_to_remove(tokens_to_remove)
         # What may refuse comes first: a refused crop leaves the cache as it was.
         state = None if self.window_state is None else self.window_state.crop(removed)
         if not self._without_text:
@@ -278,7 +288,7 @@ class CasaLayerMixin:
         self.window_state = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._map_fusion(lambda tensor: tensor[beam_idx.to(tensor.device)])
+        self._map_rows(lambda tensor: tensor[beam_idx.to(tensor.device)])
         if self.window_state is not None:
             self.window_state = self.window_state.select(beam_idx)
         if not self._without_text:
@@ -286,7 +296,7 @@ class CasaLayerMixin:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._require_dynamic("batch_select_indices")
-        self._map_fusion(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
         if self.window_state is not None:
             self.window_state = self.window_state.select(indices)
         if not self._without_text:
@@ -294,7 +304,7 @@ class CasaLayerMixin:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._require_dynamic("batch_repeat_interleave")
-        self._map_fusion(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.window_state is not None:
             self.window_state = self.window_state.repeat_interleave(repeats)
         if not self._without_text:
@@ -307,7 +317,7 @@ class CasaLayerMixin:
         def longer(tensor: torch.Tensor) -> torch.Tensor:
             return torch.cat([tensor, tensor.new_zeros(number, *tensor.shape[1:])])
 
-        self._map_fusion(longer)
+        self._map_rows(longer)
         if not self._without_text:
             assert self.keys is not None and self.values is not None
             self.keys, self.values = longer(self.keys), longer(self.values)
@@ -322,13 +332,34 @@ class CasaLayerMixin:
                 "cache; use a DynamicCache."
             )
 
+    def _number_to_remove(self, tokens_to_remove: int | torch.Tensor) -> int:
+        """How many tokens `crop` is asked to take back.
+
+        Raises:
+            NotImplementedError: where no text can be taken back, before any layer has changed.
+            ValueError: for a length to keep, which earlier versions of Transformers took.
+        """
+        removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
+        if removed < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) must get the number of tokens to remove as a negative number; a length "
+                "to keep isn't supported, because blocks without self-attention don't know theirs."
+            )
+        if removed and self.beside_recurrent:
+            raise NotImplementedError(
+                "crop isn't possible with blocks of linear attention, from whose recurrent state text can't be taken "
+                "back. Keep a copy of the cache (copy.deepcopy) from before the text that may have to go."
+            )
+        return removed
+
     @property
     def _without_text(self) -> bool:
         """Whether the layer holds no text, as in blocks whose self-attention is replaced. `generate` may have given
         it room for some all the same."""
         return self.keys is None or not self.block_has_text
 
-    def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change the rows of what isn't text."""
         self.fusion = {name: KeysValues(*map(change, stored)) for name, stored in self.fusion.items()}
         self.memory = {}
 
@@ -361,13 +392,15 @@ class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
         return everything
 
 
-class CasaStaticLayer(CasaLayerMixin, StaticLayer):
-    """A preallocated cache layer with preallocated fusion state.
+class _FixedFusion(CasaLayerMixin):
+    """Fusion state of a preallocated cache, preallocated too.
 
     Images have columns of their own, `WindowState.reserved_columns` of them unless a window needs more, and window
     text has the cache positions of the text. All are written in place, so that a compiled decoding step meets the same
     shapes and addresses from token to token, window to window and image size to image size.
     """
+
+    max_cache_len: int
 
     def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
         num_kept = kept.keys.shape[2]
@@ -386,28 +419,14 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
 
     @property
     def is_croppable(self) -> bool:
-        return True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        # Keys and values stay; what comes next is written over them.
-        removed = _number_to_remove(tokens_to_remove)
-        if self.window_state is not None:
-            self.window_state = self.window_state.assign(self.window_state.growing().crop(removed))
-        if not self._without_text:
-            self.cumulative_length.sub_(removed)
+        return not self.beside_recurrent
 
     def require_evictable(self) -> None:
         pass
 
     def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
-        changes = [(self.fusion[name], new) for name, new in fusion.items()]
-        if text is not None:
-            assert self.keys is not None and self.values is not None
-            changes.append((KeysValues(self.keys, self.values), text))
-            self.cumulative_length.fill_(length)
-        for held, new in changes:
-            for tensor, part in zip(held, new, strict=True):
-                tensor[:, :, : part.shape[2]].copy_(part)  # what is behind is seen by nobody, and written over
+        for name, new in fusion.items():
+            _write_first(self.fusion[name], new)
 
     def _allocated(self, name: str, like: torch.Tensor, length: int) -> KeysValues:
         """Keys/values of this length: those that are there, or new ones of zeros."""
@@ -426,7 +445,7 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
         else:
             self.window_state = self.window_state.assign(state)
 
-    def _map_fusion(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for stored in self.fusion.values():
             for tensor in stored:
                 tensor.copy_(change(tensor))
@@ -437,6 +456,176 @@ class CasaStaticLayer(CasaLayerMixin, StaticLayer):
             state = self.window_state
             empty = WindowState.empty(state.batch_size, state.valid.device)
             self.window_state = state.assign(replace(empty, reserved_columns=state.reserved_columns))
+
+
+def _write_first(held: KeysValues, new: KeysValues) -> None:
+    """Write over the first of what is held. What is behind is seen by nobody, and written over later."""
+    for tensor, part in zip(held, new, strict=True):
+        tensor[:, :, : part.shape[2]].copy_(part)
+
+
+class CasaStaticLayer(_FixedFusion, StaticLayer):
+    """A preallocated cache layer with preallocated fusion state."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # Keys and values stay; what comes next is written over them.
+        removed = self._number_to_remove(tokens_to_remove)
+        if self.window_state is not None:
+            self.window_state = self.window_state.assign(self.window_state.growing().crop(removed))
+        if not self._without_text:
+            self.cumulative_length.sub_(removed)
+
+    def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
+        super().replace_text(text, fusion, length)
+        if text is not None:
+            assert self.keys is not None and self.values is not None
+            _write_first(KeysValues(self.keys, self.values), text)
+            self.cumulative_length.fill_(length)
+
+
+class _RecurrentState(CasaLayerMixin):
+    """What layers of linear attention have in common: no text, and nothing to take back."""
+
+    keys = values = None
+
+    def activate_past_recording(self) -> None:
+        """Nothing is recorded for `crop`, which is refused."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._number_to_remove(tokens_to_remove)
+
+
+class CasaLinearLayer(_RecurrentState, LinearAttentionLayer):
+    """The cache layer of a block of linear attention: a state of fixed size, instead of keys and values of its text.
+
+    A new tensor is stored in each call, so that copies of a cache can share what both hold. Only Transformers' own
+    modules write into `conv_states`; these are never shared.
+
+    Attributes:
+        conv_states: (batch, channels, kernel size) last inputs of the convolution, under the index 0; None before the
+            first text.
+        recurrent_states: likewise (batch, heads, key dim, value dim) memory of the linear attention.
+    """
+
+    grows = True
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        num_tokens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append inputs of the convolution, and keep those that the next call needs.
+
+        Args:
+            conv_states: (batch, channels, tokens) inputs of the call.
+            state_idx: index of the state.
+            conv_kernel_size: number of inputs to keep; None for as many as were given in the first call.
+            num_tokens: (batch,) number of tokens in each row, which come first; what is behind them is padding. None
+                without padding, or with padding in front of the first text alone, whose inputs are zeros.
+
+        Returns:
+            (batch, channels, at least tokens) what was kept before, if anything, and the inputs.
+        """
+        num_new, earlier = conv_states.shape[-1], self.conv_states[state_idx]
+        kernel_size = self.conv_kernel_size[state_idx] or conv_kernel_size or num_new
+        if earlier is None:
+            inputs = nn.functional.pad(conv_states, (max(0, kernel_size - num_new), 0))
+        else:
+            inputs = torch.cat([earlier, conv_states], dim=-1)
+        self.conv_states[state_idx] = _last_inputs(inputs, kernel_size, num_new, num_tokens)
+        self.conv_kernel_size[state_idx] = kernel_size
+        self.is_conv_states_initialized[state_idx] = self.has_previous_state[state_idx] = True
+        self.dtype, self.device = inputs.dtype, inputs.device
+        return inputs
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+    @property
+    def states(self) -> list[torch.Tensor]:
+        """Inputs of the convolution and the memory of the linear attention; empty before the first text."""
+        held = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [state for state in held if state is not None]
+
+    def load_states(self, conv: torch.Tensor, recurrent: torch.Tensor) -> None:
+        """Hold the `states` of another layer from now on."""
+        self.update_conv_state(conv)
+        self.update_recurrent_state(recurrent)
+
+    def make_writable(self) -> None:
+        """Let Transformers' modules write into the state in this call: tensors of inference mode can't be changed
+        outside it."""
+        state = self.conv_states[0]
+        if state is not None and state.is_inference() and not torch.is_inference_mode_enabled():
+            self.conv_states[0] = state.clone()
+
+    def copied(self) -> Self:
+        new = super().copied()
+        new.__dict__.update({name: dict(value) for name, value in vars(new).items() if isinstance(value, dict)})
+        new.conv_states = {
+            index: None if state is None else state.clone() for index, state in self.conv_states.items()
+        }
+        return new
+
+    def reset(self) -> None:
+        self._reset_fusion()
+        LinearAttentionLayer.__init__(self)
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._map_rows(change)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: change(state) for index, state in states.items() if state is not None})
+
+
+class CasaStaticLinearLayer(_RecurrentState, _FixedFusion, LinearAttentionLayer):
+    """The same in a preallocated cache: states are written in place, so that their addresses stay.
+
+    Attributes:
+        max_cache_len: number of tokens that other layers of the cache have room for.
+    """
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        num_tokens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """See [`CasaLinearLayer.update_conv_state`]."""
+        inputs = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
+        if num_tokens is not None:
+            kept = self.conv_states[state_idx]
+            kept.copy_(_last_inputs(inputs, kept.shape[-1], conv_states.shape[-1], num_tokens))
+        return inputs
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._map_rows(change)
+        for state in (*self.conv_states.values(), *self.recurrent_states.values()):
+            if state is not None:
+                state.copy_(change(state))
+
+
+def _last_inputs(
+    inputs: torch.Tensor, kernel_size: int, num_new: int, num_tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """(batch, channels, kernel_size) copy of the last inputs of each row, of (batch, channels, length).
+
+    Of the `num_new` last, each row has (batch,) `num_tokens`, which come first.
+    """
+    if num_tokens is None:
+        return inputs[..., -kernel_size:].clone()
+    before = nn.functional.pad(inputs, (kernel_size, 0))
+    first = inputs.shape[-1] - num_new + num_tokens  # counted with the padding
+    index = first[:, None] + torch.arange(kernel_size, device=first.device)
+    return before.gather(2, index[:, None].expand(-1, before.shape[1], -1))
 
 
 class _LayerOfText(CacheLayerMixin):
@@ -495,21 +684,6 @@ class CasaWrappedLayer(CasaLayerMixin, _LayerOfText):
         return new
 
 
-def _number_to_remove(tokens_to_remove: int | torch.Tensor) -> int:
-    """How many tokens `crop` is asked to take back.
-
-    Raises:
-        ValueError: for a length to keep, which earlier versions of Transformers took.
-    """
-    removed = -int(tokens_to_remove)  # a tensor, from some versions of `generate`
-    if removed < 0:
-        raise ValueError(
-            f"crop({tokens_to_remove}) must get the number of tokens to remove as a negative number; a length "
-            "to keep isn't supported, because blocks without self-attention don't know theirs."
-        )
-    return removed
-
-
 def require_decoder_cache(cache: Any) -> None:
     """Refuse what CASA models can't keep their state in.
 
@@ -524,21 +698,25 @@ def require_decoder_cache(cache: Any) -> None:
         )
 
 
-def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
+def prepare_cache(cache: Cache, kept: Sequence[Kept]) -> None:
     """Give every layer of `cache` the fusion state; a cache that has it is left alone.
 
     Args:
-        cache: a cache of full-attention layers, empty or filled with text by the source language model.
-        blocks_with_text: whether each decoder block has self-attention.
+        cache: a cache of full-attention layers, and of linear-attention layers where the blocks are such, empty or
+            filled with text by the source language model. Empty layers become what their blocks need.
+        kept: what the attention of each decoder block keeps.
 
     Raises:
-        TypeError: if `cache` isn't a `Cache`, or a layer isn't a full-attention layer.
+        TypeError: if `cache` isn't a `Cache`, or a layer isn't what its block needs.
         ValueError: if it has too few layers.
     """
     require_decoder_cache(cache)
-    if home_layer(cache) is not None and len(cache.layers) >= len(blocks_with_text):
+    if home_layer(cache) is not None and len(cache.layers) >= len(kept):
+        for layer in cache.layers:
+            if isinstance(layer, CasaLinearLayer):
+                layer.make_writable()
         return
-    num_layers = len(blocks_with_text)
+    num_layers = len(kept)
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) < num_layers:
@@ -546,33 +724,64 @@ def prepare_cache(cache: Cache, blocks_with_text: Sequence[bool]) -> None:
             f"The cache has {len(cache.layers)} layers, but the model has {num_layers}. Make the cache with "
             "this model's configuration: DynamicCache(config=model.config)."
         )
-    further = [True] * (len(cache.layers) - num_layers)
-    cache.layers = [
-        _with_fusion_state(layer, has_text)
-        for layer, has_text in zip(cache.layers, [*blocks_with_text, *further], strict=True)
+    room = next((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), None)
+    further: list[Kept] = ["text"] * (len(cache.layers) - num_layers)
+    prepared = [
+        _linear_layer(layer, room) if of_block == "recurrent" else _attention_layer(layer)
+        for layer, of_block in zip(cache.layers, [*kept, *further], strict=True)
     ]
+    for layer, of_block in zip(prepared, [*kept, *further], strict=True):
+        layer.fusion, layer.memory, layer.window_state = {}, {}, None
+        layer.block_has_text = of_block == "text"
+        layer.beside_recurrent = "recurrent" in kept
+    cache.layers = prepared
 
 
 def home_layer(cache: Cache) -> Any:
-    """The layer of a prepared cache that owns the window state: the first with fusion state; None before."""
-    return next((layer for layer in cache.layers if isinstance(layer, CasaLayerMixin)), None)
+    """The layer of a prepared cache that owns the window state: the first of full attention, which Transformers asks
+    for the length of the text; None before."""
+    of_attention = (layer for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+    return next((layer for layer in of_attention if isinstance(layer, CasaLayerMixin)), None)
 
 
-def _with_fusion_state(layer: Any, block_has_text: bool) -> Any:
-    """A layer that has taken over what `layer` holds."""
-    prepared: Any
+def _attention_layer(layer: Any) -> Any:
+    """A layer for a block of full attention, that has taken over what `layer` holds."""
     if type(layer) in (DynamicLayer, StaticLayer):
-        prepared = object.__new__(CasaDynamicLayer if type(layer) is DynamicLayer else CasaStaticLayer)
-        prepared.__dict__.update(layer.__dict__)
-    elif isinstance(layer, DynamicLayer) and not layer.is_sliding:
-        prepared = CasaWrappedLayer(layer)
+        return _taken_over(layer, CasaDynamicLayer if type(layer) is DynamicLayer else CasaStaticLayer)
+    if isinstance(layer, DynamicLayer) and not layer.is_sliding:
+        return CasaWrappedLayer(layer)
+    raise TypeError(
+        f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
+        "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+    )
+
+
+def _linear_layer(layer: Any, room: int | None) -> Any:
+    """The same for a block of linear attention. A layer for keys and values is replaced as long as it is empty.
+
+    Args:
+        layer: layer of Transformers.
+        room: number of tokens that a static cache has room for; None for a growing one.
+    """
+    prepared: Any
+    kind: Any = CasaLinearLayer if room is None else CasaStaticLinearLayer
+    if type(layer) is LinearAttentionLayer:
+        prepared = _taken_over(layer, kind)
+    elif isinstance(layer, CacheLayerMixin) and not layer.is_initialized:
+        prepared = kind()
     else:
         raise TypeError(
-            f"The cache has a {type(layer).__name__}; CASA needs full-attention layers. Make the cache with "
-            "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+            f"The cache has a filled {type(layer).__name__} where the model has linear attention: another model has "
+            "filled it. Make the cache with DynamicCache(config=model.config) or StaticCache(config=model.config, "
+            "max_cache_len=...)."
         )
-    prepared.fusion, prepared.memory, prepared.window_state = {}, {}, None
-    prepared.block_has_text = block_has_text
+    prepared.max_cache_len = room
+    return prepared
+
+
+def _taken_over(layer: Any, kind: type) -> Any:
+    prepared: Any = object.__new__(kind)
+    prepared.__dict__.update(layer.__dict__)
     return prepared
 
 
@@ -666,32 +875,42 @@ def cache_state(cache: Cache) -> dict[str, Any]:
     layers = []
     for layer in cache.layers:
         layer._require_dynamic("cache_state")
-        layers.append(
-            {
-                "text": [] if layer.keys is None else [layer.keys.clone(), layer.values.clone()],
-                "fusion": {name: [tensor.clone() for tensor in stored] for name, stored in layer.fusion.items()},
-                "joined": "window" in layer.memory,
-            }
-        )
+        of_layer = {
+            "text": [] if layer.keys is None else [layer.keys.clone(), layer.values.clone()],
+            "fusion": {name: [tensor.clone() for tensor in stored] for name, stored in layer.fusion.items()},
+            "joined": "window" in layer.memory,
+        }
+        if isinstance(layer, CasaLinearLayer):
+            of_layer["recurrent"] = [state.clone() for state in layer.states]
+        layers.append(of_layer)
     state = home_layer(cache).window_state
     windows = {field.name: getattr(state, field.name) for field in fields(state)}
     copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in windows.items()}
     return {"layers": layers, "windows": copied}
 
 
-def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.device]) -> None:
+def restore_cache(cache: Cache, state: dict[str, Any], devices: Sequence[torch.device], kept: Sequence[Kept]) -> None:
     """Fill an empty cache with what `cache_state` gave.
 
     Args:
         cache: empty cache of as many growing layers as the state has.
         state: result of `cache_state`; it isn't changed and shares nothing with the cache.
         devices: devices of the decoder blocks.
+        kept: what the attention of each decoder block keeps.
 
     Raises:
-        ValueError: if what it holds has lengths that don't fit together.
+        ValueError: if what it holds has lengths that don't fit together, or isn't what the blocks keep.
     """
-    prepare_cache(cache, [bool(stored["text"]) for stored in state["layers"]])
-    for layer, stored, device in zip(cache.layers, state["layers"], devices, strict=True):
+    prepare_cache(cache, kept)
+    for number, (layer, stored, device) in enumerate(zip(cache.layers, state["layers"], devices, strict=True)):
+        states = stored.get("recurrent", ())
+        if (kept[number] == "text") != bool(stored["text"]) or len(states) != 2 * (kept[number] == "recurrent"):
+            raise ValueError(
+                f"The saved state is damaged: layer {number} has a part too few or too many. Load the whole state, as "
+                "it was saved."
+            )
+        if states:
+            layer.load_states(*(tensor.to(device, copy=True) for tensor in states))
         if stored["text"]:
             text = KeysValues(*(tensor.to(device, copy=True) for tensor in stored["text"]))
             layer.lazy_initialization(*text)
@@ -716,6 +935,7 @@ def _check_lengths(cache: Cache) -> None:
     lengths = {"text": state.length, "window": state.length - state.text_start}
     lengths |= dict.fromkeys(("image", "update"), state.image_columns)
     like: torch.Tensor | None = None
+    like_states: list[torch.Tensor] = []
     for number, layer in enumerate(cache.layers):
         text = {} if layer.keys is None else {"text": KeysValues(layer.keys, layer.values)}
         for name, stored in (text | layer.fusion).items():
@@ -723,17 +943,27 @@ def _check_lengths(cache: Cache) -> None:
                 like = tensor if like is None else like
                 batch_size, heads, length, head_dim = tensor.shape
                 fits = (batch_size, heads, head_dim) == (state.batch_size, like.shape[1], like.shape[3])
-                if not fits or length != lengths[name] or tensor.dtype != like.dtype:
-                    raise ValueError(
-                        f"The saved state is damaged: {name} of layer {number} is {tensor.dtype} of shape "
-                        f"{tuple(tensor.shape)}, which doesn't match the rest of it. Load the whole state, as "
-                        "it was saved."
-                    )
-                if not bool(tensor.isfinite().all()):
-                    raise ValueError(
-                        f"The saved state is damaged: {name} of layer {number} has numbers that aren't finite. "
-                        "Resume from an earlier state, or start a new stream."
-                    )
+                fits &= length == lengths[name] and tensor.dtype == like.dtype
+                _check_tensor(f"{name} of layer {number}", tensor, fits)
+        if isinstance(layer, CasaLinearLayer):
+            like_states = like_states or layer.states
+            for tensor, other in zip(layer.states, like_states, strict=True):
+                fits = tensor.shape == other.shape and tensor.dtype == other.dtype
+                fits &= tensor.shape[0] == state.batch_size
+                _check_tensor(f"the recurrent state of layer {number}", tensor, fits)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, fits: bool) -> None:
+    if not fits:
+        raise ValueError(
+            f"The saved state is damaged: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which doesn't "
+            "match the rest of it. Load the whole state, as it was saved."
+        )
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"The saved state is damaged: {name} has numbers that aren't finite. Resume from an earlier state, or "
+            "start a new stream."
+        )
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:
@@ -744,10 +974,19 @@ def cache_nbytes(cache: Cache) -> dict[str, int]:
     Returns:
         "text": keys/values of self-attention and of the current windows' text in fusion layers.
         "image": keys/values of the visible images.
+        "recurrent": states of linear attention, which don't grow; only where the model has any.
     """
     held = {"text": 0, "image": 0}
     for layer in cache.layers:
-        held["text"] += sum(tensor.nbytes for tensor in (layer.keys, layer.values) if tensor is not None)
+        if isinstance(layer, LinearAttentionLayer):
+            states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+            held["recurrent"] = held.get("recurrent", 0) + sum(s.nbytes for s in states if s is not None)
+        held["text"] += sum(tensor.nbytes for tensor in _text_of(layer) if tensor is not None)
         for name, stored in getattr(layer, "fusion", {}).items():
             held["text" if name == "window" else "image"] += sum(tensor.nbytes for tensor in stored)
     return held
+
+
+def _text_of(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys and values of self-attention, which layers of linear attention don't have."""
+    return getattr(layer, "keys", None), getattr(layer, "values", None)

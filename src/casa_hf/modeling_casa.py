@@ -42,8 +42,8 @@ from .attention import (
     self_attention,
 )
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
-from .backbone import FULL_ATTENTION, DecoderBlock, SelfAttention
-from .cache_casa import CasaStaticLayer, check_room, home_layer, prepare_cache, window_state
+from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, DecoderBlock, SelfAttention
+from .cache_casa import CasaStaticLayer, Kept, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
 from .foreign_arguments import check_foreign, refuse_foreign
@@ -248,6 +248,13 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
             init.copy_(parameter, sources[name])
 
 
+def _kept_by(block: Any) -> Kept:
+    """What the block's own attention keeps in a cache."""
+    if block.kind == LINEAR_ATTENTION:
+        return "recurrent"
+    return "nothing" if block.self_attn is None else "text"
+
+
 class _TextInputs(NamedTuple):
     """The text of one forward.
 
@@ -297,7 +304,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self.attends_to_update = config.casa_image_updates == "full"
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
-        self.blocks_with_text = [layer.self_attn is not None for layer in self.layers]
+        self.kept_by_blocks = [_kept_by(layer) for layer in self.layers]
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
         self.gradient_checkpointing = False
@@ -399,7 +406,7 @@ class CasaTextModel(CasaPreTrainedModel):
         """The cache of a call; None where gradient checkpointing would run blocks on it a second time."""
         if cache is None:
             return None
-        prepare_cache(cache, self.blocks_with_text)
+        prepare_cache(cache, self.kept_by_blocks)
         if not self.recomputes:
             return cache
         if cached_length(cache):

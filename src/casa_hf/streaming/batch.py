@@ -261,7 +261,7 @@ class CasaStreamBatch:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds for all streams, padding included, by part: "text" and "image".
+        """Bytes that the cache holds for all streams, padding included, by part, as `CasaStream.nbytes`.
 
         That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
         """

@@ -306,11 +306,11 @@ class CasaStream:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the cache holds, by part: "text" and "image".
+        """Bytes that the cache holds, by part: "text", "image" and, where the model has linear attention, "recurrent".
 
         That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
         """
-        return {"text": 0, "image": 0} if self._cache is None else cache_nbytes(self._cache)
+        return cache_nbytes(self._new_cache() if self._cache is None else self._cache)
 
     @property
     def closed(self) -> bool:

@@ -28,6 +28,12 @@ _GEOMETRY = (
     "hidden_size",
     "head_dim",
     "vocab_size",
+    "layer_types",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
 )
 _WAY_OUT = "give what state_dict() of a CasaStream returned."
 
@@ -89,7 +95,8 @@ def restored_cache(held: dict[str, Any] | None, model: CasaForConditionalGenerat
     cache, blocks = DynamicCache(config=model.config.get_text_config()), model.get_decoder().layers
     if held is None:
         return cache
-    restore_cache(cache, held, [next(block.parameters()).device for block in blocks])
+    devices = [next(block.parameters()).device for block in blocks]
+    restore_cache(cache, held, devices, model.get_decoder().kept_by_blocks)
     windows = home_layer(cache).window_state
     # Blocks of one kind hold the same.
     parts: dict[tuple[bool, bool], set[str]] = {}
@@ -97,7 +104,7 @@ def restored_cache(held: dict[str, Any] | None, model: CasaForConditionalGenerat
         kind = (block.self_attn is not None, block.casa_attn is not None)
         own = parts.setdefault(kind, set(layer.fusion))
         images = "image" in own or not kind[1] or not windows.image_columns
-        if own != layer.fusion.keys() or not images or (layer.keys is not None) != kind[0] or windows.batch_size != 1:
+        if own != layer.fusion.keys() or not images or windows.batch_size != 1:
             raise ValueError(f"The state is damaged: layer {number} has a part too few or too many; {_WAY_OUT}")
     return cache
 
