@@ -49,6 +49,9 @@ class CasaConfig(PreTrainedConfig):
             Number of gist tokens after each image; they see image tokens only.
         gist_token_ids (`list[int]`, *optional*):
             Ids of the gist tokens, in order; as many as `num_gist_tokens`.
+        new_tokens (`dict[str, int]`, *optional*):
+            Ids, by token, of those that conversion has added to the source's vocabulary. None, as in checkpoints of
+            earlier versions, for the gist tokens and, with a text-only source, the image token.
         casa_share_projections (`bool`, *optional*):
             Whether fusion layers use the query, key, value and output projections of self-attention.
         casa_keys (`str`, *optional*):
@@ -107,6 +110,7 @@ class CasaConfig(PreTrainedConfig):
     vision_end_token_id: int | None = 151653
     num_gist_tokens: int = 0
     gist_token_ids: list[int] | None = None
+    new_tokens: dict[str, int] | None = None
     casa_share_projections: bool = False
     casa_keys: str = "window"
     casa_layers: list[int] | tuple[int, ...] | range | set[int] | None = None
@@ -197,6 +201,8 @@ class CasaConfig(PreTrainedConfig):
     @property
     def new_token_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that conversion has added to the source's vocabulary, whose rows are untrained."""
+        if self.new_tokens is not None:
+            return tuple(sorted(self.new_tokens.values()))  # files sort them by name
         added = [self.image_token_id] if self.backbone.text_only else []
         return (*added, *(self.gist_token_ids or []))
 
@@ -253,7 +259,8 @@ class CasaConfig(PreTrainedConfig):
         Args:
             source: `PreTrainedConfig` of the source checkpoint, or the content of its config.json as a dict.
             variant: name of the variant.
-            **overrides: further configuration fields. A text-only source needs `vision_config` and `image_token_id`.
+            **overrides: further configuration fields. A text-only source needs `vision_config` and `image_token_id`,
+                and has no `vision_start_token_id` and `vision_end_token_id` unless they are given.
 
         Raises:
             ValueError: if the source's family isn't supported, or a text-only source is given no vision tower.
@@ -380,6 +387,12 @@ class CasaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{field}={value} is outside the vocabulary of {vocab_size} tokens; set it to the id that the "
                     "tokenizer gives this token."
+                )
+        for token, index in (self.new_tokens or {}).items():
+            if type(index) is not int or not 0 <= index < vocab_size:
+                raise ValueError(
+                    f"new_tokens has {token!r}: {index!r}, which is outside the vocabulary of {vocab_size} tokens; "
+                    "give the id that the tokenizer gives this token."
                 )
 
     def _validate_layers(self) -> None:

@@ -1,19 +1,20 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """How images and videos are written in a prompt, and how a prompt is rewritten before it is tokenized.
 
-Images never enter the token sequence: an image stands between `<|vision_start|>` and `<|vision_end|>`, immediately
-before the latter. Qwen's chat templates write a pad token there, `<|image_pad|>` or `<|video_pad|>`. It is taken out,
-and for a video the empty pair is repeated once per frame, so that every frame is an image of its own.
-
-The tokenizer of a text-only source has no such pair. There an image stands before the one token `<|image|>`, and the
-chat template writes `<|video|>`, not a token, for a video. Gist tokens, where a model has any, follow the token
-that an image precedes; they are added here.
+Images never enter the token sequence: an image stands between two delimiters, such as `<|vision_start|>` and
+`<|vision_end|>`, immediately before the latter; or before a single one. Qwen's chat templates write a pad token
+between the two, `<|image_pad|>` or `<|video_pad|>`. It isn't tokenized, and neither is what stands for a video where
+there is one delimiter, `<|video|>`. A video's placeholder gives way to the delimiters of its frames, each of which is
+an image of its own. Gist tokens, where a model has any, follow the token that an image precedes; they are added here.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,63 +26,67 @@ VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 
-# Without delimiters: the token that an image precedes, and what stands for a video.
-IMAGE_TOKEN = "<|image|>"
+# What stands for a video where there is one delimiter.
 VIDEO_PLACEHOLDER = "<|video|>"
 
 # Transformers puts this character before a control token that a user typed (`sanitize_control_tokens`): it is text.
 _NOT_TYPED = "(?<!\U000f0000)"
-_PAD = re.compile(f"{_NOT_TYPED}(?:{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)})")
+_PADS = f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}"
+_STRAY = re.compile(f"{_NOT_TYPED}(?:{_PADS})")
 
 
-class Notation(NamedTuple):
+def delimiters_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The tokens around an image: the one before it, if any, and the one that it stands before.
+
+    Args:
+        given: one or two tokens, or a string of them with a comma in between.
+
+    Raises:
+        ValueError: if these are no one or two different tokens, or pads, which aren't tokenized.
+    """
+    tokens = tuple(given.split(",") if isinstance(given, str) else given)
+    named = [token for token in tokens if isinstance(token, str) and token and token == token.strip()]
+    if not 0 < len(tokens) == len(set(named)) < 3 or {IMAGE_PAD, VIDEO_PAD, VIDEO_PLACEHOLDER}.intersection(tokens):
+        raise ValueError(
+            f"image_delimiters={given!r} must name the token before an image and the one after it, such as "
+            f"'{VISION_START},{VISION_END}', or the one after it alone, such as '<|image|>'; without pads and blanks."
+        )
+    return tokens
+
+
+@dataclass(frozen=True)
+class Notation:
     """How images and videos are written in the prompts of a model.
 
     Attributes:
-        image: image placeholder, as a user writes it.
-        video: video placeholder, as a user writes it.
-        pattern: pattern of either, with the gist tokens after it if the text has them (group `gists`). Group `pad` is
-            what isn't tokenized and gives way to the frames of a video.
-        video_pad: the same part of a video placeholder.
-        next_frame: text from the image token of a frame, with it, to that of the next one.
-        last_frame: text in place of the pad of a video, behind all frames but the last.
+        start: token before an image; empty for none.
+        end: token that an image stands before.
         gists: gist tokens.
     """
 
-    image: str
-    video: str
-    pattern: re.Pattern[str]
-    video_pad: str
-    next_frame: str
-    last_frame: str
-    gists: str
+    start: str
+    end: str
+    gists: str = ""
 
-    @classmethod
-    def of(cls, image_token: str, gists: str) -> Notation:
-        """The notation of a model: with delimiters if `image_token` is the second of them, else without."""
-        token = _NOT_TYPED + re.escape(image_token)
-        written_gists = f"(?P<gists>{re.escape(gists)})?"
-        if image_token != VISION_END:
-            return cls(
-                image=image_token,
-                video=VIDEO_PLACEHOLDER,
-                pattern=re.compile(f"(?:(?P<pad>{re.escape(VIDEO_PLACEHOLDER)})|{token}){written_gists}"),
-                video_pad=VIDEO_PLACEHOLDER,
-                next_frame=image_token + gists,
-                last_frame=image_token,
-                gists=gists,
-            )
-        pads = f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}"
-        opening = f"(?:{_NOT_TYPED}{re.escape(VISION_START)}(?P<pad>{pads}))?"
-        return cls(
-            image=VISION_START + VISION_END,
-            video=VISION_START + VIDEO_PAD + VISION_END,
-            pattern=re.compile(opening + token + written_gists),
-            video_pad=VIDEO_PAD,
-            next_frame=VISION_END + gists + VISION_START,
-            last_frame="",
-            gists=gists,
-        )
+    @property
+    def image(self) -> str:
+        """Image placeholder, as a user writes it."""
+        return self.start + self.end
+
+    @property
+    def video(self) -> str:
+        """Video placeholder, as a user writes it."""
+        return self.start + VIDEO_PAD + self.end if self.start else VIDEO_PLACEHOLDER
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches either, with the gist tokens after it if the text has them; group `pad` is what isn't tokenized."""
+        end = _NOT_TYPED + re.escape(self.end)
+        if self.start:
+            placeholder = f"(?:{_NOT_TYPED}{re.escape(self.start)}(?P<pad>{_PADS})?)?{end}"
+        else:
+            placeholder = f"(?:(?P<pad>{re.escape(VIDEO_PLACEHOLDER)})|{end})"
+        return re.compile(f"{placeholder}(?:{re.escape(self.gists)})?")
 
     def types(self, text: Any) -> list[int]:
         """`IMAGE_TYPE` or `FRAME_TYPE` for each placeholder of a prompt, in reading order.
@@ -95,20 +100,24 @@ class Notation(NamedTuple):
             )
         check_text("text", text)
         pads = [match["pad"] for match in self.pattern.finditer(text)]
-        stray = len(_PAD.findall(text)) - sum(pad in (IMAGE_PAD, VIDEO_PAD) for pad in pads)
+        stray = len(_STRAY.findall(text)) - sum(pad in (IMAGE_PAD, VIDEO_PAD) for pad in pads)
         if stray:
             raise ValueError(
                 f"The text has {IMAGE_PAD} or {VIDEO_PAD} outside of a placeholder, {stray} times. Write an image as "
                 f"{self.image} and a video as {self.video}; CASA repeats neither for every image token."
             )
-        return [FRAME_TYPE if pad == self.video_pad else IMAGE_TYPE for pad in pads]
+        return [FRAME_TYPE if pad in (VIDEO_PAD, VIDEO_PLACEHOLDER) else IMAGE_TYPE for pad in pads]
+
+    def written(self, number: int) -> str:
+        """What is tokenized for an image, or for a video of so many frames."""
+        return (self.start + self.end + self.gists) * number
 
 
 class Prompt(NamedTuple):
     """A prompt as it is tokenized, and where its pieces come from.
 
     Attributes:
-        text: prompt without pads, with the placeholder of a video repeated once per frame, and with gist tokens.
+        text: prompt with what is tokenized in place of its placeholders.
         starts: index at which each piece starts in `text`.
         spans: (start, end) of each piece in the given text.
         copied: whether each piece is what the given text has there.
@@ -120,25 +129,18 @@ class Prompt(NamedTuple):
     copied: list[bool]
 
     @classmethod
-    def write(cls, text: str, counts: list[int], notation: Notation) -> Prompt:
+    def write(cls, text: str, written: Sequence[str], notation: Notation) -> Prompt:
         """Rewrite a prompt.
 
         Args:
             text: prompt as it was given.
-            counts: number of images that each of its placeholders stands for.
+            written: what is tokenized for each of its placeholders.
             notation: the model's.
         """
         pieces, end = [], 0
-        for match, count in zip(notation.pattern.finditer(text), counts, strict=True):
-            if match["pad"] is not None:
-                start, stop = match.span("pad")
-                frames = notation.next_frame * (count - 1) + notation.last_frame
-                pieces += [(text[end:start], end, start), (frames, start, stop)]
-                end = stop
-            if not match["gists"]:
-                # They refer to the last character of the placeholder: an empty span would seem to begin what follows.
-                pieces += [(text[end : match.end()], end, match.end()), (notation.gists, match.end() - 1, match.end())]
-                end = match.end()
+        for match, content in zip(notation.pattern.finditer(text), written, strict=True):
+            pieces += [(text[end : match.start()], end, match.start()), (content, *match.span())]
+            end = match.end()
         pieces.append((text[end:], end, len(text)))
         starts = list(accumulate((len(piece) for piece, _, _ in pieces), initial=0))[:-1]
         return cls(
@@ -149,7 +151,7 @@ class Prompt(NamedTuple):
         )
 
     def origin(self, start: int, end: int) -> tuple[int, int]:
-        """The span in the given text of a span in `text`; what was added has that of what it stands for."""
+        """The span in the given text of a span in `text`; what was rewritten has that of its placeholder."""
         if end == 0:  # padding, and what the tokenizer adds
             return 0, 0
         first, last = (bisect_right(self.starts, place) - 1 for place in (start, max(start, end - 1)))

@@ -28,7 +28,7 @@ from .folder_files import read_json
 from .frames_casa import check_sampling, load_frames, measure_frames
 from .image_inputs import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
-from .placeholders import IMAGE_PAD, IMAGE_TOKEN, VIDEO_PAD, VISION_END, VISION_START, Notation, Prompt
+from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
 
 MAX_PIXELS = 952 * 952
@@ -51,9 +51,9 @@ TEXT_CHAT_TEMPLATE = """\
     {%- else -%}
         {%- for part in message.content -%}
             {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
-                {{- '<|image|>' -}}
+                {{- 'IMAGE' -}}
             {%- elif part.type == 'video' or 'video' in part -%}
-                {{- '<|video|>' -}}
+                {{- 'VIDEO' -}}
             {%- elif 'text' in part -%}
                 {{- part.text -}}
             {%- endif -%}
@@ -93,13 +93,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         source_config: contents of the source's processor files by file name, kept so that the model can be converted
             back; not used otherwise.
         image_token: token that an image stands before. **It is one ordinary token of the text, not a pad token that
-            is repeated for each feature of an image.** `<|vision_end|>` is the second of a pair of delimiters; any
-            other stands alone.
+            is repeated for each feature of an image.**
         num_gist_tokens: gist tokens `<|gist_0|>`, `<|gist_1|>`, ... that follow each image token.
+        vision_start_token: token before an image; None for `<|vision_start|>` if `image_token` is `<|vision_end|>`,
+            else for none.
 
     Attributes:
         image_token_id: id of `image_token`.
+        vision_start_token_id: id of `vision_start_token`; None without one.
         gist_token_ids: ids of the gist tokens, in order.
+        new_tokens: ids, by token, of those that `from_source` or `from_text_source` has added to the source's
+            vocabulary; of a loaded processor, the model's configuration knows them.
         media_policy: [`~media_casa.MediaPolicy`] that says whether URLs are fetched and paths are read, and how large
             images may be; it may be replaced at any time, and isn't saved with the processor.
 
@@ -118,6 +122,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         source_config: dict[str, Any] | None = None,
         image_token: str = VISION_END,
         num_gist_tokens: int = 0,
+        vision_start_token: str | None = None,
     ):
         template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
@@ -125,13 +130,20 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         self.source_config = source_config
         self.image_token = image_token
         self.num_gist_tokens = num_gist_tokens
+        if vision_start_token is None and image_token == VISION_END:
+            vision_start_token = VISION_START
+        self.vision_start_token = vision_start_token
         gists = _gist_tokens(num_gist_tokens)
-        _check_image_tokens(tokenizer, image_token)
+        self._notation = Notation(vision_start_token or "", image_token, "".join(gists))
+        _check_delimiters(tokenizer, self._notation)
         _check_gist_tokens(tokenizer, gists)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.vision_start_token_id = (
+            None if vision_start_token is None else tokenizer.convert_tokens_to_ids(vision_start_token)
+        )
         self.gist_token_ids = tokenizer.convert_tokens_to_ids(gists)
+        self.new_tokens: dict[str, int] = {}
         self.media_policy = MediaPolicy()
-        self._notation = Notation.of(image_token, "".join(gists))
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
 
@@ -191,14 +203,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         gists = _gist_tokens(num_gist_tokens)
         source_config = _read_source_files(folder)
         settings, _ = cls.get_processor_dict(folder)
-        return cls(
+        tokenizer, new_tokens = _load_tokenizer(folder, gists)
+        processor = cls(
             image_processor=_load_image_processor(folder, max_pixels),
-            tokenizer=_load_tokenizer(folder, gists),
+            tokenizer=tokenizer,
             chat_template=settings.get("chat_template"),
             frame_max_pixels=frame_max_pixels,
             source_config=source_config,
             num_gist_tokens=num_gist_tokens,
         )
+        processor.new_tokens = new_tokens
+        return processor
 
     @classmethod
     def from_text_source(
@@ -206,6 +221,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         text_folder: str | os.PathLike,
         vision_folder: str | os.PathLike,
         *,
+        image_delimiters: str | Sequence[str] = (VISION_START, VISION_END),
         max_pixels: int | None = MAX_PIXELS,
         frame_max_pixels: int | None = FRAME_MAX_PIXELS,
         num_gist_tokens: int = 0,
@@ -213,31 +229,38 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         """The processor for the CASA form of a text-only checkpoint that is given another one's vision tower.
 
         Args:
-            text_folder: local folder with the files of the tokenizer, to which `<|image|>` and then the gist tokens
-                are added. Its chat template, if any, knows no images and is replaced by `TEXT_CHAT_TEMPLATE`.
+            text_folder: local folder with the files of the tokenizer, to which those delimiters that it lacks and then
+                the gist tokens are added. Its chat template, if any, knows no images and is replaced by a minimal one.
             vision_folder: local folder with the files of the image processor; `source_config` holds these.
+            image_delimiters: tokens around an image, the one before it and the one that it stands before; or the
+                latter alone. A string has a comma between them.
             max_pixels, frame_max_pixels, num_gist_tokens: arguments of `from_source`.
 
         Raises:
-            ValueError: if there is no tokenizer, `max_pixels` is below the vision checkpoint's minimum,
-                `num_gist_tokens` is out of range, or a processor file isn't JSON.
+            ValueError: if there is no tokenizer, these are no delimiters, `max_pixels` is below the vision
+                checkpoint's minimum, `num_gist_tokens` is out of range, or a processor file isn't JSON.
             OSError: if other files are missing.
         """
         gists = _gist_tokens(num_gist_tokens)
         source_config = _read_source_files(vision_folder)
         image_processor = _load_image_processor(vision_folder, max_pixels)
-        tokenizer = _load_tokenizer(text_folder, [IMAGE_TOKEN, *gists])
-        tokenizer.chat_template = TEXT_CHAT_TEMPLATE
+        *start, end = delimiters = delimiters_of(image_delimiters)
+        tokenizer, new_tokens = _load_tokenizer(text_folder, [*delimiters, *gists])
         if tokenizer.pad_token is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token
-        return cls(
+        processor = cls(
             image_processor=image_processor,
             tokenizer=tokenizer,
             frame_max_pixels=frame_max_pixels,
             source_config=source_config,
-            image_token=IMAGE_TOKEN,
+            image_token=end,
             num_gist_tokens=num_gist_tokens,
+            vision_start_token="".join(start) or None,
         )
+        template = TEXT_CHAT_TEMPLATE.replace("IMAGE", processor._notation.image)
+        processor.chat_template = tokenizer.chat_template = template.replace("VIDEO", processor._notation.video)
+        processor.new_tokens = new_tokens
+        return processor
 
     # ---------------------------------------------------------------- the call
 
@@ -259,8 +282,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                 upright, on white where it isn't opaque: see [`~media_casa.rgb_image`].
             text: prompt or list of prompts. An image stands at each `<|vision_start|><|vision_end|>` or
                 `<|vision_start|><|image_pad|><|vision_end|>`, a video at each
-                `<|vision_start|><|video_pad|><|vision_end|>`; with another `image_token`, an image at each such
-                token and a video at each `<|video|>`. Gist tokens needn't be written. None to process pixels only.
+                `<|vision_start|><|video_pad|><|vision_end|>`; with other delimiters between these. With a single one,
+                an image stands at each such token and a video at each `<|video|>`. Gist tokens needn't be written.
+                None to process pixels only.
             videos: video, list of videos, or list of lists like `images`. A video is a path, a URL, base64, the bytes
                 of a file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: None; audio is not supported.
@@ -472,7 +496,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
-            Prompt.write(text, [len(visual.images) for visual in row], self._notation)
+            Prompt.write(text, [self._notation.written(len(visual.images)) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
         encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
@@ -683,11 +707,13 @@ def _load_image_processor(folder: str | os.PathLike, max_pixels: int | None) -> 
     return image_processor if max_pixels is None else _with_limits(image_processor, {"max_pixels": max_pixels})
 
 
-def _load_tokenizer(folder: str | os.PathLike, new_tokens: list[str]) -> Any:
+def _load_tokenizer(folder: str | os.PathLike, tokens: list[str]) -> tuple[Any, dict[str, int]]:
+    """The tokenizer of a source with these control tokens, and the ids of those that its vocabulary didn't have."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if new_tokens:
-        tokenizer.add_special_tokens({"extra_special_tokens": new_tokens}, replace_extra_special_tokens=False)
-    return tokenizer
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in tokenizer.get_added_vocab()]:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    return tokenizer, {token: tokenizer.convert_tokens_to_ids(token) for token in tokens if token not in vocabulary}
 
 
 def _gist_tokens(number: int) -> list[str]:
@@ -700,17 +726,11 @@ def _missing(tokenizer: Any, tokens: Iterable[str]) -> str:
     return ", ".join(token for token in tokens if token not in added)
 
 
-def _check_image_tokens(tokenizer: Any, image_token: str) -> None:
-    if image_token != VISION_END:
-        if _missing(tokenizer, [image_token]):
-            raise ValueError(
-                f"The tokenizer has no {image_token}, the token that an image is to precede; add it as a special "
-                "token, as CasaProcessor.from_text_source does."
-            )
-    elif missing := _missing(tokenizer, (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)):
+def _check_delimiters(tokenizer: Any, notation: Notation) -> None:
+    if missing := _missing(tokenizer, filter(None, (notation.start, notation.end))):
         raise ValueError(
-            f"The tokenizer has no {missing}; use the tokenizer of a Qwen vision-language checkpoint, or add them as "
-            "special tokens."
+            f"The tokenizer has no {missing}, which are to stand around an image; use the tokenizer of a Qwen "
+            "vision-language checkpoint, or add them as special tokens, as CasaProcessor.from_text_source does."
         )
 
 

@@ -56,12 +56,14 @@ def helium(tmp_path_factory):
     return build_tiny_helium(tmp_path_factory.mktemp("helium") / "text")
 
 
-def expected_helium(text, vision, image_token_id):
-    """Tensors of Helium and a tower with a row for one more token."""
+def expected_helium(text, vision, new_tokens):
+    """Tensors of Helium and a tower with rows for further tokens."""
     expected = converted(load_weights(text), LAYERS)
     for name in MATRICES:
-        assert expected[name].shape[0] == image_token_id
-        expected[name] = torch.cat([expected[name], expected[name].mean(0, dtype=torch.float64)[None].float()])
+        rows, width = expected[name].shape
+        assert new_tokens == [*range(rows, rows + len(new_tokens))]
+        mean = expected[name].mean(0, dtype=torch.float64).float()
+        expected[name] = torch.cat([expected[name], mean.expand(len(new_tokens), width)])
     tower = in_memory_layout(load_weights(vision))
     return expected | {name: tensor for name, tensor in tower.items() if name.startswith("model.visual.")}
 
@@ -71,11 +73,14 @@ def test_helium_with_a_tower_of_its_width(helium, source_folder, tmp_path, layou
     vision = altered(source_folder, tmp_path / "vision", weights=layout)
     report = convert_checkpoint(helium, tmp_path / "casa", vision_from=vision)
     config = report.config
-    assert config.image_token_id == len(AutoTokenizer.from_pretrained(helium))
-    assert_same(load_weights(tmp_path / "casa"), expected_helium(helium, vision, config.image_token_id))
+    start = len(AutoTokenizer.from_pretrained(helium))
+    assert config.new_tokens == {"<|vision_start|>": start, "<|vision_end|>": start + 1}
+    assert [config.vision_start_token_id, config.vision_end_token_id] == [*config.new_token_ids]
+    assert config.image_token_id == config.vision_end_token_id
+    assert_same(load_weights(tmp_path / "casa"), expected_helium(helium, vision, [*config.new_token_ids]))
     assert report.initialised.keys() == set(MATRICES)
     assert (
-        report.added_parameters == sum(load_weights(tmp_path / "casa")[name].numel() for name in report.added) + 2 * 64
+        report.added_parameters == sum(load_weights(tmp_path / "casa")[name].numel() for name in report.added) + 4 * 64
     )
 
 
@@ -88,10 +93,10 @@ def test_helium_with_a_tower_of_another_width(helium, tmp_path):
     weight, bias = tensors.pop(f"{PROJECTOR}weight"), tensors.pop(f"{PROJECTOR}bias")
     assert weight.shape == (64, 32) and not bias.any() and bias.shape == (64,)
     assert abs(weight.std() / 0.02 - 1) < 0.1 and abs(weight.mean()) < 0.002
-    expected = expected_helium(helium, vision, report.config.image_token_id)
+    expected = expected_helium(helium, vision, [*report.config.new_token_ids])
     assert_same(tensors, {name: tensor for name, tensor in expected.items() if ".casa_attn." not in name})
     assert report.initialised.keys() == {*MATRICES, f"{PROJECTOR}weight", f"{PROJECTOR}bias"}
-    assert report.added_parameters == 2 * 64 + 64 * 32 + 64
+    assert report.added_parameters == 4 * 64 + 64 * 32 + 64
     summary = inspect_checkpoint(tmp_path / "first")
     assert (summary.backbone, summary.added_parameters) == ("Helium", report.added_parameters)
 
@@ -99,9 +104,11 @@ def test_helium_with_a_tower_of_another_width(helium, tmp_path):
     assert not any(info.values()), info
     stock = AutoModelForCausalLM.from_pretrained(helium)
     ids = torch.arange(5, 40)[None]
-    assert torch.equal(model(ids).logits[..., :-1], stock(ids).logits)
+    assert torch.equal(model(ids).logits[..., :-2], stock(ids).logits)
     processor = CasaProcessor.from_pretrained(tmp_path / "first")
-    inputs = processor(text="A <|image|> B", images=Image.new("RGB", (56, 56)), return_tensors="pt")
+    inputs = processor(
+        text=f"A {processor.image_placeholder} B", images=Image.new("RGB", (56, 56)), return_tensors="pt"
+    )
     assert model(**inputs).logits.isfinite().all()
 
 
@@ -112,8 +119,12 @@ def test_helium_gets_any_tower(helium, family, tmp_path):
     assert not any(info.values()), info
     assert model.config.tower.model_type == f"{family}_vision" and model.config.num_deepstack == 0
     processor = CasaProcessor.from_pretrained(tmp_path / "casa")
-    inputs = processor(text="A <|image|> B", images=Image.new("RGB", (64, 64), "red"), return_tensors="pt")
-    others = processor(text="A <|image|> B", images=Image.new("RGB", (64, 64), "blue"), return_tensors="pt")
+    inputs = processor(
+        text=f"A {processor.image_placeholder} B", images=Image.new("RGB", (64, 64), "red"), return_tensors="pt"
+    )
+    others = processor(
+        text=f"A {processor.image_placeholder} B", images=Image.new("RGB", (64, 64), "blue"), return_tensors="pt"
+    )
     assert not torch.equal(model(**inputs).logits[:, -1], model(**others).logits[:, -1])
 
 
@@ -143,7 +154,7 @@ def test_card_names_both_sources(helium, source_folder, tmp_path):
     card = (output / "README.md").read_text()
     assert metadata_load(output / "README.md")["license"] == "other"
     assert "`words`: cc-by-4.0" in card and "`eyes`: apache-2.0" in card
-    assert "vision tower of `eyes`" in card and "`<|image|>`" in card
+    assert "vision tower of `eyes`" in card and "`<|vision_start|>`, `<|vision_end|>`" in card
     assert (output / "LICENSE-vision").read_text() == "Look here.\n"
 
 

@@ -93,8 +93,7 @@ def assert_cache_is_as_told(folder):
     model = CasaForConditionalGeneration.from_pretrained(folder)
     processor = CasaProcessor.from_pretrained(folder)
     picture = Image.effect_noise((800, 800), 60).convert("RGB")
-    mark = "<|vision_start|><|vision_end|>" if model.config.vision_start_token_id else "<|image|>"
-    inputs = processor(text=f"What is in {mark} and why?", images=picture, return_tensors="pt")
+    inputs = processor(text=f"What is in {processor.image_placeholder} and why?", images=picture, return_tensors="pt")
     assert inputs["image_grid_thw"].prod() == 4 * summary.image_tokens
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).cache

@@ -141,8 +141,8 @@ def test_a_tokenizer_without_vision_tokens(processor):
     plain = Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[])
     with pytest.raises(ValueError, match=r"no <\|vision_start\|>, <\|vision_end\|>, .*Qwen vision-language"):
         CasaProcessor(processor.image_processor, plain)
-    plain.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]})
-    with pytest.raises(ValueError, match=r"The tokenizer has no <\|video_pad\|>; "):
+    plain.add_special_tokens({"additional_special_tokens": ["<|vision_end|>"]})
+    with pytest.raises(ValueError, match=r"The tokenizer has no <\|vision_start\|>, which are to stand"):
         CasaProcessor(processor.image_processor, plain)
 
 

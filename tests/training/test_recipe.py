@@ -225,13 +225,13 @@ def test_adapters_of_other_variants_and_resuming(settings, converted, tmp_path, 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 def test_what_nobody_has_trained_trains_beside_adapters(settings, source_folder, tmp_path):
-    """The projector and `<|image|>` of a text-only source; loaded and merged, both are the trained ones."""
+    """The projector and the delimiters of a text-only source; loaded and merged, both are the trained ones."""
     peft = pytest.importorskip("peft")
     wide = build_tiny_helium(tmp_path / "helium", hidden_size=32)
     casa = convert_checkpoint(wide, tmp_path / "casa", vision_from=source_folder).output
     before = CasaForConditionalGeneration.from_pretrained(casa)
     names = {name for name, _ in before.named_parameters() if "multi_modal_projector" in name}
-    (token,) = before.config.new_token_ids
+    tokens = before.config.new_token_ids
     assert names
     report = train(TrainingConfig.from_dict({**settings, "model": str(casa), "lr_new": 1e-2, "lora": {"r": 2}}))
     trainable = {part.name: part.trainable for part in report.parts}
@@ -240,7 +240,7 @@ def test_what_nobody_has_trained_trains_beside_adapters(settings, source_folder,
     after, start = trained.merge_and_unload().state_dict(), before.state_dict()
     assert all(not torch.equal(after[name], start[name]) for name in names)
     table = next(name for name in start if name.endswith("embed_tokens.weight"))
-    assert (after[table] != start[table]).any(-1).nonzero().flatten().tolist() == [token]
+    assert (after[table] != start[table]).any(-1).nonzero().flatten().tolist() == [*tokens]
 
 
 def test_a_broken_run_is_resumed_and_ends_as_an_unbroken_one(settings, tmp_path):

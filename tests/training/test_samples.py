@@ -46,14 +46,16 @@ def test_image_placeholders_in_an_answer_are_not_trained_on(converted):
     assert trained_text(processor, example) == "Here:a cat.<|im_end|>"
 
 
-def test_a_tokenizer_without_delimiters(source_folder, tmp_path):
+@pytest.mark.parametrize("delimiters", [("<|vision_start|>", "<|vision_end|>"), ("<|image|>",)])
+def test_a_tokenizer_without_delimiters(source_folder, tmp_path, delimiters):
     helium = build_tiny_helium(tmp_path / "helium")
-    folder = convert_checkpoint(helium, tmp_path / "casa", vision_from=source_folder).output
+    vision = {"vision_from": source_folder, "image_delimiters": delimiters}
+    folder = convert_checkpoint(helium, tmp_path / "casa", **vision).output
     processor = load_processor(folder)
     assert trained_text(processor, CONVERSATIONS[0]).strip() == "A small cat with amber eyes.</s>"
     assert measure(processor, CONVERSATIONS[3]) == size(encode(processor, CONVERSATIONS[3]))
     unseen = unseen_image(processor)
-    assert processor.tokenizer.decode(unseen.input_ids) == "<|image|>"
+    assert processor.tokenizer.decode(unseen.input_ids) == "".join(delimiters)
 
 
 def size(sample):

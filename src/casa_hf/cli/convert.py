@@ -21,6 +21,7 @@ _SETTINGS = {setting.field: setting for setting in SETTINGS}
 _OPTIONS = {
     **{setting.field: setting.option for setting in SETTINGS},
     "vision_from": "--vision-from",
+    "image_delimiters": "--image-delimiters",
     "max_pixels": "--max-pixels",
     "max_shard_size": "--max-shard-size",
     "revision": "--revision",
@@ -72,6 +73,15 @@ def convert(
         str | None,
         typer.Option(parser=checkpoint, help="Folder or Hub id that gives a text-only source its vision tower."),
     ] = None,
+    image_delimiters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START,END",
+            help="Tokens before and after an image in a text-only source, or the one after it. "
+            "Default: <|vision_start|>,<|vision_end|>. Those that it lacks are added.",
+            show_default=False,
+        ),
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest number of pixels of an image.")] = None,
     dtype: Annotated[str | None, dtype_option("Cast the weights. Default: keep the source's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -102,7 +112,12 @@ def convert(
         for name, value in values.items()
         if value is not None
     }
-    given = {"--variant": variant, "--vision-from": vision_from, "--max-pixels": max_pixels}
+    given = {
+        "--variant": variant,
+        "--vision-from": vision_from,
+        "--image-delimiters": image_delimiters,
+        "--max-pixels": max_pixels,
+    }
     named = [_OPTIONS[field] for field in design] + [name for name, value in given.items() if value is not None]
     named += ["--with-code"] if with_code else []
     if to_source and named:
@@ -115,7 +130,12 @@ def convert(
     from ..conversion import convert_checkpoint, convert_to_source, plan_conversion, plan_to_source
 
     weights: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_size": max_shard_size}
-    form: dict[str, Any] = {"vision_from": vision_from, "max_pixels": max_pixels, **design}
+    form: dict[str, Any] = {
+        "vision_from": vision_from,
+        "image_delimiters": image_delimiters,
+        "max_pixels": max_pixels,
+        **design,
+    }
     if output is None or dry_run:
         with wrong_value(**_OPTIONS):
             _print_plan(

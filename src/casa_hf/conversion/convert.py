@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,6 @@ class _Prepared:
         source: Checkpoint that is converted.
         vision: Checkpoint that gives a text-only source its vision tower.
         own: Configuration of the source if it is a CASA checkpoint.
-        new_tokens: Tokens that the source's tokenizer doesn't have.
     """
 
     request: ConversionRequest
@@ -68,7 +68,6 @@ class _Prepared:
     source: Source
     vision: Source | None
     own: CasaConfig | None
-    new_tokens: tuple[str, ...]
 
     @property
     def sources(self) -> list[Source]:
@@ -81,6 +80,7 @@ def convert_checkpoint(
     variant: str | None = None,
     *,
     vision_from: str | Path | None = None,
+    image_delimiters: str | Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -102,6 +102,9 @@ def convert_checkpoint(
         variant: Key of `VARIANTS`, such as "ca" or "casa-shared"; None for "casa", or for the design that a CASA
             checkpoint has.
         vision_from: Folder or Hub id of the checkpoint whose vision tower a text-only source gets; for those only.
+        image_delimiters: Tokens that stand around an image in a text-only source: the one before it and the one that
+            it stands before, as a sequence or with a comma between them, or the latter alone. Those that the source's
+            vocabulary lacks are added. None for `<|vision_start|>` and `<|vision_end|>`.
         dtype: Number format to cast the weights to, such as "float32" or "bfloat16"; None to keep each as it is.
         revision: Branch, tag or commit of a Hub id.
         max_pixels: Largest number of pixels of an image; None for the design's default.
@@ -118,7 +121,9 @@ def convert_checkpoint(
             option that can't be used. The message is one line that says what to do.
         ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
-    request = ConversionRequest(source, variant, vision_from, dtype, revision, max_pixels, max_shard_size, design)
+    request = ConversionRequest(
+        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design
+    )
     destination = check_destination(output, overwrite, source, vision_from)
     prepared = _prepare(request)
     card = _card(prepared, str(output), with_code)
@@ -145,6 +150,7 @@ def plan_conversion(
     variant: str | None = None,
     *,
     vision_from: str | Path | None = None,
+    image_delimiters: str | Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -159,7 +165,9 @@ def plan_conversion(
     Raises:
         CheckpointError, ValueError: as `convert_checkpoint`.
     """
-    request = ConversionRequest(source, variant, vision_from, dtype, revision, max_pixels, max_shard_size, design)
+    request = ConversionRequest(
+        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design
+    )
     return _prepare(request).plan
 
 
@@ -176,6 +184,7 @@ def _prepare(request: ConversionRequest) -> _Prepared:
         source.folder,
         config,
         vision_folder=None if vision is None else vision.folder,
+        image_delimiters=request.image_delimiters,
         max_pixels=request.max_pixels,
         num_gist_tokens=num_gist_tokens,
         own=own,
@@ -199,8 +208,7 @@ def _prepare(request: ConversionRequest) -> _Prepared:
         max_shard_size=request.max_shard_size,
         note=untrained_effect(config, own),
     )
-    new_tokens = tuple(processor.tokenizer.convert_ids_to_tokens(list(new_token_ids)))
-    return _Prepared(request, plan, config, processor, source, vision, own, new_tokens)
+    return _Prepared(request, plan, config, processor, source, vision, own)
 
 
 def _open_vision(request: ConversionRequest, folder: Path, source_config: PreTrainedConfig) -> Source | None:
@@ -216,6 +224,11 @@ def _open_vision(request: ConversionRequest, folder: Path, source_config: PreTra
         raise CheckpointError(
             f"vision_from={str(request.vision_from)!r} is for text-only sources, but {folder} (model_type "
             f"{source_config.model_type!r}) has a vision tower. Leave out vision_from."
+        )
+    if not text_only and request.image_delimiters is not None:
+        raise CheckpointError(
+            f"image_delimiters={request.image_delimiters!r} is for text-only sources, but {folder} (model_type "
+            f"{source_config.model_type!r}) has delimiters. Leave out image_delimiters."
         )
     return None if request.vision_from is None else Source.open(request.vision_from, None, PROCESSOR_FILES)
 
@@ -267,6 +280,9 @@ def _set_tokens(config: CasaConfig, processor: CasaProcessor) -> tuple[int, ...]
     """Tell a configuration the tokens of its processor; the ids of those that the source didn't have."""
     if config.backbone.text_only:
         config.image_token_id = processor.image_token_id
+        config.vision_start_token_id = processor.vision_start_token_id
+        config.vision_end_token_id = None if config.vision_start_token_id is None else config.image_token_id
+    config.new_tokens = processor.new_tokens
     config.gist_token_ids = processor.gist_token_ids or None
     config.num_gist_tokens = len(processor.gist_token_ids)
     new = config.new_token_ids
@@ -298,7 +314,7 @@ def _card(prepared: _Prepared, output: str, with_code: bool) -> str:
         from_casa=prepared.own is not None,
         command=request.command(output, variant, with_code),
         model=output,
-        new_tokens=prepared.new_tokens,
+        new_tokens=() if prepared.own else tuple(prepared.processor.new_tokens),
         cast_to=request.dtype_name,
         with_code=with_code,
     )
@@ -313,7 +329,7 @@ def _record_origins(prepared: _Prepared) -> None:
 
 def _copied_files(prepared: _Prepared) -> list[tuple[Path, str]]:
     """Files that the new checkpoint takes over byte for byte, and their names there."""
-    changed = changed_files(prepared.config) if prepared.new_tokens else ()
+    changed = () if prepared.own else changed_files(prepared.config)
     folder = prepared.source.folder
     files = [
         (folder / name, SOURCE_PREFIX + name if name in changed else name)
@@ -328,5 +344,7 @@ def _copied_files(prepared: _Prepared) -> list[tuple[Path, str]]:
 
 
 def changed_files(config: CasaConfig) -> tuple[str, ...]:
-    """The tokenizer's files that are no longer the source's if there are new tokens."""
-    return TOKENIZER_FILES + TEMPLATE_FILES if config.backbone.text_only else TOKENIZER_FILES
+    """The tokenizer's files that are no longer the source's."""
+    if config.backbone.text_only:
+        return TOKENIZER_FILES + TEMPLATE_FILES
+    return TOKENIZER_FILES if config.new_token_ids else ()

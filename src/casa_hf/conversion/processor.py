@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def load_processor(
     config: CasaConfig,
     *,
     vision_folder: Path | None = None,
+    image_delimiters: str | Sequence[str] | None = None,
     max_pixels: int | None = None,
     num_gist_tokens: int = 0,
     own: CasaConfig | None = None,
@@ -32,6 +34,7 @@ def load_processor(
         folder: Folder of the checkpoint.
         config: Configuration of its CASA form.
         vision_folder: Folder of the checkpoint whose image processor a text-only source gets.
+        image_delimiters: Tokens around an image in a text-only source; None for the default.
         max_pixels: Largest number of pixels of an image; None for the design's default.
         num_gist_tokens: Number of gist tokens to add to the tokenizer.
         own: Configuration of the checkpoint if it is a CASA checkpoint, whose processor is taken over.
@@ -49,6 +52,7 @@ def load_processor(
         if own is not None:
             processor = CasaProcessor.from_pretrained(folder, **restored)
         elif vision_folder is not None:
+            options |= {} if image_delimiters is None else {"image_delimiters": image_delimiters}
             processor = CasaProcessor.from_text_source(folder, vision_folder, **options)
         else:
             processor = CasaProcessor.from_source(folder, **options)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, shard_bytes
 from ..design_space import SETTINGS
 from ..folder_files import CheckpointError
+from ..placeholders import delimiters_of
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -26,6 +27,7 @@ class ConversionRequest:
         source: Folder or Hub id.
         variant: Name of a variant; None for the default one.
         vision_from: Folder or Hub id of the checkpoint that gives a vision tower.
+        image_delimiters: Tokens around an image in a text-only source; None for the default.
         dtype: Number format to cast to.
         revision: Branch, tag or commit of a Hub id.
         max_pixels: Largest number of pixels of an image.
@@ -34,11 +36,13 @@ class ConversionRequest:
 
     Raises:
         CheckpointError: if the dtype is unknown, or the size of a weight file isn't one.
+        ValueError: if these are no delimiters.
     """
 
     source: str | Path
     variant: str | None
     vision_from: str | Path | None
+    image_delimiters: str | Sequence[str] | None
     dtype: str | torch.dtype | None
     revision: str | None
     max_pixels: int | None
@@ -47,6 +51,8 @@ class ConversionRequest:
 
     def __post_init__(self) -> None:
         dtype_code(self.dtype)
+        if self.image_delimiters is not None:
+            delimiters_of(self.image_delimiters)
         shard_bytes(self.max_shard_size)
 
     @property
@@ -59,6 +65,10 @@ class ConversionRequest:
         """PyTorch's name of the number format to cast to."""
         return None if self.dtype_code is None else _name(self.dtype_code)
 
+    @property
+    def _written_delimiters(self) -> str | None:
+        return None if self.image_delimiters is None else ",".join(delimiters_of(self.image_delimiters))
+
     def command(self, output: str, variant: str | None, with_code: bool) -> str:
         """The command line that makes the same checkpoint.
 
@@ -69,6 +79,7 @@ class ConversionRequest:
         """
         options = {
             "--vision-from": self.vision_from,
+            "--image-delimiters": self._written_delimiters,
             "--dtype": self.dtype_name,
             "--revision": self.revision,
             "--max-pixels": self.max_pixels,

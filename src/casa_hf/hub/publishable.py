@@ -136,6 +136,7 @@ def _check_tokens(folder: Path, config: CasaConfig, processor: CasaProcessor) ->
     """Refuse a model and a processor that have different tokens."""
     pairs = {
         "image_token_id": (config.image_token_id, processor.image_token_id),
+        "vision_start_token_id": (config.vision_start_token_id, processor.vision_start_token_id),
         "gist_token_ids": (config.gist_token_ids or [], processor.gist_token_ids),
     }
     for name, (of_model, of_processor) in pairs.items():

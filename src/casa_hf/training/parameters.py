@@ -74,7 +74,7 @@ def freeze(model: nn.Module, trainable: str | Sequence[str] = "paper-qwen") -> l
     Frozen parts before the first trainable one keep no graph: neither the vision tower below its last trained blocks,
     nor, if it is frozen, the embeddings.
 
-    Tokens that conversion has added (gist tokens; `<|image|>` of a text-only source) train where the rest of the
+    Tokens that conversion has added (gist tokens; delimiters of a text-only source) train where the rest of the
     embeddings doesn't: their rows become a parameter `...embed_tokens.new_tokens.weight` (tokens, hidden size), which
     stands in for them until the next call of this function. No other row changes, whatever the optimizer. State
     dicts, and so checkpoints, have neither a further name nor another shape: the rows are in the matrix.
