@@ -70,12 +70,14 @@ class Sample:
         images: by position; images at the same position in the order in which they are read.
         positions: (A, T) positions that replace those of the configuration, or None.
         evictions: in the order in which they happen.
+        delimiters: indices of text tokens that belong to the delimiters whatever their ids, such as a frame's time.
     """
 
     input_ids: Sequence[int]
     images: Sequence[Image] = field(default=())
     positions: Tensor | None = None
     evictions: Sequence[Eviction] = field(default=())
+    delimiters: Sequence[int] = field(default=())
 
 
 def reference_logits(
@@ -184,8 +186,8 @@ class _Masks:
         for j, image in enumerate(self.images):
             joins = False
             if j > 0 and self._history(j - 1) == self._history(j) == "group":
-                between = self.ids[self.images[j - 1].position : image.position]
-                joins = all(token in delimiters for token in between)
+                between = range(self.images[j - 1].position, image.position)
+                joins = all(self.ids[t] in delimiters or t in self.sample.delimiters for t in between)
             windows.append(windows[-1] if joins else j)
         return windows
 

@@ -231,6 +231,7 @@ def packed(model: Any, samples: list[Sample]) -> Tensor:
     places = [start + image.position for start, one in zip(starts, samples, strict=True) for image in one.images]
     types = torch.zeros_like(ids)
     types[0, places] = torch.tensor([2 if image.is_frame else 1 for image in images])
+    types[0, [start + index for start, one in zip(starts, samples, strict=True) for index in one.delimiters]] = 3
     index = torch.cat([torch.arange(len(one.input_ids)) for one in samples])[None]
     inputs = {"input_ids": ids, "position_ids": index, "mm_token_type_ids": types, "use_cache": False}
     return model(**inputs, **image_inputs(images)).logits[0]

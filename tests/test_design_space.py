@@ -34,8 +34,8 @@ TOLERANCE = 1e-6
 SHARDS = 24
 
 # Images of different sizes, groups, stills beside frames, an image before any text, a row without images.
-ROWS = ("3 2x3 2 1x2 3x1 2 f2x2 f2x2 1", "b2x2 4 b1x3 2", "6", "1 2x1 s2x1 3 f1x2 2x2 2")
-ROWS_WITH_GISTS = ("3 g2x3 2 g1x2 g3x1 2 f2x2 1", "bg2x2 4 g1x3 2", "6", "1 g2x1 2x1 3 gf1x2 2x2 2")
+ROWS = ("3 2x3 2 1x2 d1 3x1 2 d2 f2x2 d2 f2x2 1", "b2x2 4 b1x3 2", "6", "1 2x1 s2x1 3 f1x2 2x2 2")
+ROWS_WITH_GISTS = ("3 g2x3 2 g1x2 d1 g3x1 2 f2x2 1", "bg2x2 4 g1x3 2", "6", "1 g2x1 2x1 3 gf1x2 d1 f2x2 2")
 
 
 @cache
@@ -93,6 +93,7 @@ def run(model, samples, bounds):
     for row, one in enumerate(samples):
         start = length - len(one.input_ids)
         ids[row, start:], mask[row, start:] = torch.tensor(one.input_ids), 1
+        types[row, [start + index for index in one.delimiters]] = 3
         for image in one.images:
             places.append((row, start + image.position))
             types[places[-1]] = 2 if image.is_frame else 1

@@ -305,6 +305,7 @@ ROWS = {
     "image last": "5 1x4 8 3x2",
     "equal pixels twice": "3 2x2 4 s2x2 5",
     "frames": "3 f2x2 f1x3 4 2x2 f2x1 f1x2 3x1 1x1 2",
+    "images with their times": "2 d2 f2x2 d1 f1x3 d3 4 d2 2x2 d2 3x1 3 f1x1 d1 f2x1 1 d2",
 }
 
 
@@ -365,6 +366,9 @@ def run(
             first = width - length if side == "left" else 0
             ids[row, first : first + length] = torch.tensor(list(sample.input_ids[begin : begin + length]))
             mask[row, first : first + length] = 1
+            for index in sample.delimiters:
+                if begin <= index < begin + length:
+                    types[row, first + index - begin] = 3
             for image in sample.images:
                 if begin <= image.position < begin + length:
                     places.append([row, first + image.position - begin])
@@ -540,7 +544,9 @@ def random_sample(random: Random) -> Sample:
         # Whether images are frames is said per token.
         is_frame = images[-1].is_frame if images and images[-1].position == position else random.random() < 0.4
         images.append(Image(position, grid, tiny.features(*grid, seed=random.randrange(10**6)), is_frame))
-    return Sample(tokens, tuple(images))
+    others = [index for index in range(len(tokens)) if all(index != image.position for image in images)]
+    delimiters = [index for index in others if random.random() < 0.3]
+    return Sample(tokens, tuple(images), delimiters=delimiters)
 
 
 def test_model_reads_marks_without_images_as_text() -> None:
@@ -564,7 +570,7 @@ def test_model_from_pixels_on() -> None:
 
 
 # In the first row an image ends a sample and another begins the next: no group reaches over the border.
-PACKED = [["4 2x3 3x1", "e2x2 6", "7"], ["5", "e1x2 3 f2x2 4", "2 2x2 1x1 4"]]
+PACKED = [["4 2x3 d1 3x1", "e2x2 6", "7"], ["5", "e1x2 3 d2 f2x2 d1 f1x1 3", "2 2x2 d2 1x1 4"]]
 
 
 def packed_rows(positions: str) -> tuple[list[list[Sample]], dict[str, Tensor]]:
@@ -601,6 +607,8 @@ def test_model_on_packed_samples(variant: str, positions: str, masked: bool) -> 
     types = torch.zeros_like(text["input_ids"])
     frames = torch.tensor([2 if image.is_frame else 1 for image in images])
     types[text["input_ids"] == tiny.END] = frames
+    delimiters = [index in sample.delimiters for sample in samples for index in range(len(sample.input_ids))]
+    types[torch.tensor(delimiters).view_as(types)] = 3
     if masked:
         text["attention_mask"] = torch.ones_like(types)
     output = model_of(config)(**text, **image_inputs(images), mm_token_type_ids=types, use_cache=False).logits

@@ -137,6 +137,8 @@ class Family:
         if self.text_only:
             tokens = {"image_token_id": END, "vision_start_token_id": START, "vision_end_token_id": END}
             fields = {**tokens, "vision_config": dict(self.vision), **fields}
+        # Token ids here are numbers without text, so that frames have no times unless a test gives them some.
+        fields = {"video_timestamps": None, **fields}
         return CasaConfig.from_source(source or self.source_config(), variant, **fields)
 
     @property
@@ -286,14 +288,18 @@ def sample(script: str, seed: int = 0, num_deepstack: int = 0) -> Sample:
     `5` is five random text tokens, `2x3` an image of 2 x 3 merged tokens between its delimiters, `f2x3` a frame of a
     video. More letters before the size: `g` gist tokens follow the image; `e` only the closing delimiter is written;
     `b` no delimiter at all, the image stands before whatever comes next; `s` the same features as the last image of
-    that size. The word `gists` is the gist tokens alone. Images have `num_deepstack` further features per token.
+    that size. The word `gists` is the gist tokens alone, `d5` five text tokens that belong to the delimiters. Images
+    have `num_deepstack` further features per token.
     """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     images: list[Image] = []
+    delimiters: list[int] = []
     for word in script.split():
-        if word.isdigit():
-            ids += torch.randint(3, 50, (int(word),), generator=generator).tolist()
+        if word.removeprefix("d").isdigit():
+            number = int(word.removeprefix("d"))
+            delimiters += range(len(ids), len(ids) + number) if word.startswith("d") else ()
+            ids += torch.randint(3, 50, (number,), generator=generator).tolist()
             continue
         if word == "gists":
             ids += GISTS
@@ -308,4 +314,4 @@ def sample(script: str, seed: int = 0, num_deepstack: int = 0) -> Sample:
         images.append(Image(len(ids), (height, width), content, "f" in letters, deepstack))
         ids += [END] if "b" not in letters else []
         ids += GISTS if "g" in letters else []
-    return Sample(ids, tuple(images))
+    return Sample(ids, tuple(images), delimiters=tuple(delimiters))

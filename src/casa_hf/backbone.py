@@ -227,6 +227,7 @@ class Backbone:
         other_towers: further towers that it can be given.
         native_video: what one pair of delimiters stands for in the source's own layout of a video: "video", all of it,
             or "temporal patch"; None for a source that knows no videos.
+        native_timestamps: whether the source's processor writes the time of each video frame before it.
         placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
         save_renamings: the same for the way back, from memory to the names in the source's published files; empty
@@ -250,6 +251,7 @@ class Backbone:
     other_towers: tuple[VisionTower, ...] = ()
     source_task: str = "image-text-to-text"
     native_video: str | None = None
+    native_timestamps: bool = False
     placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),
@@ -264,6 +266,11 @@ class Backbone:
     def towers(self) -> tuple[str, ...]:
         """The types of vision configurations that the family can have."""
         return tuple(tower.model_type for tower in (self.vision, *self.other_towers))
+
+    @property
+    def default_timestamps(self) -> str | None:
+        """The kind of timestamps that a conversion writes unless it is told otherwise; a key of `VIDEO_TIMESTAMPS`."""
+        return "native" if self.native_timestamps else None
 
     def fusable_blocks(self, text_config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices of the decoder blocks that can have a fusion layer: those of full attention."""

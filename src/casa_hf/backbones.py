@@ -62,6 +62,7 @@ BACKBONES: dict[str, Backbone] = {
             rms_norm="Qwen3VLTextRMSNorm",
             source_class="Qwen3VLForConditionalGeneration",
             native_video="temporal patch",
+            native_timestamps=True,
             save_renamings=(),
         ),
         *(

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .backbone import Backbone, VisionTower
 from .backbones import BACKBONES, SOURCE_BACKBONES, VISION_TOWERS, supported_sources
 from .design_space import CHOICES, DESIGN_FIELDS, FIELDS, SETTINGS, VARIANTS, unknown_value
+from .timestamps_casa import check_video_timestamps
 
 # Before towers had a type of their own, checkpoints gave them the type of the whole model.
 _VISION_SOURCES = tuple(name for name, backbone in SOURCE_BACKBONES.items() if not backbone.text_only)
@@ -81,6 +82,9 @@ class CasaConfig(PreTrainedConfig):
             or a copy of it that belongs to the fusion layer) or "none".
         casa_gate (`str`, *optional*):
             Gate of each fusion layer: None, or "tanh" for the tanh of one learned number, which starts at 0.
+        video_timestamps (`str`, *optional*):
+            Time of each video frame, written before it: None for none, "native" as the source writes it, or "text". A
+            model that has them refuses frames without.
         casa_static_image_tokens (`int`, *optional*):
             Image tokens that a `StaticCache` has room for in each row: those of the largest window to come. A larger
             window takes a multiple of it, at the price of one more compilation.
@@ -124,6 +128,7 @@ class CasaConfig(PreTrainedConfig):
     casa_text_windows: bool = False
     casa_image_norm: str = "input"
     casa_gate: str | None = None
+    video_timestamps: str | None = None
     casa_static_image_tokens: int = 1156
     tie_word_embeddings: bool = False
     source_config: dict | None = None
@@ -358,6 +363,12 @@ class CasaConfig(PreTrainedConfig):
             raise ValueError(
                 f"casa_static_image_tokens={self.casa_static_image_tokens} must be positive: the number of image "
                 "tokens of the largest window, such as 1156 for one image of 952 x 952 pixels."
+            )
+        check_video_timestamps(self.video_timestamps)
+        if self.video_timestamps == "native" and not self.backbone.native_timestamps:
+            raise ValueError(
+                f"video_timestamps='native' is for sources that write the time of each video frame, which "
+                f"{self.backbone.display_name} doesn't; use 'text', or None for none."
             )
         self._validate_tokens()
         self._validate_layers()

@@ -2,9 +2,9 @@
 """Images in Transformers' `generate`.
 
 `generate` is Transformers' own, and also takes the cache by both of its names. These hooks resolve, once and from the
-prompt alone, before which token each image stands, hand every forward the images that belong to the tokens it is fed,
-and forget them after the prefill. What is generated later, or proposed by an assistant, is text even where it looks
-like an image placeholder.
+prompt alone, before which token each image stands, hand every forward the images that belong to the tokens it is fed
+and the types of these tokens, and forget both after the prefill. What is generated later, or proposed by an assistant,
+is text even where it looks like an image placeholder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from .cache_casa import require_decoder_cache
 from .configuration_casa import CasaConfig
 from .foreign_arguments import refuse_foreign
 from .image_inputs import (
+    IMAGE_TYPE,
     check_seconds,
+    check_timestamps,
     image_placeholders,
     refuse_expanded_placeholders,
     warn_of_untyped_frames,
@@ -129,6 +131,8 @@ class CasaGenerationMixin(GenerationMixin):
                 images = {}
         if images and types is None:
             warn_of_untyped_frames(self.config, places.tolist())
+        if images:
+            check_timestamps(self.config, types)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -170,6 +174,8 @@ class CasaGenerationMixin(GenerationMixin):
             self._check_attentions()
         if generation_mode == GenerationMode.ASSISTED_GENERATION and past:
             model_kwargs["num_cached_ids"] = past
+        if (types := model_kwargs.get("mm_token_type_ids")) is not None and types.shape[1] < total:
+            model_kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (total - types.shape[1], 0))
         if model_kwargs.get("image_positions") is None:
             return result
         if generation_config.is_assistant:
@@ -190,8 +196,6 @@ class CasaGenerationMixin(GenerationMixin):
             places = places[new]
         model_kwargs["image_positions"] = places
 
-        if (types := model_kwargs.get("mm_token_type_ids")) is not None and types.shape[1] < total:
-            model_kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (total - types.shape[1], 0))
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if copies > 1 or generation_config.prefill_chunk_size is not None:
             self._encode_images(model_kwargs)
@@ -295,15 +299,22 @@ class CasaGenerationMixin(GenerationMixin):
         if attention_mask is not None and not (isinstance(prepared, torch.Tensor) and prepared.ndim == 2):
             # A static cache turns the mask into a 4-D one, from which padding can't be read any more.
             model_inputs["token_mask"] = attention_mask[:, -num_tokens:].bool().to(fed.device)
+        if not images and types is None:
+            return InputsByBothNames(model_inputs)
+        start = cached_length(cache)
+        end = start + num_tokens
+        if types is not None:
+            # Of all tokens so far: the time of a frame may stand in an earlier chunk.
+            types = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))
+            model_inputs["mm_token_type_ids"] = types[:, :end]
         if images:
-            start = cached_length(cache)
-            model_inputs |= self._images_between(images, types, start, start + num_tokens, fed)
+            model_inputs |= self._images_between(images, types, start, end, fed)
         return InputsByBothNames(model_inputs)
 
     def _images_between(
         self, images: dict[str, Any], types: torch.Tensor | None, start: int, end: int, fed: torch.Tensor
     ) -> dict[str, Any]:
-        """The images before the tokens [start, end), with positions relative to `start`."""
+        """The images before the tokens [start, end), with positions relative to `start`; and types without any."""
         indices = images["image_positions"][:, 1]
         inside = ((indices >= start) & (indices < end)).nonzero()[:, 0]
         if not len(inside):
@@ -311,14 +322,14 @@ class CasaGenerationMixin(GenerationMixin):
         if len(inside) < len(indices):
             self._select_images(images, inside)
         positions = images["image_positions"][inside] - torch.tensor([0, start])
-        if types is None:
-            # They also say how many tokens these positions count: forward notices a prompt that an adapter adds.
-            types = torch.zeros(fed.shape[0], end, dtype=torch.long)
-            types[positions[:, 0], positions[:, 1] + start] = 1
-        types = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))
         if isinstance(pixels := images.get("pixel_values"), torch.Tensor):
             images["pixel_values"] = pixels.to(fed.device)
-        return {**images, "image_positions": positions, "mm_token_type_ids": types[:, start:end]}
+        if types is not None:
+            return {**images, "image_positions": positions}
+        # They also say how many tokens these positions count: forward notices a prompt that an adapter adds.
+        types = torch.zeros(fed.shape[0], end - start, dtype=torch.long)
+        types[positions[:, 0], positions[:, 1]] = IMAGE_TYPE
+        return {**images, "image_positions": positions, "mm_token_type_ids": types}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

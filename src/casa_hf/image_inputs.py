@@ -3,7 +3,8 @@
 
 Where the caller doesn't say where images stand, token types do, so that text which only looks like an image
 placeholder, since the model wrote it or a user quoted it, stays text. Without types each token `config.image_token_id`
-is a placeholder, by its id or else by its embedding. All that depends on sizes and places is computed on the CPU.
+is a placeholder, by its id or else by its embedding. Types also say which text belongs to the delimiters: the time
+before a frame is written in ordinary tokens. All that depends on sizes and places is computed on the CPU.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from .windows import ImagePlacement, moved
 
 logger = logging.get_logger(__name__)
 
-# Values of `mm_token_type_ids` at the token that an image precedes.
+# Values of `mm_token_type_ids` at the token that an image precedes, and at text that belongs to the delimiters.
 IMAGE_TYPE = 1
 FRAME_TYPE = 2
+DELIMITER_TYPE = 3
 
 
 def has_images(
@@ -146,6 +148,7 @@ def place_images(
         ValueError: if images, types and positions don't fit each other and the text.
     """
     types, valid = _new_types(mm_token_type_ids, text, cache), text.valid
+    check_timestamps(config, mm_token_type_ids)
     if image_positions is None:
         image_positions, valid = _find_places(config, text, types, len(grids))
     if image_positions.shape != (len(grids), 2):
@@ -169,6 +172,50 @@ def place_images(
     steps = _time_steps(config, grids, second_per_grid_ts)
     placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()), steps)
     return moved(placement, text.device)
+
+
+def delimiters(
+    config: CasaConfig, text: NewText, mm_token_type_ids: torch.Tensor | None, cache: Cache | None
+) -> torch.Tensor:
+    """(batch, tokens) which new text doesn't close a group of images, on the device of the text.
+
+    Args:
+        config: configuration that names the delimiters.
+        text: new text.
+        mm_token_type_ids: types of the new tokens or of all so far; those of another length are ignored.
+        cache: cache with the earlier text, or None.
+    """
+    found = text.are(config.delimiter_token_ids)
+    if mm_token_type_ids is None:
+        return found
+    batch_size, num_tokens = text.shape
+    if mm_token_type_ids.shape[0] != batch_size or not _fits(mm_token_type_ids, num_tokens, cache):
+        return found
+    types = mm_token_type_ids[:, -num_tokens:].to(found.device, non_blocking=True)
+    return found | (types == DELIMITER_TYPE)
+
+
+def check_timestamps(config: CasaConfig, mm_token_type_ids: torch.Tensor | None) -> None:
+    """Refuse frames without their times, for a model whose frames have them.
+
+    Args:
+        config: configuration that says whether they do.
+        mm_token_type_ids: (batch, tokens) types, or None.
+
+    Raises:
+        ValueError: if there are such.
+    """
+    if config.video_timestamps is None or mm_token_type_ids is None:
+        return
+    has_frames = (mm_token_type_ids == FRAME_TYPE).any(1)
+    has_times = (mm_token_type_ids == DELIMITER_TYPE).any(1)
+    if bool((has_frames & ~has_times).any()):
+        raise ValueError(
+            f"mm_token_type_ids have video frames (2) but no timestamps before them (3), and this model reads frames "
+            f"with their times (video_timestamps={config.video_timestamps!r}). Use its CasaProcessor with "
+            f"video_timestamps={config.video_timestamps!r}, which writes them; in a later call pass the types of all "
+            "tokens so far if the times stand in earlier text; or set model.config.video_timestamps to None."
+        )
 
 
 def check_no_images(
@@ -202,7 +249,7 @@ def check_no_images(
     past, num_tokens = cached_length(cache), text.shape[1]
     left_over = past > 0
     if left_over and num_tokens > 1:
-        fits = mm_token_type_ids is not None and mm_token_type_ids.shape[1] in (num_tokens, past + num_tokens)
+        fits = mm_token_type_ids is not None and _fits(mm_token_type_ids, num_tokens, cache)
         left_over = not image_placeholders(config, text, mm_token_type_ids if fits else None).any()
     if not left_over:
         raise without_images("image_grid_thw")
@@ -270,6 +317,12 @@ def warn_of_untyped_frames(config: CasaConfig, places: Sequence[Sequence[int]]) 
             f"frames of a video (casa_video_history={config.casa_video_history!r}), pass the mm_token_type_ids of "
             "CasaProcessor, which are 2 at frames and 1 at images."
         )
+
+
+def _fits(mm_token_type_ids: torch.Tensor, num_tokens: int, cache: Cache | None) -> bool:
+    """Whether there is a type for each new token, or for each so far."""
+    length = mm_token_type_ids.shape[1]
+    return length == num_tokens or length == cached_length(cache) + num_tokens
 
 
 def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cache | None) -> torch.Tensor | None:

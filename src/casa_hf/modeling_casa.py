@@ -48,7 +48,7 @@ from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
-from .image_inputs import check_features, check_grids, check_no_images, has_images, place_images
+from .image_inputs import check_features, check_grids, check_no_images, delimiters, has_images, place_images
 from .loading_casa import CasaLoadingMixin
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
@@ -640,7 +640,8 @@ class CasaModel(CasaPreTrainedModel):
             image_embeds: features in place of pixels: (num_image_tokens, `config.image_features_size`), or one tensor
                 per image.
             mm_token_type_ids: (batch, tokens) or (batch, all tokens so far) 1 at tokens that an image precedes, 2 at
-                those that a video frame precedes, else 0. Without them every image is a still one.
+                those that a video frame precedes, 3 at text that belongs to the delimiters (the time of a frame), else
+                0. Without them every image is a still one.
             second_per_grid_ts: (num_images,) seconds from one temporal patch of each image to the next, as
                 `CasaProcessor` makes them for whole videos; None for 1 second. Other images have no use for it, nor
                 have families that count temporal patches (Qwen2-VL).
@@ -683,7 +684,7 @@ class CasaModel(CasaPreTrainedModel):
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            closes_window=~text.are(self.config.delimiter_token_ids),
+            closes_window=~delimiters(self.config, text, mm_token_type_ids, cache),
             token_mask=token_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
