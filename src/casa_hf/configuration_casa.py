@@ -465,8 +465,8 @@ class CasaConfig(PreTrainedConfig):
             (
                 self.has_whole_videos and self.casa_positions != "insertion",
                 f"casa_video_layout='native' of {self.backbone.display_name} has positions in time, which only "
-                f"casa_positions='insertion' gives, got {self.casa_positions!r}; use the variant 'exact' or "
-                "'insertion', or leave casa_video_layout out",
+                f"casa_positions='insertion' gives, got casa_positions={self.casa_positions!r}; use the variant "
+                "'exact' or 'insertion', or leave casa_video_layout out",
             ),
             (
                 self.casa_image_norm == "none" and (keys == "context" or self.casa_image_updates == "full"),

@@ -30,6 +30,12 @@ from .image_inputs import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
 from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
+from .temporal_patches import (
+    by_image,
+    check_frames_per_image,
+    join_frames,
+    num_temporal_patches,
+)
 
 MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
@@ -73,6 +79,7 @@ class CasaVideosKwargs(TypedDict, total=False):
     num_frames: int | None
     do_sample_frames: bool | None
     frame_max_pixels: int | None
+    frames_per_image: int | str | None
 
 
 class CasaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -97,6 +104,10 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         num_gist_tokens: gist tokens `<|gist_0|>`, `<|gist_1|>`, ... that follow each image token.
         vision_start_token: token before an image; None for `<|vision_start|>` if `image_token` is `<|vision_end|>`,
             else for none.
+        frames_per_image: number of video frames that make an image. 1: each is an image of its own. 2: neighbours
+            share the two halves of what the vision tower takes at once, an odd one at the end is doubled; as many
+            frames give half as many images and tokens. "all": a whole video is one image, for models with
+            `casa_video_layout="native"` of Qwen2-VL or Qwen2.5-VL.
 
     Attributes:
         image_token_id: id of `image_token`.
@@ -108,7 +119,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             images may be; it may be replaced at any time, and isn't saved with the processor.
 
     Raises:
-        ValueError: if the tokenizer lacks one of these tokens, or `num_gist_tokens` is out of range.
+        ValueError: if the tokenizer lacks one of these tokens, `num_gist_tokens` is out of range, or an image can't
+            have so many frames.
     """
 
     valid_processor_kwargs = CasaProcessorKwargs
@@ -123,6 +135,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         image_token: str = VISION_END,
         num_gist_tokens: int = 0,
         vision_start_token: str | None = None,
+        frames_per_image: int | str = 1,
     ):
         template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
@@ -133,6 +146,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         if vision_start_token is None and image_token == VISION_END:
             vision_start_token = VISION_START
         self.vision_start_token = vision_start_token
+        self.frames_per_image = frames_per_image
+        check_frames_per_image(frames_per_image, image_processor.temporal_patch_size)
         gists = _gist_tokens(num_gist_tokens)
         self._notation = Notation(vision_start_token or "", image_token, "".join(gists))
         _check_delimiters(tokenizer, self._notation)
@@ -159,22 +174,24 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             pretrained_model_name_or_path: folder or Hub id.
             *args, **kwargs: arguments as elsewhere in Transformers, and settings that hold from now on: `min_pixels`
                 and `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images,
-                `frame_max_pixels` for video frames, and `media_policy`, a [`~media_casa.MediaPolicy`] or a dictionary
-                of its fields. Without one, any URL is fetched and any path is read, as by Transformers' processors;
-                a server gives `{"network": False, "local_files": False}`.
+                `frame_max_pixels` and `frames_per_image` for video frames, and `media_policy`, a
+                [`~media_casa.MediaPolicy`] or a dictionary of its fields. Without one, any URL is fetched and any path
+                is read, as by Transformers' processors; a server gives `{"network": False, "local_files": False}`.
 
         Raises:
-            ValueError: if the limits don't fit together, or the policy isn't valid.
+            ValueError: if the limits don't fit together, the policy isn't valid, or an image can't have so many
+                frames.
         """
         media_policy = MediaPolicy.of(kwargs.pop("media_policy", None))
         limits = {name: kwargs.pop(name) for name in _LIMITS if name in kwargs}
-        has_frame_limit = "frame_max_pixels" in kwargs
-        frame_max_pixels = kwargs.pop("frame_max_pixels", None)
+        of_frames = {name: kwargs.pop(name) for name in ("frame_max_pixels", "frames_per_image") if name in kwargs}
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.image_processor = _with_limits(processor.image_processor, limits)
         processor.media_policy = media_policy
-        if has_frame_limit:
-            processor.frame_max_pixels = frame_max_pixels
+        if "frames_per_image" in of_frames:
+            check_frames_per_image(of_frames["frames_per_image"], processor.image_processor.temporal_patch_size)
+        for name, value in of_frames.items():
+            setattr(processor, name, value)
         return processor
 
     @classmethod
@@ -185,6 +202,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         max_pixels: int | None = MAX_PIXELS,
         frame_max_pixels: int | None = FRAME_MAX_PIXELS,
         num_gist_tokens: int = 0,
+        frames_per_image: int | str = 1,
     ) -> "CasaProcessor":
         """The processor for the CASA form of a token-insertion checkpoint.
 
@@ -194,6 +212,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             frame_max_pixels: largest number of pixels of a video frame; None for the limit of images.
             num_gist_tokens: gist tokens after each image; they are added to the tokenizer. The model needs an
                 embedding for each id below `len(processor.tokenizer)`.
+            frames_per_image: number of video frames that make an image, as in the class.
 
         Raises:
             ValueError: if the tokenizer lacks the vision tokens, `max_pixels` is below the source's minimum,
@@ -211,6 +230,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             frame_max_pixels=frame_max_pixels,
             source_config=source_config,
             num_gist_tokens=num_gist_tokens,
+            frames_per_image=frames_per_image,
         )
         processor.new_tokens = new_tokens
         return processor
@@ -289,13 +309,13 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                 of a file, an array or tensor of frames, or a list of frames; see `casa_hf.video.load_frames`.
             audio: None; audio is not supported.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
-                (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps`,
-                `num_frames`, `do_sample_frames` and `frame_max_pixels`; `media_policy`, for this call alone;
-                `return_tensors`.
+                (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps` and
+                `num_frames`, which count frames, `do_sample_frames`, `frame_max_pixels`, the pixels of each frame, and
+                `frames_per_image`; `media_policy`, for this call alone; `return_tensors`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at a token that an image precedes, 2 at one that a
-            video frame precedes, 0 elsewhere), each (batch, tokens); `pixel_values` (patches, patch dim) and
+            frame or several precede, 0 elsewhere), each (batch, tokens); `pixel_values` (patches, patch dim) and
             `image_grid_thw` (images, 3) with images and frames in reading order over the batch. With `return_tensors`,
             both are empty where there are none, so that prompts with and without images have the same keys.
 
@@ -354,9 +374,16 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         patches = 0
         layout = call.options["images_kwargs"].get("input_data_format")
         for visual in visuals:
-            for image in visual.images:
-                width, height = image if isinstance(image, tuple) else image_size(image, call.policy, layout)
-                patches += self._num_patches(call.sizes[visual.type], height, width, image)
+            sizes = [
+                frame if isinstance(frame, tuple) else image_size(frame, call.policy, layout)
+                for frame in visual.frames
+            ]
+            visual.check_sizes(sizes)
+            for frames in visual.by_image:
+                width, height = sizes[len(frames) - 1]
+                sizes = sizes[len(frames) :]
+                of_frame = self._num_patches(call.sizes[visual.type], height, width, frames[0])
+                patches += of_frame * self._num_temporal_patches(len(frames))
         return len(input_ids), patches // self.image_processor.merge_size**2
 
     def _get_num_multimodal_tokens(
@@ -377,7 +404,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         Returns:
             `num_image_tokens` and `num_image_patches`, one number per image, and `num_video_tokens`, one per video.
         """
-        sizes = self._sizes(self._options(kwargs), with_videos=video_sizes is not None)
+        options = self._options(kwargs)
+        sizes = self._sizes(options, with_videos=video_sizes is not None)
+        together = self._frames_per_image(options) != 1
         merge = self.image_processor.merge_size**2
         numbers: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -385,10 +414,15 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             numbers |= {"num_image_patches": patches, "num_image_tokens": [number // merge for number in patches]}
         if video_sizes is not None:
             numbers["num_video_tokens"] = [
-                frames * self._num_patches(sizes[FRAME_TYPE], height, width) // merge
+                (self._num_temporal_patches(frames) if together else frames)
+                * (self._num_patches(sizes[FRAME_TYPE], height, width) // merge)
                 for frames, height, width in video_sizes
             ]
         return MultiModalData(**numbers)
+
+    def _num_temporal_patches(self, num_frames: int) -> int:
+        """How many temporal patches an image of so many frames has."""
+        return num_temporal_patches(num_frames, self.image_processor.temporal_patch_size)
 
     def _num_patches(self, size: dict[str, int], height: int, width: int, image: Any = None) -> int:
         """How many patches an image of this height and width gives.
@@ -437,7 +471,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             _check_counts("video", self._notation.video, [row.count(FRAME_TYPE) for row in types], all_videos)
         options = self._options(kwargs)
         sizes = self._sizes(options, with_videos=bool(all_videos.items))
-        return _Call(types, all_images.items, all_videos.items, options, sizes, policy)
+        frames_per_image = self._frames_per_image(options)
+        return _Call(types, all_images.items, all_videos.items, options, sizes, policy, frames_per_image)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict]:
         """The options of a call by what they are for."""
@@ -455,24 +490,33 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             _check_size(sizes[FRAME_TYPE], "frame_max_pixels")
         return sizes
 
+    def _frames_per_image(self, options: dict[str, dict]) -> int | str:
+        """Number of video frames of an image, with these options of a call."""
+        given = options["videos_kwargs"].get("frames_per_image")
+        number = self.frames_per_image if given is None else given
+        check_frames_per_image(number, self.image_processor.temporal_patch_size)
+        return number
+
     def _load(self, call: "_Call") -> "list[list[_Visual]]":
         """Load all images and frames of a call, by prompt and placeholder, as RGB images."""
         images_kwargs = call.options["images_kwargs"]
         layout = images_kwargs.pop("input_data_format", None)
         rows = self._visuals(call, load_frames)
         if images_kwargs.get("do_rescale") is False:
-            _check_floating([image for row in rows for visual in row for image in visual.images])
+            _check_floating([frame for row in rows for visual in row for frame in visual.frames])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
 
-        def loaded(given: Any, type: int) -> Any:
+        def image_of(given: Any, type: int) -> Any:
             image = rgb_image(given, call.policy, layout)
             self._num_patches(call.sizes[type], image.height, image.width, given)  # or says what is wrong with it
             return image
 
-        return [
-            [_Visual(visual.type, [loaded(image, visual.type) for image in visual.images]) for visual in row]
-            for row in rows
-        ]
+        def loaded(visual: _Visual) -> _Visual:
+            frames = [image_of(frame, visual.type) for frame in visual.frames]
+            visual.check_sizes([frame.size for frame in frames])
+            return visual._replace(frames=frames)
+
+        return [[loaded(visual) for visual in row] for row in rows]
 
     def _visuals(self, call: "_Call", frames_of: Callable[..., list[Any]]) -> "list[list[_Visual]]":
         """Distribute the images and videos of a call over prompts and placeholders; images stay as they were given."""
@@ -487,8 +531,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         def visual(type: int) -> _Visual:
             if type == IMAGE_TYPE:
-                return _Visual(type, [next(images)])
-            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling))
+                return _Visual(type, [next(images)], 1)
+            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling), call.frames_per_image)
 
         return [[visual(type) for type in types] for types in call.types]
 
@@ -496,7 +540,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
-            Prompt.write(text, [self._notation.written(len(visual.images)) for visual in row], self._notation)
+            Prompt.write(text, [self._notation.written(len(visual.by_image)) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
         encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
@@ -525,7 +569,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options}))
 
     def _token_types(self, input_ids: list[int], visuals: "list[_Visual]") -> list[int]:
-        types = [visual.type for visual in visuals for _ in visual.images]
+        types = [visual.type for visual in visuals for _ in visual.by_image]
         kept = min(map(input_ids.count, (self.image_token_id, *self.gist_token_ids)))
         if kept != len(types):
             raise ValueError(
@@ -541,9 +585,26 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         others = {name: value for name, value in options if name not in (*_LIMITS, "return_tensors")}
         runs = []
         for type, run in groupby(visuals, key=lambda visual: visual.type):
-            images = [image for visual in run for image in visual.images]
-            runs.append(self.image_processor(images=images, size=call.sizes[type], return_tensors="pt", **others))
+            images = [frames for visual in run for frames in visual.by_image]
+            frames = [frame for of_image in images for frame in of_image]
+            made = self.image_processor(images=frames, size=call.sizes[type], return_tensors="pt", **others)
+            runs.append(self._joined(made, [len(of_image) for of_image in images]))
         return {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
+
+    def _joined(self, made: Mapping[str, torch.Tensor], num_frames: list[int]) -> Mapping[str, torch.Tensor]:
+        """Patches and grids of images of so many frames each, from those of the frames."""
+        if len(num_frames) == len(made["image_grid_thw"]):
+            return made
+        grids = made["image_grid_thw"]
+        patches = iter(made["pixel_values"].split(grids.prod(-1).tolist()))
+        joined = [
+            join_frames([next(patches) for _ in range(number)], self.image_processor.temporal_patch_size)
+            for number in num_frames
+        ]
+        ends = torch.tensor(num_frames).cumsum(0)
+        grids = grids[ends - 1].clone()
+        grids[:, 0] = torch.tensor([self._num_temporal_patches(number) for number in num_frames])
+        return {"pixel_values": torch.cat(joined), "image_grid_thw": grids}
 
     def _no_pixels(self) -> dict[str, torch.Tensor]:
         """Patches and grids of no image."""
@@ -635,6 +696,7 @@ class _Call(NamedTuple):
         options: options by what they are for, as Transformers merges them.
         sizes: limits of the image processor for images and for frames, by type.
         policy: limits of what may be read.
+        frames_per_image: number of video frames of an image.
     """
 
     types: list[list[int]]
@@ -643,6 +705,7 @@ class _Call(NamedTuple):
     options: dict[str, dict]
     sizes: dict[int, dict[str, int]]
     policy: MediaPolicy
+    frames_per_image: int | str
 
 
 class _Visual(NamedTuple):
@@ -650,11 +713,30 @@ class _Visual(NamedTuple):
 
     Attributes:
         type: `IMAGE_TYPE` or `FRAME_TYPE`.
-        images: images or frames, in order.
+        frames: frames in order; of an image the image itself.
+        frames_per_image: number of frames of an image.
     """
 
     type: int
-    images: list[Any]
+    frames: list[Any]
+    frames_per_image: int | str
+
+    @property
+    def by_image(self) -> list[list[Any]]:
+        """The frames of each image that the model sees."""
+        return by_image(self.frames, self.frames_per_image)
+
+    def check_sizes(self, sizes: list[tuple[int, int]]) -> None:
+        """Refuse frames of different sizes, (width, height), in one image."""
+        for of_image in by_image(sizes, self.frames_per_image):
+            other = next((size for size in of_image if size != of_image[0]), None)
+            if other is not None:
+                first = of_image[0]
+                raise ValueError(
+                    f"A video has frames of {first[0]} x {first[1]} and of {other[0]} x {other[1]} pixels in one "
+                    f"image (frames_per_image={self.frames_per_image!r}), which takes one size; resize them, or pass "
+                    "frames_per_image=1."
+                )
 
 
 def _check_floating(images: list[Any]) -> None:

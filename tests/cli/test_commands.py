@@ -116,6 +116,7 @@ def variant_of(folder: Path) -> str:
         (["--variant", "ca", "--text-windows"], ["--text-windows", "--keys window", "--keys image"]),
         (["--variant", "ca-replace", "--gate", "tanh"], ["--placement replace", "--gate none"]),
         (["--variant", "ca-replace", "--share-projections"], ["--no-share-projections"]),
+        (["--video-layout", "native"], ["--video-layout native", "--positions insertion", "--positions contiguous"]),
         (["--max-pixels", "1"], ["--max-pixels 1"]),
         (["--vision-from", "nowhere"], ["--vision-from", "'nowhere' is not a folder"]),
     ],

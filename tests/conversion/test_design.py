@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError
-from casa_hf.conversion import convert_checkpoint, inspect_checkpoint
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
 from casa_hf.conversion.design import layer_indices
 from examples.tiny_source import build_tiny_source
 from tests.conversion.helpers import assert_refused, assert_same, converted, in_memory_layout, load_weights
@@ -74,6 +74,47 @@ def test_every_axis_by_its_own_option(source_folder, tmp_path):
     assert_same(load_weights(tmp_path / "casa"), expected)
     assert report.initialised == {f"{BLOCK}.1.casa_attn.gate": "0"}
     assert report.added_parameters == 64 + 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [("insertion", "text, still images and videos it"), ("exact", "still images, or of text and one video, it")],
+)
+def test_the_layout_of_videos(source_folder, tmp_path, variant, told):
+    """A setting of model and processor, which can be changed, and which nothing of the source is lost by."""
+    report = convert_checkpoint(source_folder, tmp_path / "native", variant, casa_video_layout="native")
+    assert report.config.variant is None and told in report.note
+    assert CasaProcessor.from_pretrained(tmp_path / "native").frames_per_image == "all"
+    model = load(tmp_path / "native")
+    assert model.config.casa_video_layout == "native" and model.config.has_whole_videos
+    loaded = CasaForConditionalGeneration.from_pretrained(
+        source_folder, casa_variant=variant, casa_video_layout="native"
+    )
+    assert loaded.config.has_whole_videos
+
+    convert_checkpoint(tmp_path / "native", tmp_path / "again")
+    assert CasaProcessor.from_pretrained(tmp_path / "again").frames_per_image == "all"
+    report = convert_checkpoint(tmp_path / "native", tmp_path / "frames", casa_video_layout=None)
+    assert report.config.variant == variant
+    assert CasaProcessor.from_pretrained(tmp_path / "frames").frames_per_image == 1
+    convert_checkpoint(tmp_path / "frames", tmp_path / "back", casa_video_layout="native")
+    assert CasaProcessor.from_pretrained(tmp_path / "back").frames_per_image == "all"
+    with pytest.raises(ValueError, match=r"casa_video_layout='native' of Qwen2\.5-VL has positions in time"):
+        convert_checkpoint(tmp_path / "native", tmp_path / "casa", "casa", casa_video_layout="native")
+
+    for name, made_from in (("from native", "native"), ("from frames", "frames")):
+        convert_to_source(tmp_path / made_from, tmp_path / name)
+    for file in (tmp_path / "from native").iterdir():
+        if file.name != "README.md":
+            assert file.read_bytes() == (tmp_path / "from frames" / file.name).read_bytes(), file.name
+
+
+def test_frames_that_a_checkpoint_takes_together_stay_so(source_folder, tmp_path):
+    """Also where its design is another one now."""
+    convert_checkpoint(source_folder, tmp_path / "casa")
+    CasaProcessor.from_pretrained(tmp_path / "casa", frames_per_image=2).save_pretrained(tmp_path / "casa")
+    convert_checkpoint(tmp_path / "casa", tmp_path / "ca", "ca")
+    assert CasaProcessor.from_pretrained(tmp_path / "ca").frames_per_image == 2
 
 
 def test_an_axis_wins_over_the_variant(source_folder, tmp_path):

@@ -16,6 +16,7 @@ from ..checks import one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, read_json
 from ..processing_casa import CasaProcessor
+from ..temporal_patches import ALL_FRAMES
 
 
 def load_processor(
@@ -44,10 +45,13 @@ def load_processor(
             below the smallest image.
     """
     _check_files(folder, vision_folder or folder)
+    frames_per_image = native_frames(config)
     options: dict[str, Any] = {"num_gist_tokens": num_gist_tokens, **processor_limits(config)}
     if max_pixels is not None:
         options["max_pixels"] = None  # the design's default mustn't stand in the way
     restored = {} if own is None else _restored_sizes(folder, config, own)
+    if own is not None and config.casa_video_layout != own.casa_video_layout:
+        restored["frames_per_image"] = frames_per_image
     try:
         if own is not None:
             processor = CasaProcessor.from_pretrained(folder, **restored)
@@ -55,7 +59,7 @@ def load_processor(
             options |= {} if image_delimiters is None else {"image_delimiters": image_delimiters}
             processor = CasaProcessor.from_text_source(folder, vision_folder, **options)
         else:
-            processor = CasaProcessor.from_source(folder, **options)
+            processor = CasaProcessor.from_source(folder, frames_per_image=frames_per_image, **options)
     except Exception as error:  # tokenizers raises plain exceptions
         raise CheckpointError(
             f"The tokenizer or image processor in {folder} can't be loaded ({one_line(error)}). Get the files that "
@@ -92,6 +96,13 @@ def source_processor_files(file: Path) -> dict[str, dict]:
             "the checkpoint that the conversion made."
         )
     return {name: kept[name] for name in PROCESSOR_FILES if name in kept}
+
+
+def native_frames(config: CasaConfig) -> int | str:
+    """Number of video frames of an image in the layout that a configuration names."""
+    if config.has_whole_videos:
+        return ALL_FRAMES
+    return config.vision_config.temporal_patch_size if config.casa_video_layout == "native" else 1
 
 
 def processor_limits(config: CasaConfig) -> dict[str, None]:
