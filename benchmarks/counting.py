@@ -8,12 +8,16 @@ the bytes of real caches, and PyTorch's own FLOP counter.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from casa_hf import CasaConfig
+from casa_hf.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Dimensions:
     Attributes:
         width: d, of text and image states.
         query, key: q and k, width of all query heads and of all key heads together.
-        inner: m, width of the MLP.
+        mlps: parameters of the MLPs of all blocks; of a dense one 3 d m, m being its inner width.
+        active_mlps: those of them that compute a token: all, or with experts the routers and the chosen experts.
         attention: A, all parameters of one self-attention: projections, biases, query and key norms.
         vocabulary: V.
         blocks: L, decoder blocks.
@@ -33,7 +38,8 @@ class Dimensions:
     width: int
     query: int
     key: int
-    inner: int
+    mlps: int
+    active_mlps: int
     attention: int
     vocabulary: int
     blocks: int
@@ -41,15 +47,21 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: CasaConfig) -> Dimensions:
-        """The dimensions of a configuration; those of its attention are read off the stock module."""
-        text = config.text_config
-        with torch.device("meta"):
-            attention = config.backbone.load("decoder_layer")(text, 0).self_attn
+        """The dimensions of a configuration; those of its attention and its MLPs are read off the stock modules."""
+        text, blocks = config.text_config, _stock_blocks(config)
+        attention = blocks[0].self_attn
+        mlps = [
+            (parameter.numel(), config.backbone.block.active_parameters(text, name, parameter.numel()))
+            for block in blocks
+            for name, parameter in block.named_parameters(prefix="block")
+            if ".mlp." in name
+        ]
         return cls(
             width=text.hidden_size,
             query=attention.q_proj.out_features,
             key=attention.k_proj.out_features,
-            inner=text.intermediate_size,
+            mlps=sum(count for count, _ in mlps),
+            active_mlps=sum(active for _, active in mlps),
             attention=sum(parameter.numel() for parameter in attention.parameters()),
             vocabulary=text.vocab_size,
             blocks=text.num_hidden_layers,
@@ -68,12 +80,24 @@ class Dimensions:
 
     @property
     def mlp(self) -> int:
-        """FLOPs of the MLP per token."""
-        return 6 * self.width * self.inner
+        """FLOPs of the MLPs of all blocks per token."""
+        return 2 * self.active_mlps
 
     def attend(self, keys: int) -> int:
         """FLOPs of one query's scores and their weighted sum of values."""
         return 4 * self.query * keys
+
+
+def _stock_blocks(config: CasaConfig) -> list[Any]:
+    """The family's own decoder blocks, without memory for their parameters."""
+    return _blocks_of(config.backbone, config.text_config.to_json_string())
+
+
+@cache
+def _blocks_of(backbone: Backbone, text_config: str) -> list[Any]:
+    config = AutoConfig.for_model(**json.loads(text_config))
+    with torch.device("meta"):
+        return [backbone.load("decoder_layer")(config, index) for index in range(config.num_hidden_layers)]
 
 
 def computes_projections_once(config: CasaConfig) -> bool:
@@ -161,7 +185,7 @@ def text_flops(config: CasaConfig, text: int, window: int, image: int) -> int:
     if not computes_projections_once(config):
         fusion += size.query_output + (size.key_value if config.casa_keys == "window" else 0)
     replaced = size.fused if config.casa_placement == "replace" else 0
-    return size.blocks * size.mlp + (size.blocks - replaced) * (attention + size.attend(text)) + size.fused * fusion
+    return size.mlp + (size.blocks - replaced) * (attention + size.attend(text)) + size.fused * fusion
 
 
 def image_flops(config: CasaConfig, tokens: int, text: int, image: int) -> int:
@@ -176,7 +200,7 @@ def image_flops(config: CasaConfig, tokens: int, text: int, image: int) -> int:
     size = Dimensions.of(config)
     each = size.fused * size.key_value
     if config.casa_image_updates != "none":
-        each += size.blocks * size.mlp
+        each += size.mlp
     if config.casa_image_updates == "full":
         each += size.blocks * (size.query_output + size.attend(text + image))
         each += separate_updates(config) * size.key_value
@@ -194,8 +218,8 @@ def head_flops(config: CasaConfig) -> int:
 def language_parameters(config: CasaConfig) -> int:
     """Parameters of decoder blocks, last norm, embedding (tied with the output head) and fusion layers."""
     size = Dimensions.of(config)
-    block = size.attention + 3 * size.width * size.inner + 2 * size.width
-    return size.blocks * block + (size.vocabulary + 1) * size.width + added_parameters(config)
+    block = size.attention + 2 * size.width
+    return size.blocks * block + size.mlps + (size.vocabulary + 1) * size.width + added_parameters(config)
 
 
 def cache_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image: int) -> int:
@@ -214,11 +238,14 @@ def cache_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image
 
 
 def step_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image: int) -> int:
-    """Bytes that decoding one token must read: every weight of the language model, and the cache.
+    """Bytes that decoding one token must read: every weight of the language model but experts that it isn't sent to,
+    and the cache.
 
     Keys and values that only updates of image states need aren't read. Arguments as in `cache_bytes`.
     """
-    unread = 2 * Dimensions.of(config).key * itemsize * separate_updates(config) * image
+    size = Dimensions.of(config)
+    unread = 2 * size.key * itemsize * separate_updates(config) * image
+    unread += (size.mlps - size.active_mlps) * itemsize
     return language_parameters(config) * itemsize + cache_bytes(config, itemsize, text, window, image) - unread
 
 

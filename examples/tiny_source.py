@@ -1,10 +1,10 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Small checkpoints with random weights, of every family that CASA is built on.
 
-`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL or Qwen3-VL folder has:
-weights and configuration as the stock classes save them, a byte-level BPE tokenizer with Qwen's special tokens, the
-image processor's settings and a chat template. `build_tiny_helium` does the same for the text-only Helium. They answer
-nothing sensible, but they take every path that trained checkpoints take, in seconds and without a network.
+`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
+folder has: weights and configuration as the stock classes save them, a byte-level BPE tokenizer with Qwen's special
+tokens, the image processor's settings and a chat template. `build_tiny_helium` does the same for the text-only Helium.
+They answer nothing sensible, but they take every path that trained checkpoints take, in seconds and without a network.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 SPECIAL_TOKENS = (
@@ -171,6 +173,16 @@ def _qwen3_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
     }
 
 
+def _qwen3_moe_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
+    return {
+        **_qwen3_text(num_hidden_layers, rotary_pairs),
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    }
+
+
 def _qwen2_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
     return {
         "depth": depth,
@@ -214,6 +226,19 @@ def _qwen3_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
     }
 
 
+_QWEN3_PROCESSOR_FILES = {
+    "preprocessor_config.json": {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        **_QWEN3_PROCESSOR,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    },
+    "video_preprocessor_config.json": {
+        "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+        **_QWEN3_PROCESSOR,
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    },
+}
+
 FAMILIES = {
     "qwen2_vl": Family(
         config=Qwen2VLConfig,
@@ -237,18 +262,15 @@ FAMILIES = {
         text=_qwen3_text,
         vision=_qwen3_vision,
         chat_template=TURNS_TEMPLATE,
-        processor_files={
-            "preprocessor_config.json": {
-                "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-                **_QWEN3_PROCESSOR,
-                "image_processor_type": "Qwen2VLImageProcessorFast",
-            },
-            "video_preprocessor_config.json": {
-                "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-                **_QWEN3_PROCESSOR,
-                "video_processor_type": "Qwen3VLVideoProcessor",
-            },
-        },
+        processor_files=_QWEN3_PROCESSOR_FILES,
+    ),
+    "qwen3_vl_moe": Family(
+        config=Qwen3VLMoeConfig,
+        model=Qwen3VLMoeForConditionalGeneration,
+        text=_qwen3_moe_text,
+        vision=_qwen3_vision,
+        chat_template=TURNS_TEMPLATE,
+        processor_files=_QWEN3_PROCESSOR_FILES,
     ),
 }
 
@@ -437,7 +459,8 @@ def _randomize(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            parameter.copy_(2 * noise / parameter[0].numel() ** 0.5)
+            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # of a matrix per expert
+            parameter.copy_(2 * noise / fan_in**0.5)
         elif name.endswith("bias"):
             parameter.copy_(0.3 * noise)
         else:

@@ -490,6 +490,33 @@ class Qwen3Block(Block):
     head_norms = True
 
 
+class Qwen3ExpertBlock(Qwen3Block):
+    """As in Qwen3-VL-MoE; which blocks have a dense MLP is the tiny configuration's `mlp_only_layers`.
+
+    Attributes:
+        chosen: number of experts that a token is sent to.
+    """
+
+    dense = frozenset({1})
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.chosen = self.config.text_config.num_experts_per_tok
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Each token alone: the experts whose logits are largest, weighted by the softmax of these logits."""
+        if self.index in self.dense:
+            return super().mlp(x)
+        gate_up, down = (self.parameters[f"{self.prefix}mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+        output = torch.zeros_like(x)
+        for token, logits in enumerate(self.linear("mlp.gate", x)):
+            chosen = logits.argsort(descending=True)[: self.chosen].tolist()
+            for expert, weight in zip(chosen, logits[chosen].float().softmax(dim=0), strict=True):
+                gate, up = (gate_up[expert] @ x[token]).chunk(2)
+                output[token] += weight.double() * (down[expert] @ (gate * gate.sigmoid() * up))
+        return output
+
+
 class SmolLM3Block(Block):
     """As in SmolLM3; which blocks have no positions is the tiny configuration's `no_rope_layers`."""
 

@@ -107,4 +107,11 @@ def randomised(model: Any) -> Any:
     """The model in float64 with `tiny.random_tensor`s."""
     for name, parameter in model.named_parameters():
         parameter.copy_(random_tensor(name, tuple(parameter.shape)))
+    return in_float64(model)
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, which the default implementation of experts doesn't compute in."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
     return model.double().eval()

@@ -26,6 +26,7 @@ from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.design_space import CHOICES, VARIANTS
 from tests import tiny
 from tests.reference import Image, Sample, reference_logits
+from tests.sources import in_float64
 
 TOLERANCE = 1e-6
 LAYER = "model.language_model.layers.{}."
@@ -322,7 +323,7 @@ def design(variant: str, histories: tuple[str, str], layers: list[int] | None = 
 def model_of(config: CasaConfig, attention: str = "sdpa") -> CasaForConditionalGeneration:
     """The model with `tiny.random_weights`, float64; every tensor of the contract has its place in it."""
     config._attn_implementation = attention
-    model = CasaForConditionalGeneration(config).double().eval()
+    model = in_float64(CasaForConditionalGeneration(config))
     loaded = model.load_state_dict(tiny.random_weights(config), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.startswith(("model.visual.", "model.multi_modal_projector.")) for name in loaded.missing_keys)

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SmolLM3Config,
 )
 
@@ -71,6 +72,12 @@ def qwen3_vl(dimensions: dict, tower: dict, tied: bool = False) -> PreTrainedCon
     return Qwen3VLConfig(text_config=dimensions, vision_config=vision, tie_word_embeddings=tied)
 
 
+def qwen3_vl_moe(dimensions: dict, expert_inner: int) -> PreTrainedConfig:
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": expert_inner, "head_dim": 128}
+    vision = {**LARGE_TOWER, "out_hidden_size": dimensions["hidden_size"]}
+    return Qwen3VLMoeConfig(text_config={**dimensions, **experts}, vision_config=vision, tie_word_embeddings=False)
+
+
 def model(config: type[PreTrainedConfig], dimensions: dict, tied: bool = False) -> PreTrainedConfig:
     return config(**dimensions, tie_word_embeddings=tied)
 
@@ -91,6 +98,8 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3-VL-4B": (partial(qwen3_vl, text(2560, 9728, 36, 32, 8, 151936), SMALL_TOWER, tied=True), 4.44),
     "Qwen3-VL-8B": (partial(qwen3_vl, text(4096, 12288, 36, 32, 8, 151936), LARGE_TOWER), 8.77),
     "Qwen3-VL-32B": (partial(qwen3_vl, text(5120, 25600, 64, 64, 8, 151936), LARGE_TOWER), 33.36),
+    "Qwen3-VL-30B-A3B": (partial(qwen3_vl_moe, text(2048, 6144, 48, 32, 4, 151936), 768), 31.07),
+    "Qwen3-VL-235B-A22B": (partial(qwen3_vl_moe, text(4096, 12288, 94, 64, 4, 151936), 1536), 235.67),
     "Helium-1-preview-2B": (partial(model, HeliumConfig, text(2560, 7040, 24, 20, 20, 48000, head_dim=128)), 2.17),
     "Llama-3.2-1B": (partial(model, LlamaConfig, text(2048, 8192, 16, 32, 8, 128256), tied=True), 1.24),
     "Llama-3.2-3B": (partial(model, LlamaConfig, text(3072, 8192, 28, 24, 8, 128256), tied=True), 3.21),

@@ -37,12 +37,14 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
 from casa_hf import CasaConfig
-from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Sample, SmolLM3Block
+from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Qwen3ExpertBlock, Sample, SmolLM3Block
 
 PAD, START, END = 0, 60, 61  # padding and the pair of delimiters; an image stands immediately before END
 IMAGE_PAD, VIDEO_PAD = 62, 63  # the source's expanded placeholders
@@ -170,6 +172,21 @@ FAMILIES = {
         vision=QWEN3_VL_VISION,
         block=Qwen3Block,
     ),
+    "qwen3_vl_moe_text": Family(
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        text={
+            "head_dim": 24,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "router_aux_loss_coef": 0.3,
+            "rope_parameters": {**ROPE, "mrope_section": [4, 4, 4], "mrope_interleaved": True},
+        },
+        vision=QWEN3_VL_VISION,
+        block=Qwen3ExpertBlock,
+    ),
     "helium": Family(
         HeliumConfig,
         HeliumForCausalLM,
@@ -273,7 +290,8 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
         return 0.3 * noise
     if len(shape) == 1:
         return 1 + 0.3 * noise
-    return 1.5 * noise / (noise[0].numel() ** 0.5)
+    fan_in = shape[-1] if len(shape) == 3 else noise[0].numel()  # of a matrix per expert, or one of any other form
+    return 1.5 * noise / fan_in**0.5
 
 
 def features(height: int, width: int, seed: int) -> Tensor:

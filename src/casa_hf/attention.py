@@ -47,6 +47,7 @@ class Call:
         image_rotary: cos and sin of the new image tokens, each (1, num_image_tokens, head_dim); None without any.
         updates: keys that image states attend to, in the same form; None without new images, or if attention doesn't
             update them.
+        router_logits: whether blocks with experts return the logits of their routers.
     """
 
     rotary: Rotary
@@ -58,6 +59,7 @@ class Call:
     all_see: bool = False
     image_rotary: Rotary | None = None
     updates: BackendWindows | None = None
+    router_logits: bool = False
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> Call:
         """The call on another device; Accelerate asks for it when decoder blocks live on several devices."""

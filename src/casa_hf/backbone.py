@@ -10,7 +10,7 @@ Classes of Transformers are named and imported on first use, so that configurati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
+
+Shape = tuple[int, ...]
 
 # Kinds of blocks, by the names that Transformers has for them in `layer_types`. Fusion layers stand in blocks of the
 # first kind.
@@ -129,7 +131,16 @@ class Projections:
 
 
 class BlockAdapter:
-    """How a family's decoder blocks are called, and of which kinds they are."""
+    """How a family's decoder blocks are called, and of which kinds they are.
+
+    Attributes:
+        has_experts: whether MLPs send each token to a few of many experts; see `backbone_experts.ExpertBlocks`.
+        conversions: key of Transformers' table of weight conversions, for families whose checkpoints store tensors
+            otherwise than by other names; `layouts` has to know the same ways.
+    """
+
+    has_experts: bool = False
+    conversions: str | None = None
 
     def kinds(self, text_config: PreTrainedConfig) -> tuple[str, ...]:
         """The kind of each block, which names its mask; fusion layers stand in blocks of `FULL_ATTENTION`."""
@@ -160,6 +171,40 @@ class BlockAdapter:
     def mlp(self, block: DecoderBlock, states: torch.Tensor) -> torch.Tensor:
         """The MLP of (batch, tokens, hidden) normalised states of text or images."""
         return block.mlp(states)
+
+    def router_logits(self, block: DecoderBlock, states: torch.Tensor) -> torch.Tensor | None:
+        """(batch * tokens, experts) how a block's router weighs its experts for the same states; None without any."""
+        return None
+
+    def balance_loss(
+        self, text_config: PreTrainedConfig, router_logits: Sequence[torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The loss that keeps experts evenly used, as the family defines it, without its factor.
+
+        Args:
+            text_config: configuration of the language model.
+            router_logits: (tokens, experts) of each block that has a router.
+            mask: (tokens,) False for those that don't count; None if all do.
+        """
+        raise NotImplementedError("only families with experts have a loss of their routers")
+
+    def initialize(self, module: nn.Module, std: float) -> None:
+        """Initialise the parameters that a module of the family has itself, if Transformers' own rules for linear
+        layers, embeddings and norms don't.
+
+        Args:
+            module: any module of the model.
+            std: standard deviation of matrices.
+        """
+
+    def layouts(self, name: str, shape: Shape) -> Iterator[dict[str, Shape]]:
+        """Other ways in which checkpoints of the family store a tensor: names and shapes in its place, by the names
+        of tensors in memory."""
+        return iter(())
+
+    def active_parameters(self, text_config: PreTrainedConfig, name: str, numel: int) -> int:
+        """How many of a stored tensor's `numel` parameters take part in computing a token."""
+        return numel
 
 
 _DEFAULT_BLOCKS = BlockAdapter()
@@ -232,6 +277,8 @@ class Backbone:
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
         save_renamings: the same for the way back, from memory to the names in the source's published files; empty
             where these are the names in memory.
+        text_ties_head: whether the text configuration's `tie_word_embeddings` ties the head too, beside that of the
+            whole model.
     """
 
     source_model_type: str
@@ -261,6 +308,7 @@ class Backbone:
         (r"^model\.visual\.", "visual."),
         (r"^model\.language_model\.", "model."),
     )
+    text_ties_head: bool = False
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -280,3 +328,22 @@ class Backbone:
     def load(self, field: str) -> Any:
         """The object that `field` ("decoder_layer", "apply_rotary", ...) names."""
         return getattr(import_module(self.modeling), getattr(self, field))
+
+    def as_stored(self, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Names and shapes of weights in the layout in which a checkpoint has them.
+
+        Args:
+            shapes: names and shapes in memory.
+            stored: names and shapes in the checkpoint, by the names of tensors in memory.
+        """
+        found: dict[str, Shape] = {}
+        for name, shape in shapes.items():
+            forms = ({name: shape}, *self.block.layouts(name, shape))
+            found |= next((form for form in forms if _begins(form, stored)), forms[0])
+        return found
+
+
+def _begins(form: Mapping[str, Shape], stored: Mapping[str, Shape]) -> bool:
+    """Whether a checkpoint has the first of some tensors; the others are missing, if it lacks them."""
+    name, shape = next(iter(form.items()))
+    return name in stored and tuple(stored[name]) == shape

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from .backbone import Backbone, Projections, VisionTower
+from .backbone_experts import ExpertBlocks
 from .backbone_smollm3 import SmolLM3Projections
 
 _QWEN2_VL = "transformers.models.qwen2_vl.modeling_qwen2_vl"
 _QWEN2_5_VL = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3_VL = "transformers.models.qwen3_vl.modeling_qwen3_vl"
+_QWEN3_VL_MOE = "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
 
 VISION_TOWERS: dict[str, VisionTower] = {
     tower.model_type: tower
@@ -21,6 +23,12 @@ VISION_TOWERS: dict[str, VisionTower] = {
             tokens_per_second_field="tokens_per_second",
         ),
         VisionTower("qwen3_vl_vision", _QWEN3_VL, "Qwen3VLVisionModel", deepstack_field="deepstack_visual_indexes"),
+        VisionTower(
+            "qwen3_vl_moe_vision",
+            _QWEN3_VL_MOE,
+            "Qwen3VLMoeVisionModel",
+            deepstack_field="deepstack_visual_indexes",
+        ),
     )
 }
 
@@ -38,6 +46,7 @@ BACKBONES: dict[str, Backbone] = {
             rms_norm="Qwen2VLRMSNorm",
             source_class="Qwen2VLForConditionalGeneration",
             native_video="video",
+            text_ties_head=True,
         ),
         Backbone(
             source_model_type="qwen2_5_vl",
@@ -50,6 +59,7 @@ BACKBONES: dict[str, Backbone] = {
             rms_norm="Qwen2_5_VLRMSNorm",
             source_class="Qwen2_5_VLForConditionalGeneration",
             native_video="video",
+            text_ties_head=True,
         ),
         Backbone(
             source_model_type="qwen3_vl",
@@ -63,6 +73,21 @@ BACKBONES: dict[str, Backbone] = {
             source_class="Qwen3VLForConditionalGeneration",
             native_video="temporal patch",
             native_timestamps=True,
+            save_renamings=(),
+        ),
+        Backbone(
+            source_model_type="qwen3_vl_moe",
+            text_model_type="qwen3_vl_moe_text",
+            vision=VISION_TOWERS["qwen3_vl_moe_vision"],
+            display_name="Qwen3-VL-MoE",
+            modeling=_QWEN3_VL_MOE,
+            decoder_layer="Qwen3VLMoeTextDecoderLayer",
+            rotary_embedding="Qwen3VLMoeTextRotaryEmbedding",
+            rms_norm="Qwen3VLMoeTextRMSNorm",
+            source_class="Qwen3VLMoeForConditionalGeneration",
+            block=ExpertBlocks(
+                _QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", conversions="qwen3_vl_moe"
+            ),
             save_renamings=(),
         ),
         *(
@@ -82,6 +107,7 @@ BACKBONES: dict[str, Backbone] = {
                 source_task="text-generation",
                 other_towers=(VISION_TOWERS["qwen2_vl_vision"], VISION_TOWERS["qwen3_vl_vision"]),
                 placeholder_id_fields=(),
+                text_ties_head=True,
             )
             for model_type, name, classes, projections in (
                 ("helium", "Helium", "Helium", Projections),

@@ -146,7 +146,7 @@ class CasaConfig(PreTrainedConfig):
                 tower.hidden_size_field: self.text_config.hidden_size,
             }
         self.vision_config = _build_sub_config("vision_config", self.vision_config, self.backbone.vision.model_type)
-        if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
+        if self.backbone.text_ties_head and getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         if isinstance(self.casa_layers, list | tuple | range | set):
             self.casa_layers = sorted(self.casa_layers)

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from .backbones import BACKBONES
 from .checks import listed
@@ -142,9 +145,15 @@ def _bare(name: str) -> str:
 
 
 def _register_source_layouts() -> None:
-    """Let `from_pretrained` read the older tensor names of source checkpoints, converted or not."""
+    """Let `from_pretrained` read source checkpoints, converted or not: older names of tensors, and experts in the ways
+    that files store them."""
     renamings = {pair for backbone in BACKBONES.values() for pair in backbone.load_renamings}
-    mapping = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in sorted(renamings)]
+    mapping: list[WeightRenaming | WeightConverter] = [
+        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in sorted(renamings)
+    ]
+    for key in sorted({backbone.block.conversions or "" for backbone in BACKBONES.values()}):
+        own = get_checkpoint_conversion_mapping(key) or ()
+        mapping += [conversion for conversion in own if isinstance(conversion, WeightConverter)]
     for name in (_WITH_HEAD, _WITHOUT_HEAD):
         register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 

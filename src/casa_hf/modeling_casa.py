@@ -42,7 +42,8 @@ from .attention import (
     self_attention,
 )
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
-from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, DecoderBlock, SelfAttention
+from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter, DecoderBlock, SelfAttention
+from .backbones import BACKBONES
 from .cache_casa import CasaStaticLayer, Kept, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
 from .eviction import KeyRotation, check_history, evict_text
@@ -73,16 +74,24 @@ class _NestedOutput(CacheByBothNames):
 @dataclass
 class CasaModelOutput(_NestedOutput, BaseModelOutputWithPastAndCrossAttentions):
     """What [`CasaModel`] returns: `attentions` of self-attention, `cross_attentions` of the fusion layers, and
-    `image_outputs` of the vision tower where pixels were given."""
+    `image_outputs` of the vision tower where pixels were given.
+
+    With `output_router_logits`, families with experts also give `router_logits`, (batch * tokens + image tokens that
+    pass the experts, experts) of each block that has any, and `aux_loss`, which balances the experts."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 @dataclass
 class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
-    """What [`CasaForConditionalGeneration`] returns: the same beside logits and the loss."""
+    """What [`CasaForConditionalGeneration`] returns: the same beside logits and the loss. That has `aux_loss` in it,
+    times the text configuration's `router_aux_loss_coef`."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 # By what a block mixes tokens, in order: the name of the norm, and of the method of `CasaDecoderLayer` that takes the
@@ -134,7 +143,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Text states and image states in, text states and image states out.
 
         Args:
@@ -143,17 +152,20 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             call: windows, positions, masks and cache of the forward.
 
         Returns:
-            Text states, image states, and the weights of self-attention and fusion, where the backend gives any.
+            Text states, image states, logits of the router, if the call asks for them, of all text and then of the
+            image states that pass the MLP, and the weights of self-attention and fusion, where the backend gives any.
         """
         attended = Attended(hidden_states)
         for norm, mixer in self.text_mixers if call.plan is None else self.mixers:
             mixed = getattr(self, mixer)(getattr(self, norm)(hidden_states), image_states, call)
             hidden_states = hidden_states + mixed.output
             attended = attended.updated(mixed)
-        hidden_states = hidden_states + self.adapter.mlp(self, self.post_attention_layernorm(hidden_states))
+        hidden_states, router_logits = self._through_mlp(hidden_states, call)
         if image_states is not None and self.image_updates != "none":
-            image_states = self._update_images(image_states, attended, call)
-        return hidden_states, image_states, attended.self_weights, attended.fusion_weights
+            image_states, of_images = self._update_images(image_states, attended, call)
+            if router_logits is not None and of_images is not None:
+                router_logits = torch.cat([router_logits, of_images])
+        return hidden_states, image_states, router_logits, attended.self_weights, attended.fusion_weights
 
     def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """Self-attention; where image states attend to its keys, these too."""
@@ -172,12 +184,21 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
         return text.updated(fused)._replace(output=text.output + fused.output)
 
-    def _update_images(self, states: torch.Tensor, attended: Attended, call: Call) -> torch.Tensor:
-        """Image states for the next block: through self-attention ("full") and the MLP."""
+    def _update_images(
+        self, states: torch.Tensor, attended: Attended, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Image states for the next block: through self-attention ("full") and the MLP; logits of the router."""
         if self.image_updates == "full":
             modules = self._modules_of_attention()
             states = states + image_attention(self.projections, modules, states, attended, call)
-        return states + self.adapter.mlp(self, self.post_attention_layernorm(states)[None])[0]
+        states, router_logits = self._through_mlp(states[None], call)
+        return states[0], router_logits
+
+    def _through_mlp(self, states: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, hidden) states with what the MLP adds to them; logits of its router, if the call asks."""
+        normed = self.post_attention_layernorm(states)
+        router_logits = self.adapter.router_logits(self, normed) if call.router_logits else None
+        return states + self.adapter.mlp(self, normed), router_logits
 
     def _modules_of_attention(self) -> BlockModules:
         return BlockModules(self.self_attn, self.input_layernorm)
@@ -210,6 +231,17 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FusionLayer):
             module.reset_gate()
+        text_config: Any = self.config.get_text_config()
+        self._blocks.initialize(module, text_config.initializer_range)
+
+    @property
+    def _blocks(self) -> BlockAdapter:
+        """How blocks of the language model are made and called."""
+        return BACKBONES[self.config.get_text_config().model_type].block
+
+    def _can_set_experts_implementation(self) -> bool:
+        # Transformers reads it off the module of the class, which is the same for families without experts.
+        return self._blocks.has_experts
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; "torch_varlen" reaches the vision tower too."""
@@ -333,6 +365,7 @@ class CasaTextModel(CasaPreTrainedModel):
         static_image_tokens: int = CasaConfig.casa_static_image_tokens,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> CasaModelOutput:
         """Run the blocks over one call's text and new images.
@@ -352,6 +385,8 @@ class CasaTextModel(CasaPreTrainedModel):
             static_image_tokens: image tokens that a new static cache has room for in each row.
             use_cache: whether to make a cache if none is given.
             output_attentions: whether to return attention weights.
+            output_router_logits: whether to return logits of routers, and their loss; None for what the
+                configuration says.
         """
         cache = self.prepared(cache)
         samples = self._packed_samples(position_ids, token_mask, cache)
@@ -371,9 +406,15 @@ class CasaTextModel(CasaPreTrainedModel):
         )
         text = _TextInputs(inputs_embeds, token_mask, attention_mask, text_index, positions, samples, gist)
         call = self._call(text, plan, images, cache, kwargs)
-        hidden_states, weights = inputs_embeds, []
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", False)
+        if output_router_logits:
+            call = replace(call, router_logits=True)
+        hidden_states, weights, router_logits = inputs_embeds, [], []
         for index, layer in enumerate(self.layers):
-            hidden_states, image_states, *of_layer = layer(hidden_states, image_states, call)
+            hidden_states, image_states, routed, *of_layer = layer(hidden_states, image_states, call)
+            if routed is not None:
+                router_logits.append(routed)
             if output_attentions or (output_attentions is None and self.config.output_attentions):
                 weights.append(of_layer)
             del of_layer  # else the weights of one block would be kept until the next one has made its own
@@ -388,7 +429,22 @@ class CasaTextModel(CasaPreTrainedModel):
             **{CACHE: cache},
             attentions=self_attentions if any(w is not None for w in self_attentions) else None,
             cross_attentions=cross_attentions if any(w is not None for w in cross_attentions) else None,
+            router_logits=tuple(router_logits) or None,
+            aux_loss=self._balance_loss(router_logits, token_mask, padded=attention_mask is not None),
         )
+
+    def _balance_loss(
+        self, router_logits: list[torch.Tensor], token_mask: torch.Tensor, padded: bool
+    ) -> torch.Tensor | None:
+        """The loss of the routers over all text but padding and the image tokens that were routed; None without."""
+        if not router_logits:
+            return None
+        mask = None
+        if padded:
+            mask = token_mask.flatten()
+            of_images = mask.new_ones(len(router_logits[0]) - len(mask))
+            mask = torch.cat([mask, of_images])
+        return self._blocks.balance_loss(self.config, router_logits, mask)
 
     @takes_cache
     def evict_text(
@@ -812,7 +868,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            text_config = self.config.text_config
+            loss = self.loss_function(logits, labels, vocab_size=text_config.vocab_size, **kwargs)
+            if outputs.aux_loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
         return CasaOutput(
             loss=loss,
             logits=logits,
@@ -821,6 +880,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_outputs=outputs.image_outputs,
+            router_logits=outputs.router_logits,
+            aux_loss=outputs.aux_loss,
         )
 
 

@@ -141,6 +141,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.models.llama.modeling_llama": ("eager_attention_forward",),
         "transformers.utils.generic": ("is_flash_attention_requested",),
     },
+    "backbone_experts": {"transformers": ("initialization",)},
     "cache_casa": {
         "transformers.cache_utils": ("LinearAttentionLayer",),
         "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
@@ -194,8 +195,11 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
     "hub.hooks": {"transformers.PreTrainedModel": ("_hf_peft_config_loaded",)},
     "loading_casa": {
         "transformers.PreTrainedModel": ("_finalize_model_loading", "_load_pretrained_model"),
-        "transformers.conversion_mapping": ("register_checkpoint_conversion_mapping",),
-        "transformers.core_model_loading": ("WeightRenaming",),
+        "transformers.conversion_mapping": (
+            "get_checkpoint_conversion_mapping",
+            "register_checkpoint_conversion_mapping",
+        ),
+        "transformers.core_model_loading": ("WeightConverter", "WeightRenaming"),
     },
     "media_casa": {
         "transformers.image_utils": ("ChannelDimension", "infer_channel_dimension_format", "is_valid_image"),
@@ -206,6 +210,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.PreTrainedModel": (
             "_can_compile_fullgraph",
             "_can_record_outputs",
+            "_can_set_experts_implementation",
             "_flex_attn_can_dispatch",
             "_from_config",
             "_init_weights",

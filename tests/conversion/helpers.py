@@ -59,9 +59,12 @@ def in_memory_layout(tensors: Tensors) -> Tensors:
 
 
 def older_layout(tensors: Tensors) -> Tensors:
-    """Tensors of either layout under the names that checkpoints had before Transformers 5."""
+    """Tensors of either layout as checkpoints had them before Transformers 5: under other names, and matrices of
+    experts transposed, as in the Hub's Qwen3-VL-MoE."""
     return {
-        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): (
+            tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+        )
         for name, tensor in tensors.items()
     }
 

@@ -35,13 +35,20 @@ def inspect(
         "variant": summary.variant or "none of the named ones",
         "backbone": summary.backbone,
         "fusion layers": blocks,
-        "parameters": f"{summary.source_parameters:,} of the source, {summary.added_parameters:,} added",
+        "parameters": _parameters(summary),
         "weights": f"{decimal(summary.num_bytes)}, {summary.dtype}",
         **_image_rows(summary),
         "text token": text_token,
     }
     for label, value in rows.items():
         typer.echo(f"{label:<15}{value}")
+
+
+def _parameters(summary: CheckpointSummary) -> str:
+    """How many there are, and how many of them compute a token where experts share the work."""
+    source, added = summary.source_parameters, summary.added_parameters
+    active = "" if summary.active_parameters == source + added else f"; {summary.active_parameters:,} active per token"
+    return f"{source:,} of the source, {added:,} added{active}"
 
 
 def _image_rows(summary: CheckpointSummary) -> dict[str, str]:

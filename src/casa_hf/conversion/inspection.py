@@ -29,6 +29,8 @@ class CheckpointSummary:
         fusion_layers: Indices of the F blocks.
         source_parameters: Number of parameters taken over from the source, tied ones counted once.
         added_parameters: Number of parameters of fusion layers, projector and embeddings of new tokens.
+        active_parameters: Number of all parameters without those of experts that a token isn't sent to; all of them in
+            families without experts.
         num_bytes: Size of all weights.
         image_tokens: Number of tokens, N, of the largest image that the processor makes.
         image_bytes: Size of the image keys/values of a window with one such image: F N b. Where self-attention
@@ -48,6 +50,7 @@ class CheckpointSummary:
     fusion_layers: tuple[int, ...]
     source_parameters: int
     added_parameters: int
+    active_parameters: int
     num_bytes: int
     image_tokens: int
     image_bytes: int
@@ -70,8 +73,9 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     config = read_casa_config(folder)
     tensors = read_checkpoint(folder)
     parameters: Counter[str] = Counter()
-    added = 0
+    added = active = 0
     for name, tensor in tensors.items():
+        active += config.backbone.block.active_parameters(config.text_config, name, tensor.numel)
         parameters[tensor.dtype] += tensor.numel
         added += tensor.numel if ADDED.search(name) else 0
         added += len(config.new_token_ids) * tensor.shape[-1] if name in TOKEN_ROWS else 0
@@ -86,6 +90,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
         fusion_layers=config.fusion_layers,
         source_parameters=parameters.total() - added,
         added_parameters=added,
+        active_parameters=active,
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         image_tokens=image_tokens,
         image_bytes=image_tokens * image_token_bytes,

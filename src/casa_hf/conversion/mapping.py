@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..backbone import Backbone
+from ..backbone import Backbone, Shape
 from ..checks import listed, one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError
-
-Shape = tuple[int, ...]
 
 LAYER = "model.language_model.layers.{}."
 _IN_BLOCK = re.compile(r"(model\.language_model\.layers\.\d+\.)(.+)")
@@ -125,6 +123,18 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
     return {name: shape for name, shape in shapes.items() if name not in tied}
 
 
+def shapes_in_file(backbone: Backbone, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The given names and shapes, but those of experts in the layout that a checkpoint has: they are copied as they
+    are.
+
+    Args:
+        backbone: Row of the family.
+        shapes: In-memory names and shapes of the stock model, see `stock_shapes`.
+        stored: Names and shapes that the checkpoint has.
+    """
+    return backbone.as_stored(shapes, {in_memory_name(name, backbone): shape for name, shape in stored.items()})
+
+
 def fusion_copies(config: CasaConfig, names: Iterable[str]) -> dict[str, str]:
     """The tensors that a variant adds to a source with the given in-memory names.
 
@@ -198,6 +208,7 @@ def map_tensors(
         CheckpointError: naming tensors that are left over, missing, there twice or of the wrong shape; from one design
             to another also those that the new one has no place for, or needs and can't have.
     """
+    stock = shapes_in_file(config.backbone, stock, stored)
     found, dropped = match_tensors(config, stock if own is None else casa_shapes(own, stock), stored)
     wanted = casa_shapes(config, stock)
     copies = fusion_copies(config, stock)

@@ -40,7 +40,17 @@ from ..folder_files import CheckpointError
 from ..hub.origins import license_files
 from .card import source_card
 from .convert import changed_files
-from .mapping import ADDED, PROJECTOR, TOKEN_ROWS, VISION, casa_shapes, match_tensors, source_name, stock_shapes
+from .mapping import (
+    ADDED,
+    PROJECTOR,
+    TOKEN_ROWS,
+    VISION,
+    casa_shapes,
+    match_tensors,
+    shapes_in_file,
+    source_name,
+    stock_shapes,
+)
 from .plan import ConversionPlan, ConversionReport, overwritten_rows, set_dtype
 from .processor import source_processor_files
 from .request import MAX_SHARD_SIZE, dtype_code
@@ -111,8 +121,9 @@ def _prepare(
     source_config = stock_config(config)
     stored = source.tensors()
     rows = _TokenRows.of(source.folder, config, source_config.get_text_config().vocab_size)
-    stock = stock_shapes(stock_config(config, keep_tokens=True), config)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
+    stock = stock_shapes(stock_config(config, keep_tokens=True), config)
+    stock = shapes_in_file(config.backbone, stock, shapes)
     found, dropped = match_tensors(config, casa_shapes(config, stock), shapes)
     planned = []
     for name, stored_name in found.items():

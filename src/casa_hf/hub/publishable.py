@@ -168,7 +168,9 @@ def _check_weights(folder: Path, config: CasaConfig) -> set[str]:
             "the model again with save_pretrained."
         ) from error
     found = {name: list(tensor.shape) for name, tensor in stored.items()}
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    in_memory = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    in_file = config.backbone.as_stored(in_memory, {name: tensor.shape for name, tensor in stored.items()})
+    wanted = {name: list(shape) for name, shape in in_file.items()}
     tied = model.all_tied_weights_keys if config.tie_word_embeddings else ()
     wrong = sorted(
         f"{name} ({found.get(name, 'none')} instead of {wanted.get(name, 'none')})"

@@ -1,0 +1,299 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Families with experts: the routers' logits and loss, implementations, layouts of files, heads, adapters, numbers.
+
+That images and text pass the experts as in the source, for every design, is shown over rows in test_conformance.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3VLMoeForConditionalGeneration, StaticCache
+
+from benchmarks.counting import Dimensions, language_parameters, step_bytes
+from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
+from casa_hf.hub.publishable import check_checkpoint
+from examples.tiny_source import build_tiny_source
+from tests.command_line import Cli
+from tests.conversion.helpers import altered, load_weights, older_layout
+from tests.helpers_generation import relative_error
+from tests.sources import GRIDS, ONE_GROUP, SEVERAL, make_case, randomised
+from tests.test_reference import image_inputs
+from tests.tiny import FAMILIES, casa_config, sample
+
+WITH_EXPERTS = [name for name, family in FAMILIES.items() if "num_experts" in family.text]
+IMAGE_TOKENS = sum(height * width for height, width in GRIDS)
+
+families = pytest.mark.parametrize("family", WITH_EXPERTS)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled("gradients" in request.node.name):
+        yield
+
+
+# ------------------------------------------------------------------------------------- the loss of the routers
+
+
+def balance(logits: list[Tensor], chosen: int) -> Tensor:
+    """The loss of Switch Transformer (arXiv 2101.03961, equations 4 to 6) over all rows of all blocks, by its
+    definition: the number of experts times the sum, over experts, of the part of choices and the mean probability."""
+    rows = torch.cat(logits)
+    probabilities, experts = rows.softmax(-1), rows.shape[-1]
+    choices = torch.zeros(experts)
+    for row in probabilities:
+        for expert in row.argsort(descending=True)[:chosen]:
+            choices[expert] += 1
+    return experts * (choices / len(rows) * probabilities.mean(0)).sum()
+
+
+@families
+def test_loss_of_text_is_the_sources(family: str) -> None:
+    """To the last bit; where rows are padded, padding doesn't count."""
+    case = make_case(family, "casa")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [0, 0, 0, 20, 21, 22, 23]])
+    inputs: dict[str, Any] = {"labels": ids, "output_router_logits": True}
+    ours, theirs = case.model(ids, **inputs), case.source(ids, **inputs)
+    assert torch.equal(ours.aux_loss, theirs.aux_loss) and torch.equal(ours.loss, theirs.loss)
+    assert len(ours.router_logits) == len(theirs.router_logits) == 2  # one block has a dense MLP
+    assert all(map(torch.equal, ours.router_logits, theirs.router_logits))
+
+    inputs["attention_mask"] = (ids != 0).long()
+    ours, theirs = case.model(ids, **inputs), case.source(ids, **inputs)
+    assert relative_error(ours.aux_loss, theirs.aux_loss) < 1e-6 and relative_error(ours.loss, theirs.loss) < 1e-6
+    kept = [torch.cat([logits[:7], logits[10:]]) for logits in ours.router_logits]
+    assert relative_error(ours.aux_loss, balance(kept, chosen=2)) < 1e-6
+    assert relative_error(ours.aux_loss, balance(list(ours.router_logits), chosen=2)) > 1e-3
+    plain = case.model(**{**inputs, "output_router_logits": False}, input_ids=ids)
+    assert plain.router_logits is None and plain.aux_loss is None
+    assert relative_error(ours.loss - plain.loss, 0.3 * ours.aux_loss) < 1e-5
+
+
+@families
+@pytest.mark.parametrize(("variant", "ids"), [("exact", ONE_GROUP), ("insertion", SEVERAL)])
+def test_loss_with_images_is_the_sources(family: str, variant: str, ids: list[int]) -> None:
+    """Image tokens pass the experts, and count, as in the source's one sequence."""
+    case = make_case(family, variant)
+    is_text = case.is_text(ids)
+    theirs = case.source_outputs(ids, output_router_logits=True)
+    ours = case.model(torch.tensor([ids]), **case.images, output_router_logits=True)
+    for own, other in zip(ours.router_logits, theirs.router_logits, strict=True):
+        assert relative_error(own, torch.cat([other[is_text], other[~is_text]])) < 1e-5
+    assert relative_error(ours.aux_loss, theirs.aux_loss) < 1e-5
+    labels = torch.where(is_text, torch.tensor(case.inserted(ids)[0]), -100)[None]
+    theirs_with_labels = case.source_outputs(ids, output_router_logits=True, labels=labels)
+    added = theirs_with_labels.loss - case.source_outputs(ids, labels=labels).loss
+    assert relative_error(0.3 * ours.aux_loss, added) < 1e-5
+
+
+@families
+@pytest.mark.parametrize(("updates", "routed"), [("none", 0), ("ffn", IMAGE_TOKENS), ("full", IMAGE_TOKENS)])
+def test_image_states_count_where_they_pass_the_experts(family: str, updates: str, routed: int) -> None:
+    case = make_case(family, "casa", casa_image_updates=updates)
+    rows = torch.tensor([[0, *ONE_GROUP], [0] * (len(ONE_GROUP) - 2) + [7, 8, 9]])
+    mask = torch.tensor([[False, *(True for _ in ONE_GROUP)], [False] * (len(ONE_GROUP) - 2) + [True] * 3])
+    outputs = case.model(rows, attention_mask=mask.long(), **case.images, output_router_logits=True)
+    assert {len(logits) for logits in outputs.router_logits} == {rows.numel() + routed}
+    counts = torch.cat([mask.flatten(), torch.ones(routed, dtype=torch.bool)])
+    expected = balance([logits[counts] for logits in outputs.router_logits], chosen=2)
+    assert relative_error(outputs.aux_loss, expected) < 1e-5
+
+
+@families
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_loss_has_gradients_under_gradient_checkpointing(family: str, reentrant: bool) -> None:
+    config = FAMILIES[family].casa_config(casa_image_updates="full")
+    config.text_config.output_router_logits = True  # where Trainer and TRL look for it
+    model = randomised(CasaForConditionalGeneration(config)).train()
+    one = sample("2 2x3 3 1x2 2", 0, FAMILIES[family].num_deepstack)
+    ids, images = torch.tensor([one.input_ids]), image_inputs(list(one.images))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        outputs = model(ids, use_cache=False, **images)
+        outputs.aux_loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    for name in ("layers.0.mlp.gate.weight", "layers.2.mlp.gate.weight", "layers.0.mlp.experts.down_proj"):
+        assert plain[f"model.language_model.{name}"].abs().sum() > 0
+    # The newer of the two names that Transformers has had for it.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    checkpointed = gradients()
+    assert all(torch.equal(checkpointed.pop(name), gradient) for name, gradient in plain.items())
+    assert not any(gradient.any() for gradient in checkpointed.values())
+
+
+def test_families_without_experts_have_no_such_loss() -> None:
+    outputs = CasaForConditionalGeneration(casa_config())(torch.tensor([[5, 6, 7]]), output_router_logits=True)
+    assert outputs.router_logits is None and outputs.aux_loss is None
+
+
+# ------------------------------------------------------------------------------------- making a model
+
+
+@families
+def test_new_models_have_experts_of_the_stock_size(family: str) -> None:
+    """Transformers leaves parameters that it doesn't know as they lie in memory."""
+    model = CasaForConditionalGeneration(FAMILIES[family].casa_config())
+    parts = re.compile(r"\.mlp\.(experts\.|gate\.weight)")
+    found = {name: parameter for name, parameter in model.named_parameters() if parts.search(name)}
+    assert len(found) == 6
+    for name, parameter in found.items():
+        assert abs(parameter.std() / 0.02 - 1) < 0.2 and abs(parameter.mean()) < 0.005, name
+
+
+@families
+def test_implementations_of_experts(family: str, tmp_path: Path) -> None:
+    """Each is reached from the outermost class, by a call and at loading, and computes the same."""
+    model = randomised(CasaForConditionalGeneration(FAMILIES[family].casa_config("exact"))).float()
+    model.save_pretrained(tmp_path)
+    one = sample("2 2x3 3", 0, FAMILIES[family].num_deepstack)
+    ids = torch.tensor([one.input_ids])
+    images = {name: x.float() if x.is_floating_point() else x for name, x in image_inputs(list(one.images)).items()}
+    model.set_experts_implementation("eager")
+    expected = model(ids, **images).logits
+    for name in ("batched_mm", "grouped_mm"):
+        model.set_experts_implementation(name)
+        loaded = CasaForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=name)
+        for one_of_two in (model, loaded):
+            assert one_of_two.model.language_model.layers[0].mlp.experts.config._experts_implementation == name
+            assert relative_error(one_of_two(ids, **images).logits, expected) < 1e-5
+    loaded = CasaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.model.language_model.config._experts_implementation == "grouped_mm"  # the stock default
+    with pytest.raises(ValueError, match="fastest"):
+        model.set_experts_implementation("fastest")
+    with pytest.raises(ValueError, match="does not support setting experts implementation"):
+        CasaForConditionalGeneration(casa_config()).set_experts_implementation("grouped_mm")
+
+
+@families
+def test_a_decoding_step_compiles_as_a_whole(family: str) -> None:
+    torch._dynamo.reset()
+    case = make_case(family, "casa", text={"num_hidden_layers": 1})
+    cache = StaticCache(config=case.model.config.text_config, max_cache_len=32)
+    case.casa(ONE_GROUP, cache=cache)
+    graphs = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(case.model, backend=counting, fullgraph=True)
+    ids = [*ONE_GROUP, 10, 11]
+    for token in ids[-2:]:
+        logits = step(torch.tensor([[token]]), cache=cache).logits
+    assert len(graphs) == 1
+    assert relative_error(logits[0, -1], case.casa(ids)[-1]) < 1e-5
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def in_the_layout_of_the_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(tensors, older_layout(tensors).values(), strict=True))
+
+
+def test_the_layout_of_the_hub_goes_through_all_files(tmp_path: Path) -> None:
+    """Its matrices of experts are transposed in memory. Files hold them as they were found, and loading turns them:
+    of the source, of the conversion, and of the way back."""
+    saved = build_tiny_source(tmp_path / "saved", family="qwen3_vl_moe")
+    hub = altered(saved, tmp_path / "hub", weights=in_the_layout_of_the_hub)
+    stored = load_weights(hub)
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert stored[name].shape == (5, 64, 80)
+    assert load_weights(saved)[name].shape == (5, 80, 64)
+
+    casa, back = tmp_path / "casa", tmp_path / "back"
+    report = convert_checkpoint(hub, casa)
+    assert torch.equal(load_weights(casa)[name], stored[name])
+    assert report.source_parameters == sum(tensor.numel() for tensor in stored.values())
+    convert_to_source(casa, back)
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in load_weights(back).items())
+
+    stock = Qwen3VLMoeForConditionalGeneration.from_pretrained(saved).state_dict()
+    assert torch.equal(Qwen3VLMoeForConditionalGeneration.from_pretrained(back).state_dict()[name], stock[name])
+    for folder in (saved, hub, casa):
+        model, info = CasaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        weights = model.state_dict()
+        assert not (info["unexpected_keys"] or info["mismatched_keys"])
+        assert all(torch.equal(weights[key], tensor) for key, tensor in stock.items())
+    check_checkpoint(casa)
+
+    # What a model writes is in the layout of memory, like what the stock class writes.
+    model.save_pretrained(tmp_path / "trained")
+    assert load_file(tmp_path / "trained" / "model.safetensors")[name].shape == (5, 80, 64)
+    again = CasaForConditionalGeneration.from_pretrained(tmp_path / "trained").state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
+
+
+def test_the_head_is_tied_as_the_stock_model_ties_it(tmp_path: Path) -> None:
+    """The text configuration of Qwen3-VL-MoE says by default that it is; the stock model looks at the whole one."""
+    family = FAMILIES["qwen3_vl_moe_text"]
+    for tied in (False, True):
+        source = family.source_config(tie_word_embeddings=True)
+        source.tie_word_embeddings = tied
+        stock = family.source(source)
+        assert (stock.lm_head.weight is stock.get_input_embeddings().weight) == tied
+        folder = tmp_path / str(tied)
+        CasaForConditionalGeneration(CasaConfig.from_source(source)).save_pretrained(folder)
+        config = CasaConfig.from_pretrained(folder)
+        assert config.tie_word_embeddings == tied and config.text_config.tie_word_embeddings
+        model = CasaForConditionalGeneration.from_pretrained(folder)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    # As the Hub's files have it: nothing in the text configuration.
+    content = json.loads(family.source_config().to_json_string())
+    del content["text_config"]["tie_word_embeddings"]
+    assert not CasaConfig.from_source(content).tie_word_embeddings
+
+
+def test_inspection_tells_what_a_token_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert_checkpoint(build_tiny_source(tmp_path / "source", family="qwen3_vl_moe"), tmp_path / "casa")
+    summary = inspect_checkpoint(tmp_path / "casa")
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa")
+    idle = sum(p[0].numel() * 3 for name, p in model.named_parameters() if ".mlp.experts." in name)  # 3 of 5
+    assert summary.backbone == "Qwen3-VL-MoE"
+    assert summary.active_parameters == summary.source_parameters + summary.added_parameters - idle
+    printed = Cli(monkeypatch, capsys)("inspect", tmp_path / "casa").out
+    assert f"{summary.added_parameters:,} added; {summary.active_parameters:,} active per token\n" in printed
+
+
+@families
+@pytest.mark.parametrize("updates", ["none", "ffn"])
+def test_counted_sizes_and_work(family: str, updates: str) -> None:
+    """The formulas of the benchmarks, against the parameters of a model and PyTorch's own count of FLOPs."""
+    model = randomised(CasaForConditionalGeneration(FAMILIES[family].casa_config(casa_image_updates=updates)))
+    config = model.config
+    language = sum(p.numel() for name, p in model.named_parameters() if ".language_model." in name)
+    assert language_parameters(config) == language
+    experts = [p for name, p in model.named_parameters() if ".mlp.experts." in name]
+    idle = sum(p[0].numel() * 3 for p in experts)  # 3 of 5
+    assert step_bytes(config, 8, 0, 0, 0) == 8 * (language - idle)
+
+    one = sample("1 2x3 2", 0, FAMILIES[family].num_deepstack)
+    ids, images = torch.tensor([one.input_ids]), image_inputs(list(one.images))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, logits_to_keep=1, **images)
+    mlps = sum(
+        sum(of_module.values())
+        for name, of_module in counter.get_flop_counts().items()
+        if re.fullmatch(r"CasaForConditionalGeneration\.model\.language_model\.layers\.\d\.mlp", name)
+    )
+    assert mlps == (ids.numel() + (6 if updates == "ffn" else 0)) * Dimensions.of(config).mlp
