@@ -18,7 +18,7 @@ import struct
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +31,7 @@ from PIL import Image
 
 from .checks import check_count, check_positive
 from .media_casa import DEFAULT_POLICY, MediaPolicy, contents_of, name_of, on_white, reason_of
+from .timestamps_casa import ASSUMED_FPS
 
 DEFAULT_FPS = 2.0
 SHORT_VIDEO_SECONDS = 10.0
@@ -85,6 +86,20 @@ class DecodedFrame(NamedTuple):
         return self.timestamp + shown > moment + TOLERANCE_SECONDS
 
 
+class Frames(NamedTuple):
+    """The frames of a video that go into the prompt, in order of time.
+
+    Attributes:
+        images: image of each; where nothing was decoded, its (width, height).
+        times: seconds at which each appears, from the first frame of the video on.
+        timed: whether they are known; else the frames are taken for `ASSUMED_FPS` frames per second.
+    """
+
+    images: list[Any]
+    times: list[float]
+    timed: bool = True
+
+
 # -------------------------------------------------------------------- frames for a prompt
 
 
@@ -136,15 +151,39 @@ def load_frames(
             frames, `fps` is given for decoded frames, or options exclude each other.
         ImportError: for files, without PyAV.
     """
+    return read_frames(video, fps=fps, num_frames=num_frames, sample=sample, policy=policy).images
+
+
+def read_frames(
+    video: Any,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    sample: bool = True,
+    policy: MediaPolicy = DEFAULT_POLICY,
+    metadata: Any = None,
+) -> Frames:
+    """The frames of a video that go into the prompt, with their times.
+
+    Args:
+        video, fps, num_frames, sample, policy: arguments of `load_frames`.
+        metadata: what is known of decoded frames, as Transformers' `VideoMetadata` or a dictionary with its fields:
+            `fps` of the video that they are from and `frames_indices`, their numbers in it; None for nothing.
+
+    Raises:
+        ValueError: as `load_frames`, and for metadata that don't fit the frames, or that are given for a file.
+        ImportError: for files, without PyAV.
+    """
     check_sampling(fps, num_frames, sample)
     if not isinstance(video, (str, os.PathLike, bytes)):
-        return _sampled(list(video), fps, num_frames)
+        return _sampled(list(video), fps, num_frames, metadata)
+    _check_no_metadata(video, metadata)
     plan = _plan(video, fps, num_frames, sample, policy)
     frames, problems = _read(video, plan, policy)
     messages = [problem.message for problem in problems] + ([plan.missing] if plan.missing else [])
     if messages:
         others = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
-        warnings.warn(f"The video {name_of(video)}: {messages[0]}{others}", VideoWarning, stacklevel=2)
+        warnings.warn(f"The video {name_of(video)}: {messages[0]}{others}", VideoWarning, stacklevel=3)
     return frames
 
 
@@ -155,26 +194,28 @@ def measure_frames(
     num_frames: int | None = None,
     sample: bool = True,
     policy: MediaPolicy = DEFAULT_POLICY,
-) -> list[Any]:
-    """What `load_frames` would give, without decoding anything.
+    metadata: Any = None,
+) -> Frames:
+    """What `read_frames` would give, without decoding anything.
 
     Args:
-        video, fps, num_frames, sample, policy: arguments of `load_frames`.
+        video, fps, num_frames, sample, policy, metadata: arguments of `read_frames`.
 
     Returns:
         For files, the (width, height) of each frame, in square pixels and not yet turned upright; the elements of
         `video` otherwise. Damaged frames count like others.
 
     Raises:
-        ValueError, ImportError: as `load_frames`, but for frames that can't be decoded.
+        ValueError, ImportError: as `read_frames`, but for frames that can't be decoded.
     """
     check_sampling(fps, num_frames, sample)
     if not isinstance(video, (str, os.PathLike, bytes)):
-        return _sampled(list(video), fps, num_frames)
+        return _sampled(list(video), fps, num_frames, metadata)
+    _check_no_metadata(video, metadata)
     plan = _plan(video, fps, num_frames, sample, policy)
     if 0 in plan.size:  # a container that doesn't state it
-        return load_frames(video, fps=fps, num_frames=num_frames, sample=sample, policy=policy)
-    return [plan.size] * len(plan.moments)
+        return read_frames(video, fps=fps, num_frames=num_frames, sample=sample, policy=policy)
+    return Frames([plan.size] * len(plan.moments), plan.moments)
 
 
 def sample_indices(
@@ -203,16 +244,42 @@ def sample_indices(
     return sorted({bisect_right(times, moment + TOLERANCE_SECONDS) - 1 for moment in moments})
 
 
-def _sampled(frames: list[Any], fps: float | None, num_frames: int | None) -> list[Any]:
+def _sampled(frames: list[Any], fps: float | None, num_frames: int | None, metadata: Any) -> Frames:
     """Those of the decoded frames that go into the prompt."""
     if fps is not None:
         raise ValueError(
             f"fps={fps} can't be applied to a video of {len(frames)} decoded frames, whose rate isn't known; pass "
             "num_frames instead, or the path of the file."
         )
+    times, timed = _decoded_times(len(frames), metadata)
     if num_frames is None:
-        return frames
-    return [frames[index] for index in _evenly_spaced(len(frames), num_frames)]
+        return Frames(frames, times, timed)
+    chosen = _evenly_spaced(len(frames), num_frames)
+    return Frames([frames[index] for index in chosen], [times[index] for index in chosen], timed)
+
+
+def _decoded_times(number: int, metadata: Any) -> tuple[list[float], bool]:
+    """When decoded frames appear in their video, in seconds, and whether that is known."""
+    field = metadata.get if isinstance(metadata, Mapping) else partial(getattr, metadata)
+    rate, indices = (None, None) if metadata is None else (field("fps", None), field("frames_indices", None))
+    numbers = list(range(number) if indices is None else indices)
+    if len(numbers) != number:
+        raise ValueError(
+            f"video_metadata has frames_indices of {len(numbers)} frames for a video of {number} decoded frames; give "
+            "the number of each frame in the video that it is from."
+        )
+    if rate is None:
+        return [float(index) / ASSUMED_FPS for index in numbers], False
+    check_positive("video_metadata.fps", rate, "a positive number of frames per second")
+    return [float(index) / float(rate) for index in numbers], True
+
+
+def _check_no_metadata(video: Any, metadata: Any) -> None:
+    if metadata is not None:
+        raise ValueError(
+            f"video_metadata was given for the video {name_of(video)}, a file, which tells the times of its frames "
+            "itself; leave it out, or give None for this video."
+        )
 
 
 def _evenly_spaced(available: int, num_frames: int) -> list[int]:
@@ -269,23 +336,23 @@ def _plan(
 
 def _read(
     video: str | os.PathLike[str] | bytes, plan: _Plan, policy: MediaPolicy
-) -> tuple[list[Image.Image], list[VideoProblem]]:
+) -> tuple[Frames, list[VideoProblem]]:
     """The planned frames of a file, and what couldn't be decoded."""
     with _named_errors(video):
         # Threads that each decode a frame are faster, but lose good ones beside one that is damaged, even silently.
         for threads in ("AUTO", "SLICE"):
-            images, problems = _read_once(plan, policy, threads)
-            if not problems and len(images) == len(plan.moments):
+            frames, problems = _read_once(plan, policy, threads)
+            if not problems and len(frames.images) == len(plan.moments):
                 break
-        if not images:
+        if not frames.images:
             raise ValueError("none of its frames can be decoded")
-        return images, problems
+        return frames, problems
 
 
-def _read_once(plan: _Plan, policy: MediaPolicy, threads: str) -> tuple[list[Image.Image], list[VideoProblem]]:
+def _read_once(plan: _Plan, policy: MediaPolicy, threads: str) -> tuple[Frames, list[VideoProblem]]:
     if isinstance(plan.media, BytesIO):
         plan.media.seek(0)
-    images: list[Image.Image] = []
+    read = Frames([], [])
     problems: list[VideoProblem] = []
     moments = iter(plan.moments)
     with open_media(plan.media, options=plan.options) as container:
@@ -296,8 +363,9 @@ def _read_once(plan: _Plan, policy: MediaPolicy, threads: str) -> tuple[list[Ima
             if isinstance(item, VideoProblem):
                 problems.append(item)
             else:
-                images.append(item.image())
-    return images, problems
+                read.images.append(item.image())
+                read.times.append(float(item.timestamp))
+    return read, problems
 
 
 @contextmanager
@@ -574,4 +642,4 @@ def _displayed(image: Image.Image, matrix: bytes) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if d < 0 else image
 
 
-__all__ = ["VideoProblem", "VideoWarning", "load_frames", "measure_frames"]
+__all__ = ["Frames", "VideoProblem", "VideoWarning", "load_frames", "measure_frames", "read_frames"]

@@ -25,7 +25,7 @@ from .chat_text import ChatText, token_ids
 from .checks import listed
 from .design_space import check_gist_tokens
 from .folder_files import read_json
-from .frames_casa import check_sampling, load_frames, measure_frames
+from .frames_casa import Frames, check_sampling, measure_frames, read_frames
 from .image_inputs import FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
 from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
@@ -501,7 +501,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         """Load all images and frames of a call, by prompt and placeholder, as RGB images."""
         images_kwargs = call.options["images_kwargs"]
         layout = images_kwargs.pop("input_data_format", None)
-        rows = self._visuals(call, load_frames)
+        rows = self._visuals(call, read_frames)
         if images_kwargs.get("do_rescale") is False:
             _check_floating([frame for row in rows for visual in row for frame in visual.frames])
             del images_kwargs["do_rescale"]  # they are 8-bit pixels from here on
@@ -518,7 +518,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         return [[loaded(visual) for visual in row] for row in rows]
 
-    def _visuals(self, call: "_Call", frames_of: Callable[..., list[Any]]) -> "list[list[_Visual]]":
+    def _visuals(self, call: "_Call", frames_of: Callable[..., Frames]) -> "list[list[_Visual]]":
         """Distribute the images and videos of a call over prompts and placeholders; images stay as they were given."""
         videos_kwargs = call.options["videos_kwargs"]
         sampling: dict[str, Any] = {
@@ -532,7 +532,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         def visual(type: int) -> _Visual:
             if type == IMAGE_TYPE:
                 return _Visual(type, [next(images)], 1)
-            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling), call.frames_per_image)
+            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling).images, call.frames_per_image)
 
         return [[visual(type) for type in types] for types in call.types]
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.video_utils import VideoMetadata
 
 from casa_hf import CasaProcessor
+from casa_hf.frames_casa import measure_frames, read_frames
 from casa_hf.video import load_frames, sample_indices
 from tests.clips import numbers, write_clip, write_turned_clip
 
@@ -73,6 +75,43 @@ def test_frames_are_taken_by_their_time_not_their_number(tmp_path):
     """Five frames in the first second, one that stays for four, one that stays for five, and a last one."""
     clip = write_clip(tmp_path / "clip.mp4", 8, 10, times=[0, 2, 4, 6, 8, 10, 50, 100])
     assert numbers(load_frames(clip, fps=2)) == [0, 2, 5, 6]
+
+
+def test_frames_have_the_times_at_which_they_appear(tmp_path, long_clip, short_clip):
+    """Those of the container, also where frames don't come at an even rate, and where nothing is decoded."""
+    uneven = write_clip(tmp_path / "clip.mp4", 8, 10, times=[0, 2, 4, 6, 8, 10, 50, 100])
+    expected = {
+        (uneven, ("fps", 2)): [0.0, 0.4, 1.0, 5.0],
+        (uneven, ("sample", False)): [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 5.0, 10.0],
+        (long_clip, ("num_frames", 3)): [0.0, 4.0, 8.0],
+        (short_clip, ("fps", 1.0)): [0.0, 1.0, 2.0],
+    }
+    for (clip, option), times in expected.items():
+        for read in (read_frames, measure_frames):
+            frames = read(clip, **dict([option]))
+            assert frames.timed and frames.times == pytest.approx(times) and len(frames.images) == len(times)
+    raw = write_clip(tmp_path / "clip.h264", 50, 25, "libx264")
+    assert read_frames(raw, fps=5).times == pytest.approx([index / 5 for index in range(10)])
+
+
+def test_decoded_frames_have_the_times_that_metadata_tell(long_clip):
+    images = load_frames(long_clip, num_frames=4)
+    for metadata in (
+        {"fps": 10.0, "frames_indices": [0, 30, 60, 90]},
+        VideoMetadata(120, 10.0, frames_indices=[0, 30, 60, 90]),
+    ):
+        assert read_frames(images, metadata=metadata)[1:] == ([0.0, 3.0, 6.0, 9.0], True)
+        assert read_frames(images, num_frames=2, metadata=metadata).times == [0.0, 6.0]
+    assert measure_frames(images, metadata={"fps": 2}).times == [0.0, 0.5, 1.0, 1.5]
+    assert read_frames(images) == (images, [0.0, 1 / 24, 2 / 24, 3 / 24], False)  # as the stock processors assume
+    assert read_frames(images, metadata={"frames_indices": [0, 12, 24, 36]})[1:] == ([0.0, 0.5, 1.0, 1.5], False)
+    with pytest.raises(ValueError, match=r"frames_indices of 2 frames for a video of 4 decoded frames"):
+        read_frames(images, metadata={"fps": 10, "frames_indices": [0, 30]})
+    with pytest.raises(ValueError, match=r"video_metadata.fps=0 must be a positive number of frames per second"):
+        read_frames(images, metadata={"fps": 0})
+    for read in (read_frames, measure_frames):
+        with pytest.raises(ValueError, match=r"long.mp4.*, a file, which tells the times of its frames.*leave it out"):
+            read(long_clip, metadata={"fps": 10})
 
 
 def test_which_moments_are_sampled():

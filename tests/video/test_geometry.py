@@ -33,7 +33,7 @@ def test_pixels_that_are_not_square(tmp_path, casa_folder, aspect):
     clip = write_clip(tmp_path / "clip.mp4", 6, 2, size=(128, 96), aspect=aspect)
     width = round(128 * aspect)
     frames = load_frames(clip)
-    assert [frame.size for frame in frames] == [(width, 96)] * 6 == measure_frames(clip)
+    assert [frame.size for frame in frames] == [(width, 96)] * 6 == measure_frames(clip).images
     assert numbers(frames) == numbers(streamed(clip)) == list(range(6))
     assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in streamed(clip)]
     assert load_frames(clip.read_bytes())[0].size == (width, 96)
@@ -85,7 +85,7 @@ def test_all_ways_to_hold_a_camera(tmp_path, a, d, turned):
     seen[down - down.min(), across - across.min()] = stored
     for [frame] in (load_frames(clip), streamed(clip)):
         assert np.abs(np.asarray(frame).astype(int) - seen).max(axis=2).mean() < 4
-    assert sorted(measure_frames(clip)[0]) == sorted(frame.size)
+    assert sorted(measure_frames(clip).images[0]) == sorted(frame.size)
 
 
 def test_frames_that_are_not_opaque_are_on_white(tmp_path):
@@ -118,7 +118,7 @@ def test_both_readers_go_on_behind_damage_with_the_same_frames(tmp_path, name, c
         with pytest.warns(VideoWarning, match=f"The video '.*{clip.name}': a part can't be decoded: Invalid data"):
             frames = load_frames(clip, **selection, **sample)
         assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in streamed(clip, **selection)]
-        assert 0 < len(frames) <= len(measure_frames(clip, **selection, **sample))
+        assert 0 < len(frames) <= len(measure_frames(clip, **selection, **sample).images)
     # What is behind it has its own time.
     assert numbers(frames)[-2:] == ([52, 54] if at_the_end else [56, 58])
 
@@ -150,7 +150,7 @@ def test_a_container_that_breaks_off_is_read_up_to_there(tmp_path):
     with pytest.warns(VideoWarning, match=r"clip\.y4m': reading ended early: "):
         loaded = load_frames(clip)
     assert numbers(loaded) == numbers(streamed(clip)) == list(range(8))
-    assert len(measure_frames(clip)) == 8
+    assert len(measure_frames(clip).images) == 8
 
 
 def test_a_file_of_which_nothing_can_be_decoded_is_refused_by_name(tmp_path):
