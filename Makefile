@@ -74,7 +74,7 @@ test-oldest-torch: $(OLDEST_TORCH)/installed
 # be imported, the tests would be skipped.
 test-torchao: $(TORCHAO)/installed
 	$(TORCHAO)/bin/python -c "import torchao.quantization"
-	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py -k eight_bit
+	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py tests/training/test_loss.py -k "eight_bit or quantised"
 
 test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"

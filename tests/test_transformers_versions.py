@@ -365,7 +365,7 @@ def test_what_trainers_adapters_and_attention_pass_is_not_named(logged: list[str
     inputs = batch(START)
     ids = inputs["input_ids"]
     passed = {
-        "Trainer": {"num_items_in_batch": torch.tensor(3), "shift_labels": ids.roll(-1), "skip_logits": True},
+        "Trainer": {"num_items_in_batch": torch.tensor(3), "shift_labels": ids.roll(-1)},
         "TRL": {
             "token_type_ids": torch.zeros_like(ids),
             "image_sizes": torch.ones(1, 2),

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 # What `Trainer`, TRL, PEFT and `generate` (the tokenizer of its `stop_strings`) pass to every model; a CASA model has
 # no use for it.
-_PASSED_TO_ALL = {"image_sizes", "logits_to_keep", "skip_logits", "task_ids", "token_type_ids", "tokenizer"}
+_PASSED_TO_ALL = {"image_sizes", "logits_to_keep", "task_ids", "token_type_ids", "tokenizer"}
 
 # What the decorators of `forward` read, and what every model of Transformers is documented to take.
 _READ_ALWAYS = {"debug_io", "debug_io_dir", "prune_layers", "return_dict", *TransformersKwargs.__annotations__}

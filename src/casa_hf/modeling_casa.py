@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -51,6 +52,7 @@ from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, delimiters, has_images, place_images
 from .loading_casa import CasaLoadingMixin
+from .loss_casa import chunked_loss
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .text_inputs import NewText, cached_length, embed_text, text_masks
@@ -840,6 +842,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         second_per_grid_ts: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CasaOutput:
         """Logits and, with `labels`, the loss. Arguments as in [`CasaModel.forward`], and:
@@ -847,7 +850,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         Args:
             labels: (batch, tokens) target ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: number of last tokens, or indices of the tokens, to compute logits for; 0 for all.
+            skip_logits: whether to return the loss alone, with logits None. They are computed for tokens with a label
+                only, some at a time, so that memory doesn't grow with tokens times vocabulary; unless the model has
+                been given another `loss_function`, which gets all of them.
+
+        Raises:
+            ValueError: for `skip_logits` without `labels`.
         """
+        if labels is None and skip_logits:
+            raise ValueError("skip_logits=True asks for the loss alone, but there are no labels. Pass labels=... too.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -865,13 +876,18 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            text_config = self.config.text_config
-            loss = self.loss_function(logits, labels, vocab_size=text_config.vocab_size, **kwargs)
-            if outputs.aux_loss is not None:
-                loss = loss + text_config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        states = outputs.last_hidden_state[:, kept]
+        text_config = self.config.text_config
+        vocab_size = text_config.vocab_size
+        logits = loss = None
+        if labels is not None and skip_logits and self.loss_function is ForCausalLMLoss:
+            loss = chunked_loss(self.lm_head, states, labels, vocab_size, **kwargs)
+        else:
+            logits = self.lm_head(states)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, vocab_size=vocab_size, **kwargs)
+        if loss is not None and outputs.aux_loss is not None:
+            loss = loss + text_config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
         return CasaOutput(
             loss=loss,
             logits=logits,

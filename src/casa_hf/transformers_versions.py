@@ -201,6 +201,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "transformers.core_model_loading": ("WeightConverter", "WeightRenaming"),
     },
+    "loss_casa": {"transformers.loss.loss_utils": ("ForCausalLMLoss",)},
     "media_casa": {
         "transformers.image_utils": ("ChannelDimension", "infer_channel_dimension_format", "is_valid_image"),
     },
@@ -223,6 +224,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "_tp_plan",
         ),
         "transformers.core_model_loading": ("_is_hf_initialized",),
+        "transformers.loss.loss_utils": ("ForCausalLMLoss",),
         "transformers.masking_utils": ("create_causal_mask", "packed_sequence_mask_function"),
         "transformers.modeling_outputs": (
             "BaseModelOutputWithPastAndCrossAttentions",

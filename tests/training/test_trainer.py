@@ -128,6 +128,53 @@ def test_rows_without_answers_have_no_part_in_the_loss_of_an_evaluation(casa_fol
     assert evaluated(WithoutThird(processor), CONVERSATIONS) == pytest.approx(expected, rel=1e-6)
 
 
+def outputs_with_logits(model, found):
+    """Have each forward of a model note whether it gave logits."""
+    return model.register_forward_hook(lambda module, args, output: found.append(output.logits is not None))
+
+
+def test_logits_are_computed_only_for_those_who_read_them(casa_folder, processor, tmp_path):
+    """Neither for the loss of training nor for that of an evaluation; the losses are those with logits."""
+    model, found = fusion_model(casa_folder, torch.float64), []
+    given = {"model": model, "args": arguments(tmp_path, max_steps=2), "processing_class": processor}
+    given |= {"train_dataset": CONVERSATIONS, "eval_dataset": CONVERSATIONS, "lr_new": 0.0, "lr_existing": 0.0}
+    expected = CasaTrainer(
+        **given, compute_loss_func=lambda outputs, labels, num_items_in_batch: plain(outputs, labels)
+    )
+    hook = outputs_with_logits(model, found)
+    losses = []
+    for trainer in (expected, CasaTrainer(**given)):
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+        assert found == [trainer is expected] * len(found) and len(found) == 2 + 1
+        found.clear()
+    hook.remove()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def plain(outputs, labels):
+    """The mean over the tokens of a batch."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_metrics_and_callers_get_logits(casa_folder, processor, tmp_path):
+    model, shapes = fusion_model(casa_folder), []
+    trainer = CasaTrainer(
+        model=model,
+        args=arguments(tmp_path, per_device_eval_batch_size=4),
+        eval_dataset=CONVERSATIONS,
+        processing_class=processor,
+        compute_metrics=lambda prediction: shapes.append(prediction.predictions.shape) or {"metric": 3.0},
+    )
+    batch = CasaDataCollator(processor)(CONVERSATIONS)
+    assert trainer.evaluate()["eval_metric"] == 3.0
+    assert shapes == [(*batch["labels"].shape, model.config.text_config.vocab_size)]
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs.logits.shape == shapes[0] and plain(outputs, batch["labels"]).item() == pytest.approx(loss.item())
+    assert trainer.predict(CONVERSATIONS).predictions.shape == shapes[0]
+
+
 def test_smoothed_labels_are_those_of_the_next_token(casa_folder, processor, tmp_path):
     """One step over four unequal batches is that of PyTorch's smoothed loss of shifted labels over all of them."""
     model = fusion_model(casa_folder, torch.float64)

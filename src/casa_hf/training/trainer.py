@@ -250,9 +250,17 @@ class CasaTrainer(PublishingTrainer):
             self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; without a cache, which it would fill for nothing."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model's loss; without a cache, which it would fill for nothing, and without logits that nobody reads."""
+        inputs = {**inputs, "use_cache": False} | ({} if return_outputs else self._loss_alone(inputs))
+        return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+
+    def _loss_alone(self, inputs: Mapping[str, Any]) -> dict[str, bool]:
+        """What asks the model for its own loss without logits, if that is the loss and there are labels."""
+        is_its_own = self.label_smoother is None and self.compute_loss_func is None
+        return {"skip_logits": True} if is_its_own and inputs.get("labels") is not None else {}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in Transformers; an iterable is read into memory if need be, see `_at_hand`."""
@@ -310,10 +318,12 @@ class CasaTrainer(PublishingTrainer):
         super().log(logs, *args, **kwargs)
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """As in Transformers, which takes the mean of the batches' means; this sums up losses and answer tokens."""
-        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if prediction_loss_only:
+            inputs = {**inputs, **self._loss_alone(inputs)}
+        found = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         loss, labels = found[0], inputs.get("labels")
         if loss is not None and labels is not None:
             tokens = (labels[:, 1:] != IGNORED).sum()
