@@ -23,6 +23,8 @@ from benchmarks.counting import Dimensions, language_parameters, step_bytes
 from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
 from casa_hf.hub.publishable import check_checkpoint
+from casa_hf.training import trainable_parts
+from casa_hf.training.adapters import add_adapters
 from examples.tiny_source import build_tiny_source
 from tests.command_line import Cli
 from tests.conversion.helpers import altered, load_weights, older_layout
@@ -136,6 +138,21 @@ def test_loss_has_gradients_under_gradient_checkpointing(family: str, reentrant:
     checkpointed = gradients()
     assert all(torch.equal(checkpointed.pop(name), gradient) for name, gradient in plain.items())
     assert not any(gradient.any() for gradient in checkpointed.values())
+
+
+@families
+def test_batches_of_an_update_share_the_loss_of_routers(family: str) -> None:
+    """As they share the targets: Trainer adds up the losses of batches, and doesn't divide the sum."""
+    case = make_case(family, "casa")
+    labels = torch.tensor([[5, -100, 7, 8, 9]]), torch.tensor([[5, 6, -100, -100, 9]])
+    losses = []
+    for targets in labels:
+        outputs = case.model(
+            torch.tensor([[5, 6, 7, 8, 9]]), labels=targets, output_router_logits=True, num_items_in_batch=5
+        )
+        plain = case.model(torch.tensor([[5, 6, 7, 8, 9]]), labels=targets, num_items_in_batch=5)
+        losses.append((outputs.loss - plain.loss) / outputs.aux_loss)
+    assert relative_error(torch.stack(losses), 0.3 * torch.tensor([3 / 5, 2 / 5])) < 1e-5
 
 
 def test_families_without_experts_have_no_such_loss() -> None:
@@ -297,3 +314,39 @@ def test_counted_sizes_and_work(family: str, updates: str) -> None:
         if re.fullmatch(r"CasaForConditionalGeneration\.model\.language_model\.layers\.\d\.mlp", name)
     )
     assert mlps == (ids.numel() + (6 if updates == "ffn" else 0)) * Dimensions.of(config).mlp
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's name for it
+def test_adapters_reach_the_experts(tmp_path: Path) -> None:
+    """By default where the whole language model gets them; they are saved, loaded and merged."""
+    peft = pytest.importorskip("peft")
+    folder = convert_checkpoint(
+        build_tiny_source(tmp_path / "source", family="qwen3_vl_moe"), tmp_path / "casa"
+    ).output
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+
+    def model() -> Any:
+        return CasaForConditionalGeneration.from_pretrained(folder)
+
+    before = model()(ids).logits
+    adapted = add_adapters(model(), {"r": 2, "target_modules": "language-model", "init_lora_weights": "no"})
+    trained = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    layers = "base_model.model.model.language_model.layers"
+    assert {f"{layers}.{index}.mlp.experts" for index in (0, 2)} <= trained  # around the outer matrix
+    assert {f"{layers}.{index}.mlp.experts.base_layer" for index in (0, 2)} <= trained  # and the inner one
+    assert f"{layers}.1.mlp.gate_proj" in trained and f"{layers}.0.self_attn.q_proj" in trained
+    assert {part.name for part in trainable_parts(adapted)} >= {"experts", "routers", "MLPs", "adapters"}
+    after = adapted(ids).logits
+    assert not torch.allclose(before, after, atol=1e-2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    assert torch.equal(loaded(ids).logits, after)
+    assert relative_error(loaded.merge_and_unload()(ids).logits, after) < 1e-4
+
+    without = add_adapters(model(), {"r": 2, "target_modules": "language-model", "target_parameters": []})
+    assert not any(".mlp.experts." in name for name, p in without.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.1 can't be used with adapters of experts"):
+        add_adapters(model(), {"target_modules": "language-model", "lora_dropout": 0.1})

@@ -772,6 +772,13 @@ class CasaModel(CasaPreTrainedModel):
         return torch.cat(outputs.pooler_output), outputs
 
 
+def _share_of_update(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """The part of an optimizer step's targets that one batch of it has."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
 class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     """CASA model with the output head; `generate` is Transformers' own."""
 
@@ -886,8 +893,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             logits = self.lm_head(states)
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=vocab_size, **kwargs)
-        if loss is not None and outputs.aux_loss is not None:
-            loss = loss + text_config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        if labels is not None and loss is not None and outputs.aux_loss is not None:
+            share = _share_of_update(labels, kwargs.get("num_items_in_batch"))
+            loss = loss + share * text_config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
         return CasaOutput(
             loss=loss,
             logits=logits,

@@ -8,6 +8,7 @@ from .config import TrainingConfig
 from .data import load_conversations, load_mixture
 from .evaluation import exact_match, generate_answers
 from .parameters import (
+    EXPERT_PARAMETERS,
     LORA_TARGETS,
     QUANTIZATION_SKIPS,
     checkpoint_activations,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .trainer import CasaTrainer
 
 __all__ = [
+    "EXPERT_PARAMETERS",
     "LORA_TARGETS",
     "QUANTIZATION_SKIPS",
     "CasaDataCollator",

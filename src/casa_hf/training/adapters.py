@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from .parameters import LORA_TARGETS
+from .parameters import EXPERT_PARAMETERS, LORA_TARGETS
 from .settings import check_name, typed
 
 
@@ -31,7 +31,8 @@ def add_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
 
     Args:
         model: a CASA model.
-        lora: arguments of `LoraConfig`; without `target_modules` the fusion layers get adapters.
+        lora: arguments of `LoraConfig`; without `target_modules` the fusion layers get adapters. Those of the whole
+            language model are at its experts too, unless `target_parameters` says otherwise.
 
     Returns:
         The model in PEFT's wrapper.
@@ -51,7 +52,21 @@ def add_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
             f"lora.target_modules={given!r} matches no layer of this model (variant {model.config.variant}). Use "
             f"{' or '.join(known)}, a regular expression of whole names, or a list of the last parts of names."
         )
-    return get_peft_model(model, LoraConfig(**{**_beside_adapters(model), **lora, "target_modules": targets}))
+    defaults = _beside_adapters(model) | _adapters_of_experts(model, given, lora)
+    return get_peft_model(model, LoraConfig(**{**defaults, **lora, "target_modules": targets}))
+
+
+def _adapters_of_experts(model: Any, given: Any, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `LoraConfig` for matrices that aren't modules, where the whole language model gets adapters."""
+    parameters = lora.get("target_parameters", EXPERT_PARAMETERS)
+    if given != "language-model" or not model.config.backbone.block.has_experts or not parameters:
+        return {}
+    if lora.get("lora_dropout"):
+        raise ValueError(
+            f"lora.lora_dropout={lora['lora_dropout']} can't be used with adapters of experts, which PEFT adds to "
+            "their matrices. Leave lora_dropout out, or keep experts without adapters by target_parameters: []."
+        )
+    return {"target_parameters": list(parameters)}
 
 
 def _is_target(module: str, targets: Any) -> bool:

@@ -29,8 +29,11 @@ _NEW = rf"{FUSION}|{_NEW_TOKENS}|(^|\.)multi_modal_projector\.|{_ADAPTERS}|\.mod
 LORA_TARGETS: dict[str, str] = {
     "fusion": r".*\.casa_attn\.[qkvo]_proj",
     "self-attention": r".*language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
-    "language-model": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj)",
+    "language-model": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert\.)?\w+_proj)",
 }
+
+# For `target_parameters` of PEFT: matrices of experts, which are parameters of one module.
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 # For a quantization's `modules_to_not_convert`: few parameters, and those that errors hurt most.
 QUANTIZATION_SKIPS = ("model.visual", "model.multi_modal_projector", "lm_head")
@@ -47,6 +50,8 @@ _PARTS = {
     "embeddings": r"(^|\.)embed_tokens\.",
     "fusion layers": FUSION,
     "self-attention": r"(^|\.)self_attn\.",
+    "experts": r"(^|\.)mlp\.experts\.",
+    "routers": r"(^|\.)mlp\.gate\.",
     "MLPs": r"(^|\.)mlp\.",
     "norms": r"norm\.",
     "output head": r"(^|\.)lm_head\.",
