@@ -109,7 +109,8 @@ def _logits(config: Any, parameters: Mapping[str, Tensor], sample: Sample, block
     for index in range(config.text_config.num_hidden_layers):
         text, images = block(config, parameters, index, masks, angles)(text, images)
         images = images + _deepstack(sample, index, images)
-    text = _rms_norm(text, parameters["model.language_model.norm.weight"], config.text_config.rms_norm_eps)
+    weight = block.norm_offset + parameters["model.language_model.norm.weight"]
+    text = _rms_norm(text, weight, config.text_config.rms_norm_eps)
     return text @ parameters.get("lm_head.weight", embedding).T
 
 
@@ -231,7 +232,7 @@ class _Angles:
     """Rotary angles of all positions of a sample in an epoch, that is after a number of evictions.
 
     Attributes:
-        text, images: (tokens, D / 2), float32, of all text tokens and of all image tokens.
+        text, images: (tokens, pairs of rotated dimensions), float32, of all text tokens and of all image tokens.
     """
 
     def __init__(self, config: Any, sample: Sample, masks: _Masks, epoch: int) -> None:
@@ -239,10 +240,10 @@ class _Angles:
         assert rope["rope_type"] == "default"
         axes = 3 if "mrope_section" in rope else 1
         text, images = _positions(config, sample, axes, masks, epoch)
-        head_dim = _head_dim(config.text_config)
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        rotated = int(rope.get("partial_rotary_factor", 1) * _head_dim(config.text_config))
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         self.frequencies = 1.0 / rope["rope_theta"] ** exponents
-        self.axis_of_pair = _axis_of_pair(rope, head_dim // 2)
+        self.axis_of_pair = _axis_of_pair(rope, rotated // 2)
         self.text = self._angles(text)
         self.images = self._angles(images)
 
@@ -342,7 +343,8 @@ class Block:
 
     Attributes:
         head_norms: whether queries and keys of single heads are normalised, before they are rotated.
-        neighbours: which two dimensions of a head rotate together: neighbours, or i and i + D / 2.
+        neighbours: which two dimensions of a head rotate together: neighbours, or i and i + half of those that do.
+        norm_offset: what is added to the weights of norms.
         without_positions: indices of blocks whose queries and keys aren't rotated.
         rotates, fusion_rotates: whether self-attention and fusion have positions in this block; plain cross-attention
             never has.
@@ -351,6 +353,7 @@ class Block:
 
     head_norms = False
     neighbours = False
+    norm_offset = 0.0
     without_positions: frozenset[int] = frozenset()
 
     def __init__(
@@ -409,7 +412,7 @@ class Block:
                     _of_epoch(self.masks.image_updates, self.masks.image_epochs, epoch),
                     self.scale,
                 )
-            images = images + self.out("self_attn", attended)
+            images = images + self.out("self_attn", self.gated("self_attn", normed, attended))
         return images + self.mlp(self.norm("post_attention_layernorm", images))
 
     def self_attention(self, normed: Tensor) -> Tensor:
@@ -420,7 +423,7 @@ class Block:
             seen = _of_epoch(self.masks.self_attention, self.masks.text_epochs, epoch)
             rotated_q, rotated_k = (self.rotated(x, angles.text, self.rotates) for x in (q, k))
             attended += _attend(rotated_q, rotated_k, v, seen, self.scale)
-        return attended
+        return self.gated("self_attn", normed, attended)
 
     def fusion(self, normed: Tensor, images: Tensor) -> Tensor:
         """Attention to image tokens and, as the masks say, text; (T, H * D), before the output projection."""
@@ -435,6 +438,10 @@ class Block:
             keys = torch.cat([self.rotated(image_k, angles.images, self.fusion_rotates), rotated_k])
             seen = _of_epoch(self.masks.fusion, self.masks.text_epochs, epoch)
             attended += _attend(rotated_q, keys, values, seen, self.scale)
+        return self.gated(self.fusion_module, normed, attended)
+
+    def gated(self, module: str, normed: Tensor, attended: Tensor) -> Tensor:
+        """What is attended (tokens, H * D), by queries of the normed states, on its way to the output projection."""
         return attended
 
     def fusion_output(self, attended: Tensor) -> Tensor:
@@ -449,7 +456,8 @@ class Block:
         return self.parameters[self.prefix + "casa_attn.gate"].tanh()
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return _rms_norm(x, self.parameters[f"{self.prefix}{name}.weight"], self.config.text_config.rms_norm_eps)
+        weight = self.norm_offset + self.parameters[f"{self.prefix}{name}.weight"]
+        return _rms_norm(x, weight, self.config.text_config.rms_norm_eps)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         output = x @ self.parameters[f"{self.prefix}{name}.weight"].T
@@ -467,13 +475,16 @@ class Block:
         return output
 
     def rotated(self, x: Tensor, angles: Tensor, rotates: bool) -> Tensor:
-        """Queries or keys (tokens, heads, D) at positions of (tokens, D / 2) angles, if they have positions."""
+        """Queries or keys (tokens, heads, D) at positions of (tokens, pairs) angles, if they have any; the dimensions
+        that aren't in a pair stay."""
         if not rotates:
             return x
+        x, rest = x.split([2 * angles.shape[1], x.shape[-1] - 2 * angles.shape[1]], dim=-1)
         cos, sin = angles.cos().double()[:, None], angles.sin().double()[:, None]
         first, second = (x[..., ::2], x[..., 1::2]) if self.neighbours else x.chunk(2, dim=-1)
-        rotated = first * cos - second * sin, second * cos + first * sin
-        return torch.stack(rotated, dim=-1).flatten(-2) if self.neighbours else torch.cat(rotated, dim=-1)
+        pairs = first * cos - second * sin, second * cos + first * sin
+        rotated = torch.stack(pairs, dim=-1).flatten(-2) if self.neighbours else torch.cat(pairs, dim=-1)
+        return torch.cat([rotated, rest], dim=-1)
 
     def out(self, module: str, x: Tensor) -> Tensor:
         return self.linear(f"{module}.o_proj", x)
@@ -529,6 +540,97 @@ class HeliumBlock(Block):
     neighbours = True
 
 
+class Qwen3_5Block(Block):
+    """As in Qwen3.5: gates on attention, and blocks of gated linear attention (arXiv 2412.06464).
+
+    Attributes:
+        has_gate: whether what is attended is multiplied by a sigmoid of the second half of each head's queries.
+        remembers: whether linear attention has a state.
+        images_enter: whether the tokens of updated images enter it.
+    """
+
+    head_norms = True
+    norm_offset = 1.0
+    has_gate = True
+    remembers = True
+    images_enter = True
+
+    def __init__(
+        self, config: Any, parameters: Mapping[str, Tensor], index: int, masks: _Masks, angles: list[_Angles]
+    ) -> None:
+        super().__init__(config, parameters, index, masks, angles)
+        self.is_linear = config.text_config.layer_types[index] == "linear_attention"
+
+    def __call__(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_linear:
+            return super().__call__(text, images)
+        updates = self.config.casa_image_updates
+        enters = updates == "full" and self.images_enter
+        order = [("text", t) for t in range(len(text))]
+        if enters:
+            counts = [len(image.features) for image in self.masks.images]
+            order = []
+            for t in range(len(text)):
+                for j, image in enumerate(self.masks.images):
+                    if image.position == t:
+                        order += [("image", sum(counts[:j]) + n) for n in range(counts[j])]
+                order.append(("text", t))
+        states = torch.stack([text[n] if kind == "text" else images[n] for kind, n in order])
+        states = states + self.linear_attention(self.norm("input_layernorm", states))
+        text = states[[place for place, (kind, _) in enumerate(order) if kind == "text"]]
+        if enters:
+            images = states[[place for place, (kind, _) in enumerate(order) if kind == "image"]]
+        if updates != "none":
+            images = images + self.mlp(self.norm("post_attention_layernorm", images))
+        return text + self.mlp(self.norm("post_attention_layernorm", text)), images
+
+    def linear_attention(self, x: Tensor) -> Tensor:
+        """The gated delta rule over (tokens, hidden), token by token."""
+        text = self.config.text_config
+        key_heads, value_heads = text.linear_num_key_heads, text.linear_num_value_heads
+        inputs = self.linear("linear_attn.in_proj_qkv", x)
+        kernel = self.parameters[self.prefix + "linear_attn.conv1d.weight"][:, 0]  # (channels, taps)
+        padded = torch.cat([inputs.new_zeros(kernel.shape[1] - 1, inputs.shape[1]), inputs])
+        mixed = torch.stack([(kernel.T * padded[t : t + kernel.shape[1]]).sum(0) for t in range(len(x))])
+        mixed = mixed * mixed.sigmoid()
+        width = key_heads * text.linear_key_head_dim
+        q, k, v = mixed.split([width, width, value_heads * text.linear_value_head_dim], dim=-1)
+        q, k = (_l2_norm(part.view(len(x), key_heads, -1)) for part in (q, k))
+        v = v.view(len(x), value_heads, -1)
+        strength = self.linear("linear_attn.in_proj_b", x).sigmoid()
+        step = self.linear("linear_attn.in_proj_a", x) + self.parameters[self.prefix + "linear_attn.dt_bias"]
+        rate = self.parameters[self.prefix + "linear_attn.A_log"].exp()
+        decay = (-rate * (1 + step.exp()).log()).exp()
+        output = torch.zeros_like(v)
+        for head in range(value_heads):
+            key_head = head // (value_heads // key_heads)
+            state = v.new_zeros(text.linear_key_head_dim, text.linear_value_head_dim)
+            for t in range(len(x)):
+                state = state * decay[t, head] if self.remembers else torch.zeros_like(state)
+                correction = strength[t, head] * (v[t, head] - k[t, key_head] @ state)
+                state = state + torch.outer(k[t, key_head], correction)
+                output[t, head] = q[t, key_head] @ state / text.linear_key_head_dim**0.5
+        weight = self.parameters[self.prefix + "linear_attn.norm.weight"]
+        gate = self.linear("linear_attn.in_proj_z", x).view(len(x), value_heads, -1)
+        output = _rms_norm(output, weight, text.rms_norm_eps) * gate * gate.sigmoid()
+        return self.linear("linear_attn.out_proj", output.flatten(1))
+
+    def heads(self, module: str, projection: str, x: Tensor) -> Tensor:
+        if projection != "q":
+            return super().heads(module, projection, x)
+        return self.norm(f"{module}.q_norm", self.halves(module, x)[0])
+
+    def gated(self, module: str, normed: Tensor, attended: Tensor) -> Tensor:
+        return attended * self.halves(module, normed)[1].sigmoid().flatten(1) if self.has_gate else attended
+
+    def halves(self, module: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and gates of each head, (tokens, H, D)."""
+        both = self.linear(f"{module}.q_proj", x)
+        heads = self.config.text_config.num_attention_heads
+        queries, gates = both.view(len(x), heads, both.shape[1] // heads).chunk(2, dim=-1)
+        return queries, gates
+
+
 def _of_epoch(seen: list[list[int]], epochs: list[int], epoch: int) -> list[list[int]]:
     """What queries of an epoch see; nothing for the others."""
     return [keys if own == epoch else [] for keys, own in zip(seen, epochs, strict=True)]
@@ -556,6 +658,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]], scale: float
             weights = scores.softmax(dim=0)
             output[query] = (weights[..., None] * v[keys]).sum(0)
     return output.flatten(1)
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    return x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -219,7 +219,7 @@ def test_parallel_plans_name_what_exists(variant, overrides, family):
     tensors = {re.sub(r"\d+", "*", name.rsplit(".", 1)[0]) for name in model.state_dict()}
     plan = model.tp_plan
     assert plan.keys() <= tensors
-    attentions = {name.split(".")[-2] for name in plan if "_attn." in name}
+    attentions = {name.split(".")[-2] for name in plan if re.search(r"(self|casa)_attn\.", name)}
     stock = config.text_config.base_model_tp_plan or {}
     own = {name.split(".")[-2] for name in tensors if "_attn.q_proj" in name}
     assert attentions == (own if "layers.*.self_attn.q_proj" in stock else set())

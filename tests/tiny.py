@@ -33,6 +33,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -44,7 +46,16 @@ from transformers import (
 )
 
 from casa_hf import CasaConfig
-from tests.reference import Block, HeliumBlock, Image, Qwen3Block, Qwen3ExpertBlock, Sample, SmolLM3Block
+from tests.reference import (
+    Block,
+    HeliumBlock,
+    Image,
+    Qwen3_5Block,
+    Qwen3Block,
+    Qwen3ExpertBlock,
+    Sample,
+    SmolLM3Block,
+)
 
 PAD, START, END = 0, 60, 61  # padding and the pair of delimiters; an image stands immediately before END
 IMAGE_PAD, VIDEO_PAD = 62, 63  # the source's expanded placeholders
@@ -105,6 +116,15 @@ QWEN3_VL_VISION: dict[str, Any] = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 2],
 }
+QWEN3_5_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": HIDDEN,
+    "num_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,8 @@ class Family:
             the number of heads, if the family allows that.
         vision: its vision configuration; for a text-only family that of a tower it is given, of another width.
         block: the dense reference's reading of its decoder blocks.
+        fusable: decoder blocks that can have a fusion layer.
+        tolerance: relative error of float64 models that compute a part of their blocks in float32.
         text_only: whether the source has no tower.
     """
 
@@ -125,6 +147,8 @@ class Family:
     text: dict[str, Any]
     vision: dict[str, Any] = field(default_factory=lambda: VISION)
     block: type[Block] = Block
+    fusable: tuple[int, ...] = (0, 1, 2)
+    tolerance: float = 1e-6
     text_only: bool = False
 
     def source_config(self, **text: Any) -> PreTrainedConfig:
@@ -186,6 +210,29 @@ FAMILIES = {
         },
         vision=QWEN3_VL_VISION,
         block=Qwen3ExpertBlock,
+    ),
+    "qwen3_5_text": Family(
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        text={
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 24,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "rope_parameters": {
+                **ROPE,
+                "mrope_section": [3, 2, 1],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        vision=QWEN3_5_VISION,
+        block=Qwen3_5Block,
+        fusable=(1, 3),
+        tolerance=1e-5,
     ),
     "helium": Family(
         HeliumConfig,
@@ -288,6 +335,8 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
         return noise
     if name.endswith("bias"):
         return 0.3 * noise
+    if name.endswith("A_log"):
+        return noise - 2  # so that a state is remembered for some tokens
     if len(shape) == 1:
         return 1 + 0.3 * noise
     fan_in = shape[-1] if len(shape) == 3 else noise[0].numel()  # of a matrix per expert, or one of any other form

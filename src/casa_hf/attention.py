@@ -29,6 +29,7 @@ from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections
 from .cache_casa import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
 from .positions import Rotary
+from .recurrence import TokenOrder
 from .windows import WindowPlan, moved
 
 
@@ -41,6 +42,7 @@ class Call:
         masks: masks of the text's own attention by kind of block, in the form that the backend takes.
         cache: cache prepared by `prepare_cache`; None without.
         arguments: further arguments of the attention interface.
+        order: in which order blocks of linear attention read the tokens; None if the rows are read as they stand.
         plan: image tokens and text that each token sees in fusion layers; None if nothing is seen.
         fusion: the same in the form that the backend takes; None if no token sees anything.
         all_see: whether it is known that every token sees something.
@@ -54,6 +56,7 @@ class Call:
     masks: dict[str, torch.Tensor | None]
     cache: Cache | None
     arguments: dict[str, Any]
+    order: TokenOrder | None = None
     plan: WindowPlan | None = None
     fusion: BackendWindows | None = None
     all_see: bool = False
@@ -102,6 +105,7 @@ class Attended(NamedTuple):
         self_weights, fusion_weights: (batch, heads, tokens, keys) attention weights, where there are any.
         text: keys/values of all text of self-attention, where they were computed here.
         images: rotated keys/values of all image columns by self-attention's projections, where computed here.
+        of_images: (num_image_tokens, hidden) output for image states, where these were mixed together with the text.
     """
 
     output: torch.Tensor
@@ -109,6 +113,7 @@ class Attended(NamedTuple):
     fusion_weights: torch.Tensor | None = None
     text: KeysValues | None = None
     images: KeysValues | None = None
+    of_images: torch.Tensor | None = None
 
     def updated(self, other: Attended) -> Attended:
         """This with all that `other` has."""

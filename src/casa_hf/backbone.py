@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# Kinds of blocks, by the names that Transformers has for them in `layer_types`. Fusion layers stand in blocks of the
-# first kind.
+# Kinds of blocks, by the names that Transformers has for them in `layer_types`. Fusion layers stand in those of full
+# attention; those of linear attention have a recurrent state in place of keys and values.
 FULL_ATTENTION = "full_attention"
 LINEAR_ATTENTION = "linear_attention"
 
@@ -134,16 +134,19 @@ class BlockAdapter:
     """How a family's decoder blocks are called, and of which kinds they are.
 
     Attributes:
+        recurrent_module: name of the module that blocks of `LINEAR_ATTENTION` have in place of `self_attn`; None in
+            families without such blocks.
         has_experts: whether MLPs send each token to a few of many experts; see `backbone_experts.ExpertBlocks`.
         conversions: key of Transformers' table of weight conversions, for families whose checkpoints store tensors
             otherwise than by other names; `layouts` has to know the same ways.
     """
 
+    recurrent_module: str | None = None
     has_experts: bool = False
     conversions: str | None = None
 
     def kinds(self, text_config: PreTrainedConfig) -> tuple[str, ...]:
-        """The kind of each block, which names its mask; fusion layers stand in blocks of `FULL_ATTENTION`."""
+        """The kind of each block: `FULL_ATTENTION`, in which fusion layers stand, or `LINEAR_ATTENTION`."""
         return (FULL_ATTENTION,) * text_config.num_hidden_layers
 
     def attend(
@@ -167,6 +170,23 @@ class BlockAdapter:
             **{CACHE: call.cache},
             **call.arguments,
         )
+
+    def recur(
+        self, block: DecoderBlock, states: torch.Tensor, valid: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """What a block of linear attention makes of sequences of tokens.
+
+        Args:
+            block: decoder block.
+            states: (sequences, length, hidden) normalised states.
+            valid: (sequences, length) False for padding; None if there is none. It comes last where the cache holds
+                a state of the block, else first.
+            cache: cache whose layer holds the block's state; None without.
+
+        Returns:
+            (sequences, length, hidden), anything at padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't say how blocks of linear attention are called.")
 
     def mlp(self, block: DecoderBlock, states: torch.Tensor) -> torch.Tensor:
         """The MLP of (batch, tokens, hidden) normalised states of text or images."""
@@ -273,6 +293,8 @@ class Backbone:
         native_video: what one pair of delimiters stands for in the source's own layout of a video: "video", all of it,
             or "temporal patch"; None for a source that knows no videos.
         native_timestamps: whether the source's processor writes the time of each video frame before it.
+        dropped: (pattern of in-memory names, why CASA models don't need them) of tensors of published files that the
+            stock class doesn't read either.
         placeholder_id_fields: source configuration fields holding the ids of expanded image and video placeholders.
         load_renamings: (pattern, replacement) pairs that turn the older checkpoint layout into the one in memory.
         save_renamings: the same for the way back, from memory to the names in the source's published files; empty
@@ -299,6 +321,7 @@ class Backbone:
     source_task: str = "image-text-to-text"
     native_video: str | None = None
     native_timestamps: bool = False
+    dropped: tuple[tuple[str, str], ...] = ()
     placeholder_id_fields: tuple[str, ...] = ("image_token_id", "video_token_id")
     load_renamings: tuple[tuple[str, str], ...] = (
         (r"^visual\.", "model.visual."),

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from .backbone import Backbone, Projections, VisionTower
 from .backbone_experts import ExpertBlocks
+from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks
 from .backbone_smollm3 import SmolLM3Projections
 
 _QWEN2_VL = "transformers.models.qwen2_vl.modeling_qwen2_vl"
 _QWEN2_5_VL = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3_VL = "transformers.models.qwen3_vl.modeling_qwen3_vl"
 _QWEN3_VL_MOE = "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
+_QWEN3_5 = "transformers.models.qwen3_5.modeling_qwen3_5"
 
 VISION_TOWERS: dict[str, VisionTower] = {
     tower.model_type: tower
@@ -29,6 +31,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
             "Qwen3VLMoeVisionModel",
             deepstack_field="deepstack_visual_indexes",
         ),
+        VisionTower("qwen3_5_vision", _QWEN3_5, "Qwen3_5VisionModel"),
     )
 }
 
@@ -88,6 +91,23 @@ BACKBONES: dict[str, Backbone] = {
             block=ExpertBlocks(
                 _QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", conversions="qwen3_vl_moe"
             ),
+            save_renamings=(),
+        ),
+        Backbone(
+            source_model_type="qwen3_5",
+            text_model_type="qwen3_5_text",
+            vision=VISION_TOWERS["qwen3_5_vision"],
+            display_name="Qwen3.5",
+            modeling=_QWEN3_5,
+            decoder_layer="Qwen3_5DecoderLayer",
+            rotary_embedding="Qwen3_5TextRotaryEmbedding",
+            rms_norm="Qwen3_5RMSNorm",
+            source_class="Qwen3_5ForConditionalGeneration",
+            projections=GatedProjections,
+            block=Qwen3_5Blocks(),
+            dropped=((r"^mtp\.", "it predicts further tokens for speculative decoding"),),
+            native_video="temporal patch",
+            native_timestamps=True,
             save_renamings=(),
         ),
         *(

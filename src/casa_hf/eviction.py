@@ -38,13 +38,13 @@ class KeyRotation:
     Args:
         rotary: rotary embedding of the backbone.
         rotations: functions, one for each block, that rotate its keys `(keys, (cos, sin)) -> keys`; one that leaves
-            keys as they are, for a block without positions.
+            keys as they are, for a block without positions; None for a block without keys.
 
     Raises:
         ValueError: if the frequencies depend on the length of the text.
     """
 
-    def __init__(self, rotary: nn.Module, rotations: Sequence[Callable[[torch.Tensor, Rotary], torch.Tensor]]):
+    def __init__(self, rotary: nn.Module, rotations: Sequence[Callable[[torch.Tensor, Rotary], torch.Tensor] | None]):
         rope_type = getattr(rotary, "rope_type", "default")
         if rope_type in _CHANGING_ROPE_TYPES:
             raise ValueError(
@@ -69,7 +69,9 @@ class KeyRotation:
         """Keys (batch, heads, length, head_dim) of a block, rotated in at least float32 by tables of `length` or 1."""
         dtype = torch.promote_types(keys.dtype, torch.float32)
         cos, sin = (table.to(keys.device, dtype, non_blocking=True) for table in tables)
-        return self.rotations[layer_idx](keys.to(dtype), (cos, sin)).to(keys.dtype)
+        rotate = self.rotations[layer_idx]
+        assert rotate is not None
+        return rotate(keys.to(dtype), (cos, sin)).to(keys.dtype)
 
 
 @dataclass(frozen=True)

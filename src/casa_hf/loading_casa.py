@@ -45,6 +45,8 @@ _REFUSAL = "_refusal_of_checkpoint"
 class CasaLoadingMixin:
     """Loading and saving of all CASA models."""
 
+    _keys_to_ignore_on_load_unexpected = [name for backbone in BACKBONES.values() for name, _ in backbone.dropped]
+
     @staticmethod
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None

@@ -55,6 +55,7 @@ from .loading_casa import CasaLoadingMixin
 from .loss_casa import chunked_loss
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
+from .recurrence import TokenOrder, token_order
 from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
@@ -98,14 +99,16 @@ class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
 
 # By what a block mixes tokens, in order: the name of the norm, and of the method of `CasaDecoderLayer` that takes the
 # normed states and whose output is added to the states. By `casa_placement`; None: blocks without fusion.
-_SELF_ATTENTION = (("input_layernorm", "attend_text"),)
-_MIXERS = {
+_Mixers = tuple[tuple[str, str], ...]
+_SELF_ATTENTION: _Mixers = (("input_layernorm", "attend_text"),)
+_MIXERS: dict[str | None, _Mixers] = {
     None: _SELF_ATTENTION,
     "parallel": (("input_layernorm", "attend_text_and_fuse"),),
     "before": (("casa_layernorm", "fuse"), *_SELF_ATTENTION),
     "after": (*_SELF_ATTENTION, ("casa_layernorm", "fuse")),
     "replace": (("input_layernorm", "fuse"),),
 }
+_RECURRENCE: _Mixers = (("input_layernorm", "recur"),)  # in blocks of linear attention
 
 
 class CasaDecoderLayer(GradientCheckpointingLayer):
@@ -116,8 +119,9 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         parallel: x' = x + SA(norm x) + F(norm x, y)        before: x' = x + F(m x, y),    x' = x' + SA(norm x')
         replace:  x' = x + F(norm x, y)                     after:  x' = x + SA(norm x),   x' = x' + F(m x', y)
 
-    then x' + MLP(post x'). Where projections are shared in parallel, the fusion layer is SA + F. Image states are
-    updated as `config.casa_image_updates` says (axis D4).
+    then x' + MLP(post x'). Where projections are shared in parallel, the fusion layer is SA + F. Blocks of linear
+    attention have that in place of SA, and no fusion layer. Image states are updated as `config.casa_image_updates`
+    says (axis D4).
     """
 
     def __init__(self, config: CasaConfig, layer_idx: int):
@@ -129,12 +133,20 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         self.kind = backbone.block.kinds(text_config)[layer_idx]
         self.adapter = backbone.block
         self.image_updates = config.casa_image_updates
-        self.self_attn: SelfAttention | None = None if placement == "replace" else stock.self_attn
+        recurrent = self.kind == LINEAR_ATTENTION
+        self.self_attn: SelfAttention | None = None if recurrent or placement == "replace" else stock.self_attn
+        if recurrent:
+            assert self.adapter.recurrent_module is not None
+            setattr(self, self.adapter.recurrent_module, getattr(stock, self.adapter.recurrent_module))
         self.mlp = stock.mlp
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
-        self.projections = backbone.projections(backbone, stock.self_attn)
         self.casa_attn: FusionLayer | None = None
+        if recurrent:
+            self.mixers: _Mixers = _RECURRENCE
+            self.text_mixers: _Mixers = _RECURRENCE
+            return
+        self.projections = backbone.projections(backbone, stock.self_attn)
         if fused:
             self.casa_attn = fusion_layer(config, layer_idx, stock, self.projections)
         if placement in ("before", "after"):
@@ -186,11 +198,24 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
         return text.updated(fused)._replace(output=text.output + fused.output)
 
+    def recur(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
+        """Linear attention; where attention updates image states, over text and images in the order of reading."""
+        order = call.order
+        if order is None:
+            return Attended(self.adapter.recur(self, states, None, call.cache))
+        enter = image_states is not None and self.image_updates == "full"
+        joined = order.join(states, self.input_layernorm(image_states) if enter else None)
+        output, of_images = order.split(self.adapter.recur(self, joined, order.valid, call.cache), like=states)
+        return Attended(output, of_images=of_images)
+
     def _update_images(
         self, states: torch.Tensor, attended: Attended, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Image states for the next block: through self-attention ("full") and the MLP; logits of the router."""
-        if self.image_updates == "full":
+        """Image states for the next block: through the block's own attention ("full") and the MLP; logits of
+        the router."""
+        if attended.of_images is not None:
+            states = states + attended.of_images
+        elif self.image_updates == "full":
             modules = self._modules_of_attention()
             states = states + image_attention(self.projections, modules, states, attended, call)
         states, router_logits = self._through_mlp(states[None], call)
@@ -295,6 +320,7 @@ class _TextInputs(NamedTuple):
     Attributes:
         embeds: (batch, tokens, hidden) embedded tokens.
         token_mask: (batch, tokens) False for padding.
+        padded: whether there may be padding.
         mask: mask of self-attention as it was given.
         text_index: (batch, tokens) index of each token in its sample; None where it wasn't given.
         positions: (axes, batch, tokens).
@@ -304,6 +330,7 @@ class _TextInputs(NamedTuple):
 
     embeds: torch.Tensor
     token_mask: torch.Tensor
+    padded: bool
     mask: torch.Tensor | dict | None
     text_index: torch.Tensor | None
     positions: torch.Tensor
@@ -339,6 +366,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.kept_by_blocks = [_kept_by(layer) for layer in self.layers]
+        self.recurrent_blocks = [index for index, layer in enumerate(self.layers) if layer.kind == LINEAR_ATTENTION]
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
         self.gradient_checkpointing = False
@@ -406,7 +434,8 @@ class CasaTextModel(CasaPreTrainedModel):
             samples=samples,
             gist=gist,
         )
-        text = _TextInputs(inputs_embeds, token_mask, attention_mask, text_index, positions, samples, gist)
+        padded = attention_mask is not None
+        text = _TextInputs(inputs_embeds, token_mask, padded, attention_mask, text_index, positions, samples, gist)
         call = self._call(text, plan, images, cache, kwargs)
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
@@ -423,8 +452,7 @@ class CasaTextModel(CasaPreTrainedModel):
             if image_states is not None and index < len(deepstack):
                 image_states = image_states + deepstack[index].to(image_states.device)
         if cache is not None:
-            padded = state.padded or attention_mask is not None
-            home_layer(cache).store_state(replace(plan.next_state, padded=padded))
+            home_layer(cache).store_state(replace(plan.next_state, padded=state.padded or padded))
         self_attentions, cross_attentions = zip(*weights, strict=True) if weights else ((), ())
         return CasaModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -483,7 +511,8 @@ class CasaTextModel(CasaPreTrainedModel):
         """
         check_history(self.window_rules)
         blocks: Any = self.layers
-        return KeyRotation(self.rotary_emb, [block.projections.rotate_one for block in blocks])
+        rotations = [None if b.kind == LINEAR_ATTENTION else b.projections.rotate_one for b in blocks]
+        return KeyRotation(self.rotary_emb, rotations)
 
     def _packed_samples(
         self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, cache: Cache | None
@@ -551,7 +580,8 @@ class CasaTextModel(CasaPreTrainedModel):
             text, arguments = text._replace(mask=mask), {**arguments, **lengths}
         rotary, image_rotary = self._rotary(text.embeds, text.positions, images)
         arguments = {"position_ids": text.text_index, **arguments}
-        call = Call(rotary, self._masks(text, cache), cache, arguments)
+        order = self._token_order(text, images, cache) if self.recurrent_blocks else None
+        call = Call(rotary, self._masks(text, cache), cache, arguments, order)
         if not plan.active:
             return call
         fusion, all_see = fusion_windows(plan, implementation, dtype, everything_visible)
@@ -572,6 +602,16 @@ class CasaTextModel(CasaPreTrainedModel):
         if isinstance(length, int) and batch_size == 1 and bool(valid.all()):
             return {FULL_ATTENTION: None}, single_row_lengths(num_tokens, length, valid.device)
         return {FULL_ATTENTION: valid}, {}
+
+    def _token_order(self, text: _TextInputs, images: ImagePlacement | None, cache: Cache | None) -> TokenOrder | None:
+        """In which order blocks of linear attention read the tokens."""
+        return token_order(
+            text.token_mask,
+            padded=text.padded,
+            continues=cache is not None and cache.has_previous_state(self.recurrent_blocks[0]),
+            samples=text.samples,
+            images=images if self.attends_to_update else None,
+        )
 
     def _masks(self, text: _TextInputs, cache: Cache | None) -> dict[str, torch.Tensor | None]:
         """The masks of the text's own attention by kind of block."""

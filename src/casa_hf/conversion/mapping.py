@@ -301,4 +301,5 @@ def _drop_reason(name: str, config: CasaConfig) -> str | None:
     head, embedding = TIED
     if config.tie_word_embeddings and name == head:
         return f"tied to {embedding}"
-    return next((reason for pattern, reason in DROPPED if re.search(pattern, name)), None)
+    dropped = (*DROPPED, *config.backbone.dropped)
+    return next((reason for pattern, reason in dropped if re.search(pattern, name)), None)
