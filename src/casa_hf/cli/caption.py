@@ -140,6 +140,14 @@ def caption(
         ),
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second that the model sees.")] = 2.0,
+    frames_per_image: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Frames that the model sees as one image: 1 or 2. Default: the checkpoint's.",
+            show_default=False,
+        ),
+    ] = None,
     start: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="Such as 90 or 1:30.")] = 0.0,
     end: Annotated[
         float | None, typer.Option(parser=_seconds, metavar="TIME", help="Default: the video's.", show_default=False)
@@ -494,7 +502,8 @@ class _View(AbstractContextManager["_View"]):
                 self._line(f"[{_clock(event.start)}] {text}")
         else:
             self._counts[event.kind] += event.count
-            self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
+            if event.kind != "merged" or self._stream.frames_per_image == 1:  # else it is nothing special
+                self._remark(f"[{_clock(event.start)}] {event.kind}: {_one_line(event.message)}")
 
     def finish(self, interrupted: bool, files: list[Path], note: str) -> None:
         """Say what has been done."""

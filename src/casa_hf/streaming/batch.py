@@ -209,6 +209,27 @@ class CasaStreamBatch:
                     self._start(stream, steps)
             return self._serve()
 
+    def flush(self, streams: Iterable[int]) -> Iterator[tuple[int, CaptionEvent]]:
+        """Show what waits in streams for another frame to share an image with, and receive the events of all open
+        streams.
+
+        Args:
+            streams: ids of the streams.
+
+        Yields:
+            (stream, event); the events of each stream are those of `CasaStream.flush`.
+
+        Raises:
+            ValueError: if there is no such stream. Then nothing was shown.
+            RuntimeError: if the batch is closed, or another thread is using it.
+        """
+        with self._alone():
+            self._require_open()
+            rows = {stream: self._row(stream) for stream in streams}
+            for stream, row in rows.items():
+                self._start(stream, row.flush())
+            return self._serve()
+
     def ask(
         self, questions: Mapping[int, str], max_new_tokens: int | None = None
     ) -> Iterator[tuple[int, CaptionEvent]]:

@@ -113,6 +113,7 @@ class LiveCaptions:
         self._drops = video.live and late != "wait"  # whether frames make room in the thread that reads
         self._arriving: ReadAhead[Frame | VideoProblem] | None = None
         self._next: Frame | None = None
+        self._times: dict[int, float] = {}  # the video's, by index in the stream, of the frames that were shown last
         self._origin: float | None = None
         self._paused_at: float | None = None
         self._latest: float | None = None  # the video's time of the last frame
@@ -186,6 +187,8 @@ class LiveCaptions:
                             yield from self._look()
                         with self._changed:  # a question comes before or is refused
                             self._ended = not more and not self._questions
+                if not self._stopped and not self.stream.closed:
+                    yield from self._shown(self.stream.flush())
             finally:
                 self._ended = True
 
@@ -327,15 +330,20 @@ class LiveCaptions:
         if self._on_frame is not None:
             for frame in frames:
                 self._on_frame(frame)
-        first = self.stream.num_frames
         images, timestamps = [frame.image for frame in frames], [self._placed(frame.timestamp) for frame in frames]
+        self._times = {index: self._times[index] for index in self.stream.waiting_frames if index in self._times}
+        self._times |= dict(enumerate((frame.timestamp for frame in frames), self.stream.num_frames))
         try:
             events = self.stream.push(images, timestamps)
         except ValueError as error:  # times that the stream can't tell apart, say
             yield self._timed(refusal(error, count=len(frames)), frames[-1].timestamp)
             return
+        yield from self._shown(events)
+
+    def _shown(self, events: Iterator[CaptionEvent]) -> Iterator[CaptionEvent]:
+        """The events of frames, those that have waited for others among them, with the video's times."""
         for event in events:
-            yield self._timed(event, frames[event.frame_index - first].timestamp)
+            yield self._timed(event, self._times.get(event.frame_index, event.start - self.shift))
 
     def _placed(self, timestamp: float) -> float:
         """When a frame comes in the stream."""

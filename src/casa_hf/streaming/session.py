@@ -25,12 +25,13 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_state
 from ..checks import check_count, check_number
 from ..processing_casa import FRAME_TYPE
+from ..temporal_patches import ALL_FRAMES, check_frames_per_image
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
 from .repetition import history_length
 from .settings import StreamSettings
-from .state import STATE_VERSION, check_state, model_design, restored_cache
-from .steps import Forward, History, Steps, on_device
+from .state import IMAGES, STATE_VERSION, check_state, model_design, restored_cache
+from .steps import Forward, History, ShownFrame, Steps, on_device
 from .timestamps import frame_timestamps
 from .turns import StreamTurns
 
@@ -47,7 +48,7 @@ class CasaStream:
 
     All state is in this object and its cache. The text of a frame ends with a stop token, after
     `max_new_tokens_per_frame` tokens or when `frame_budget` is used up, and resumes with the next frame; a frame may
-    have no text.
+    have no text. With `frames_per_image=2`, two frames are shown as one image: the first waits for the second.
 
     Between forwards the stream may be called from any thread; during one, a call from another thread is refused. If a
     forward fails or is interrupted, by Ctrl-C say, the cache may hold a part of it, and the stream is reset, as by
@@ -63,6 +64,7 @@ class CasaStream:
     Attributes:
         settings: the [`StreamSettings`].
         num_sink_tokens: number of first tokens that are always kept.
+        frames_per_image: number of frames that are shown as one image.
         stop_token_ids: the tokens that end the text of a frame: `model.generation_config.eos_token_id`.
 
     Raises:
@@ -72,14 +74,16 @@ class CasaStream:
     """
 
     # The state of the stream. `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
-    # `_begun` says whether a frame was shown, `_answered` whether the last token belongs to an answer. `_open` are the
-    # events of the last call, which may not all be taken yet.
+    # `_begun` says whether a frame was shown, `_answered` whether the last token belongs to an answer. `_waiting` are
+    # frames that wait for others to share an image with. `_open` are the events of the last call, which may not all be
+    # taken yet.
     _cache: DynamicCache | None
     _pending: list[int]
     _history: History
     _generator: torch.Generator | None
     _num_frames: int
     _last_timestamp: float | None
+    _waiting: list[ShownFrame]
     _begun: bool
     _answered: bool
     _open: weakref.ref[Any] | None
@@ -95,6 +99,7 @@ class CasaStream:
         check_pair(model, processor, self.settings)
         self.model = model
         self.processor = processor
+        self.frames_per_image = shared_frames(processor, self.settings)
         self.stop_token_ids = _stop_tokens(model)
         self.turns = StreamTurns(processor, self.settings)
         self.num_sink_tokens = self.settings.sink_tokens(len(self.turns.opening))
@@ -128,7 +133,9 @@ class CasaStream:
         Yields:
             "merged" for each frame of a list but the last; "text" whenever further characters are whole; at the end
             one "end", unless the text is cut short. A frame that can't be used yields "error" instead and changes
-            nothing: its events are all there are, unless other frames of the list can be used.
+            nothing: its events are all there are, unless other frames of the list can be used. With several frames per
+            image, a frame that waits for others yields nothing yet (its events have to be taken all the same), and
+            "merged" when they are there; a frame of another size begins a new image.
 
         Raises:
             ValueError: if timestamps don't ascend, or the list of frames is empty.
@@ -142,10 +149,25 @@ class CasaStream:
         self._last_timestamp = timestamps[-1]
         return self._opened(self._caption(frames, timestamps, first, pushed))
 
+    def flush(self) -> Iterator[CaptionEvent]:
+        """Show the frame that waits for another one to share an image with, doubled, as at the end of a video.
+
+        Yields:
+            the events of that frame, as `push`; none if no frame waits.
+
+        Raises:
+            RuntimeError: if the stream is closed.
+        """
+        pushed = time.perf_counter()
+        self._require_open()
+        self._end_open()
+        return self._opened(self._caption([], [], self._num_frames, pushed, flush=True))
+
     def ask(self, question: str, max_new_tokens: int | None = None) -> Iterator[CaptionEvent]:
         """Ask a question about what is shown; the captions resume with the next frame.
 
-        The assistant's turn is closed as the chat template closes it, and the answer begins one of its own. It sees
+        A frame that waits for another one isn't shown yet, and waits on; call `flush` before to ask about it. The
+        assistant's turn is closed as the chat template closes it, and the answer begins one of its own. It sees
         what a caption here would see. Repetition is controlled within the answer, not against the captions, and stop
         tokens aren't biased.
 
@@ -238,7 +260,7 @@ class CasaStream:
         """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
 
         Of the settings, it has those that the cache was made with: the ids of system message and prompt,
-        `max_text_tokens` and `num_sink_tokens`. The others are those of the stream that loads it.
+        `max_text_tokens`, `num_sink_tokens` and `frames_per_image`. The others are those of the stream that loads it.
 
         Raises:
             RuntimeError: if the stream is closed, or being read by another thread.
@@ -256,8 +278,9 @@ class CasaStream:
 
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the
-                stream that was saved had another system message, prompt, `max_text_tokens` or `num_sink_tokens`, or if
-                something is missing from it or doesn't fit the rest. The stream then stays as it was.
+                stream that was saved had another system message, prompt, `max_text_tokens`, `num_sink_tokens` or
+                `frames_per_image`, or if something is missing from it or doesn't fit the rest. The stream then stays
+                as it was.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
@@ -300,6 +323,11 @@ class CasaStream:
         return self._last_timestamp
 
     @property
+    def waiting_frames(self) -> tuple[int, ...]:
+        """Indices of the frames that wait for others to share an image with."""
+        return tuple(frame.index for frame in self._waiting)
+
+    @property
     def num_text_tokens(self) -> int:
         """Text tokens that the cache holds."""
         return 0 if self._cache is None else self._cache.get_seq_length()
@@ -318,29 +346,38 @@ class CasaStream:
 
     # ---------------------------------------------------------------- frames and answers
 
-    def _caption(self, frames: list[Any], timestamps: list[float], first: int, pushed: float) -> Steps:
-        """The steps of frames with indices from `first` on, shown in one forward."""
-        numbered = list(zip(range(first, first + len(frames)), timestamps, strict=True))
-        usable, errors = {}, {}
-        for (index, _), frame in zip(numbered, frames, strict=True):
-            try:
-                usable[index] = self.turns.pixels(frame)
-            except Exception as error:  # of as many kinds as there are broken images
-                errors[index] = f"{type(error).__name__}: {error}"
-        last = max(usable, default=None)
-        for index, start in numbered:
-            if index in errors:
-                yield self._event("error", index, start, pushed, message=errors[index])
-            elif index != last:
-                yield self._event("merged", index, start, pushed, message=f"shown together with frame {last}")
-        if last is None:
-            return
-        start = timestamps[last - first]
+    def _caption(
+        self, frames: list[Any], timestamps: list[float], first: int, pushed: float, flush: bool = False
+    ) -> Steps:
+        """The steps of frames with indices from `first` on, shown in one forward with those that wait.
 
-        ids, images = self._shown_frames(list(usable.values()))
-        forward = Forward(ids, images, self._caption_processors, self._history)
+        With `flush`, none of them waits on.
+        """
+        usable, errors = [], []
+        for index, (frame, timestamp) in enumerate(zip(frames, timestamps, strict=True), first):
+            try:
+                usable.append(ShownFrame(index, timestamp, self.turns.pixels(frame)))
+            except Exception as error:  # of as many kinds as there are broken images
+                errors.append((index, timestamp, f"{type(error).__name__}: {error}"))
+        images = by_size([*self._waiting, *usable], self.frames_per_image)
+        waits = bool(images) and not flush and len(images[-1]) < self.frames_per_image
+        self._waiting = images.pop() if waits else []
+        shown = [frame for image in images for frame in image]
+        others: list[tuple[int, float, EventKind, str]] = [
+            (frame.index, frame.timestamp, "merged", f"shown together with frame {shown[-1].index}")
+            for frame in shown[:-1]
+        ]
+        others += [(index, timestamp, "error", message) for index, timestamp, message in errors]
+        for index, timestamp, kind, message in sorted(others):
+            yield self._event(kind, index, timestamp, pushed, message=message)
+        if not shown:
+            return
+
+        ids, inputs = self._shown_frames([self.turns.joined(image) for image in images])
+        forward = Forward(ids, inputs, self._caption_processors, self._history)
         self._deadline = math.inf if self.settings.frame_budget is None else pushed + self.settings.frame_budget
-        event = functools.partial(self._event, index=last, start=start, pushed=pushed)
+        last = shown[-1]
+        event = functools.partial(self._event, index=last.index, start=last.timestamp, pushed=pushed)
         yield from self._speak(forward, ("text", "end"), event, self._pieces, self.settings.max_new_tokens_per_frame)
 
     def _answer(self, question: str, ids: list[int], max_new_tokens: int, pushed: float) -> Steps:
@@ -366,7 +403,7 @@ class CasaStream:
         ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
         types = torch.zeros(1, len(ids), dtype=torch.long)
         types[0, places] = FRAME_TYPE
-        images = {name: torch.cat([frame[name] for frame in frames]) for name in ("pixel_values", "image_grid_thw")}
+        images = {name: torch.cat([frame[name] for frame in frames]) for name in IMAGES}
         images |= {"image_positions": torch.tensor([[0, place] for place in places]), "mm_token_type_ids": types}
         return ids, images
 
@@ -476,6 +513,7 @@ class CasaStream:
         self._generator = self._new_generator()
         self._num_frames = 0
         self._last_timestamp = None
+        self._waiting = []
         self._begun = self._answered = False
         self._pieces.reset()
 
@@ -501,6 +539,7 @@ class CasaStream:
             "opening": list(self.turns.opening),
             "max_text_tokens": self.settings.max_text_tokens,
             "num_sink_tokens": self.num_sink_tokens,
+            "frames_per_image": self.frames_per_image,
         }
         design = model_design(self.model)
         return {"version": STATE_VERSION, "design": design, "settings": settings, **self._text_state()}
@@ -512,6 +551,9 @@ class CasaStream:
             "history": self._history.tokens(),
             "num_frames": self._num_frames,
             "last_timestamp": self._last_timestamp,
+            "waiting": [
+                {"index": frame.index, "timestamp": frame.timestamp, **frame.images} for frame in self._waiting
+            ],
             "begun": self._begun,
             "answered": self._answered,
             "pieces": self._pieces.state(),
@@ -523,6 +565,10 @@ class CasaStream:
         self._history = self._new_history()
         self._history.add(state["history"].to(self.model.device))
         self._num_frames, self._last_timestamp = state["num_frames"], state["last_timestamp"]
+        self._waiting = [
+            ShownFrame(frame["index"], frame["timestamp"], {name: frame[name].cpu() for name in IMAGES})
+            for frame in state["waiting"]
+        ]
         self._begun, self._answered = state["begun"], state["answered"]
         self._pieces = TextPieces(self.processor.tokenizer)
         self._pieces.load(state["pieces"])
@@ -577,6 +623,32 @@ class CasaStream:
 def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
     ends = model.generation_config.eos_token_id
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def by_size(frames: list[ShownFrame], number: int) -> list[list[ShownFrame]]:
+    """The frames of each image: so many at most, all of one size; only the last one may be open for further ones."""
+    images: list[list[ShownFrame]] = []
+    for frame in frames:
+        if not images or len(images[-1]) == number or not images[-1][0].fits(frame):
+            images.append([])
+        images[-1].append(frame)
+    return images
+
+
+def shared_frames(processor: CasaProcessor, settings: StreamSettings) -> int:
+    """Number of frames that a stream shows as one image.
+
+    Raises:
+        ValueError: if the vision tower doesn't take so many, or images are whole videos.
+    """
+    given = processor.frames_per_image if settings.frames_per_image is None else settings.frames_per_image
+    if given == ALL_FRAMES:
+        raise ValueError(
+            f"The processor makes a whole video one image (frames_per_image={ALL_FRAMES!r}), but a stream never ends. "
+            "Give the stream frames_per_image=1 or 2."
+        )
+    check_frames_per_image(given, processor.image_processor.temporal_patch_size)
+    return int(given)
 
 
 def check_pair(model: Any, processor: Any, settings: StreamSettings) -> None:

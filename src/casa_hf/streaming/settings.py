@@ -55,6 +55,9 @@ class StreamSettings:
         media_policy: limits on what frames may be read from, and how large they may be, as a
             [`~media_casa.MediaPolicy`] or a dictionary of its fields; None for the processor's.
         fps: frames per second that are to be expected; says when a frame ends, and spaces frames without timestamps.
+        frames_per_image: number of frames that the model sees as one image: 1, or 2 to share what the vision tower
+            takes at once. A frame then waits for the next one, and both have one text; `flush` shows one that is left
+            over. None for the processor's.
         max_new_tokens_per_frame: number of tokens that a frame's text may have, its stop token included.
         max_new_tokens_per_answer: number of tokens that an answer may have, its stop token included, unless the call
             says otherwise.
@@ -85,6 +88,7 @@ class StreamSettings:
     sanitize_control_tokens: bool = True
     media_policy: MediaPolicy | Mapping[str, Any] | None = None
     fps: float = 2.0
+    frames_per_image: int | None = None
     max_new_tokens_per_frame: int = 20
     max_new_tokens_per_answer: int = 64
     frame_budget: float | None = None
@@ -109,6 +113,8 @@ class StreamSettings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
         check_positive("fps", self.fps, "a positive number of frames per second")
+        if self.frames_per_image is not None:
+            check_count("frames_per_image", self.frames_per_image)
         check_count("max_new_tokens_per_frame", self.max_new_tokens_per_frame)
         check_count("max_new_tokens_per_answer", self.max_new_tokens_per_answer)
         if self.frame_budget is not None:

@@ -17,8 +17,11 @@ from ..design_space import DESIGN_FIELDS
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
 
+# What a frame is to the model.
+IMAGES = ("pixel_values", "image_grid_thw")
+
 # Another one for every change of what is in a state.
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 # Fields of the text configuration that decide whether a cache fits a model.
 _GEOMETRY = (
@@ -79,6 +82,7 @@ def check_state(state: Any, own: dict[str, Any], model: CasaForConditionalGenera
         )
     _check_settings(state["settings"], own["settings"], tokenizer)
     _check_text(state, model.config.get_text_config().vocab_size)
+    _check_waiting(state)
     _check_random(state["random"], own["random"], model)
 
 
@@ -155,6 +159,18 @@ def _check_text(state: dict[str, Any], vocabulary: int) -> None:
     for name, fit in fits.items():
         if not fit:
             raise ValueError(f"The state is damaged: its {name} can't be {state[name]!r:.100}; {_WAY_OUT}")
+
+
+def _check_waiting(state: dict[str, Any]) -> None:
+    """Refuse frames that wait for others as no stream has them."""
+    waiting, frames_per_image = state["waiting"], state["settings"]["frames_per_image"]
+    fits = len(waiting) < frames_per_image
+    for frame in waiting:
+        index, timestamp, pixels, grid = (frame[name] for name in ("index", "timestamp", *IMAGES))
+        fits &= is_number(index, Integral) and 0 <= index < state["num_frames"] and math.isfinite(timestamp)
+        fits &= grid.shape == (1, 3) and pixels.ndim == 2 and len(pixels) == int(grid.prod())
+    if not fits:
+        raise ValueError(f"The state is damaged: its waiting can't be {waiting!r:.100}; {_WAY_OUT}")
 
 
 def _check_random(given: Any, own: Any, model: CasaForConditionalGeneration) -> None:

@@ -14,6 +14,25 @@ from .events import CaptionEvent
 
 
 @dataclass(frozen=True)
+class ShownFrame:
+    """A frame that is to be shown, or waits for others to share an image with.
+
+    Attributes:
+        index: number of the frame in its stream.
+        timestamp: time at which it was taken, in seconds.
+        images: its `pixel_values` and `image_grid_thw`.
+    """
+
+    index: int
+    timestamp: float
+    images: dict[str, torch.Tensor]
+
+    def fits(self, other: ShownFrame) -> bool:
+        """Whether it has the size of another one."""
+        return torch.equal(self.images["image_grid_thw"], other.images["image_grid_thw"])
+
+
+@dataclass(frozen=True)
 class Forward:
     """A forward that a stream has to wait for.
 

@@ -16,6 +16,8 @@ import torch
 from ..chat_text import SAID, ChatText, message, render_chat, token_ids
 from ..checks import check_text
 from ..media_casa import MediaPolicy, rgb_image
+from ..temporal_patches import join_frames
+from .steps import ShownFrame
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
@@ -81,7 +83,12 @@ class StreamTurns:
         given = self._settings.media_policy
         policy = MediaPolicy.of(self.processor.media_policy if given is None else given)
         shown = rgb_image(frame, policy)
-        return dict(self.processor(videos=[[[shown]]], media_policy=policy, return_tensors="pt"))
+        return dict(self.processor(videos=[[[shown]]], media_policy=policy, frames_per_image=1, return_tensors="pt"))
+
+    def joined(self, frames: list[ShownFrame]) -> dict[str, torch.Tensor]:
+        """`pixel_values` and `image_grid_thw` of the image of some frames of one size."""
+        first, size = frames[0].images, self.processor.image_processor.temporal_patch_size
+        return {**first, "pixel_values": join_frames([frame.images["pixel_values"] for frame in frames], size)}
 
     def _after_said(self, messages: list[dict[str, Any]]) -> ChatText:
         """What the template puts behind what the assistant has said, with the new messages, up to its next turn."""
