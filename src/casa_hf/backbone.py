@@ -242,6 +242,7 @@ class VisionTower:
         hidden_size_field: configuration field with the width of merged features.
         deepstack_field: configuration field that lists the layers whose features, returned as `deepstack_features`,
             are added to image states after the first decoder blocks; None for towers without any.
+        deepstack_modules: name of the modules that make these features.
         tokens_per_second_field: configuration field with the number of positions that a second of video takes on the
             time axis; None where the temporal patches of a video are counted.
     """
@@ -251,6 +252,7 @@ class VisionTower:
     tower: str
     hidden_size_field: str = "out_hidden_size"
     deepstack_field: str | None = None
+    deepstack_modules: str = "deepstack_merger_list"
     tokens_per_second_field: str | None = None
 
     def load(self) -> Any:

@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .chat_templates import wrap_chat_template
 from .chat_text import ChatText, token_ids
 from .checks import listed
 from .design_space import check_gist_tokens
@@ -46,30 +47,6 @@ _FILES = (str, os.PathLike, bytes)
 # Where a part of a message has its image.
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-# Conversations with a text-only source: a line per turn, answers closed by the end-of-text token.
-TEXT_CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-    {{- message.role | capitalize + ': ' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
-                {{- 'IMAGE' -}}
-            {%- elif part.type == 'video' or 'video' in part -%}
-                {{- 'VIDEO' -}}
-            {%- elif 'text' in part -%}
-                {{- part.text -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- eos_token if message.role == 'assistant' -}}
-    {{- '\\n' -}}
-{%- endfor -%}
-{{- 'Assistant:' if add_generation_prompt -}}
-"""
 
 
 class CasaVideosKwargs(TypedDict, total=False):
@@ -250,7 +227,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
 
         Args:
             text_folder: local folder with the files of the tokenizer, to which those delimiters that it lacks and then
-                the gist tokens are added. Its chat template, if any, knows no images and is replaced by a minimal one.
+                the gist tokens are added. Its chat template is wrapped to take images and videos; a minimal one stands
+                in for none.
             vision_folder: local folder with the files of the image processor; `source_config` holds these.
             image_delimiters: tokens around an image, the one before it and the one that it stands before; or the
                 latter alone. A string has a comma between them.
@@ -277,8 +255,13 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             num_gist_tokens=num_gist_tokens,
             vision_start_token="".join(start) or None,
         )
-        template = TEXT_CHAT_TEMPLATE.replace("IMAGE", processor._notation.image)
-        processor.chat_template = tokenizer.chat_template = template.replace("VIDEO", processor._notation.video)
+        template = wrap_chat_template(
+            tokenizer.chat_template,
+            processor._notation.image,
+            processor._notation.video,
+            lambda template, messages: tokenizer.apply_chat_template(messages, template, tokenize=False),
+        )
+        processor.chat_template = tokenizer.chat_template = template
         processor.new_tokens = new_tokens
         return processor
 

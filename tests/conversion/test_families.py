@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint, plan_conversion
+from casa_hf.hub.publishable import check_checkpoint
 from examples.tiny_source import FAMILIES, build_tiny_helium, build_tiny_source
 from tests.conversion.helpers import (
     altered,
@@ -114,10 +115,19 @@ def test_helium_with_a_tower_of_another_width(helium, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_helium_gets_any_tower(helium, family, tmp_path):
-    convert_checkpoint(helium, tmp_path / "casa", vision_from=build_tiny_source(tmp_path / "vision", family=family))
+    vision = build_tiny_source(tmp_path / "vision", family=family, vision_depth=3)
+    report = convert_checkpoint(helium, tmp_path / "casa", vision_from=vision)
+    deepstack = {name for name in load_weights(vision) if "deepstack" in name}
+    assert report.dropped.keys() == deepstack and bool(deepstack) == (family == "qwen3_vl")
+    plan = plan_conversion(helium, vision_from=vision)
+    assert plan.left_out == report.left_out and len(plan.left_out) == bool(deepstack)
+    for kind in plan.left_out:
+        assert kind.startswith("12 tensors (deepstack features")
+        assert f"Left out: {kind}." in (tmp_path / "casa" / "README.md").read_text()
     model, info = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa", output_loading_info=True)
     assert not any(info.values()), info
     assert model.config.tower.model_type == f"{family}_vision" and model.config.num_deepstack == 0
+    assert not any("deepstack" in name for name, _ in model.named_parameters())
     processor = CasaProcessor.from_pretrained(tmp_path / "casa")
     inputs = processor(
         text=f"A {processor.image_placeholder} B", images=Image.new("RGB", (64, 64), "red"), return_tensors="pt"
@@ -143,6 +153,28 @@ def test_helium_goes_back_without_its_tower(helium, source_folder, tmp_path):
     assert stock.config.to_dict() == AutoModelForCausalLM.from_pretrained(helium).config.to_dict() | {
         "_name_or_path": stock.config._name_or_path
     }
+
+
+def test_all_chat_templates_there_and_back(helium, source_folder, tmp_path):
+    """Each takes images; a redesign takes over all, and the way back leads to the source's own files."""
+    text = altered(helium, tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "other": "({{ messages[0].content }})"}
+    tokenizer.save_pretrained(text)
+    names = {"chat_template.jinja", "additional_chat_templates/other.jinja"}
+    assert all((text / name).is_file() for name in names)
+    convert_checkpoint(text, tmp_path / "casa", vision_from=source_folder)
+    convert_checkpoint(tmp_path / "casa", tmp_path / "ca", "ca")
+    for folder in (tmp_path / "casa", tmp_path / "ca"):
+        processor = CasaProcessor.from_pretrained(folder)
+        shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        told = processor.apply_chat_template(shown, chat_template=processor.chat_template["other"])
+        assert told == f"({processor.image_placeholder}?)"
+        assert check_checkpoint(folder).files.keys() >= names | {f"source_{name}" for name in names}
+    convert_to_source(tmp_path / "ca", tmp_path / "back")
+    for file in text.rglob("*"):
+        if file.is_file() and file.name not in ("config.json", "model.safetensors"):
+            assert (tmp_path / "back" / file.relative_to(text)).read_bytes() == file.read_bytes(), file
 
 
 def test_card_names_both_sources(helium, source_folder, tmp_path):

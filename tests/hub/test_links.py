@@ -26,7 +26,7 @@ def linked(casa_folder: Path, tmp_path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["LICENSE", "README.md", "tokenizer.json", "model.safetensors", "chat_templates/more.jinja"]
+    "name", ["LICENSE", "README.md", "tokenizer.json", "model.safetensors", "additional_chat_templates/more.jinja"]
 )
 def test_push(hub: Hub, casa_folder: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' leads out of {tmp_path / 'casa'}, to {tmp_path / 'secret'}"):
@@ -35,11 +35,11 @@ def test_push(hub: Hub, casa_folder: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_of_links(hub: Hub, casa_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'chat_templates/more\.jinja' leads out"):
+    with pytest.raises(CheckpointError, match=r"'additional_chat_templates/more\.jinja' leads out"):
         folder = shutil.copytree(casa_folder, tmp_path / "casa")
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "more.jinja").write_text("secret")
-        (folder / "chat_templates").symlink_to(tmp_path / "elsewhere")
+        (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
         push_checkpoint(folder, "me/casa")
 
 

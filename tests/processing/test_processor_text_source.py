@@ -253,15 +253,18 @@ def test_files_of_earlier_versions(formed, photos, tmp_path):
     assert loaded(**given)["input_ids"] == processor(**given)["input_ids"]
 
 
-def test_a_template_without_images_and_a_missing_padding_token_are_made_up_for(helium, source, processor, tmp_path):
+def test_a_template_of_text_takes_images_and_a_missing_padding_token_is_made_up_for(
+    helium, source, processor, tmp_path
+):
     copy = Path(shutil.copytree(helium, tmp_path / "copy"))
-    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content + '!' }}")
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
     assert AutoTokenizer.from_pretrained(copy).pad_token is None
     made = CasaProcessor.from_text_source(copy, source)
-    assert made.chat_template == made.tokenizer.chat_template == processor.chat_template
+    assert made.chat_template == made.tokenizer.chat_template != processor.chat_template
+    assert made.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]) == f"{IMAGE}!"
     batch = made(text=["Short.", "A longer prompt."], return_tensors="pt")
     assert batch["input_ids"][0, 0] == made.tokenizer.eos_token_id and batch["attention_mask"][0, 0] == 0
 

@@ -13,6 +13,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+# Further chat templates, a file for each.
+TEMPLATE_FOLDER = "additional_chat_templates"
 OTHER_FILES = ("generation_config.json",)
 LICENSE_FILES = ("LICENSE*", "NOTICE*")
 
@@ -29,7 +31,16 @@ SOURCE_PREFIX = "source_"
 _CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
 CARRIED_FILES = (*_CARRIED, *(SOURCE_PREFIX + name for name in _CARRIED))
 
+# Patterns of the source's files that a checkpoint keeps under other names.
+KEPT_FILES = (f"{SOURCE_PREFIX}*", f"{SOURCE_PREFIX}{TEMPLATE_FOLDER}/*.jinja")
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def template_files(folder: Path) -> tuple[str, ...]:
+    """Names of all files with chat templates that a folder may have."""
+    further = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    return (*TEMPLATE_FILES, *(f"{TEMPLATE_FOLDER}/{file.name}" for file in further))
 
 
 def is_hub_id(name: str | Path) -> bool:

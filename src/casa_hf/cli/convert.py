@@ -168,6 +168,8 @@ def _print_report(report: ConversionReport, to_source: bool) -> None:
     )
     for name, start in report.initialised.items():
         typer.echo(f"new: {name} ({start})")
+    for kind in report.left_out:
+        typer.echo(f"left out: {kind}")
     typer.echo(report.note)
 
 

@@ -171,6 +171,7 @@ def _after_conversion(config: CasaConfig, plan: ConversionPlan, kept: str, new_t
         f"{kept}; {count}.",
         _untrained_layers(config),
         *_untrained_rest(config, plan.initialised, new_tokens),
+        *(f"Left out: {kind}." for kind in plan.left_out),
     ]
     return " ".join(sentences) + f"\n\n{plan.note}"
 

@@ -24,17 +24,18 @@ from ..checkpoint_files.config import read_config
 from ..checkpoint_files.destination import check_destination, new_folder
 from ..checkpoint_files.names import (
     CARRIED_FILES,
+    KEPT_FILES,
     OTHER_FILES,
     PROCESSOR_FILES,
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
-    TEMPLATE_FILES,
     TOKENIZER_FILES,
+    template_files,
 )
 from ..checkpoint_files.shards import Progress, StoredTensor, write_checkpoint
 from ..checks import one_line
 from ..configuration_casa import CasaConfig
-from ..folder_files import CheckpointError
+from ..folder_files import CheckpointError, own_file
 from ..hub.origins import license_files, licensed, origin_records
 from ..hub.remote_code import add_code
 from ..processing_casa import CasaProcessor
@@ -133,6 +134,7 @@ def convert_checkpoint(
         GenerationConfig.from_model_config(prepared.config).save_pretrained(new)
         prepared.processor.save_pretrained(new)
         for file, name in _copied_files(prepared):
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, new / name)
         (new / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(new, prepared.plan.files, progress)
@@ -329,22 +331,27 @@ def _record_origins(prepared: _Prepared) -> None:
 
 def _copied_files(prepared: _Prepared) -> list[tuple[Path, str]]:
     """Files that the new checkpoint takes over byte for byte, and their names there."""
-    changed = () if prepared.own else changed_files(prepared.config)
     folder = prepared.source.folder
-    files = [
-        (folder / name, SOURCE_PREFIX + name if name in changed else name)
-        for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES)
-    ]
+    templates = template_files(folder)
+    changed = () if prepared.own else changed_files(prepared.config, templates)
+    names = [(name, SOURCE_PREFIX + name if name in changed else name) for name in (*TOKENIZER_FILES, *templates)]
     if prepared.own is not None:
-        files += [(file, file.name) for file in sorted(folder.glob(f"{SOURCE_PREFIX}*"))]
+        names += [(name, name) for name in kept_files(folder)]
+    files = [(own_file(folder, name), new) for name, new in (*names, *((name, name) for name in OTHER_FILES))]
     files += [(file, file.name) for file in license_files(folder)]
     if prepared.vision is not None:
         files += [(file, f"{file.stem}-vision{file.suffix}") for file in license_files(prepared.vision.folder)]
     return [(file, name) for file, name in files if file.is_file()]
 
 
-def changed_files(config: CasaConfig) -> tuple[str, ...]:
-    """The tokenizer's files that are no longer the source's."""
+def changed_files(config: CasaConfig, templates: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the tokenizer's files, and of the source's chat templates, that are no longer the source's."""
     if config.backbone.text_only:
-        return TOKENIZER_FILES + TEMPLATE_FILES
+        return TOKENIZER_FILES + templates
     return TOKENIZER_FILES if config.new_token_ids else ()
+
+
+def kept_files(folder: Path) -> list[str]:
+    """Names of the source's files that a CASA checkpoint keeps."""
+    files = {file for pattern in KEPT_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder).as_posix() for file in files)

@@ -301,5 +301,7 @@ def _drop_reason(name: str, config: CasaConfig) -> str | None:
     head, embedding = TIED
     if config.tie_word_embeddings and name == head:
         return f"tied to {embedding}"
+    if config.backbone.text_only and name.startswith(f"{VISION}{config.tower.deepstack_modules}."):
+        return "deepstack features of the vision tower, which the blocks of a text model were never trained to take"
     dropped = (*DROPPED, *config.backbone.dropped)
     return next((reason for pattern, reason in dropped if re.search(pattern, name)), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..backbones import SOURCE_BACKBONES
+from ..backbones import SOURCE_BACKBONES, VISION_TOWERS
 from ..checkpoint_files.config import read_config
 from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..checkpoint_files.shards import StoredTensor, read_checkpoint
@@ -70,6 +70,8 @@ class Source:
 def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConfig:
     """The vision configuration of the checkpoint that is to give a text-only source its vision tower.
 
+    Deepstack features are left out: blocks of a text model were never trained to take them.
+
     Args:
         folder: Folder of that checkpoint.
         config: Configuration of the text-only source.
@@ -85,6 +87,8 @@ def read_vision_config(folder: Path, config: PreTrainedConfig) -> PreTrainedConf
             f"vision_from={folder} has model_type {content.model_type!r}, but {backbone.display_name} takes the "
             f"vision tower of a source checkpoint: {' or '.join(backbone.towers)}. Give a checkpoint that has one."
         )
+    if (deepstack := VISION_TOWERS[vision.model_type].deepstack_field) is not None:
+        setattr(vision, deepstack, [])
     return vision
 
 

@@ -23,8 +23,9 @@ from ..checkpoint_files.names import (
     OTHER_FILES,
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
-    TEMPLATE_FILES,
+    TEMPLATE_FOLDER,
     TOKENIZER_FILES,
+    template_files,
 )
 from ..checkpoint_files.shards import (
     PlannedTensor,
@@ -36,10 +37,10 @@ from ..checkpoint_files.shards import (
     write_checkpoint,
 )
 from ..configuration_casa import CasaConfig
-from ..folder_files import CheckpointError
+from ..folder_files import CheckpointError, own_file
 from ..hub.origins import license_files
 from .card import source_card
-from .convert import changed_files
+from .convert import changed_files, kept_files
 from .mapping import (
     ADDED,
     PROJECTOR,
@@ -83,6 +84,7 @@ def convert_to_source(
     with new_folder(destination, plan.num_bytes) as new:
         plan.config.save_pretrained(new)
         for file, name in _copied_files(source.folder, config):
+            (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, new / name)
         for name, content in _processor_files(source.folder, config).items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -260,11 +262,13 @@ def _drop_reason(name: str, config: CasaConfig) -> str | None:
 
 def _copied_files(folder: Path, config: CasaConfig) -> list[tuple[Path, str]]:
     """Files that go back as the source had them, and their names there."""
-    kept = {file.name.removeprefix(SOURCE_PREFIX): file for file in folder.glob(f"{SOURCE_PREFIX}*")}
-    changed = changed_files(config) if kept else ()
+    kept = {name.removeprefix(SOURCE_PREFIX): name for name in kept_files(folder)}
+    templates = template_files(folder)
+    changed = changed_files(config, templates) if kept else ()
+    further = [name for name in kept if name.startswith(f"{TEMPLATE_FOLDER}/") and name not in templates]
     files = [
-        (kept.get(name, folder / name), name)
-        for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES)
+        (own_file(folder, kept.get(name, name)), name)
+        for name in (*TOKENIZER_FILES, *templates, *further, *OTHER_FILES)
         if name in kept or name not in changed
     ]
     files += [(file, file.name) for file in license_files(folder)]

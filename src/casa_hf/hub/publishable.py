@@ -16,6 +16,7 @@ from ..checkpoint_files.names import (
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
     TEMPLATE_FILES,
+    TEMPLATE_FOLDER,
     TOKENIZER_FILES,
 )
 from ..checkpoint_files.shards import INDEX_FILE, SINGLE_FILE, read_checkpoint
@@ -34,8 +35,8 @@ CHECKPOINT_FILES = (
     *PROCESSOR_FILES,
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
-    "chat_templates/*.jinja",
-    *(SOURCE_PREFIX + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)),
+    f"{TEMPLATE_FOLDER}/*.jinja",
+    *(SOURCE_PREFIX + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, f"{TEMPLATE_FOLDER}/*.jinja")),
     SOURCE_ROWS_FILE,
 )
 
