@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from casa_hf import CasaConfig
-from casa_hf.image_inputs import FRAME_TYPE, IMAGE_TYPE
+from casa_hf.image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
 from casa_hf.transformers_versions import CACHE, is_older_than
 from tests.helpers_generation import relative_error
 from tests.sources import Case, make_case
@@ -28,11 +28,11 @@ NOTICED = 1e-3
 PATCH_DIM = 3 * 2 * 4 * 4
 
 WHOLE = ("qwen2_vl_text", "qwen2_5_vl_text")  # a whole video between one pair of delimiters
-PAIRED = ("qwen3_vl_text", "qwen3_5_text")  # each temporal patch, with text before it
+PAIRED = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text")  # each temporal patch, with text before it
 TEXT_ONLY = [family for family, made in FAMILIES.items() if made.text_only]
 
 whole = pytest.mark.parametrize("family", WHOLE)
-all_three = pytest.mark.parametrize("family", [*WHOLE, *PAIRED])
+every_layout = pytest.mark.parametrize("family", [*WHOLE, *PAIRED])
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def casa_inputs(family: str, prompts: list[Prompt], left: bool = True) -> dict[s
             for number in range(len(patches)):
                 before = stamp(number) if isinstance(item, Video) and family in PAIRED else []
                 ids += [*before, START, END]
-                of_row += [0] * len(before) + [0, FRAME_TYPE if isinstance(item, Video) else IMAGE_TYPE]
+                of_row += [DELIMITER_TYPE] * len(before) + [0, FRAME_TYPE if isinstance(item, Video) else IMAGE_TYPE]
         rows.append(ids), types.append(of_row)
     inputs = {
         "input_ids": padded(rows, PAD, left),
@@ -185,13 +185,11 @@ SEVERAL: Prompt = [5, 6, Video(2, 2, 3, 4), 7, Still(3, 2, 5), 8, 9, Video(3, 1,
 # ------------------------------------------------------------------------------------- the sources' own layout
 
 
-@all_three
+@every_layout
 @pytest.mark.parametrize("video", VIDEOS, ids=lambda video: f"{2 * video.time} frames")
 @pytest.mark.parametrize("variant", ["insertion", "exact"])
 def test_a_video_is_the_source(family: str, variant: str, video: Video) -> None:
-    # Timestamps between the temporal patches of `exact` would close a group; they have a test of their own.
-    if family in PAIRED and variant == "exact" and video.time > 1:
-        pytest.skip("timestamps between frames")
+    # In `exact` the temporal patches of Qwen3-VL are one group, which timestamps don't close.
     case = native(family, variant, casa_video_history="all" if variant == "insertion" else "group")
     prompt = [5, 6, 7, video, 8, 9, 10]
     expected = source_logits(case, prompt)
@@ -201,7 +199,7 @@ def test_a_video_is_the_source(family: str, variant: str, video: Video) -> None:
         assert relative_error(casa_logits(case, still), expected) > NOTICED
 
 
-@all_three
+@every_layout
 def test_text_stills_and_several_videos_are_the_source(family: str) -> None:
     case = native(family, "insertion")
     expected = source_logits(case, SEVERAL)
@@ -343,7 +341,7 @@ def test_features_in_place_of_pixels(family: str) -> None:
 # ------------------------------------------------------------------------------------- pairs of frames
 
 
-@all_three
+@every_layout
 @pytest.mark.parametrize("variant", ["insertion", "exact"])
 def test_a_pair_of_frames_is_the_source_video_of_two(family: str, variant: str) -> None:
     case, prompt = make_case(family, variant), [5, 6, Video(1, 3, 2, 1), 7, 8]
@@ -354,7 +352,7 @@ def test_a_pair_of_frames_is_the_source_video_of_two(family: str, variant: str) 
     assert relative_error(case.model(**doubled).logits[0], source_logits(case, prompt)) > NOTICED
 
 
-@all_three
+@every_layout
 def test_pairs_are_the_source_videos_of_two_frames_each(family: str) -> None:
     """In the layout of CASA, a pair of delimiters for each."""
     case = make_case(family, "insertion")
@@ -390,7 +388,7 @@ def test_an_unknown_layout_is_refused() -> None:
         CasaConfig(casa_video_layout="whole")
 
 
-@all_three
+@every_layout
 def test_whole_videos_are_refused_where_the_layout_has_none(family: str) -> None:
     case = make_case(family, "insertion") if family in WHOLE else native(family, "insertion")
     inputs = casa_inputs(WHOLE[0], [[5, Video(2, 2, 2, 1), 6]])

@@ -88,6 +88,8 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen3VLMoeTextRotaryEmbedding",
             rms_norm="Qwen3VLMoeTextRMSNorm",
             source_class="Qwen3VLMoeForConditionalGeneration",
+            native_video="temporal patch",
+            native_timestamps=True,
             block=ExpertBlocks(
                 _QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", conversions="qwen3_vl_moe"
             ),

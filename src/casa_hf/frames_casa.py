@@ -93,11 +93,22 @@ class Frames(NamedTuple):
         images: image of each; where nothing was decoded, its (width, height).
         times: seconds at which each appears, from the first frame of the video on.
         timed: whether they are known; else the frames are taken for `ASSUMED_FPS` frames per second.
+        period: seconds from frame to frame as they were sampled, which times of a file are near; None where only the
+            times tell.
     """
 
     images: list[Any]
     times: list[float]
     timed: bool = True
+    period: float | None = None
+
+    @property
+    def seconds_apart(self) -> float:
+        """Seconds from frame to frame."""
+        if self.period is not None:
+            return self.period
+        steps = len(self.times) - 1
+        return (self.times[-1] - self.times[0]) / steps if steps > 0 else 1 / DEFAULT_FPS
 
 
 # -------------------------------------------------------------------- frames for a prompt
@@ -184,7 +195,7 @@ def read_frames(
     if messages:
         others = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         warnings.warn(f"The video {name_of(video)}: {messages[0]}{others}", VideoWarning, stacklevel=3)
-    return frames
+    return frames._replace(period=plan.period)
 
 
 def measure_frames(
@@ -215,7 +226,7 @@ def measure_frames(
     plan = _plan(video, fps, num_frames, sample, policy)
     if 0 in plan.size:  # a container that doesn't state it
         return read_frames(video, fps=fps, num_frames=num_frames, sample=sample, policy=policy)
-    return Frames([plan.size] * len(plan.moments), plan.moments)
+    return Frames([plan.size] * len(plan.moments), plan.moments, period=plan.period)
 
 
 def sample_indices(
@@ -239,9 +250,13 @@ def sample_indices(
         num_frames = min(SHORT_VIDEO_FRAMES, len(times))
     if num_frames is not None:
         return _evenly_spaced(len(times), num_frames)
-    fps = DEFAULT_FPS if fps is None else fps
-    moments = [step / fps for step in range(max(1, int((duration + TOLERANCE_SECONDS) * fps)))]
+    moments = _moments(duration, DEFAULT_FPS if fps is None else fps)
     return sorted({bisect_right(times, moment + TOLERANCE_SECONDS) - 1 for moment in moments})
+
+
+def _moments(duration: float, fps: float) -> list[float]:
+    """The times at which a video of so many seconds is looked at."""
+    return [step / fps for step in range(max(1, int((duration + TOLERANCE_SECONDS) * fps)))]
 
 
 def _sampled(frames: list[Any], fps: float | None, num_frames: int | None, metadata: Any) -> Frames:
@@ -302,6 +317,7 @@ class _Plan:
         origin: seconds of the first stamp; None if packets have none.
         size: width and height of a frame in square pixels, not turned upright.
         missing: message about an end that is missing; empty if none is.
+        period: seconds from one chosen frame to the next, as they are sampled.
     """
 
     media: str | BytesIO
@@ -310,6 +326,7 @@ class _Plan:
     origin: Fraction | None
     size: tuple[int, int]
     missing: str
+    period: float
 
 
 def _plan(
@@ -331,7 +348,12 @@ def _plan(
             missing = broken or missing_end(stated, duration, float(frame_period(stream)))
         policy.check_size(*size)
         chosen = range(len(times)) if not sample else sample_indices(times, duration, fps=fps, num_frames=num_frames)
-        return _Plan(media, options, [times[index] for index in chosen], origin, size, missing)
+        moments = [times[index] for index in chosen]
+        rate = fps or (DEFAULT_FPS if sample and num_frames is None and duration >= SHORT_VIDEO_SECONDS else None)
+        if rate is not None and len(moments) < len(_moments(duration, rate)):
+            rate = None  # more than the video has
+        period = 1 / rate if rate is not None else duration / len(moments)
+        return _Plan(media, options, moments, origin, size, missing, period)
 
 
 def _read(

@@ -32,6 +32,7 @@ from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of,
 from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
 from .temporal_patches import (
+    ALL_FRAMES,
     by_image,
     check_frames_per_image,
     join_frames,
@@ -300,7 +301,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at a token that an image precedes, 2 at one that a
             frame or several precede, 0 elsewhere), each (batch, tokens); `pixel_values` (patches, patch dim) and
             `image_grid_thw` (images, 3) with images and frames in reading order over the batch. With `return_tensors`,
-            both are empty where there are none, so that prompts with and without images have the same keys.
+            both are empty where there are none, so that prompts with and without images have the same keys. With
+            `frames_per_image="all"` also `second_per_grid_ts` (images,), the seconds from one temporal patch of a
+            video to the next, 0 for images.
 
         Raises:
             ValueError: if placeholders and images or videos don't match, or an image, a video or an option can't be
@@ -436,7 +439,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of everything that a call returns for the model."""
-        return [*super().model_input_names, "mm_token_type_ids"]
+        of_videos = ["second_per_grid_ts"] if self.frames_per_image == ALL_FRAMES else []
+        return [*super().model_input_names, "mm_token_type_ids", *of_videos]
 
     # ---------------------------------------------------------------- steps of the call
 
@@ -515,7 +519,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         def visual(type: int) -> _Visual:
             if type == IMAGE_TYPE:
                 return _Visual(type, [next(images)], 1)
-            return _Visual(type, frames_of(next(videos), policy=call.policy, **sampling).images, call.frames_per_image)
+            frames = frames_of(next(videos), policy=call.policy, **sampling)
+            return _Visual(type, frames.images, call.frames_per_image, frames.seconds_apart)
 
         return [[visual(type) for type in types] for types in call.types]
 
@@ -572,7 +577,12 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             frames = [frame for of_image in images for frame in of_image]
             made = self.image_processor(images=frames, size=call.sizes[type], return_tensors="pt", **others)
             runs.append(self._joined(made, [len(of_image) for of_image in images]))
-        return {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
+        data = {name: torch.cat([run[name] for run in runs]) for name in ("pixel_values", "image_grid_thw") if runs}
+        if call.frames_per_image == ALL_FRAMES:
+            frames_per_patch = self.image_processor.temporal_patch_size
+            seconds = [frames_per_patch * visual.seconds_apart for visual in visuals]
+            data["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
+        return data
 
     def _joined(self, made: Mapping[str, torch.Tensor], num_frames: list[int]) -> Mapping[str, torch.Tensor]:
         """Patches and grids of images of so many frames each, from those of the frames."""
@@ -698,11 +708,13 @@ class _Visual(NamedTuple):
         type: `IMAGE_TYPE` or `FRAME_TYPE`.
         frames: frames in order; of an image the image itself.
         frames_per_image: number of frames of an image.
+        seconds_apart: seconds from frame to frame; 0 for an image.
     """
 
     type: int
     frames: list[Any]
     frames_per_image: int | str
+    seconds_apart: float = 0.0
 
     @property
     def by_image(self) -> list[list[Any]]:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
-from casa_hf import CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf.training import CasaDataCollator
 from casa_hf.video import load_frames
 from tests.clips import write_clip
 
@@ -166,3 +168,98 @@ def test_frames_of_different_sizes_share_no_image(
             call(text=VIDEO, videos=[[video]], frames_per_image=frames_per_image)
     separate = processor(text=VIDEO, videos=[[video]], frames_per_image=1, return_tensors="pt")
     assert len(separate["image_grid_thw"]) == 4
+
+
+# -------------------------------------------------------------------- whole videos and their time
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({}, 1.0),  # 2 frames per second
+        ({"fps": 1}, 2.0),
+        ({"fps": 3}, 2 / 3),
+        ({"num_frames": 7}, 2 * 12 / 7),
+        ({"fps": 1000}, 0.2),  # of which there are 10
+        ({"do_sample_frames": False}, 0.2),
+    ],
+    ids=str,
+)
+def test_the_seconds_of_temporal_patches(
+    processor: CasaProcessor, clip: Path, options: dict[str, Any], seconds: float
+) -> None:
+    """As by the stock processor: frames per temporal patch by frames per second of what was sampled."""
+    inputs = processor(text=VIDEO, videos=str(clip), frames_per_image="all", return_tensors="pt", **options)
+    torch.testing.assert_close(inputs["second_per_grid_ts"], torch.tensor([seconds]), rtol=1e-6, atol=0)
+
+
+def test_seconds_beside_stills_and_of_frames_without_times(
+    processor: CasaProcessor, frames: list[Image.Image], clip: Path, tmp_path: Path
+) -> None:
+    short = write_clip(tmp_path / "short.mp4", 60, 20)  # 3 seconds, of which 20 frames are taken
+    inputs = processor(
+        text=[f"{VIDEO} {IMAGE} {VIDEO}", VIDEO, IMAGE],
+        images=[frames[0], frames[1]],
+        videos=[str(clip), str(short), frames],
+        frames_per_image="all",
+        return_tensors="pt",
+    )
+    assert inputs["image_grid_thw"][:, 0].tolist() == [12, 1, 10, 4, 1]
+    torch.testing.assert_close(inputs["second_per_grid_ts"], torch.tensor([1.0, 0.0, 2 * 3 / 20, 2 / 24, 0.0]))
+    assert processor(text="None.", frames_per_image="all", return_tensors="pt")["second_per_grid_ts"].shape == (0,)
+
+
+def test_a_file_is_to_the_model_what_it_is_to_the_source(source: Path, clip: Path, frames: list[Image.Image]) -> None:
+    """From the file to the logits, alone, in a batch and in `generate`; the stock model is given the same pixels."""
+    processor = CasaProcessor.from_source(source, frames_per_image="all", frame_max_pixels=56 * 56)
+    assert "second_per_grid_ts" in processor.model_input_names
+    stock = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float64).eval()
+    model = CasaForConditionalGeneration.from_pretrained(
+        source, casa_variant="insertion", casa_video_layout="native", dtype=torch.float64
+    ).eval()
+    text = f"First {VIDEO} and then {VIDEO} what?"
+    inputs = processor(text=text, videos=[str(clip), frames[:4]], return_tensors="pt")
+    pad = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    ids: list[int] = []
+    counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
+    for token in inputs["input_ids"][0].tolist():
+        ids += [pad] * counts.pop(0) if token == processor.image_token_id else []
+        ids.append(token)
+    is_video = torch.tensor([ids]) == pad
+    videos = {"video_grid_thw": inputs["image_grid_thw"], "second_per_grid_ts": inputs["second_per_grid_ts"]}
+    with torch.no_grad():
+        positions, _ = stock.model.get_rope_index(torch.tensor([ids]), 2 * is_video.int(), **videos)
+        expected = stock(
+            torch.tensor([ids]),
+            position_ids=positions,
+            mm_token_type_ids=2 * is_video.int(),
+            pixel_values_videos=inputs["pixel_values"].double(),
+            **videos,
+        ).logits[~is_video]
+        torch.testing.assert_close(model(**inputs).logits[0], expected, rtol=0, atol=1e-10)
+        batch = processor(text=[text, "None."], videos=[str(clip), frames[:4]], return_tensors="pt")
+        torch.testing.assert_close(model(**batch).logits[0], expected, rtol=0, atol=1e-10)
+        token = model.generate(**batch, max_new_tokens=1, do_sample=False)[0, -1]
+    assert token == expected[-1].argmax()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_batches_have_the_seconds(source: Path, clip: Path, frames: list[Image.Image], packing: bool) -> None:
+    processor = CasaProcessor.from_source(source, frames_per_image="all", frame_max_pixels=56 * 56)
+
+    def example(question: list[dict[str, Any]]) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+        return {"messages": [{"role": "user", "content": [*question, {"type": "text", "text": "So?"}]}, answer]}
+
+    examples = [
+        example([{"type": "video", "video": str(clip)}]),
+        example([]),
+        example([{"type": "image", "image": frames[0]}, {"type": "video", "video": frames[:3]}]),
+    ]
+    collator = CasaDataCollator(processor, packing=packing)
+    batch = collator(examples)
+    assert batch["image_grid_thw"][:, 0].tolist() == [12, 1, 2]
+    torch.testing.assert_close(batch["second_per_grid_ts"], torch.tensor([1.0, 0.0, 2 / 24]))
+    assert len(batch["input_ids"]) == (1 if packing else 3)
+    assert CasaDataCollator(processor)(examples[1:2])["second_per_grid_ts"].tolist() == [0.0]  # of the unseen image
+    assert "second_per_grid_ts" not in CasaDataCollator(CasaProcessor.from_source(source))(examples[1:2])

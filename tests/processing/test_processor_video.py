@@ -100,11 +100,11 @@ def test_decoded_frames_have_the_times_that_metadata_tell(long_clip):
         {"fps": 10.0, "frames_indices": [0, 30, 60, 90]},
         VideoMetadata(120, 10.0, frames_indices=[0, 30, 60, 90]),
     ):
-        assert read_frames(images, metadata=metadata)[1:] == ([0.0, 3.0, 6.0, 9.0], True)
+        assert read_frames(images, metadata=metadata)[1:3] == ([0.0, 3.0, 6.0, 9.0], True)
         assert read_frames(images, num_frames=2, metadata=metadata).times == [0.0, 6.0]
     assert measure_frames(images, metadata={"fps": 2}).times == [0.0, 0.5, 1.0, 1.5]
-    assert read_frames(images) == (images, [0.0, 1 / 24, 2 / 24, 3 / 24], False)  # as the stock processors assume
-    assert read_frames(images, metadata={"frames_indices": [0, 12, 24, 36]})[1:] == ([0.0, 0.5, 1.0, 1.5], False)
+    assert read_frames(images)[:3] == (images, [0.0, 1 / 24, 2 / 24, 3 / 24], False)  # as the stock processors assume
+    assert read_frames(images, metadata={"frames_indices": [0, 12, 24, 36]})[1:3] == ([0.0, 0.5, 1.0, 1.5], False)
     with pytest.raises(ValueError, match=r"frames_indices of 2 frames for a video of 4 decoded frames"):
         read_frames(images, metadata={"fps": 10, "frames_indices": [0, 30]})
     with pytest.raises(ValueError, match=r"video_metadata.fps=0 must be a positive number of frames per second"):

@@ -246,7 +246,8 @@ class CasaDataCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` and `mm_token_type_ids`, each (rows, tokens), padded on the right;
             `position_ids` (rows, tokens), the index of each token in its conversation, where a row holds several;
-            `pixel_values` and `image_grid_thw` where there are images.
+            `pixel_values` and `image_grid_thw` where there are images, and `second_per_grid_ts` where a whole video is
+            one.
 
         Raises:
             ValueError: if a conversation is unusable, or too long and `over_long="raise"`, or none is left.
@@ -265,7 +266,9 @@ class CasaDataCollator:
         if any(len(row) > 1 for row in rows):
             batch["position_ids"] = _pad(rows, width, 0, lambda s: torch.arange(s.num_tokens))
         seen = [sample for row in rows for sample in row if sample.pixel_values is not None]
-        for name in ("pixel_values", "image_grid_thw") if seen else ():
+        for name in ("pixel_values", "image_grid_thw", "second_per_grid_ts"):
+            if not seen or getattr(seen[0], name) is None:  # all are of one processor
+                continue
             batch[name] = torch.cat([getattr(sample, name) for sample in seen])
         return batch
 

@@ -38,6 +38,7 @@ class Sample:
         mm_token_type_ids: (tokens,) as the processor gives them.
         pixel_values: (patches, patch dim); None without images.
         image_grid_thw: (num_images, 3); None without images.
+        second_per_grid_ts: (num_images,) as the processor gives them; None without images, or without whole videos.
         num_image_tokens: number of tokens of all images, after merging.
     """
 
@@ -46,6 +47,7 @@ class Sample:
     mm_token_type_ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+    second_per_grid_ts: torch.Tensor | None = None
     num_image_tokens: int = 0
 
     @property
@@ -144,6 +146,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
         mm_token_type_ids=inputs["mm_token_type_ids"][0],
         pixel_values=inputs["pixel_values"] if len(grids) else None,
         image_grid_thw=grids if len(grids) else None,
+        second_per_grid_ts=inputs.get("second_per_grid_ts") if len(grids) else None,
         num_image_tokens=int(grids.prod(-1).sum()) // merge**2,
     )
 
@@ -179,6 +182,7 @@ def unseen_image(processor: CasaProcessor) -> Sample:
         mm_token_type_ids=inputs["mm_token_type_ids"][0],
         pixel_values=inputs["pixel_values"],
         image_grid_thw=inputs["image_grid_thw"],
+        second_per_grid_ts=inputs.get("second_per_grid_ts"),
         num_image_tokens=int(inputs["image_grid_thw"].prod()) // processor.image_processor.merge_size**2,
     )
 
