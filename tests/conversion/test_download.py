@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants, metadata_load
+from huggingface_hub import metadata_load
 
 from casa_hf.conversion import convert_checkpoint
 from tests.conversion.helpers import altered, assert_refused, assert_same, converted, load_weights
@@ -79,22 +79,6 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.fixture
-def use_hub(tmp_path, monkeypatch):
-    """Directs the Hub's client to an address, with an empty cache."""
-
-    def use(address: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-
-    (tmp_path / "outputs").mkdir()
-    return use
 
 
 @pytest.fixture

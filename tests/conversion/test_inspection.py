@@ -13,6 +13,8 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError
 from casa_hf.conversion import convert_checkpoint, inspect_checkpoint
 from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_helium, build_tiny_source
+from tests.conversion.helpers import altered
+from tests.conversion.test_download import REPOSITORY, hub
 
 SIDE = 112
 IMAGE_TOKENS = (SIDE // 28) ** 2
@@ -119,6 +121,21 @@ def test_default_image_size(casa_folder):
     assert inspect_checkpoint(str(casa_folder)).image_tokens == (952 // 28) ** 2 == 1156
 
 
+def test_a_hub_id_is_inspected_without_its_weights(casa_folder, use_hub, tmp_path):
+    with hub(casa_folder) as (address, _):
+        use_hub(address)
+        assert inspect_checkpoint(REPOSITORY, revision="main") == inspect_checkpoint(casa_folder)
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_hub_id_of_another_kind_is_refused(source_folder, use_hub, tmp_path):
+    folder = altered(source_folder, tmp_path / "source")
+    with hub(folder) as (address, _):
+        use_hub(address)
+        with pytest.raises(CheckpointError, match="so it is not a CASA checkpoint"):
+            inspect_checkpoint(REPOSITORY)
+
+
 def test_refusals(source_folder, casa_folder, tmp_path):
     def refused(folder, *words):
         with pytest.raises(CheckpointError) as error:
@@ -126,7 +143,7 @@ def test_refusals(source_folder, casa_folder, tmp_path):
         for word in words:
             assert word in str(error.value)
 
-    refused(tmp_path / "nowhere", "no config.json")
+    refused(tmp_path / "nowhere", "nowhere is not a folder", "Hub id")
     refused(source_folder, "'qwen2_5_vl'", "not a CASA checkpoint", "casa-hf convert")
     folder = tmp_path / "casa"
     shutil.copytree(casa_folder, folder)

@@ -12,6 +12,7 @@ import torch
 
 from casa_hf import CheckpointError
 from casa_hf.conversion import convert_checkpoint, convert_to_source
+from examples.tiny_source import build_tiny_helium
 from tests.conversion.helpers import altered, assert_refused
 
 NORM = "model.norm.weight"
@@ -43,8 +44,11 @@ def test_other_models(source, tmp_path, model_type):
     ],
 )
 def test_checkpoints_of_the_authors(source, tmp_path, fields):
+    """By any of these names they are read by rules (test_authors.py); this one has Qwen's tensors alone."""
     set_config(source, **fields)
-    assert_refused(source, tmp_path / "casa", "of the method's authors", "their code")
+    assert_refused(source, tmp_path / "casa", "doesn't tell all of its design", "casa_keys", "pre_image_tokens")
+    text = build_tiny_helium(tmp_path / "text")
+    assert_refused(text, tmp_path / "casa", "of the method's authors", "Convert it first", vision_from=source)
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -18,27 +19,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a checkpoint that can be converted: the stock one, or a `CasaConfig`.
 
     Raises:
-        CheckpointError: if there is none, if it is invalid, or if it says that the checkpoint can't be converted.
+        CheckpointError: if there is none, if it is invalid, or if it says that the checkpoint can't be converted, or
+            is one of the method's authors.
     """
-    file = own_file(folder, "config.json")
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
-    content = read_json(file)
+    content = _read(folder)
     model_type = content.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise CheckpointError(f"{file} has model_type {model_type!r}, which must be a string. Download it again.")
-    is_casa = model_type == CasaConfig.model_type
-    if (
-        not is_casa
-        and "casa" in json.dumps([model_type, content.get("architectures"), content.get("auto_map")]).lower()
-    ):
+    if _is_of_authors(content):
         raise CheckpointError(
-            f"{folder} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors, which "
-            "isn't documented. Run it with their code, or convert the model that it was made from."
+            f"{folder} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
+            "Convert it first: `casa-hf convert SOURCE OUTPUT`."
         )
-    parts = [content, *(value for value in content.values() if isinstance(value, dict))]
-    if any(part.get("quantization_config") for part in parts):
-        raise CheckpointError(f"{folder} is quantised (quantization_config). Convert the unquantised original.")
+    _check_not_quantized(folder, content)
+    is_casa = model_type == CasaConfig.model_type
     if not is_casa and model_type not in SOURCE_BACKBONES:
         raise CheckpointError(
             f"{folder} has model_type {model_type!r}, which can't be converted to a CASA model. Give a checkpoint "
@@ -48,9 +40,54 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return (CasaConfig if is_casa else CONFIG_MAPPING[model_type]).from_dict(content)
     except Exception as error:  # whatever a configuration class runs into
         raise CheckpointError(
-            f"{file} is not a valid {model_type} configuration ({one_line(error)}). Use the one that belongs to the "
-            "weights."
+            f"{folder / 'config.json'} is not a valid {model_type} configuration ({one_line(error)}). Use the one "
+            "that belongs to the weights."
         ) from error
+
+
+def is_of_authors(folder: Path) -> bool:
+    """Whether a checkpoint is in the format of the method's authors, by its config.json.
+
+    Raises:
+        CheckpointError: if there is none, or it isn't JSON.
+    """
+    return _is_of_authors(_read(folder))
+
+
+def read_authors_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json of a checkpoint in the format of the method's authors, or of an unknown one.
+
+    Raises:
+        CheckpointError: if there is none, or the checkpoint is quantised.
+    """
+    content = _read(folder)
+    _check_not_quantized(folder, content)
+    return content
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = own_file(folder, "config.json")
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
+    content = read_json(file)
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"{file} has model_type {model_type!r}, which must be a string. Download it again.")
+    return content
+
+
+def _is_of_authors(content: dict[str, Any]) -> bool:
+    """By its name, or that of its code; the authors' insertion baseline has no CASA in it."""
+    if content.get("model_type") == CasaConfig.model_type:
+        return False
+    names = json.dumps([content.get(field) for field in ("model_type", "architectures", "auto_map")]).lower()
+    return "casa" in names or "helium1_vl" in names or {"pre_image_tokens", "post_image_tokens"} <= content.keys()
+
+
+def _check_not_quantized(folder: Path, content: dict[str, Any]) -> None:
+    parts = [content, *(value for value in content.values() if isinstance(value, dict))]
+    if any(part.get("quantization_config") for part in parts):
+        raise CheckpointError(f"{folder} is quantised (quantization_config). Convert the unquantised original.")
 
 
 def read_casa_config(folder: Path) -> CasaConfig:

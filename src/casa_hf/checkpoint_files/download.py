@@ -16,6 +16,7 @@ from .names import LICENSE_FILES, is_hub_id
 # What is downloaded: first everything that decides whether the source can be converted, then the weights.
 SMALL_FILES = ("*.json", "*.jinja", "*merges.txt", "README.md", *LICENSE_FILES)
 WEIGHT_FILES = ("*.safetensors",)
+CODE_FILES = ("*.py",)
 
 
 def hub_id(source: str | Path, revision: str | None) -> str | None:

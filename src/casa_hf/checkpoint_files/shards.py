@@ -288,6 +288,12 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     return all(a == b for a, b in zip(_chunks(first, _buffer()), _chunks(second, _buffer()), strict=True))
 
 
+def values_of(tensor: StoredTensor) -> torch.Tensor:
+    """The values of a small stored tensor, in a copy of their own."""
+    values = [_values(chunk, tensor.dtype).clone() for chunk in _chunks(tensor, _buffer())]
+    return torch.cat(values).view(tensor.shape)
+
+
 def row_statistics(tensor: StoredTensor) -> tuple[torch.Tensor, float]:
     """The mean of the rows of a stored matrix, float64, and the standard deviation of its numbers from that."""
     row_bytes = tensor.nbytes // tensor.shape[0]

@@ -10,7 +10,7 @@ import typer
 
 from ..checks import counted
 from ..design_space import CHOICES, SETTINGS, VARIANTS
-from .options import checkpoint, dtype_option, one_of, wrong_value
+from .options import checkpoint, dtype_option, existing_file, one_of, wrong_value
 from .terminal import progress_bar, quiet_unless_terminal
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _OPTIONS = {
     **{setting.field: setting.option for setting in SETTINGS},
     "vision_from": "--vision-from",
     "image_delimiters": "--image-delimiters",
+    "mapping": "--mapping",
     "max_pixels": "--max-pixels",
     "max_shard_size": "--max-shard-size",
     "revision": "--revision",
@@ -82,6 +83,13 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    mapping: Annotated[
+        Path | None,
+        existing_file(
+            "What tensors of a checkpoint in the format of the method's authors are; `casa-hf inspect --names` prints "
+            "such a file."
+        ),
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest number of pixels of an image.")] = None,
     dtype: Annotated[str | None, dtype_option("Cast the weights. Default: keep the source's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -116,6 +124,7 @@ def convert(
         "--variant": variant,
         "--vision-from": vision_from,
         "--image-delimiters": image_delimiters,
+        "--mapping": mapping,
         "--max-pixels": max_pixels,
     }
     named = [_OPTIONS[field] for field in design] + [name for name, value in given.items() if value is not None]
@@ -133,6 +142,7 @@ def convert(
     form: dict[str, Any] = {
         "vision_from": vision_from,
         "image_delimiters": image_delimiters,
+        "mapping": mapping,
         "max_pixels": max_pixels,
         **design,
     }
@@ -170,6 +180,8 @@ def _print_report(report: ConversionReport, to_source: bool) -> None:
         typer.echo(f"new: {name} ({start})")
     for kind in report.left_out:
         typer.echo(f"left out: {kind}")
+    for finding in report.findings:
+        typer.echo(f"found: {finding}")
     typer.echo(report.note)
 
 
@@ -181,6 +193,8 @@ def _print_plan(plan: ConversionPlan) -> None:
             typer.echo(f"  {tensor.name} {size} <- {tensor.origin}")
     for kind in plan.left_out:
         typer.echo(f"left out: {kind}")
+    for finding in plan.findings:
+        typer.echo(f"found: {finding}")
     typer.echo(
         f"{plan.num_bytes:,} bytes in {counted(len(plan.files), 'file')}: {plan.source_parameters:,} parameters "
         f"taken over, {plan.added_parameters:,} new. Nothing was written."

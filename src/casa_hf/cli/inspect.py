@@ -8,23 +8,49 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import casa_folder, existing
+from .options import check_is_casa, checkpoint, existing_file, wrong_value
+from .terminal import quiet_unless_terminal
 
 if TYPE_CHECKING:
     from ..conversion import CheckpointSummary
 
+_OPTIONS = {"revision": "--revision", "mapping": "--mapping"}
+
 
 def inspect(
     path: Annotated[
-        Path, existing("folder", callback=casa_folder, help="Folder of a CASA checkpoint.", show_default=False)
+        str, typer.Argument(parser=checkpoint, help="Folder or Hub id of a CASA checkpoint.", show_default=False)
     ],
+    names: Annotated[
+        bool,
+        typer.Option(
+            "--names",
+            help="Print the tensors of a checkpoint in the format of the method's authors, and what each becomes.",
+        ),
+    ] = False,
+    mapping: Annotated[Path | None, existing_file("With --names: what a mapping file makes of them.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ) -> None:
-    """Show what a CASA checkpoint is made of and what it costs to run, without loading its weights."""
+    """Show what a CASA checkpoint is made of and what it costs to run, without its weights."""
+    if mapping is not None and not names:
+        raise typer.BadParameter("it is for --names. Add --names.", param_hint="--mapping")
+    if not names and Path(path).is_dir():
+        try:
+            check_is_casa(Path(path), path)
+        except typer.BadParameter as error:
+            error.param_hint = "PATH"
+            raise
+    quiet_unless_terminal()
     from rich.filesize import decimal
 
-    from ..conversion import inspect_checkpoint
+    from ..conversion import inspect_checkpoint, names_report
 
-    summary = inspect_checkpoint(path)
+    if names:
+        with wrong_value(**_OPTIONS):
+            typer.echo(names_report(path, revision=revision, mapping=mapping), nl=False)
+        return
+    with wrong_value(**_OPTIONS):
+        summary = inspect_checkpoint(path, revision)
     blocks = f"{len(summary.fusion_layers)} of {summary.num_layers} blocks"
     if len(summary.fusion_layers) < summary.num_layers:
         blocks += f": {', '.join(map(str, summary.fusion_layers))}"

@@ -161,16 +161,6 @@ def valid_text(given: str | list[str] | None) -> str | list[str] | None:
     return given
 
 
-def casa_folder(path: Path) -> Path:
-    """The folder of a CASA checkpoint.
-
-    Raises:
-        BadParameter: if it holds another kind of checkpoint.
-    """
-    check_is_casa(path, str(path))
-    return path
-
-
 @contextmanager
 def wrong_value(option: str | None = None, kind: type[ValueError] = ValueError, /, **options: str) -> Iterator[None]:
     """What the library refuses within is a wrong value, which ends in exit code 2 and names options as they are typed.
@@ -204,6 +194,11 @@ def _as_typed(field: str, options: Mapping[str, str]) -> str:
     if value in ("True", "False"):
         return option if value == "True" else f"--no-{option.removeprefix('--')}"
     return f"{option} {'none' if value == 'None' else value}".strip()
+
+
+def existing_file(help: str) -> Any:
+    """An option that names a file which has to be there."""
+    return typer.Option(exists=True, dir_okay=False, metavar="FILE", help=help, show_default=False)
 
 
 def existing(kind: str, **options: Any) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """From source checkpoints to CASA checkpoints, from one design to another, and back."""
 
+from .authors import names_report
 from .convert import ConversionReport, convert_checkpoint, plan_conversion
 from .inspection import CheckpointSummary, inspect_checkpoint
 from .plan import ConversionPlan
@@ -13,6 +14,7 @@ __all__ = [
     "convert_checkpoint",
     "convert_to_source",
     "inspect_checkpoint",
+    "names_report",
     "plan_conversion",
     "plan_to_source",
 ]

@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ..backbones import BACKBONES, SOURCE_BACKBONES
-from ..checkpoint_files.config import read_config
+from ..checkpoint_files.config import is_of_authors, read_config
 from ..checkpoint_files.destination import check_destination, new_folder
 from ..checkpoint_files.names import (
     CARRIED_FILES,
@@ -39,6 +39,7 @@ from ..folder_files import CheckpointError, own_file
 from ..hub.origins import license_files, licensed, origin_records
 from ..hub.remote_code import add_code
 from ..processing_casa import CasaProcessor
+from .authors import NAMES_FILE, delimiter_ids, make_processor, read_released
 from .card import model_card, untrained_effect
 from .design import resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
@@ -60,6 +61,7 @@ class _Prepared:
         source: Checkpoint that is converted.
         vision: Checkpoint that gives a text-only source its vision tower.
         own: Configuration of the source if it is a CASA checkpoint.
+        names: Table of what each tensor has become, if the source is a checkpoint of the method's authors.
     """
 
     request: ConversionRequest
@@ -69,6 +71,7 @@ class _Prepared:
     source: Source
     vision: Source | None
     own: CasaConfig | None
+    names: str | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -82,6 +85,7 @@ def convert_checkpoint(
     *,
     vision_from: str | Path | None = None,
     image_delimiters: str | Sequence[str] | None = None,
+    mapping: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -91,11 +95,14 @@ def convert_checkpoint(
     progress: Progress | None = None,
     **design: Any,
 ) -> ConversionReport:
-    """Write the CASA form of a token-insertion checkpoint, or of a CASA checkpoint of another design.
+    """Write the CASA form of a token-insertion checkpoint, or of a CASA checkpoint of another design or format.
 
     Weights are streamed from safetensors to safetensors; a few megabytes of them are in memory at a time. Pickled
     weights are never loaded. From one design to another only what the new one lacks is made, as from a source; a
     conversion that would lose trained tensors is refused.
+
+    Of a checkpoint in the format of the method's authors the design is read from its names and files; `variant` and
+    `design` say of it what these don't (docs/authors.md).
 
     Args:
         source: Local folder, or Hub id, which is downloaded into the Hub's cache.
@@ -106,6 +113,8 @@ def convert_checkpoint(
         image_delimiters: Tokens that stand around an image in a text-only source: the one before it and the one that
             it stands before, as a sequence or with a comma between them, or the latter alone. Those that the source's
             vocabulary lacks are added. None for `<|vision_start|>` and `<|vision_end|>`.
+        mapping: Path of a file that says what the tensors of a checkpoint of the method's authors are, where rules on
+            names don't; for those only.
         dtype: Number format to cast the weights to, such as "float32" or "bfloat16"; None to keep each as it is.
         revision: Branch, tag or commit of a Hub id.
         max_pixels: Largest number of pixels of an image; None for the design's default.
@@ -123,7 +132,7 @@ def convert_checkpoint(
         ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
     request = ConversionRequest(
-        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design
+        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design, mapping
     )
     destination = check_destination(output, overwrite, source, vision_from)
     prepared = _prepare(request)
@@ -140,6 +149,8 @@ def convert_checkpoint(
         write_checkpoint(new, prepared.plan.files, progress)
         if prepared.plan.source_rows:
             write_checkpoint(new, {SOURCE_ROWS_FILE: list(prepared.plan.source_rows)})
+        if prepared.names:
+            (new / NAMES_FILE).write_text(prepared.names, encoding="utf-8")
         if with_code:
             add_code(new)
         for read in prepared.sources:
@@ -153,6 +164,7 @@ def plan_conversion(
     *,
     vision_from: str | Path | None = None,
     image_delimiters: str | Sequence[str] | None = None,
+    mapping: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -168,7 +180,7 @@ def plan_conversion(
         CheckpointError, ValueError: as `convert_checkpoint`.
     """
     request = ConversionRequest(
-        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design
+        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design, mapping
     )
     return _prepare(request).plan
 
@@ -178,6 +190,8 @@ def plan_conversion(
 
 def _prepare(request: ConversionRequest) -> _Prepared:
     source = Source.open(request.source, request.revision, CARRIED_FILES)
+    if request.mapping is not None or is_of_authors(source.folder):
+        return _prepare_released(request, source)
     source_config = read_config(source.folder)
     vision = _open_vision(request, source.folder, source_config)
     own = source_config if isinstance(source_config, CasaConfig) else None
@@ -211,6 +225,46 @@ def _prepare(request: ConversionRequest) -> _Prepared:
         note=untrained_effect(config, own),
     )
     return _Prepared(request, plan, config, processor, source, vision, own)
+
+
+def _prepare_released(request: ConversionRequest, source: Source) -> _Prepared:
+    """As `_prepare`, for a checkpoint in the format of the method's authors."""
+    _refuse_for_released(request, source.folder)
+    source.fetch_code()
+    given = request.image_delimiters
+    delimiters = None if given is None else delimiter_ids(source.folder, given)
+    released = read_released(
+        source.folder,
+        source.tensors,
+        variant=request.variant,
+        design=request.design,
+        mapping=request.mapping,
+        delimiters=delimiters,
+    )
+    processor, findings = make_processor(source.folder, released.config, request.max_pixels)
+    plan = released.plan(request.dtype_code, request.max_shard_size, findings)
+    return _Prepared(request, plan, released.config, processor, source, None, released.config, released.table)
+
+
+def _refuse_for_released(request: ConversionRequest, folder: Path) -> None:
+    if request.vision_from is not None:
+        raise CheckpointError(
+            f"vision_from={str(request.vision_from)!r} is for text-only sources, but {folder} has a vision tower. "
+            "Leave out vision_from."
+        )
+    if request.mapping is not None and not is_of_authors(folder) and _is_known(folder):
+        raise CheckpointError(
+            f"mapping={str(request.mapping)!r} is for checkpoints in the format of the method's authors, but the "
+            f"names of {folder} are known. Leave out mapping."
+        )
+
+
+def _is_known(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _open_vision(request: ConversionRequest, folder: Path, source_config: PreTrainedConfig) -> Source | None:
@@ -334,7 +388,9 @@ def _copied_files(prepared: _Prepared) -> list[tuple[Path, str]]:
     folder = prepared.source.folder
     templates = template_files(folder)
     changed = () if prepared.own else changed_files(prepared.config, templates)
-    names = [(name, SOURCE_PREFIX + name if name in changed else name) for name in (*TOKENIZER_FILES, *templates)]
+    names = []
+    if prepared.names is None:  # else the tokenizer's may ask for code
+        names = [(name, SOURCE_PREFIX + name if name in changed else name) for name in (*TOKENIZER_FILES, *templates)]
     if prepared.own is not None:
         names += [(name, name) for name in kept_files(folder)]
     files = [(own_file(folder, name), new) for name, new in (*names, *((name, name) for name in OTHER_FILES))]

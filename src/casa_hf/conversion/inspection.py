@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint_files.config import read_casa_config
-from ..checkpoint_files.shards import DTYPES, read_checkpoint
+from ..checkpoint_files.headers import WithoutWeights
+from ..checkpoint_files.shards import DTYPES
 from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, own_file, read_json
 from .mapping import ADDED, TOKEN_ROWS
@@ -60,18 +61,20 @@ class CheckpointSummary:
     video_history: str
 
 
-def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
+def inspect_checkpoint(path: str | Path, revision: str | None = None) -> CheckpointSummary:
     """Summarise a CASA checkpoint without loading its weights.
 
     Args:
-        path: Folder of the checkpoint.
+        path: Folder or Hub id of the checkpoint; of a Hub id the weights aren't downloaded.
+        revision: Branch, tag or commit of a Hub id.
 
     Raises:
         CheckpointError: if there is no CASA checkpoint, or its files are broken.
     """
-    folder = Path(path)
+    checkpoint = WithoutWeights.open(path, revision)
+    folder = checkpoint.folder
     config = read_casa_config(folder)
-    tensors = read_checkpoint(folder)
+    tensors = checkpoint.headers()
     parameters: Counter[str] = Counter()
     added = active = 0
     for name, tensor in tensors.items():

@@ -45,6 +45,7 @@ class Conversion:
         initialised: Name of each tensor that is new, or has new rows, and copies nothing -> how these start.
         dropped: Name of each source tensor that is left out -> why.
         note: Text on what the new model computes before any training, in sentences.
+        findings: What was concluded or assumed about a source that doesn't say all of its design, in sentences.
     """
 
     config: PreTrainedConfig
@@ -54,6 +55,7 @@ class Conversion:
     initialised: dict[str, str]
     dropped: dict[str, str]
     note: str
+    findings: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> list[str]:

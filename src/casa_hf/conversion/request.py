@@ -33,6 +33,7 @@ class ConversionRequest:
         max_pixels: Largest number of pixels of an image.
         max_shard_size: Largest size of a weight file.
         design: Design fields that differ from the variant.
+        mapping: Path of a mapping file for a checkpoint of the method's authors.
 
     Raises:
         CheckpointError: if the dtype is unknown, or the size of a weight file isn't one.
@@ -48,6 +49,7 @@ class ConversionRequest:
     max_pixels: int | None
     max_shard_size: int | str
     design: Mapping[str, Any]
+    mapping: str | Path | None = None
 
     def __post_init__(self) -> None:
         dtype_code(self.dtype)
@@ -80,6 +82,7 @@ class ConversionRequest:
         options = {
             "--vision-from": self.vision_from,
             "--image-delimiters": self._written_delimiters,
+            "--mapping": self.mapping,
             "--dtype": self.dtype_name,
             "--revision": self.revision,
             "--max-pixels": self.max_pixels,

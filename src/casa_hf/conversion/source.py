@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..backbones import SOURCE_BACKBONES, VISION_TOWERS
 from ..checkpoint_files.config import read_config
-from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
+from ..checkpoint_files.download import CODE_FILES, SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..checkpoint_files.shards import StoredTensor, read_checkpoint
 from ..checkpoint_files.unchanged import FileState, check_unchanged, folder_state
 from ..checks import one_line
@@ -51,6 +51,11 @@ class Source:
         source = cls(folder, repository, folder_state(folder, SMALL_FILES))
         check_json(folder, json_files)
         return source
+
+    def fetch_code(self) -> None:
+        """Download the code beside the weights of a Hub id; it is only read."""
+        if self.repository is not None:
+            download(self.repository, self.folder.name, CODE_FILES)
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Where each tensor is stored; downloads the weights of a Hub id."""
