@@ -829,6 +829,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
         super().__init__(config)
         self.model = CasaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Whether there is a state that tokens can't be taken back from.
+        self._is_stateful = "recurrent" in self.model.language_model.kept_by_blocks
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

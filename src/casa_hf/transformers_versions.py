@@ -210,8 +210,10 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "_prepare_position_ids_for_generation",
             "_update_model_kwargs_for_generation",
             "_valid_auto_compile_criteria",
+            "_validate_generation_mode",
         ),
         "transformers.PreTrainedConfig": ("_attn_implementation",),
+        "transformers.PreTrainedModel": ("_is_stateful",),
         "transformers.generation.configuration_utils": ("GenerationMode",),
         "transformers.generation.utils": (
             "GENERATION_MODES_MAPPING",
@@ -246,6 +248,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "_flex_attn_can_dispatch",
             "_from_config",
             "_init_weights",
+            "_is_stateful",
             "_no_split_modules",
             "_skip_keys_device_placement",
             "_supports_attention_backend",
