@@ -1,10 +1,11 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Small checkpoints with random weights, of every family that CASA is built on.
 
-`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
-folder has: weights and configuration as the stock classes save them, a byte-level BPE tokenizer with Qwen's special
-tokens, the image processor's settings and a chat template. `build_tiny_helium` does the same for the text-only Helium.
-They answer nothing sensible, but they take every path that trained checkpoints take, in seconds and without a network.
+`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE or
+Qwen3.5 folder has: weights and configuration as the stock classes save them, a byte-level BPE tokenizer with Qwen's
+special tokens, the image processor's settings and a chat template. `build_tiny_helium` does the same for the text-only
+Helium. They answer nothing sensible, but they take every path that trained checkpoints take, in seconds and without a
+network.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -183,6 +186,27 @@ def _qwen3_moe_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]
     }
 
 
+def _qwen3_5_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
+    pairs = rotary_pairs // 2
+    side = pairs // 3
+    kinds = ["linear_attention", "full_attention"]  # three of four are linear in published models
+    return {
+        "head_dim": 2 * rotary_pairs,
+        "layer_types": [kinds[number % 2] for number in range(num_hidden_layers)],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "mrope_section": [pairs - 2 * side, side, side],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+
+
 def _qwen2_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
     return {
         "depth": depth,
@@ -224,6 +248,12 @@ def _qwen3_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
         "deepstack_visual_indexes": list(range(depth - 1)),
         "out_hidden_size": out_hidden_size,
     }
+
+
+def _qwen3_5_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
+    vision = _qwen3_vision(depth, out_hidden_size)
+    del vision["deepstack_visual_indexes"]
+    return vision
 
 
 _QWEN3_PROCESSOR_FILES = {
@@ -269,6 +299,14 @@ FAMILIES = {
         model=Qwen3VLMoeForConditionalGeneration,
         text=_qwen3_moe_text,
         vision=_qwen3_vision,
+        chat_template=TURNS_TEMPLATE,
+        processor_files=_QWEN3_PROCESSOR_FILES,
+    ),
+    "qwen3_5": Family(
+        config=Qwen3_5Config,
+        model=Qwen3_5ForConditionalGeneration,
+        text=_qwen3_5_text,
+        vision=_qwen3_5_vision,
         chat_template=TURNS_TEMPLATE,
         processor_files=_QWEN3_PROCESSOR_FILES,
     ),
@@ -463,5 +501,7 @@ def _randomize(model: nn.Module, seed: int) -> None:
             parameter.copy_(2 * noise / fan_in**0.5)
         elif name.endswith("bias"):
             parameter.copy_(0.3 * noise)
+        elif name.endswith("A_log"):
+            parameter.copy_(noise - 3)  # so that linear attention remembers some tokens
         else:
             parameter.copy_(1 + 0.3 * noise)

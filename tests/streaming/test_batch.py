@@ -96,17 +96,16 @@ def test_frames_that_come_while_other_streams_speak(model, processor, sampled):
     batch = batch_of(model, processor, **settings)
     streams = [batch.add(prompt=prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
     taken: dict[int, list[CaptionEvent]] = {stream: [] for stream in streams}
-    shown = {stream: iter(PICTURES[stream : stream + 4]) for stream in streams}
+    shown = {stream: PICTURES[stream : stream + 4] for stream in streams}
     idle = {stream: stream for stream in streams}  # and for how many events
     events = batch.push({})
     together = set()
-    while idle or any(batch._steps):
-        ready = {stream: frame for stream in idle if not idle[stream] and (frame := next(shown[stream], None))}
+    while any(shown.values()) or batch._steps or batch._events:
+        ready = {stream: shown[stream].pop(0) for stream in idle if not idle[stream] and shown[stream]}
         idle = {stream: max(0, left - 1) for stream, left in idle.items() if stream not in ready}
         events = batch.push(ready) if ready else events
         together.add(frozenset(batch._forwards))
         if (pair := next(events, None)) is None:
-            idle = {stream: left for stream, left in idle.items() if left}
             events = batch.push({})
             continue
         taken[pair[0]].append(pair[1])
