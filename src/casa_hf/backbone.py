@@ -226,6 +226,10 @@ class BlockAdapter:
         """How many of a stored tensor's `numel` parameters take part in computing a token."""
         return numel
 
+    def recurrent_bytes(self, text_config: PreTrainedConfig, number_bytes: int) -> int:
+        """Size of one block's recurrent state for one sequence, of a model with numbers of `number_bytes`."""
+        return 0
+
 
 _DEFAULT_BLOCKS = BlockAdapter()
 

@@ -49,6 +49,16 @@ class Qwen3_5Blocks(BlockAdapter):
             return module(states, cache, valid)
         return _continued(module, states, valid, cache)
 
+    def recurrent_bytes(self, text_config: PreTrainedConfig, number_bytes: int) -> int:
+        config: Any = text_config
+        heads, key_dim, value_dim = (
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+        channels = 2 * config.linear_num_key_heads * key_dim + heads * value_dim
+        return channels * config.linear_conv_kernel_dim * number_bytes + heads * key_dim * value_dim * 4  # in float32
+
     def initialize(self, module: nn.Module, std: float) -> None:
         import torch
         from transformers import initialization as init

@@ -69,6 +69,10 @@ def test_summary_of_other_families(tmp_path):
     vision = build_tiny_source(tmp_path / "vision", hidden_size=32)
     helium = build_tiny_helium(tmp_path / "helium", num_key_value_heads=1)
     convert_checkpoint(helium, tmp_path / "casa-helium", vision_from=vision, max_pixels=SIDE * SIDE)
+    recurrent = build_tiny_source(tmp_path / "qwen3_5", family="qwen3_5", num_attention_heads=2, num_hidden_layers=4)
+    for variant in ("casa", "casa-replace", "exact"):  # keys and values in blocks of full attention alone
+        convert_checkpoint(recurrent, tmp_path / variant, variant, max_pixels=65536)
+        assert_cache_is_as_told(tmp_path / variant)
     for folder in (tmp_path / "casa-qwen3", tmp_path / "casa-helium"):
         assert_cache_is_as_told(folder)
 
@@ -105,6 +109,7 @@ def assert_cache_is_as_told(folder):
     assert cache_nbytes(cache) == {
         "image": summary.image_bytes,
         "text": len(ids) * summary.text_token_bytes + in_window * summary.window_text_bytes,
+        **({"recurrent": summary.recurrent_bytes} if summary.recurrent_bytes else {}),
     }
 
 

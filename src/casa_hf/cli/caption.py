@@ -546,8 +546,8 @@ class _View(AbstractContextManager["_View"]):
             "frames": f"{self._counts['frames']}, {self._counts['dropped']} dropped, {self._counts['merged']} merged, "
             f"{counted(self._counts['error'], 'error')}",
             "latency": "",
-            "memory": f"{decimal(self._nbytes['text'])} text, {decimal(self._nbytes['image'])} image, "
-            f"{self._stream.num_text_tokens} text tokens",
+            "memory": "".join(f"{decimal(size)} {part}, " for part, size in self._nbytes.items())
+            + f"{self._stream.num_text_tokens} text tokens",
         }
         if self._latencies:
             mean = sum(self._latencies) / len(self._latencies)

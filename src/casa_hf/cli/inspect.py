@@ -66,6 +66,8 @@ def inspect(
         **_image_rows(summary),
         "text token": text_token,
     }
+    if summary.recurrent_bytes:
+        rows["recurrent"] = f"{decimal(summary.recurrent_bytes)} for each sequence, however long it is"
     for label, value in rows.items():
         typer.echo(f"{label:<15}{value}")
 

@@ -139,7 +139,7 @@ def _equal_prompts(config: CasaConfig) -> str | None:
         config.casa_keys == "context"
         and config.casa_image_updates == "full"
         and config.casa_positions == "insertion"
-        and len(config.fusion_layers) == config.text_config.num_hidden_layers
+        and config.fusion_layers == config.backbone.fusable_blocks(config.text_config)
         and not config.num_gist_tokens
         and not config.backbone.text_only
     )

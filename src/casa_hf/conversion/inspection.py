@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backbone import LINEAR_ATTENTION
 from ..checkpoint_files.config import read_casa_config
 from ..checkpoint_files.headers import WithoutWeights
 from ..checkpoint_files.shards import DTYPES
@@ -19,14 +20,15 @@ from .mapping import ADDED, TOKEN_ROWS
 class CheckpointSummary:
     """What is known of a CASA checkpoint without its weights.
 
-    With L decoder blocks, F of them with a fusion layer, R of these in place of self-attention, K key/value heads of d
-    channels and e bytes per number, one token's keys and values in one attention take b = 2 K d e bytes.
+    With L decoder blocks of full attention, F of them with a fusion layer, R of these in place of self-attention, K
+    key/value heads of d channels and e bytes per number, one token's keys and values in one attention take b = 2 K d e
+    bytes.
 
     Attributes:
         variant: Name of the variant; None if the settings have no name.
         backbone: Family of the source, such as "Qwen2.5-VL".
         dtype: Number format of most weights, such as "bfloat16"; e is its size.
-        num_layers: Number of decoder blocks, L.
+        num_layers: Number of decoder blocks, L and those of linear attention.
         fusion_layers: Indices of the F blocks.
         source_parameters: Number of parameters taken over from the source, tied ones counted once.
         added_parameters: Number of parameters of fusion layers, projector and embeddings of new tokens.
@@ -39,6 +41,8 @@ class CheckpointSummary:
         text_token_bytes: Size of what one more text token adds to the KV cache for good: (L - R) b.
         window_text_bytes: Size of what it adds besides while its window is the current one: F b; 0 where fusion layers
             have no text keys or those of self-attention.
+        recurrent_bytes: Size of the recurrent states of linear attention for one sequence, however long it is; 0 in
+            families without.
         image_history: Value "latest" or "group" where a new window frees the images before it, "all" where none is
             freed.
         video_history: Same value for video frames.
@@ -57,6 +61,7 @@ class CheckpointSummary:
     image_bytes: int
     text_token_bytes: int
     window_text_bytes: int
+    recurrent_bytes: int
     image_history: str
     video_history: str
 
@@ -99,6 +104,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         image_bytes=image_tokens * image_token_bytes,
         text_token_bytes=text_token_bytes,
         window_text_bytes=window_text_bytes,
+        recurrent_bytes=_recurrent_bytes(config, dtype.itemsize),
         image_history=config.casa_image_history,
         video_history=config.casa_video_history,
     )
@@ -109,7 +115,7 @@ def _token_bytes(config: CasaConfig, number_bytes: int) -> tuple[int, int, int]:
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_key_value_heads * head_dim * number_bytes
-    num_layers, num_fused = text.num_hidden_layers, len(config.fusion_layers)
+    num_layers, num_fused = len(config.backbone.fusable_blocks(text)), len(config.fusion_layers)
     one_computation = config.casa_share_projections and config.casa_placement == "parallel"
     image_layers = num_fused
     if config.casa_image_updates == "full":
@@ -117,6 +123,13 @@ def _token_bytes(config: CasaConfig, number_bytes: int) -> tuple[int, int, int]:
     text_layers = num_layers - num_fused if config.casa_placement == "replace" else num_layers
     window_layers = num_fused if config.casa_keys == "window" and not one_computation else 0
     return image_layers * token_bytes, text_layers * token_bytes, window_layers * token_bytes
+
+
+def _recurrent_bytes(config: CasaConfig, number_bytes: int) -> int:
+    """Bytes of the recurrent states of all blocks for one sequence."""
+    adapter = config.backbone.block
+    num_blocks = adapter.kinds(config.text_config).count(LINEAR_ATTENTION)
+    return num_blocks * adapter.recurrent_bytes(config.text_config, number_bytes)
 
 
 def _largest_image(folder: Path, config: CasaConfig) -> int:

@@ -94,8 +94,9 @@ const HANDLERS = {
   },
   caption,
   answer,
-  memory({ frame_index, text, image }) {
-    keep(stream.memory, { x: frame_index, first: text, second: image });
+  memory({ frame_index, text, image, recurrent = 0 }) {
+    // What linear attention remembers is of the text.
+    keep(stream.memory, { x: frame_index, first: text + recurrent, second: image });
   },
   question({ text }) {
     stream.answer = document.createElement("p");
