@@ -285,7 +285,9 @@ def test_pieces_of_a_prompt_are_the_whole(family: str, variant: str) -> None:
 
 
 @whole
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}], ids=str
+)
 def test_generate_continues_a_video(family: str, options: dict[str, int]) -> None:
     """Every token that is chosen, by the scores that the source gives the prompt and the answer so far."""
     case = native(family, "insertion")

@@ -111,6 +111,7 @@ DRAWS = {"do_sample": True, "temperature": 1.5, "seed": 7}
         (["--system", "Speak French."], {"system": "Speak French."}, {}),
         (["--prefix", "In this video"], {"prefix": "In this video"}, {}),
         (["--max-text-tokens", "90"], {"max_text_tokens": 90}, {}),
+        (["--frames-per-image", "2"], {"frames_per_image": 2}, {}),
         (["--frame-budget", "1e-9"], {"frame_budget": 1e-9}, {}),
         (["--allow-repeats"], {"repetition_penalty": None, "no_repeat_ngram_size": 0}, {}),
         (DRAWN, DRAWS, {}),
@@ -138,7 +139,8 @@ def test_each_option_is_the_setting_of_the_library(
     dtype = settings.pop("dtype", None)
     if dtype is not None:
         model = CasaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
-    assert found == tokens_of(model, processor, **settings) and len(found) == 4
+    number = 2 if "frames_per_image" in settings else 4
+    assert found == tokens_of(model, processor, **settings) and len(found) == number
     assert found != tokens_of(pair[0], processor, **base), "the option makes a difference here"
 
 

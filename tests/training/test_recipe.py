@@ -142,6 +142,15 @@ def test_limits_are_those_of_the_run_unless_they_are_kept(settings, casa_folder,
     assert pixels(report.output) == pixels(tmp_path / "trained-checkpoints" / "checkpoint-2") == published
 
 
+@pytest.mark.parametrize("limits", [{}, {"frame_max_pixels": 56 * 56}])
+def test_how_frames_share_images_is_kept(settings, casa_folder, limits):
+    report = train(TrainingConfig.from_dict({**settings, **limits, "frames_per_image": 2}))
+    published = CasaProcessor.from_pretrained(report.output)
+    assert published.frames_per_image == 2 and pixels(report.output) == pixels(casa_folder)
+    with pytest.raises(ValueError, match=r"frames_per_image=3 is none of 1, 2, 'all'"):
+        train(TrainingConfig.from_dict({**settings, "output": f"{report.output}-2", "frames_per_image": 3}))
+
+
 def test_a_run_reads_what_its_policy_allows(settings, tmp_path):
     for policy, message in (
         ({"max_decoded_pixels": 100}, r"^/.*, line \d+: .*\.jpg' can't be used: .* more than max_decoded_pixels=100"),

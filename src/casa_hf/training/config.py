@@ -70,6 +70,7 @@ class TrainingConfig:
         max_text_tokens, max_image_tokens: budget of a packed sequence.
         over_long: treatment of conversations that exceed the budget, "raise" or "drop".
         max_pixels, frame_max_pixels: limits of images and video frames in this run; None for the processor's.
+        frames_per_image: number of video frames that make an image, likewise; 1, 2 or "all".
         media_policy: fields of `MediaPolicy`: what images and videos may be read from, and how large they may be.
         keep_limits: whether the processor that is saved has these limits too, rather than those that the model's had.
         sequences_per_update: number of packed sequences per optimizer step, over all processes; the last step of an
@@ -109,6 +110,7 @@ class TrainingConfig:
     over_long: str = "raise"
     max_pixels: int | None = None
     frame_max_pixels: int | None = None
+    frames_per_image: int | str | None = None
     media_policy: dict[str, Any] | None = None
     keep_limits: bool = False
     sequences_per_update: int = 128

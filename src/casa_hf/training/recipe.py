@@ -190,10 +190,14 @@ def _check_model(model: str, folder: Path) -> None:
 
 def _load_processors(config: TrainingConfig, folder: Path) -> tuple[CasaProcessor, CasaProcessor]:
     """The processor of this run's data, and the one to save."""
-    limits = {"max_pixels": config.max_pixels, "frame_max_pixels": config.frame_max_pixels}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    processor = CasaProcessor.from_pretrained(folder, media_policy=config.media_policy, **limits)
-    return processor, CasaProcessor.from_pretrained(folder) if limits and not config.keep_limits else processor
+    names = ("max_pixels", "frame_max_pixels", "frames_per_image")
+    settings: dict[str, Any] = {name: value for name in names if (value := getattr(config, name)) is not None}
+    processor = CasaProcessor.from_pretrained(folder, media_policy=config.media_policy, **settings)
+    if config.keep_limits or not settings.keys() & {"max_pixels", "frame_max_pixels"}:
+        return processor, processor
+    # How frames share images is what the model has learned, unlike the limits.
+    learned = {name: value for name, value in settings.items() if name == "frames_per_image"}
+    return processor, CasaProcessor.from_pretrained(folder, **learned)
 
 
 def _load_data(config: TrainingConfig, processor: CasaProcessor) -> tuple[PackedDataset, PackedDataset | None]:
