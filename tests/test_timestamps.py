@@ -177,11 +177,15 @@ def test_a_model_with_timestamps_refuses_frames_without(model: Any) -> None:
 
 def test_settings() -> None:
     family, other = FAMILIES["qwen3_vl_text"], FAMILIES["qwen2_5_vl_text"]
+    assert CasaConfig.from_source(family.source_config()).video_timestamps == "native"
+    assert CasaConfig.from_source(family.source_config(), video_timestamps=None).video_timestamps is None
     assert CasaConfig.from_source(other.source_config()).video_timestamps is None
     assert CasaConfig.from_source(other.source_config(), video_timestamps="text").video_timestamps == "text"
     assert CasaConfig.from_source(family.source_config()).variant == "casa"  # no part of the design
     with pytest.raises(ValueError, match=r"'native' is for sources that write .*Qwen2.5-VL doesn't; use 'text'"):
         CasaConfig.from_source(other.source_config(), video_timestamps="native")
+    with pytest.raises(ValueError, match=r"video_timestamps='text' is for frames, but .* whole video of Qwen2.5-VL"):
+        other.casa_config("insertion", casa_video_layout="native", video_timestamps="text")
     with pytest.raises(ValueError, match=r"video_timestamps='seconds' is unknown; choose one of None, 'nativ"):
         CasaConfig(video_timestamps="seconds")
     assert [timestamp_text(kind, 0.25) for kind in VIDEO_TIMESTAMPS] == ["", "<0.2 seconds>", "[0.2 seconds]"]

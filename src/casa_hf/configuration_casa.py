@@ -305,6 +305,7 @@ class CasaConfig(PreTrainedConfig):
             "image_token_id": source.vision_end_token_id,
             "vision_start_token_id": source.vision_start_token_id,
             "vision_end_token_id": source.vision_end_token_id,
+            "video_timestamps": SOURCE_BACKBONES[source_type].default_timestamps,
         }
         return cls.from_variant(variant, text_config=source.text_config, **{**fields, **overrides})
 
@@ -369,6 +370,12 @@ class CasaConfig(PreTrainedConfig):
             raise ValueError(
                 f"video_timestamps='native' is for sources that write the time of each video frame, which "
                 f"{self.backbone.display_name} doesn't; use 'text', or None for none."
+            )
+        if self.video_timestamps is not None and self.has_whole_videos:
+            raise ValueError(
+                f"video_timestamps={self.video_timestamps!r} is for frames, but casa_video_layout='native' makes a "
+                f"whole video of {self.backbone.display_name} one image, whose positions tell the times; set "
+                "video_timestamps to None, or leave casa_video_layout out."
             )
         self._validate_tokens()
         self._validate_layers()

@@ -108,9 +108,15 @@ class Notation:
             )
         return [FRAME_TYPE if pad in (VIDEO_PAD, VIDEO_PLACEHOLDER) else IMAGE_TYPE for pad in pads]
 
-    def written(self, number: int) -> str:
-        """What is tokenized for an image, or for a video of so many frames."""
-        return (self.start + self.end + self.gists) * number
+    def written(self, times: Sequence[str], enclosed: bool = False) -> str:
+        """What is tokenized for an image, or for a video.
+
+        Args:
+            times: what stands before each image: the time of a frame, or nothing.
+            enclosed: whether a further pair of delimiters stands around them all.
+        """
+        images = "".join(time + self.start + self.end + self.gists for time in times)
+        return self.start + images + self.end if enclosed else images
 
 
 class Prompt(NamedTuple):

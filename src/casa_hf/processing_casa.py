@@ -10,7 +10,7 @@ source's own image processor.
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -20,14 +20,16 @@ from transformers.image_utils import is_valid_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
 
+from .backbones import SOURCE_BACKBONES
 from .chat_templates import wrap_chat_template
 from .chat_text import ChatText, token_ids
-from .checks import listed
+from .checks import counted, listed
 from .design_space import check_gist_tokens
 from .folder_files import read_json
 from .frames_casa import Frames, check_sampling, measure_frames, read_frames
-from .image_inputs import FRAME_TYPE, IMAGE_TYPE
+from .image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
 from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
@@ -36,8 +38,12 @@ from .temporal_patches import (
     by_image,
     check_frames_per_image,
     join_frames,
+    middle,
     num_temporal_patches,
 )
+from .timestamps_casa import ASSUMED_FPS, ENCLOSED, check_video_timestamps, num_common_last, timestamp_text
+
+logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
@@ -58,6 +64,8 @@ class CasaVideosKwargs(TypedDict, total=False):
     do_sample_frames: bool | None
     frame_max_pixels: int | None
     frames_per_image: int | str | None
+    video_timestamps: str | None
+    video_metadata: Any
 
 
 class CasaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -86,6 +94,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             share the two halves of what the vision tower takes at once, an odd one at the end is doubled; as many
             frames give half as many images and tokens. "all": a whole video is one image, for models with
             `casa_video_layout="native"` of Qwen2-VL or Qwen2.5-VL.
+        video_timestamps: time of each video frame, written before it, for models that read it: None for none, "native"
+            as the source writes it (`<0.5 seconds>`), "text" in plain text (`[0.5 seconds]`). Of frames that share an
+            image it is the mean.
 
     Attributes:
         image_token_id: id of `image_token`.
@@ -97,8 +108,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             images may be; it may be replaced at any time, and isn't saved with the processor.
 
     Raises:
-        ValueError: if the tokenizer lacks one of these tokens, `num_gist_tokens` is out of range, or an image can't
-            have so many frames.
+        ValueError: if the tokenizer lacks one of these tokens, `num_gist_tokens` is out of range, an image can't have
+            so many frames, or there are no such timestamps.
     """
 
     valid_processor_kwargs = CasaProcessorKwargs
@@ -114,6 +125,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         num_gist_tokens: int = 0,
         vision_start_token: str | None = None,
         frames_per_image: int | str = 1,
+        video_timestamps: str | None = None,
     ):
         template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
@@ -126,6 +138,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         self.vision_start_token = vision_start_token
         self.frames_per_image = frames_per_image
         check_frames_per_image(frames_per_image, image_processor.temporal_patch_size)
+        self.video_timestamps = video_timestamps
+        check_video_timestamps(video_timestamps)
         gists = _gist_tokens(num_gist_tokens)
         self._notation = Notation(vision_start_token or "", image_token, "".join(gists))
         _check_delimiters(tokenizer, self._notation)
@@ -152,22 +166,24 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             pretrained_model_name_or_path: folder or Hub id.
             *args, **kwargs: arguments as elsewhere in Transformers, and settings that hold from now on: `min_pixels`
                 and `max_pixels` (or `size={"shortest_edge": ..., "longest_edge": ...}`, also in pixels) for images,
-                `frame_max_pixels` and `frames_per_image` for video frames, and `media_policy`, a
+                `frame_max_pixels`, `frames_per_image` and `video_timestamps` for video frames, and `media_policy`, a
                 [`~media_casa.MediaPolicy`] or a dictionary of its fields. Without one, any URL is fetched and any path
                 is read, as by Transformers' processors; a server gives `{"network": False, "local_files": False}`.
 
         Raises:
-            ValueError: if the limits don't fit together, the policy isn't valid, or an image can't have so many
-                frames.
+            ValueError: if the limits don't fit together, the policy isn't valid, an image can't have so many frames,
+                or there are no such timestamps.
         """
         media_policy = MediaPolicy.of(kwargs.pop("media_policy", None))
         limits = {name: kwargs.pop(name) for name in _LIMITS if name in kwargs}
-        of_frames = {name: kwargs.pop(name) for name in ("frame_max_pixels", "frames_per_image") if name in kwargs}
+        names = ("frame_max_pixels", "frames_per_image", "video_timestamps")
+        of_frames = {name: kwargs.pop(name) for name in names if name in kwargs}
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.image_processor = _with_limits(processor.image_processor, limits)
         processor.media_policy = media_policy
         if "frames_per_image" in of_frames:
             check_frames_per_image(of_frames["frames_per_image"], processor.image_processor.temporal_patch_size)
+        check_video_timestamps(of_frames.get("video_timestamps"))
         for name, value in of_frames.items():
             setattr(processor, name, value)
         return processor
@@ -185,7 +201,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         """The processor for the CASA form of a token-insertion checkpoint.
 
         Args:
-            folder: local folder of the source, with the files of its tokenizer and its image processor.
+            folder: local folder of the source, with the files of its tokenizer and its image processor. If its
+                config.json is that of a family that has timestamps, so has the processor.
             max_pixels: largest number of pixels of an image; None for the source's limit.
             frame_max_pixels: largest number of pixels of a video frame; None for the limit of images.
             num_gist_tokens: gist tokens after each image; they are added to the tokenizer. The model needs an
@@ -209,6 +226,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             source_config=source_config,
             num_gist_tokens=num_gist_tokens,
             frames_per_image=frames_per_image,
+            video_timestamps=_timestamps_of(folder),
         )
         processor.new_tokens = new_tokens
         return processor
@@ -294,16 +312,18 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             audio: None; audio is not supported.
             **kwargs: options of the tokenizer (`padding`, `padding_side`, ...) and of the image processor
                 (`min_pixels`, `max_pixels` or `size`, `input_data_format` of arrays, ...); for videos `fps` and
-                `num_frames`, which count frames, `do_sample_frames`, `frame_max_pixels`, the pixels of each frame, and
-                `frames_per_image`; `media_policy`, for this call alone; `return_tensors`.
+                `num_frames`, which count frames, `do_sample_frames`, `frame_max_pixels`, the pixels of each frame,
+                `frames_per_image`, `video_timestamps`, and `video_metadata`, what is known of decoded frames: for each
+                video a `VideoMetadata` of Transformers or a dictionary with `fps` and `frames_indices`, or None;
+                `media_policy`, for this call alone; `return_tensors`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at a token that an image precedes, 2 at one that a
-            frame or several precede, 0 elsewhere), each (batch, tokens); `pixel_values` (patches, patch dim) and
-            `image_grid_thw` (images, 3) with images and frames in reading order over the batch. With `return_tensors`,
-            both are empty where there are none, so that prompts with and without images have the same keys. With
-            `frames_per_image="all"` also `second_per_grid_ts` (images,), the seconds from one temporal patch of a
-            video to the next, 0 for images.
+            frame or several precede, 3 at the time of a frame, 0 elsewhere), each (batch, tokens); `pixel_values`
+            (patches, patch dim) and `image_grid_thw` (images, 3) with images and frames in reading order over the
+            batch. With `return_tensors`, both are empty where there are none, so that prompts with and without images
+            have the same keys. With `frames_per_image="all"` also `second_per_grid_ts` (images,), the seconds from one
+            temporal patch of a video to the next, 0 for images.
 
         Raises:
             ValueError: if placeholders and images or videos don't match, or an image, a video or an option can't be
@@ -336,7 +356,26 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         _refuse_parts(conversation, bool(kwargs.get("tokenize")))
         if kwargs.get("load_audio_from_video"):
             raise ValueError("CASA models take no audio; leave load_audio_from_video out.")
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        made = super().apply_chat_template(conversation, *args, **kwargs)
+        if isinstance(made, BatchFeature) and {"assistant_masks", "mm_token_type_ids"} <= made.keys():
+            made["assistant_masks"] = _without_times(made["assistant_masks"], made["mm_token_type_ids"])
+        return made
+
+    def timestamp_ids(self, seconds: float) -> list[int]:
+        """Ids of the time that stands before a frame; none without timestamps.
+
+        Args:
+            seconds: time of the frame; of several in one image the mean.
+        """
+        return self._time_ids(timestamp_text(self.video_timestamps, seconds))
+
+    def _time_ids(self, written: str) -> list[int]:
+        """Ids of what stands between two images."""
+        if not written:
+            return []
+        image = self._notation.image
+        number = len(token_ids(self.tokenizer, image, {}))
+        return token_ids(self.tokenizer, image + written + image, {})[number:-number]
 
     def measure(self, text: str, images: Any = None, videos: Any = None, **kwargs: Any) -> tuple[int, int]:
         """What a prompt will take, without making its pixels.
@@ -457,9 +496,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             _check_counts("image", self._notation.image, [row.count(IMAGE_TYPE) for row in types], all_images)
             _check_counts("video", self._notation.video, [row.count(FRAME_TYPE) for row in types], all_videos)
         options = self._options(kwargs)
-        sizes = self._sizes(options, with_videos=bool(all_videos.items))
-        frames_per_image = self._frames_per_image(options)
-        return _Call(types, all_images.items, all_videos.items, options, sizes, policy, frames_per_image)
+        return _Call(
+            types=types,
+            images=all_images.items,
+            videos=all_videos.items,
+            metadata=_metadata(options["videos_kwargs"].get("video_metadata"), len(all_videos.items)),
+            options=options,
+            sizes=self._sizes(options, with_videos=bool(all_videos.items)),
+            policy=policy,
+            frames_per_image=self._frames_per_image(options),
+            timestamps=None if texts is None else self._timestamps(options),
+        )
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict]:
         """The options of a call by what they are for."""
@@ -483,6 +530,17 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         number = self.frames_per_image if given is None else given
         check_frames_per_image(number, self.image_processor.temporal_patch_size)
         return number
+
+    def _timestamps(self, options: dict[str, dict]) -> str | None:
+        """Kind of timestamps, with these options of a call."""
+        kind = options["videos_kwargs"].get("video_timestamps", self.video_timestamps)
+        check_video_timestamps(kind)
+        if kind is not None and self._frames_per_image(options) == ALL_FRAMES:
+            raise ValueError(
+                f"video_timestamps={kind!r} is for frames, but a whole video is one image here (frames_per_image="
+                f"{ALL_FRAMES!r}), whose positions tell the times; pass video_timestamps=None, or frames_per_image=1."
+            )
+        return kind
 
     def _load(self, call: "_Call") -> "list[list[_Visual]]":
         """Load all images and frames of a call, by prompt and placeholder, as RGB images."""
@@ -514,13 +572,22 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             "sample": videos_kwargs.get("do_sample_frames") is not False,
         }
         check_sampling(**sampling)
-        images, videos = iter(call.images), iter(call.videos)
+        images, videos = iter(call.images), zip(call.videos, call.metadata, strict=True)
 
         def visual(type: int) -> _Visual:
             if type == IMAGE_TYPE:
                 return _Visual(type, [next(images)], 1)
-            frames = frames_of(next(videos), policy=call.policy, **sampling)
-            return _Visual(type, frames.images, call.frames_per_image, frames.seconds_apart)
+            video, metadata = next(videos)
+            frames = frames_of(video, policy=call.policy, metadata=metadata, **sampling)
+            if call.timestamps is not None and not frames.timed:
+                logger.warning_once(
+                    f"Frames are given without their times, which this model reads (video_timestamps="
+                    f"{call.timestamps!r}); they are taken for {ASSUMED_FPS:g} frames per second. Pass the file, or "
+                    "video_metadata with the `fps` and the `frames_indices` of the frames."
+                )
+            return _Visual(
+                type, frames.images, call.frames_per_image, frames.seconds_apart, frames.times, call.timestamps
+            )
 
         return [[visual(type) for type in types] for types in call.types]
 
@@ -528,7 +595,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
-            Prompt.write(text, [self._notation.written(len(visual.by_image)) for visual in row], self._notation)
+            Prompt.write(text, [self._notation.written(*visual.written) for visual in row], self._notation)
             for text, row in zip(texts, rows, strict=True)
         ]
         encoding = self._encode(texts, [prompt.text for prompt in prompts], text_kwargs)
@@ -557,15 +624,38 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options}))
 
     def _token_types(self, input_ids: list[int], visuals: "list[_Visual]") -> list[int]:
-        types = [visual.type for visual in visuals for _ in visual.by_image]
-        kept = min(map(input_ids.count, (self.image_token_id, *self.gist_token_ids)))
-        if kept != len(types):
+        # Token `image_token` ends a video too, where a further pair of delimiters stands around its frames.
+        ends = [end for visual in visuals for end in visual.ends]
+        number, others = len(ends) - ends.count(0), ends.count(0)
+        kept = min([max(0, input_ids.count(self.image_token_id) - others), *map(input_ids.count, self.gist_token_ids)])
+        if kept != number:
             raise ValueError(
-                f"Truncation leaves {kept} of the {len(types)} images and frames of a prompt; increase max_length, or "
+                f"Truncation leaves {kept} of the {number} images and frames of a prompt; increase max_length, or "
                 "shorten the prompt."
             )
-        remaining = iter(types)
-        return [next(remaining) if token == self.image_token_id else 0 for token in input_ids]
+        remaining = iter(ends)
+        types = [next(remaining) if token == self.image_token_id else 0 for token in input_ids]
+        self._mark_times(types, input_ids, visuals)
+        return types
+
+    def _mark_times(self, types: list[int], input_ids: list[int], visuals: "list[_Visual]") -> None:
+        """Say in the types of ids which are the times of frames.
+
+        What stands before the first frame of a video may share a token with the text before it, which is text then.
+        """
+        ends = (index for index, token in enumerate(input_ids) if token == self.image_token_id)
+        begin = 0  # of what stands before the next image
+        for visual in visuals:
+            times = iter(visual.written[0])
+            for number, end in enumerate(islice(ends, len(visual.ends))):
+                time = next(times, "")
+                stop = end - 1 if self._notation.start else end
+                if time:
+                    length = stop - begin
+                    if not number:
+                        length = num_common_last(input_ids[begin:stop], self._time_ids(time))
+                    types[stop - length : stop] = [DELIMITER_TYPE] * length
+                begin = end + 1 + len(self.gist_token_ids)
 
     def _pixels(self, visuals: "list[_Visual]", call: "_Call") -> dict[str, torch.Tensor]:
         """Patches and grids of all images, in order."""
@@ -686,19 +776,23 @@ class _Call(NamedTuple):
         types: `IMAGE_TYPE` or `FRAME_TYPE` for each placeholder of each prompt.
         images: images in reading order.
         videos: videos in reading order.
+        metadata: what is known of each video's decoded frames; None for nothing.
         options: options by what they are for, as Transformers merges them.
         sizes: limits of the image processor for images and for frames, by type.
         policy: limits of what may be read.
         frames_per_image: number of video frames of an image.
+        timestamps: kind of the times that are written before frames.
     """
 
     types: list[list[int]]
     images: list[Any]
     videos: list[Any]
+    metadata: list[Any]
     options: dict[str, dict]
     sizes: dict[int, dict[str, int]]
     policy: MediaPolicy
     frames_per_image: int | str
+    timestamps: str | None
 
 
 class _Visual(NamedTuple):
@@ -709,17 +803,34 @@ class _Visual(NamedTuple):
         frames: frames in order; of an image the image itself.
         frames_per_image: number of frames of an image.
         seconds_apart: seconds from frame to frame; 0 for an image.
+        times: seconds at which each frame appears; none for an image.
+        timestamps: kind of the times that are written before frames.
     """
 
     type: int
     frames: list[Any]
     frames_per_image: int | str
     seconds_apart: float = 0.0
+    times: Sequence[float] = ()
+    timestamps: str | None = None
 
     @property
     def by_image(self) -> list[list[Any]]:
         """The frames of each image that the model sees."""
         return by_image(self.frames, self.frames_per_image)
+
+    @property
+    def written(self) -> tuple[list[str], bool]:
+        """What stands before each image, and whether delimiters stand around them all."""
+        if self.timestamps is None:
+            return [""] * len(self.by_image), False
+        times = [middle(of_image) for of_image in by_image(self.times, self.frames_per_image)]
+        return [timestamp_text(self.timestamps, time) for time in times], self.timestamps in ENCLOSED
+
+    @property
+    def ends(self) -> list[int]:
+        """The types of all closing delimiters: those of its images, and 0 for one around them."""
+        return [self.type] * len(self.by_image) + [0] * self.written[1]
 
     def check_sizes(self, sizes: list[tuple[int, int]]) -> None:
         """Refuse frames of different sizes, (width, height), in one image."""
@@ -732,6 +843,31 @@ class _Visual(NamedTuple):
                     f"image (frames_per_image={self.frames_per_image!r}), which takes one size; resize them, or pass "
                     "frames_per_image=1."
                 )
+
+
+def _metadata(given: Any, number: int) -> list[Any]:
+    """What is known of each of so many videos, from what a call was given."""
+    if given is None:
+        return [None] * number
+    rows = given if isinstance(given, (list, tuple)) else [given]
+    flat = [item for row in rows for item in (row if isinstance(row, (list, tuple)) else [row])]
+    if len(flat) != number:
+        raise ValueError(
+            f"video_metadata has {counted(len(flat), 'element')} for {counted(number, 'video')}; give one for each, "
+            "or None for a video of which nothing is known."
+        )
+    return flat
+
+
+def _without_times(masks: Any, types: Any) -> Any:
+    """Masks of what the assistant said, without the times of frames."""
+    if hasattr(masks, "shape"):
+        masks[types == DELIMITER_TYPE] = 0
+        return masks
+    return [
+        [0 if type == DELIMITER_TYPE else said for said, type in zip(*row, strict=True)]
+        for row in zip(masks, types, strict=True)
+    ]
 
 
 def _check_floating(images: list[Any]) -> None:
@@ -777,6 +913,13 @@ def _refuse_parts(given: Any, tokenize: bool) -> None:
 def _read_source_files(folder: str | os.PathLike) -> dict[str, Any]:
     files = {name: Path(folder, name) for name in _SOURCE_FILES}
     return {name: read_json(path) for name, path in files.items() if path.is_file()}
+
+
+def _timestamps_of(folder: str | os.PathLike) -> str | None:
+    """The kind of timestamps of the family whose configuration is in a folder."""
+    file = Path(folder, "config.json")
+    family = SOURCE_BACKBONES.get(read_json(file).get("model_type", "")) if file.is_file() else None
+    return None if family is None else family.default_timestamps
 
 
 def _load_image_processor(folder: str | os.PathLike, max_pixels: int | None) -> Any:

@@ -18,6 +18,8 @@ VIDEO_TIMESTAMPS: dict[str | None, str] = {
     "native": "as the source writes them: `<0.5 seconds>` in Qwen3-VL and its successors",
     "text": "the same words in plain text: `[0.5 seconds]`",
 }
+# Kinds in which a further pair of delimiters stands around all of a video, as Transformers writes it from 5.10 on.
+ENCLOSED = ("native",)
 _FORMS = {"native": "<{:.1f} seconds>", "text": "[{:.1f} seconds]"}
 
 # Frames per second of which the stock processors assume frames to be that come without times.

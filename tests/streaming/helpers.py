@@ -78,6 +78,7 @@ class Transcript:
         self.ids: list[int] = []
         self.pictures: list[Image.Image] = []
         self.places: list[int] = []
+        self.times: list[int] = []  # places of the tokens that say when a frame was taken
         self.captions: list[int] = []
         self.said: list[tuple[int, int, list[int], bool]] = []  # place, token, history, whether it is an answer's
 
@@ -87,11 +88,17 @@ class Transcript:
             self.ids.pop()
         self.ids += self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def frame(self, shown: Image.Image, prefix: str = "") -> None:
-        """A frame before the last token of its mark."""
+    def frame(self, shown: Image.Image, prefix: str = "", seconds: float | None = None) -> None:
+        """A frame before the last token of its mark; without its time it is half a second after the last one."""
         tokenizer = self.processor.tokenizer
         mark = self.processor.image_placeholder
         ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
+        if self.processor.video_timestamps is not None:
+            opening, closing = {"native": "<>", "text": "[]"}[self.processor.video_timestamps]
+            seconds = len(self.pictures) / 2 if seconds is None else seconds
+            time = tokenizer(f"{opening}{seconds:.1f} seconds{closing}", add_special_tokens=False)["input_ids"]
+            self.times += range(len(self.ids), len(self.ids) + len(time))
+            self.ids += time
         self.places.append(len(self.ids) + len(ids) - 1)
         rest = tokenizer(mark + prefix, add_special_tokens=False)["input_ids"][len(ids) :]
         self.ids += [*ids, *self.processor.gist_token_ids, *rest]
@@ -126,6 +133,7 @@ class Transcript:
         if images:
             types = torch.zeros_like(ids)
             types[0, self.places] = 2
+            types[0, self.times] = 3
             places = torch.tensor([[0, place] for place in self.places])
             images |= {"image_positions": places, "mm_token_type_ids": types}
         return self.model(input_ids=ids, use_cache=False, **images).logits[0]

@@ -10,6 +10,7 @@ import typer
 
 from ..checks import counted
 from ..design_space import CHOICES, SETTINGS, VARIANTS
+from ..timestamps_casa import VIDEO_TIMESTAMPS
 from .options import checkpoint, dtype_option, existing_file, one_of, wrong_value
 from .terminal import progress_bar, quiet_unless_terminal
 
@@ -23,6 +24,7 @@ _OPTIONS = {
     "vision_from": "--vision-from",
     "image_delimiters": "--image-delimiters",
     "mapping": "--mapping",
+    "video_timestamps": "--video-timestamps",
     "max_pixels": "--max-pixels",
     "max_shard_size": "--max-shard-size",
     "revision": "--revision",
@@ -90,6 +92,14 @@ def convert(
             "such a file."
         ),
     ] = None,
+    video_timestamps: Annotated[
+        str | None,
+        one_of(
+            [kind or "none" for kind in VIDEO_TIMESTAMPS],
+            "Time of each video frame, written before it. Default: native where the source has it, else none; or a "
+            "CASA checkpoint's own.",
+        ),
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest number of pixels of an image.")] = None,
     dtype: Annotated[str | None, dtype_option("Cast the weights. Default: keep the source's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -125,6 +135,7 @@ def convert(
         "--vision-from": vision_from,
         "--image-delimiters": image_delimiters,
         "--mapping": mapping,
+        "--video-timestamps": video_timestamps,
         "--max-pixels": max_pixels,
     }
     named = [_OPTIONS[field] for field in design] + [name for name, value in given.items() if value is not None]
@@ -143,6 +154,7 @@ def convert(
         "vision_from": vision_from,
         "image_delimiters": image_delimiters,
         "mapping": mapping,
+        "video_timestamps": video_timestamps,
         "max_pixels": max_pixels,
         **design,
     }

@@ -86,6 +86,7 @@ def convert_checkpoint(
     vision_from: str | Path | None = None,
     image_delimiters: str | Sequence[str] | None = None,
     mapping: str | Path | None = None,
+    video_timestamps: str | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -115,6 +116,9 @@ def convert_checkpoint(
             vocabulary lacks are added. None for `<|vision_start|>` and `<|vision_end|>`.
         mapping: Path of a file that says what the tensors of a checkpoint of the method's authors are, where rules on
             names don't; for those only.
+        video_timestamps: Time of each video frame, written before it: "native" as the source writes it, "text" in
+            plain text, or "none". None for "native" where the source has it, else "none"; or for what a CASA
+            checkpoint has.
         dtype: Number format to cast the weights to, such as "float32" or "bfloat16"; None to keep each as it is.
         revision: Branch, tag or commit of a Hub id.
         max_pixels: Largest number of pixels of an image; None for the design's default.
@@ -132,7 +136,17 @@ def convert_checkpoint(
         ValueError: for an unknown variant or design, or a source whose settings CASA has no form for.
     """
     request = ConversionRequest(
-        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design, mapping
+        source=source,
+        variant=variant,
+        vision_from=vision_from,
+        image_delimiters=image_delimiters,
+        video_timestamps=video_timestamps,
+        dtype=dtype,
+        revision=revision,
+        max_pixels=max_pixels,
+        max_shard_size=max_shard_size,
+        design=design,
+        mapping=mapping,
     )
     destination = check_destination(output, overwrite, source, vision_from)
     prepared = _prepare(request)
@@ -165,6 +179,7 @@ def plan_conversion(
     vision_from: str | Path | None = None,
     image_delimiters: str | Sequence[str] | None = None,
     mapping: str | Path | None = None,
+    video_timestamps: str | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     max_pixels: int | None = None,
@@ -180,7 +195,17 @@ def plan_conversion(
         CheckpointError, ValueError: as `convert_checkpoint`.
     """
     request = ConversionRequest(
-        source, variant, vision_from, image_delimiters, dtype, revision, max_pixels, max_shard_size, design, mapping
+        source=source,
+        variant=variant,
+        vision_from=vision_from,
+        image_delimiters=image_delimiters,
+        video_timestamps=video_timestamps,
+        dtype=dtype,
+        revision=revision,
+        max_pixels=max_pixels,
+        max_shard_size=max_shard_size,
+        design=design,
+        mapping=mapping,
     )
     return _prepare(request).plan
 
@@ -205,6 +230,7 @@ def _prepare(request: ConversionRequest) -> _Prepared:
         num_gist_tokens=num_gist_tokens,
         own=own,
     )
+    processor.video_timestamps = config.video_timestamps
     new_token_ids = _set_tokens(config, processor) if own is None else ()
     stored = source.tensors()
     if vision is not None:
@@ -313,6 +339,8 @@ def _new_config(
     blocks = BACKBONES[text_config.model_type].fusable_blocks(text_config)
     fields = resolve_design(request.variant, request.design, blocks, own)
     num_gist_tokens = fields.pop("num_gist_tokens")
+    if request.video_timestamps is not None:
+        fields["video_timestamps"] = None if request.video_timestamps == "none" else request.video_timestamps
     if own is not None:
         if num_gist_tokens != own.num_gist_tokens and "num_gist_tokens" in request.design:
             raise CheckpointError(

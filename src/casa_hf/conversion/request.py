@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, shard_bytes
-from ..design_space import SETTINGS
+from ..design_space import SETTINGS, unknown_value
 from ..folder_files import CheckpointError
 from ..placeholders import delimiters_of
+from ..timestamps_casa import VIDEO_TIMESTAMPS
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -28,6 +29,7 @@ class ConversionRequest:
         variant: Name of a variant; None for the default one.
         vision_from: Folder or Hub id of the checkpoint that gives a vision tower.
         image_delimiters: Tokens around an image in a text-only source; None for the default.
+        video_timestamps: Kind of timestamps before video frames, or "none"; None for the default.
         dtype: Number format to cast to.
         revision: Branch, tag or commit of a Hub id.
         max_pixels: Largest number of pixels of an image.
@@ -36,7 +38,7 @@ class ConversionRequest:
         mapping: Path of a mapping file for a checkpoint of the method's authors.
 
     Raises:
-        CheckpointError: if the dtype is unknown, or the size of a weight file isn't one.
+        CheckpointError: if the dtype or the kind of timestamps is unknown, or the size of a weight file isn't one.
         ValueError: if these are no delimiters.
     """
 
@@ -44,6 +46,7 @@ class ConversionRequest:
     variant: str | None
     vision_from: str | Path | None
     image_delimiters: str | Sequence[str] | None
+    video_timestamps: str | None
     dtype: str | torch.dtype | None
     revision: str | None
     max_pixels: int | None
@@ -53,6 +56,11 @@ class ConversionRequest:
 
     def __post_init__(self) -> None:
         dtype_code(self.dtype)
+        kinds = [kind or "none" for kind in VIDEO_TIMESTAMPS]
+        if self.video_timestamps not in (None, *kinds):
+            raise CheckpointError(
+                f"video_timestamps={self.video_timestamps!r} is unknown; {unknown_value(self.video_timestamps, kinds)}"
+            )
         if self.image_delimiters is not None:
             delimiters_of(self.image_delimiters)
         shard_bytes(self.max_shard_size)
@@ -83,6 +91,7 @@ class ConversionRequest:
             "--vision-from": self.vision_from,
             "--image-delimiters": self._written_delimiters,
             "--mapping": self.mapping,
+            "--video-timestamps": self.video_timestamps,
             "--dtype": self.dtype_name,
             "--revision": self.revision,
             "--max-pixels": self.max_pixels,

@@ -139,6 +139,7 @@ def _check_tokens(folder: Path, config: CasaConfig, processor: CasaProcessor) ->
         "image_token_id": (config.image_token_id, processor.image_token_id),
         "vision_start_token_id": (config.vision_start_token_id, processor.vision_start_token_id),
         "gist_token_ids": (config.gist_token_ids or [], processor.gist_token_ids),
+        "video_timestamps": (config.video_timestamps, processor.video_timestamps),
     }
     for name, (of_model, of_processor) in pairs.items():
         if of_model != of_processor:

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from ..cache_casa import cache_nbytes, cache_state
 from ..checks import check_count, check_number
-from ..processing_casa import FRAME_TYPE
+from ..image_inputs import FRAME_TYPE
 from ..temporal_patches import ALL_FRAMES, check_frames_per_image
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
@@ -260,7 +260,8 @@ class CasaStream:
         """What the stream has to remember, as tensors and numbers, which `torch.save` writes.
 
         Of the settings, it has those that the cache was made with: the ids of system message and prompt,
-        `max_text_tokens`, `num_sink_tokens` and `frames_per_image`. The others are those of the stream that loads it.
+        `max_text_tokens`, `num_sink_tokens` and `frames_per_image`, and the processor's `video_timestamps`. The others
+        are those of the stream that loads it.
 
         Raises:
             RuntimeError: if the stream is closed, or being read by another thread.
@@ -278,9 +279,9 @@ class CasaStream:
 
         Raises:
             ValueError: if the state is of another version, or of another design, size or precision of model, if the
-                stream that was saved had another system message, prompt, `max_text_tokens`, `num_sink_tokens` or
-                `frames_per_image`, or if something is missing from it or doesn't fit the rest. The stream then stays
-                as it was.
+                stream that was saved had another system message, prompt, `max_text_tokens`, `num_sink_tokens`,
+                `frames_per_image` or `video_timestamps`, or if something is missing from it or doesn't fit the rest.
+                The stream then stays as it was.
             RuntimeError: if the stream is closed.
         """
         self._require_open()
@@ -373,7 +374,7 @@ class CasaStream:
         if not shown:
             return
 
-        ids, inputs = self._shown_frames([self.turns.joined(image) for image in images])
+        ids, inputs = self._shown_frames(images)
         forward = Forward(ids, inputs, self._caption_processors, self._history)
         self._deadline = math.inf if self.settings.frame_budget is None else pushed + self.settings.frame_budget
         last = shown[-1]
@@ -391,21 +392,24 @@ class CasaStream:
         self._deadline = math.inf
         yield from self._speak(forward, ("answer", "answered"), event, pieces, max_new_tokens)
 
-    def _shown_frames(self, frames: list[dict[str, torch.Tensor]]) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """Text ids and image inputs of a forward with new frames."""
-        ids = self._pending
+    def _shown_frames(self, images: list[list[ShownFrame]]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Text ids and image inputs of a forward with new frames, by image."""
+        ids = list(self._pending)
         if self._answered:
             ids = self._turn_to_close() + self.turns.resumption
             self._pieces.reset()
         # Their places are given: an image placeholder that the model itself has written is text.
-        size = len(self.turns.frame)
-        places = [len(ids) + number * size + self.turns.image_index for number in range(len(frames))]
-        ids = ids + self.turns.frame * len(frames) + ([] if self._begun else self.turns.prefix)
-        types = torch.zeros(1, len(ids), dtype=torch.long)
-        types[0, places] = FRAME_TYPE
-        images = {name: torch.cat([frame[name] for frame in frames]) for name in IMAGES}
-        images |= {"image_positions": torch.tensor([[0, place] for place in places]), "mm_token_type_ids": types}
-        return ids, images
+        types = [0] * len(ids)
+        for frames in images:
+            of_image, its_types = self.turns.image([frame.timestamp for frame in frames])
+            ids += of_image
+            types += its_types
+        prefix = [] if self._begun else self.turns.prefix
+        token_types = torch.tensor([types + [0] * len(prefix)])
+        joined = [self.turns.joined(frames) for frames in images]
+        inputs = {name: torch.cat([image[name] for image in joined]) for name in IMAGES}
+        inputs |= {"image_positions": (token_types == FRAME_TYPE).nonzero(), "mm_token_type_ids": token_types}
+        return ids + prefix, inputs
 
     def _speak(
         self,
@@ -540,6 +544,7 @@ class CasaStream:
             "max_text_tokens": self.settings.max_text_tokens,
             "num_sink_tokens": self.num_sink_tokens,
             "frames_per_image": self.frames_per_image,
+            "video_timestamps": self.processor.video_timestamps,
         }
         design = model_design(self.model)
         return {"version": STATE_VERSION, "design": design, "settings": settings, **self._text_state()}
@@ -665,6 +670,12 @@ def check_pair(model: Any, processor: Any, settings: StreamSettings) -> None:
         raise ValueError(
             f"The processor writes images with token {given[0]} and gist tokens {given[1]}, the model reads {own[0]} "
             f"and {own[1]}. Load both from the same checkpoint."
+        )
+    if config.video_timestamps is not None and processor.video_timestamps is None:
+        raise ValueError(
+            f"The model reads frames with their times (video_timestamps={config.video_timestamps!r}), but the "
+            f"processor writes none. Set processor.video_timestamps to {config.video_timestamps!r}, or load both from "
+            "the same checkpoint."
         )
     if settings.max_text_tokens is not None:
         model.get_decoder().key_rotation()  # or says why text can't be evicted

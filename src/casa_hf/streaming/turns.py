@@ -3,20 +3,23 @@
 
     [system] [user: prompt] [assistant:] frame (prefix) text stop frame text stop frame ...
 
+where a frame is its delimiters, behind its time if the processor writes timestamps.
 Token ids of everything that isn't generated come from rendering the processor's chat template, so that every family's
 format is kept and none is written down here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..chat_text import SAID, ChatText, message, render_chat, token_ids
 from ..checks import check_text
+from ..image_inputs import DELIMITER_TYPE, FRAME_TYPE
 from ..media_casa import MediaPolicy, rgb_image
-from ..temporal_patches import join_frames
+from ..temporal_patches import join_frames, middle
 from .steps import ShownFrame
 
 if TYPE_CHECKING:
@@ -33,8 +36,6 @@ class StreamTurns:
 
     Attributes:
         opening: ids before the first frame.
-        frame: ids of one frame, gist tokens included.
-        image_index: index in `frame` of the token that the image precedes.
         prefix: ids of the prefix.
         resumption: ids from the end of an answer to where captions resume.
 
@@ -52,14 +53,23 @@ class StreamTurns:
             self._check_placeholders(text)
         self.opening = self._ids(self._render(first))
         placeholder = self._ids(ChatText(processor.image_placeholder, {}))
-        self.frame = [*placeholder, *processor.gist_token_ids]
-        self.image_index = self.frame.index(processor.image_token_id)
+        self._frame = [*placeholder, *processor.gist_token_ids]
+        self._frame_types = [FRAME_TYPE if token == processor.image_token_id else 0 for token in self._frame]
         # Tokenized behind an image placeholder, where it will stand: some tokenizers treat the start of a text
         # specially.
         typed = {"\0": prefix} if settings.sanitize_control_tokens else {}
         behind = processor.image_placeholder + ("\0" if typed else prefix)
         self.prefix = self._ids(ChatText(behind, typed))[len(placeholder) :]
         self.resumption = self._ids(self._after_said([]))
+
+    def image(self, timestamps: Sequence[float]) -> tuple[list[int], list[int]]:
+        """Ids of an image, its time before it where the processor writes times, gist tokens included; and their types.
+
+        Args:
+            timestamps: times of its frames, in seconds.
+        """
+        time = self.processor.timestamp_ids(middle(timestamps))
+        return time + self._frame, [DELIMITER_TYPE] * len(time) + self._frame_types
 
     def question(self, text: str) -> list[int]:
         """Ids from the end of what was said, over a question, to where its answer begins.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checks import counted
+from ..image_inputs import DELIMITER_TYPE
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
@@ -34,7 +35,7 @@ class Sample:
 
     Attributes:
         input_ids: (tokens,).
-        labels: (tokens,) the ids of the answers, `IGNORED` elsewhere and at image placeholders.
+        labels: (tokens,) the ids of the answers, `IGNORED` elsewhere, at image placeholders and the times of frames.
         mm_token_type_ids: (tokens,) as the processor gives them.
         pixel_values: (patches, patch dim); None without images.
         image_grid_thw: (num_images, 3); None without images.
@@ -137,13 +138,15 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     for start, end in answers:
         in_answer |= (starts >= start) & (ends <= end) & (ends > starts)
     placeholder = processor.tokenizer(processor.image_placeholder, add_special_tokens=False)["input_ids"]
-    of_images = torch.tensor([*placeholder, *processor.gist_token_ids])
+    types = inputs["mm_token_type_ids"][0]
+    of_images = torch.isin(input_ids, torch.tensor([*placeholder, *processor.gist_token_ids]))
+    of_images |= types == DELIMITER_TYPE
     grids = inputs["image_grid_thw"]
     merge = processor.image_processor.merge_size
     return Sample(
         input_ids=input_ids,
-        labels=torch.where(in_answer & ~torch.isin(input_ids, of_images), input_ids, IGNORED),
-        mm_token_type_ids=inputs["mm_token_type_ids"][0],
+        labels=torch.where(in_answer & ~of_images, input_ids, IGNORED),
+        mm_token_type_ids=types,
         pixel_values=inputs["pixel_values"] if len(grids) else None,
         image_grid_thw=grids if len(grids) else None,
         second_per_grid_ts=inputs.get("second_per_grid_ts") if len(grids) else None,
