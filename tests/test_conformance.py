@@ -25,6 +25,7 @@ from transformers import AutoConfig, StaticCache
 from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.backbones import BACKBONES
 from casa_hf.conversion import convert_checkpoint, convert_to_source
+from casa_hf.training.parameters import RECIPES
 from examples.tiny_source import IMAGE_PROCESSOR, build_text_tokenizer, build_tokenizer
 from tests.conversion.helpers import (
     Tensors,
@@ -66,6 +67,7 @@ def no_gradients() -> Iterator[None]:
 
 def test_every_row_has_a_tiny_configuration() -> None:
     assert FAMILIES.keys() == BACKBONES.keys()
+    assert {backbone.recipe for backbone in BACKBONES.values()} <= set(RECIPES)
 
 
 # ------------------------------------------------------------------------------------- the source model

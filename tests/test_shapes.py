@@ -101,6 +101,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3-VL-30B-A3B": (partial(qwen3_vl_moe, text(2048, 6144, 48, 32, 4, 151936), 768), 31.07),
     "Qwen3-VL-235B-A22B": (partial(qwen3_vl_moe, text(4096, 12288, 94, 64, 4, 151936), 1536), 235.67),
     "Helium-1-preview-2B": (partial(model, HeliumConfig, text(2560, 7040, 24, 20, 20, 48000, head_dim=128)), 2.17),
+    "Helium-1-2B": (partial(model, LlamaConfig, text(2048, 8192, 28, 16, 8, 64000)), 2.02),
     "Llama-3.2-1B": (partial(model, LlamaConfig, text(2048, 8192, 16, 32, 8, 128256), tied=True), 1.24),
     "Llama-3.2-3B": (partial(model, LlamaConfig, text(3072, 8192, 28, 24, 8, 128256), tied=True), 3.21),
     "Qwen2.5-1.5B": (partial(model, Qwen2Config, text(1536, 8960, 28, 12, 2, 151936), tied=True), 1.54),

@@ -296,6 +296,8 @@ class Backbone:
         multimodal_rope: whether text positions have three rows (time, height, width).
         text_only: whether the source has no vision tower: it is given `vision`, or one of `other_towers`.
         other_towers: further towers that it can be given.
+        recipe: what of a model trains unless something else is asked for, as the paper trains its models: of those
+            that could see already "paper-qwen", of text models "paper-helium"; see `casa_hf.training.freeze`.
         native_video: what one pair of delimiters stands for in the source's own layout of a video: "video", all of it,
             or "temporal patch"; None for a source that knows no videos.
         native_timestamps: whether the source's processor writes the time of each video frame before it.
@@ -324,6 +326,7 @@ class Backbone:
     multimodal_rope: bool = True
     text_only: bool = False
     other_towers: tuple[VisionTower, ...] = ()
+    recipe: str = "paper-qwen"
     source_task: str = "image-text-to-text"
     native_video: str | None = None
     native_timestamps: bool = False

@@ -126,6 +126,7 @@ BACKBONES: dict[str, Backbone] = {
                 projections=projections,
                 multimodal_rope=False,
                 text_only=True,
+                recipe="paper-helium",
                 source_task="text-generation",
                 other_towers=(VISION_TOWERS["qwen2_vl_vision"], VISION_TOWERS["qwen3_vl_vision"]),
                 placeholder_id_fields=(),

@@ -349,6 +349,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, which would fetch parts with audio, whatever the policy of this processor.
 
+        A template writes all control tokens, so that the tokenizer adds none, as by its own `apply_chat_template`.
+
         Raises:
             ValueError: if there are such, or videos where no template sees them, or not one image in a part of type
                 "image" that is to be tokenized; and as for a call.
@@ -356,6 +358,8 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         _refuse_parts(conversation, bool(kwargs.get("tokenize")))
         if kwargs.get("load_audio_from_video"):
             raise ValueError("CASA models take no audio; leave load_audio_from_video out.")
+        if kwargs.get("tokenize"):
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
         made = super().apply_chat_template(conversation, *args, **kwargs)
         if isinstance(made, BatchFeature) and {"assistant_masks", "mm_token_type_ids"} <= made.keys():
             made["assistant_masks"] = _without_times(made["assistant_masks"], made["mm_token_type_ids"])

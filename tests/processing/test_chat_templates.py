@@ -186,7 +186,8 @@ def test_a_conversation_and_what_the_assistant_says_in_it(processor, photos):
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     inputs = processor.apply_chat_template(conversation(photos), **options)
     ids, mask = np.array(inputs["input_ids"][0]), np.array(inputs["assistant_masks"][0]).astype(bool)
-    assert processor.tokenizer(expected)["input_ids"] == ids.tolist()
+    # The template has written all control tokens; this tokenizer would put one more before them.
+    assert processor.tokenizer(expected, add_special_tokens=False)["input_ids"] == ids.tolist()
     assert processor.decode(ids[mask].tolist()) == "A small cat.<|im_end|>A rocket<|im_end|>"
     going_on = processor.apply_chat_template(conversation(photos), continue_final_message=True)
     assert going_on.endswith("<|im_start|>assistant\nA rocket")

@@ -31,8 +31,7 @@ SOURCE_PREFIX = "source_"
 _CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
 CARRIED_FILES = (*_CARRIED, *(SOURCE_PREFIX + name for name in _CARRIED))
 
-# Patterns of the source's files that a checkpoint keeps under other names.
-KEPT_FILES = (f"{SOURCE_PREFIX}*", f"{SOURCE_PREFIX}{TEMPLATE_FOLDER}/*.jinja")
+_KEPT_FILES = (f"{SOURCE_PREFIX}*", f"{SOURCE_PREFIX}{TEMPLATE_FOLDER}/*.jinja")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -41,6 +40,12 @@ def template_files(folder: Path) -> tuple[str, ...]:
     """Names of all files with chat templates that a folder may have."""
     further = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
     return (*TEMPLATE_FILES, *(f"{TEMPLATE_FOLDER}/{file.name}" for file in further))
+
+
+def kept_files(folder: Path) -> list[str]:
+    """Names of the source's files that a CASA checkpoint keeps for the way back."""
+    files = {file for pattern in _KEPT_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -24,12 +24,12 @@ from ..checkpoint_files.config import is_of_authors, read_config
 from ..checkpoint_files.destination import check_destination, new_folder
 from ..checkpoint_files.names import (
     CARRIED_FILES,
-    KEPT_FILES,
     OTHER_FILES,
     PROCESSOR_FILES,
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
     TOKENIZER_FILES,
+    kept_files,
     template_files,
 )
 from ..checkpoint_files.shards import Progress, StoredTensor, write_checkpoint
@@ -433,9 +433,3 @@ def changed_files(config: CasaConfig, templates: tuple[str, ...]) -> tuple[str, 
     if config.backbone.text_only:
         return TOKENIZER_FILES + templates
     return TOKENIZER_FILES if config.new_token_ids else ()
-
-
-def kept_files(folder: Path) -> list[str]:
-    """Names of the source's files that a CASA checkpoint keeps."""
-    files = {file for pattern in KEPT_FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file.relative_to(folder).as_posix() for file in files)

@@ -19,6 +19,8 @@ from ..checks import one_line
 from ..configuration_casa import SOURCE_MODEL_TYPE, CasaConfig
 from ..folder_files import CheckpointError, check_json
 
+_CONTROL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -119,7 +121,8 @@ def stock_config(config: CasaConfig, *, keep_tokens: bool = False) -> PreTrained
         text["vocab_size"] = vocab_size
     fields: dict[str, Any] = {"text_config": text, "vision_config": config.vision_config.to_dict()}
     if config.backbone.text_only:
-        fields = text
+        # Its tokenizer goes back as it was; training adapts these to that of the CASA checkpoint.
+        fields = text | {name: kept[name] for name in _CONTROL_TOKENS if name in kept}
     fields |= {"tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
     fields["architectures"] = kept.get("architectures") or [config.backbone.source_class]
     try:

@@ -25,6 +25,7 @@ from ..checkpoint_files.names import (
     SOURCE_ROWS_FILE,
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
+    kept_files,
     template_files,
 )
 from ..checkpoint_files.shards import (
@@ -40,7 +41,7 @@ from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, own_file
 from ..hub.origins import license_files
 from .card import source_card
-from .convert import changed_files, kept_files
+from .convert import changed_files
 from .mapping import (
     ADDED,
     PROJECTOR,

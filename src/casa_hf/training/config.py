@@ -64,7 +64,8 @@ class TrainingConfig:
             last metrics) and `trainer_state.json` (those of every log).
         eval_data: conversations to evaluate on, likewise.
         split, eval_split: split of the datasets that don't name their own; None for "train" and "validation".
-        trainable: recipe of `freeze`, or patterns; None for "paper-qwen", with a text-only source "paper-helium".
+        trainable: recipe of `freeze`, or patterns; None for that of the backbone: "paper-qwen" where the source could
+            see already, "paper-helium" where it was a text model.
         lora: arguments of PEFT's `LoraConfig`, to train adapters instead of weights; its `target_modules` may also be
             a key of `LORA_TARGETS`.
         max_text_tokens, max_image_tokens: budget of a packed sequence.

@@ -250,8 +250,7 @@ def _load_model(config: TrainingConfig, run: _Run) -> Any:
     # Adapters and model cards refer to the model by this: not to a folder in this machine's cache.
     model.name_or_path = model.config.name_or_path = str(config.model)
     if config.lora is None:
-        recipe = "paper-helium" if model.config.backbone.text_only else "paper-qwen"
-        freeze(model, config.trainable or recipe)
+        freeze(model, config.trainable or model.config.backbone.recipe)
     else:
         torch.manual_seed(config.seed)
         model = add_adapters(model, config.lora)

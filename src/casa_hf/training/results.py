@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint_files.destination import move_finished
-from ..checkpoint_files.names import LICENSE_FILES, SOURCE_PREFIX
+from ..checkpoint_files.names import LICENSE_FILES, kept_files
 from ..folder_files import own_file
 from .checkpoints import STATE
 
@@ -44,10 +44,10 @@ def copy_kept(model: Path, target: Path) -> None:
         target: folder to copy to.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in (f"{SOURCE_PREFIX}*", *LICENSE_FILES):
-        for file in model.glob(pattern):
-            if file.is_file():
-                shutil.copy(own_file(model, file.name), target / file.name)
+    licenses = [file.name for pattern in LICENSE_FILES for file in model.glob(pattern) if file.is_file()]
+    for name in (*kept_files(model), *licenses):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copy(own_file(model, name), target / name)
 
 
 def save_trained(trainer: CasaTrainer, output: Path, model: Path, metrics: dict[str, float] | None = None) -> None:
