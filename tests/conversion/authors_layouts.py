@@ -39,8 +39,8 @@ class Layout:
         norms: names of a block's two norms.
         attention, fusion, mlp: modules in a block; `fusion` may hold {block}, then it is the whole path.
         attention_names, fusion_names: names of the projections.
-        fusion_norm, gate: names of the norm of images and of the gate.
-        tower_norm: name of the norm behind the tower.
+        fusion_norm, text_norm, gate: names of the norms of images and of text, and of the gate.
+        tower_norm, projection: names of the norm and of the projection behind the tower.
         joined: (pattern of names, the projections that lie in one tensor, its name), applied in turn.
         patch: form of the patch embedding: "summed", "one frame", "two frames", "flat", or any function.
         rename: last change of a name.
@@ -58,7 +58,9 @@ class Layout:
     fusion_names: Mapping[str, str] = field(default_factory=lambda: SEPARATE)
     fusion_norm: str = "norm_kv"
     gate: str = "gate"
+    text_norm: str = "text_norm"
     tower_norm: str = "image_prefix.norm_xa"
+    projection: str = "image_prefix.proj_xa"
     joined: tuple[tuple[str, tuple[str, ...], str], ...] = ()
     patch: str = "summed"
     rename: Callable[[str], str] = lambda name: name
@@ -82,6 +84,8 @@ class Layout:
                 "norm": f"{self.decoder}norm.weight",
                 "head": f"{self.outer}lm_head.weight",
             }[name]
+        if name.startswith("projection."):
+            return f"{self.projection}.{name.partition('.')[2]}"
         if name == "tower_norm":
             return f"{self.tower_norm}.weight"
         first, _, rest = name.partition(".")
@@ -100,6 +104,8 @@ class Layout:
         place = self.fusion.format(block=number) if "{" in self.fusion else block + self.fusion
         if rest == "norm":
             return f"{place}{self.fusion_norm}.weight"
+        if rest == "text_norm":
+            return f"{place}{self.text_norm}.weight"
         if rest == "gate":
             return f"{place}{self.gate}"
         projection, _, leaf = rest.partition(".")
@@ -204,7 +210,7 @@ def write(
             "hidden_size": spec.tower_width,
             "intermediate_size": spec.tower_mlp,
             "num_heads": spec.tower_heads,
-            "out_hidden_size": spec.width,
+            "out_hidden_size": spec.tower_out or spec.width,
             "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": [1],

@@ -44,6 +44,8 @@ class Spec:
         gated: whether fusion passes the tanh of a learned number.
         fusion_biases: whether fusion's projections have biases.
         before: whether image positions begin before the token that the image precedes, by the image's longer side.
+        placement: "before" or "after" self-attention, with a norm of the text of its own; None beside it.
+        tower_out: width of the tower's features, if a projection follows; else None.
         inserted: whether image tokens stand in the sequence instead (the baseline).
     """
 
@@ -71,6 +73,8 @@ class Spec:
     gated: bool = False
     fusion_biases: bool = False
     before: bool = False
+    placement: str | None = None
+    tower_out: int | None = None
     inserted: bool = False
 
     @property
@@ -98,6 +102,8 @@ class Spec:
                         shapes[f"{block}{name}.{projection}.bias"] = (rows,)
             if own and self.image_norm == "own":
                 shapes[f"{block}fusion.norm"] = (width,)
+            if own and self.placement:
+                shapes[f"{block}fusion.text_norm"] = (width,)
             if own and self.gated:
                 shapes[f"{block}fusion.gate"] = (1,)
         if self.image_norm == "tower":
@@ -116,7 +122,10 @@ class Spec:
             ):
                 shapes |= {f"{block}{name}.weight": (rows, columns), f"{block}{name}.bias": (rows,)}
         shapes |= {"tower.norm": (tower,), "tower.out0.weight": (merged, merged), "tower.out0.bias": (merged,)}
-        return shapes | {"tower.out2.weight": (width, merged), "tower.out2.bias": (width,)}
+        if self.tower_out is not None:
+            shapes |= {"projection.weight": (width, self.tower_out), "projection.bias": (width,)}
+        out = self.tower_out or width
+        return shapes | {"tower.out2.weight": (out, merged), "tower.out2.bias": (out,)}
 
     def weights(self, seed: int = 0) -> Weights:
         """Random tensors, none of which is 0, 1 or a copy."""
@@ -171,7 +180,7 @@ class _Model:
         x = w["embedding"][torch.tensor(ids)]
         if spec.inserted:
             return self._inserted(x, images)
-        positions = [(t, t, t) for t in range(len(ids))]
+        here = [(t, t, t) for t in range(len(ids))]
         y = torch.cat([features for *_, features in images]) if images else x[:0]
         y = self.norm("tower_norm", y) if spec.image_norm == "tower" else y
         owners, image_positions = [], []
@@ -196,14 +205,10 @@ class _Model:
                 sees[t, len(y) + start : len(y) + t + 1] = True
         for i in range(spec.blocks):
             block = f"block.{i}."
-            n = self.norm(f"{block}norm1", x)
             fused = i in spec.fused
-            own = 0.0
-            if not (fused and spec.replaced):
-                q, k, v = (self.heads(f"{block}self.{p}", n) for p in "qkv")
-                own = self.attend(self.turn(q, positions), self.turn(k, positions), v, causal)
-            fusion = torch.zeros_like(x)
-            if fused:
+
+            def fusion(n: Tensor, block: str = block) -> Tensor:
+                """Before the output projection."""
                 name = f"{block}self" if spec.shared else f"{block}fusion"
                 image_states = y
                 if spec.image_norm in ("own", "input"):
@@ -211,20 +216,28 @@ class _Model:
                 q, text_k, text_v = (self.heads(f"{name}.{p}", n) for p in "qkv")
                 k, v = (self.heads(f"{name}.{p}", image_states) for p in "kv")
                 if spec.with_text:
-                    q, text_k, k = (
-                        self.turn(q, positions),
-                        self.turn(text_k, positions),
-                        self.turn(k, image_positions),
-                    )
-                fusion = self.attend(q, torch.cat([k, text_k]), torch.cat([v, text_v]), sees)
-            if spec.shared and fused:
-                x = x + self.linear(f"{block}self.o", own + fusion)
-            else:
-                if isinstance(own, Tensor):
-                    x = x + self.linear(f"{block}self.o", own)
-                if fused:
-                    gate = w[f"{block}fusion.gate"].tanh() if spec.gated else 1.0
-                    x = x + gate * self.linear(f"{block}fusion.o", fusion)
+                    q, text_k, k = (self.turn(q, here), self.turn(text_k, here), self.turn(k, image_positions))
+                return self.attend(q, torch.cat([k, text_k]), torch.cat([v, text_v]), sees)
+
+            def added(n: Tensor, block: str = block) -> Tensor:
+                """Fusion with its own output projection."""
+                gate = w[f"{block}fusion.gate"].tanh() if spec.gated else 1.0
+                return gate * self.linear(f"{block}fusion.o", fusion(n))
+
+            if fused and spec.placement == "before":
+                x = x + added(self.norm(f"{block}fusion.text_norm", x))
+            n = self.norm(f"{block}norm1", x)
+            step = torch.zeros_like(x)
+            if not (fused and spec.replaced):
+                q, k, v = (self.heads(f"{block}self.{p}", n) for p in "qkv")
+                own = self.attend(self.turn(q, here), self.turn(k, here), v, causal)
+                own = own + fusion(n) if spec.shared and fused else own
+                step = self.linear(f"{block}self.o", own)
+            if fused and not spec.shared and spec.placement is None:
+                step = step + added(n)
+            x = x + step
+            if fused and spec.placement == "after":
+                x = x + added(self.norm(f"{block}fusion.text_norm", x))
             x = self.mlp(block, x)
         return self.out(x)
 
@@ -318,4 +331,5 @@ class _Model:
             inner = silu(self.linear(f"{block}gate", n)) * self.linear(f"{block}up", n)
             x = x + self.linear(f"{block}down", inner)
         merged = self.norm("tower.norm", x, 1e-6).view(-1, 4 * spec.tower_width)
-        return self.linear("tower.out2", gelu(self.linear("tower.out0", merged)))
+        features = self.linear("tower.out2", gelu(self.linear("tower.out0", merged)))
+        return features if spec.tower_out is None else self.linear("projection", features)

@@ -123,6 +123,18 @@ CASES: dict[str, tuple[Spec, Layout, dict[str, Any], dict[str, Any]]] = {
         {},
         {},
     ),
+    "helium, before self-attention, a tower of another width": (
+        replace(HELIUM, placement="before", tower_out=48),
+        Layout(tower="image_prefix.enc.visual."),
+        {},
+        {"casa_placement": "before"},
+    ),
+    "helium, after self-attention, a norm behind the projection": (
+        replace(HELIUM, placement="after", tower_out=80, image_norm="tower", gated=True),
+        Layout(tower="image_prefix.enc.visual.", projection="image_prefix.proj_extra"),
+        {},
+        {"casa_placement": "after", "casa_gate": "tanh"},
+    ),
     "helium, insertion": (
         replace(HELIUM, inserted=True, image_norm=None),
         Layout(tower="image_prefix.enc.visual."),
@@ -216,6 +228,8 @@ def tensors_of(tmp_path: Path) -> Weights:
         {"with_text": True},
         {"image_norm": "input"},
         {"image_norm": None},
+        {"placement": "before"},
+        {"placement": "after"},
         {"fused": (0, 1)},
         {"eps": 1e-2},
         {"theta": 1000.0},
@@ -238,6 +252,7 @@ def test_the_description_feels_every_choice(change):
                     other[name] = weights[name.replace(one, another)]
     else:
         spec = replace(spec, **change)
+        other = spec.weights()  # the same where both have a tensor
     ids, pictures = prompt(3, 4)
     expected = authors_reference.logits(HELIUM, weights, ids, pictures)
     assert error(authors_reference.logits(spec, other, ids, pictures), expected) > 1e-2

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from ...checkpoint_files.names import PROCESSOR_FILES, TEMPLATE_FILES, TOKENIZER_FILES
+from ...checkpoint_files.names import PROCESSOR_FILES, TEMPLATE_FILES, TOKENIZER_FILES, template_files
 from ...checks import one_line
 from ...configuration_casa import CasaConfig
 from ...folder_files import CheckpointError, own_file, read_json
@@ -122,10 +122,11 @@ def make_processor(folder: Path, config: CasaConfig, max_pixels: int | None) -> 
 def _tokenizer_files(folder: Path) -> Iterator[Path]:
     """A temporary folder with the tokenizer alone: no configuration that stock classes don't know, and no code."""
     with tempfile.TemporaryDirectory() as temporary:
-        for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
+        for name in (*TOKENIZER_FILES, *template_files(folder)):
             if not (folder / name).is_file():
                 continue
             own = own_file(folder, name)
+            Path(temporary, name).parent.mkdir(exist_ok=True)
             if name == "tokenizer_config.json":
                 content = {key: value for key, value in read_json(own).items() if key != "auto_map"}
                 Path(temporary, name).write_text(json.dumps(content), encoding="utf-8")
