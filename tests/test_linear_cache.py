@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, QuantizedCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    QuantizedCache,
+)
 
 from casa_hf import cache_nbytes
 from casa_hf.cache_casa import cache_snapshot, cache_state, home_layer, prepare_cache, restore_cache
@@ -236,6 +242,31 @@ def test_nothing_is_taken_back_and_a_refused_crop_changes_nothing():
                 layer.crop(-1)
         assert all(map(torch.equal, states(held), untouched))
         check(held, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: [layer.append_empty_rows(1) for layer in cache.layers],
+        cache_state,
+    ],
+    ids=["select", "repeat", "append", "save"],
+)
+@pytest.mark.parametrize("kind", ["static", "of another kind"])
+def test_what_a_cache_refuses_leaves_its_recurrent_states(kind, change):
+    """They stand in the first layer, which mustn't go ahead of the one that can't."""
+
+    class Other(DynamicLayer):  # as quantised layers are
+        pass
+
+    held = prepared(static() if kind == "static" else Cache(layer_class_to_replicate=Other))
+    run(ROWS, held)
+    untouched = [state.clone() for state in states(held)]
+    with pytest.raises(NotImplementedError, match=r"Linear\w+, a layer of a static or quantized cache"):
+        change(held)
+    assert all(map(torch.equal, states(held), untouched))
 
 
 @pytest.mark.parametrize("make", [DynamicCache, static], ids=["growing", "static"])

@@ -8,6 +8,7 @@ answers by 1e-2 and more.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -224,6 +225,49 @@ def test_states_of_fixed_size_are_all_that_linear_blocks_keep():
     assert after["recurrent"] == before["recurrent"] > 0 and after["image"] == before["image"]
     # Keys and values of self-attention in two blocks of four, and of the window's text in their fusion layers.
     assert after["text"] - before["text"] == 20 * 2 * 2 * (2 * 2 * 24 * 8)
+
+
+def test_what_the_stock_model_has_read_is_continued():
+    """A batch with padding, by images and text."""
+    case = make_case(FAMILY, "casa")
+    texts, held = [words(5, 1), words(8, 2), words(3, 3)], DynamicCache(config=case.source.config)
+    given = batch(*texts)
+    positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    case.source(**given, position_ids=positions, use_cache=True, **{CACHE: held})
+    new, width = batch(*TURN), max(len(token_ids(row)) for row in TURN)
+    places = [[n, width - len(token_ids(row)) + place] for n, row in enumerate(TURN) for place in image_places(row)]
+    new["image_positions"] = torch.tensor(places)
+    mask = torch.cat([given["attention_mask"], new.pop("attention_mask")], dim=1)
+    logits = case.model(**new, attention_mask=mask, cache=held).logits
+    for text, turns, own in zip(texts, TURN, logits, strict=True):
+        count = len(token_ids(turns))
+        assert relative_error(own[-count:], one_shot(case.model, [*text, *turns])[-count:]) < TOLERANCE
+
+
+def test_gradients_flow_through_the_states_of_earlier_calls():
+    """One token at a time, for which the stock module writes into a state, and several."""
+    model, ids = model_of("casa"), torch.tensor([words(9, 1)])
+    parameters = dict(model.named_parameters())
+    wanted = [name for name in parameters if "model.layers.0.linear_attn" in name or "embed_tokens" in name]
+
+    def gradients(sizes: Sequence[int]) -> list[torch.Tensor]:
+        held, logits = DynamicCache(config=model.config), []
+        with torch.enable_grad():
+            for part in ids.split(list(sizes), dim=1):
+                logits.append(model(input_ids=part, cache=held).logits)
+            loss = (torch.cat(logits, dim=1) * torch.arange(9)[:, None]).square().mean()
+            return list(torch.autograd.grad(loss, [parameters[name] for name in wanted]))
+
+    for own, expected in zip(gradients([4, 1, 1, 3]), gradients([9]), strict=True):
+        assert relative_error(own, expected) < 10 * TOLERANCE
+
+
+def test_a_cache_is_written_to_a_file_and_read():
+    model = model_of("casa")
+    file = io.BytesIO()
+    torch.save(filled(model), file)
+    file.seek(0)
+    check(model, torch.load(file, weights_only=False), ROWS)
 
 
 # ---------------------------------------------------------------- text that is forgotten

@@ -730,7 +730,9 @@ def prepare_cache(cache: Cache, kept: Sequence[Kept]) -> None:
         _linear_layer(layer, room) if of_block == "recurrent" else _attention_layer(layer)
         for layer, of_block in zip(cache.layers, [*kept, *further], strict=True)
     ]
+    grows = all(layer.grows for layer in prepared)
     for layer, of_block in zip(prepared, [*kept, *further], strict=True):
+        layer.grows = grows  # so that none does what another one refuses
         layer.fusion, layer.memory, layer.window_state = {}, {}, None
         layer.block_has_text = of_block == "text"
         layer.beside_recurrent = "recurrent" in kept
