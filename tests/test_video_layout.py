@@ -20,6 +20,7 @@ from casa_hf import CasaConfig
 from casa_hf.image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
 from casa_hf.transformers_versions import CACHE, is_older_than
 from tests.helpers_generation import relative_error
+from tests.reference import Image, Sample, reference_logits
 from tests.sources import Case, make_case
 from tests.tiny import END, FAMILIES, IMAGE_PAD, PAD, START, VIDEO_PAD, random_tensor
 
@@ -360,6 +361,38 @@ def test_pairs_are_the_source_videos_of_two_frames_each(family: str) -> None:
     case = make_case(family, "insertion")
     prompt = [5, Video(1, 2, 2, 1), Video(1, 2, 2, 2), 6, Still(1, 2, 3), 7, Video(1, 2, 2, 4), 8]
     assert relative_error(casa_logits(case, prompt), source_logits(case, prompt)) < TOLERANCE
+
+
+@every_layout
+@pytest.mark.parametrize("variant", ["casa", "ca-shared", "casa-before"])
+def test_pairs_are_what_the_dense_reference_makes_of_them(family: str, variant: str) -> None:
+    """With the features that the stock tower has for videos of two frames, seen as the frames of a video are."""
+    case = make_case(family, variant)
+    items = [Video(1, 2, 2, 1), Video(1, 3, 2, 2), Still(1, 2, 3), Video(1, 2, 1, 4)]
+    ids = [5, START, END, START, END, 6, START, END, 7, START, END, 8, 9]
+    grids = torch.tensor([item.grid for item in items])
+    output = case.source.model.visual(torch.cat([item.pixels for item in items]), grid_thw=grids)
+    sizes = [item.height * item.width for item in items]
+    levels = [level.split(sizes) for level in getattr(output, "deepstack_features", None) or ()]
+    images = [
+        Image(
+            place,
+            (item.height, item.width),
+            output.pooler_output.split(sizes)[number],
+            isinstance(item, Video),
+            tuple(level[number] for level in levels),
+        )
+        for number, (place, item) in enumerate(zip((2, 4, 7, 10), items, strict=True))
+    ]
+    block = FAMILIES[family].block
+    [expected] = reference_logits(case.model.config, dict(case.model.named_parameters()), [Sample(ids, images)], block)
+    types = torch.tensor([[0, 0, 2, 0, 2, 0, 0, 1, 0, 0, 2, 0, 0]])
+    inputs = {"pixel_values": torch.cat([item.pixels for item in items]), "image_grid_thw": grids}
+    logits = case.model(torch.tensor([ids]), mm_token_type_ids=types, **inputs).logits[0]
+    assert relative_error(logits, expected) < 1e-5
+    inputs["pixel_values"] = inputs["pixel_values"].unflatten(1, (3, 2, 16))[:, :, [0, 0]].flatten(1)
+    logits = case.model(torch.tensor([ids]), mm_token_type_ids=types, **inputs).logits[0]
+    assert relative_error(logits, expected) > NOTICED
 
 
 # ------------------------------------------------------------------------------------- refusals
