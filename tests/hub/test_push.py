@@ -682,6 +682,10 @@ NORM = "model.language_model.norm.weight"
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["processor", "can't be loaded"]),
         (change("config.json", image_token_id=3), ["image_token_id", "3", "same checkpoint"]),
         (change("config.json", num_gist_tokens=1, gist_token_ids=[5]), ["gist_token_ids", "[5]", "same checkpoint"]),
+        (
+            change("processor_config.json", frames_per_image="all"),
+            ["whole video is one image is False", "same checkpoint"],
+        ),
         (add_tokens, ["the tokenizer has", "tokens, the model embeds"]),
         (remove("model.safetensors"), ["model.safetensors"]),
         (truncate, ["model.safetensors", "not a complete"]),

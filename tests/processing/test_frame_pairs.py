@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
 from casa_hf.training import CasaDataCollator
 from casa_hf.video import load_frames
+from examples.tiny_source import build_tiny_source
 from tests.clips import write_clip
 
 pytest.importorskip("av")
@@ -263,3 +264,55 @@ def test_training_batches_have_the_seconds(source: Path, clip: Path, frames: lis
     assert len(batch["input_ids"]) == (1 if packing else 3)
     assert CasaDataCollator(processor)(examples[1:2])["second_per_grid_ts"].tolist() == [0.0]  # of the unseen image
     assert "second_per_grid_ts" not in CasaDataCollator(CasaProcessor.from_source(source))(examples[1:2])
+
+
+@pytest.mark.parametrize(
+    ("variant", "history", "equals"),
+    [
+        ("insertion", "all", "text, still images and videos it"),
+        ("exact", "group", "one group of still images, or of text and one video, it"),
+        ("exact", "latest", "one group of still images it"),  # of a video, only the last temporal patch
+    ],
+)
+def test_temporal_patches_with_their_times_are_to_the_model_what_they_are_to_the_source(
+    tmp_path: Path, clip: Path, variant: str, history: str, equals: str
+) -> None:
+    """Qwen3-VL, from its checkpoint and a file to the logits."""
+    build_tiny_source(tmp_path / "source", family="qwen3_vl")
+    report = convert_checkpoint(
+        tmp_path / "source",
+        tmp_path / "casa",
+        variant,
+        dtype="float64",
+        casa_video_layout="native",
+        casa_video_history=history,
+    )
+    assert equals in report.note
+    processor = CasaProcessor.from_pretrained(tmp_path / "casa", min_pixels=64**2, frame_max_pixels=96**2)
+    assert processor.frames_per_image == 2 and processor.video_timestamps == "native"
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").eval()
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "source", dtype=torch.float64).eval()
+    inputs = processor(text=f"First {VIDEO} and then what?", videos=[str(clip)], return_tensors="pt", num_frames=6)
+    grids, (ids, types) = inputs["image_grid_thw"], (inputs[name][0] for name in ("input_ids", "mm_token_type_ids"))
+    assert len(grids) == 3
+    pad = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    expanded: list[int] = []
+    for token, type in zip(ids.tolist(), types.tolist(), strict=True):
+        expanded += [pad] * (int(grids[0].prod()) // 4) if type == 2 else []
+        expanded.append(token)
+    assert "<1.0 seconds>" in processor.decode(ids), "the mean of 0 and 2"
+    is_video = torch.tensor([expanded]) == pad
+    video_grid = torch.tensor([[3, *grids[0, 1:].tolist()]])
+    with torch.no_grad():
+        positions, _ = stock.model.get_rope_index(
+            torch.tensor([expanded]), 2 * is_video.int(), video_grid_thw=video_grid
+        )
+        expected = stock(
+            torch.tensor([expanded]),
+            position_ids=positions,
+            mm_token_type_ids=2 * is_video.int(),
+            pixel_values_videos=inputs["pixel_values"].double(),
+            video_grid_thw=video_grid,
+        ).logits[~is_video]
+        difference = (model(**inputs).logits[0] - expected).abs().max()
+    assert difference > 1e-3 if history == "latest" else difference < 1e-10

@@ -132,8 +132,9 @@ def untrained_effect(config: CasaConfig, made_from: CasaConfig | None = None) ->
 def _equal_prompts(config: CasaConfig) -> str | None:
     """The prompts for which an unchanged conversion computes what its source does, in words; None if there are none.
 
-    Videos are among them only in the source's own layout: sources take frames in pairs, here each is an image. A
-    text-only source computes nothing from images that its conversion could equal.
+    Videos are among them only in the source's own layout, where all that its text should see is seen: else each frame
+    is an image, whereas sources take frames in pairs. A text-only source computes nothing from images that its
+    conversion could equal.
     """
     as_inserted = (
         config.casa_keys == "context"
@@ -150,7 +151,8 @@ def _equal_prompts(config: CasaConfig) -> str | None:
         "group": "prompts of text and one group of still images",
         "latest": "prompts of text and one still image",
     }[config.casa_image_history]
-    if not config.has_whole_videos:
+    native = config.casa_video_layout == "native" and config.video_timestamps == config.backbone.default_timestamps
+    if not native or (config.casa_video_history == "latest" and not config.has_whole_videos):
         return stills
     if config.casa_image_history == config.casa_video_history == "all":
         return "prompts of text, still images and videos"

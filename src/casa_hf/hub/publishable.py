@@ -25,6 +25,7 @@ from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, check_json, own_file, read_json
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
+from ..temporal_patches import ALL_FRAMES
 from .remote_code import has_code, modelling_files
 from .repositories import CARD
 
@@ -140,6 +141,7 @@ def _check_tokens(folder: Path, config: CasaConfig, processor: CasaProcessor) ->
         "vision_start_token_id": (config.vision_start_token_id, processor.vision_start_token_id),
         "gist_token_ids": (config.gist_token_ids or [], processor.gist_token_ids),
         "video_timestamps": (config.video_timestamps, processor.video_timestamps),
+        "whether a whole video is one image": (config.has_whole_videos, processor.frames_per_image == ALL_FRAMES),
     }
     for name, (of_model, of_processor) in pairs.items():
         if of_model != of_processor:
