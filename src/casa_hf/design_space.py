@@ -137,7 +137,7 @@ SETTINGS: tuple[Setting, ...] = (
         {
             None: "one pair of delimiters per frame, or per two frames (`frames_per_image` of the processor)",
             "native": "the source's own: Qwen2-VL and Qwen2.5-VL put a whole video between one pair, with positions "
-            "in time (`insertion` positions only), Qwen3-VL each temporal patch of two frames",
+            "in time (`insertion` positions only), Qwen3-VL and its successors each temporal patch of two frames",
         },
     ),
     Setting(
