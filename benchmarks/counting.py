@@ -27,29 +27,40 @@ class Dimensions:
     Attributes:
         width: d, of text and image states.
         query, key: q and k, width of all query heads and of all key heads together.
+        query_projected: output width of the query projection: q, or 2 q with gates.
         mlps: parameters of the MLPs of all blocks; of a dense one 3 d m, m being its inner width.
         active_mlps: those of them that compute a token: all, or with experts the routers and the chosen experts.
         attention: A, all parameters of one self-attention: projections, biases, query and key norms.
         vocabulary: V.
         blocks: L, decoder blocks.
-        fused: f, those with a fusion layer.
+        attending: those with self-attention in the source; the others have linear attention.
+        linear: parameters of all linear attention.
+        state: numbers in the recurrent states of a row; what a convolution remembers comes to a few more.
+        fused: f, blocks with a fusion layer.
     """
 
     width: int
     query: int
     key: int
+    query_projected: int
     mlps: int
     active_mlps: int
     attention: int
     vocabulary: int
     blocks: int
+    attending: int
+    linear: int
+    state: int
     fused: int
 
     @classmethod
     def of(cls, config: CasaConfig) -> Dimensions:
         """The dimensions of a configuration; those of its attention and its MLPs are read off the stock modules."""
         text, blocks = config.text_config, _stock_blocks(config)
-        attention = blocks[0].self_attn
+        attending = config.backbone.fusable_blocks(text)
+        attention = blocks[attending[0]].self_attn
+        linear = [getattr(b, config.backbone.block.recurrent_module or "", None) for b in blocks]
+        linear = [module for module in linear if module is not None]
         mlps = [
             (parameter.numel(), config.backbone.block.active_parameters(text, name, parameter.numel()))
             for block in blocks
@@ -58,20 +69,24 @@ class Dimensions:
         ]
         return cls(
             width=text.hidden_size,
-            query=attention.q_proj.out_features,
+            query=attention.o_proj.in_features,
             key=attention.k_proj.out_features,
+            query_projected=attention.q_proj.out_features,
             mlps=sum(count for count, _ in mlps),
             active_mlps=sum(active for _, active in mlps),
             attention=sum(parameter.numel() for parameter in attention.parameters()),
             vocabulary=text.vocab_size,
             blocks=text.num_hidden_layers,
+            attending=len(attending),
+            linear=sum(parameter.numel() for module in linear for parameter in module.parameters()),
+            state=sum(module.value_dim * module.head_k_dim for module in linear),
             fused=len(config.fusion_layers),
         )
 
     @property
     def query_output(self) -> int:
         """FLOPs of the query and output projections per token."""
-        return 4 * self.width * self.query
+        return 2 * self.width * (self.query_projected + self.query)
 
     @property
     def key_value(self) -> int:
@@ -82,6 +97,11 @@ class Dimensions:
     def mlp(self) -> int:
         """FLOPs of the MLPs of all blocks per token."""
         return 2 * self.active_mlps
+
+    @property
+    def linear_attention(self) -> int:
+        """FLOPs of all linear attention per token: projections, and reading and writing the states."""
+        return 2 * self.linear + 6 * self.state
 
     def attend(self, keys: int) -> int:
         """FLOPs of one query's scores and their weighted sum of values."""
@@ -98,6 +118,11 @@ def _blocks_of(backbone: Backbone, text_config: str) -> list[Any]:
     config = AutoConfig.for_model(**json.loads(text_config))
     with torch.device("meta"):
         return [backbone.load("decoder_layer")(config, index) for index in range(config.num_hidden_layers)]
+
+
+def _attending(config: CasaConfig) -> int:
+    """Blocks that have self-attention in the source."""
+    return len(config.backbone.fusable_blocks(config.text_config))
 
 
 def computes_projections_once(config: CasaConfig) -> bool:
@@ -150,14 +175,14 @@ def separate_updates(config: CasaConfig) -> int:
     """Blocks in which updates of image states need image keys/values beside those of fusion layers."""
     if config.casa_image_updates != "full":
         return 0
-    blocks, fused = config.text_config.num_hidden_layers, len(config.fusion_layers)
+    blocks, fused = _attending(config), len(config.fusion_layers)
     serve = computes_projections_once(config) and config.casa_keys != "image"
     return blocks - fused if serve else blocks
 
 
 def kv_entries(config: CasaConfig) -> Entries:
     """Cache entries per token."""
-    blocks, fused = config.text_config.num_hidden_layers, len(config.fusion_layers)
+    blocks, fused = _attending(config), len(config.fusion_layers)
     own_text = config.casa_keys == "window" and not computes_projections_once(config)
     image = fused + separate_updates(config)
     return Entries(
@@ -185,7 +210,8 @@ def text_flops(config: CasaConfig, text: int, window: int, image: int) -> int:
     if not computes_projections_once(config):
         fusion += size.query_output + (size.key_value if config.casa_keys == "window" else 0)
     replaced = size.fused if config.casa_placement == "replace" else 0
-    return size.mlp + (size.blocks - replaced) * (attention + size.attend(text)) + size.fused * fusion
+    everywhere = size.mlp + size.linear_attention
+    return everywhere + (size.attending - replaced) * (attention + size.attend(text)) + size.fused * fusion
 
 
 def image_flops(config: CasaConfig, tokens: int, text: int, image: int) -> int:
@@ -202,7 +228,7 @@ def image_flops(config: CasaConfig, tokens: int, text: int, image: int) -> int:
     if config.casa_image_updates != "none":
         each += size.mlp
     if config.casa_image_updates == "full":
-        each += size.blocks * (size.query_output + size.attend(text + image))
+        each += size.linear_attention + size.attending * (size.query_output + size.attend(text + image))
         each += separate_updates(config) * size.key_value
     return tokens * each
 
@@ -218,12 +244,13 @@ def head_flops(config: CasaConfig) -> int:
 def language_parameters(config: CasaConfig) -> int:
     """Parameters of decoder blocks, last norm, embedding (tied with the output head) and fusion layers."""
     size = Dimensions.of(config)
-    block = size.attention + 2 * size.width
-    return size.blocks * block + size.mlps + (size.vocabulary + 1) * size.width + added_parameters(config)
+    mixers = size.attending * size.attention + size.linear
+    others = size.mlps + (2 * size.blocks + size.vocabulary + 1) * size.width
+    return mixers + others + added_parameters(config)
 
 
 def cache_bytes(config: CasaConfig, itemsize: int, text: int, window: int, image: int) -> int:
-    """Bytes of a cache.
+    """Bytes of keys and values in a cache; linear attention has `Dimensions.state` numbers in float32 beside them.
 
     Args:
         config: of the variant.

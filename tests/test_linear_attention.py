@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from casa_hf import CasaForConditionalGeneration
+from benchmarks.counting import Dimensions, cache_bytes, language_parameters
+from casa_hf import CasaForConditionalGeneration, cache_nbytes
 from casa_hf.recurrence import token_order
 from casa_hf.transformers_versions import CACHE
 from casa_hf.windows import ImagePlacement
@@ -242,6 +243,28 @@ def test_text_passes_where_all_attention_is_replaced_by_images() -> None:
     expected = reference_logits(config, random_weights(config), samples, FAMILY.block)
     model = model_of(config)
     compare(run(model, samples, turns=random_turns(samples, 4, Random(0))), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["casa", "ca-replace", "exact"])
+def test_what_is_counted_is_there(variant: str) -> None:
+    """Text has keys and values in blocks of attention alone; the state doesn't grow."""
+    model = model_of(FAMILY.casa_config(variant))
+    language = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("model.visual."))
+    head = model.lm_head.weight.numel()
+    assert language_parameters(model.config) == language - head
+    one = sample("9 2x3 4")
+    ids, held = torch.tensor([one.input_ids]), []
+    for begin, end in ((0, 9), (9, 15)):
+        images = image_inputs(list(one.images)) if begin else {}
+        cache = held[-1][0] if held else DynamicCache(config=model.config)
+        model(ids[:, begin:end], cache=cache, **images)
+        held.append((cache, cache_nbytes(cache)))
+    assert held[0][1]["recurrent"] == held[1][1]["recurrent"]
+    states = sum(cache.layers[block].recurrent_states[0].nbytes for block in LINEAR)
+    assert states == 4 * Dimensions.of(model.config).state
+    window = int(cache.get_seq_length()) - one.images[0].position
+    expected = cache_bytes(model.config, 8, text=15, window=window, image=6)
+    assert held[1][1]["text"] + held[1][1]["image"] == expected
 
 
 # ------------------------------------------------------------------------------------- new models, training

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3_5Config,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
@@ -78,6 +79,13 @@ def qwen3_vl_moe(dimensions: dict, expert_inner: int) -> PreTrainedConfig:
     return Qwen3VLMoeConfig(text_config={**dimensions, **experts}, vision_config=vision, tie_word_embeddings=False)
 
 
+def qwen3_5(dimensions: dict, value_heads: int, tower: dict, tied: bool = False) -> PreTrainedConfig:
+    tower = {name: value for name, value in tower.items() if name != "deepstack_visual_indexes"}
+    dimensions = {**dimensions, "head_dim": 256, "linear_num_value_heads": value_heads}
+    vision = {**tower, "out_hidden_size": dimensions["hidden_size"]}
+    return Qwen3_5Config(text_config=dimensions, vision_config=vision, tie_word_embeddings=tied)
+
+
 def model(config: type[PreTrainedConfig], dimensions: dict, tied: bool = False) -> PreTrainedConfig:
     return config(**dimensions, tie_word_embeddings=tied)
 
@@ -100,6 +108,9 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3-VL-32B": (partial(qwen3_vl, text(5120, 25600, 64, 64, 8, 151936), LARGE_TOWER), 33.36),
     "Qwen3-VL-30B-A3B": (partial(qwen3_vl_moe, text(2048, 6144, 48, 32, 4, 151936), 768), 31.07),
     "Qwen3-VL-235B-A22B": (partial(qwen3_vl_moe, text(4096, 12288, 94, 64, 4, 151936), 1536), 235.67),
+    "Qwen3.5-4B": (partial(qwen3_5, text(2560, 9216, 32, 16, 4, 248320), 32, SMALL_TOWER, tied=True), 4.54),
+    "Qwen3.5-9B": (partial(qwen3_5, text(4096, 12288, 32, 16, 4, 248320), 32, LARGE_TOWER), 9.41),
+    "Qwen3.5-27B": (partial(qwen3_5, text(5120, 17408, 64, 24, 4, 248320), 48, LARGE_TOWER), 27.36),
     "Helium-1-preview-2B": (partial(model, HeliumConfig, text(2560, 7040, 24, 20, 20, 48000, head_dim=128)), 2.17),
     "Helium-1-2B": (partial(model, LlamaConfig, text(2048, 8192, 28, 16, 8, 64000)), 2.02),
     "Llama-3.2-1B": (partial(model, LlamaConfig, text(2048, 8192, 16, 32, 8, 128256), tied=True), 1.24),
@@ -112,7 +123,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3-4B": (partial(model, Qwen3Config, text(2560, 9728, 36, 32, 8, 151936, head_dim=128), tied=True), 4.02),
     "SmolLM3-3B": (partial(model, SmolLM3Config, text(2048, 11008, 36, 16, 4, 128256), tied=True), 3.08),
 }
-SMALLEST = ("Qwen2-VL-2B", "Qwen2.5-VL-3B", "Qwen3-VL-2B", "Helium-1-preview-2B", "SmolLM3-3B")
+SMALLEST = ("Qwen3.5-4B", "Qwen2-VL-2B", "Qwen2.5-VL-3B", "Qwen3-VL-2B", "Helium-1-preview-2B", "SmolLM3-3B")
 # One variant for every kind of change to the tensors; all sizes have the kind with most of them.
 CASES = [
     *((name, "casa-before") for name in MODELS),

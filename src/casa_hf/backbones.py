@@ -128,7 +128,11 @@ BACKBONES: dict[str, Backbone] = {
                 text_only=True,
                 recipe="paper-helium",
                 source_task="text-generation",
-                other_towers=(VISION_TOWERS["qwen2_vl_vision"], VISION_TOWERS["qwen3_vl_vision"]),
+                other_towers=(
+                    VISION_TOWERS["qwen2_vl_vision"],
+                    VISION_TOWERS["qwen3_vl_vision"],
+                    VISION_TOWERS["qwen3_5_vision"],
+                ),
                 placeholder_id_fields=(),
                 text_ties_head=True,
             )

@@ -51,6 +51,27 @@ def test_all_files_there_and_back(tmp_path, family):
             assert json.loads((tmp_path / "back" / file.name).read_text()) == json.loads(file.read_text()), file.name
 
 
+def test_heads_that_predict_further_tokens_are_dropped_by_name(tmp_path, caplog):
+    """Published Qwen3.5 checkpoints have them; the stock class doesn't read them either."""
+    further = {"mtp.fc.weight": torch.ones(2, 2), "mtp.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}
+    plain = build_tiny_source(tmp_path / "plain", family="qwen3_5")
+    source = altered(plain, tmp_path / "source", weights=lambda tensors: tensors | further)
+    report = convert_checkpoint(source, tmp_path / "casa")
+    assert report.dropped.keys() == further.keys()
+    convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert_same(load_weights(tmp_path / "back"), load_weights(plain))
+    loaded, info = CasaForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+    assert not info["unexpected_keys"] and not any("mtp" in record.getMessage() for record in caplog.records)
+    assert_same(loaded.state_dict(), CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").state_dict())
+
+    other = altered(
+        build_tiny_source(tmp_path / "other", family="qwen3_vl"),
+        tmp_path / "strange",
+        weights=lambda tensors: tensors | further,
+    )
+    assert_refused(other, tmp_path / "refused", "2 tensors that Qwen3-VL doesn't: mtp.fc.weight")
+
+
 # -------------------------------------------------------------------- Helium
 
 
@@ -115,7 +136,7 @@ def test_helium_with_a_tower_of_another_width(helium, tmp_path):
     assert model(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_helium_gets_any_tower(helium, family, tmp_path):
     vision = build_tiny_source(tmp_path / "vision", family=family, vision_depth=3)
     report = convert_checkpoint(helium, tmp_path / "casa", vision_from=vision)

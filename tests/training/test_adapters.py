@@ -24,6 +24,7 @@ from casa_hf.training import (
 )
 from examples.tiny_source import build_tiny_source
 from tests.helpers_generation import relative_error
+from tests.tiny import FAMILIES
 from tests.training.helpers import CONVERSATIONS, load_model, load_processor, loss_and_gradients
 
 # PEFT and TRL still use the name that Transformers has replaced.
@@ -54,6 +55,16 @@ def test_targets_catch_what_they_name(casa_folder, targets, projections):
     assert len(expected) == 3 * (7 if targets == "language-model" else 4)
     assert {name.removeprefix("base_model.model.") for name in adapted(lora(model, targets))} == expected
     assert [group["name"] for group in parameter_groups(model)] == ["new, decayed"]
+
+
+def test_targets_reach_linear_attention():
+    config = FAMILIES["qwen3_5_text"].casa_config()
+    with torch.device("meta"):
+        names = [name for name, _ in CasaForConditionalGeneration(config).named_modules()]
+    target = re.compile(LORA_TARGETS["language-model"])
+    found = {name.split("layers.")[1] for name in names if target.fullmatch(name) and "linear_attn" in name}
+    parts = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+    assert found == {f"{block}.linear_attn.{part}" for block in (0, 2) for part in parts}
 
 
 def test_an_adapter_is_trained_saved_loaded_and_merged(casa_folder, processor, tmp_path):

@@ -29,7 +29,8 @@ _NEW = rf"{FUSION}|{_NEW_TOKENS}|(^|\.)multi_modal_projector\.|{_ADAPTERS}|\.mod
 LORA_TARGETS: dict[str, str] = {
     "fusion": r".*\.casa_attn\.[qkvo]_proj",
     "self-attention": r".*language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
-    "language-model": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert\.)?\w+_proj)",
+    "language-model": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_\w+|out_proj)"
+    r"|mlp\.(shared_expert\.)?\w+_proj)",
 }
 
 # For `target_parameters` of PEFT: matrices of experts, which are parameters of one module.
@@ -50,6 +51,7 @@ _PARTS = {
     "embeddings": r"(^|\.)embed_tokens\.",
     "fusion layers": FUSION,
     "self-attention": r"(^|\.)self_attn\.",
+    "linear attention": r"(^|\.)linear_attn\.",
     "experts": r"(^|\.)mlp\.experts\.",
     "routers": r"(^|\.)mlp\.gate\.",
     "MLPs": r"(^|\.)mlp\.",
