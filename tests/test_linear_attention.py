@@ -180,6 +180,38 @@ def test_updated_images_are_read_before_their_token(variant: str) -> None:
     compare(packed(model, samples).split(lengths), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("variant", ["insertion", "casa"])
+def test_texts_longer_than_a_chunk_of_the_delta_rule(variant: str) -> None:
+    """It is computed 64 tokens at a time, the last chunk filled up with zeros."""
+    config = FAMILY.casa_config(variant)
+    samples = [sample("60 4x5 70 2x2 7", 0), sample("3 5x5 40", 1), sample("130", 2)]
+    expected = reference_logits(config, random_weights(config), samples, FAMILY.block)
+    model = model_of(config)
+    compare(run(model, samples), expected, TOLERANCE)
+    turns = [[64, 65, 12], [1, 0, 44], [0, 128, 2]]
+    assert [sum(row) for row in turns] == [len(one.input_ids) for one in samples]
+    compare(run(model, samples, side="right", turns=turns), expected, TOLERANCE)
+
+
+def test_offloaded_weights_are_there() -> None:
+    """Also those that are used without a call of their module, where padding continues a state."""
+    accelerate = pytest.importorskip("accelerate")
+    case = make_case("qwen3_5_text", "exact")
+
+    def logits() -> Tensor:
+        cache = DynamicCache(config=case.model.config)
+        case.model(torch.tensor([SEVERAL]), cache=cache, **case.images)
+        mask = torch.tensor([[1] * len(SEVERAL) + [1, 1, 0]])
+        return case.model(torch.tensor([[5, 6, 0]]), cache=cache, attention_mask=mask).logits[:, :2]
+
+    expected = logits()
+    accelerate.cpu_offload(case.model, execution_device=torch.device("cpu"))
+    of_block = case.model.model.language_model.layers[0].linear_attn
+    assert of_block.A_log.is_meta and of_block.conv1d.weight.is_meta
+    assert torch.equal(logits(), expected)
+    assert of_block.A_log.is_meta and of_block.conv1d.weight.is_meta
+
+
 @pytest.mark.parametrize("updates", ["none", "ffn"])
 def test_other_images_never_enter(updates: str) -> None:
     """With them, the state is that of the text alone as long as fusion layers are silent."""
