@@ -244,24 +244,6 @@ def test_what_the_stock_model_has_read_is_continued():
         assert relative_error(own[-count:], one_shot(case.model, [*text, *turns])[-count:]) < TOLERANCE
 
 
-def test_gradients_flow_through_the_states_of_earlier_calls():
-    """One token at a time, for which the stock module writes into a state, and several."""
-    model, ids = model_of("casa"), torch.tensor([words(9, 1)])
-    parameters = dict(model.named_parameters())
-    wanted = [name for name in parameters if "model.layers.0.linear_attn" in name or "embed_tokens" in name]
-
-    def gradients(sizes: Sequence[int]) -> list[torch.Tensor]:
-        held, logits = DynamicCache(config=model.config), []
-        with torch.enable_grad():
-            for part in ids.split(list(sizes), dim=1):
-                logits.append(model(input_ids=part, cache=held).logits)
-            loss = (torch.cat(logits, dim=1) * torch.arange(9)[:, None]).square().mean()
-            return list(torch.autograd.grad(loss, [parameters[name] for name in wanted]))
-
-    for own, expected in zip(gradients([4, 1, 1, 3]), gradients([9]), strict=True):
-        assert relative_error(own, expected) < 10 * TOLERANCE
-
-
 def test_a_cache_is_written_to_a_file_and_read():
     model = model_of("casa")
     file = io.BytesIO()
@@ -415,28 +397,15 @@ def test_an_assistant_with_a_recurrent_state_is_refused_before_anything_is_compu
     assert not model._is_stateful and model_of("casa")._is_stateful
 
 
-def test_a_compiled_step_on_a_static_cache_is_one_graph():
-    """Addresses stay from token to token and window to window, and nothing asks the host."""
-    torch.compiler.reset()
-    model = model_of("casa", casa_static_image_tokens=8)
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+def test_states_of_a_static_cache_stay_where_they_are():
+    """From token to token, window to window and use to use, as compiled steps need it."""
+    model = model_of("casa")
     held = StaticCache(config=model.config, max_cache_len=48)
-    step = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
-    row: Row = []
     addresses = set()
-    for new in ([*words(3, 1), A], [*words(2, 2), B, 5], [C, 6]):
-        turn(model, held, new)
-        row = [*row, *new]
-        for token in (7, 8, 9):
-            row = [*row, token]
-            logits = step(input_ids=torch.tensor([[token]]), cache=held).logits[0, -1]
-            assert relative_error(logits, one_shot(model, row)[-1]) < TOLERANCE
+    for _ in range(2):
+        for new in ([*words(3, 1), A], [7], [*words(2, 2), B, 5], [8], [C, 6]):
+            turn(model, held, new)
             layers = [layer for layer in held.layers if isinstance(layer, LinearAttentionLayer)]
             addresses |= {state.data_ptr() for x in layers for state in (x.conv_states[0], x.recurrent_states[0])}
-    assert len(graphs) == 1 and len(addresses) == 4
-    torch.compiler.reset()
+        held.reset()
+    assert len(addresses) == 4

@@ -773,9 +773,9 @@ def _linear_layer(layer: Any, room: int | None) -> Any:
         prepared = kind()
     else:
         raise TypeError(
-            f"The cache has a filled {type(layer).__name__} where the model has linear attention: another model has "
-            "filled it. Make the cache with DynamicCache(config=model.config) or StaticCache(config=model.config, "
-            "max_cache_len=...)."
+            f"The cache has a filled {type(layer).__name__} where the model has linear attention: another model, or a "
+            "learned prefix, has filled it. Make the cache with DynamicCache(config=model.config) or "
+            "StaticCache(config=model.config, max_cache_len=...)."
         )
     prepared.max_cache_len = room
     return prepared

@@ -31,7 +31,6 @@ _GEOMETRY = (
     "hidden_size",
     "head_dim",
     "vocab_size",
-    "layer_types",
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_key_head_dim",
