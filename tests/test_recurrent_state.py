@@ -11,6 +11,7 @@ import copy
 import io
 from collections.abc import Sequence
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -250,6 +251,59 @@ def test_a_cache_is_written_to_a_file_and_read():
     torch.save(filled(model), file)
     file.seek(0)
     check(model, torch.load(file, weights_only=False), ROWS)
+
+
+def some(random: Random) -> Row:
+    """A few pieces of text and images, or nothing."""
+    row: Row = []
+    for _ in range(random.randint(0, 3)):
+        new: Row = words(random.randint(1, 3), random.randint(0, 999))
+        row = [*row, *(new if random.random() < 0.7 else [random.choice([A, B, C, D]), random.randint(3, 40)])]
+    return row
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_verbs_in_any_order(seed):
+    """Rows are compared with one call from scratch in every turn, whatever was done to the cache before."""
+    random = Random(seed)
+    model = model_of(random.choice(["casa", "ca-shared", "casa-before", "casa-replace", "exact", "insertion"]))
+    texts: list[Row] = [[*some(random), 5] for _ in range(random.randint(1, 3))]
+    held = model(**batch(*texts), use_cache=True).cache
+    kept: list[tuple[Any, list[Row]]] = [(cache_snapshot(held), list(texts))]
+    for _ in range(10):
+        verb = random.choice(["turn"] * 4 + ["select", "repeat", "reorder", "join", "keep", "return", "save"])
+        if verb == "turn":
+            rows = [some(random) for _ in texts]
+            if not any(rows):
+                continue
+            texts = [[*text, *row] for text, row in zip(texts, rows, strict=True)]
+            logits = turn(model, held, *rows, side=random.choice(["left", "right"]))
+            for text, row, own in zip(texts, rows, logits, strict=True):
+                if row:
+                    expected = one_shot(model, text)[-len(token_ids(row)) :]
+                    assert relative_error(own, expected) < 2 * TOLERANCE
+        elif verb in ("select", "reorder"):
+            number = len(texts) if verb == "reorder" else random.randint(1, 3)
+            chosen = [random.randrange(len(texts)) for _ in range(number)]
+            (held.batch_select_indices if verb == "select" else held.reorder_cache)(torch.tensor(chosen))
+            texts = [texts[row] for row in chosen]
+        elif verb == "repeat" and len(texts) < 3:
+            held.batch_repeat_interleave(2)
+            texts = [text for text in texts for _ in range(2)]
+        elif verb == "join" and len(texts) < 4:
+            for layer in held.layers:
+                layer.append_empty_rows(1)
+            texts = [*texts, []]
+        elif verb == "keep":
+            kept.append((cache_snapshot(held), list(texts)))
+        elif verb == "return":
+            earlier, texts = random.choice(kept)
+            held, texts = random.choice([cache_snapshot, copy.deepcopy])(earlier), list(texts)
+        elif verb == "save":
+            state, held = cache_state(held), DynamicCache()
+            restore_cache(
+                held, state, [torch.device("cpu")] * len(state["layers"]), model.get_decoder().kept_by_blocks
+            )
 
 
 # ---------------------------------------------------------------- text that is forgotten
