@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import DynamicCache, GenerationConfig
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, cache_nbytes
+from casa_hf.answers import Question, answer_batch
 from casa_hf.cache_casa import cache_snapshot
 from casa_hf.chat import Conversation
 from casa_hf.samples import PHOTOGRAPHS
@@ -186,6 +187,19 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(
         disturbed.ask("A broken \ud83d", max_new_tokens=NEW_TOKENS)
     expected = undisturbed.ask("And now?", max_new_tokens=NEW_TOKENS)
     assert disturbed.ask("And now?", max_new_tokens=NEW_TOKENS) == expected
+
+
+def test_a_message_that_asks_nothing_is_refused(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, photographs: dict[str, Image.Image]
+) -> None:
+    conversation = Conversation(model, processor)
+    with pytest.raises(ValueError, match=r"text is ' ', which asks nothing; expected a question"):
+        conversation.ask(" ")
+    with pytest.raises(ValueError, match="a question is '', which asks nothing"):
+        answer_batch(model, processor, [Question("What?"), Question("")])
+    cat = photographs["cat"]
+    answer = conversation.ask("", [cat], max_new_tokens=NEW_TOKENS)  # the image is a message
+    assert answer_batch(model, processor, [Question("", [cat])], max_new_tokens=NEW_TOKENS) == [answer]
 
 
 class Failing:

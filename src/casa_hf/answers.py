@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .chat_text import message, render_chat
+from .checks import check_asks
 from .media_casa import images_of
 
 if TYPE_CHECKING:
@@ -50,11 +51,13 @@ def answer_batch(
         The answers, in the order of the questions.
 
     Raises:
-        ValueError: if the processor refuses a text or an image.
+        ValueError: if a text is blank without an image, or the processor refuses a text or an image.
     """
     if not questions:
         return []
     images = [images_of(question.images) for question in questions]
+    for question, own in zip(questions, images, strict=True):
+        check_asks("a question", question.text, bool(own))
     texts: list[str] = [
         render_chat(
             processor,

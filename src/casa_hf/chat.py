@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from .cache_casa import cache_snapshot, home_layer
 from .chat_text import SAID, ChatText, message, render_chat
+from .checks import check_asks
 from .generation_casa import IMAGE_INPUTS
 from .media_casa import images_of
 from .transformers_versions import CACHE, CACHE_NAMES
@@ -87,11 +88,12 @@ class Conversation:
 
         Raises:
             TypeError: for arguments that the conversation gives itself: a cache, ids, masks, images by another name.
-            ValueError: if the processor refuses the message, or for settings that a conversation can't have: no cache,
-                one that doesn't grow, several answers.
+            ValueError: if the message is blank without an image, if the processor refuses it, or for settings that a
+                conversation can't have: no cache, one that doesn't grow, several answers.
         """
         self._check_settings(generate_kwargs)
         images = images_of(images)
+        check_asks("text", text, bool(images))
         inputs = self.processor(
             text=[self._new_text(message("user", text, len(images)))],
             images=images or None,

@@ -98,3 +98,13 @@ def check_text(name: str, text: Any) -> None:
             "from bytes that aren't UTF-8, or from half of an escape such as \\ud83d\\ude00 in JSON. Replace it by "
             "a whole character."
         ) from None
+
+
+def check_asks(name: str, text: Any, images: bool = False) -> None:
+    """Refuse a message that asks nothing: blank text without an image.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if isinstance(text, str) and not text.strip() and not images:
+        raise ValueError(f"{name} is {text!r}, which asks nothing; expected a question or an instruction. Write one.")

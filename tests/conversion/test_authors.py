@@ -455,6 +455,7 @@ def test_what_is_given_wins(tmp_path):
         ({"num_gist_tokens": 2}, ["num_gist_tokens=2"]),
         ({"vision_from": "me/model"}, ["vision_from='me/model'", "has a vision tower"]),
         ({"image_delimiters": "<|no|>"}, ["image_delimiters='<|no|>'", "has no <|no|>"]),
+        ({"video_timestamps": "text"}, ["video_timestamps='text'", "no times"]),
         ({"max_pixels": 100}, ["max_pixels=100", "3136"]),
         ({"mapping": "nowhere.tsv"}, ["mapping='nowhere.tsv' can't be read"]),
     ],

@@ -134,6 +134,20 @@ def test_bad_designs(source_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_unknown_names_are_found_before_anything_else(source_folder, tmp_path):
+    """Whatever is at the output, and whether or not there is a source."""
+    (tmp_path / "casa").mkdir()
+    (tmp_path / "casa" / "file").touch()
+    for source in (source_folder, tmp_path / "nowhere"):
+        for design, words in (
+            ({"variant": "cassa"}, "variant 'cassa' is unknown; did you mean 'casa'"),
+            ({"casa_keys": "words"}, "casa_keys='words' is unknown"),
+            ({"casa_key": "image"}, "'casa_key' is not a design option"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                convert_checkpoint(source, tmp_path / "casa", **design)
+
+
 def test_closed_gates_show_nothing(source_folder, tmp_path):
     """Logits are the source's for text, whatever the image; an open gate changes them."""
     report = convert_checkpoint(source_folder, tmp_path / "casa", dtype="float64", casa_gate="tanh")

@@ -1121,7 +1121,8 @@ def test_questions_that_cannot_be_leave_the_stream_as_it_was(model, processor):
     stream = stream_of(model, processor)
     events = stream.push(PICTURES[0])
     taken = [next(events)]
-    for question, limit, message in (("\ud83d", 5, "half a character"), ("Who?", 0, "max_new_tokens=0")):
+    faults = (("\ud83d", 5, "half a character"), (" ", 5, "asks nothing"), ("Who?", 0, "max_new_tokens=0"))
+    for question, limit, message in faults:
         with pytest.raises(ValueError, match=message):
             stream.ask(question, max_new_tokens=limit)
     with pytest.raises(ValueError, match="timestamp"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ..checks import check_text
+from ..checks import check_asks, check_text
 from .options import image_name, is_url
 
 
@@ -51,6 +51,11 @@ def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -
         raise typer.BadParameter(
             "it is missing; give a question, or a file of questions with --input.", param_hint="--prompt"
         )
+    for prompt in prompts:
+        try:
+            check_asks("it", prompt, bool(images))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--prompt") from error
     if each and (len(prompts) > 1 or not images):
         raise typer.BadParameter("it needs one --prompt and the images to ask it about.", param_hint="--each")
     if each:
@@ -102,6 +107,7 @@ def _row(place: str, line: str, folder: Path) -> Row:
     images = [given["image"]] if "image" in given else given.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"{place}: `images` must be a list of paths or URLs.")
+    check_asks(f"{place}: `prompt`", given["prompt"], bool(images))
     try:
         return Row(given["prompt"], tuple(_located(image, folder) for image in images), given)
     except typer.BadParameter as error:

@@ -278,6 +278,11 @@ def _refuse_for_released(request: ConversionRequest, folder: Path) -> None:
             f"vision_from={str(request.vision_from)!r} is for text-only sources, but {folder} has a vision tower. "
             "Leave out vision_from."
         )
+    if request.video_timestamps not in (None, "none"):
+        raise CheckpointError(
+            f"video_timestamps={request.video_timestamps!r} would be new to a model of the method's authors, whose "
+            "frames have no times. Leave it out."
+        )
     if request.mapping is not None and not is_of_authors(folder) and _is_known(folder):
         raise CheckpointError(
             f"mapping={str(request.mapping)!r} is for checkpoints in the format of the method's authors, but the "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..configuration_casa import CasaConfig, variant_overrides
-from ..design_space import FIELDS, check_gist_tokens, unknown_value
+from ..design_space import CHOICES, FIELDS, check_gist_tokens, unknown_value
 from ..folder_files import CheckpointError
 
 
@@ -29,9 +29,7 @@ def resolve_design(
             range.
         ValueError: for an unknown variant.
     """
-    unknown = [name for name in design if name not in FIELDS]
-    if unknown:
-        raise CheckpointError(f"{unknown[0]!r} is not a design option; {unknown_value(unknown[0], FIELDS)}")
+    check_fields(design)
     if own is not None and variant is None:
         fields = {name: getattr(own, name) for name in FIELDS}
     else:
@@ -45,6 +43,20 @@ def resolve_design(
     if isinstance(fields["casa_layers"], str):
         fields["casa_layers"] = layer_indices(fields["casa_layers"], blocks)
     return fields
+
+
+def check_fields(design: Mapping[str, Any]) -> None:
+    """Check names of design fields, and the values of those that are choices.
+
+    Raises:
+        CheckpointError: for an unknown field.
+        ValueError: for an unknown value.
+    """
+    for name, value in design.items():
+        if name not in FIELDS:
+            raise CheckpointError(f"{name!r} is not a design option; {unknown_value(name, FIELDS)}")
+        if value not in CHOICES.get(name, (value,)):
+            raise ValueError(f"{name}={value!r} is unknown; {unknown_value(value, CHOICES[name])}")
 
 
 def layer_indices(text: str, blocks: Sequence[int]) -> list[int] | None:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from ..checkpoint_files.shards import DTYPE_CODES, DTYPES, shard_bytes
+from ..configuration_casa import variant_overrides
 from ..design_space import SETTINGS, unknown_value
 from ..folder_files import CheckpointError
 from ..placeholders import delimiters_of
 from ..timestamps_casa import VIDEO_TIMESTAMPS
+from .design import check_fields
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -38,8 +40,10 @@ class ConversionRequest:
         mapping: Path of a mapping file for a checkpoint of the method's authors.
 
     Raises:
-        CheckpointError: if the dtype or the kind of timestamps is unknown, or the size of a weight file isn't one.
-        ValueError: if these are no delimiters.
+        CheckpointError: if the dtype, the kind of timestamps or a design field is unknown, or the size of a weight
+            file isn't one.
+        ValueError: if the variant, or the value of a design field that is a choice, is unknown, or if these are no
+            delimiters.
     """
 
     source: str | Path
@@ -55,6 +59,9 @@ class ConversionRequest:
     mapping: str | Path | None = None
 
     def __post_init__(self) -> None:
+        if self.variant is not None:
+            variant_overrides(self.variant, ())
+        check_fields(self.design)
         dtype_code(self.dtype)
         kinds = [kind or "none" for kind in VIDEO_TIMESTAMPS]
         if self.video_timestamps not in (None, *kinds):

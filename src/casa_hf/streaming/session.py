@@ -180,7 +180,7 @@ class CasaStream:
             "answer" whenever further characters are whole; at the end one "answered".
 
         Raises:
-            ValueError: if the question isn't valid Unicode, or `max_new_tokens` isn't a positive integer.
+            ValueError: if the question is blank or isn't valid Unicode, or `max_new_tokens` isn't a positive integer.
             RuntimeError: if the stream is closed.
         """
         pushed = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..chat_text import SAID, ChatText, message, render_chat, token_ids
-from ..checks import check_text
+from ..checks import check_asks, check_text
 from ..image_inputs import DELIMITER_TYPE, FRAME_TYPE
 from ..media_casa import MediaPolicy, rgb_image
 from ..temporal_patches import join_frames, middle
@@ -75,9 +75,10 @@ class StreamTurns:
         """Ids from the end of what was said, over a question, to where its answer begins.
 
         Raises:
-            ValueError: if it isn't valid Unicode, or has image placeholders and isn't sanitized.
+            ValueError: if it is blank, isn't valid Unicode, or has image placeholders and isn't sanitized.
         """
         check_text("question", text)
+        check_asks("question", text)
         self._check_placeholders(text)
         return self._ids(self._after_said([message("user", text)]))
 
