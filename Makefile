@@ -6,6 +6,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
 TORCHAO := .venv-torchao
+ENGINES := .venv-engines
 # The demonstration needs the package alone; where the environment of the tests is there, it will do.
 DEMO := $(if $(wildcard $(VENV)/installed),$(VENV),.venv-demo)
 
@@ -15,7 +16,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-torchao bench
+.PHONY: coverage test-torchao test-engines bench
 .PHONY: bench-gpu bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
 	@echo "make test-torchao       the tests that need torchao, in an environment with it"
+	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
@@ -76,7 +78,13 @@ test-torchao: $(TORCHAO)/installed
 	$(TORCHAO)/bin/python -c "import torchao.quantization"
 	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py tests/training/test_loss.py -k "eight_bit or quantised"
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao
+# DeepSpeed trains on CPUs, and Triton interprets Liger's kernel; without them the tests would be skipped.
+test-engines: $(ENGINES)/installed
+	$(ENGINES)/bin/python -c "import deepspeed, liger_kernel, triton"
+	$(PYTEST) TRITON_INTERPRET=1 $(ENGINES)/bin/python -m pytest -m "slow or not slow" \
+		tests/training/test_engines.py tests/training/test_loss.py -k "zero or liger"
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao test-engines
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -137,7 +145,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) $(ENGINES) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -155,6 +163,14 @@ $(VENV)/installed: $(INPUTS)
 $(TORCHAO)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(TORCHAO)
 	$(TORCHAO)/bin/python -m pip install --quiet --constraint constraints.txt torchao --editable ".[dev]"
+	touch $@
+
+# DeepSpeed's build looks at the torch that is installed.
+$(ENGINES)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" setuptools wheel
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		deepspeed liger-kernel triton
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.

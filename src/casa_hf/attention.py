@@ -14,7 +14,6 @@ A query of the text comes from the family's projections (`backbone.Projections`)
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from .attention_backends import BackendWindows, StepWindows, attend, step_with_s
 from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
 from .cache_casa import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
+from .own_copies import own_copy
 from .positions import Rotary
 from .recurrence import TokenOrder
 from .windows import WindowPlan, moved
@@ -296,8 +296,8 @@ class CasaAttention(FusionLayer):
         self.scaling = self_attn.scaling
         self.attention_dropout = self_attn.attention_dropout
         for name in self.projections.modules:
-            setattr(self, name, copy.deepcopy(getattr(self_attn, name)))
-        self.image_norm = copy.deepcopy(stock.input_layernorm) if self.normalises_images else nn.Identity()
+            setattr(self, name, own_copy(getattr(self_attn, name)))
+        self.image_norm = own_copy(stock.input_layernorm) if self.normalises_images else nn.Identity()
 
     def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
         """The module with the projections, and the norm of image states."""

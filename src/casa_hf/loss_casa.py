@@ -10,7 +10,7 @@ devices work as in a plain call. Where Liger's kernel is installed and can take 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -81,33 +81,56 @@ def chunked_loss(
         total = fused(states, head.weight, targets, bias=head.bias, ignore_index=ignore_index, reduction="sum")
         return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
 
-    def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def part(
+        call: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         return ForCausalLMLoss(
-            head(states[None]), None, vocab_size, items, ignore_index=ignore_index, shift_labels=targets
+            call(states[None]), None, vocab_size, items, ignore_index=ignore_index, shift_labels=targets
         )
 
-    size = chunk_tokens(vocab_size)
-    chunks = list(zip(states.split(size), targets.split(size), strict=True))
-    while len(chunks) < _calls_everywhere(head, len(chunks), states.device):
-        chunks.append((states[:0], targets[:0]))
-    if len(chunks) == 1 or not torch.is_grad_enabled():
-        losses = [part(*chunk) for chunk in chunks]
-    else:
-        losses = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum()
+    def chunks(call: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        size = chunk_tokens(vocab_size)
+        parts = list(zip(states.split(size), targets.split(size), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.stack([part(call, *chunk) for chunk in parts]).sum()
+        return torch.stack([checkpoint(part, call, *chunk, use_reentrant=False) for chunk in parts]).sum()
+
+    if not _gathers_weights(head):
+        return chunks(head, states)
+    return _call_once(head, chunks, states) if _gathers_in_hooks(head) else part(head, states, targets)
 
 
-def _calls_everywhere(head: nn.Module, calls: int, device: torch.device) -> int:
-    """How often this process calls the head: as often as any other, where each call gathers its weights from all."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return calls
-    from torch.distributed.fsdp import FSDPModule
+def _gathers_weights(head: nn.Module) -> bool:
+    """Whether calls gather weights from all processes, as under ZeRO-3, and where FSDP wraps the head by itself.
 
-    if not isinstance(head, FSDPModule) and not any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
-        return calls
-    most = torch.tensor(calls, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most)
+    Processes then have to call it equally often, whatever labels their batches have: once.
+    """
+    is_wrapped = hasattr(head, "unshard") or hasattr(head, "_fsdp_wrapped_module")
+    return is_wrapped or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _gathers_in_hooks(head: nn.Module) -> bool:
+    """Whether all weights are gathered in the head's own hooks, and no further hook does something to logits."""
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    known = all(getattr(hook, "__module__", "").startswith(("torch.distributed.", "deepspeed.")) for hook in hooks)
+    return known and not any(head.children())
+
+
+def _call_once(
+    head: nn.Module,
+    chunks: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the loss of all chunks within one call of the head, in whose hooks its weights are gathered."""
+    forward, is_changed = head.forward, "forward" in vars(head)
+    head.forward = partial(chunks, forward)
+    try:
+        return head(states)
+    finally:
+        if is_changed:
+            head.forward = forward
+        else:
+            del head.forward
 
 
 def _liger(head: nn.Module, states: torch.Tensor) -> Callable[..., torch.Tensor] | None:

@@ -8,7 +8,6 @@ and `generate` is fed by `generation_casa.py`. Vision tower, norms, MLPs, rotary
 backbone's own Transformers modules; the table in `backbones.py` names them.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +52,7 @@ from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, delimiters, has_images, place_images
 from .loading_casa import CasaLoadingMixin
 from .loss_casa import chunked_loss
+from .own_copies import is_split, own_copy
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .recurrence import TokenOrder, token_order
@@ -150,7 +150,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         if fused:
             self.casa_attn = fusion_layer(config, layer_idx, stock, self.projections)
         if placement in ("before", "after"):
-            self.casa_layernorm = copy.deepcopy(stock.input_layernorm)
+            self.casa_layernorm = own_copy(stock.input_layernorm)
         joint = isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention)
         self.mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
         self.text_mixers = () if placement == "replace" else _SELF_ATTENTION
@@ -299,10 +299,12 @@ def _initialize_fusion(block: CasaDecoderLayer) -> None:
     }
     for name, parameter in parameters.items():
         if name in sources and not getattr(parameter, "_is_hf_initialized", False):
-            if sources[name].is_meta and not parameter.is_meta:
+            is_offloaded = sources[name].is_meta and not parameter.is_meta
+            if is_offloaded or is_split(parameter):
                 raise NotImplementedError(
                     "The fusion layers of an unconverted checkpoint are copies of its self-attention, which "
-                    "device_map has offloaded to disk. Convert the checkpoint first: `casa-hf convert SOURCE OUTPUT`."
+                    f"{'device_map has offloaded to disk' if is_offloaded else 'ZeRO-3 has split'}. Convert the "
+                    "checkpoint first: `casa-hf convert SOURCE OUTPUT`."
                 )
             init.copy_(parameter, sources[name])
 

@@ -269,6 +269,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.utils.generic": ("merge_with_config_defaults",),
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
     },
+    "own_copies": {"transformers.integrations.deepspeed": ("deepspeed_config",)},
     "processing_casa": {
         "transformers.ProcessorMixin": ("_merge_kwargs",),
         "transformers.image_utils": ("is_valid_image",),

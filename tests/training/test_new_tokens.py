@@ -256,3 +256,19 @@ def test_the_table_and_the_groups_tell_of_new_tokens(folders):
     assert ROWS not in dict(model.named_parameters())
     with pytest.raises(ValueError, match="embed_tokns"):
         freeze(model, "embed_tokns")
+
+
+def test_a_matrix_that_is_loaded_where_it_lies_keeps_its_rows(folders):
+    """As sharded checkpoints are: they are read into the tensors of a state dict, which is then loaded."""
+    model = load_model(folders["tied"], torch.float32)
+    freeze(model, "paper-qwen")
+    state = model.state_dict()
+    expected = torch.randn(state[EMBEDDINGS].shape)
+    for name in (EMBEDDINGS, "lm_head.weight"):
+        state[name].copy_(expected)
+    model.load_state_dict(state)
+    assert torch.equal(embeddings(model), expected)
+    rows = dict(model.named_parameters())[ROWS]
+    assert torch.equal(rows, expected[list(model.config.new_token_ids)])
+    model.load_state_dict({}, strict=False)  # nor does a state dict without it change anything
+    assert torch.equal(embeddings(model), expected) and torch.equal(rows, expected[list(model.config.new_token_ids)])

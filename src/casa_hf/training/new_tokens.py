@@ -11,7 +11,7 @@ in it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,7 @@ class NewTokens(nn.Module):
         self.token_ids = tuple(token_ids)
         self.weight = nn.Parameter(matrix.detach()[list(token_ids)])
         self._hooks: list[Any] = []
+        self._is_loaded = False
 
     def attach(self, embedding: nn.Embedding, head: nn.Module | None) -> None:
         """Replace the rows of an embedding and, where one is given, those of the output head tied to it."""
@@ -60,7 +61,7 @@ class NewTokens(nn.Module):
         for module in (embedding,) if head is None else (embedding, head):  # a state dict may name either's matrix
             self._hooks += [
                 module.register_state_dict_pre_hook(partial(self._write_back, embedding)),
-                module.register_load_state_dict_pre_hook(partial(self._write_back, embedding)),
+                module.register_load_state_dict_pre_hook(self._look_for_matrix),
                 module.register_load_state_dict_post_hook(partial(self._read, embedding)),
             ]
 
@@ -107,8 +108,14 @@ class NewTokens(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: see `_read`."""
 
+    def _look_for_matrix(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        # The matrix itself stays as it is: sharded checkpoints are read into it before it is loaded from there.
+        self._is_loaded = f"{prefix}weight" in state_dict
+
     def _read(self, embedding: nn.Embedding, *_: Any) -> None:
-        """Copy the rows from a matrix that was loaded."""
+        """Copy the rows from a matrix, if that was loaded."""
+        if not self._is_loaded:
+            return
         with torch.no_grad():
             rows = _whole(embedding.weight)[list(self.token_ids)]
             if isinstance(self.weight, DTensor):
