@@ -469,7 +469,7 @@ def quantized_cache(model: Any) -> Any:
     try:
         return QuantizedCache(backend="fp8", config=model.config)
     except ValueError:
-        pytest.skip("this version of Transformers has no quantised cache that runs here")
+        pytest.skip("this version of Transformers has no quantized cache that runs here")
 
 
 def test_a_custom_layer_keeps_the_text_in_its_own_way():

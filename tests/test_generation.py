@@ -384,7 +384,7 @@ def test_quantized_cache_rounds_text_and_leaves_images_exact(variant):
     try:
         cache = QuantizedCache(backend="fp8", config=model.config)
     except ValueError:
-        pytest.skip("this version of Transformers has no quantised cache that runs here")
+        pytest.skip("this version of Transformers has no quantized cache that runs here")
 
     scales: dict[tuple[int, str], torch.Tensor] = {}
     plain = DynamicCache(config=model.config)
@@ -648,7 +648,7 @@ def test_rejected_proposals_need_a_cache_that_can_be_cropped():
     try:
         QuantizedCache(backend="fp8", config=model.config)
     except ValueError:
-        pytest.skip("this version of Transformers has no quantised cache that runs here")
+        pytest.skip("this version of Transformers has no quantized cache that runs here")
     with pytest.raises((NotImplementedError, ValueError), match=r"(?i)quantized|static"):
         generate(
             model,

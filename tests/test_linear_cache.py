@@ -260,7 +260,7 @@ def test_nothing_is_taken_back_and_a_refused_crop_changes_nothing():
 def test_what_a_cache_refuses_leaves_its_recurrent_states(kind, change):
     """They stand in the first layer, which mustn't go ahead of the one that can't."""
 
-    class Other(DynamicLayer):  # as quantised layers are
+    class Other(DynamicLayer):  # as quantized layers are
         pass
 
     held = prepared(static() if kind == "static" else Cache(layer_class_to_replicate=Other))

@@ -325,7 +325,7 @@ class CasaLayerMixin:
             self.window_state = self.window_state.append_empty_rows(number)
 
     def _require_dynamic(self, operation: str) -> None:
-        """Refuse what Transformers implements for growing, unquantised layers only, before anything has changed."""
+        """Refuse what Transformers implements for growing, unquantized layers only, before anything has changed."""
         if not self.grows:
             raise NotImplementedError(
                 f"{operation} isn't supported by a {type(self).__name__}, a layer of a static or quantized "
@@ -665,7 +665,7 @@ class _LayerOfText(CacheLayerMixin):
         self.text.prefetch()
 
     def reset(self) -> None:
-        # What has been quantised is left behind, where Transformers 5.17 keeps it.
+        # What has been quantized is left behind, where Transformers 5.17 keeps it.
         self.text.keys = self.text.values = None
         self.text.is_initialized = False
         self.text.reset()
@@ -675,7 +675,7 @@ class _LayerOfText(CacheLayerMixin):
 
 
 class CasaWrappedLayer(CasaLayerMixin, _LayerOfText):
-    """A layer whose text another growing layer keeps in its own way, such as a quantised one; images and window text
+    """A layer whose text another growing layer keeps in its own way, such as a quantized one; images and window text
     are kept as they are."""
 
     def copied(self) -> CasaWrappedLayer:
@@ -969,7 +969,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, fits: bool) -> None:
 
 
 def cache_nbytes(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache holds, by part; quantised text counts only as far as it isn't quantised yet.
+    """Bytes that a cache holds, by part; quantized text counts only as far as it isn't quantized yet.
 
     That is the content. A growing cache has room for more behind it: at most a quarter, at least 64 tokens.
 

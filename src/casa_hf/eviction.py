@@ -265,7 +265,7 @@ def evict_text(
         fewer tokens); None if nothing changed.
 
     Raises:
-        NotImplementedError: for quantised cache layers.
+        NotImplementedError: for quantized cache layers.
         TypeError: if the cache isn't one that a CASA model has filled.
         ValueError: if no recent token would stay.
     """

@@ -20,6 +20,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be read, converted or published as asked; the message is one line with what to do."""
 
 
+class WrongKindError(CheckpointError):
+    """What was named is there, or could be, but isn't of the kind that it was named for."""
+
+
 def own_file(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
     """A file of a folder, which needn't exist, by a name that may come from elsewhere, such as an index of shards.
 

@@ -3,7 +3,7 @@
 
 Logits and what their loss is made of take 13 bytes per token and entry of the vocabulary: 4 GB for 2,040 tokens of
 Qwen2.5-VL. Here the output head sees tokens with a label only, some of them at a time, and again in the backward pass.
-It is called as the module that it is, so adapters, quantised weights, rows of new tokens and weights spread over
+It is called as the module that it is, so adapters, quantized weights, rows of new tokens and weights spread over
 devices work as in a plain call. Where Liger's kernel is installed and can take its place, that one runs.
 """
 

@@ -867,7 +867,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             nothing changed. To continue with `generate`, gather ids and mask with it.
 
         Raises:
-            NotImplementedError: for quantised caches.
+            NotImplementedError: for quantized caches.
             TypeError: if the cache isn't one that this model has filled.
             ValueError: if no recent token would stay. Where text is to go, also if every image is kept for ever (the
                 history "all"), or the frequencies of the rotary embedding depend on the length of the text.

@@ -350,7 +350,7 @@ def test_no_source_is_mapped(source, tmp_path):
     assert seen and not any(str(source) in maps for maps in seen)
 
 
-def test_quantised_tensors(source):
+def test_quantized_tensors(source):
     save_file({"a": torch.ones(4), "b": torch.ones(4).to(torch.float8_e4m3fn)}, source / "model.safetensors")
     refused(source, "b (F8_E4M3)", "original checkpoint")
 

@@ -52,11 +52,11 @@ def test_checkpoints_of_the_authors(source, tmp_path, fields):
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])
-def test_quantised(source, tmp_path, part):
+def test_quantized(source, tmp_path, part):
     settings = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     content = json.loads((source / "config.json").read_text())
     set_config(source, **(settings if part is None else {part: content[part] | settings}))
-    assert_refused(source, tmp_path / "casa", "quantised", "unquantised original")
+    assert_refused(source, tmp_path / "casa", "quantized", "unquantized original")
 
 
 def test_sliding_window(source, tmp_path):

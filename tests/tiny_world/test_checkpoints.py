@@ -125,7 +125,7 @@ def test_quantized_cache():
     try:
         QuantizedCache(backend="fp8", config=model().config)
     except ValueError:
-        pytest.skip("this version of Transformers has no quantised cache that runs here")
+        pytest.skip("this version of Transformers has no quantized cache that runs here")
     assert differences(said(model(), FEW, batch_size=17), said(model(), FEW, batch_size=17, **settings)) <= 3
 
 

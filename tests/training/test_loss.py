@@ -104,7 +104,7 @@ def test_adapters_of_the_head(casa_folder, batch, options):
     compare(model, batch)
 
 
-def test_a_quantised_head(casa_folder, batch):
+def test_a_quantized_head(casa_folder, batch):
     quantization = pytest.importorskip("torchao.quantization")
     model = load_model(casa_folder, torch.float32)
     freeze(model, "paper-qwen")

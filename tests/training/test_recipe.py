@@ -514,7 +514,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_a_model_that_is_not_converted_is_refused_before_its_weights_are_looked_for(settings, source_folder, tmp_path):
     small = shutil.copytree(source_folder, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(ValueError, match=rf"'qwen2_5_vl'.*`casa-hf convert {small} FOLDER`"):
+    with pytest.raises(ValueError, match=rf"'qwen2_5_vl'.*`casa-hf convert {small} OUTPUT`"):
         train(TrainingConfig.from_dict({**settings, "model": str(small)}))
     (small / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):

@@ -12,28 +12,33 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ..backbones import SOURCE_BACKBONES, supported_sources
 from ..checks import one_line
 from ..configuration_casa import CasaConfig
-from ..folder_files import CheckpointError, own_file, read_json
+from ..folder_files import CheckpointError, WrongKindError, own_file, read_json
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
     """The configuration of a checkpoint that can be converted: the stock one, or a `CasaConfig`.
+
+    Args:
+        folder: Folder of the checkpoint.
+        name: Name of the checkpoint in messages; None for the folder.
 
     Raises:
         CheckpointError: if there is none, if it is invalid, or if it says that the checkpoint can't be converted, or
             is one of the method's authors.
     """
-    content = _read(folder)
+    name = name or str(folder)
+    content = _read(folder, name)
     model_type = content.get("model_type")
     if _is_of_authors(content):
-        raise CheckpointError(
-            f"{folder} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
+        raise WrongKindError(
+            f"{name} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
             "Convert it first: `casa-hf convert SOURCE OUTPUT`."
         )
-    _check_not_quantized(folder, content)
+    _check_not_quantized(name, content)
     is_casa = model_type == CasaConfig.model_type
     if not is_casa and model_type not in SOURCE_BACKBONES:
-        raise CheckpointError(
-            f"{folder} has model_type {model_type!r}, which can't be converted to a CASA model. Give a checkpoint "
+        raise WrongKindError(
+            f"{name} has model_type {model_type!r}, which can't be converted to a CASA model. Give a checkpoint "
             f"of: {supported_sources()}."
         )
     try:
@@ -58,17 +63,19 @@ def read_authors_config(folder: Path) -> dict[str, Any]:
     """The content of config.json of a checkpoint in the format of the method's authors, or of an unknown one.
 
     Raises:
-        CheckpointError: if there is none, or the checkpoint is quantised.
+        CheckpointError: if there is none, or the checkpoint is quantized.
     """
     content = _read(folder)
-    _check_not_quantized(folder, content)
+    _check_not_quantized(str(folder), content)
     return content
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, name: str | None = None) -> dict[str, Any]:
     file = own_file(folder, "config.json")
     if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json. Give the folder of a complete Transformers checkpoint.")
+        raise WrongKindError(
+            f"{name or folder} has no config.json. Give the folder of a complete Transformers checkpoint."
+        )
     content = read_json(file)
     model_type = content.get("model_type")
     if not isinstance(model_type, str | None):
@@ -84,22 +91,27 @@ def _is_of_authors(content: dict[str, Any]) -> bool:
     return "casa" in names or "helium1_vl" in names or {"pre_image_tokens", "post_image_tokens"} <= content.keys()
 
 
-def _check_not_quantized(folder: Path, content: dict[str, Any]) -> None:
+def _check_not_quantized(name: str, content: dict[str, Any]) -> None:
     parts = [content, *(value for value in content.values() if isinstance(value, dict))]
     if any(part.get("quantization_config") for part in parts):
-        raise CheckpointError(f"{folder} is quantised (quantization_config). Convert the unquantised original.")
+        raise CheckpointError(f"{name} is quantized (quantization_config). Convert the unquantized original.")
 
 
-def read_casa_config(folder: Path) -> CasaConfig:
+def read_casa_config(folder: Path, name: str | None = None) -> CasaConfig:
     """The configuration of a CASA checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+        name: Name of the checkpoint in messages; None for the folder.
 
     Raises:
         CheckpointError: as `read_config`, and if it is a checkpoint of another kind.
     """
-    config = read_config(folder)
+    name = name or str(folder)
+    config = read_config(folder, name)
     if not isinstance(config, CasaConfig):
-        raise CheckpointError(
-            f"{folder} has model_type {config.model_type!r}, so it is not a CASA checkpoint. Convert it first "
-            "(`casa-hf convert`)."
+        raise WrongKindError(
+            f"{name} has model_type {config.model_type!r}, so it is not a CASA checkpoint. Convert it first: `casa-hf "
+            f"convert {name} OUTPUT`."
         )
     return config

@@ -30,7 +30,7 @@ from .unchanged import FileState, changed, check_unchanged, file_state
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# The dtypes of unquantised weights, by their safetensors code.
+# The dtypes of unquantized weights, by their safetensors code.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -145,7 +145,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         CheckpointError: if there are no safetensors weights, if a file is missing, broken or outside the folder, if
-            shards and index disagree, or if a tensor is quantised.
+            shards and index disagree, or if a tensor is quantized.
     """
     if (folder / SINGLE_FILE).is_file():
         return read_tensors(own_file(folder, SINGLE_FILE))
@@ -190,7 +190,7 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
     """The place of every tensor of a safetensors file by name, from its header.
 
     Raises:
-        CheckpointError: if the file is broken, or if a tensor is quantised.
+        CheckpointError: if the file is broken, or if a tensor is quantized.
     """
     try:
         with open(file, "rb", buffering=0) as stream:
@@ -200,10 +200,10 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} is not a complete safetensors file ({one_line(error)}). Download it again."
         ) from error
-    quantised = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
-    if quantised:
+    quantized = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
+    if quantized:
         raise CheckpointError(
-            f"{file} holds quantised or non-float weights: {listed(quantised)}. Use the original checkpoint, with "
+            f"{file} holds quantized or non-float weights: {listed(quantized)}. Use the original checkpoint, with "
             f"weights in {', '.join(DTYPES)}."
         )
     return {

@@ -3,7 +3,12 @@
 
 Thin wrappers of library functions. Nothing here and in the modules of the commands imports the library before a
 command runs: options are read, and wrong ones refused, at once. Answers and results go to standard output, everything
-else to standard error. What goes wrong ends in one line and exit code 1; a wrong value in exit code 2.
+else to standard error.
+
+What is wrong with the command line ends in exit code 2: an option or argument whose value can't be, or that names
+something which isn't there, is of another kind (a checkpoint that isn't a CASA checkpoint), or can't be read (an
+image, a video, a file of questions or settings). All else that goes wrong ends in exit code 1: a checkpoint that is
+incomplete or damaged, the Hub, the disk, the work itself. Either way the reason stands in one line.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..folder_files import WrongKindError
 from ..version import __version__
 from .caption import caption
 from .chat import CHAT_HELP, chat
@@ -92,4 +98,4 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.flags.dev_mode:
             raise
         complain(error)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, WrongKindError) else 1)

@@ -94,7 +94,8 @@ def generate(
         with wrong_value("--output", overwrite="--overwrite"):
             check_output(output, (output.suffix.lower(),), overwrite, [] if input is None else [input])
     if single:
-        images = [open_image(name) for name in rows[0].images]
+        with wrong_value("--image"):
+            images = [open_image(name) for name in rows[0].images]
         conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
         options: dict[str, Any] = {"streamer": streamer(conversation)} if stream else {}
         answer = conversation.ask(rows[0].prompt, images, max_new_tokens=max_new_tokens, **options)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .options import check_is_casa
 from .terminal import quiet_unless_terminal
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ def load_model(
     quiet_unless_terminal()
     from safetensors import SafetensorError
 
+    from ..checkpoint_files.config import read_casa_config
     from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
@@ -46,7 +46,7 @@ def load_model(
     if repository is None:
         folder = Path(name)
     else:
-        check_is_casa(download(repository, None, SMALL_FILES), name)  # before the weights, which are large
+        read_casa_config(download(repository, None, SMALL_FILES), name)  # before the weights, which are large
         folder = download(repository, None, (*SMALL_FILES, *WEIGHT_FILES))
     processor = CasaProcessor.from_pretrained(folder)
     try:

@@ -94,7 +94,7 @@ def casa_checkpoint(text: str) -> str:
 
 
 def check_is_casa(folder: Path, name: str) -> None:
-    """Refuse a folder whose config.json describes another kind of model, or isn't there.
+    """Refuse a folder whose config.json describes another kind of model, or isn't there, before the library is loaded.
 
     Args:
         folder: folder of the checkpoint.

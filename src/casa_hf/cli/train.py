@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import existing
+from .options import existing, wrong_value
 from .terminal import INTERRUPTED, complain, quiet_unless_terminal
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def train(
     from ..training import train as run
     from ..training.arguments import is_first_process
 
-    settings = TrainingConfig.from_yaml(config)
+    with wrong_value("CONFIG"):
+        settings = TrainingConfig.from_yaml(config)
     if resume:
         settings = replace(settings, resume=True)
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import (
 
 from ..checkpoint_files.hub_client import reason
 from ..checks import one_line
-from ..folder_files import CheckpointError, own_file, read_json
+from ..folder_files import CheckpointError, WrongKindError, own_file, read_json
 from .card import published_card
 from .card_parts import Card, decode_card
 from .errors import AGAIN, explained, is_lost
@@ -191,7 +191,7 @@ def _check_arguments(repository: str, revision: str | None, card: str | None, da
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise CheckpointError(
+        raise WrongKindError(
             f"{repository!r} is not a valid name of a repository ({one_line(error)}). Give one such as namespace/name."
         ) from error
     check_branch_name(revision)

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint_files.config import read_casa_config
 from ..checkpoint_files.disk import disk_is_full
 from ..checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download, hub_id
 from ..checks import counted, one_line
-from ..configuration_casa import CasaConfig
-from ..folder_files import read_json
 from ..modeling_casa import CasaForConditionalGeneration
 from ..processing_casa import CasaProcessor
 from .adapters import add_adapters, lora_arguments
@@ -153,7 +152,7 @@ def _prepare(config: TrainingConfig) -> _Run:
     resumed = check_folders(output, checkpoints, config.resume)
     repository = hub_id(config.model, revision=None)
     folder = Path(config.model) if repository is None else download(repository, None, SMALL_FILES)
-    _check_model(config.model, folder)
+    read_casa_config(folder, config.model)  # what isn't converted has no fusion layers to train
     processor, saved_processor = _load_processors(config, folder)
     data, eval_data = _load_data(config, processor)
     steps = _num_steps(config, data)
@@ -173,19 +172,6 @@ def _prepare(config: TrainingConfig) -> _Run:
         settings=settings,
         arguments=training_arguments(config, steps),
     )
-
-
-def _check_model(model: str, folder: Path) -> None:
-    """Refuse a model that isn't converted: its fusion layers would start at random."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model={model} has no config.json. Give the folder or the Hub id of a CASA checkpoint.")
-    model_type = read_json(file).get("model_type")
-    if model_type != CasaConfig.model_type:
-        raise ValueError(
-            f"model={model} has the model_type {model_type!r}, it is not a CASA checkpoint. Convert it first "
-            f"(`casa-hf convert {model} FOLDER`), and set model to that folder."
-        )
 
 
 def _load_processors(config: TrainingConfig, folder: Path) -> tuple[CasaProcessor, CasaProcessor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...checkpoint_files.config import is_of_authors, read_config
 from ...checkpoint_files.headers import WithoutWeights
 from ...checks import counted, listed
-from ...folder_files import CheckpointError
+from ...folder_files import WrongKindError
 from .checkpoint import read_names
 from .inference import infer_design
 from .mapping_file import DROP, UNKNOWN, table_of
@@ -36,7 +36,7 @@ def names_report(source: str | Path, *, revision: str | None = None, mapping: st
     checkpoint = WithoutWeights.open(source, revision)
     if mapping is None and not is_of_authors(checkpoint.folder):
         config = read_config(checkpoint.folder)  # refuses what is none of ours
-        raise CheckpointError(
+        raise WrongKindError(
             f"{source} has model_type {config.model_type!r}, whose names of tensors are known; only checkpoints in "
             "the format of the method's authors have such a table. See what would be written with `casa-hf convert "
             f"{source} --dry-run`."
