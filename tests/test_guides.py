@@ -22,8 +22,10 @@ LONG = {"streaming.md", "training.md", "publishing.md"}
 
 
 def run(guide: str, names: dict[str, Any]) -> Any:
-    """Run its code; what the last line gives, if that isn't a statement."""
-    (block,) = GUIDES[guide]
+    """Run its blocks of code; what the last line gives, if that isn't a statement."""
+    *earlier, block = GUIDES[guide]
+    for other in earlier:
+        exec(compile(other, guide, "exec"), names)
     mode = "exec" if re.search(r"^\w+ = ", block, re.MULTILINE) else "eval"
     return eval(compile(block, guide, mode), names)
 
@@ -50,6 +52,8 @@ def test_architecture_and_pictures(casa_folder: Path, tmp_path: Path, monkeypatc
     assert names["cache"].get_seq_length() == names["output"].shape[1] - 1
 
     run("images.md", names)
+    said = names["processor"].decode(names["inputs"]["input_ids"][0])
+    assert said.startswith("[0.0 seconds]<|vision_start|><|vision_end|>[0.5 seconds]<|vision_start|>")
     with pytest.raises(ValueError, match=r"cat\.jpg"):
         names["processor"](text="<|vision_start|><|vision_end|>", images=names["CAT"], return_tensors="pt")
 

@@ -29,6 +29,7 @@ from casa_hf.cli.app import app
 from casa_hf.cli.caption import Question, _events
 from casa_hf.streaming import LiveCaptions
 from casa_hf.video import open_video
+from examples.tiny_source import build_tiny_source
 from tests.clips import http_camera, jpeg_part, picture, write_clip
 from tests.command_line import Cli
 
@@ -86,6 +87,34 @@ def test_the_command_does_what_the_library_does(cli: Cli, checkpoint: Path, tmp_
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert len(list(container.decode(video=0))) == 75
         assert container.streams.audio
+
+
+def test_the_times_of_frames_are_those_of_the_file(cli: Cli, tmp_path: Path) -> None:
+    source = build_tiny_source(tmp_path / "source", family="qwen3_vl")
+    assert cli("convert", source, tmp_path / "casa").code == 0
+    events: dict[str, list[dict[str, object]]] = {}
+    for kind in ("native", "text", None):
+        for name in ("config.json", "processor_config.json"):
+            settings = json.loads((tmp_path / "casa" / name).read_text("utf-8"))
+            (tmp_path / "casa" / name).write_text(json.dumps({**settings, "video_timestamps": kind}), encoding="utf-8")
+        out = tmp_path / f"{kind}.jsonl"
+        outcome = cli("caption", BUNNY, "--model", tmp_path / "casa", "--out", out, *ARGUMENTS)
+        assert outcome.code == 0, outcome.err
+        lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        events[str(kind)] = [{key: line[key] for key in ("kind", "start", "text")} for line in lines]
+        assert events[str(kind)] == events_of(tmp_path / "casa")
+    assert events["native"] != events["text"] != events["None"] != events["native"]
+
+    model = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").eval()
+    processor = CasaProcessor.from_pretrained(tmp_path / "casa", video_timestamps="native")
+    fed: list[str] = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: fed.append(processor.decode(inputs["input_ids"][0])), with_kwargs=True
+    )
+    stream = CasaStream(model, processor, fps=2, max_new_tokens_per_frame=1)
+    list(LiveCaptions(stream, open_video(BUNNY, fps=2, start=1, end=2.4)))
+    times = re.findall(r"<(\d\.\d) seconds><\|vision_start\|><\|vision_end\|>", "".join(fed))
+    assert times == ["1.0", "1.5", "2.0"]
 
 
 @pytest.fixture(scope="module")

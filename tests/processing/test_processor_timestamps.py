@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from casa_hf import CasaProcessor
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.training.samples import encode
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.clips import write_clip
@@ -86,6 +86,34 @@ def test_text_and_ids_are_the_stock_processors(
     # The token that ends an image is its frame's, but for those around each video.
     ends = [type for token, type in zip(inputs["input_ids"][0], types, strict=True) if token == native.image_token_id]
     assert ends.count(0) == 2 and ends[-1] == 0 and ends.count(2) == types.count(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["insertion", "exact"])
+def test_a_file_is_the_sources_video(native: CasaProcessor, folder: Path, clip: Path, variant: str) -> None:
+    """The stock model on the ids that its processor makes, from the files of the checkpoint and the clip."""
+    prompt = f"<|im_start|>user\nWatch.{VIDEO}What happens?<|im_end|>\n<|im_start|>assistant\n"
+    history = "all" if variant == "insertion" else "group"
+    model: Any = CasaForConditionalGeneration.from_pretrained(
+        folder, casa_variant=variant, casa_video_history=history, dtype=torch.float64
+    ).eval()
+    assert model.config.video_timestamps == "native"
+    inputs = native(text=prompt, videos=[str(clip)], num_frames=6, frames_per_image=2, return_tensors="pt")
+    ours = model(**inputs | {"pixel_values": inputs["pixel_values"].double()}).logits[0]
+
+    [grid] = {tuple(grid) for grid in inputs["image_grid_thw"].tolist()}
+    text = stock_text(native.tokenizer, prompt, [(10.0, range(0, 60, 10))], grid=grid[1:], pads=True)
+    ids = native.tokenizer(text, return_tensors="pt")["input_ids"]
+    of_video = ids[0] == native.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    theirs = stock(
+        input_ids=ids,
+        mm_token_type_ids=2 * of_video[None].int(),
+        pixel_values_videos=inputs["pixel_values"].double(),
+        video_grid_thw=torch.tensor([[3, *grid[1:]]]),
+    ).logits[0, ~of_video]
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-10
 
 
 def test_a_source_of_another_family_has_none(source: Path, processor: CasaProcessor, clip: Path) -> None:
