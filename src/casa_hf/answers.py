@@ -75,6 +75,7 @@ def answer_prompts(
     prompts: list[str],
     images: Sequence[Any] = (),
     videos: Sequence[Any] = (),
+    video_metadata: Sequence[Any] = (),
     **generate_kwargs: Any,
 ) -> list[str]:
     """What the model says after each prompt.
@@ -84,12 +85,14 @@ def answer_prompts(
         processor: processor of the model.
         prompts: texts as the chat template writes them.
         images, videos: images and videos of all prompts, in any form that the processor takes.
+        video_metadata: what is known of each video's decoded frames; none, or one for each video.
         **generate_kwargs: arguments for `generate`.
     """
     inputs = processor(
         text=prompts,
         images=images or None,
         videos=videos or None,
+        video_metadata=video_metadata or None,
         add_special_tokens=False,
         padding=True,
         padding_side="left",

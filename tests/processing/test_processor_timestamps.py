@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from casa_hf.training.samples import encode
+from casa_hf.training.samples import Dialogue, encode, measure
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.clips import write_clip
 from tests.processing.stock import stock_text
@@ -216,6 +216,28 @@ def test_no_loss_at_the_times_of_frames(native: CasaProcessor, clip: Path) -> No
     assert bool((sample.labels[of_times] == -100).all())
     answer = native.decode(sample.labels[sample.labels >= 0])
     assert answer == "Say 0.5 seconds<0.5 seconds><|im_end|>"
+
+
+def test_examples_tell_the_times_of_frames(native: CasaProcessor, clip: Path) -> None:
+    """As live captions are trained on: frames between pieces of an answer."""
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+    video = {"type": "video"}
+    say = {"type": "text", "text": "Yes."}
+    messages = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": [video, say, video, say, video]}]
+    known = [{"fps": 2.0, "frames_indices": [7]}, None, {"fps": 1, "frames_indices": [9, 10]}]
+    example = {"messages": messages, "videos": [[frame], str(clip), [frame, frame]], "video_metadata": known}
+    sample = encode(native, example)
+    said = times(native, {"input_ids": [sample.input_ids], "mm_token_type_ids": [sample.mm_token_type_ids]})
+    assert said == [
+        "<3.5 seconds>",
+        *(f"<{index * 3 / 10:.1f} seconds>" for index in range(20)),
+        "<9.0 seconds>",
+        "<10.0 seconds>",
+    ]
+    assert measure(native, example) == (sample.num_tokens, sample.num_image_tokens)
+    with pytest.raises(ValueError, match="`video_metadata` of 1 element for 3 videos; give one for each"):
+        encode(native, {**example, "video_metadata": known[0]})
+    assert Dialogue.of({**example, "video_metadata": None}).video_metadata == [None] * 3
 
 
 def test_assistant_masks_leave_the_times_out(native: CasaProcessor, clip: Path) -> None:

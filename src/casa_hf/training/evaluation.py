@@ -46,8 +46,9 @@ def generate_answers(
                 processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
                 for question in questions
             ]
+            metadata = [known for question in questions for known in question.video_metadata]
             answers += answer_prompts(
-                model, processor, prompts, images, videos if any(videos) else (), **generate_kwargs
+                model, processor, prompts, images, videos if any(videos) else (), metadata, **generate_kwargs
             )
     finally:
         model.train(was_training)

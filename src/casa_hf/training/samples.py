@@ -65,11 +65,13 @@ class Dialogue:
         messages: messages as the chat template takes them; an image is `{"type": "image"}`, a video
             `{"type": "video"}`.
         images, videos: images and videos that these stand for, in reading order.
+        video_metadata: what is known of each video that is the list of its frames; None for nothing.
     """
 
     messages: Messages
     images: list[Any]
     videos: list[Any]
+    video_metadata: list[Any]
 
     @classmethod
     def of(cls, example: Mapping[str, Any]) -> Dialogue:
@@ -81,10 +83,11 @@ class Dialogue:
                 that holds no image itself stands for the next of `images`. Where no part is an image, placeholders
                 `<image>` in the texts do, with the line break that sets one off; without placeholders either, images
                 come before the text of the first user message. Likewise for videos, each a file or the list of its
-                frames. Where parts or nothing at all are images, `<image>` is text.
+                frames. Where parts or nothing at all are images, `<image>` is text. `video_metadata` has, for each
+                video in reading order, the `fps` and the `frames_indices` of its frames, or None.
 
         Raises:
-            ValueError: if the example has another form, or images and parts or placeholders don't match.
+            ValueError: if the example has another form, or images and parts, placeholders or metadata don't match.
         """
         _refuse_other_forms(example)
         given = {kind: _given(example, kind) for kind in _MEDIA}
@@ -100,7 +103,7 @@ class Dialogue:
                 f"A conversation has the roles {roles}; expected an assistant message after another one. Add the "
                 f"{lacking}."
             )
-        return cls(messages, media["image"], media["video"])
+        return cls(messages, media["image"], media["video"], _metadata(example, len(media["video"])))
 
     def question(self) -> tuple[Dialogue, str]:
         """The conversation up to its last answer, and the text of that answer."""
@@ -108,7 +111,17 @@ class Dialogue:
         before = self.messages[:last]
         parts = [part["type"] for part in _all_parts(before)]
         answer = "".join(part.get("text", "") for part in self.messages[last]["content"])
-        return Dialogue(before, self.images[: parts.count("image")], self.videos[: parts.count("video")]), answer
+        images, videos = parts.count("image"), parts.count("video")
+        asked = Dialogue(before, self.images[:images], self.videos[:videos], self.video_metadata[:videos])
+        return asked, answer
+
+    def media(self) -> dict[str, Any]:
+        """Images and videos as arguments of a call of the processor for this conversation alone."""
+        return {
+            "images": self.images or None,
+            "videos": [self.videos] if self.videos else None,  # in a list of its own, files may be frames
+            "video_metadata": self.video_metadata or None,
+        }
 
 
 def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
@@ -125,8 +138,7 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
     text, answers = _render(processor, conversation.messages)
     inputs = processor(
         text=[text],
-        images=conversation.images or None,
-        videos=[conversation.videos] if conversation.videos else None,  # in a list of its own, files may be frames
+        **conversation.media(),
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_tensors="pt",
@@ -158,8 +170,7 @@ def measure(processor: CasaProcessor, example: Mapping[str, Any]) -> tuple[int, 
     """Numbers of text and image tokens that `encode` would give, without making pixels."""
     conversation = Dialogue.of(example)
     text = processor.apply_chat_template(conversation.messages, tokenize=False)
-    videos = [conversation.videos] if conversation.videos else None
-    return processor.measure(text, conversation.images or None, videos, add_special_tokens=False, padding=False)
+    return processor.measure(text, **conversation.media(), add_special_tokens=False, padding=False)
 
 
 def unseen_image(processor: CasaProcessor) -> Sample:
@@ -240,6 +251,18 @@ def _given(example: Mapping[str, Any], kind: str) -> list[Any]:
     if items:
         raise ValueError(f"An example has both `{kind}s` and `{kind}`; put all of them into `{kind}s`.")
     return [one]
+
+
+def _metadata(example: Mapping[str, Any], num_videos: int) -> list[Any]:
+    """What is known of each video of an example."""
+    given = example.get("video_metadata")
+    metadata = [None] * num_videos if given is None else [given] if isinstance(given, Mapping) else list(given)
+    if len(metadata) != num_videos:
+        raise ValueError(
+            f"An example has `video_metadata` of {counted(len(metadata), 'element')} for "
+            f"{counted(num_videos, 'video')}; give one for each, or None for a video that is a file."
+        )
+    return metadata
 
 
 def _all_parts(messages: Messages) -> list[dict[str, Any]]:
