@@ -56,6 +56,8 @@ def test_each_setting(qwen3_vl: Path, tmp_path: Path, given: str | None, expecte
     assert form in written and ("seconds" in written) == (expected is not None)
     card = (tmp_path / "casa" / "README.md").read_text()
     assert (f"--video-timestamps {given}" in card) == (given is not None)
+    said = "" if expected is None else {"native": "`<0.5 seconds>`", "text": "`[0.5 seconds]`"}[expected]
+    assert said in card and ("(`video_timestamps=" in card) == (expected is not None)
     check_checkpoint(tmp_path / "casa")
     convert_to_source(tmp_path / "casa", tmp_path / "back")
     assert "timestamps" not in (tmp_path / "back" / "config.json").read_text()

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 
-from casa_hf import convert_checkpoint
+from casa_hf import CasaProcessor, convert_checkpoint
 from casa_hf.design_space import VARIANTS
 from casa_hf.training import CasaDataCollator, PackedDataset
 from casa_hf.training.collator import Budget, pack
 from casa_hf.training.samples import measure
-from examples.tiny_source import build_tiny_helium
+from examples.tiny_source import build_tiny_helium, build_tiny_source
+from tests.clips import picture
 from tests.training.helpers import CONVERSATIONS, ask, assert_close, load_model, load_processor, loss_and_gradients
 
 TEXT_ONLY = [ask("How many people are there?", "There are three."), ask("What is it?", "It's either a book or a box.")]
@@ -33,11 +34,11 @@ def one_by_one(model, processor, examples):
     return total / count, {name: gradient / count for name, gradient in sums.items()}
 
 
-def check_batches(model, processor):
-    expected_loss, expected = one_by_one(model, processor, CONVERSATIONS)
-    padded = CasaDataCollator(processor)(CONVERSATIONS)
-    packed = CasaDataCollator(processor, packing=True)(CONVERSATIONS)
-    planned = CasaDataCollator(processor)([CONVERSATIONS[:3], CONVERSATIONS[3:]])
+def check_batches(model, processor, conversations=CONVERSATIONS):
+    expected_loss, expected = one_by_one(model, processor, conversations)
+    padded = CasaDataCollator(processor)(conversations)
+    packed = CasaDataCollator(processor, packing=True)(conversations)
+    planned = CasaDataCollator(processor)([conversations[:3], conversations[3:]])
     assert len(padded["input_ids"]) == 4 and "position_ids" not in padded
     assert len(packed["input_ids"]) == 1 and (packed["position_ids"] == 0).sum() == 4
     assert len(planned["input_ids"]) == 2 and (planned["attention_mask"] == 0).any()
@@ -64,6 +65,32 @@ def test_packed_padded_and_one_by_one_are_equal_with_one_axis_of_positions(sourc
     helium = build_tiny_helium(tmp_path / "helium")
     folder = convert_checkpoint(helium, tmp_path / "casa", vision_from=source_folder).output
     check_batches(load_model(folder), load_processor(folder))
+
+
+def test_packed_padded_and_one_by_one_are_equal_with_the_times_of_frames(tmp_path):
+    """In prompts and within answers; frames of a video are seen together, over the times between them."""
+    source = build_tiny_source(tmp_path / "source", family="qwen3_vl")
+    folder = convert_checkpoint(source, tmp_path / "casa", casa_video_history="group").output
+    processor = CasaProcessor.from_pretrained(folder, max_pixels=256**2, frame_max_pixels=256**2)
+    frames = [picture(number) for number in (5, 90, 200)]
+    shown, words = {"type": "video"}, {"type": "text", "text": "A cat at 0.5 seconds."}
+    conversations = [
+        {
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
+            "videos": [frames[first:]],
+            "video_metadata": {"fps": 2, "frames_indices": list(range(3 - first))},
+        }
+        for asked, answered, first in (
+            ([shown, words], [words], 0),
+            ([words], [words, shown, words], 1),
+            ([words, shown], [words, words], 1),
+            ([shown], [words], 2),
+        )
+    ]
+    check_batches(load_model(folder), processor, conversations)
+    batch = CasaDataCollator(processor, packing=True)(conversations)
+    of_times = batch["mm_token_type_ids"] == 3
+    assert of_times.sum() > 50 and bool((batch["labels"][of_times] == -100).all())
 
 
 def test_the_text_index_stands_for_four_rows_of_positions(processor, casa_folder):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from ..configuration_casa import CasaConfig, variant_overrides
 from ..design_space import DESIGN_FIELDS, VARIANTS
+from ..timestamps_casa import timestamp_text
 from .origins import Licensed, Origin
 
 CITATION = """\
@@ -60,7 +61,15 @@ def intro_text(config: CasaConfig, origins: Sequence[Licensed], variant: str = "
     return f"""\
 {subject} ({config.backbone.display_name}){towers} as a CASA model: images stay out of the
 token sequence and out of the KV cache; fusion layers let text attend to the current image.
-{_design_text(config, config.variant or variant)}"""
+{_design_text(config, config.variant or variant)}{_timestamps_text(config)}"""
+
+
+def _timestamps_text(config: CasaConfig) -> str:
+    if config.video_timestamps is None:
+        return ""
+    kind = config.video_timestamps
+    example = timestamp_text(kind, 0.5)
+    return f" The time of each video\nframe stands before it, as `{example}` (`video_timestamps={kind!r}`)."
 
 
 def _design_text(config: CasaConfig, variant: str) -> str:
