@@ -299,7 +299,7 @@ class CasaGenerationMixin(GenerationMixin):
         if attention_mask is not None and not (isinstance(prepared, torch.Tensor) and prepared.ndim == 2):
             # A static cache turns the mask into a 4-D one, from which padding can't be read any more.
             model_inputs["token_mask"] = attention_mask[:, -num_tokens:].bool().to(fed.device)
-        if not images and types is None:
+        if not images:
             return InputsByBothNames(model_inputs)
         start = cached_length(cache)
         end = start + num_tokens
@@ -307,8 +307,7 @@ class CasaGenerationMixin(GenerationMixin):
             # Of all tokens so far: the time of a frame may stand in an earlier chunk.
             types = torch.nn.functional.pad(types, (0, max(0, end - types.shape[1])))
             model_inputs["mm_token_type_ids"] = types[:, :end]
-        if images:
-            model_inputs |= self._images_between(images, types, start, end, fed)
+        model_inputs |= self._images_between(images, types, start, end, fed)
         return InputsByBothNames(model_inputs)
 
     def _images_between(
