@@ -117,7 +117,7 @@ BACKBONES: dict[str, Backbone] = {
                 source_model_type=model_type,
                 text_model_type=model_type,
                 vision=VISION_TOWERS["qwen2_5_vl_vision"],
-                display_name=name,
+                display_name=display_name,
                 modeling=f"transformers.models.{model_type}.modeling_{model_type}",
                 decoder_layer=f"{classes}DecoderLayer",
                 rotary_embedding=f"{classes}RotaryEmbedding",
@@ -128,15 +128,11 @@ BACKBONES: dict[str, Backbone] = {
                 text_only=True,
                 recipe="paper-helium",
                 source_task="text-generation",
-                other_towers=(
-                    VISION_TOWERS["qwen2_vl_vision"],
-                    VISION_TOWERS["qwen3_vl_vision"],
-                    VISION_TOWERS["qwen3_5_vision"],
-                ),
+                other_towers=tuple(tower for name, tower in VISION_TOWERS.items() if name != "qwen2_5_vl_vision"),
                 placeholder_id_fields=(),
                 text_ties_head=True,
             )
-            for model_type, name, classes, projections in (
+            for model_type, display_name, classes, projections in (
                 ("helium", "Helium", "Helium", Projections),
                 ("llama", "Llama", "Llama", Projections),
                 ("qwen2", "Qwen2", "Qwen2", Projections),

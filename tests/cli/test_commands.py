@@ -224,12 +224,12 @@ def test_convert_goes_back_to_the_source(cli: Cli, casa_folder: Path, source_fol
 def test_convert_gives_a_text_only_source_a_tower(cli: Cli, source_folder: Path, tmp_path: Path) -> None:
     helium = build_tiny_helium(tmp_path / "helium")
     outcome = cli("convert", helium, tmp_path / "casa", "--vision-from", source_folder)
-    assert outcome.code == 0 and "new rows 838, 839: the mean of all" in outcome.out
+    assert outcome.code == 0 and "new rows 838 (<|vision_start|>), 839 (<|vision_end|>): the mean" in outcome.out
     assert cli("inspect", tmp_path / "casa").out.count("Helium") == 1
     assert cli("convert", helium, tmp_path / "blind").refused("--vision-from", "text-only")
     form = ("--image-delimiters", "<|image|>")
     outcome = cli("convert", helium, tmp_path / "single", "--vision-from", source_folder, *form)
-    assert outcome.code == 0 and "new rows 838: the mean of all" in outcome.out
+    assert outcome.code == 0 and "new rows 838 (<|image|>): the mean of all" in outcome.out
     assert "--image-delimiters '<|image|>'" in (tmp_path / "single" / "README.md").read_text()
     assert cli("convert", source_folder, tmp_path / "other", *form).refused("--image-delimiters", "text-only")
     assert cli("convert", tmp_path / "single", tmp_path / "other", *form).refused("--image-delimiters", "delimiters.")

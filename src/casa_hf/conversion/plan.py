@@ -166,6 +166,7 @@ def _plan_tensors(
     """The tensors, and how those start that are new, or have new rows, and copy nothing."""
     planned = []
     initialised = {}
+    tokens = {index: token for token, index in (config.new_tokens or {}).items()}
     for name, source in tensor_map.written():
         parts: tuple[StoredTensor | ComputedTensor, ...] = (stored[source],)
         origin = f"new, copy of {source}" if name in tensor_map.added else source
@@ -173,7 +174,8 @@ def _plan_tensors(
             # An untied head's rows needn't differ: nothing is trained to say a gist token.
             gists = config.gist_token_ids or () if name == EMBEDDINGS else ()
             parts = _with_new_rows(stored[source], new_token_ids, gists, config.text_config.vocab_size)
-            initialised[name] = f"new rows {', '.join(map(str, new_token_ids))}: the mean of all"
+            rows = ", ".join(f"{index} ({tokens[index]})" for index in new_token_ids)
+            initialised[name] = f"new rows {rows}: the mean of all"
             initialised[name] += f", gist tokens with noise of {GIST_SPREAD:g} of their spread" if gists else ""
             origin += f"; {initialised[name]}"
         planned.append(PlannedTensor(name, parts, dtype or stored[source].dtype, origin))
