@@ -216,9 +216,14 @@ def test_parallel_plans_name_what_exists(variant, overrides, family):
     config = FAMILIES[family].casa_config(variant, **overrides)
     with torch.device("meta"):
         model = CasaForConditionalGeneration(config)
-    tensors = {re.sub(r"\d+", "*", name.rsplit(".", 1)[0]) for name in model.state_dict()}
+    names = {re.sub(r"\d+", "*", name) for name in model.state_dict()}
+    tensors = {name.rsplit(".", 1)[0] for name in names}
     plan = model.tp_plan
-    assert plan.keys() <= tensors
+    assert plan.keys() <= tensors | names
+    for of_model, kind in ((plan, "tp"), (getattr(model, "ep_plan", None), "ep")):  # older versions have one plan
+        stated = getattr(config.text_config, f"base_model_{kind}_plan", None) or {}
+        experts = {f"model.language_model.{name}" for name in stated if ".mlp.experts." in name}
+        assert of_model is None or {name for name in of_model if ".mlp.experts." in name} == experts & names
     attentions = {name.split(".")[-2] for name in plan if re.search(r"(self|casa)_attn\.", name)}
     stock = config.text_config.base_model_tp_plan or {}
     own = {name.split(".")[-2] for name in tensors if "_attn.q_proj" in name}

@@ -137,13 +137,10 @@ class BlockAdapter:
         recurrent_module: name of the module that blocks of `LINEAR_ATTENTION` have in place of `self_attn`; None in
             families without such blocks.
         has_experts: whether MLPs send each token to a few of many experts; see `backbone_experts.ExpertBlocks`.
-        conversions: key of Transformers' table of weight conversions, for families whose checkpoints store tensors
-            otherwise than by other names; `layouts` has to know the same ways.
     """
 
     recurrent_module: str | None = None
     has_experts: bool = False
-    conversions: str | None = None
 
     def kinds(self, text_config: PreTrainedConfig) -> tuple[str, ...]:
         """The kind of each block: `FULL_ATTENTION`, in which fusion layers stand, or `LINEAR_ATTENTION`."""
@@ -221,6 +218,10 @@ class BlockAdapter:
         """Other ways in which checkpoints of the family store a tensor: names and shapes in its place, by the names
         of tensors in memory."""
         return iter(())
+
+    def weight_converters(self) -> Sequence[Any]:
+        """Transformers' `WeightConverter`s by which loading makes tensors of memory from these other layouts."""
+        return ()
 
     def active_parameters(self, text_config: PreTrainedConfig, name: str, numel: int) -> int:
         """How many of a stored tensor's `numel` parameters take part in computing a token."""

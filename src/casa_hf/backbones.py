@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .backbone import Backbone, Projections, VisionTower
-from .backbone_experts import ExpertBlocks
+from .backbone_experts import TransposedExpertBlocks
 from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks
 from .backbone_smollm3 import SmolLM3Projections
 
@@ -88,11 +88,7 @@ BACKBONES: dict[str, Backbone] = {
             rotary_embedding="Qwen3VLMoeTextRotaryEmbedding",
             rms_norm="Qwen3VLMoeTextRMSNorm",
             source_class="Qwen3VLMoeForConditionalGeneration",
-            native_video="temporal patch",
-            native_timestamps=True,
-            block=ExpertBlocks(
-                _QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", conversions="qwen3_vl_moe"
-            ),
+            block=TransposedExpertBlocks(_QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter"),
             save_renamings=(),
         ),
         Backbone(

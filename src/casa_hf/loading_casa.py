@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from .backbones import BACKBONES
@@ -153,9 +150,8 @@ def _register_source_layouts() -> None:
     mapping: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(source_patterns=old, target_patterns=new) for old, new in sorted(renamings)
     ]
-    for key in sorted({backbone.block.conversions or "" for backbone in BACKBONES.values()}):
-        own = get_checkpoint_conversion_mapping(key) or ()
-        mapping += [conversion for conversion in own if isinstance(conversion, WeightConverter)]
+    for backbone in BACKBONES.values():
+        mapping += backbone.block.weight_converters()
     for name in (_WITH_HEAD, _WITHOUT_HEAD):
         register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 

@@ -8,6 +8,7 @@ and `generate` is fed by `generation_casa.py`. Vision tower, norms, MLPs, rotary
 backbone's own Transformers modules; the table in `backbones.py` names them.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -374,7 +375,8 @@ class CasaTextModel(CasaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         # Rules for what this design has; none for fusion layers where the family has none for its own attention.
-        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        parts = itertools.chain(self.named_modules(), self.named_parameters())
+        names = {re.sub(r"\d+", "*", name) for name, _ in parts}
         if not any("self_attn" in name for name in text_config.base_model_tp_plan or ()):
             names = {name for name in names if "casa_attn" not in name}
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}

@@ -141,7 +141,10 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.models.llama.modeling_llama": ("eager_attention_forward",),
         "transformers.utils.generic": ("is_flash_attention_requested",),
     },
-    "backbone_experts": {"transformers": ("initialization",)},
+    "backbone_experts": {
+        "transformers": ("initialization",),
+        "transformers.core_model_loading": ("Concatenate", "MergeModulelist", "Transpose", "WeightConverter"),
+    },
     "cache_casa": {
         "transformers.cache_utils": ("LinearAttentionLayer",),
         "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
@@ -228,10 +231,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "_keys_to_ignore_on_load_unexpected",
             "_load_pretrained_model",
         ),
-        "transformers.conversion_mapping": (
-            "get_checkpoint_conversion_mapping",
-            "register_checkpoint_conversion_mapping",
-        ),
+        "transformers.conversion_mapping": ("register_checkpoint_conversion_mapping",),
         "transformers.core_model_loading": ("WeightConverter", "WeightRenaming"),
     },
     "loss_casa": {"transformers.loss.loss_utils": ("ForCausalLMLoss",)},
