@@ -1,11 +1,11 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """Small checkpoints with random weights, of every family that CASA is built on.
 
-`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE or
-Qwen3.5 folder has: weights and configuration as the stock classes save them, a byte-level BPE tokenizer with Qwen's
-special tokens, the image processor's settings and a chat template. `build_tiny_helium` does the same for the text-only
-Helium. They answer nothing sensible, but they take every path that trained checkpoints take, in seconds and without a
-network.
+`build_tiny_source` writes a folder with everything that a downloaded Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE,
+Qwen3.5 or Qwen3.5-MoE folder has: weights and configuration as the stock classes save them, a byte-level BPE tokenizer
+with Qwen's special tokens, the image processor's settings and a chat template. `build_tiny_helium` does the same for
+the text-only Helium. They answer nothing sensible, but they take every path that trained checkpoints take, in seconds
+and without a network.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -176,14 +178,11 @@ def _qwen3_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
     }
 
 
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+
 def _qwen3_moe_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
-    return {
-        **_qwen3_text(num_hidden_layers, rotary_pairs),
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 40,
-        "mlp_only_layers": [1],
-    }
+    return {**_qwen3_text(num_hidden_layers, rotary_pairs), **_EXPERTS, "mlp_only_layers": [1]}
 
 
 def _qwen3_5_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
@@ -205,6 +204,10 @@ def _qwen3_5_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
             "partial_rotary_factor": 0.5,
         },
     }
+
+
+def _qwen3_5_moe_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
+    return {**_qwen3_5_text(num_hidden_layers, rotary_pairs), **_EXPERTS, "shared_expert_intermediate_size": 32}
 
 
 def _qwen2_vision(depth: int, out_hidden_size: int) -> dict[str, Any]:
@@ -306,6 +309,14 @@ FAMILIES = {
         config=Qwen3_5Config,
         model=Qwen3_5ForConditionalGeneration,
         text=_qwen3_5_text,
+        vision=_qwen3_5_vision,
+        chat_template=TURNS_TEMPLATE,
+        processor_files=_QWEN3_PROCESSOR_FILES,
+    ),
+    "qwen3_5_moe": Family(
+        config=Qwen3_5MoeConfig,
+        model=Qwen3_5MoeForConditionalGeneration,
+        text=_qwen3_5_moe_text,
         vision=_qwen3_5_vision,
         chat_template=TURNS_TEMPLATE,
         processor_files=_QWEN3_PROCESSOR_FILES,

@@ -501,14 +501,17 @@ class Qwen3Block(Block):
     head_norms = True
 
 
-class Qwen3ExpertBlock(Qwen3Block):
-    """As in Qwen3-VL-MoE; which blocks have a dense MLP is the tiny configuration's `mlp_only_layers`.
+class ExpertBlock(Block):
+    """MLPs with experts.
 
     Attributes:
+        dense: indices of blocks with an ordinary MLP.
         chosen: number of experts that a token is sent to.
+        shared: whether every token also passes an expert of its own, as much as a sigmoid says.
     """
 
-    dense = frozenset({1})
+    dense: frozenset[int] = frozenset()
+    shared = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -525,7 +528,19 @@ class Qwen3ExpertBlock(Qwen3Block):
             for expert, weight in zip(chosen, logits[chosen].float().softmax(dim=0), strict=True):
                 gate, up = (gate_up[expert] @ x[token]).chunk(2)
                 output[token] += weight.double() * (down[expert] @ (gate * gate.sigmoid() * up))
-        return output
+        return output + self.shared_expert(x) if self.shared else output
+
+    def shared_expert(self, x: Tensor) -> Tensor:
+        gate = self.linear("mlp.shared_expert.gate_proj", x)
+        up = self.linear("mlp.shared_expert.up_proj", x)
+        output = self.linear("mlp.shared_expert.down_proj", gate * gate.sigmoid() * up)
+        return self.linear("mlp.shared_expert_gate", x).sigmoid() * output
+
+
+class Qwen3ExpertBlock(ExpertBlock, Qwen3Block):
+    """As in Qwen3-VL-MoE; which blocks have a dense MLP is the tiny configuration's `mlp_only_layers`."""
+
+    dense = frozenset({1})
 
 
 class SmolLM3Block(Block):
@@ -629,6 +644,12 @@ class Qwen3_5Block(Block):
         heads = self.config.text_config.num_attention_heads
         queries, gates = both.view(len(x), heads, both.shape[1] // heads).chunk(2, dim=-1)
         return queries, gates
+
+
+class Qwen3_5ExpertBlock(ExpertBlock, Qwen3_5Block):
+    """As in Qwen3.5-MoE."""
+
+    shared = True
 
 
 def _of_epoch(seen: list[list[int]], epochs: list[int], epoch: int) -> list[list[int]]:

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3VLMoeForConditionalGeneration, StaticCache
+from transformers import Qwen3_5MoeForConditionalGeneration, Qwen3VLMoeForConditionalGeneration, StaticCache
 
 from benchmarks.counting import Dimensions, language_parameters, step_bytes
-from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CheckpointError
+from casa_hf.backbones import BACKBONES
 from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
 from casa_hf.hub.publishable import check_checkpoint
 from casa_hf.training import trainable_parts
@@ -31,9 +32,10 @@ from tests.conversion.helpers import altered, load_weights, older_layout
 from tests.helpers_generation import relative_error
 from tests.sources import GRIDS, ONE_GROUP, SEVERAL, make_case, randomised
 from tests.test_reference import image_inputs
-from tests.tiny import FAMILIES, casa_config, sample
+from tests.tiny import FAMILIES, casa_config, random_tensor, sample
 
-WITH_EXPERTS = [name for name, family in FAMILIES.items() if "num_experts" in family.text]
+# Blocks with experts, of the tiny models.
+WITH_EXPERTS = {"qwen3_vl_moe_text": (0, 2), "qwen3_5_moe_text": (0, 1, 2, 3)}
 IMAGE_TOKENS = sum(height * width for height, width in GRIDS)
 
 families = pytest.mark.parametrize("family", WITH_EXPERTS)
@@ -68,7 +70,7 @@ def test_loss_of_text_is_the_sources(family: str) -> None:
     inputs: dict[str, Any] = {"labels": ids, "output_router_logits": True}
     ours, theirs = case.model(ids, **inputs), case.source(ids, **inputs)
     assert torch.equal(ours.aux_loss, theirs.aux_loss) and torch.equal(ours.loss, theirs.loss)
-    assert len(ours.router_logits) == len(theirs.router_logits) == 2  # one block has a dense MLP
+    assert len(ours.router_logits) == len(theirs.router_logits) == len(WITH_EXPERTS[family])
     assert all(map(torch.equal, ours.router_logits, theirs.router_logits))
 
     inputs["attention_mask"] = (ids != 0).long()
@@ -169,7 +171,7 @@ def test_new_models_have_experts_of_the_stock_size(family: str) -> None:
     model = CasaForConditionalGeneration(FAMILIES[family].casa_config())
     parts = re.compile(r"\.mlp\.(experts\.|gate\.weight)")
     found = {name: parameter for name, parameter in model.named_parameters() if parts.search(name)}
-    assert len(found) == 6
+    assert len(found) == 3 * len(WITH_EXPERTS[family])
     for name, parameter in found.items():
         assert abs(parameter.std() / 0.02 - 1) < 0.2 and abs(parameter.mean()) < 0.005, name
 
@@ -198,10 +200,14 @@ def test_implementations_of_experts(family: str, tmp_path: Path) -> None:
         CasaForConditionalGeneration(casa_config()).set_experts_implementation("grouped_mm")
 
 
+@pytest.mark.slow
 @families
 def test_a_decoding_step_compiles_as_a_whole(family: str) -> None:
     torch._dynamo.reset()
-    case = make_case(family, "casa", text={"num_hidden_layers": 1})
+    text: dict[str, Any] = {"num_hidden_layers": 1}
+    if (kinds := FAMILIES[family].text.get("layer_types")) is not None:
+        text = {"num_hidden_layers": 2, "layer_types": kinds[:2]}
+    case = make_case(family, "casa", text=text)
     cache = StaticCache(config=case.model.config.text_config, max_cache_len=32)
     case.casa(ONE_GROUP, cache=cache)
     graphs = []
@@ -220,6 +226,77 @@ def test_a_decoding_step_compiles_as_a_whole(family: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- files
+
+
+def test_a_part_of_the_experts_is_read_in_either_layout() -> None:
+    """What a process has of them under expert or tensor parallelism, which is cut out before it is turned."""
+    with torch.device("meta"):
+        model = CasaForConditionalGeneration(FAMILIES["qwen3_vl_moe_text"].casa_config())
+    converters = BACKBONES["qwen3_vl_moe_text"].block.weight_converters()
+    names = {"gate_up_proj": (5, 80, 64), "down_proj": (5, 64, 40)}
+    for converter, (name, whole) in zip(converters, names.items(), strict=True):
+        full_name = f"model.language_model.layers.0.mlp.experts.{name}"
+        assert model.get_parameter(full_name).shape == whole
+        of_three, half = (3, *whole[1:]), tuple(n // 2 if n != 64 else n for n in whole[1:])
+        for shape in (whole, of_three, (5, *half)):
+            found = random_tensor(name, shape)
+            options = {"model": model, "full_layer_name": full_name}
+            for stored in (found, found.mT) if shape != (5, *half) else (found,):
+                [read] = converter.operations[0].convert({name: [stored]}, [name], [full_name], **options).values()
+                assert torch.equal(read, found)
+
+
+def together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts that are stored one by one, in one tensor for each projection of all, as they are in memory."""
+    experts = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+    stacked: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if not experts.fullmatch(name)}
+    for block in sorted({found[1] for name in tensors if (found := experts.fullmatch(name))}):
+        by_part = {
+            part: torch.stack([tensors[f"{block}{expert}.{part}_proj.weight"] for expert in range(5)])
+            for part in ("gate", "up", "down")
+        }
+        stacked[f"{block}gate_up_proj"] = torch.cat([by_part["gate"], by_part["up"]], dim=1)
+        stacked[f"{block}down_proj"] = by_part["down"]
+    return stacked
+
+
+def test_experts_one_by_one_and_together(tmp_path: Path) -> None:
+    """Qwen3.5-MoE is published with all experts in a tensor; the stock class saves them one by one. Files stay as they
+    are, and loading reads both."""
+    saved = build_tiny_source(tmp_path / "saved", family="qwen3_5_moe")
+    published = altered(saved, tmp_path / "published", weights=together)
+    names = "model.language_model.layers.0.mlp.experts.4.up_proj.weight", "mlp.experts.gate_up_proj"
+    assert names[0] in load_weights(saved) and any(name.endswith(names[1]) for name in load_weights(published))
+    stock = Qwen3_5MoeForConditionalGeneration.from_pretrained(saved).state_dict()
+    for source in (saved, published):
+        stored = load_weights(source)
+        casa, back = tmp_path / f"casa-{source.name}", tmp_path / f"back-{source.name}"
+        report = convert_checkpoint(source, casa)
+        assert report.source_parameters == sum(tensor.numel() for tensor in stored.values())
+        check_checkpoint(casa)
+        convert_to_source(casa, back)
+        again = load_weights(back)
+        assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+        for folder in (source, casa):
+            model, info = CasaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+            weights = model.state_dict()
+            assert not (info["unexpected_keys"] or info["mismatched_keys"])
+            assert all(torch.equal(weights[name], tensor) for name, tensor in stock.items())
+        loaded = Qwen3_5MoeForConditionalGeneration.from_pretrained(back).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.items())
+        summaries = inspect_checkpoint(casa)
+        assert summaries.active_parameters == sum(
+            tensor.numel() * 2 // 5 if ".mlp.experts." in name else tensor.numel() for name, tensor in weights.items()
+        )
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    saved = build_tiny_source(tmp_path / "saved", family="qwen3_5_moe")
+    lost = "model.language_model.layers.2.mlp.experts.3.down_proj.weight"
+    kept = {name: tensor for name, tensor in load_weights(saved).items() if name != lost}
+    broken = altered(saved, tmp_path / "broken", weights=lambda _: kept)
+    with pytest.raises(CheckpointError, match=rf"lacks 1 tensors of Qwen3.5-MoE: {re.escape(lost)}"):
+        convert_checkpoint(broken, tmp_path / "casa")
 
 
 def in_the_layout_of_the_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -292,7 +369,7 @@ def test_inspection_tells_what_a_token_passes(
     assert f"{summary.added_parameters:,} added; {summary.active_parameters:,} active per token\n" in printed
 
 
-@families
+@pytest.mark.parametrize("family", ["qwen3_vl_moe_text"])
 @pytest.mark.parametrize("updates", ["none", "ffn"])
 def test_counted_sizes_and_work(family: str, updates: str) -> None:
     """The formulas of the benchmarks, against the parameters of a model and PyTorch's own count of FLOPs."""

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
@@ -84,6 +85,8 @@ def qwen3_5(dimensions: dict, value_heads: int, tower: dict, tied: bool = False)
     dimensions = {**dimensions, "head_dim": 256, "linear_num_value_heads": value_heads}
     vision = {**tower, "out_hidden_size": dimensions["hidden_size"]}
     return Qwen3_5Config(text_config=dimensions, vision_config=vision, tie_word_embeddings=tied)
+def qwen3_5_moe(width: int) -> PreTrainedConfig:
+    return Qwen3_5MoeConfig(text_config={"hidden_size": width}, vision_config={"out_hidden_size": width})
 
 
 def model(config: type[PreTrainedConfig], dimensions: dict, tied: bool = False) -> PreTrainedConfig:
@@ -111,6 +114,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], float]] = {
     "Qwen3.5-4B": (partial(qwen3_5, text(2560, 9216, 32, 16, 4, 248320), 32, SMALL_TOWER, tied=True), 4.54),
     "Qwen3.5-9B": (partial(qwen3_5, text(4096, 12288, 32, 16, 4, 248320), 32, LARGE_TOWER), 9.41),
     "Qwen3.5-27B": (partial(qwen3_5, text(5120, 17408, 64, 24, 4, 248320), 48, LARGE_TOWER), 27.36),
+    "Qwen3.5-35B-A3B": (partial(qwen3_5_moe, 2048), 35.11),
     "Helium-1-preview-2B": (partial(model, HeliumConfig, text(2560, 7040, 24, 20, 20, 48000, head_dim=128)), 2.17),
     "Helium-1-2B": (partial(model, LlamaConfig, text(2048, 8192, 28, 16, 8, 64000)), 2.02),
     "Llama-3.2-1B": (partial(model, LlamaConfig, text(2048, 8192, 16, 32, 8, 128256), tied=True), 1.24),
@@ -177,6 +181,15 @@ def test_every_tensor_has_an_origin(name, variant):
     shapes = build(name, variant)
     config, source, casa = shapes.config, shapes.source, shapes.casa
     assert round(shapes.source_parameters / 1e9, 2) == MODELS[name][1]
+
+    if "-A" in name:  # the parameters of the language model that compute a token, in billions
+        block, text_config = config.backbone.block, config.text_config
+        active = sum(
+            block.active_parameters(text_config, key, math.prod(shape))
+            for key, shape in source.items()
+            if not key.startswith("model.visual.")
+        )
+        assert name.endswith(f"-A{active / 1e9:.0f}B")
 
     both = source.keys() & casa.keys()
     assert {key: casa[key] for key in both} == {key: source[key] for key in both}

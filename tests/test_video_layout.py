@@ -29,7 +29,8 @@ NOTICED = 1e-3
 PATCH_DIM = 3 * 2 * 4 * 4
 
 WHOLE = ("qwen2_vl_text", "qwen2_5_vl_text")  # a whole video between one pair of delimiters
-PAIRED = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text")  # each temporal patch, with text before it
+# Each temporal patch, with text before it.
+PAIRED = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text")
 TEXT_ONLY = [family for family, made in FAMILIES.items() if made.text_only]
 
 whole = pytest.mark.parametrize("family", WHOLE)

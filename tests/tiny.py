@@ -35,6 +35,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -51,6 +53,7 @@ from tests.reference import (
     HeliumBlock,
     Image,
     Qwen3_5Block,
+    Qwen3_5ExpertBlock,
     Qwen3Block,
     Qwen3ExpertBlock,
     Sample,
@@ -124,6 +127,22 @@ QWEN3_5_VISION: dict[str, Any] = {
     "patch_size": 4,
     "out_hidden_size": HIDDEN,
     "num_position_embeddings": 64,
+}
+
+QWEN3_5_TEXT: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        **ROPE,
+        "mrope_section": [3, 2, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+    },
 }
 
 
@@ -214,25 +233,27 @@ FAMILIES = {
     "qwen3_5_text": Family(
         Qwen3_5Config,
         Qwen3_5ForConditionalGeneration,
-        text={
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "head_dim": 24,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 12,
-            "rope_parameters": {
-                **ROPE,
-                "mrope_section": [3, 2, 1],
-                "mrope_interleaved": True,
-                "partial_rotary_factor": 0.5,
-            },
-        },
+        text=QWEN3_5_TEXT,
         vision=QWEN3_5_VISION,
         block=Qwen3_5Block,
         fusable=(1, 3),
         tolerance=1e-5,
+    ),
+    "qwen3_5_moe_text": Family(
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+        text={
+            **QWEN3_5_TEXT,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 32,
+            "router_aux_loss_coef": 0.3,
+        },
+        vision=QWEN3_5_VISION,
+        block=Qwen3_5ExpertBlock,
+        fusable=(1, 3),
+        tolerance=1e-4,
     ),
     "helium": Family(
         HeliumConfig,

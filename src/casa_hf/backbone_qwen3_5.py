@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .backbone import AttentionModule, BlockAdapter, DecoderBlock, Projections
+from .backbone_experts import SeparateExpertBlocks
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,10 @@ class Qwen3_5Blocks(BlockAdapter):
             init.copy_(of_module.A_log, torch.empty_like(of_module.A_log).uniform_(0.01, 16).log_())
         elif name.endswith("RMSNorm"):  # factors are 1 + weight
             init.zeros_(module.weight)
+
+
+class Qwen3_5ExpertBlocks(SeparateExpertBlocks, Qwen3_5Blocks):
+    """The same with experts, as in Qwen3.5-MoE."""
 
 
 def _continued(module: Any, states: torch.Tensor, valid: torch.Tensor, cache: Cache) -> torch.Tensor:

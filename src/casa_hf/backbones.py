@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .backbone import Backbone, Projections, VisionTower
 from .backbone_experts import TransposedExpertBlocks
-from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks
+from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks, Qwen3_5ExpertBlocks
 from .backbone_smollm3 import SmolLM3Projections
 
 _QWEN2_VL = "transformers.models.qwen2_vl.modeling_qwen2_vl"
@@ -13,6 +13,7 @@ _QWEN2_5_VL = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3_VL = "transformers.models.qwen3_vl.modeling_qwen3_vl"
 _QWEN3_VL_MOE = "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
 _QWEN3_5 = "transformers.models.qwen3_5.modeling_qwen3_5"
+_QWEN3_5_MOE = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
 
 VISION_TOWERS: dict[str, VisionTower] = {
     tower.model_type: tower
@@ -32,6 +33,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
             deepstack_field="deepstack_visual_indexes",
         ),
         VisionTower("qwen3_5_vision", _QWEN3_5, "Qwen3_5VisionModel"),
+        VisionTower("qwen3_5_moe_vision", _QWEN3_5_MOE, "Qwen3_5MoeVisionModel"),
     )
 }
 
@@ -89,24 +91,38 @@ BACKBONES: dict[str, Backbone] = {
             rms_norm="Qwen3VLMoeTextRMSNorm",
             source_class="Qwen3VLMoeForConditionalGeneration",
             block=TransposedExpertBlocks(_QWEN3_VL_MOE, "Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter"),
-            save_renamings=(),
-        ),
-        Backbone(
-            source_model_type="qwen3_5",
-            text_model_type="qwen3_5_text",
-            vision=VISION_TOWERS["qwen3_5_vision"],
-            display_name="Qwen3.5",
-            modeling=_QWEN3_5,
-            decoder_layer="Qwen3_5DecoderLayer",
-            rotary_embedding="Qwen3_5TextRotaryEmbedding",
-            rms_norm="Qwen3_5RMSNorm",
-            source_class="Qwen3_5ForConditionalGeneration",
-            projections=GatedProjections,
-            block=Qwen3_5Blocks(),
-            dropped=((r"^mtp\.", "mtp.*, which predict further tokens in speculative decoding"),),
             native_video="temporal patch",
             native_timestamps=True,
             save_renamings=(),
+        ),
+        *(
+            Backbone(
+                source_model_type=model_type,
+                text_model_type=f"{model_type}_text",
+                vision=VISION_TOWERS[f"{model_type}_vision"],
+                display_name=name,
+                modeling=modeling,
+                decoder_layer=f"{classes}DecoderLayer",
+                rotary_embedding=f"{classes}TextRotaryEmbedding",
+                rms_norm=f"{classes}RMSNorm",
+                source_class=f"{classes}ForConditionalGeneration",
+                projections=GatedProjections,
+                block=block,
+                dropped=((r"^mtp\.", "mtp.*, which predict further tokens in speculative decoding"),),
+                native_video="temporal patch",
+                native_timestamps=True,
+                save_renamings=(),
+            )
+            for model_type, name, classes, modeling, block in (
+                ("qwen3_5", "Qwen3.5", "Qwen3_5", _QWEN3_5, Qwen3_5Blocks()),
+                (
+                    "qwen3_5_moe",
+                    "Qwen3.5-MoE",
+                    "Qwen3_5Moe",
+                    _QWEN3_5_MOE,
+                    Qwen3_5ExpertBlocks(_QWEN3_5_MOE, "Qwen3_5MoeExperts", "Qwen3_5MoeTopKRouter"),
+                ),
+            )
         ),
         *(
             Backbone(

@@ -63,7 +63,7 @@ def older_layout(tensors: Tensors) -> Tensors:
     experts transposed, as in the Hub's Qwen3-VL-MoE."""
     return {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): (
-            tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+            tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name and tensor.ndim == 3 else tensor
         )
         for name, tensor in tensors.items()
     }

@@ -26,7 +26,7 @@ from tests.conversion.helpers import (
 )
 
 LAYERS = [0, 1, 2]
-LAYERS_OF = {"qwen3_5": [1]}  # the blocks of full attention, where not all are
+LAYERS_OF = {"qwen3_5": [1], "qwen3_5_moe": [1]}  # the blocks of full attention, where not all are
 MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 PROJECTOR = "model.multi_modal_projector."
 
