@@ -62,7 +62,7 @@ class Dimensions:
         linear = [getattr(b, config.backbone.block.recurrent_module or "", None) for b in blocks]
         linear = [module for module in linear if module is not None]
         mlps = [
-            (parameter.numel(), config.backbone.block.active_parameters(text, name, parameter.numel()))
+            (parameter.numel(), parameter.numel() * config.backbone.block.active_part(text, name))
             for block in blocks
             for name, parameter in block.named_parameters(prefix="block")
             if ".mlp." in name
@@ -73,7 +73,7 @@ class Dimensions:
             key=attention.k_proj.out_features,
             query_projected=attention.q_proj.out_features,
             mlps=sum(count for count, _ in mlps),
-            active_mlps=sum(active for _, active in mlps),
+            active_mlps=round(sum(active for _, active in mlps)),
             attention=sum(parameter.numel() for parameter in attention.parameters()),
             vocabulary=text.vocab_size,
             blocks=text.num_hidden_layers,

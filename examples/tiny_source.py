@@ -178,7 +178,7 @@ def _qwen3_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:
     }
 
 
-_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
 
 def _qwen3_moe_text(num_hidden_layers: int, rotary_pairs: int) -> dict[str, Any]:

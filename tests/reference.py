@@ -510,6 +510,7 @@ class ExpertBlock(Block):
         shared: whether every token also passes an expert of its own, as much as a sigmoid says.
     """
 
+    has_experts = True
     dense: frozenset[int] = frozenset()
     shared = False
 

@@ -151,6 +151,8 @@ MISTAKES: dict[str, Callable[[Block], dict[str, Any]]] = {
     "attention has no gates": lambda block: {"has_gate": False},
     "linear attention remembers nothing": lambda block: {"remembers": False},
     "images don't enter linear attention": lambda block: {"images_enter": False},
+    "tokens pass one expert more": lambda block: {"chosen": block.chosen + 1},
+    "no expert is shared": lambda block: {"shared": False},
 }
 # What blocks must have for some of them.
 NEEDED = {
@@ -159,8 +161,15 @@ NEEDED = {
     "attention has no gates": "has_gate",
     "linear attention remembers nothing": "remembers",
     "images don't enter linear attention": "images_enter",
+    "tokens pass one expert more": "has_experts",
+    "no expert is shared": "shared",
 }
-OUTSIDE_FUSION = {"linear attention remembers nothing", "images don't enter linear attention"}
+OUTSIDE_FUSION = {
+    "linear attention remembers nothing",
+    "images don't enter linear attention",
+    "tokens pass one expert more",
+    "no expert is shared",
+}
 # The same in fusion alone, and what else can go wrong there.
 FUSION_MISTAKES: dict[str, Callable[[Block], dict[str, Any]]] = {
     **MISTAKES,

@@ -252,7 +252,7 @@ def together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     stacked: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if not experts.fullmatch(name)}
     for block in sorted({found[1] for name in tensors if (found := experts.fullmatch(name))}):
         by_part = {
-            part: torch.stack([tensors[f"{block}{expert}.{part}_proj.weight"] for expert in range(5)])
+            part: torch.stack([tensors[f"{block}{expert}.{part}_proj.weight"] for expert in range(6)])
             for part in ("gate", "up", "down")
         }
         stacked[f"{block}gate_up_proj"] = torch.cat([by_part["gate"], by_part["up"]], dim=1)
@@ -286,7 +286,7 @@ def test_experts_one_by_one_and_together(tmp_path: Path) -> None:
         assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.items())
         summaries = inspect_checkpoint(casa)
         assert summaries.active_parameters == sum(
-            tensor.numel() * 2 // 5 if ".mlp.experts." in name else tensor.numel() for name, tensor in weights.items()
+            tensor.numel() // (3 if ".mlp.experts." in name else 1) for name, tensor in weights.items()
         )
 
 
@@ -310,8 +310,8 @@ def test_the_layout_of_the_hub_goes_through_all_files(tmp_path: Path) -> None:
     hub = altered(saved, tmp_path / "hub", weights=in_the_layout_of_the_hub)
     stored = load_weights(hub)
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    assert stored[name].shape == (5, 64, 80)
-    assert load_weights(saved)[name].shape == (5, 80, 64)
+    assert stored[name].shape == (6, 64, 80)
+    assert load_weights(saved)[name].shape == (6, 80, 64)
 
     casa, back = tmp_path / "casa", tmp_path / "back"
     report = convert_checkpoint(hub, casa)
@@ -331,7 +331,7 @@ def test_the_layout_of_the_hub_goes_through_all_files(tmp_path: Path) -> None:
 
     # What a model writes is in the layout of memory, like what the stock class writes.
     model.save_pretrained(tmp_path / "trained")
-    assert load_file(tmp_path / "trained" / "model.safetensors")[name].shape == (5, 80, 64)
+    assert load_file(tmp_path / "trained" / "model.safetensors")[name].shape == (6, 80, 64)
     again = CasaForConditionalGeneration.from_pretrained(tmp_path / "trained").state_dict()
     assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
 
@@ -362,7 +362,7 @@ def test_inspection_tells_what_a_token_passes(
     convert_checkpoint(build_tiny_source(tmp_path / "source", family="qwen3_vl_moe"), tmp_path / "casa")
     summary = inspect_checkpoint(tmp_path / "casa")
     model = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa")
-    idle = sum(p[0].numel() * 3 for name, p in model.named_parameters() if ".mlp.experts." in name)  # 3 of 5
+    idle = sum(p[0].numel() * 4 for name, p in model.named_parameters() if ".mlp.experts." in name)  # 4 of 6
     assert summary.backbone == "Qwen3-VL-MoE"
     assert summary.active_parameters == summary.source_parameters + summary.added_parameters - idle
     printed = Cli(monkeypatch, capsys)("inspect", tmp_path / "casa").out

@@ -185,7 +185,7 @@ def test_every_tensor_has_an_origin(name, variant):
     if "-A" in name:  # the parameters of the language model that compute a token, in billions
         block, text_config = config.backbone.block, config.text_config
         active = sum(
-            block.active_parameters(text_config, key, math.prod(shape))
+            math.prod(shape) * block.active_part(text_config, key)
             for key, shape in source.items()
             if not key.startswith("model.visual.")
         )

@@ -223,9 +223,9 @@ class BlockAdapter:
         """Transformers' `WeightConverter`s by which loading makes tensors of memory from these other layouts."""
         return ()
 
-    def active_parameters(self, text_config: PreTrainedConfig, name: str, numel: int) -> int:
-        """How many of a stored tensor's `numel` parameters take part in computing a token."""
-        return numel
+    def active_part(self, text_config: PreTrainedConfig, name: str) -> float:
+        """The part of a stored tensor's parameters that computes a token; of one expert's, on average."""
+        return 1.0
 
     def recurrent_bytes(self, text_config: PreTrainedConfig, number_bytes: int) -> int:
         """Size of one block's recurrent state for one sequence, of a model with numbers of `number_bytes`."""

@@ -65,9 +65,9 @@ class ExpertBlocks(BlockAdapter):
         loss = import_module(self.modeling).load_balancing_loss_func
         return loss(tuple(router_logits), config.num_experts, config.num_experts_per_tok, mask)
 
-    def active_parameters(self, text_config: PreTrainedConfig, name: str, numel: int) -> int:
+    def active_part(self, text_config: PreTrainedConfig, name: str) -> float:
         config: Any = text_config
-        return numel * config.num_experts_per_tok // config.num_experts if _EXPERTS in name else numel
+        return config.num_experts_per_tok / config.num_experts if _EXPERTS in name else 1.0
 
 
 class TransposedExpertBlocks(ExpertBlocks):

@@ -81,9 +81,9 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     config = read_casa_config(folder)
     tensors = checkpoint.headers()
     parameters: Counter[str] = Counter()
-    added = active = 0
+    added, active = 0, 0.0
     for name, tensor in tensors.items():
-        active += config.backbone.block.active_parameters(config.text_config, name, tensor.numel)
+        active += tensor.numel * config.backbone.block.active_part(config.text_config, name)
         parameters[tensor.dtype] += tensor.numel
         added += tensor.numel if ADDED.search(name) else 0
         added += len(config.new_token_ids) * tensor.shape[-1] if name in TOKEN_ROWS else 0
@@ -98,7 +98,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         fusion_layers=config.fusion_layers,
         source_parameters=parameters.total() - added,
         added_parameters=added,
-        active_parameters=active,
+        active_parameters=round(active),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         image_tokens=image_tokens,
         image_bytes=image_tokens * image_token_bytes,
