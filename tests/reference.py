@@ -580,7 +580,14 @@ class Qwen3_5Block(Block):
     def __call__(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_linear:
             return super().__call__(text, images)
-        updates = self.config.casa_image_updates
+        # Only where it is asked for: an experiment.
+        placement = self.config.casa_placement if self.config.casa_layers is not None and self.fused else None
+        if placement == "before":
+            text = text + self.fusion_output(self.fusion(self.norm("casa_layernorm", text), images))
+        beside = torch.zeros_like(text)
+        if placement == "parallel":
+            beside = self.fusion_output(self.fusion(self.norm("input_layernorm", text), images))
+        before, updates = images, self.config.casa_image_updates
         enters = updates == "full" and self.images_enter
         order = [("text", t) for t in range(len(text))]
         if enters:
@@ -593,7 +600,9 @@ class Qwen3_5Block(Block):
                 order.append(("text", t))
         states = torch.stack([text[n] if kind == "text" else images[n] for kind, n in order])
         states = states + self.linear_attention(self.norm("input_layernorm", states))
-        text = states[[place for place, (kind, _) in enumerate(order) if kind == "text"]]
+        text = beside + states[[place for place, (kind, _) in enumerate(order) if kind == "text"]]
+        if placement == "after":
+            text = text + self.fusion_output(self.fusion(self.norm("casa_layernorm", text), before))
         if enters:
             images = states[[place for place, (kind, _) in enumerate(order) if kind == "image"]]
         if updates != "none":

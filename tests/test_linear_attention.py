@@ -8,6 +8,7 @@ their state is in a cache, test_linear_cache.py's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -16,15 +17,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.counting import Dimensions, cache_bytes, language_parameters
-from casa_hf import CasaForConditionalGeneration, cache_nbytes
+from benchmarks.counting import Dimensions, added_parameters, cache_bytes, language_parameters
+from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
+from casa_hf.conversion import convert_checkpoint, convert_to_source
 from casa_hf.recurrence import token_order
 from casa_hf.transformers_versions import CACHE
 from casa_hf.windows import ImagePlacement
+from examples.tiny_source import build_tiny_source
+from tests.conversion.helpers import assert_same, load_weights
 from tests.helpers_generation import relative_error
 from tests.reference import reference_logits
 from tests.sources import SEVERAL, make_case, randomised
 from tests.test_conformance import packed
+from tests.test_eviction import in_calls
+from tests.test_eviction import run as run_evicting
 from tests.test_reference import compare, image_inputs, model_of, random_turns, run
 from tests.tiny import END, FAMILIES, START, random_weights, sample
 
@@ -264,8 +270,78 @@ def test_fusion_stands_in_blocks_of_attention() -> None:
     assert FAMILY.casa_config("casa-replace", source).fusion_layers == (7,)
     assert FAMILY.casa_config("ca-replace", source).variant == "ca-replace"
     assert FAMILY.casa_config("casa", source, casa_layers=[3]).fusion_layers == (3,)
-    with pytest.raises(ValueError, match=r"names block 2; .* blocks \(3, 7\) can have a fusion layer"):
+    with pytest.raises(ValueError, match=r"names block 2; .* blocks \(3, 7\) can have a fusion layer;"):
         FAMILY.casa_config("casa", source, casa_layers=[2, 3])
+
+
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "casa": {},
+    "ca": {"casa_keys": "image"},
+    "casa-before": {"casa_placement": "before", "casa_image_updates": "full"},
+    "ca-after": {"casa_placement": "after", "casa_keys": "image", "casa_image_updates": "ffn"},
+    "casa-full": {"casa_image_updates": "full"},
+}
+
+
+def experiment(layers: tuple[int, ...] = (0, 1, 2), **fields: Any) -> CasaConfig:
+    return FAMILY.casa_config(casa_layers=list(layers), casa_gate="tanh", **fields)
+
+
+@pytest.mark.parametrize("design", EXPERIMENTS)
+def test_fusion_beside_linear_attention(design: str) -> None:
+    config = experiment(**EXPERIMENTS[design])
+    samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
+    expected = reference_logits(config, random_weights(config), samples, FAMILY.block)
+    elsewhere = experiment((1,), **EXPERIMENTS[design])
+    assert (
+        relative_error(reference_logits(elsewhere, random_weights(elsewhere), samples, FAMILY.block)[0], expected[0])
+        > NOTICED
+    )
+    model, lengths = model_of(config), [len(one.input_ids) for one in samples]
+    by_token = [[0] * (max(lengths) - length) + [1] * length for length in lengths]
+    compare(run(model, samples, turns=random_turns(samples, 4, Random(design))), expected, TOLERANCE)
+    cache = StaticCache(config=config.text_config, max_cache_len=128)
+    compare(run(model, samples, turns=by_token, cache=cache), expected, TOLERANCE)
+    compare(packed(model, samples).split(lengths), expected, TOLERANCE)
+
+
+def test_fusion_beside_linear_attention_starts_from_the_next_attention(tmp_path: Path) -> None:
+    """With a closed gate, so that a converted model is the source."""
+    source = build_tiny_source(tmp_path / "source", family="qwen3_5")
+    options: dict[str, Any] = {"casa_layers": [0, 2], "casa_gate": "tanh"}
+    report = convert_checkpoint(source, tmp_path / "casa", **options)
+    converted = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa")
+    tensors, blocks = converted.state_dict(), "model.language_model.layers."
+    for name in ("q_proj.weight", "o_proj.weight", "k_norm.weight"):
+        for block in (0, 2):  # of three blocks, the one in the middle has attention
+            assert torch.equal(tensors[f"{blocks}{block}.casa_attn.{name}"], tensors[f"{blocks}1.self_attn.{name}"])
+    for block in (0, 2):
+        norms = (tensors[f"{blocks}{block}.{norm}.weight"] for norm in ("casa_attn.image_norm", "input_layernorm"))
+        assert torch.equal(*norms)
+    loaded = CasaForConditionalGeneration.from_pretrained(source, **options).state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    image = {"image_embeds": torch.randn(6, 64), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    ids = torch.tensor([[5, 6, converted.config.image_token_id, 7, 8]])
+    stock = FAMILY.source.from_pretrained(source)
+    assert torch.equal(converted(ids, **image).logits, stock(ids).logits)
+    convert_to_source(tmp_path / "casa", tmp_path / "back")
+    assert report.added_parameters == added_parameters(converted.config) > 0
+    assert_same(load_weights(tmp_path / "back"), load_weights(source))
+
+
+def test_text_is_evicted_beside_linear_attention() -> None:
+    config = experiment()
+    samples = [sample("6 2x3 9"), sample("4 1x2 12", 1)]
+    rows = run_evicting(model_of(config), samples, in_calls(samples, [6, 7]), {1: (8, 2)})
+    expected = reference_logits(config, random_weights(config), [row.done for row in rows], FAMILY.block)
+    compare([torch.cat(row.logits) for row in rows], expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("fields", [{}, {"casa_gate": "tanh", "casa_share_projections": True}])
+def test_the_experiment_must_be_asked_for(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r'linear attention only as an experiment, with casa_gate="tanh"'):
+        FAMILY.casa_config(casa_layers=[0, 1], **fields)
+    assert FAMILY.casa_config(casa_gate="tanh").fusion_layers == (1, 3)
 
 
 def test_text_passes_where_all_attention_is_replaced_by_images() -> None:

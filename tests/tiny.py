@@ -310,9 +310,8 @@ def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
             the same values in the tensors that both have.
     """
     source = _source_shapes(config.text_config.to_json_string())
-    fused = {_block(name) for name in source if ".self_attn." in name}  # the blocks that can be
-    if config.casa_layers is not None:
-        fused &= set(config.casa_layers)
+    attending = {_block(name) for name in source if ".self_attn." in name}
+    fused = attending if config.casa_layers is None else set(config.casa_layers)
     placement, own = config.casa_placement, not config.casa_share_projections
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in source.items():
@@ -329,6 +328,11 @@ def random_weights(config: CasaConfig, seed: int = 0) -> dict[str, Tensor]:
             shapes[name.replace("input_layernorm", "casa_layernorm")] = shape
         if is_norm and config.casa_gate:
             shapes[name.replace("input_layernorm.weight", "casa_attn.gate")] = (1,)
+        if is_norm and _block(name) not in attending:  # projections are like those of another block
+            for other, of_other in source.items():
+                if f".{min(attending)}.self_attn." in other:
+                    part = other.partition("self_attn.")[2]
+                    shapes[name.replace("input_layernorm.weight", f"casa_attn.{part}")] = of_other
     return {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
 
 

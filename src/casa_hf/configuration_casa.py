@@ -60,7 +60,7 @@ class CasaConfig(PreTrainedConfig):
             "window" (visible image tokens and the text of the window, one softmax) or "context" (visible image tokens
             and all text, one softmax that is also the self-attention).
         casa_layers (`list[int]`, *optional*):
-            Indices of the decoder blocks that have a fusion layer; None for all.
+            Indices of the decoder blocks that have a fusion layer; None for all of full attention.
         casa_placement (`str`, *optional*):
             Where the fusion layer stands: "parallel" to self-attention, "replace", "before" or "after" it.
         casa_image_updates (`str`, *optional*):
@@ -196,6 +196,12 @@ class CasaConfig(PreTrainedConfig):
         if self.casa_layers is None:
             return self.backbone.fusable_blocks(self.text_config)
         return tuple(self.casa_layers)
+
+    def origin_of_fusion(self, index: int) -> int:
+        """The block whose self-attention the fusion layer of a block starts as a copy of: its own or, for a block of
+        linear attention, that of the next block that has any, or else of the last one."""
+        blocks = self.backbone.fusable_blocks(self.text_config)
+        return next((block for block in blocks if block >= index), blocks[-1])
 
     @property
     def delimiter_token_ids(self) -> tuple[int, ...]:
@@ -416,12 +422,19 @@ class CasaConfig(PreTrainedConfig):
     def _validate_layers(self) -> None:
         if self.casa_layers is None:
             return
+        depth = self.text_config.num_hidden_layers
         blocks = self.backbone.fusable_blocks(self.text_config)
-        wrong = [i for i in self.casa_layers if i not in blocks]
+        own, gated = not self.casa_share_projections, self.casa_gate is not None
+        allowed = range(depth) if own and gated else blocks
+        wrong = [i for i in self.casa_layers if i not in allowed]
         if not self.casa_layers or wrong or len(set(self.casa_layers)) != len(self.casa_layers):
-            depth = self.text_config.num_hidden_layers
             fault = f"names block {wrong[0]}" if wrong else "names a block twice" if self.casa_layers else "is empty"
-            others = "" if len(blocks) == depth else f" (of these, blocks {blocks} can have a fusion layer)"
+            others = ""
+            if len(allowed) < depth:
+                others = (
+                    f" (of these, blocks {blocks} can have a fusion layer; those of linear attention only as an "
+                    'experiment, with casa_gate="tanh" and casa_share_projections=False)'
+                )
             raise ValueError(
                 f"casa_layers={self.casa_layers} {fault}; expected block numbers from 0 to {depth - 1}, each "
                 f"once{others}. Choose among them, or leave casa_layers out for all."

@@ -109,7 +109,12 @@ _MIXERS: dict[str | None, _Mixers] = {
     "after": (*_SELF_ATTENTION, ("casa_layernorm", "fuse")),
     "replace": (("input_layernorm", "fuse"),),
 }
-_RECURRENCE: _Mixers = (("input_layernorm", "recur"),)  # in blocks of linear attention
+# What blocks of linear attention do in place of self-attention.
+_RECURRENT = {"attend_text": "recur", "attend_text_and_fuse": "recur_and_fuse"}
+
+
+def _recurrent(mixers: _Mixers) -> _Mixers:
+    return tuple((norm, _RECURRENT.get(mixer, mixer)) for norm, mixer in mixers)
 
 
 class CasaDecoderLayer(GradientCheckpointingLayer):
@@ -143,18 +148,21 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = stock.input_layernorm
         self.post_attention_layernorm = stock.post_attention_layernorm
         self.casa_attn: FusionLayer | None = None
-        if recurrent:
-            self.mixers: _Mixers = _RECURRENCE
-            self.text_mixers: _Mixers = _RECURRENCE
-            return
-        self.projections = backbone.projections(backbone, stock.self_attn)
+        self.projections: Any = None  # `Projections`, where there is attention
+        if recurrent and fused:
+            origin: DecoderBlock = backbone.load("decoder_layer")(text_config, config.origin_of_fusion(layer_idx))
+            stock.self_attn = origin.self_attn
+        if fused or not recurrent:
+            self.projections = backbone.projections(backbone, stock.self_attn)
         if fused:
             self.casa_attn = fusion_layer(config, layer_idx, stock, self.projections)
         if placement in ("before", "after"):
             self.casa_layernorm = own_copy(stock.input_layernorm)
         joint = isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention)
-        self.mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
-        self.text_mixers = () if placement == "replace" else _SELF_ATTENTION
+        self.mixers: _Mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
+        self.text_mixers: _Mixers = () if placement == "replace" else _SELF_ATTENTION
+        if recurrent:
+            self.mixers, self.text_mixers = (_recurrent(mixers) for mixers in (self.mixers, self.text_mixers))
 
     def forward(
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call
@@ -209,6 +217,11 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         output, of_images = order.split(self.adapter.recur(self, joined, order.valid, call.cache), like=states)
         return Attended(output, of_images=of_images)
 
+    def recur_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
+        """Linear attention and the fusion layer, of the same states."""
+        text, fused = self.recur(states, image_states, call), self.fuse(states, image_states, call)
+        return text.updated(fused)._replace(output=text.output + fused.output)
+
     def _update_images(
         self, states: torch.Tensor, attended: Attended, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -252,8 +265,9 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
         """Initialise what no checkpoint provided; fusion layers start as copies of their block's self-attention."""
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, CasaDecoderLayer):
-                _initialize_fusion(module)
+            if isinstance(module, CasaTextModel):
+                for block, origin in zip(module.layers, module.origins_of_fusion, strict=True):
+                    _initialize_fusion(block, module.layers[origin])
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -287,15 +301,16 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
         )
 
 
-def _initialize_fusion(block: CasaDecoderLayer) -> None:
-    """Copy self-attention and the input norm into the fusion layer, where no checkpoint provided it."""
+def _initialize_fusion(block: Any, origin: Any) -> None:
+    """Copy self-attention, that of `origin`, and the input norm into the fusion layer, where no checkpoint provided
+    it."""
     norm = dict(block.input_layernorm.named_parameters())
     sources = {f"casa_attn.image_norm.{name}": parameter for name, parameter in norm.items()}
     sources |= {f"casa_layernorm.{name}": parameter for name, parameter in norm.items()}
     parameters = dict(block.named_parameters())
     sources |= {
         name.replace("self_attn.", "casa_attn."): parameter
-        for name, parameter in parameters.items()
+        for name, parameter in origin.named_parameters()
         if name.startswith("self_attn.")
     }
     for name, parameter in parameters.items():
@@ -368,6 +383,7 @@ class CasaTextModel(CasaPreTrainedModel):
         self.attends_to_update = config.casa_image_updates == "full"
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
+        self.origins_of_fusion = [config.origin_of_fusion(index) for index in range(len(self.layers))]
         self.kept_by_blocks = [_kept_by(layer) for layer in self.layers]
         self.recurrent_blocks = [index for index, layer in enumerate(self.layers) if layer.kind == LINEAR_ATTENTION]
         self.norm = config.backbone.load("rms_norm")(text_config.hidden_size, eps=text_config.rms_norm_eps)
@@ -515,7 +531,7 @@ class CasaTextModel(CasaPreTrainedModel):
         """
         check_history(self.window_rules)
         blocks: Any = self.layers
-        rotations = [None if b.kind == LINEAR_ATTENTION else b.projections.rotate_one for b in blocks]
+        rotations = [None if b.projections is None else b.projections.rotate_one for b in blocks]
         return KeyRotation(self.rotary_emb, rotations)
 
     def _packed_samples(

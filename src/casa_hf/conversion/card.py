@@ -182,9 +182,11 @@ def _untrained_layers(config: CasaConfig) -> str:
     blocks = f"The fusion layers of {len(config.fusion_layers)} blocks"
     if config.casa_share_projections:
         return f"{blocks} use the projections of self-attention, which have never been trained for this use."
+    attending = config.backbone.fusable_blocks(config.text_config)
+    of_others = " (of the next block's, where a block has none)" if set(config.fusion_layers) - set(attending) else ""
     return (
-        f"{blocks} have projections and norms of their own, copies of the blocks' self-attention and input norms, "
-        "which have never been trained."
+        f"{blocks} have projections and norms of their own, copies of the blocks' self-attention{of_others} and input "
+        "norms, which have never been trained."
     )
 
 

@@ -22,16 +22,17 @@ from ..folder_files import CheckpointError
 LAYER = "model.language_model.layers.{}."
 _IN_BLOCK = re.compile(r"(model\.language_model\.layers\.\d+\.)(.+)")
 
+# What fusion layers start as copies of; a replaced block no longer has it.
+SELF_ATTENTION = "self_attn."
+
 # Inside a block with a fusion layer: (prefix of a new name, prefix of the tensor that it starts as a copy of).
-PROJECTION_COPIES = (("casa_attn.", "self_attn."),)
+PROJECTION_COPIES = (("casa_attn.", SELF_ATTENTION),)
 IMAGE_NORM_COPIES = {"input": (("casa_attn.image_norm.", "input_layernorm."),)}
 PLACEMENT_COPIES: dict[str, tuple[tuple[str, str], ...]] = {
     "before": (("casa_layernorm.", "input_layernorm."),),
     "after": (("casa_layernorm.", "input_layernorm."),),
 }
 
-# What a replaced block no longer has; its fusion layer starts as a copy of it.
-REPLACED = "self_attn."
 
 # Of the names of tensors that conversion adds to a source.
 ADDED = re.compile(r"\.layers\.\d+\.(casa_attn|casa_layernorm)\.|^model\.multi_modal_projector\.")
@@ -144,10 +145,16 @@ def fusion_copies(config: CasaConfig, names: Iterable[str]) -> dict[str, str]:
     copies = PLACEMENT_COPIES.get(config.casa_placement, ())
     if not config.casa_share_projections:
         copies += PROJECTION_COPIES + IMAGE_NORM_COPIES.get(config.casa_image_norm, ())
+    inside: dict[str, list[str]] = {}  # names in each block
+    for name in names:
+        if match := _IN_BLOCK.match(name):
+            inside.setdefault(match[1], []).append(match[2])
     return {
-        block + new + inner.removeprefix(old): block + inner
-        for block, inner in _inside_fused_blocks(config, names)
+        LAYER.format(index) + new + inner.removeprefix(old): block + inner
+        for index in config.fusion_layers
         for new, old in copies
+        for block in [LAYER.format(config.origin_of_fusion(index) if old == SELF_ATTENTION else index)]
+        for inner in inside.get(block, ())
         if inner.startswith(old)
     }
 
@@ -156,7 +163,7 @@ def replaced_names(config: CasaConfig, names: Iterable[str]) -> set[str]:
     """Those of the in-memory names that a variant has no use for but as the start of a fusion layer."""
     if config.casa_placement != "replace":
         return set()
-    return {block + inner for block, inner in _inside_fused_blocks(config, names) if inner.startswith(REPLACED)}
+    return {block + inner for block, inner in _inside_fused_blocks(config, names) if inner.startswith(SELF_ATTENTION)}
 
 
 def _inside_fused_blocks(config: CasaConfig, names: Iterable[str]) -> Iterator[tuple[str, str]]:
