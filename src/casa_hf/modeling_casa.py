@@ -701,16 +701,19 @@ class CasaModel(CasaPreTrainedModel):
             ValueError: if the number of patches doesn't fit the grids.
         """
         refuse_foreign(kwargs)
-        image_grid_thw = check_grids(self.config, image_grid_thw)
-        patches = int(image_grid_thw.prod(-1).sum())
+        return self._run_tower(pixel_values, check_grids(self.config, image_grid_thw), **kwargs)
+
+    def _run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, with sizes as `check_grids` returns them."""
+        patches = int(grids.prod(-1).sum())
         if pixel_values.shape[0] != patches:
             raise ValueError(
-                f"pixel_values has {pixel_values.shape[0]} patches, but image_grid_thw {image_grid_thw.tolist()} "
+                f"pixel_values has {pixel_values.shape[0]} patches, but image_grid_thw {grids.tolist()} "
                 f"needs {patches}. Pass both as the image processor returned them."
             )
-        derived = tower_inputs(self.visual, image_grid_thw, pixel_values.device)
-        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **{**derived, **kwargs})
-        sizes = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        derived = tower_inputs(self.visual, grids, pixel_values.device)
+        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=grids, **{**derived, **kwargs})
+        sizes = (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         features = outputs.pooler_output
         if self.multi_modal_projector is not None:
             features = self.multi_modal_projector(features)
@@ -828,7 +831,7 @@ class CasaModel(CasaPreTrainedModel):
         """(num_image_tokens, `config.image_features_size`) features of all images, and the tower's outputs."""
         if pixel_values is None:
             return check_features(self.config, image_embeds, grids), None
-        outputs = self.get_image_features(pixel_values, grids, **recorded, return_dict=True)
+        outputs = self._run_tower(pixel_values, grids, **recorded)
         return torch.cat(outputs.pooler_output), outputs
 
 
