@@ -175,7 +175,7 @@ class Soak:
         source = FrameIterator(self.camera, live=True, name="camera")
         captions = LiveCaptions(stream, source, late=self.late)
         # A stream evicts before a forward, which then adds the last token and the frames of a turn.
-        self.text_limit = self.max_text_tokens + 1 + captions.max_waiting * len(stream.turns.frame)
+        self.text_limit = self.max_text_tokens + 1 + captions.max_waiting * len(stream.turns.image([1e5])[0])
         sampled = reported = begin
         try:
             for event in captions:

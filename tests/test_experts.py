@@ -369,7 +369,7 @@ def test_inspection_tells_what_a_token_passes(
     assert f"{summary.added_parameters:,} added; {summary.active_parameters:,} active per token\n" in printed
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe_text"])
+@families
 @pytest.mark.parametrize("updates", ["none", "ffn"])
 def test_counted_sizes_and_work(family: str, updates: str) -> None:
     """The formulas of the benchmarks, against the parameters of a model and PyTorch's own count of FLOPs."""

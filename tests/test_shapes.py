@@ -85,6 +85,8 @@ def qwen3_5(dimensions: dict, value_heads: int, tower: dict, tied: bool = False)
     dimensions = {**dimensions, "head_dim": 256, "linear_num_value_heads": value_heads}
     vision = {**tower, "out_hidden_size": dimensions["hidden_size"]}
     return Qwen3_5Config(text_config=dimensions, vision_config=vision, tie_word_embeddings=tied)
+
+
 def qwen3_5_moe(width: int) -> PreTrainedConfig:
     return Qwen3_5MoeConfig(text_config={"hidden_size": width}, vision_config={"out_hidden_size": width})
 
