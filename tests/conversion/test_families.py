@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
@@ -176,6 +177,30 @@ def test_helium_goes_back_without_its_tower(helium, source_folder, tmp_path):
     assert stock.config.to_dict() == AutoModelForCausalLM.from_pretrained(helium).config.to_dict() | {
         "_name_or_path": stock.config._name_or_path
     }
+
+
+def test_a_conversion_of_an_earlier_version_goes_back(helium, tmp_path):
+    """One with `<|image|>` and gist tokens, whose configuration doesn't name its new tokens, and with deepstack
+    features in its files."""
+    vision = build_tiny_source(tmp_path / "vision", family="qwen3_vl", vision_depth=3)
+    options = {"vision_from": vision, "image_delimiters": "<|image|>", "num_gist_tokens": 2}
+    casa = convert_checkpoint(helium, tmp_path / "casa", **options).output
+    rows = len(AutoTokenizer.from_pretrained(helium))
+    content = json.loads((casa / "config.json").read_text())
+    assert content.pop("new_tokens") == {"<|gist_0|>": rows + 1, "<|gist_1|>": rows + 2, "<|image|>": rows}
+    content["vision_config"]["deepstack_visual_indexes"] = [0, 1]
+    (casa / "config.json").write_text(json.dumps(content))
+    weights = {name: tensor for name, tensor in in_memory_layout(load_weights(vision)).items() if "deepstack" in name}
+    save_file({**load_weights(casa), **weights}, casa / "model.safetensors", metadata={"format": "pt"})
+
+    model, info = CasaForConditionalGeneration.from_pretrained(casa, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.new_token_ids == (rows, rows + 1, rows + 2)
+    processor = CasaProcessor.from_pretrained(casa)
+    inputs = processor(text="A <|image|> B", images=Image.new("RGB", (64, 64)), return_tensors="pt")
+    assert model(**inputs).logits.isfinite().all()
+    convert_to_source(casa, tmp_path / "back")
+    assert_same(load_weights(tmp_path / "back"), load_weights(helium))
 
 
 def test_all_chat_templates_there_and_back(helium, source_folder, tmp_path):
