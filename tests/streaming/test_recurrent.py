@@ -39,7 +39,7 @@ def pair(family: Callable[..., Pair]) -> Pair:
     return family("qwen3_5")
 
 
-@pytest.mark.parametrize("controls", [{}, CONTROLS], ids=["plain", "controlled"])
+@pytest.mark.parametrize("controls", [pytest.param({}, marks=pytest.mark.slow), CONTROLS], ids=["plain", "controlled"])
 def test_tokens_are_those_of_one_call_on_the_whole_sequence(pair, controls):
     """Frames, questions, a reset, and forks that go their own way."""
     model, processor = pair
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_one_call_on_the_whole_sequence(pair, controls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sinks", [None, 3])
+@pytest.mark.parametrize("sinks", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_what_is_forgotten_stays_in_the_recurrent_state(pair, sinks):
     """Tokens are those of a dense reference that masks forgotten text in attention, and lets linear attention read
     all of it."""
@@ -136,12 +136,13 @@ def test_a_damaged_state_is_refused_and_the_stream_stays_as_it_was(pair):
         other.load_state_dict({**state, "design": geometry})
 
 
-@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 60])
 def test_streams_of_a_batch_are_those_of_sessions(pair, window):
     model, processor = pair
     equal_to_separate_sessions(lambda variant: model, processor, "casa", window)
 
 
+@pytest.mark.slow
 def test_streams_of_a_batch_speak_side_by_side(pair):
     model, processor = pair
     equal_while_others_speak(lambda variant: model, processor, False)
