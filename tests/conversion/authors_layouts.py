@@ -197,6 +197,11 @@ def write(
     }
     if qwen:
         text["rope_scaling"] = {"type": "mrope", "mrope_section": list(spec.sections or ())}
+        text |= {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 70}  # as Qwen's files
+    else:
+        text |= {"head_dim": spec.head, "rope_scaling": None}
+    if nested:
+        text["model_type"] = "qwen2_5_vl" if qwen else "llama"
     content: dict[str, Any] = {
         "model_type": name,
         "architectures": [name.replace("_", "")],

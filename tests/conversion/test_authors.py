@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
 from casa_hf.conversion import convert_checkpoint, convert_to_source, names_report
+from casa_hf.hub.publishable import check_checkpoint
 from tests.command_line import Cli
 from tests.conversion import authors_layouts, authors_reference
 from tests.conversion.authors_layouts import FIRST, IMAGE_TOKENS, SECOND, Layout, write
@@ -108,7 +109,7 @@ CASES: dict[str, tuple[Spec, Layout, dict[str, Any], dict[str, Any]]] = {
             fusion_names=SHORT,
             fusion_norm="img_norm",
         ),
-        {"code": FIRST},
+        {"code": FIRST, "nested": True},
         {"casa_image_positions": "at", "casa_text_windows": False},
     ),
     "helium, shared": (
@@ -212,7 +213,7 @@ def test_logits_are_those_of_the_description(tmp_path, case):
     assert (config.variant == "insertion") == spec.inserted
     assert (config.casa_keys == "window") == spec.with_text
     assert report.added_parameters == 0 and "never been compared" in report.note
-    stored = {line.split("\t")[0] for line in (tmp_path / "casa" / "source_names.tsv").read_text().splitlines()}
+    stored = {line.split("\t")[0] for line in (tmp_path / "casa" / "released_names.tsv").read_text().splitlines()}
     assert {re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name.partition("[")[0], count=1) for name in tensors_of(tmp_path)} <= {
         re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name.partition("[")[0], count=1) for name in stored
     }
@@ -516,7 +517,7 @@ def test_a_mended_table_says_what_the_rules_dont(tmp_path):
     convert_checkpoint(folder, tmp_path / "casa", mapping=tmp_path / "names.tsv")
     assert_is(tmp_path / "casa", QWEN)
     # What was written is a mapping file too, and the whole table says the same as these lines alone.
-    convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "source_names.tsv")
+    convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "released_names.tsv")
     lines = [line for line in table.splitlines() if "glue" in line]
     (tmp_path / "short.tsv").write_text("\n".join(["\t".join(line.split("\t")[:2]) for line in lines]))
     convert_checkpoint(folder, tmp_path / "short", mapping=tmp_path / "short.tsv")
@@ -553,7 +554,7 @@ def test_rows_orders_and_one_tensor_for_all_blocks(tmp_path):
     report = convert_checkpoint(folder, tmp_path / "casa", mapping=file)
     assert report.dropped == {"step": "as the mapping says"}
     assert_is(tmp_path / "casa", spec)
-    convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "source_names.tsv")
+    convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "released_names.tsv")
     assert_is(tmp_path / "again", spec)
 
 
@@ -633,6 +634,10 @@ def test_way_back_is_the_stock_form_of_the_backbone(tmp_path):
         report = convert_to_source(tmp_path / case / "casa", tmp_path / case / "back")
         assert report.config.model_type == model_type and report.added_parameters == 0
         spec = CASES[case][0]
+        assert AutoTokenizer.from_pretrained(tmp_path / case / "back").decode([5, 6]) == AutoTokenizer.from_pretrained(
+            tmp_path / case / "casa"
+        ).decode([5, 6])
+        assert not check_checkpoint(tmp_path / case / "casa").left_out
         ids = torch.tensor([[5, 6, 7, 8]])
         stock = (AutoModelForCausalLM if model_type == "llama" else AutoModelForImageTextToText).from_pretrained(
             tmp_path / case / "back", dtype=torch.float64

@@ -24,6 +24,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 # Beside a checkpoint: the source's spare rows that new tokens took, for the way back.
 SOURCE_ROWS_FILE = "source_rows.safetensors"
 
+# What each tensor of a checkpoint of the method's authors has become.
+RELEASED_NAMES_FILE = "released_names.tsv"
+
 # Of the source's files where the tokenizer has new tokens, as of `SOURCE_ROWS_FILE`, for the way back.
 SOURCE_PREFIX = "source_"
 

@@ -26,6 +26,7 @@ from ..checkpoint_files.names import (
     CARRIED_FILES,
     OTHER_FILES,
     PROCESSOR_FILES,
+    RELEASED_NAMES_FILE,
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
     TOKENIZER_FILES,
@@ -39,7 +40,7 @@ from ..folder_files import CheckpointError, own_file
 from ..hub.origins import license_files, licensed, origin_records
 from ..hub.remote_code import add_code
 from ..processing_casa import CasaProcessor
-from .authors import NAMES_FILE, delimiter_ids, make_processor, read_released
+from .authors import delimiter_ids, make_processor, read_released
 from .card import model_card, untrained_effect
 from .design import resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
@@ -164,7 +165,7 @@ def convert_checkpoint(
         if prepared.plan.source_rows:
             write_checkpoint(new, {SOURCE_ROWS_FILE: list(prepared.plan.source_rows)})
         if prepared.names:
-            (new / NAMES_FILE).write_text(prepared.names, encoding="utf-8")
+            (new / RELEASED_NAMES_FILE).write_text(prepared.names, encoding="utf-8")
         if with_code:
             add_code(new)
         for read in prepared.sources:

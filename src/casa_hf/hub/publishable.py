@@ -13,6 +13,7 @@ from ..checkpoint_files.config import read_casa_config
 from ..checkpoint_files.names import (
     LICENSE_FILES,
     PROCESSOR_FILES,
+    RELEASED_NAMES_FILE,
     SOURCE_PREFIX,
     SOURCE_ROWS_FILE,
     TEMPLATE_FILES,
@@ -39,6 +40,7 @@ CHECKPOINT_FILES = (
     f"{TEMPLATE_FOLDER}/*.jinja",
     *(SOURCE_PREFIX + name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, f"{TEMPLATE_FOLDER}/*.jinja")),
     SOURCE_ROWS_FILE,
+    RELEASED_NAMES_FILE,
 )
 
 

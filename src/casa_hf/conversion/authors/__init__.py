@@ -13,8 +13,8 @@
 | `report.py` | the table of a folder or a Hub id, from headers alone |
 """
 
-from .checkpoint import NAMES_FILE, Released, read_released
+from .checkpoint import Released, read_released
 from .processor import delimiter_ids, make_processor
 from .report import names_report
 
-__all__ = ["NAMES_FILE", "Released", "delimiter_ids", "make_processor", "names_report", "read_released"]
+__all__ = ["Released", "delimiter_ids", "make_processor", "names_report", "read_released"]

@@ -37,7 +37,6 @@ NOTE = (
     "It was made by rules on names from a checkpoint in the format of the method's authors, and these rules have "
     "never been compared with their files. Compare its answers with those of their code before you rely on it."
 )
-NAMES_FILE = "source_names.tsv"
 
 
 @dataclass(frozen=True)
