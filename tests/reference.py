@@ -551,9 +551,14 @@ class SmolLM3Block(Block):
 
 
 class HeliumBlock(Block):
-    """As in Helium."""
+    """As in Helium, whose norms multiply by their weights in float32 too."""
 
     neighbours = True
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        weight = self.parameters[f"{self.prefix}{name}.weight"]
+        unscaled = _rms_norm(x, torch.ones_like(weight), self.config.text_config.rms_norm_eps)
+        return (weight.float() * unscaled.float()).double()
 
 
 class Qwen3_5Block(Block):
