@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from casa_hf import CasaConfig
+from casa_hf.backbones import BACKBONES
 from casa_hf.timestamps_casa import VIDEO_TIMESTAMPS, timestamp_text
 from tests.helpers_generation import PATCH_DIM, new_model, relative_error
 from tests.sources import make_case
@@ -194,12 +196,22 @@ def test_settings() -> None:
 # ------------------------------------------------------------------------------------ the source
 
 
+def test_the_families_that_have_them_are_those_whose_stock_processor_writes_them() -> None:
+    for family in BACKBONES.values():
+        writes = PROCESSOR_MAPPING_NAMES.get(family.source_model_type) == "Qwen3VLProcessor"
+        assert family.native_timestamps == writes, family.display_name
+
+
+NATIVE = [name for name, family in BACKBONES.items() if family.native_timestamps]
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("variant", ["insertion", "exact"])
-def test_a_video_is_the_sources(variant: str, nested: bool) -> None:
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_video_is_the_sources(family: str, variant: str, nested: bool) -> None:
     """The stock model on ids as its processor writes them: a time before each temporal patch of two frames, all of a
     video within a further pair of delimiters (`nested`), or not, as up to Transformers 5.9."""
-    case = make_case("qwen3_vl_text", variant, casa_video_history="all" if variant == "insertion" else "group")
+    case = make_case(family, variant, casa_video_history="all" if variant == "insertion" else "group")
     case.model.config.video_timestamps = "native"
     grid, times = (3, 2), [(20, 21), (22,), (23, 24, 25)]
     merged = grid[0] * grid[1]

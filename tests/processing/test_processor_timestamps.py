@@ -89,9 +89,14 @@ def test_text_and_ids_are_the_stock_processors(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["insertion", "exact"])
-def test_a_file_is_the_sources_video(native: CasaProcessor, folder: Path, clip: Path, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("qwen3_vl", "insertion"), ("qwen3_vl", "exact"), ("qwen3_5", "insertion")],
+)
+def test_a_file_is_the_sources_video(clip: Path, tmp_path: Path, family: str, variant: str) -> None:
     """The stock model on the ids that its processor makes, from the files of the checkpoint and the clip."""
+    folder = build_tiny_source(tmp_path / "source", family=family)
+    native = CasaProcessor.from_source(folder, max_pixels=256**2, frame_max_pixels=256**2)
     prompt = f"<|im_start|>user\nWatch.{VIDEO}What happens?<|im_end|>\n<|im_start|>assistant\n"
     history = "all" if variant == "insertion" else "group"
     model: Any = CasaForConditionalGeneration.from_pretrained(
