@@ -103,6 +103,8 @@ def test_the_times_of_frames_are_those_of_the_file(cli: Cli, tmp_path: Path) -> 
         lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         events[str(kind)] = [{key: line[key] for key in ("kind", "start", "text")} for line in lines]
         assert events[str(kind)] == events_of(tmp_path / "casa")
+        row = {"native": "<0.5 seconds> before a frame (native)", "text": "[0.5 seconds] before a frame (text)"}
+        assert (row.get(str(kind), "video times") in cli("inspect", tmp_path / "casa").out) == (kind is not None)
     assert events["native"] != events["text"] != events["None"] != events["native"]
 
     model = CasaForConditionalGeneration.from_pretrained(tmp_path / "casa").eval()

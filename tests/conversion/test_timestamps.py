@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
-from casa_hf.conversion import convert_checkpoint, convert_to_source, plan_conversion
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint, plan_conversion
 from casa_hf.hub.publishable import check_checkpoint
 from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.clips import picture
@@ -59,6 +59,7 @@ def test_each_setting(qwen3_vl: Path, tmp_path: Path, given: str | None, expecte
     said = "" if expected is None else {"native": "`<0.5 seconds>`", "text": "`[0.5 seconds]`"}[expected]
     assert said in card and ("(`video_timestamps=" in card) == (expected is not None)
     check_checkpoint(tmp_path / "casa")
+    assert inspect_checkpoint(tmp_path / "casa").video_timestamps == expected
     convert_to_source(tmp_path / "casa", tmp_path / "back")
     assert "timestamps" not in (tmp_path / "back" / "config.json").read_text()
 

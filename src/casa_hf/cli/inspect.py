@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..timestamps_casa import timestamp_text
 from .options import check_is_casa, checkpoint, existing_file, wrong_value
 from .terminal import quiet_unless_terminal
 
@@ -66,6 +67,9 @@ def inspect(
         **_image_rows(summary),
         "text token": text_token,
     }
+    if summary.video_timestamps is not None:
+        kind = summary.video_timestamps
+        rows["video times"] = f"{timestamp_text(kind, 0.5)} before a frame ({kind})"
     if summary.recurrent_bytes:
         rows["recurrent"] = f"{decimal(summary.recurrent_bytes)} for each sequence, however long it is"
     for label, value in rows.items():

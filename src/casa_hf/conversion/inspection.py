@@ -46,6 +46,7 @@ class CheckpointSummary:
         image_history: Value "latest" or "group" where a new window frees the images before it, "all" where none is
             freed.
         video_history: Same value for video frames.
+        video_timestamps: Kind of the times that stand before video frames; None for none.
     """
 
     variant: str | None
@@ -64,6 +65,7 @@ class CheckpointSummary:
     recurrent_bytes: int
     image_history: str
     video_history: str
+    video_timestamps: str | None
 
 
 def inspect_checkpoint(path: str | Path, revision: str | None = None) -> CheckpointSummary:
@@ -107,6 +109,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         recurrent_bytes=_recurrent_bytes(config, dtype.itemsize),
         image_history=config.casa_image_history,
         video_history=config.casa_video_history,
+        video_timestamps=config.video_timestamps,
     )
 
 
