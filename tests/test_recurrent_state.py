@@ -56,13 +56,15 @@ def no_gradients():
 
 
 @cache
-def model_of(variant: str, attention: str = "sdpa", **fields: Any) -> Any:
+def model_of(variant: str, family: str = FAMILY, **fields: Any) -> Any:
     """In float64, every parameter random; no token ends a text."""
-    config = FAMILIES[FAMILY].casa_config(variant, source_config=None, **fields)
-    model = CasaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    config = FAMILIES[family].casa_config(variant, source_config=None, **fields)
+    model = CasaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
         parameter.copy_(random_tensor(name, tuple(parameter.shape)))
     model.generation_config.eos_token_id = None
+    if "moe" in family:
+        model.set_experts_implementation("eager")  # others take no float64
     return model.double().eval()
 
 
@@ -262,11 +264,24 @@ def some(random: Random) -> Row:
     return row
 
 
-@pytest.mark.parametrize("seed", range(8))
+# Among them: fusion layers beside linear attention, whose cache layers then hold images and text of windows too.
+DESIGNS: list[dict[str, Any]] = [
+    {"variant": "casa", "casa_gate": "tanh", "casa_layers": (0, 1, 2), "casa_text_windows": True},
+    {"variant": "casa"},
+    {"variant": "exact", "family": "qwen3_5_moe_text"},
+    {"variant": "casa-replace"},
+    {"variant": "insertion"},
+    {"variant": "ca", "casa_gate": "tanh", "casa_layers": (0, 2), "family": "qwen3_5_moe_text"},
+    {"variant": "casa-before", "family": "qwen3_5_moe_text"},
+    {"variant": "ca-shared"},
+]
+
+
+@pytest.mark.parametrize("seed", range(len(DESIGNS)))
 def test_verbs_in_any_order(seed):
     """Rows are compared with one call from scratch in every turn, whatever was done to the cache before."""
     random = Random(seed)
-    model = model_of(random.choice(["casa", "ca-shared", "casa-before", "casa-replace", "exact", "insertion"]))
+    model = model_of(**DESIGNS[seed])
     texts: list[Row] = [[*some(random), 5] for _ in range(random.randint(1, 3))]
     held = model(**batch(*texts), use_cache=True).cache
     kept: list[tuple[Any, list[Row]]] = [(cache_snapshot(held), list(texts))]
@@ -333,9 +348,10 @@ def test_evicted_text_is_masked_in_attention_and_stays_in_the_recurrent_state(ki
     assert relative_error(logits, case.source(ids[:, 7:]).logits[0, 5:]) > 1e-2
 
 
-def test_rows_that_forget_join_leave_and_are_padded():
+@pytest.mark.parametrize("design", DESIGNS[:2], ids=["fusion beside linear attention", "casa"])
+def test_rows_that_forget_join_leave_and_are_padded(design):
     """A batch whose rows are treated differently, against one row of its own for each."""
-    model = model_of("casa")
+    model = model_of(**design)
     held, alone = filled(model), [DynamicCache(config=model.config) for _ in ROWS]
     for row, own in zip(ROWS, alone, strict=True):
         model(**batch(row), cache=own)

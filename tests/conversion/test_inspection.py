@@ -69,10 +69,14 @@ def test_summary_of_other_families(tmp_path):
     vision = build_tiny_source(tmp_path / "vision", hidden_size=32)
     helium = build_tiny_helium(tmp_path / "helium", num_key_value_heads=1)
     convert_checkpoint(helium, tmp_path / "casa-helium", vision_from=vision, max_pixels=SIDE * SIDE)
-    recurrent = build_tiny_source(tmp_path / "qwen3_5", family="qwen3_5", num_attention_heads=2, num_hidden_layers=4)
-    for variant in ("casa", "casa-replace", "exact"):  # keys and values in blocks of full attention alone
-        convert_checkpoint(recurrent, tmp_path / variant, variant, max_pixels=65536)
-        assert_cache_is_as_told(tmp_path / variant)
+    for family in ("qwen3_5", "qwen3_5_moe"):
+        recurrent = build_tiny_source(tmp_path / family, family=family, num_attention_heads=2, num_hidden_layers=4)
+        for variant in ("casa", "casa-replace", "exact"):  # keys and values in blocks of full attention alone
+            convert_checkpoint(recurrent, tmp_path / variant, variant, max_pixels=65536, overwrite=True)
+            assert_cache_is_as_told(tmp_path / variant)
+    beside = {"casa_layers": [0, 1], "casa_gate": "tanh"}  # fusion layers beside linear attention too
+    convert_checkpoint(recurrent, tmp_path / "beside", "casa", max_pixels=65536, **beside)
+    assert_cache_is_as_told(tmp_path / "beside")
     for folder in (tmp_path / "casa-qwen3", tmp_path / "casa-helium"):
         assert_cache_is_as_told(folder)
 
