@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from casa_hf import CasaForConditionalGeneration, add_code
+from casa_hf import CasaForConditionalGeneration, add_code, convert_checkpoint
 from casa_hf.training import LORA_TARGETS
+from examples.tiny_source import build_tiny_source
 
 pytest.importorskip("datasets")
 pytest.importorskip("trl")
@@ -142,3 +143,13 @@ def test_code_that_a_checkpoint_carries(casa_folder: Path, tmp_path: Path) -> No
     for kind, modules in found.items():
         assert len(modules) == 1 + runs.KINDS[kind][3]
         assert all(re.fullmatch(r"transformers_modules\..*\.modeling_casa", module) for module in modules)
+
+
+def test_experts_are_balanced(tmp_path: Path) -> None:
+    """TRL asks a model with experts for the loss of its routers, and logs it."""
+    source = build_tiny_source(tmp_path / "source", family="qwen3_vl_moe")
+    folder = convert_checkpoint(source, tmp_path / "casa", max_pixels=65_536).output
+    trainer = runs.trainer_of("SFT", str(folder), tmp_path, True)
+    trainer.train()
+    logged = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
+    assert logged and all(1 < loss < 6 for loss in logged)  # 2 of 6 experts: 2 if all are used evenly
