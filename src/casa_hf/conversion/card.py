@@ -194,9 +194,10 @@ def _untrained_rest(config: CasaConfig, initialised: Mapping[str, str], new_toke
     sentences = []
     if new_tokens:
         tokens = ", ".join(f"`{token}`" for token in new_tokens)
+        noise = ", with a little noise for gist tokens" if config.num_gist_tokens else ""
         sentences.append(
-            f"New tokens: {tokens}; their rows start as the mean of all rows, with a little noise for gist tokens, "
-            "also where the matrix had spare ones (which `source_rows.safetensors` then keeps)."
+            f"New tokens: {tokens}; their rows start as the mean of all rows{noise}, also where the matrix had spare "
+            "ones (which `source_rows.safetensors` then keeps)."
         )
     projector = [name for name in initialised if name.startswith(PROJECTOR)]
     if projector:
