@@ -278,8 +278,9 @@ def _check_all_known(folder: Path, assignment: Assignment) -> None:
         return
     left = [f"{name} ({reason})" for name, reason in assignment.left.items()]
     raise CheckpointError(
-        f"{folder} has {counted(len(left), 'tensor')} that aren't understood: {listed(left)}. Get the table of all "
-        "with `casa-hf inspect SOURCE --names > names.tsv`, say there what these become, and give it as mapping."
+        f"{folder} has {counted(len(left), 'tensor')} of unknown meaning: {listed(left)}. Get the table of all with "
+        "`casa-hf inspect SOURCE --names > names.tsv`, say there what these become, and give it as mapping (`--mapping "
+        "names.tsv`)."
     )
 
 

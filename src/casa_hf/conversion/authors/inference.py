@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...checks import counted
 from ...configuration_casa import CasaConfig, variant_overrides
 from ...design_space import FIELDS, VARIANTS
 from ...folder_files import CheckpointError
@@ -108,8 +109,9 @@ class _Inference:
     def _from_tensors(self) -> None:
         has = self._blocks_with
         shared = not self.fused
-        which = "no fusion layer has" if shared else f"the fusion layers of {len(self.fused)} blocks have"
-        self._conclude("casa_share_projections", shared, f"{which} projections of their own")
+        reason = f"the fusion layers of {counted(len(self.fused), 'block')} have projections of their own"
+        reason = "no fusion layer has projections of its own" if shared else reason
+        self._conclude("casa_share_projections", shared, reason)
         if shared:
             self._assume("casa_layers", None, "shared projections don't tell which blocks have fusion layers: all")
         else:
