@@ -279,8 +279,8 @@ def _check_all_known(folder: Path, assignment: Assignment) -> None:
     left = [f"{name} ({reason})" for name, reason in assignment.left.items()]
     raise CheckpointError(
         f"{folder} has {counted(len(left), 'tensor')} of unknown meaning: {listed(left)}. Get the table of all with "
-        "`casa-hf inspect SOURCE --names > names.tsv`, say there what these become, and give it as mapping (`--mapping "
-        "names.tsv`)."
+        "`casa-hf inspect SOURCE --names > names.tsv`, say there what these become, and give it as mapping "
+        "(`--mapping names.tsv`)."
     )
 
 
