@@ -92,8 +92,9 @@ def test_loss_with_images_is_the_sources(family: str, variant: str, ids: list[in
     is_text = case.is_text(ids)
     theirs = case.source_outputs(ids, output_router_logits=True)
     ours = case.model(torch.tensor([ids]), **case.images, output_router_logits=True)
-    for own, other in zip(ours.router_logits, theirs.router_logits, strict=True):
-        assert relative_error(own, torch.cat([other[is_text], other[~is_text]])) < 1e-5
+    routed = zip(ours.router_logits, ours.image_router_logits, theirs.router_logits, strict=True)
+    for of_text, of_images, other in routed:
+        assert relative_error(of_text, other[is_text]) < 1e-5 and relative_error(of_images, other[~is_text]) < 1e-5
     assert relative_error(ours.aux_loss, theirs.aux_loss) < 1e-5
     labels = torch.where(is_text, torch.tensor(case.inserted(ids)[0]), -100)[None]
     theirs_with_labels = case.source_outputs(ids, output_router_logits=True, labels=labels)
@@ -108,9 +109,10 @@ def test_image_states_count_where_they_pass_the_experts(family: str, updates: st
     rows = torch.tensor([[0, *ONE_GROUP], [0] * (len(ONE_GROUP) - 2) + [7, 8, 9]])
     mask = torch.tensor([[False, *(True for _ in ONE_GROUP)], [False] * (len(ONE_GROUP) - 2) + [True] * 3])
     outputs = case.model(rows, attention_mask=mask.long(), **case.images, output_router_logits=True)
-    assert {len(logits) for logits in outputs.router_logits} == {rows.numel() + routed}
-    counts = torch.cat([mask.flatten(), torch.ones(routed, dtype=torch.bool)])
-    expected = balance([logits[counts] for logits in outputs.router_logits], chosen=2)
+    counted = [logits[mask.flatten()] for logits in outputs.router_logits]
+    of_images = list(outputs.image_router_logits or ())
+    assert {len(logits) for logits in of_images} == ({routed} if routed else set())
+    expected = balance([*counted, *of_images], chosen=2)
     assert relative_error(outputs.aux_loss, expected) < 1e-5
 
 

@@ -104,7 +104,14 @@ class CasaConfig(PreTrainedConfig):
 
     model_type = "casa"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs", "router_logits", "aux_loss"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "image_outputs",
+        "router_logits",
+        "image_router_logits",
+        "aux_loss",
+    ]
 
     # Any: checked in `_build_sub_config`, which also builds them from dictionaries.
     text_config: Any = None

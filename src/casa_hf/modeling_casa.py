@@ -80,11 +80,13 @@ class CasaModelOutput(_NestedOutput, BaseModelOutputWithPastAndCrossAttentions):
     """What [`CasaModel`] returns: `attentions` of self-attention, `cross_attentions` of the fusion layers, and
     `image_outputs` of the vision tower where pixels were given.
 
-    With `output_router_logits`, families with experts also give `router_logits`, (batch * tokens + image tokens that
-    pass the experts, experts) of each block that has any, and `aux_loss`, which balances the experts."""
+    With `output_router_logits`, families with experts also give, for each block that has any, `router_logits` of text,
+    (batch * tokens, experts), and where image states pass them `image_router_logits`, (image tokens, experts); and
+    `aux_loss`, which balances the experts over both."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+    image_router_logits: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -95,6 +97,7 @@ class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
 
     image_outputs: BaseModelOutputWithPooling | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+    image_router_logits: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -479,7 +482,8 @@ class CasaTextModel(CasaPreTrainedModel):
             **{CACHE: cache},
             attentions=self_attentions if any(w is not None for w in self_attentions) else None,
             cross_attentions=cross_attentions if any(w is not None for w in cross_attentions) else None,
-            router_logits=tuple(router_logits) or None,
+            router_logits=tuple(logits[: token_mask.numel()] for logits in router_logits) or None,
+            image_router_logits=tuple(x for logits in router_logits if len(x := logits[token_mask.numel() :])) or None,
             aux_loss=self._balance_loss(router_logits, token_mask, padded=attention_mask is not None),
         )
 
@@ -970,6 +974,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
             cross_attentions=outputs.cross_attentions,
             image_outputs=outputs.image_outputs,
             router_logits=outputs.router_logits,
+            image_router_logits=outputs.image_router_logits,
             aux_loss=outputs.aux_loss,
         )
 

@@ -146,9 +146,9 @@ def test_code_that_a_checkpoint_carries(casa_folder: Path, tmp_path: Path) -> No
 
 
 def test_experts_are_balanced(tmp_path: Path) -> None:
-    """TRL asks a model with experts for the loss of its routers, and logs it."""
+    """TRL asks a model with experts for their loss, or computes it from the routers' logits of text, and logs it."""
     source = build_tiny_source(tmp_path / "source", family="qwen3_vl_moe")
-    folder = convert_checkpoint(source, tmp_path / "casa", max_pixels=65_536).output
+    folder = convert_checkpoint(source, tmp_path / "casa", "casa-ffn", max_pixels=65_536).output
     trainer = runs.trainer_of("SFT", str(folder), tmp_path, True)
     trainer.train()
     logged = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
