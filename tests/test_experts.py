@@ -82,6 +82,8 @@ def test_loss_of_text_is_the_sources(family: str) -> None:
     plain = case.model(**{**inputs, "output_router_logits": False}, input_ids=ids)
     assert plain.router_logits is None and plain.aux_loss is None
     assert relative_error(ours.loss - plain.loss, 0.3 * ours.aux_loss) < 1e-5
+    alone = case.model(ids, **inputs, skip_logits=True)
+    assert alone.logits is None and relative_error(alone.loss, ours.loss) < 1e-6
 
 
 @families
