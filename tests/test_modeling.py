@@ -181,6 +181,22 @@ def test_smaller_number_formats_run_and_stay_close(variant, dtype):
     assert error < {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
 
 
+def test_a_token_that_pads_learns_where_it_is_text():
+    """Many tokenizers pad with the token that ends an answer; where it pads it is masked, and has no gradient."""
+    gradients = []
+    for pad in (None, 5):
+        config = casa_config(source=source_config(pad_token_id=pad))
+        model = randomised(CasaForConditionalGeneration(config))
+        ids = text(2, 12)
+        ids[0, 4] = ids[1, :3] = 5
+        labels = ids.masked_fill(torch.arange(12) < 5, -100)
+        attention_mask = torch.ones_like(ids)
+        attention_mask[1, :3] = 0
+        model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert gradients[0][5].any() and torch.equal(*gradients)
+
+
 def test_an_index_that_jumps_forward_is_refused():
     """It would be read as packing, and cut attention; positions with jumps have rows of their own."""
     model, ids = casa(), text(1, 6)
