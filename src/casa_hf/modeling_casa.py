@@ -384,7 +384,7 @@ class CasaTextModel(CasaPreTrainedModel):
             before=config.casa_image_positions == "before",
         )
         self.attends_to_update = config.casa_image_updates == "full"
-        # Padding is masked, so its row needs no `padding_idx`, which would also keep it from learning where it is text:
+        # Padding is masked: its row needs no `padding_idx`, which would also keep it from learning where it is text, since
         # many tokenizers pad with the token that ends an answer, and trainers write that into the configuration.
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from casa_hf import CasaProcessor, convert_checkpoint
-from casa_hf.training.samples import Dialogue, encode, measure, unseen_image
+from casa_hf.training.samples import Dialogue, encode, logger, measure, unseen_image
 from examples.tiny_source import build_tiny_helium
 from tests.training.helpers import CONVERSATIONS, PHOTOGRAPHS, ask, load_processor
 
@@ -241,5 +241,41 @@ def test_unusable_conversations_are_refused(example, words):
 def test_a_template_that_rewrites_earlier_turns_is_refused(casa_folder):
     processor = CasaProcessor.from_pretrained(casa_folder)
     processor.chat_template = "{% for m in messages %}{{ m.role if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(ValueError, match="message 1"):
+    with pytest.raises(ValueError, match="message 3"):
         encode(processor, CONVERSATIONS[3])
+
+
+# As templates of models that reason: what led to an answer stands in the last one only, be it nothing.
+REASONING = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {{- '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last -}}
+    {%- for part in message.content -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' + opening if add_generation_prompt -}}
+"""
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_answers_that_are_written_otherwise_once_more_follows_have_no_labels(
+    casa_folder, opening, caplog
+):
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    processor.chat_template = f"{{%- set opening = {opening!r} -%}}" + REASONING
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING", "casa_hf.training.samples"):
+        for _ in range(2):
+            last = trained_text(processor, CONVERSATIONS[3])
+    assert last == "<think>\n\n</think>\n\nA glass of water.<|im_end|>".removeprefix(opening)
+    assert "A rocket before its launch." in processor.tokenizer.decode(encode(processor, CONVERSATIONS[3]).input_ids)
+    assert [record.getMessage().split(" differently")[0] for record in caplog.records] == [
+        "The chat template renders earlier answers"
+    ]
+    # A conversation up to the first answer trains that.
+    first = {"messages": CONVERSATIONS[3]["messages"][:2], "images": CONVERSATIONS[3]["images"][:1]}
+    assert trained_text(processor, first) == (
+        "<think>\n\n</think>\n\nA rocket before its launch.<|im_end|>".removeprefix(opening)
+    )

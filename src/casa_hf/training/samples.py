@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from ..checks import counted
 from ..image_inputs import DELIMITER_TYPE
 
 if TYPE_CHECKING:
     from ..processing_casa import CasaProcessor
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100  # no loss at tokens with this label
 
@@ -132,7 +135,8 @@ def encode(processor: CasaProcessor, example: Mapping[str, Any]) -> Sample:
         example: conversation; see `Dialogue.of`.
 
     Raises:
-        ValueError: if the example is unusable, or the chat template renders a message differently when others follow.
+        ValueError: if the example is unusable, or the chat template renders its last answer differently than behind
+            its prompt. Earlier answers of which this is so have no labels; a warning says so once.
     """
     conversation = Dialogue.of(example)
     text, answers = _render(processor, conversation.messages)
@@ -208,18 +212,24 @@ def _render(processor: CasaProcessor, messages: Messages) -> tuple[str, list[tup
         return processor.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=prompt)
 
     text = render(len(messages))
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     answers = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for index in said:
         prompt, answered = render(index, prompt=True), render(index + 1)
-        if not (text.startswith(answered) and answered.startswith(prompt)):
+        if text.startswith(answered) and answered.startswith(prompt):
+            answers.append((len(prompt), len(answered.rstrip())))
+        elif index == said[-1]:
             raise ValueError(
-                f"The chat template renders message {index} differently when it is the last one, so the tokens of its "
-                "answer can't be found. Set processor.chat_template to one that renders each message the same "
-                "whatever follows."
+                f"The chat template renders the answer of message {index} differently behind its prompt, or when more "
+                "follows, so its tokens can't be found. Set processor.chat_template to one that renders each message "
+                "the same whatever follows."
             )
-        answers.append((len(prompt), len(answered.rstrip())))
+    if len(answers) < len(said):  # as templates of models that reason do, which take out what led to an answer
+        logger.warning_once(
+            "The chat template renders earlier answers differently than the last one of a conversation, as the model "
+            "will read them but never write them: they aren't trained on. Make a conversation up to each answer, or "
+            "set processor.chat_template to one that renders each message the same whatever follows."
+        )
     return text, answers
 
 
