@@ -651,7 +651,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         begin = 0  # of what stands before the next image
         for visual in visuals:
             times = iter(visual.written[0])
-            for number, end in enumerate(islice(ends, len(visual.ends))):
+            for number, (type, end) in enumerate(zip(visual.ends, islice(ends, len(visual.ends)), strict=True)):
                 time = next(times, "")
                 stop = end - 1 if self._notation.start else end
                 if time:
@@ -659,7 +659,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                     if not number:
                         length = num_common_last(input_ids[begin:stop], self._time_ids(time))
                     types[stop - length : stop] = [DELIMITER_TYPE] * length
-                begin = end + 1 + len(self.gist_token_ids)
+                begin = end + 1 + (len(self.gist_token_ids) if type else 0)
 
     def _pixels(self, visuals: "list[_Visual]", call: "_Call") -> dict[str, torch.Tensor]:
         """Patches and grids of all images, in order."""

@@ -151,6 +151,14 @@ def test_plain_text_for_families_without_a_form_of_their_own(
     assert unmarked["mm_token_type_ids"][0].count(2) == 6 and 3 not in unmarked["mm_token_type_ids"][0]
 
 
+def test_a_video_after_a_video_of_a_model_with_gists(folder: Path) -> None:
+    """Gist tokens follow frames, but not the delimiters around a video."""
+    processor = CasaProcessor.from_source(folder, max_pixels=256**2, num_gist_tokens=3)
+    frames = [np.full((SIDE, SIDE, 3), 99, np.uint8)] * 2
+    inputs = processor(text=VIDEO + VIDEO, videos=[[frames, frames]], video_metadata=[{"fps": 1.0}] * 2)
+    assert times(processor, inputs) == ["<0.0 seconds>", "<1.0 seconds>"] * 2
+
+
 def test_each_call_may_have_others_and_the_setting_is_saved(
     native: CasaProcessor, folder: Path, clip: Path, tmp_path: Path
 ) -> None:
