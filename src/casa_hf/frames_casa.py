@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from .checks import check_count, check_positive
-from .media_casa import DEFAULT_POLICY, MediaPolicy, contents_of, name_of, on_white, reason_of
+from .checks import check_count, check_positive, is_number, shown
+from .media_casa import DEFAULT_POLICY, MediaPolicy, contents_of, elements_of, name_of, on_white, reason_of
 from .timestamps_casa import ASSUMED_FPS
 
 DEFAULT_FPS = 2.0
@@ -179,7 +179,8 @@ def read_frames(
     Args:
         video, fps, num_frames, sample, policy: arguments of `load_frames`.
         metadata: what is known of decoded frames, as Transformers' `VideoMetadata` or a dictionary with its fields:
-            `fps` of the video that they are from and `frames_indices`, their numbers in it; None for nothing.
+            `fps` of the video that they are from, by which the argument `fps` can be applied to them, and
+            `frames_indices`, their numbers in it; None for nothing.
 
     Raises:
         ValueError: as `load_frames`, and for metadata that don't fit the frames, or that are given for a file.
@@ -261,23 +262,32 @@ def _moments(duration: float, fps: float) -> list[float]:
 
 def _sampled(frames: list[Any], fps: float | None, num_frames: int | None, metadata: Any) -> Frames:
     """Those of the decoded frames that go into the prompt."""
-    if fps is not None:
-        raise ValueError(
-            f"fps={fps} can't be applied to a video of {len(frames)} decoded frames, whose rate isn't known; pass "
-            "num_frames instead, or the path of the file."
-        )
     times, timed = _decoded_times(len(frames), metadata)
-    if num_frames is None:
-        return Frames(frames, times, timed)
-    chosen = _evenly_spaced(len(frames), num_frames)
+    given = Frames(frames, times, timed)
+    if fps is not None and not timed:
+        raise ValueError(
+            f"fps={fps} can't be applied to a video of {len(frames)} decoded frames, whose rate isn't known; pass it "
+            "as video_metadata, or num_frames instead, or the path of the file."
+        )
+    if fps is None and num_frames is None:
+        return given
+    since = [moment - times[0] for moment in times]
+    duration = max(since, default=0.0) + given.seconds_apart
+    chosen = sample_indices(since, duration, fps=fps, num_frames=num_frames)
     return Frames([frames[index] for index in chosen], [times[index] for index in chosen], timed)
 
 
 def _decoded_times(number: int, metadata: Any) -> tuple[list[float], bool]:
     """When decoded frames appear in their video, in seconds, and whether that is known."""
-    field = metadata.get if isinstance(metadata, Mapping) else partial(getattr, metadata)
-    rate, indices = (None, None) if metadata is None else (field("fps", None), field("frames_indices", None))
-    numbers = list(range(number) if indices is None else indices)
+    rate, indices = (None, None) if metadata is None else _known(metadata)
+    if indices is None:
+        indices = range(number)
+    numbers = indices.tolist() if hasattr(indices, "tolist") else elements_of(indices)
+    if not all(is_number(index) and index >= 0 for index in numbers) or numbers != sorted(numbers):
+        raise ValueError(
+            f"video_metadata has frames_indices={shown(numbers)}; expected the numbers of the frames in the video "
+            "that they are from, 0 or more and ascending."
+        )
     if len(numbers) != number:
         raise ValueError(
             f"video_metadata has frames_indices of {len(numbers)} frames for a video of {number} decoded frames; give "
@@ -287,6 +297,18 @@ def _decoded_times(number: int, metadata: Any) -> tuple[list[float], bool]:
         return [float(index) / ASSUMED_FPS for index in numbers], False
     check_positive("video_metadata.fps", rate, "a positive number of frames per second")
     return [float(index) / float(rate) for index in numbers], True
+
+
+def _known(metadata: Any) -> tuple[Any, Any]:
+    """`fps` and `frames_indices` of video metadata; None for what isn't known."""
+    field = metadata.get if isinstance(metadata, Mapping) else partial(getattr, metadata)
+    found = metadata if isinstance(metadata, Mapping) else dir(metadata)
+    if "fps" not in found and "frames_indices" not in found:
+        raise ValueError(
+            f"video_metadata of a video is {shown(metadata)}; expected a VideoMetadata of Transformers, a dictionary "
+            "with `fps` and `frames_indices`, or None."
+        )
+    return field("fps", None), field("frames_indices", None)
 
 
 def _check_no_metadata(video: Any, metadata: Any) -> None:

@@ -583,11 +583,11 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                 return _Visual(type, [next(images)], 1)
             video, metadata = next(videos)
             frames = frames_of(video, policy=call.policy, metadata=metadata, **sampling)
-            if call.timestamps is not None and not frames.timed:
+            if call.reads_times and not frames.timed:
                 logger.warning_once(
-                    f"Frames are given without their times, which this model reads (video_timestamps="
-                    f"{call.timestamps!r}); they are taken for {ASSUMED_FPS:g} frames per second. Pass the file, or "
-                    "video_metadata with the `fps` and the `frames_indices` of the frames."
+                    f"Frames are given without their times, which this model reads ({call.reads_times}); they are "
+                    f"taken for {ASSUMED_FPS:g} frames per second. Pass the file, or video_metadata with the `fps` "
+                    "and the `frames_indices` of the frames."
                 )
             return _Visual(
                 type, frames.images, call.frames_per_image, frames.seconds_apart, frames.times, call.timestamps
@@ -797,6 +797,13 @@ class _Call(NamedTuple):
     policy: MediaPolicy
     frames_per_image: int | str
     timestamps: str | None
+
+    @property
+    def reads_times(self) -> str:
+        """The setting by which the times of frames matter to the model; empty if they don't."""
+        if self.timestamps is not None:
+            return f"video_timestamps={self.timestamps!r}"
+        return f"frames_per_image={ALL_FRAMES!r}" if self.frames_per_image == ALL_FRAMES else ""
 
 
 class _Visual(NamedTuple):

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
+from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint, processing_casa
 from casa_hf.training import CasaDataCollator
 from casa_hf.video import load_frames
 from examples.tiny_source import build_tiny_source
 from tests.clips import write_clip
+from tests.conftest import KeptMessages
 
 pytest.importorskip("av")
 
@@ -208,6 +209,21 @@ def test_seconds_beside_stills_and_of_frames_without_times(
     assert inputs["image_grid_thw"][:, 0].tolist() == [12, 1, 10, 4, 1]
     torch.testing.assert_close(inputs["second_per_grid_ts"], torch.tensor([1.0, 0.0, 2 * 3 / 20, 2 / 24, 0.0]))
     assert processor(text="None.", frames_per_image="all", return_tensors="pt")["second_per_grid_ts"].shape == (0,)
+
+
+def test_whole_videos_without_times_are_taken_for_24_frames_a_second_with_a_warning(
+    processor: CasaProcessor, frames: list[Image.Image]
+) -> None:
+    kept = KeptMessages()
+    processing_casa.logger.warning_once.cache_clear()
+    processing_casa.logger.addHandler(kept)
+    for options in ({"frames_per_image": 2}, {"frames_per_image": "all", "video_metadata": {"fps": 2}}):
+        processor(text=VIDEO, videos=[frames], **options)
+    assert not kept.messages
+    processor(text=VIDEO, videos=[frames], frames_per_image="all")
+    processing_casa.logger.removeHandler(kept)
+    [message] = kept.messages
+    assert "(frames_per_image='all'); they are taken for 24 frames per second" in message
 
 
 def test_a_file_is_to_the_model_what_it_is_to_the_source(source: Path, clip: Path, frames: list[Image.Image]) -> None:

@@ -231,6 +231,42 @@ def test_wrong_options(processor, short_clip, options, message):
         processor(videos=short_clip, text=VIDEO, **options)
 
 
+@pytest.mark.parametrize(
+    "metadata", [{"fps": 10}, VideoMetadata(30, 10.0), {"fps": 30, "frames_indices": torch.arange(0, 90, 3)}]
+)
+def test_decoded_frames_of_a_known_rate_are_sampled_by_it(long_clip, metadata):
+    """As a file of these 30 frames of 3 seconds would be."""
+    frames = load_frames(long_clip, num_frames=30)
+    for fps, taken in ((2, range(0, 30, 5)), (4, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]), (50, range(30))):
+        for read in (read_frames, measure_frames):
+            found = read(frames, fps=fps, metadata=metadata)
+            assert found.images == [frames[index] for index in taken]
+            assert found.times == pytest.approx([index / 10 for index in taken]) and found.timed
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("x", r"video_metadata of a video is 'x'; expected a VideoMetadata"),
+        ({"rate": 2}, r"video_metadata of a video is \{'rate': 2\}; expected a VideoMetadata"),
+        ({"fps": 1, "frames_indices": [3, 1, 2]}, r"frames_indices=\[3, 1, 2\]; expected .* 0 or more and ascending"),
+        (
+            {"fps": 1, "frames_indices": [-1, 0, 1]},
+            r"frames_indices=\[-1, 0, 1\]; expected .* 0 or more and ascending",
+        ),
+        (
+            {"fps": 1, "frames_indices": ["a", 1, 2]},
+            r"frames_indices=\['a', 1, 2\]; expected the numbers of the frames",
+        ),
+        ({"fps": 1, "frames_indices": 5}, r"frames_indices of 1 frames? for a video of 3 decoded frames"),
+    ],
+    ids=str,
+)
+def test_metadata_that_tell_nothing_are_refused(photos, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        read_frames([photos["cat"]] * 3, metadata=metadata)
+
+
 def test_decoded_frames_have_no_rate(processor, photos):
     with pytest.raises(ValueError, match=r"fps=1 can't be applied to a video of 3 decoded frames.*num_frames"):
         processor(videos=[[photos["cat"]] * 3], text=VIDEO, fps=1)
