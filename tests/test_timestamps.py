@@ -164,7 +164,7 @@ def test_a_time_alone_leaves_the_group_open(model: Any) -> None:
 
 def test_a_model_with_timestamps_refuses_frames_without(model: Any) -> None:
     inputs = video_batch(ROWS, closing=0)
-    with pytest.raises(ValueError, match=r"video frames \(2\) but no timestamps.*video_timestamps='text'.*to None"):
+    with pytest.raises(ValueError, match=r"video frames \(2\) with no timestamps.*video_timestamps='text'.*to None"):
         model(**inputs)
     with pytest.raises(ValueError, match="no timestamps before them"):  # before the tower has done anything
         model.generate(**{**inputs, "pixel_values": inputs["pixel_values"][:1]}, num_beams=2, max_new_tokens=1)
@@ -172,6 +172,10 @@ def test_a_model_with_timestamps_refuses_frames_without(model: Any) -> None:
     one_row["mm_token_type_ids"][1][one_row["mm_token_type_ids"][1] == STAMP] = 0
     with pytest.raises(ValueError, match="no timestamps before them"):
         model(**one_row)
+    one_frame = video_batch([[5, (3, (2, 3)), (0, (1, 2)), 6, (2, (2, 2)), 7]])  # beside others that have theirs
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="no timestamps before them"):
+            call(**one_frame)
     new_model("casa", casa_video_history="group")(**inputs)  # without timestamps
     stills = dict(inputs, mm_token_type_ids=(inputs["mm_token_type_ids"] == FRAME).long())
     model(**stills), model.generate(**stills, max_new_tokens=1)

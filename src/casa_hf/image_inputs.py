@@ -207,11 +207,13 @@ def check_timestamps(config: CasaConfig, mm_token_type_ids: torch.Tensor | None)
     """
     if config.video_timestamps is None or mm_token_type_ids is None:
         return
-    has_frames = (mm_token_type_ids == FRAME_TYPE).any(1)
-    has_times = (mm_token_type_ids == DELIMITER_TYPE).any(1)
-    if bool((has_frames & ~has_times).any()):
+    is_frame = mm_token_type_ids == FRAME_TYPE
+    so_far = (mm_token_type_ids == DELIMITER_TYPE).cumsum(1)
+    up_to_frame = torch.where(is_frame, so_far, 0).cummax(1).values
+    before = torch.nn.functional.pad(up_to_frame[:, :-1], (1, 0))  # those before the last frame
+    if bool((is_frame & (so_far == before)).any()):
         raise ValueError(
-            f"mm_token_type_ids have video frames (2) but no timestamps before them (3), and this model reads frames "
+            f"mm_token_type_ids have video frames (2) with no timestamps before them (3), and this model reads frames "
             f"with their times (video_timestamps={config.video_timestamps!r}). Use its CasaProcessor with "
             f"video_timestamps={config.video_timestamps!r}, which writes them; in a later call pass the types of all "
             "tokens so far if the times stand in earlier text; or set model.config.video_timestamps to None."
