@@ -370,7 +370,13 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights], list[str]]] = {
         lambda all: all | {f"{BLOCK}casa_attn.o_proj.bias": torch.ones(64)},
         ["casa_attn.o_proj.bias", "no rule"],
     ),
-    "another head than the embeddings": (added(lm_head__weight=torch.ones(QWEN.vocabulary, 64)), ["tied"]),
+    **{
+        f"another head than the embeddings, {name}": (
+            lambda all, name=name: all | {name: torch.ones(QWEN.vocabulary, 64)},
+            [f"{name} has other values than the embeddings", "tied"],
+        )
+        for name in ("lm_head.weight", "text_linear.weight", "wrapped.lm_head.weight")
+    },
     "a list of fusion layers of another length": (
         renamed("layers.1.casa_attn.", "ca_layers.0."),
         ["ca_layers.0.k_proj.bias", "a list of 1 fusion layers in 3 blocks"],

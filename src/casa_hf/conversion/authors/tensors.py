@@ -105,9 +105,7 @@ def assign(
             continue
         for meaning in meanings:
             if meaning.target is None:
-                result.dropped[name] = next(
-                    (reason for pattern, reason in _reasons(tied) if re.search(pattern, name)), "as the mapping says"
-                )
+                result.dropped[name] = _reason_to_drop(name, tied) or "as the mapping says"
             else:
                 pieces.append((meaning.target, Piece(name, meaning.rows, meaning.order)))
     everywhere = [(target, piece) for target, piece in pieces if ANY_BLOCK in target]
@@ -121,19 +119,18 @@ def assign(
     return result
 
 
-def _reasons(tied: bool) -> tuple[tuple[str, str], ...]:
-    """(pattern of names, why such a tensor isn't needed)."""
-    head = ((r"(^|\.)lm_head\.weight$", f"tied to {TIED[1]}"),) if tied else ()
-    return (*DROPPED, *head)
+def _reason_to_drop(name: str, tied: bool) -> str | None:
+    """Why a tensor isn't needed, by its name; None if it is."""
+    if tied and (name.endswith(TIED[0]) or (TIED[0],) in candidates(name)):
+        return f"tied to {TIED[1]}"
+    return next((reason for pattern, reason in DROPPED if re.search(pattern, name)), None)
 
 
 def _by_rules(
     name: str, shape: Shape, stored: Mapping[str, Shape], possible: Mapping[str, Shape], tied: bool
 ) -> tuple[list[Meaning], str | None]:
     """What a tensor is by its name; a reason if that isn't known."""
-    if any(re.search(pattern, name) for pattern, _ in _reasons(tied)):
-        return [Meaning(None)], None
-    if tied and (TIED[0],) in candidates(name):
+    if _reason_to_drop(name, tied):
         return [Meaning(None)], None
     found = [targets for targets in candidates(name) if all(_can_be(target, possible) for target in targets)]
     if not found:
