@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
 from casa_hf.conversion import convert_checkpoint, convert_to_source, names_report
 from casa_hf.hub.publishable import check_checkpoint
+from examples.tiny_source import build_tokenizer
 from tests.command_line import Cli
 from tests.conversion import authors_layouts, authors_reference
 from tests.conversion.authors_layouts import FIRST, IMAGE_TOKENS, SECOND, Layout, write
@@ -502,6 +503,22 @@ def test_delimiters_can_be_given(tmp_path):
     report = convert_checkpoint(folder, tmp_path / "casa", image_delimiters=",".join(IMAGE_TOKENS), **said)
     assert report.config.new_token_ids == () and report.config.delimiter_token_ids == (838, 839)
     assert_is(tmp_path / "casa", CASES["helium, shared"][0])
+
+
+OTHERS = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("stated", [OTHERS, OTHERS[1:], ("<|vision_end|>",)], ids=str)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_vision_language_backbone_has_delimiters_of_its_own(tmp_path, stated, given):
+    """Else its prompts would have other tokens around an image than its model knows."""
+    *before, after = build_tokenizer().convert_tokens_to_ids(list(stated))
+    in_config = {} if given else {"pre_image_tokens": before, "post_image_tokens": [after]}
+    folder = released(tmp_path / "released", "qwen, second generation", config=lambda all: all.update(in_config))
+    options = {"image_delimiters": stated} if given else {}
+    assert_refused(folder, tmp_path / "casa", *stated, "<|vision_start|> and <|vision_end|> here", **options)
+    convert_checkpoint(folder, tmp_path / "casa", image_delimiters="<|vision_start|>,<|vision_end|>")
+    assert_is(tmp_path / "casa", QWEN)
 
 
 # -------------------------------------------------------------------- mapping files

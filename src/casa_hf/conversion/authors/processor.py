@@ -112,10 +112,23 @@ def make_processor(folder: Path, config: CasaConfig, max_pixels: int | None) -> 
                 f"The tokenizer in {folder} can't be used ({one_line(error)}). Get the files that belong to the "
                 "checkpoint."
             ) from error
+    _check_delimiters(processor, delimiters)
     if not has_template:
         kind = "a line per turn" if config.backbone.text_only else "Qwen's"
         findings.append(f"chat template: assumed, {kind}; the checkpoint has none")
     return processor, findings
+
+
+def _check_delimiters(processor: CasaProcessor, delimiters: Sequence[str]) -> None:
+    """Prompts must have the delimiters that the model has; those of a vision-language backbone are its own."""
+    ids = (processor.vision_start_token_id, processor.image_token_id)
+    written = processor.tokenizer.convert_ids_to_tokens([token for token in ids if token is not None])
+    if written != delimiters:
+        raise CheckpointError(
+            f"An image has {' and '.join(delimiters)} around it in this checkpoint, but models with its backbone have "
+            f"{' and '.join(written)} here, the backbone's own. Give these as image_delimiters if config.json is "
+            "wrong, or convert another checkpoint."
+        )
 
 
 @contextmanager
