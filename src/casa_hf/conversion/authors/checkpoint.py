@@ -154,7 +154,7 @@ def read_released(
     _check_all_known(folder, assignment)
     inferred = infer_design(facts, assignment, given)
     delimiters = delimiters or facts.delimiters
-    _check_all_answered(folder, inferred, delimiters)
+    _check_all_answered(folder, open_questions(inferred, delimiters))
     assert delimiters is not None
     config = _config(folder, facts, names.tied, inferred.fields, delimiters)
     expected = casa_shapes(config, names.stock)
@@ -284,13 +284,23 @@ def _check_all_known(folder: Path, assignment: Assignment) -> None:
     )
 
 
-def _check_all_answered(folder: Path, design: Design, delimiters: tuple[int | None, int] | None) -> None:
+def open_questions(design: Design, delimiters: tuple[int | None, int] | None) -> list[str]:
+    """What has to be given to convert a checkpoint, with the reasons.
+
+    Args:
+        design: what is known of its design.
+        delimiters: ids of the tokens before and after an image; None if they aren't known.
+    """
     questions = list(design.questions)
     if delimiters is None:
         questions.append(
             "image_delimiters (the token before an image and the one after it): config.json has no pre_image_tokens "
             "and post_image_tokens"
         )
+    return questions
+
+
+def _check_all_answered(folder: Path, questions: Sequence[str]) -> None:
     if questions:
         raise CheckpointError(
             f"{folder} doesn't tell all of its design. Give what its authors' code says: {'; '.join(questions)}."

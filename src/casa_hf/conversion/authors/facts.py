@@ -50,7 +50,8 @@ class Facts:
         text: configuration of the language model.
         vision: settings of the vision tower.
         tied: whether the head repeats the embeddings; None if config.json doesn't say.
-        fusion: whether its name, or that of its code, says that it has fusion layers.
+        fusion: whether its name says that it has fusion layers.
+        code: what in its code says so, or in the name of that; None if nothing does.
         keys: value of `casa_keys` by the generation of its code, and how that is known; None if it isn't.
         delimiters: ids of the tokens before and after an image; None if config.json doesn't say.
         content: content of config.json.
@@ -62,6 +63,7 @@ class Facts:
     vision: dict[str, Any]
     tied: bool | None
     fusion: bool
+    code: str | None
     keys: tuple[str, str] | None
     delimiters: tuple[int | None, int] | None
     content: Mapping[str, Any]
@@ -83,7 +85,8 @@ class Facts:
             text=text,
             vision=_vision_config(folder, content),
             tied=_tied(content),
-            fusion="casa" in json.dumps([name, content.get("auto_map")]).lower(),
+            fusion="casa" in name.lower(),
+            code=_code_of_fusion(folder, content),
             keys=_generation(folder),
             delimiters=_delimiters(folder, content),
             content=content,
@@ -166,7 +169,21 @@ def _tied(content: Mapping[str, Any]) -> bool | None:
 
 
 def _generation(folder: Path) -> tuple[str, str] | None:
-    """The value of `casa_keys` that the code of a checkpoint speaks for. The code is searched, and never run."""
+    """The value of `casa_keys` that the code of a checkpoint speaks for."""
+    found = _words(folder)
+    return next(iter(found.items())) if len(found) == 1 else None
+
+
+def _code_of_fusion(folder: Path, content: Mapping[str, Any]) -> str | None:
+    """What in the code of a checkpoint, or in the name of that, speaks of fusion layers."""
+    classes = content.get("auto_map")
+    if "casa" in json.dumps(classes).lower():
+        return f"auto_map is {json.dumps(classes)}"
+    return next(iter(_words(folder).values()), None)
+
+
+def _words(folder: Path) -> dict[str, str]:
+    """Generation -> where a word of it stands in the code of a checkpoint. The code is searched, and never run."""
     found: dict[str, str] = {}
     for file in sorted(file for pattern in CODE_FILES for file in folder.glob(pattern)):
         own = own_file(folder, file.name)
@@ -175,9 +192,7 @@ def _generation(folder: Path) -> tuple[str, str] | None:
             for word in words:
                 if word in text:
                     found.setdefault(keys, f"{file.name} has {word}")
-    if len(found) != 1:
-        return None
-    return next(iter(found.items()))
+    return found
 
 
 def _delimiters(folder: Path, content: Mapping[str, Any]) -> tuple[int | None, int] | None:

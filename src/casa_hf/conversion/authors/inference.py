@@ -64,18 +64,36 @@ class _Inference:
         self.questions: list[str] = []
 
     def result(self) -> Design:
-        if not self.fused and not self.facts.fusion and "casa_keys" not in self.given:
+        if self._inserts():
             self._insertion()
         else:
             self._fusion()
         return Design(self.fields, tuple(self.findings), tuple(self.questions))
 
+    def _inserts(self) -> bool:
+        """Whether image tokens stand in the sequence: one attention, and no fusion layer."""
+        if "casa_keys" in self.given:
+            return self.given["casa_keys"] == "context"
+        return not self.fused and not self.facts.fusion
+
     def _insertion(self) -> None:
+        if self.fused:
+            blocks = counted(len(self.fused), "block")
+            raise CheckpointError(
+                f"casa_keys='context' contradicts the tensors: the fusion layers of {blocks} have projections of "
+                "their own. Leave it out, or correct the mapping."
+            )
         self.fields |= VARIANTS["insertion"].overrides
-        self.findings.append(
-            f"variant 'insertion': the name {self.facts.name!r} has no CASA in it, and no tensor belongs to a fusion "
-            "layer"
-        )
+        reason = f"the name {self.facts.name!r} has no CASA in it, and no tensor belongs to a fusion layer"
+        if "casa_keys" not in self.given and self.facts.code is not None:
+            self._ask(
+                "casa_keys",
+                f"{reason}, so that image tokens stand in the sequence ('context'); but {self.facts.code}, so that "
+                "there may be fusion layers that share self-attention's projections",
+                "'context', 'image' or 'window'",
+            )
+        elif "casa_keys" not in self.given:
+            self.findings.append(f"variant 'insertion': {reason}")
         for name, value in self.given.items():
             self._set(name, value, "given")
 
@@ -99,8 +117,8 @@ class _Inference:
             )
         self._assume("casa_positions", "contiguous", "the authors' scripts count text alone")
         self._assume("casa_image_updates", "none", "the released models are described without updates of image states")
-        self._assume("casa_image_history", "group", "counts only where images follow each other with no text between")
-        self._assume("casa_video_history", "latest", "the authors' description")
+        for name in ("casa_image_history", "casa_video_history"):
+            self._assume(name, "latest", "the authors' README says that only the latest image is looked at")
         for name, value in self.given.items():
             self.fields[name] = value
 

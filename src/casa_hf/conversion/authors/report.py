@@ -8,10 +8,12 @@ from pathlib import Path
 from ...checkpoint_files.config import is_of_authors, read_config
 from ...checkpoint_files.headers import WithoutWeights
 from ...checks import counted, listed
-from ...folder_files import WrongKindError
-from .checkpoint import read_names
+from ...folder_files import CheckpointError, WrongKindError
+from .checkpoint import open_questions, read_names
+from .facts import Facts
 from .inference import infer_design
 from .mapping_file import DROP, UNKNOWN, table_of
+from .tensors import Assignment
 
 _HOW_TO = f"""\
 # The first column is a tensor, the second what it becomes in a CASA checkpoint. To mend the table, write such a name
@@ -45,14 +47,27 @@ def names_report(source: str | Path, *, revision: str | None = None, mapping: st
     names = read_names(checkpoint.folder, {name: tensor.shape for name, tensor in headers.items()}, mapping)
     facts, assignment = names.facts, names.assignment
     missing = [name for name in names.stock if name not in assignment.found]
-    design = infer_design(facts, assignment, {})
     left = len(assignment.left)
     comments = [
         f"{source}{'' if checkpoint.commit is None else f' at commit {checkpoint.commit}'}: {facts.name}",
         f"{counted(len(headers), 'tensor')}: {len(headers) - left} understood, {left} not",
-        *(f"found: {finding}" for finding in (*facts.findings, *design.findings)),
-        *(f"to be given: {question}" for question in design.questions),
+        *(f"found: {finding}" for finding in facts.findings),
+        *_of_design(facts, assignment),
     ]
     if missing:
         comments.append(f"not found: {counted(len(missing), 'tensor')} of {facts.display_name}: {listed(missing)}")
     return "".join(f"# {line}\n" for line in comments) + _HOW_TO + table_of(assignment.lines(headers))
+
+
+def _of_design(facts: Facts, assignment: Assignment) -> list[str]:
+    """What the tensors say of the design, or why they don't."""
+    if assignment.left:
+        return ["the design is told when all tensors are understood"]
+    try:
+        design = infer_design(facts, assignment, {})
+    except CheckpointError as error:
+        return [f"contradictory: {error}"]
+    return [
+        *(f"found: {finding}" for finding in design.findings),
+        *(f"to be given: {question}" for question in open_questions(design, facts.delimiters)),
+    ]
