@@ -384,8 +384,8 @@ class CasaTextModel(CasaPreTrainedModel):
             before=config.casa_image_positions == "before",
         )
         self.attends_to_update = config.casa_image_updates == "full"
-        # No `padding_idx`: padding is masked anyway, and where its token is text, its row couldn't learn. Often that is
-        # the token that ends an answer, which trainers write into the configuration as the tokenizer's padding.
+        # No `padding_idx`: padding is masked anyway, and where its token is text, its row could not learn. That token
+        # often ends answers too, and trainers write the tokenizer's into the configuration.
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
         self.layers = nn.ModuleList([CasaDecoderLayer(config, i) for i in range(text_config.num_hidden_layers)])
         self.origins_of_fusion = [config.origin_of_fusion(index) for index in range(len(self.layers))]
