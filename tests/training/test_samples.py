@@ -260,9 +260,7 @@ REASONING = """\
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
-def test_answers_that_are_written_otherwise_once_more_follows_have_no_labels(
-    casa_folder, opening, caplog
-):
+def test_answers_that_are_written_otherwise_once_more_follows_have_no_labels(casa_folder, opening, caplog):
     processor = CasaProcessor.from_pretrained(casa_folder)
     processor.chat_template = f"{{%- set opening = {opening!r} -%}}" + REASONING
     logger.warning_once.cache_clear()
