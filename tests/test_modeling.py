@@ -244,6 +244,8 @@ def test_parallel_plans_name_what_exists(variant, overrides, family):
     stock = config.text_config.base_model_tp_plan or {}
     own = {name.split(".")[-2] for name in tensors if "_attn.q_proj" in name}
     assert attentions == (own if "layers.*.self_attn.q_proj" in stock else set())
+    norms = {name for name in tensors if re.search(r"language_model.*_attn\.[qk]_norm$", name)}
+    assert not attentions or {name for name in norms if "allreduce" not in plan.get(name, "")} == set()
 
 
 def test_tables_of_backbones_name_what_exists():

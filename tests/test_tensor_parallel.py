@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from casa_hf import convert_checkpoint
+from casa_hf import CasaConfig, convert_checkpoint
 from examples.tiny_source import build_tiny_source
 from tests.training.helpers import load_model
 
@@ -38,19 +38,27 @@ def run(folder, output, processes):
 
 
 @pytest.mark.parametrize(
-    ("variant", "tied"), [("casa", True), ("casa", False), ("casa-shared", False), ("exact", True)]
+    ("family", "variant", "tied"),
+    [
+        ("qwen2_5_vl", "casa", True),
+        ("qwen2_5_vl", "casa", False),
+        ("qwen2_5_vl", "casa-shared", False),
+        ("qwen2_5_vl", "exact", True),
+        ("qwen3_vl_moe", "casa", False),
+        ("qwen3_5", "casa", False),
+    ],
 )
-def test_two_processes_answer_and_learn_as_one(tmp_path, variant, tied):
+def test_two_processes_answer_and_learn_as_one(tmp_path, family, variant, tied):
     """Answers token by token, losses with and without logits, and gradients."""
-    raw = convert_checkpoint(
-        build_tiny_source(tmp_path / "source", tie_word_embeddings=tied), tmp_path / "raw", variant
-    )
+    source = build_tiny_source(tmp_path / "source", family=family, tie_word_embeddings=tied)
+    raw = convert_checkpoint(source, tmp_path / "raw", variant)
     shutil.copytree(raw.output, tmp_path / "casa", ignore=shutil.ignore_patterns("*.safetensors*"))
     load_model(raw.output, torch.float32).save_pretrained(tmp_path / "casa")
     alone, both = (run(tmp_path / "casa", tmp_path / f"{processes}.pt", processes) for processes in (1, 2))
     shared = {name for name, size in alone["sizes"].items() if both["sizes"][name] < size}
     attentions = ["self_attn"] if variant != "casa" else ["self_attn", "casa_attn"]
-    matrices = {f"layers.0.{attention}.{name}_proj.weight" for attention in attentions for name in "qkvo"}
+    block = CasaConfig.from_pretrained(raw.output).fusion_layers[0]
+    matrices = {f"layers.{block}.{attention}.{name}_proj.weight" for attention in attentions for name in "qkvo"}
     assert {f"model.language_model.{name}" for name in matrices} <= shared
     assert both["answers"] == alone["answers"] and len(set(alone["answers"])) > 1
     for skip_logits in (False, True):

@@ -365,12 +365,6 @@ class CasaTextModel(CasaPreTrainedModel):
     config: PreTrainedConfig
     input_modalities = ("text",)
     _can_record_outputs = {"hidden_states": OutputRecorder(CasaDecoderLayer, index=0)}
-    _tp_plan = {
-        "layers.*.casa_attn.q_proj": "colwise",
-        "layers.*.casa_attn.k_proj": "colwise",
-        "layers.*.casa_attn.v_proj": "colwise",
-        "layers.*.casa_attn.o_proj": "rowwise",
-    }
 
     def __init__(self, config: CasaConfig):
         super().__init__(config.text_config)
@@ -395,12 +389,19 @@ class CasaTextModel(CasaPreTrainedModel):
         self.rotary_emb = config.backbone.load("rotary_embedding")(config=text_config)
         self.gradient_checkpointing = False
         self.post_init()
-        # Rules for what this design has; none for fusion layers where the family has none for its own attention.
+        self._tp_plan = self._parallel_plan()
+
+    def _parallel_plan(self) -> dict[str, str]:
+        """How processes share modules under tensor parallelism, as far as this design has them: fusion layers as the
+        family's own attention."""
+        plan: dict[str, str] = dict(self._tp_plan)
+        rules = {name: style for name, style in plan.items() if "self_attn." in name}
+        if rules:  # each process norms its own heads, which not every family says
+            rules |= {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in ("q_norm", "k_norm")}
+        plan |= rules | {name.replace("self_attn.", "casa_attn."): style for name, style in rules.items()}
         parts = itertools.chain(self.named_modules(), self.named_parameters())
         names = {re.sub(r"\d+", "*", name) for name, _ in parts}
-        if not any("self_attn" in name for name in text_config.base_model_tp_plan or ()):
-            names = {name for name in names if "casa_attn" not in name}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
+        return {name: style for name, style in plan.items() if name in names}
 
     @takes_cache
     @merge_with_config_defaults
