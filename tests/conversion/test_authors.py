@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
-from casa_hf.conversion import convert_checkpoint, convert_to_source, names_report
+from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint, names_report
 from casa_hf.hub.publishable import check_checkpoint
 from examples.tiny_source import build_tokenizer
 from tests.command_line import Cli
@@ -577,7 +577,8 @@ def test_a_mended_table_says_what_the_rules_dont(tmp_path):
     # What was written is a mapping file too, and the whole table says the same as these lines alone.
     convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "released_names.tsv")
     lines = [line for line in table.splitlines() if "glue" in line]
-    (tmp_path / "short.tsv").write_text("\n".join(["\t".join(line.split("\t")[:2]) for line in lines]))
+    short = "\n".join(["\t".join(line.split("\t")[:2]) for line in lines])
+    (tmp_path / "short.tsv").write_text(f"{short}\n", encoding="utf-8-sig", newline="\r\n")  # as some editors do
     convert_checkpoint(folder, tmp_path / "short", mapping=tmp_path / "short.tsv")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("casa", "again", "short")]
     assert files[0] == files[1] == files[2]
@@ -731,6 +732,10 @@ def test_names_of_a_hub_id_need_no_weights(tmp_path, use_hub):
         local = names_report(folder)
         assert table.splitlines()[1:] == local.splitlines()[1:]
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
+        with pytest.raises(
+            CheckpointError, match=f"^{REPOSITORY} .*Convert it first: `casa-hf convert {REPOSITORY} OUT"
+        ):
+            inspect_checkpoint(REPOSITORY)
         convert_checkpoint(REPOSITORY, tmp_path / "casa")
     assert_is(tmp_path / "casa", QWEN)
 

@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CheckpointError, cache_nbytes
+from casa_hf.checkpoint_files.download import SMALL_FILES, WEIGHT_FILES, download
 from casa_hf.conversion import convert_checkpoint, inspect_checkpoint
 from casa_hf.design_space import VARIANTS
 from examples.tiny_source import build_tiny_helium, build_tiny_source
@@ -130,18 +132,22 @@ def test_default_image_size(casa_folder):
     assert inspect_checkpoint(str(casa_folder)).image_tokens == (952 // 28) ** 2 == 1156
 
 
-def test_a_hub_id_is_inspected_without_its_weights(casa_folder, use_hub, tmp_path):
+def test_a_hub_id_is_inspected_without_its_weights(casa_folder, use_hub, tmp_path, monkeypatch):
     with hub(casa_folder) as (address, _):
         use_hub(address)
         assert inspect_checkpoint(REPOSITORY, revision="main") == inspect_checkpoint(casa_folder)
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
+        download(REPOSITORY, None, (*SMALL_FILES, *WEIGHT_FILES))
+    # What the cache has needs no Hub.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert inspect_checkpoint(REPOSITORY) == inspect_checkpoint(casa_folder)
 
 
 def test_a_hub_id_of_another_kind_is_refused(source_folder, use_hub, tmp_path):
     folder = altered(source_folder, tmp_path / "source")
     with hub(folder) as (address, _):
         use_hub(address)
-        with pytest.raises(CheckpointError, match="so it is not a CASA checkpoint"):
+        with pytest.raises(CheckpointError, match=f"^{REPOSITORY} has .* so it is not a CASA checkpoint"):
             inspect_checkpoint(REPOSITORY)
 
 

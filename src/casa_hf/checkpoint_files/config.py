@@ -32,7 +32,7 @@ def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
     if _is_of_authors(content):
         raise WrongKindError(
             f"{name} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
-            "Convert it first: `casa-hf convert SOURCE OUTPUT`."
+            f"Convert it first: `casa-hf convert {name} OUTPUT`."
         )
     _check_not_quantized(name, content)
     is_casa = model_type == CasaConfig.model_type

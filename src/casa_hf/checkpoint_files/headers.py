@@ -69,15 +69,18 @@ class WithoutWeights:
         return cls(folder, repository, folder.name)
 
     def headers(self) -> dict[str, Header]:
-        """What headers of weight files say, by name of the tensor.
+        """What headers of weight files say, by name of the tensor. Those of a Hub id may be in the Hub's cache.
 
         Raises:
             CheckpointError: if weights are missing, broken or quantized.
         """
-        if self.repository is None or self.commit is None:
+        try:
             stored = read_checkpoint(self.folder)
-            return {name: Header(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
-        return _on_hub(self.repository, self.commit)
+        except CheckpointError:
+            if self.repository is None or self.commit is None:
+                raise
+            return _on_hub(self.repository, self.commit)
+        return {name: Header(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
 
 
 def _on_hub(repository: str, commit: str) -> dict[str, Header]:

@@ -80,7 +80,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     """
     checkpoint = WithoutWeights.open(path, revision)
     folder = checkpoint.folder
-    config = read_casa_config(folder)
+    config = read_casa_config(folder, str(path))
     tensors = checkpoint.headers()
     parameters: Counter[str] = Counter()
     added, active = 0, 0.0

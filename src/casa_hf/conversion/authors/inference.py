@@ -134,7 +134,7 @@ class _Inference:
             self._assume("casa_layers", None, "shared projections don't tell which blocks have fusion layers: all")
         else:
             layers = None if self.fused == tuple(self.blocks) else list(self.fused)
-            self._conclude("casa_layers", layers, f"blocks with such projections: {layers or 'all'}")
+            self._conclude("casa_layers", layers, f"blocks with projections of fusion layers: {layers or 'all'}")
         replaced = tuple(index for index in self.fused if not has(_SELF_ATTENTION, index))
         if replaced:
             if replaced != self.fused:

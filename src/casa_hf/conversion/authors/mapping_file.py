@@ -68,7 +68,7 @@ class MappingFile:
         self._patterns: dict[str, list[Meaning]] = {}
         self._lines: dict[str, int] = {}
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            lines = self.file.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"mapping={str(self.file)!r} can't be read ({error}). Give the file that `casa-hf inspect SOURCE "

@@ -37,7 +37,7 @@ def names_report(source: str | Path, *, revision: str | None = None, mapping: st
     """
     checkpoint = WithoutWeights.open(source, revision)
     if mapping is None and not is_of_authors(checkpoint.folder):
-        config = read_config(checkpoint.folder)  # refuses what is none of ours
+        config = read_config(checkpoint.folder, str(source))  # refuses what is none of ours
         raise WrongKindError(
             f"{source} has model_type {config.model_type!r}, whose names of tensors are known; only checkpoints in "
             "the format of the method's authors have such a table. See what would be written with `casa-hf convert "
