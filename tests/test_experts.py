@@ -294,9 +294,10 @@ def test_experts_one_by_one_and_together(tmp_path: Path) -> None:
         )
 
 
-def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expert", [0, 3])
+def test_a_missing_expert_is_named(tmp_path: Path, expert: int) -> None:
     saved = build_tiny_source(tmp_path / "saved", family="qwen3_5_moe")
-    lost = "model.language_model.layers.2.mlp.experts.3.down_proj.weight"
+    lost = f"model.language_model.layers.2.mlp.experts.{expert}.down_proj.weight"
     kept = {name: tensor for name, tensor in load_weights(saved).items() if name != lost}
     broken = altered(saved, tmp_path / "broken", weights=lambda _: kept)
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors of Qwen3.5-MoE: {re.escape(lost)}"):
@@ -360,7 +361,7 @@ def test_the_head_is_tied_as_the_stock_model_ties_it(tmp_path: Path) -> None:
     assert not CasaConfig.from_source(content).tie_word_embeddings
 
 
-def test_inspection_tells_what_a_token_passes(
+def test_inspection_and_conversion_tell_what_a_token_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert_checkpoint(build_tiny_source(tmp_path / "source", family="qwen3_vl_moe"), tmp_path / "casa")
@@ -369,8 +370,16 @@ def test_inspection_tells_what_a_token_passes(
     idle = sum(p[0].numel() * 4 for name, p in model.named_parameters() if ".mlp.experts." in name)  # 4 of 6
     assert summary.backbone == "Qwen3-VL-MoE"
     assert summary.active_parameters == summary.source_parameters + summary.added_parameters - idle
-    printed = Cli(monkeypatch, capsys)("inspect", tmp_path / "casa").out
-    assert f"{summary.added_parameters:,} added; {summary.active_parameters:,} active per token\n" in printed
+    run = Cli(monkeypatch, capsys)
+    active = f"{summary.active_parameters:,}"
+    assert f"{summary.added_parameters:,} added; {active} active per token\n" in run("inspect", tmp_path / "casa").out
+    # Conversion says so before, after, and in the card.
+    command = "convert", tmp_path / "source", tmp_path / "again"
+    assert f"{summary.added_parameters:,} new; {active} active per token. Nothing" in run(*command, "--dry-run").out
+    assert f"{summary.added_parameters:,} new ones; {active} active per token.\n" in run(*command).out
+    assert f" {active} are active per token. " in (tmp_path / "again" / "README.md").read_text()
+    back = run("convert", tmp_path / "casa", tmp_path / "back", "--to-source").out
+    assert f"; {summary.source_parameters - idle:,} active per token.\n" in back
 
 
 @families

@@ -362,6 +362,15 @@ class Backbone:
         """The object that `field` ("decoder_layer", "apply_rotary", ...) names."""
         return getattr(import_module(self.modeling), getattr(self, field))
 
+    def active_parameters(self, text_config: PreTrainedConfig, sizes: Mapping[str, int]) -> int:
+        """Number of parameters that compute a token: all but those of the experts that it isn't sent to.
+
+        Args:
+            text_config: configuration of the language model.
+            sizes: numbers of parameters of all tensors, by name.
+        """
+        return round(sum(size * self.block.active_part(text_config, name) for name, size in sizes.items()))
+
     def as_stored(self, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> dict[str, Shape]:
         """Names and shapes of weights in the layout in which a checkpoint has them.
 
@@ -372,11 +381,10 @@ class Backbone:
         found: dict[str, Shape] = {}
         for name, shape in shapes.items():
             forms = ({name: shape}, *self.block.layouts(name, shape))
-            found |= next((form for form in forms if _begins(form, stored)), forms[0])
+            found |= next((form for form in forms if _has_some(stored, form)), forms[0])
         return found
 
 
-def _begins(form: Mapping[str, Shape], stored: Mapping[str, Shape]) -> bool:
-    """Whether a checkpoint has the first of some tensors; the others are missing, if it lacks them."""
-    name, shape = next(iter(form.items()))
-    return name in stored and tuple(stored[name]) == shape
+def _has_some(stored: Mapping[str, Shape], form: Mapping[str, Shape]) -> bool:
+    """Whether a checkpoint has one of some tensors; the others are missing, if it lacks them."""
+    return any(name in stored and tuple(stored[name]) == shape for name, shape in form.items())

@@ -175,10 +175,13 @@ def convert(
 
 
 def _print_report(report: ConversionReport, to_source: bool) -> None:
+    from ..conversion.plan import active_note
+
+    active = active_note(report.active_parameters, report.source_parameters + report.added_parameters)
     if to_source:
         typer.echo(
             f"Wrote {report.output}: {report.source_parameters:,} parameters of the CASA checkpoint, without what the "
-            "source has no place for."
+            f"source has no place for{active}."
         )
         for kind in report.left_out:
             typer.echo(f"left out: {kind}")
@@ -186,7 +189,7 @@ def _print_report(report: ConversionReport, to_source: bool) -> None:
         return
     typer.echo(
         f"Wrote {report.output}: {report.config.variant or 'a custom design'}, "
-        f"{report.source_parameters:,} parameters taken over and {report.added_parameters:,} new ones."
+        f"{report.source_parameters:,} parameters taken over and {report.added_parameters:,} new ones{active}."
     )
     for name, start in report.initialised.items():
         typer.echo(f"new: {name} ({start})")
@@ -198,6 +201,9 @@ def _print_report(report: ConversionReport, to_source: bool) -> None:
 
 
 def _print_plan(plan: ConversionPlan) -> None:
+    from ..conversion.plan import active_note
+
+    active = active_note(plan.active_parameters, plan.source_parameters + plan.added_parameters)
     for file, tensors in plan.files.items():
         typer.echo(f"{file}: {counted(len(tensors), 'tensor')}, {sum(tensor.nbytes for tensor in tensors):,} bytes")
         for tensor in tensors:
@@ -209,5 +215,5 @@ def _print_plan(plan: ConversionPlan) -> None:
         typer.echo(f"found: {finding}")
     typer.echo(
         f"{plan.num_bytes:,} bytes in {counted(len(plan.files), 'file')}: {plan.source_parameters:,} parameters "
-        f"taken over, {plan.added_parameters:,} new. Nothing was written."
+        f"taken over, {plan.added_parameters:,} new{active}. Nothing was written."
     )

@@ -78,9 +78,10 @@ def inspect(
 
 def _parameters(summary: CheckpointSummary) -> str:
     """How many there are, and how many of them compute a token where experts share the work."""
+    from ..conversion.plan import active_note
+
     source, added = summary.source_parameters, summary.added_parameters
-    active = "" if summary.active_parameters == source + added else f"; {summary.active_parameters:,} active per token"
-    return f"{source:,} of the source, {added:,} added{active}"
+    return f"{source:,} of the source, {added:,} added{active_note(summary.active_parameters, source + added)}"
 
 
 def _image_rows(summary: CheckpointSummary) -> dict[str, str]:

@@ -161,16 +161,25 @@ def _equal_prompts(config: CasaConfig) -> str | None:
 
 def _after_redesign(plan: ConversionPlan, kept: str) -> str:
     new = f"{plan.added_parameters:,} are new and untrained" if plan.added_parameters else "there are no new ones"
-    return f"{kept}; {new}. {plan.note}"
+    return f"{kept}; {new}.{_active(plan)} {plan.note}"
+
+
+def _active(plan: ConversionPlan) -> str:
+    """A sentence on the parameters that compute a token; nothing where all do."""
+    active = plan.active_parameters
+    return "" if active == plan.source_parameters + plan.added_parameters else f" {active:,} are active per token."
 
 
 def _after_conversion(config: CasaConfig, plan: ConversionPlan, kept: str, new_tokens: Sequence[str]) -> str:
     prompts = _equal_prompts(config)
     if prompts is not None:
-        return f"Nothing: {kept}, there are no new ones, and for {prompts} the model computes what the source does."
+        return (
+            f"Nothing: {kept}, there are no new ones, and for {prompts} the model computes what the source "
+            f"does.{_active(plan)}"
+        )
     count = f"{plan.added_parameters:,} are new" if plan.added_parameters else "there are no new ones"
     sentences = [
-        f"{kept}; {count}.",
+        f"{kept}; {count}.{_active(plan)}",
         _untrained_layers(config),
         *_untrained_rest(config, plan.initialised, new_tokens),
         *(f"Left out: {kind}." for kind in plan.left_out),

@@ -83,13 +83,13 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     config = read_casa_config(folder, str(path))
     tensors = checkpoint.headers()
     parameters: Counter[str] = Counter()
-    added, active = 0, 0.0
+    added = 0
     for name, tensor in tensors.items():
-        active += tensor.numel * config.backbone.block.active_part(config.text_config, name)
         parameters[tensor.dtype] += tensor.numel
         added += tensor.numel if ADDED.search(name) else 0
         added += len(config.new_token_ids) * tensor.shape[-1] if name in TOKEN_ROWS else 0
     dtype = DTYPES[parameters.most_common(1)[0][0]]
+    sizes = {name: tensor.numel for name, tensor in tensors.items()}
     image_tokens = _largest_image(folder, config)
     image_token_bytes, text_token_bytes, window_text_bytes = _token_bytes(config, dtype.itemsize)
     return CheckpointSummary(
@@ -100,7 +100,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         fusion_layers=config.fusion_layers,
         source_parameters=parameters.total() - added,
         added_parameters=added,
-        active_parameters=round(active),
+        active_parameters=config.backbone.active_parameters(config.text_config, sizes),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         image_tokens=image_tokens,
         image_bytes=image_tokens * image_token_bytes,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ..backbones import BACKBONES
 from ..checkpoint_files.shards import (
     DTYPES,
     ComputedTensor,
@@ -92,6 +93,13 @@ class ConversionPlan(Conversion):
         """Size of all weights in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that compute a token; all but those of experts that it isn't sent to."""
+        text_config = self.config.get_text_config()
+        sizes = {tensor.name: tensor.numel for tensor in self.tensors}
+        return BACKBONES[text_config.model_type].active_parameters(text_config, sizes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport(Conversion):
@@ -100,16 +108,24 @@ class ConversionReport(Conversion):
     Attributes:
         output: Folder of the new checkpoint.
         num_bytes: Size of all weights in bytes.
+        active_parameters: Number of parameters that compute a token; all but those of experts that it isn't sent to.
     """
 
     output: Path
     num_bytes: int
+    active_parameters: int
 
     @classmethod
     def of(cls, plan: ConversionPlan, output: Path) -> ConversionReport:
         """The report of a plan that has been carried out."""
         shared = {field.name: getattr(plan, field.name) for field in fields(Conversion)}
-        return cls(output=output, num_bytes=plan.num_bytes, **shared)
+        return cls(output=output, num_bytes=plan.num_bytes, active_parameters=plan.active_parameters, **shared)
+
+
+def active_note(active_parameters: int, parameters: int) -> str:
+    """How many of all parameters compute a token, at the end of a sentence that tells how many there are; nothing
+    where all do."""
+    return "" if active_parameters == parameters else f"; {active_parameters:,} active per token"
 
 
 def make_plan(
