@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpoint
 from casa_hf.chat import Conversation
 from casa_hf.samples import CAT, COFFEE
-from examples.tiny_source import build_tiny_helium
+from examples.tiny_source import build_tiny_helium, build_tiny_source
 from tests.command_line import Cli
 
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
@@ -307,6 +307,15 @@ def test_inspect_tells_which_images_are_never_freed(cli: Cli, source_folder: Pat
         "frames": {"window": False, "video frame": True},
         "both": {"per image": True},
     }
+
+
+def test_inspect_tells_the_layout_of_videos(cli: Cli, tmp_path: Path) -> None:
+    for family, told in (("qwen2_5_vl", "a whole video is one image"), ("qwen3_vl", "two frames share an image")):
+        source = build_tiny_source(tmp_path / family, family=family)
+        for layout, expected in (("native", f"{'video layout':<15}{told} (native)\n"), (None, "")):
+            convert_checkpoint(source, tmp_path / "casa", "exact", casa_video_layout=layout, overwrite=True)
+            out = cli("inspect", tmp_path / "casa").out
+            assert expected in out and ("video layout" in out) == bool(layout)
 
 
 def test_inspect_fails_in_one_line(cli: Cli, source_folder: Path, tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def inspect(
         **_image_rows(summary),
         "text token": text_token,
     }
+    if summary.video_layout is not None:
+        layout = "a whole video is one image" if summary.whole_videos else "two frames share an image"
+        rows["video layout"] = f"{layout} ({summary.video_layout})"
     if summary.video_timestamps is not None:
         kind = summary.video_timestamps
         rows["video times"] = f"{timestamp_text(kind, 0.5)} before a frame ({kind})"

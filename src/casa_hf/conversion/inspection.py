@@ -46,6 +46,8 @@ class CheckpointSummary:
         image_history: Value "latest" or "group" where a new window frees the images before it, "all" where none is
             freed.
         video_history: Same value for video frames.
+        video_layout: Layout of videos: "native" for the source's own, None for an image per frame or per two.
+        whole_videos: Whether a whole video is one image in it.
         video_timestamps: Kind of the times that stand before video frames; None for none.
     """
 
@@ -65,6 +67,8 @@ class CheckpointSummary:
     recurrent_bytes: int
     image_history: str
     video_history: str
+    video_layout: str | None
+    whole_videos: bool
     video_timestamps: str | None
 
 
@@ -109,6 +113,8 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         recurrent_bytes=_recurrent_bytes(config, dtype.itemsize),
         image_history=config.casa_image_history,
         video_history=config.casa_video_history,
+        video_layout=config.casa_video_layout,
+        whole_videos=config.has_whole_videos,
         video_timestamps=config.video_timestamps,
     )
 
