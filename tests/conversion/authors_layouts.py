@@ -130,14 +130,19 @@ def _tower_block(rest: str) -> str:
 def _patch(weight: Tensor, form: str) -> Tensor:
     """The patch embedding of one frame, (out, 3, 14, 14), as it may be stored."""
     if form == "two frames":
-        first = 0.3 * weight + 0.1
-        return torch.stack([first, weight - first], dim=2)
+        return two_frames(weight)
     return {
         "summed": weight,
         "one frame": weight[:, :, None],
         "chw": weight.flatten(1),
         "hwc": weight.permute(0, 2, 3, 1).flatten(1),
     }[form]
+
+
+def two_frames(weight: Tensor) -> Tensor:
+    """A patch embedding of two frames, which differ, (out, 3, 2, 14, 14); its sum is that of one."""
+    first = 0.3 * weight + 0.1
+    return torch.stack([first, weight - first], dim=2)
 
 
 def write(

@@ -520,8 +520,9 @@ def test_what_contradicts_the_checkpoint_is_refused(tmp_path, given, words):
         (lambda c: c.update(post_image_tokens=[9999]), ["9999", "outside the vocabulary"]),
         (lambda c: c.update(quantization_config={"bits": 4}), ["quantization_config"]),
         (lambda c: c.update(hidden_size="wide"), ["doesn't describe a Qwen2.5-VL language model"]),
+        (lambda c: c.update(text_config={**c, "model_type": "mistral"}), ["text_config.model_type 'mistral'"]),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_configurations_that_dont_do(tmp_path, change, words):
     folder = released(tmp_path / "released", "qwen, second generation", config=change)
@@ -626,6 +627,29 @@ def test_rows_orders_and_one_tensor_for_all_blocks(tmp_path):
     assert_is(tmp_path / "again", spec)
 
 
+PATCHES = "image_prefix.visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("order", ["chw", "hwc", "cthw", "thwc"])
+def test_patches_with_their_axes_in_any_order(tmp_path, order, flat):
+    """As one row of numbers for each output or with an axis for each letter; two frames may differ."""
+
+    def turned(all: Weights) -> Weights:
+        two = authors_layouts.two_frames(all[PATCHES])
+        patches = two if "t" in order else all[PATCHES]
+        axes = "cthw" if "t" in order else "chw"
+        patches = patches.permute(0, *(1 + axes.index(axis) for axis in order))
+        return all | {PATCHES: (patches.flatten(1) if flat else patches).contiguous()}
+
+    folder = released(tmp_path / "released", "qwen, second generation", tensors=turned)
+    (tmp_path / "names.tsv").write_text(f"{PATCHES}\tmodel.visual.patch_embed.proj.weight {order}\n")
+    convert_checkpoint(folder, tmp_path / "casa", mapping=tmp_path / "names.tsv")
+    assert_is(tmp_path / "casa", QWEN)
+    stored = load_file(tmp_path / "casa" / "model.safetensors")["model.visual.patch_embed.proj.weight"]
+    assert torch.equal(stored[:, :, 0], stored[:, :, 1]) == ("t" not in order)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -646,8 +670,14 @@ def test_rows_orders_and_one_tensor_for_all_blocks(tmp_path):
         ),
         (f"model.layers.{{i}}.casa_attn.q_proj.weight\t{TARGET}casa_attn.k_proj.weight", ["but so is"]),
         (f"model.layers.{{i}}.casa_attn.norm_kv.weight\t{TARGET}casa_layernorm.weight", ["casa_placement", "before"]),
+        (
+            f"{PATCHES}\tmodel.visual.patch_embed.proj.weight hwc",
+            ["[32, 3, 14, 14] in the order hwc instead of [32, 3,"],
+        ),
+        (f"{PATCHES}\tmodel.visual.patch_embed.proj.weight cthw", ["[32, 3, 14, 14] in the order cthw"]),
+        ("model.norm.weight\tmodel.language_model.norm.weight chw", ["only a patch embedding has an order"]),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_mapping_files_that_dont_do(tmp_path, line, words):
     folder = released(tmp_path / "released", "qwen, second generation")

@@ -106,6 +106,11 @@ def _text_config(folder: Path, content: Mapping[str, Any], name: str) -> tuple[P
     text_type = _TYPES.get(str(stated), stated)
     findings = []
     if text_type not in BACKBONES:
+        if text_type in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{folder / 'config.json'} has {nested}.model_type {stated!r}, a language model that CASA models here "
+                "can't have. Convert another checkpoint."
+            )
         text_type = next((type for pattern, type in _FAMILIES if re.search(pattern, name.lower())), None)
         if text_type is None:
             raise CheckpointError(

@@ -14,8 +14,8 @@ comments.
 | `lm.unknown.weight` | `?` |
 
 `{i}` is any number. Where the tensor has none, the same tensor is that of every block with a fusion layer. `[a:b]`
-takes rows a to b (exclusive). A letter for each axis says in which order the numbers of a flattened patch embedding
-lie: c (channels), t (frames), h, w. `?` leaves a tensor to the rules.
+takes rows a to b (exclusive). A letter for each axis says in which order the numbers of a patch embedding lie, where
+it is flattened or turned: c (channels), t (frames), h, w. `?` leaves a tensor to the rules.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Meaning:
     Attributes:
         target: name in the CASA checkpoint, with `ANY_BLOCK` for all blocks with a fusion layer; None to leave it out.
         rows: first row, and the one behind the last; None for all.
-        order: axes of the numbers of a flattened patch embedding.
+        order: axes of the numbers of a patch embedding, but for the first; None for the usual ones.
     """
 
     target: str | None

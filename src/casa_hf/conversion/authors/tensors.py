@@ -27,7 +27,7 @@ class Piece:
     Attributes:
         name: name in the released checkpoint.
         rows: first row, and the one behind the last; None for all.
-        order: axes of the numbers of a flattened patch embedding.
+        order: axes of the numbers of a patch embedding, but for the first; None for the usual ones.
         remark: where it deserves one.
     """
 
@@ -205,21 +205,29 @@ def _check_shapes(result: Assignment, stored: Mapping[str, Shape], possible: Map
         shape, expected = stored[piece.name], possible[target]
         if piece.rows is not None:
             shape = (piece.rows[1] - piece.rows[0], *shape[1:])
-        if shape == expected or (target.endswith(GATE.rpartition(".")[2]) and prod(shape) == 1):
+        if piece.order is None:
+            if shape == expected or (target.endswith(GATE.rpartition(".")[2]) and prod(shape) == 1):
+                continue
+        elif target != PATCH_EMBEDDING:
+            result.left[piece.name] = f"{target} {piece.order}, but only a patch embedding has an order of axes"
             continue
         if target == PATCH_EMBEDDING and (remark := _patch_remark(shape, expected, piece.order)):
             result.found[target] = replace(piece, remark=remark)
             continue
-        result.left[piece.name] = f"{target}, but {list(shape)} instead of {list(expected)}"
+        order = f" in the order {piece.order}" if piece.order else ""
+        result.left[piece.name] = f"{target}, but {list(shape)}{order} instead of {list(expected)}"
     result.found = {target: piece for target, piece in result.found.items() if piece.name not in result.left}
 
 
 def _patch_remark(shape: Shape, expected: Shape, order: str | None) -> str | None:
     """How a patch embedding of another shape is taken over; None if it can't be."""
     out, channels, frames, height, width = expected
-    summed = channels * height * width
-    if shape in ((out, channels, height, width), (out, channels, 1, height, width)):
-        return f"summed over {frames} frames: half of it for each"
-    if order and shape == (out, summed * (frames if "t" in order else 1)):
-        return "flattened" + ("" if "t" in order else f", summed over {frames} frames: half of it for each")
-    return None
+    if order is None:
+        frame = (out, channels, height, width)
+        one_frame = shape in (frame, (*frame[:2], 1, *frame[2:]))
+        return f"summed over {frames} frames: half of it for each" if one_frame else None
+    sizes = {"c": channels, "t": frames, "h": height, "w": width}
+    axes = tuple(sizes[axis] for axis in order)
+    if shape not in ((out, *axes), (out, prod(axes))):
+        return None
+    return f"axes {order}" + ("" if "t" in order else f", summed over {frames} frames: half of it for each")
