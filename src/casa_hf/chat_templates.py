@@ -8,6 +8,7 @@ tools and reasoning reads what it was written for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,21 @@ def wrap_chat_template(
     if isinstance(template, dict):
         return {name: _wrapped(each, image, video, render) for name, each in template.items()}
     return _wrapped(MINIMAL_CHAT_TEMPLATE if template is None else template, image, video, render)
+
+
+def plain_turns(template: str | dict[str, str], render: Callable[[str, list[dict[str, Any]]], str]) -> str:
+    """What chat templates write around messages without images.
+
+    Args:
+        template: chat template, or several by name.
+        render: function that renders messages with a template.
+    """
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    written = []
+    for each in template.values() if isinstance(template, dict) else [template]:
+        with contextlib.suppress(Exception):  # of Jinja: some need tools, or documents
+            written.append(render(each, messages))
+    return "".join(written)
 
 
 def _wrapped(template: str, image: str, video: str, render: Callable[[str, list[dict[str, Any]]], str]) -> str:

@@ -35,6 +35,10 @@ _PADS = f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}"
 _STRAY = re.compile(f"{_NOT_TYPED}(?:{_PADS})")
 
 
+class DelimiterError(ValueError):
+    """Tokens that can't stand around an image."""
+
+
 def delimiters_of(given: str | Sequence[str]) -> tuple[str, ...]:
     """The tokens around an image: the one before it, if any, and the one that it stands before.
 
@@ -42,12 +46,12 @@ def delimiters_of(given: str | Sequence[str]) -> tuple[str, ...]:
         given: one or two tokens, or a string of them with a comma in between.
 
     Raises:
-        ValueError: if these are no one or two different tokens, or pads, which aren't tokenized.
+        DelimiterError: if these are no one or two different tokens, or pads, which aren't tokenized.
     """
     tokens = tuple(given.split(",") if isinstance(given, str) else given)
     named = [token for token in tokens if isinstance(token, str) and token and token == token.strip()]
     if not 0 < len(tokens) == len(set(named)) < 3 or {IMAGE_PAD, VIDEO_PAD, VIDEO_PLACEHOLDER}.intersection(tokens):
-        raise ValueError(
+        raise DelimiterError(
             f"image_delimiters={given!r} must name the token before an image and the one after it, such as "
             f"'{VISION_START},{VISION_END}', or the one after it alone, such as '<|image|>'; without pads and blanks."
         )

@@ -23,7 +23,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 
 from .backbones import SOURCE_BACKBONES
-from .chat_templates import wrap_chat_template
+from .chat_templates import plain_turns, wrap_chat_template
 from .chat_text import ChatText, token_ids
 from .checks import counted, listed
 from .design_space import check_gist_tokens
@@ -31,7 +31,7 @@ from .folder_files import read_json
 from .frames_casa import Frames, check_sampling, measure_frames, read_frames
 from .image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
-from .placeholders import VISION_END, VISION_START, Notation, Prompt, delimiters_of
+from .placeholders import VISION_END, VISION_START, DelimiterError, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
 from .temporal_patches import (
     ALL_FRAMES,
@@ -254,8 +254,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             max_pixels, frame_max_pixels, num_gist_tokens: arguments of `from_source`.
 
         Raises:
-            ValueError: if there is no tokenizer, these are no delimiters, `max_pixels` is below the vision
-                checkpoint's minimum, `num_gist_tokens` is out of range, or a processor file isn't JSON.
+            ValueError: if there is no tokenizer, these are no delimiters or such that texts or turns have already,
+                `max_pixels` is below the vision checkpoint's minimum, `num_gist_tokens` is out of range, or a
+                processor file isn't JSON.
             OSError: if other files are missing.
         """
         gists = _gist_tokens(num_gist_tokens)
@@ -274,12 +275,14 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             num_gist_tokens=num_gist_tokens,
             vision_start_token="".join(start) or None,
         )
+
+        def render(template: str, messages: list[dict[str, Any]]) -> str:
+            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
         template = wrap_chat_template(
-            tokenizer.chat_template,
-            processor._notation.image,
-            processor._notation.video,
-            lambda template, messages: tokenizer.apply_chat_template(messages, template, tokenize=False),
+            tokenizer.chat_template, processor._notation.image, processor._notation.video, render
         )
+        _check_unused(tokenizer, delimiters, plain_turns(template, render))
         processor.chat_template = tokenizer.chat_template = template
         processor.new_tokens = new_tokens
         return processor
@@ -962,6 +965,16 @@ def _check_delimiters(tokenizer: Any, notation: Notation) -> None:
         raise ValueError(
             f"The tokenizer has no {missing}, which are to stand around an image; use the tokenizer of a Qwen "
             "vision-language checkpoint, or add them as special tokens, as CasaProcessor.from_text_source does."
+        )
+
+
+def _check_unused(tokenizer: Any, delimiters: Sequence[str], turns: str) -> None:
+    """Refuse delimiters that prompts without images have, which would then have placeholders."""
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    if used := [token for token in delimiters if token in named or token in turns]:
+        raise DelimiterError(
+            f"image_delimiters={','.join(delimiters)!r} names {used[0]}, which prompts without images have too. Name "
+            f"tokens that nothing uses, such as '{VISION_START},{VISION_END}', or new ones."
         )
 
 

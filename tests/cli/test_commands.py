@@ -235,6 +235,8 @@ def test_convert_gives_a_text_only_source_a_tower(cli: Cli, source_folder: Path,
     assert cli("convert", tmp_path / "single", tmp_path / "other", *form).refused("--image-delimiters", "delimiters.")
     refused = cli("convert", helium, tmp_path / "other", "--vision-from", source_folder, "--image-delimiters", "a,b,c")
     assert refused.refused("--image-delimiters", "a,b,c")
+    refused = cli("convert", helium, tmp_path / "other", "--vision-from", source_folder, "--image-delimiters", "</s>")
+    assert refused.refused("--image-delimiters </s> names </s>, which prompts without images have too")
     assert cli("convert", tmp_path / "single", tmp_path / "other", "--to-source", *form).refused(
         "--to-source", form[0]
     )

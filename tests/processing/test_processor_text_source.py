@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,33 @@ def test_a_pair_that_the_vocabulary_has_is_used(source, helium, photos):
 def test_what_are_no_delimiters(helium, source, given):
     with pytest.raises(ValueError, match=r"image_delimiters=.* must name the token before an image and the one after"):
         CasaProcessor.from_text_source(helium, source, image_delimiters=given)
+
+
+@pytest.mark.parametrize("given", ["<s>", "<|box_start|>,</s>", "<|turn|>", "<|turn|>,<|box_end|>"])
+def test_delimiters_that_prompts_without_images_have_are_refused(helium, source, tmp_path, given):
+    tokenizer = AutoTokenizer.from_pretrained(helium)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|box_end|>"]})
+    turns = "{% for message in messages %}{{ '<|turn|>' + message.content }}{% endfor %}"
+    tokenizer.chat_template = {"default": "{{ raise_exception('needs documents') }}", "turns": turns}
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{re.escape(repr(given))} names .*, which prompts without images have too"):
+        CasaProcessor.from_text_source(tmp_path, source, image_delimiters=given)
+    processor = CasaProcessor.from_text_source(tmp_path, source, image_delimiters="<|box_end|>")
+    assert processor.new_tokens == {}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_of_the_source_that_reads_parts_gets_them(helium, source, tmp_path, photos, named):
+    tokenizer = AutoTokenizer.from_pretrained(helium)
+    parts = "{% for m in messages %}<{% for part in m.content %}{{ part.text }}{% endfor %}>{% endfor %}"
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "parts": parts} if named else parts
+    tokenizer.save_pretrained(tmp_path)
+    processor = CasaProcessor.from_text_source(tmp_path, source)
+    template = processor.chat_template["parts"] if named else processor.chat_template
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": photos["cat"]}, {"type": "text", "text": "Hm?"}]}
+    ]
+    assert processor.apply_chat_template(messages, chat_template=template) == f"<{IMAGE}Hm?>"
 
 
 def test_an_image_precedes_its_token_and_a_video_becomes_one_token_per_frame(formed, helium, photos):

@@ -15,6 +15,7 @@ from ..checkpoint_files.names import PROCESSOR_FILES
 from ..checks import one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, read_json
+from ..placeholders import DelimiterError
 from ..processing_casa import CasaProcessor
 from ..temporal_patches import ALL_FRAMES
 
@@ -43,6 +44,7 @@ def load_processor(
     Raises:
         CheckpointError: if the files of tokenizer or image processor are missing or unusable, or if `max_pixels` is
             below the smallest image.
+        DelimiterError: if the source's texts or turns have these delimiters already.
     """
     _check_files(folder, vision_folder or folder)
     frames_per_image = native_frames(config)
@@ -60,6 +62,8 @@ def load_processor(
             processor = CasaProcessor.from_text_source(folder, vision_folder, **options)
         else:
             processor = CasaProcessor.from_source(folder, frames_per_image=frames_per_image, **options)
+    except DelimiterError:
+        raise
     except Exception as error:  # tokenizers raises plain exceptions
         raise CheckpointError(
             f"The tokenizer or image processor in {folder} can't be loaded ({one_line(error)}). Get the files that "
