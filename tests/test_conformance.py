@@ -57,6 +57,13 @@ DESIGNS: dict[str, dict[str, Any]] = {
 RANDOM_DESIGNS = 6
 
 families = pytest.mark.parametrize("family", sorted(BACKBONES))
+# Tests that take seconds are quick ones without the rows whose parts other rows have: linear attention and experts; the
+# attention of a language model that others of its family have beside a vision tower.
+OF_KNOWN_PARTS = ("qwen3_5_moe_text", "qwen2", "qwen3")
+quick_families = pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_KNOWN_PARTS)) for name in sorted(BACKBONES)],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +280,7 @@ def packed(model: Any, samples: list[Sample]) -> Tensor:
     return model(**inputs, **image_inputs(images)).logits[0]
 
 
-@families
+@quick_families
 def test_fusion_is_the_references_in_designs_at_random(family: str) -> None:
     random, samples, block = Random(family), samples_of(family), FAMILIES[family].block
     for config in (random_design(family, random) for _ in range(RANDOM_DESIGNS)):
@@ -320,7 +327,7 @@ def test_mistakes_in_fusion_are_noticed(family: str, design: str) -> None:
 # ------------------------------------------------------------------------------------- generation, training
 
 
-@families
+@quick_families
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_equals_generation_without_a_cache(family: str, attention: str) -> None:
     """Greedy and beams, on growing and static caches, for a padded batch with 0, 1 and 2 images in a row."""

@@ -415,7 +415,10 @@ def test_gradients_pass_the_state_between_calls() -> None:
 
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_step_is_one_graph(padded: bool) -> None:
-    model = randomised(CasaForConditionalGeneration(FAMILY.casa_config("casa"))).float()
+    kinds = ["linear_attention", "full_attention"]
+    source = FAMILY.source_config(num_hidden_layers=2, layer_types=kinds)
+    config = FAMILY.casa_config("casa", source)
+    model = randomised(CasaForConditionalGeneration(config)).float()
     one = sample("3 2x3 2 1x2 2")
     rows = 2
     ids = torch.tensor([list(one.input_ids)] * rows)
