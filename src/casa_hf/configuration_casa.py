@@ -382,13 +382,13 @@ class CasaConfig(PreTrainedConfig):
         if self.video_timestamps == "native" and not self.backbone.native_timestamps:
             raise ValueError(
                 f"video_timestamps='native' is for sources that write the time of each video frame, which "
-                f"{self.backbone.display_name} doesn't; use 'text', or None for none."
+                f"{self.backbone.display_name} doesn't; use 'text', or no timestamps."
             )
         if self.video_timestamps is not None and self.has_whole_videos:
             raise ValueError(
                 f"video_timestamps={self.video_timestamps!r} is for frames, but casa_video_layout='native' makes a "
-                f"whole video of {self.backbone.display_name} one image, whose positions tell the times; set "
-                "video_timestamps to None, or leave casa_video_layout out."
+                f"whole video of {self.backbone.display_name} one image, whose positions tell the times; choose "
+                "no timestamps, or leave casa_video_layout out."
             )
         self._validate_tokens()
         self._validate_layers()
