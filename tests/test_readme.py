@@ -58,7 +58,7 @@ def test_commands(workplace, monkeypatch):
 
     shutil.copy(CAT, "cat.jpg")
     shutil.copy(ROOT / "examples" / "assets" / "bunny.mp4", "clip.mp4")
-    others = ["inspect", "generate", "chat", "caption", "push"]
+    others = ["inspect", "generate", "generate", "chat", "caption", "push"]
     assert [command.split()[0] for command in COMMANDS] == ["convert"] * 4 + others
     for command in COMMANDS[:-1]:  # `push` needs a Hub: see hub/test_docs.py
         arguments = re.findall(r'"([^"]*)"|(\S+)', command)

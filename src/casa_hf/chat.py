@@ -1,8 +1,8 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """A conversation of several turns on one cache.
 
-Every turn feeds the model what it hasn't seen yet: the new message and the pixels of its images. What was said before
-stays in the cache, token for token as it was generated; it is never decoded and tokenised again.
+Every turn feeds the model what it hasn't seen yet: the new message and the pixels of its images and videos. What was
+said before stays in the cache, token for token as it was generated; it is never decoded and tokenised again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .cache_casa import cache_snapshot, home_layer
 from .chat_text import SAID, ChatText, message, render_chat
 from .checks import check_asks
 from .generation_casa import IMAGE_INPUTS
-from .media_casa import images_of
+from .media_casa import images_of, videos_of
+from .processing_casa import CasaVideosKwargs
 from .transformers_versions import CACHE, CACHE_NAMES
 
 if TYPE_CHECKING:
@@ -74,29 +75,36 @@ class Conversation:
         self._ids = torch.empty((1, 0), dtype=torch.long, device=self.model.device)
         self._cache: Any = None
 
-    def ask(self, text: str, images: Any = (), **generate_kwargs: Any) -> str:
+    def ask(self, text: str, images: Any = (), videos: Any = (), **options: Any) -> str:
         """Send one message and return the answer.
 
         Whatever is raised, also by a `streamer` or Ctrl-C, leaves the conversation as it was. Where the cache that
         `generate` ends with isn't that of the answer, as after a beam search, the turn is read once more.
 
         Args:
-            text: message of the user; its images come before it.
+            text: message of the user; its images come before it, and its videos after these.
             images: new images only: one, in any form that the processor takes (a PIL image, a path, a URL, base64,
                 bytes, an array), or a list of such.
-            **generate_kwargs: arguments for `generate`, such as `max_new_tokens`, `num_beams` or `streamer`.
+            videos: new videos only: one, in any form that the processor takes (a path, a URL, base64, bytes, an array
+                of frames, a list of images), or a list of such, in which a list of paths is one video: its frames.
+            **options: arguments for `generate`, such as `max_new_tokens`, `num_beams` or `streamer`; and for the
+                processor, of this message's videos: `fps`, `num_frames`, `do_sample_frames`, `frame_max_pixels`,
+                `frames_per_image`, `video_timestamps` and `video_metadata`.
 
         Raises:
             TypeError: for arguments that the conversation gives itself: a cache, ids, masks, images by another name.
-            ValueError: if the message is blank without an image, if the processor refuses it, or for settings that a
-                conversation can't have: no cache, one that doesn't grow, several answers.
+            ValueError: if the message is blank without an image or a video, if the processor refuses it, or for
+                settings that a conversation can't have: no cache, one that doesn't grow, several answers.
         """
-        self._check_settings(generate_kwargs)
-        images = images_of(images)
-        check_asks("text", text, bool(images))
+        of_videos = {name: options.pop(name) for name in CasaVideosKwargs.__annotations__ if name in options}
+        self._check_settings(options)
+        images, videos = images_of(images), videos_of(videos)
+        check_asks("text", text, bool(images or videos))
         inputs = self.processor(
-            text=[self._new_text(message("user", text, len(images)))],
+            text=[self._new_text(message("user", text, len(images), len(videos)))],
             images=images or None,
+            videos=[videos] if videos else None,
+            **of_videos,
             add_special_tokens=False,
             return_tensors="pt",
         )
@@ -105,7 +113,7 @@ class Conversation:
         before, cache = self._cache, self._cache
         if cache is not None:
             before = cache_snapshot(cache)
-            if (copies := _setting("num_beams", generate_kwargs, self.model) or 1) > 1:
+            if (copies := _setting("num_beams", options, self.model) or 1) > 1:
                 cache = cache_snapshot(cache)
                 cache.batch_repeat_interleave(copies)
         try:
@@ -115,7 +123,7 @@ class Conversation:
                 return_dict_in_generate=True,
                 **{"use_cache": True, CACHE: cache},
                 **shown,
-                **generate_kwargs,
+                **options,
             )
             answer_ids = self._without_end(output.sequences[0, ids.shape[1] :])
             answer = self.processor.decode(answer_ids, skip_special_tokens=True)
@@ -167,14 +175,16 @@ class Conversation:
         return cache
 
     def _image_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The new images, and where they stand; an image placeholder that the model has written itself is text."""
+        """The new images and frames, and where they stand; a placeholder that the model has written itself is text."""
         if not len(inputs["image_grid_thw"]):
             return {}
-        return {
+        shown = {
             "pixel_values": inputs["pixel_values"].to(self.model.device),
-            "image_grid_thw": inputs["image_grid_thw"],  # looked at on the host, as the types are
+            "image_grid_thw": inputs["image_grid_thw"],  # looked at on the host, as the types and seconds are
             "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (self._ids.shape[1], 0)),
         }
+        seconds = inputs.get("second_per_grid_ts")
+        return shown if seconds is None else {**shown, "second_per_grid_ts": seconds}
 
     def _new_text(self, new: dict[str, Any]) -> ChatText:
         """What the chat template puts after the last answer, up to where the next one begins."""

@@ -35,9 +35,10 @@ class ChatText(str):
         return made
 
 
-def message(role: str, text: Any, num_images: int = 0) -> dict[str, Any]:
-    """A message for [`render_chat`], whose images come before its text."""
-    return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+def message(role: str, text: Any, num_images: int = 0, num_videos: int = 0) -> dict[str, Any]:
+    """A message for [`render_chat`], whose images and then its videos come before its text."""
+    visuals = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+    return {"role": role, "content": [*visuals, {"type": "text", "text": text}]}
 
 
 def render_chat(

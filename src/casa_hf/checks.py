@@ -100,11 +100,11 @@ def check_text(name: str, text: Any) -> None:
         ) from None
 
 
-def check_asks(name: str, text: Any, images: bool = False) -> None:
-    """Refuse a message that asks nothing: blank text without an image.
+def check_asks(name: str, text: Any, visuals: bool = False) -> None:
+    """Refuse a message that asks nothing: blank text without an image or a video.
 
     Raises:
         ValueError: with the name.
     """
-    if isinstance(text, str) and not text.strip() and not images:
+    if isinstance(text, str) and not text.strip() and not visuals:
         raise ValueError(f"{name} is {text!r}, which asks nothing; expected a question or an instruction. Write one.")

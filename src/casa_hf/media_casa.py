@@ -34,6 +34,8 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 from .checks import check_count, check_positive
 
 _URL_SCHEMES = ("http://", "https://")
+# Forms that may hold an image or a video.
+_FILES = (str, os.PathLike, bytes)
 _CHUNK_BYTES = 1 << 16
 # Some servers refuse a client that doesn't name itself.
 _USER_AGENT = "casa_hf (https://pypi.org/project/casa_hf/)"
@@ -136,7 +138,7 @@ DEFAULT_POLICY = MediaPolicy()
 
 def is_image(value: Any) -> bool:
     """Whether a value can stand for one image, by its type and shape alone."""
-    if isinstance(value, (str, os.PathLike, bytes)):
+    if isinstance(value, _FILES):
         return True
     return is_valid_image(value) and (not hasattr(value, "shape") or (value.ndim in (2, 3) and 0 not in value.shape))
 
@@ -146,6 +148,40 @@ def images_of(given: Any) -> list[Any]:
     if given is None:
         return []
     return [given] if is_image(given) else elements_of(given)
+
+
+def is_video(value: Any) -> bool:
+    """Whether a value can stand for one video, by its type and shape alone; a list of files is several."""
+    if isinstance(value, _FILES):
+        return True
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(is_image(frame) and not isinstance(frame, _FILES) for frame in value)
+    return is_valid_image(value) and hasattr(value, "shape") and value.ndim == 4 and 0 not in value.shape
+
+
+def is_video_or_files(value: Any) -> bool:
+    """As `is_video` for an element of a list of videos, in which a list of files is one video: its frames."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(is_image(frame) for frame in value)
+    return is_video(value)
+
+
+def videos_of(given: Any) -> list[Any]:
+    """One video, several or none (None), as a list.
+
+    Raises:
+        ValueError: for what isn't a video.
+    """
+    if given is None:
+        return []
+    videos = [given] if is_video(given) else elements_of(given)
+    for video in videos:
+        if not is_video_or_files(video):
+            raise ValueError(
+                f"The video {name_of(video)} can't be used; expected a path, a URL, base64, bytes, an array of frames "
+                "with four dimensions, or a list of images. Pass one of these, or a list of them."
+            )
+    return videos
 
 
 def elements_of(given: Any) -> list[Any]:

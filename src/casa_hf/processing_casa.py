@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from transformers import BatchFeature
-from transformers.image_utils import is_valid_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -30,7 +29,7 @@ from .design_space import check_gist_tokens
 from .folder_files import read_json
 from .frames_casa import Frames, check_sampling, measure_frames, read_frames
 from .image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
-from .media_casa import MediaPolicy, elements_of, image_size, is_image, name_of, rgb_image
+from .media_casa import MediaPolicy, elements_of, image_size, is_image, is_video, is_video_or_files, name_of, rgb_image
 from .placeholders import VISION_END, VISION_START, DelimiterError, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
 from .temporal_patches import (
@@ -49,8 +48,6 @@ MAX_PIXELS = 952 * 952
 FRAME_MAX_PIXELS = 504 * 504
 
 _LIMITS = ("size", "min_pixels", "max_pixels")
-# Forms that may hold an image or a video.
-_FILES = (str, os.PathLike, bytes)
 # Where a part of a message has its image.
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -495,7 +492,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         given = kwargs.pop("media_policy", None)
         policy = MediaPolicy.of(self.media_policy if given is None else given)
         all_images = _collect("images", images, is_image, is_image)
-        all_videos = _collect("videos", videos, _is_video, _is_video_or_files)
+        all_videos = _collect("videos", videos, is_video, is_video_or_files)
         if texts is None:
             types = [[IMAGE_TYPE] * len(all_images.items) + [FRAME_TYPE] * len(all_videos.items)]
         else:
@@ -739,21 +736,6 @@ def _collect(name: str, given: Any, is_item: Callable[[Any], bool], is_item_of_r
         f"{name} has an element of type {type(wrong).__name__}{shape}; expected one, a list of {name}, or one list of "
         f"{name} per prompt. CasaProcessor.__call__ describes their forms."
     )
-
-
-def _is_video(value: Any) -> bool:
-    if isinstance(value, _FILES):
-        return True
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(is_image(frame) and not isinstance(frame, _FILES) for frame in value)
-    return is_valid_image(value) and hasattr(value, "shape") and value.ndim == 4 and 0 not in value.shape
-
-
-def _is_video_or_files(value: Any) -> bool:
-    """In a list of videos, a list of files would be several videos; within the list of a prompt it is one."""
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(is_image(frame) for frame in value)
-    return _is_video(value)
 
 
 def _check_counts(kind: str, placeholder: str, expected: list[int], given: _Given) -> None:

@@ -272,7 +272,6 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
     "own_copies": {"transformers.integrations.deepspeed": ("deepspeed_config",)},
     "processing_casa": {
         "transformers.ProcessorMixin": ("_merge_kwargs",),
-        "transformers.image_utils": ("is_valid_image",),
         "transformers.processing_utils": ("MultiModalData",),
     },
     "publishing_hook": {

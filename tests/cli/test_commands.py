@@ -23,6 +23,7 @@ from casa_hf import CasaForConditionalGeneration, CasaProcessor, convert_checkpo
 from casa_hf.chat import Conversation
 from casa_hf.samples import CAT, COFFEE
 from examples.tiny_source import build_tiny_helium, build_tiny_source
+from tests.clips import write_clip
 from tests.command_line import Cli
 
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
@@ -515,6 +516,20 @@ def test_chat_is_one_conversation(cli: Cli, casa_folder: Path, chat_answers: lis
     assert outcome.out == "".join(answer + "\n" for answer in chat_answers)
 
 
+def test_chat_with_videos(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    clip = write_clip(tmp_path / "clip.mp4", 20, 10)
+    conversation = Conversation(
+        CasaForConditionalGeneration.from_pretrained(casa_folder).eval(), CasaProcessor.from_pretrained(casa_folder)
+    )
+    turns = [("Hello!", [], []), ("What?", [CAT], [clip]), ("Go on.", [], [])]
+    answers = [conversation.ask(*turn, num_frames=3, max_new_tokens=6) for turn in turns]
+    script = f"Hello!\n/video {clip}\n/image {CAT}\nWhat?\nGo on.\n"
+    outcome = cli("chat", casa_folder, "--num-frames", "3", *SHORT, stdin=script)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == "".join(answer + "\n" for answer in answers)
+
+
 def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str]) -> None:
     script = f"Hello!\n/image {CAT}\n/reset\nHello!\n/quit\nHello!\n"
     outcome = cli("chat", casa_folder, *SHORT, stdin=script)
@@ -528,6 +543,8 @@ def test_chat_reset_and_quit(cli: Cli, casa_folder: Path, chat_answers: list[str
         ("/image nowhere.jpg", ["nowhere.jpg"]),
         ("/image", ["''", "no such file"]),
         ("/image depth.png", ["depth.png", "'I;16'", "8 bits"]),
+        ("/video nowhere.mp4", ["The video 'nowhere.mp4' can't be used"]),
+        ("/video depth.png --fps 3", ["depth.png", "no such file"]),
         ("/fly", ["/fly", "/quit"]),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, Conversation
 from casa_hf.samples import CAT, COFFEE, ROCKET
+from tests.clips import damage_packets, write_clip
 from tests.command_line import Cli
 
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
@@ -23,8 +24,8 @@ def alone(casa_folder: Path) -> Any:
     model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
     processor = CasaProcessor.from_pretrained(casa_folder)
 
-    def answer(prompt: str, *images: str) -> str:
-        return Conversation(model, processor).ask(prompt, list(images), max_new_tokens=6)
+    def answer(prompt: str, *images: str, videos: Any = (), **options: Any) -> str:
+        return Conversation(model, processor).ask(prompt, list(images), videos, max_new_tokens=6, **options)
 
     return answer
 
@@ -54,6 +55,84 @@ def test_several_prompts(cli: Cli, casa_folder: Path, alone: Any, images: list[s
     expected = [alone(prompt, *shown[i : i + 1]) for i, prompt in enumerate(prompts)]
     assert [row["answer"] for row in lines(outcome.out)] == expected
     assert len(set(expected)) == 2
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two videos that differ in what they show and in shape, and one of which no frame can be decoded."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("clips")
+    whole = [write_clip(folder / "a.mp4", 20, 10), write_clip(folder / "b.mkv", 9, 3, size=(96, 48))]
+    return [*map(str, whole), str(damage_packets(whole[0], list(range(20))))]
+
+
+def test_a_video_beside_an_image(cli: Cli, casa_folder: Path, alone: Any, clips: list[str]) -> None:
+    asked = ("generate", casa_folder, "--prompt", "What?", *SHORT, "--image", CAT, "--video", clips[0])
+    answers = {
+        options: alone("What?", CAT, videos=clips[0], **dict([options]) if options else {})
+        for options in [(), ("num_frames", 3), ("fps", 2.0)]
+    }
+    assert len({*answers.values(), alone("What?", CAT)}) == 4
+    for options, answer in answers.items():
+        given = [f"--{options[0].replace('_', '-')}", str(options[1])] if options else []
+        assert cli(*asked, *given).out == answer + "\n"
+    assert cli(*asked, "--stream").out == answers[()] + "\n"
+
+
+def test_each_video_gets_the_answer_that_it_gets_alone(
+    cli: Cli, casa_folder: Path, alone: Any, clips: list[str]
+) -> None:
+    videos = [part for clip in clips for part in ("--video", clip)]
+    given = ("--prompt", "What?", "--image", CAT, *videos, "--num-frames", "4")
+    outcome = cli("generate", casa_folder, *given, "--each", *SHORT)
+    assert outcome.code == 1 and "1 of 4 questions could not be asked" in outcome.err
+    *rows, damaged = lines(outcome.out)
+    assert rows == [
+        {"prompt": "What?", "images": [CAT], "answer": alone("What?", CAT)},
+        *(
+            {"prompt": "What?", "images": [], "videos": [clip], "answer": alone("What?", videos=clip, num_frames=4)}
+            for clip in clips[:2]
+        ),
+    ]
+    assert damaged["videos"] == [clips[2]] and "can't be used: none of its frames" in damaged["error"]
+
+
+def test_videos_of_several_prompts_and_of_files(
+    cli: Cli, casa_folder: Path, tmp_path: Path, alone: Any, clips: list[str]
+) -> None:
+    given = ("--prompt", "What?", "--prompt", "And?", "--image", CAT, "--video", clips[0], "--video", clips[1])
+    expected = [alone("What?", CAT, videos=clips[0]), alone("And?", CAT, videos=clips[1])]
+    outcome = cli("generate", casa_folder, *given, *SHORT)
+    assert [row["answer"] for row in lines(outcome.out)] == expected
+    assert [row["videos"] for row in lines(outcome.out)] == [[clip] for clip in clips[:2]]
+    (tmp_path / "a.mp4").write_bytes(Path(clips[0]).read_bytes())
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    questions = [
+        {"prompt": "What?", "images": [CAT], "video": "a.mp4", "id": 7},
+        {"prompt": "And?", "video": "broken.mp4"},
+        {"prompt": "", "videos": ["a.mp4", clips[1]]},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, questions)))
+    outcome = cli("generate", casa_folder, "--input", file, *SHORT)
+    rows = lines(outcome.out)
+    assert outcome.code == 1 and "broken.mp4" in rows[1].pop("error")
+    assert rows == [
+        {**questions[0], "answer": expected[0]},
+        questions[1],
+        {**questions[2], "answer": alone("", videos=clips[:2])},
+    ]
+
+
+def test_a_video_that_cannot_be_used_is_refused_before_the_model_is_loaded(
+    cli: Cli, tmp_path: Path, clips: list[str]
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    asked = ("generate", "me/model", "--prompt", "x", "--video")
+    assert cli(*asked, tmp_path / "a.mp4").refused("--video", "a.mp4", "can't be used")
+    assert cli(*asked, clips[0], "--num-frames", "21").refused("--video", "--num-frames 21 is more than the 20 frames")
+    assert cli(*asked, CAT[:-3] + "nothing").refused("The video", "doesn't exist")
+    assert cli(*asked, tmp_path).refused("The video", "is a folder; expected a file")
 
 
 def test_a_file_of_questions(cli: Cli, casa_folder: Path, tmp_path: Path, alone: Any) -> None:
@@ -118,6 +197,9 @@ def test_progress_is_shown_on_a_terminal(cli: Cli, casa_folder: Path, tmp_path: 
         ([], ["--prompt"]),
         (["--prompt", "x", "--prompt", "y", "--each", "--image", CAT], ["--each", "one --prompt"]),
         (["--prompt", "x", "--each"], ["--each"]),
+        (["--prompt", "x", "--prompt", "y", *["--video", CAT] * 3], ["--video", "3 videos for 2 prompts"]),
+        (["--prompt", "x", "--video", CAT, "--fps", "0"], ["--fps 0.0 must be a positive number"]),
+        (["--prompt", "x", "--video", CAT, "--fps", "1", "--num-frames", "2"], ["--fps", "--num-frames"]),
         (["--prompt", ""], ["--prompt", "it is '', which asks nothing"]),
         (["--prompt", "x", "--prompt", "y", *["--image", CAT] * 3], ["3 images for 2 prompts"]),
         (["--prompt", "x", "--prompt", "y", "--stream"], ["--stream", "one prompt"]),
@@ -148,6 +230,8 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
         ('{"prompt": "x"}\n{"prompt": "y", "images": "cat.jpg"}', ["line 2", "list of paths"]),
         ('{"prompt": "x", "image": "a.jpg", "images": []}', ["line 1", "keep one"]),
         ('{"prompt": "x", "image": "nowhere.jpg"}', ["line 1", "nowhere.jpg"]),
+        ('{"prompt": "x", "video": "nowhere.mp4"}', ["line 1", "The video", "nowhere.mp4"]),
+        ('{"prompt": "x", "videos": "a.mp4"}', ["line 1", "`videos` must be a list of paths"]),
         (json.dumps({"prompt": "x", "image": "a" * 5000}), ["line 1", "exist; expected a file or a URL"]),
         ('{"prompt": ' + "[" * 100_000, ["line 1", "JSON"]),
     ],

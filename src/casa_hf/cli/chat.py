@@ -6,34 +6,48 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import AttnOption, ControlTokensOption, DeviceOption, DtypeOption, MaxNewTokensOption, ModelArgument
-from .talking import load_conversation, open_image, streamer
+from .options import (
+    AttnOption,
+    ControlTokensOption,
+    DeviceOption,
+    DtypeOption,
+    FpsOption,
+    MaxNewTokensOption,
+    ModelArgument,
+    NumFramesOption,
+    sampling,
+)
+from .talking import load_conversation, open_clip, open_image, streamer
 from .terminal import EXPLAINED, complain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CHAT_HELP = "/image FILE adds an image to the next message, /reset starts from scratch, /quit ends."
+CHAT_HELP = "/image FILE or /video FILE adds one to the next message, /reset starts from scratch, /quit ends."
 
 
 def chat(
     model: ModelArgument,
     max_new_tokens: MaxNewTokensOption = 256,
+    fps: FpsOption = None,
+    num_frames: NumFramesOption = None,
     sanitize_control_tokens: ControlTokensOption = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
-    """Talk in several turns, one line each; an image may come with any of them."""
+    """Talk in several turns, one line each; images and videos may come with any of them."""
+    frames = sampling(fps, num_frames)
     conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
     interactive = sys.stdin.isatty()
     if interactive:
         typer.echo(CHAT_HELP, err=True)
-    pending: list[Image] = []
+    images: list[Image] = []
+    videos: list[Any] = []
     for line in _lines("> " if interactive else ""):
         command, _, argument = line.partition(" ")
         try:
@@ -41,14 +55,23 @@ def chat(
                 return
             if command == "/reset":
                 conversation.reset()
-                pending = []
+                images, videos = [], []
             elif command == "/image":
-                pending.append(open_image(argument.strip()))
+                images.append(open_image(argument.strip()))
+            elif command == "/video":
+                videos.append(open_clip(argument.strip(), **frames))
             elif command.startswith("/"):
                 raise ValueError(f"{command!r} is not a command. {CHAT_HELP}")
             else:
-                conversation.ask(line, pending, max_new_tokens=max_new_tokens, streamer=streamer(conversation))
-                pending = []  # now that they are part of what was said
+                conversation.ask(
+                    line,
+                    images,
+                    videos,
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer(conversation),
+                    **frames,
+                )
+                images, videos = [], []  # now that they are part of what was said
         except EXPLAINED as error:
             # A person can try again; a script must not continue with half of its input.
             if not interactive:

@@ -17,14 +17,18 @@ from .options import (
     ControlTokensOption,
     DeviceOption,
     DtypeOption,
+    FpsOption,
     MaxNewTokensOption,
     ModelArgument,
+    NumFramesOption,
+    clip_name,
     image_name,
+    sampling,
     valid_text,
     wrong_value,
 )
 from .rows import Row, batches, rows_of_file, rows_of_options
-from .talking import load_conversation, open_image, streamer
+from .talking import load_conversation, open_clip, open_image, streamer
 from .terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -47,13 +51,21 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    each: Annotated[bool, typer.Option("--each", help="Ask the prompt about each image by itself.")] = False,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=clip_name, help="File or URL of a video; as for images, which it comes after.", show_default=False
+        ),
+    ] = None,
+    fps: FpsOption = None,
+    num_frames: NumFramesOption = None,
+    each: Annotated[bool, typer.Option("--each", help="Ask the prompt about each image and video by itself.")] = False,
     input: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help='File of questions, a JSON object a line: {"prompt": "...", "images": ["..."]}.',
+            help='File of questions, a JSON object a line: {"prompt": "...", "images": ["..."], "videos": ["..."]}.',
             show_default=False,
         ),
     ] = None,
@@ -70,18 +82,20 @@ def generate(
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
-    """Answer one prompt or many, with or without images.
+    """Answer one prompt or many, with or without images and videos.
 
     One prompt gives its answer as text. Several give JSON lines: what was asked, and `answer`, or `error` for a
-    question whose images can't be used.
+    question whose images or videos can't be used.
     """
-    if input is not None and (prompt or image or each):
+    if input is not None and (prompt or image or video or each):
         raise typer.BadParameter(
-            "it can't be combined with --prompt, --image and --each; the file has the prompts and images.",
+            "it can't be combined with --prompt, --image, --video and --each; the file has the prompts, images and "
+            "videos.",
             param_hint="--input",
         )
     with wrong_value("--input"):
-        rows = rows_of_options(prompt or [], image or [], each) if input is None else rows_of_file(input)
+        rows = rows_of_options(prompt or [], image or [], each, video or []) if input is None else rows_of_file(input)
+    frames = sampling(fps, num_frames)
     single = len(rows) == 1 and input is None and output is None
     if stream and not single:
         raise typer.BadParameter(
@@ -96,35 +110,40 @@ def generate(
     if single:
         with wrong_value("--image"):
             images = [open_image(name) for name in rows[0].images]
+        with wrong_value("--video", fps="--fps", num_frames="--num-frames"):
+            videos = [open_clip(name, **frames) for name in rows[0].videos]
         conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
-        options: dict[str, Any] = {"streamer": streamer(conversation)} if stream else {}
-        answer = conversation.ask(rows[0].prompt, images, max_new_tokens=max_new_tokens, **options)
+        if stream:
+            frames["streamer"] = streamer(conversation)
+        answer = conversation.ask(rows[0].prompt, images, videos, max_new_tokens=max_new_tokens, **frames)
         if not stream:
             typer.echo(answer)
         return
     loaded = load_model(model, device, dtype, attn)
-    _answer_all(rows, loaded, output, batch_size, max_new_tokens, sanitize_control_tokens)
+    options = {"max_new_tokens": max_new_tokens, "sanitize_control_tokens": sanitize_control_tokens}
+    _answer_all(rows, loaded, output, batch_size, frames, options)
 
 
 def _answer_all(
-    rows: Sequence[Row], model: tuple[Any, Any], output: Path | None, batch_size: int, length: int, sanitize: bool
+    rows: Sequence[Row],
+    model: tuple[Any, Any],
+    output: Path | None,
+    batch_size: int,
+    frames: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Answer batch by batch; what is answered is written at once."""
-    from ..answers import answer_batch
-
     done = failed = 0
     try:
         with _lines_to(output) as lines, progress_bar("Answering", unit="questions") as progress:
             for batch in batches(rows, batch_size):
-                opened = [_opened(row) for row in batch]
+                opened = [_opened(row, frames) for row in batch]
                 questions = [each for each in opened if not isinstance(each, ValueError)]
-                answers = iter(
-                    answer_batch(*model, questions, max_new_tokens=length, sanitize_control_tokens=sanitize)
-                )
+                answers = iter(_answers(model, questions, {**frames, **options}))
                 for row, question in zip(batch, opened, strict=True):
-                    is_fault = isinstance(question, ValueError)
-                    result = {"error": str(question)} if is_fault else {"answer": next(answers)}
-                    lines.write(row.answered(**result) + "\n")
+                    answer = question if isinstance(question, ValueError) else next(answers)
+                    is_fault = isinstance(answer, ValueError)
+                    lines.write(row.answered(**{"error" if is_fault else "answer": str(answer)}) + "\n")
                     failed += is_fault
                 lines.flush()
                 done += len(batch)
@@ -141,14 +160,29 @@ def _in(output: Path | None) -> str:
     return "" if output is None else f" in {output}"
 
 
-def _opened(row: Row) -> Question | ValueError:
-    """The question with its images, or what is wrong with them."""
+def _opened(row: Row, frames: dict[str, Any]) -> Question | ValueError:
+    """The question with its images and videos, or what is wrong with them."""
     from ..answers import Question
 
     try:
-        return Question(row.prompt, [open_image(name) for name in row.images])
+        images = [open_image(name) for name in row.images]
+        return Question(row.prompt, images, [open_clip(name, **frames) for name in row.videos])
     except ValueError as error:
         return error
+
+
+def _answers(
+    model: tuple[Any, Any], questions: Sequence[Question], options: dict[str, Any]
+) -> Sequence[str | ValueError]:
+    """The answer to each question, or why it can't be asked: of a video, decoding may be what tells."""
+    from ..answers import answer_batch
+
+    try:
+        return answer_batch(*model, questions, **options)
+    except ValueError as error:
+        if len(questions) == 1:
+            return [error]
+        return [answer for question in questions for answer in _answers(model, [question], options)]
 
 
 @contextmanager

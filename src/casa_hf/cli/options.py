@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint_files.names import is_hub_id
-from ..checks import check_text
+from ..checks import check_positive, check_text
 from ..design_space import unknown_value
 
 # Number formats of weights, by every name that people write.
@@ -118,7 +118,7 @@ def check_is_casa(folder: Path, name: str) -> None:
 
 
 def is_url(text: str) -> bool:
-    """Whether this is the URL of an image rather than a path."""
+    """Whether this is the URL of an image or a video rather than a path."""
     return text.startswith(("http://", "https://", "data:", "file:///"))
 
 
@@ -128,10 +128,23 @@ def image_name(text: str) -> str:
     Raises:
         BadParameter: if it is a folder, or a file that isn't there.
     """
+    return _file_or_url(text, "image", "an image")
+
+
+def clip_name(text: str) -> str:
+    """The file or the URL of a video that is shown as a whole.
+
+    Raises:
+        BadParameter: if it is a folder, or a file that isn't there.
+    """
+    return _file_or_url(text, "video", "a video")
+
+
+def _file_or_url(text: str, kind: str, with_article: str) -> str:
     path = os.path.expanduser(text)
     if not is_url(text) and not os.path.isfile(path):
         fault = "is a folder; expected a file" if os.path.isdir(path) else "doesn't exist; expected a file or a URL"
-        raise typer.BadParameter(f"The image {text!r:.200} {fault}. Give the path or URL of an image.")
+        raise typer.BadParameter(f"The {kind} {text!r:.200} {fault}. Give the path or URL of {with_article}.")
     return text
 
 
@@ -145,6 +158,21 @@ def video_name(text: str) -> str:
     if is_place and not Path(text).expanduser().exists():
         raise typer.BadParameter(f"{text!r} doesn't exist; give the path or URL of a video, or a camera.")
     return text
+
+
+def sampling(fps: float | None, num_frames: int | None) -> dict[str, Any]:
+    """How videos are sampled, as the processor takes it.
+
+    Raises:
+        BadParameter: if `fps` isn't positive, or both are given.
+    """
+    if fps is not None and num_frames is not None:
+        raise typer.BadParameter("it can't be combined with --num-frames; give one of them.", param_hint="--fps")
+    if fps is not None:
+        with wrong_value(fps="--fps"):
+            check_positive("fps", fps)
+    given = {"fps": fps, "num_frames": num_frames}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def valid_text(given: str | list[str] | None) -> str | list[str] | None:
@@ -215,6 +243,16 @@ ModelArgument = Annotated[
     str, typer.Argument(parser=casa_checkpoint, help="Folder or Hub id of a CASA checkpoint.", show_default=False)
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer at most, in tokens.")]
+FpsOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Frames per second of videos. Default: 2, of videos of less than 10 seconds 20 frames.",
+        show_default=False,
+    ),
+]
+NumFramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Frames of each video, evenly spaced.", show_default=False)
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run, such as cpu or cuda:0. Default: a GPU if there is one.")
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..checks import check_asks, check_text
-from .options import image_name, is_url
+from .options import clip_name, image_name, is_url
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,34 @@ class Row:
 
     Attributes:
         prompt: the message.
-        images: files and URLs.
+        images, videos: files and URLs.
         given: the line of the file that it comes from.
     """
 
     prompt: str
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     given: dict[str, Any] = field(default_factory=dict)
 
     def answered(self, **result: str) -> str:
         """A JSON line: what was given, and its result in place of an earlier one."""
-        given = self.given or {"prompt": self.prompt, "images": list(self.images)}
+        videos = {"videos": list(self.videos)} if self.videos else {}
+        given = self.given or {"prompt": self.prompt, "images": list(self.images), **videos}
         given = {name: value for name, value in given.items() if name not in ("answer", "error")}
         return json.dumps({**given, **result}, ensure_ascii=False)
 
 
-def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -> list[Row]:
+def rows_of_options(
+    prompts: Sequence[str], images: Sequence[str], each: bool, videos: Sequence[str] = ()
+) -> list[Row]:
     """The questions that options ask.
 
     Args:
-        prompts, images: values of the options, in the order of the command line.
-        each: whether the one prompt is asked about each image by itself.
+        prompts, images, videos: values of the options, in the order of the command line.
+        each: whether the one prompt is asked about each image and then each video by itself.
 
     Raises:
-        BadParameter: if it isn't clear which images belong to which prompt.
+        BadParameter: if it isn't clear which images and videos belong to which prompt.
     """
     if not prompts:
         raise typer.BadParameter(
@@ -53,34 +57,42 @@ def rows_of_options(prompts: Sequence[str], images: Sequence[str], each: bool) -
         )
     for prompt in prompts:
         try:
-            check_asks("it", prompt, bool(images))
+            check_asks("it", prompt, bool(images or videos))
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--prompt") from error
-    if each and (len(prompts) > 1 or not images):
-        raise typer.BadParameter("it needs one --prompt and the images to ask it about.", param_hint="--each")
-    if each:
-        return [Row(prompts[0], (image,)) for image in images]
-    if len(prompts) == 1:
-        return [Row(prompts[0], tuple(images))]
-    if len(images) not in (0, 1, len(prompts)):
+    if each and (len(prompts) > 1 or not (images or videos)):
         raise typer.BadParameter(
-            f"{len(images)} images for {len(prompts)} prompts: give none, one for all of them, or one for each. Other "
-            "combinations can be written as JSON lines (--input).",
-            param_hint="--image",
+            "it needs one --prompt and the images or videos to ask it about.", param_hint="--each"
         )
-    if len(images) < 2:
-        return [Row(prompt, tuple(images)) for prompt in prompts]
-    return [Row(prompt, (image,)) for prompt, image in zip(prompts, images, strict=True)]
+    if each:
+        stills = [Row(prompts[0], (image,)) for image in images]
+        return stills + [Row(prompts[0], videos=(video,)) for video in videos]
+    if len(prompts) == 1:
+        return [Row(prompts[0], tuple(images), tuple(videos))]
+    shown = zip(_by_prompt("image", images, len(prompts)), _by_prompt("video", videos, len(prompts)), strict=True)
+    return [Row(prompt, *visuals) for prompt, visuals in zip(prompts, shown, strict=True)]
+
+
+def _by_prompt(kind: str, names: Sequence[str], num_prompts: int) -> list[tuple[str, ...]]:
+    """The images or the videos of each of several prompts."""
+    if len(names) not in (0, 1, num_prompts):
+        raise typer.BadParameter(
+            f"{len(names)} {kind}s for {num_prompts} prompts: give none, one for all of them, or one for each. Other "
+            "combinations can be written as JSON lines (--input).",
+            param_hint=f"--{kind}",
+        )
+    return [tuple(names)] * num_prompts if len(names) < 2 else [(name,) for name in names]
 
 
 def rows_of_file(file: Path) -> list[Row]:
-    """The questions of a file, one JSON object a line: `prompt`, and `images` or `image`.
+    """The questions of a file, one JSON object a line: `prompt`, and `images` or `image`, `videos` or
+    `video`.
 
     Args:
         file: path of the file; paths in it are relative to its folder.
 
     Raises:
-        ValueError: for a line that is not a question, or an image that doesn't exist.
+        ValueError: for a line that is not a question, or an image or a video that doesn't exist.
     """
     try:
         lines = file.read_text("utf-8-sig").split("\n")  # rather than `splitlines`: JSON may hold U+2028
@@ -90,7 +102,7 @@ def rows_of_file(file: Path) -> list[Row]:
         ) from error
     rows = [_row(f"{file}, line {number}", line, file.parent) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise ValueError(f"{file} is empty; write one JSON object per line, with `prompt` and `images`.")
+        raise ValueError(f"{file} is empty; write one JSON object per line, with `prompt` and `images` or `videos`.")
     return rows
 
 
@@ -102,20 +114,32 @@ def _row(place: str, line: str, folder: Path) -> Row:
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError(f'{place} must be an object with a string as `prompt`, such as {{"prompt": "..."}}.')
     check_text(place, json.dumps(given, ensure_ascii=False))  # all of it is written again, with the answer
-    if "image" in given and "images" in given:
-        raise ValueError(f"{place} has both `image` and `images`; keep one.")
-    images = [given["image"]] if "image" in given else given.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{place}: `images` must be a list of paths or URLs.")
-    check_asks(f"{place}: `prompt`", given["prompt"], bool(images))
+    images, videos = (_names(place, given, kind) for kind in ("image", "video"))
+    check_asks(f"{place}: `prompt`", given["prompt"], bool(images or videos))
     try:
-        return Row(given["prompt"], tuple(_located(image, folder) for image in images), given)
+        return Row(
+            given["prompt"],
+            tuple(_located(image, folder, image_name) for image in images),
+            tuple(_located(video, folder, clip_name) for video in videos),
+            given,
+        )
     except typer.BadParameter as error:
         raise ValueError(f"{place}: {error.message}") from error
 
 
-def _located(image: str, folder: Path) -> str:
-    return image if is_url(image) else image_name(str(folder / os.path.expanduser(image)))
+def _names(place: str, given: dict[str, Any], kind: str) -> list[str]:
+    """The images or the videos that a line names."""
+    one, several = kind, f"{kind}s"
+    if one in given and several in given:
+        raise ValueError(f"{place} has both `{one}` and `{several}`; keep one.")
+    names = [given[one]] if one in given else given.get(several, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: `{several}` must be a list of paths or URLs.")
+    return names
+
+
+def _located(name: str, folder: Path, existing: Callable[[str], str]) -> str:
+    return name if is_url(name) else existing(str(folder / os.path.expanduser(name)))
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
