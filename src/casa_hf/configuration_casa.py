@@ -2,6 +2,7 @@
 """Configuration of CASA models: a backbone and a point of the design space."""
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -291,6 +292,11 @@ class CasaConfig(PreTrainedConfig):
             # A model that uses this configuration must not see what loading a CASA model settles in it.
             source, source_type = copy.deepcopy(source), source.model_type
         if source_type not in SOURCE_BACKBONES:
+            if is_released(source if isinstance(source, dict) else source.to_dict()):
+                raise ValueError(
+                    f"A checkpoint with model_type {source_type!r} is in the format of the method's authors. Convert it "
+                    "first: `casa-hf convert SOURCE OUTPUT`."
+                )
             raise ValueError(
                 f"Checkpoints with model_type {source_type!r} can't be converted to CASA models. Supported: "
                 f"{supported_sources()}."
@@ -531,6 +537,17 @@ class CasaConfig(PreTrainedConfig):
                 f"vision_config.{tower.hidden_size_field}={tower.hidden_size(vision)} must equal "
                 f"text_config.hidden_size={text.hidden_size}."
             )
+
+
+def is_released(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint is in the format of the method's authors, by the content of its config.json.
+
+    By its name, or that of its code; the authors' insertion baseline has no CASA in it.
+    """
+    if content.get("model_type") == CasaConfig.model_type:
+        return False
+    names = json.dumps([content.get(field) for field in ("model_type", "architectures", "auto_map")]).lower()
+    return "casa" in names or "helium1_vl" in names or {"pre_image_tokens", "post_image_tokens"} <= content.keys()
 
 
 def _loses(checkpoint: dict[str, Any], field: str, value: Any) -> bool:

@@ -556,6 +556,12 @@ def test_a_vision_language_backbone_has_delimiters_of_its_own(tmp_path, stated, 
     assert_is(tmp_path / "casa", QWEN)
 
 
+def test_loading_without_conversion_tells_the_way(tmp_path):
+    for case in ("qwen, second generation", "helium, insertion"):
+        with pytest.raises(ValueError, match=r"format of the method's authors\. Convert it first: `casa-hf convert "):
+            CasaForConditionalGeneration.from_pretrained(released(tmp_path / case, case))
+
+
 # -------------------------------------------------------------------- mapping files
 
 STRANGE = Layout(fusion="glue.", fusion_names={"q": "a", "k": "c", "v": "b", "o": "d"}, fusion_norm="e")

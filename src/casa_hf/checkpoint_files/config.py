@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..backbones import SOURCE_BACKBONES, supported_sources
 from ..checks import one_line
-from ..configuration_casa import CasaConfig
+from ..configuration_casa import CasaConfig, is_released
 from ..folder_files import CheckpointError, WrongKindError, own_file, read_json
 
 
@@ -29,7 +28,7 @@ def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
     name = name or str(folder)
     content = _read(folder, name)
     model_type = content.get("model_type")
-    if _is_of_authors(content):
+    if is_released(content):
         raise WrongKindError(
             f"{name} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
             f"Convert it first: `casa-hf convert {name} OUTPUT`."
@@ -56,7 +55,7 @@ def is_of_authors(folder: Path) -> bool:
     Raises:
         CheckpointError: if there is none, or it isn't JSON.
     """
-    return _is_of_authors(_read(folder))
+    return is_released(_read(folder))
 
 
 def read_authors_config(folder: Path) -> dict[str, Any]:
@@ -81,14 +80,6 @@ def _read(folder: Path, name: str | None = None) -> dict[str, Any]:
     if not isinstance(model_type, str | None):
         raise CheckpointError(f"{file} has model_type {model_type!r}, which must be a string. Download it again.")
     return content
-
-
-def _is_of_authors(content: dict[str, Any]) -> bool:
-    """By its name, or that of its code; the authors' insertion baseline has no CASA in it."""
-    if content.get("model_type") == CasaConfig.model_type:
-        return False
-    names = json.dumps([content.get(field) for field in ("model_type", "architectures", "auto_map")]).lower()
-    return "casa" in names or "helium1_vl" in names or {"pre_image_tokens", "post_image_tokens"} <= content.keys()
 
 
 def _check_not_quantized(name: str, content: dict[str, Any]) -> None:
