@@ -294,8 +294,8 @@ class CasaConfig(PreTrainedConfig):
         if source_type not in SOURCE_BACKBONES:
             if is_released(source if isinstance(source, dict) else source.to_dict()):
                 raise ValueError(
-                    f"A checkpoint with model_type {source_type!r} is in the format of the method's authors. Convert it "
-                    "first: `casa-hf convert SOURCE OUTPUT`."
+                    f"A checkpoint with model_type {source_type!r} is in the format of the method's authors. Convert "
+                    "it first: `casa-hf convert SOURCE OUTPUT`."
                 )
             raise ValueError(
                 f"Checkpoints with model_type {source_type!r} can't be converted to CASA models. Supported: "
