@@ -57,8 +57,8 @@ DESIGNS: dict[str, dict[str, Any]] = {
 RANDOM_DESIGNS = 6
 
 families = pytest.mark.parametrize("family", sorted(BACKBONES))
-# Tests that take seconds are quick ones without the rows whose parts other rows have: linear attention and experts; the
-# attention of a language model that others of its family have beside a vision tower.
+# Tests that take seconds are quick ones without the rows whose parts other rows have: linear attention and experts;
+# the attention of a language model that others of its family have beside a vision tower.
 OF_KNOWN_PARTS = ("qwen3_5_moe_text", "qwen2", "qwen3")
 quick_families = pytest.mark.parametrize(
     "family",
