@@ -456,15 +456,19 @@ def test_assisted_decoding_is_refused_before_anything_is_computed(settings):
 
 
 def test_an_assistant_with_a_recurrent_state_is_refused_before_anything_is_computed():
-    model, calls = shared_model("casa"), []
-    hook = model.model.register_forward_pre_hook(lambda *args: calls.append(args))
+    """Also by a model that is no CASA model and asks nothing."""
+    model, assistant, calls = shared_model("casa"), model_of("casa"), []
+    hooks = [m.model.register_forward_pre_hook(lambda *args: calls.append(args)) for m in (model, assistant)]
+    stock = make_case("llama", "casa").source
     try:
-        with pytest.raises(NotImplementedError, match=r"the assistant has blocks of linear attention \(Qwen3\.5\)"):
-            model.generate(**batch(ROWS[0]), assistant_model=model_of("casa"))
+        for main, inputs in ((model, batch(ROWS[0])), (stock, batch(words(5, 1)))):
+            with pytest.raises(NotImplementedError, match=r"the assistant has blocks of linear attention \(Qwen3\.5"):
+                main.generate(**inputs, assistant_model=assistant, max_new_tokens=3)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     assert not calls
-    assert not model._is_stateful and model_of("casa")._is_stateful
+    assert not model._is_stateful and assistant._is_stateful
 
 
 def test_states_of_a_static_cache_stay_where_they_are():

@@ -354,15 +354,19 @@ class CasaGenerationMixin(GenerationMixin):
     ) -> None:
         """As in Transformers; and before anything has been computed, assisted decoding is refused where there is a
         recurrent state, from which rejected tokens can't be taken back."""
-        assistant = generation_mode_kwargs.get("assistant_model")
+        models: list[tuple[str, Any]] = []
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            for name, model in (("this model", self), ("the assistant", assistant)):
-                if isinstance(model, CasaGenerationMixin) and model._is_stateful:
-                    raise NotImplementedError(
-                        f"Assisted decoding and prompt lookup aren't possible, because {name} has blocks of linear "
-                        f"attention ({model.config.backbone.display_name}): rejected tokens can't be taken back from "
-                        "their recurrent state. Leave assistant_model and prompt_lookup_num_tokens out."
-                    )
+            models = [("this model", self), ("the assistant", generation_mode_kwargs.get("assistant_model"))]
+        elif generation_config.is_assistant:  # of a model that may not be a CASA model
+            models = [("the assistant", self)]
+        for name, model in models:
+            if isinstance(model, CasaGenerationMixin) and model._is_stateful:
+                raise NotImplementedError(
+                    f"Assisted decoding and prompt lookup aren't possible, because {name} has blocks of linear "
+                    f"attention ({model.config.backbone.display_name}): rejected tokens can't be taken back from "
+                    "their recurrent state. Leave assistant_model, prompt_lookup_num_tokens and assistant_early_exit "
+                    "out."
+                )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
