@@ -217,7 +217,9 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             return Attended(self.adapter.recur(self, states, None, call.cache))
         enter = image_states is not None and self.image_updates == "full"
         joined = order.join(states, self.input_layernorm(image_states) if enter else None)
-        output, of_images = order.split(self.adapter.recur(self, joined, order.valid, call.cache), like=states)
+        batches = zip(joined, order.valid, strict=True)
+        mixed = [self.adapter.recur(self, batch, valid, call.cache) for batch, valid in batches]
+        output, of_images = order.split(mixed, like=states)
         return Attended(output, of_images=of_images)
 
     def recur_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:

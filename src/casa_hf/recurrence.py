@@ -9,7 +9,9 @@ source; otherwise they never enter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,32 +21,35 @@ from .windows import ImagePlacement
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """The tokens of a call as sequences.
+    """The tokens of a call as sequences, in batches of similar length.
 
     Attributes:
-        valid: (sequences, length) False for padding; None if there is none.
-        index: (sequences, length) number of each token among [text tokens, row after row ; image tokens], any number
-            at padding; None if the rows are the sequences as they stand.
-        places: (text tokens and image tokens,) where each of these is among `sequences * length` places.
+        valid: for each batch (sequences, length) False for padding; None if there is none.
+        index: for each batch (sequences, length) number of each token among [text tokens, row after row ; image
+            tokens], any number at padding; None if the rows are the sequences as they stand.
+        places: (text tokens and image tokens,) where each of these is among the places of all batches.
     """
 
-    valid: torch.Tensor | None
-    index: torch.Tensor | None = None
+    valid: tuple[torch.Tensor | None, ...]
+    index: tuple[torch.Tensor, ...] | None = None
     places: torch.Tensor | None = None
 
-    def join(self, text: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
-        """(sequences, length, hidden) of text (batch, tokens, hidden) and, if they are in the order, image tokens
-        (num_image_tokens, hidden)."""
+    def join(self, text: torch.Tensor, images: torch.Tensor | None) -> list[torch.Tensor]:
+        """(sequences, length, hidden) of each batch, of text (batch, tokens, hidden) and, if they are in the order,
+        image tokens (num_image_tokens, hidden)."""
         if self.index is None:
-            return text
+            return [text]
         tokens = text.flatten(0, 1)
-        return (tokens if images is None else torch.cat([tokens, images]))[self.index]
+        if images is not None:
+            tokens = torch.cat([tokens, images])
+        return [tokens[index] for index in self.index]
 
-    def split(self, states: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split(self, states: Sequence[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Inverse of `join`: text in the shape of `like`, and image tokens; None if they aren't in the order."""
         if self.places is None:
-            return states, None
-        tokens, num_text = states.flatten(0, 1)[self.places], like.shape[:2].numel()
+            return states[0], None
+        everything = torch.cat([batch.flatten(0, 1) for batch in states])
+        tokens, num_text = everything[self.places], like.shape[:2].numel()
         text = tokens[:num_text].view_as(like)
         return text, tokens[num_text:] if len(tokens) > num_text else None
 
@@ -74,25 +79,28 @@ def token_order(
         if not padded:
             return None
         if token_mask.shape[1] == 1:  # a decoding step doesn't ask the device
-            return TokenOrder(token_mask)
+            return TokenOrder((token_mask,))
         if not torch.compiler.is_compiling() and bool(token_mask.all()):
             return None
     sequence, step, valid = _tokens(token_mask, samples, images)
     step = torch.where(valid, step, 2 * token_mask.shape[1] if continues else -1)
-    num_sequences, length = _size(token_mask, samples, images, sequence)
     order = (sequence * (2 * token_mask.shape[1] + 2) + step + 1).argsort(stable=True)
-    counts = torch.zeros(num_sequences, dtype=torch.long, device=sequence.device)
-    counts = counts.index_add(0, sequence, torch.ones_like(sequence))
-    first = counts.cumsum(0) - counts if continues else counts.cumsum(0) - length
-    ordered = sequence[order]
-    place = ordered * length + torch.arange(len(order), device=order.device) - first[ordered]
+    layout = _layout(token_mask, samples, images, sequence)
+    counts = torch.zeros_like(layout.starts).index_add(0, sequence, torch.ones_like(sequence))
+    offset = layout.starts - (counts.cumsum(0) - counts)
+    if not continues:
+        offset = offset + layout.lengths - counts
+    place = torch.arange(len(order), device=order.device) + offset[sequence[order]]
     places = torch.empty_like(order).index_put((order,), place)
-    index = torch.zeros(num_sequences * length, dtype=torch.long, device=order.device)
+    sizes = [sequences * length for sequences, length in layout.batches]
+    index = torch.zeros(sum(sizes), dtype=torch.long, device=order.device)
     in_place = torch.zeros_like(index, dtype=torch.bool).index_put((places,), valid)
     index = index.index_put((places,), torch.arange(len(places), device=order.device))
-    no_padding = num_sequences == 1 and not padded
+    batches = list(zip(layout.batches, in_place.split(sizes), index.split(sizes), strict=True))
     return TokenOrder(
-        None if no_padding else in_place.view(num_sequences, length), index.view(num_sequences, length), places
+        tuple(None if shape[0] == 1 and not padded else kept.view(shape) for shape, kept, _ in batches),
+        tuple(numbers.view(shape) for shape, _, numbers in batches),
+        places,
     )
 
 
@@ -122,12 +130,40 @@ def _tokens(
     )
 
 
-def _size(
+class _Layout(NamedTuple):
+    """Where sequences stand among the places of all batches.
+
+    Attributes:
+        batches: number of sequences, and length, of each batch.
+        starts: (sequences,) first place of each sequence.
+        lengths: (sequences,) length of its batch.
+    """
+
+    batches: list[tuple[int, int]]
+    starts: torch.Tensor
+    lengths: torch.Tensor
+
+
+def _layout(
     token_mask: torch.Tensor, samples: torch.Tensor | None, images: ImagePlacement | None, sequence: torch.Tensor
-) -> tuple[int, int]:
-    """Number of sequences, and length of the longest; the device is asked only where samples are packed."""
-    batch_size, num_tokens = token_mask.shape
+) -> _Layout:
+    """The rows in one batch. Packed samples, of any lengths, in one for each power of two, so that less than half of
+    all places are padding; for them the device is asked."""
     if samples is None:
-        return batch_size, num_tokens + (0 if images is None else images.max_row_tokens)
-    counts = sequence.bincount()
-    return len(counts), int(counts.max())
+        batch_size, num_tokens = token_mask.shape
+        length = num_tokens + (0 if images is None else images.max_row_tokens)
+        rows = torch.arange(batch_size, device=sequence.device)
+        return _Layout([(batch_size, length)], rows * length, torch.full_like(rows, length))
+    counts = sequence.bincount().tolist()
+    similar: dict[int, list[int]] = {}
+    for number, count in enumerate(counts):
+        similar.setdefault(count.bit_length(), []).append(number)
+    batches, starts, lengths = [], [0] * len(counts), [0] * len(counts)
+    first = 0
+    for numbers in similar.values():
+        length = max(counts[number] for number in numbers)
+        batches.append((len(numbers), length))
+        for number in numbers:
+            starts[number], lengths[number] = first, length
+            first += length
+    return _Layout(batches, *torch.tensor([starts, lengths], device=sequence.device))
