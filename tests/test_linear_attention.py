@@ -276,6 +276,8 @@ def test_fusion_stands_in_blocks_of_attention() -> None:
     assert FAMILY.casa_config("casa", source, casa_layers=[3]).fusion_layers == (3,)
     with pytest.raises(ValueError, match=r"names block 2; .* blocks \(3, 7\) can have a fusion layer;"):
         FAMILY.casa_config("casa", source, casa_layers=[2, 3])
+    with pytest.raises(ValueError, match=r"None of the 3 blocks has full attention.*layer_types"):
+        FAMILY.casa_config("casa", FAMILY.source_config(num_hidden_layers=3, layer_types=None))
 
 
 EXPERIMENTS: dict[str, dict[str, Any]] = {

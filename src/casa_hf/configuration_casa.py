@@ -433,10 +433,15 @@ class CasaConfig(PreTrainedConfig):
                 )
 
     def _validate_layers(self) -> None:
-        if self.casa_layers is None:
-            return
         depth = self.text_config.num_hidden_layers
         blocks = self.backbone.fusable_blocks(self.text_config)
+        if not blocks:
+            raise ValueError(
+                f"None of the {depth} blocks has full attention, where fusion layers stand: layer_types of text_config "
+                "names other kinds only. Give a model with at least one such block."
+            )
+        if self.casa_layers is None:
+            return
         own, gated = not self.casa_share_projections, self.casa_gate is not None
         allowed = range(depth) if own and gated else blocks
         wrong = [i for i in self.casa_layers if i not in allowed]
