@@ -437,8 +437,8 @@ class CasaConfig(PreTrainedConfig):
         blocks = self.backbone.fusable_blocks(self.text_config)
         if not blocks:
             raise ValueError(
-                f"None of the {depth} blocks has full attention, where fusion layers stand: layer_types of text_config "
-                "names other kinds only. Give a model with at least one such block."
+                f"None of the {depth} blocks has full attention, where fusion layers stand: layer_types "
+                "name other kinds only. Give a model with at least one such block."
             )
         if self.casa_layers is None:
             return
