@@ -25,7 +25,6 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_state
 from ..checks import check_count, check_number
 from ..image_inputs import FRAME_TYPE
-from ..temporal_patches import ALL_FRAMES, check_frames_per_image
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
 from .repetition import history_length
@@ -644,15 +643,16 @@ def shared_frames(processor: CasaProcessor, settings: StreamSettings) -> int:
     """Number of frames that a stream shows as one image.
 
     Raises:
-        ValueError: if the vision tower doesn't take so many, or images are whole videos.
+        ValueError: if it is neither 1 nor that of a temporal patch of the vision tower.
     """
     given = processor.frames_per_image if settings.frames_per_image is None else settings.frames_per_image
-    if given == ALL_FRAMES:
+    size = processor.image_processor.temporal_patch_size
+    if type(given) is not int or given not in (1, size):
         raise ValueError(
-            f"The processor makes a whole video one image (frames_per_image={ALL_FRAMES!r}), but a stream never ends. "
-            "Give the stream frames_per_image=1 or 2."
+            f"frames_per_image={given!r} is none of 1, {size}, the numbers of frames that a stream can show as one "
+            "image; a whole video can't be one, since a stream never ends. Give the stream one of them "
+            "(--frames-per-image on the command line)."
         )
-    check_frames_per_image(given, processor.image_processor.temporal_patch_size)
     return int(given)
 
 

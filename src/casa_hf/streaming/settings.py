@@ -113,8 +113,6 @@ class StreamSettings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
         check_positive("fps", self.fps, "a positive number of frames per second")
-        if self.frames_per_image is not None:
-            check_count("frames_per_image", self.frames_per_image)
         check_count("max_new_tokens_per_frame", self.max_new_tokens_per_frame)
         check_count("max_new_tokens_per_answer", self.max_new_tokens_per_answer)
         if self.frame_budget is not None:
