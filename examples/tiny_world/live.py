@@ -27,7 +27,6 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor, CasaStream, StreamSettings
-from casa_hf.processing_casa import FRAME_TYPE
 from casa_hf.streaming.turns import StreamTurns
 
 from .batches import IGNORED, Batcher
@@ -76,7 +75,8 @@ class StreamBatcher:
     """Makes batches of clips, token for token what a `CasaStream` would have in its cache."""
 
     def __init__(self, processor: CasaProcessor):
-        self.turns = StreamTurns(processor, StreamSettings(prompt=PROMPT))
+        settings = StreamSettings(prompt=PROMPT)
+        self.turns, self.fps = StreamTurns(processor, settings), settings.fps
         self.tokenizer = processor.tokenizer
         self.pixels = Batcher(processor).pixels
 
@@ -98,13 +98,14 @@ class StreamBatcher:
         }
 
     def _encode(self, one: Clip) -> tuple[list[int], list[int], list[int]]:
-        ids, turns = list(self.turns.opening), self.turns
+        ids = list(self.turns.opening)
         labels, types = [IGNORED] * len(ids), [0] * len(ids)
-        for caption in one.captions:
+        for index, caption in enumerate(one.captions):
+            frame, its_types = self.turns.image([index / self.fps])
             said = self.tokenizer(f"{caption}{self.tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
-            ids += [*turns.frame, *said]
-            labels += [*[IGNORED] * len(turns.frame), *said]
-            types += [FRAME_TYPE * (index == turns.image_index) for index in range(len(turns.frame))] + [0] * len(said)
+            ids += [*frame, *said]
+            labels += [*[IGNORED] * len(frame), *said]
+            types += [*its_types, *[0] * len(said)]
         return ids, labels, types
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from casa_hf import CasaProcessor
 from examples.tiny_source import build_tiny_helium
@@ -20,7 +20,8 @@ SIDE = 140
 START, END, GISTS = "<|vision_start|>", "<|vision_end|>", "<|gist_0|><|gist_1|>"
 QWEN = {"image": f"{START}<|image_pad|>{END}", "video": f"{START}<|video_pad|>{END}", "written": f"{START}{END}"}
 PLAIN = {"image": "<|image|>", "video": "<|video|>", "written": "<|image|>"}
-OWN = {"image": "<s></s>", "video": "<s><|video_pad|></s>", "written": "<s></s>"}
+BOX = ["<|box_start|>", "<|box_end|>"]
+OWN = {"image": "".join(BOX), "video": "<|video_pad|>".join(BOX), "written": "".join(BOX)}
 FORMS = {"qwen": QWEN, "added": QWEN, "single": PLAIN, "own": OWN}
 
 
@@ -28,12 +29,16 @@ FORMS = {"qwen": QWEN, "added": QWEN, "single": PLAIN, "own": OWN}
 def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[CasaProcessor, CasaProcessor]]:
     """By notation, a processor without gist tokens and one with two."""
     helium = build_tiny_helium(tmp_path_factory.mktemp("helium"))
+    boxes = tmp_path_factory.mktemp("boxes")
+    tokenizer = AutoTokenizer.from_pretrained(helium)
+    tokenizer.add_special_tokens({"extra_special_tokens": BOX})
+    tokenizer.save_pretrained(boxes)
     limits = {"max_pixels": SIDE**2, "frame_max_pixels": SIDE**2 // 4}
     makers = {
         "qwen": partial(CasaProcessor.from_source, source, **limits),
         "added": partial(CasaProcessor.from_text_source, helium, source, **limits),
         "single": partial(CasaProcessor.from_text_source, helium, source, image_delimiters="<|image|>", **limits),
-        "own": partial(CasaProcessor.from_text_source, helium, source, image_delimiters=["<s>", "</s>"], **limits),
+        "own": partial(CasaProcessor.from_text_source, boxes, source, image_delimiters=BOX, **limits),
     }
     return {name: (make(num_gist_tokens=0), make(num_gist_tokens=2)) for name, make in makers.items()}
 
