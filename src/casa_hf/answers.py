@@ -12,7 +12,7 @@ import torch
 from .chat_text import message, render_chat
 from .checks import check_asks
 from .media_casa import images_of, videos_of
-from .processing_casa import CasaVideosKwargs
+from .processing_casa import take_video_options
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration
@@ -95,7 +95,7 @@ def answer_prompts(
         video_metadata: what is known of each video's decoded frames; none, or one for each video.
         **options: arguments for `generate`, and for the processor, of the videos.
     """
-    of_videos = {name: options.pop(name) for name in CasaVideosKwargs.__annotations__ if name in options}
+    of_videos = take_video_options(options)
     inputs = processor(
         text=prompts,
         images=images or None,

@@ -18,7 +18,7 @@ from .chat_text import SAID, ChatText, message, render_chat
 from .checks import check_asks
 from .generation_casa import IMAGE_INPUTS
 from .media_casa import images_of, videos_of
-from .processing_casa import CasaVideosKwargs
+from .processing_casa import take_video_options
 from .transformers_versions import CACHE, CACHE_NAMES
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Conversation:
             ValueError: if the message is blank without an image or a video, if the processor refuses it, or for
                 settings that a conversation can't have: no cache, one that doesn't grow, several answers.
         """
-        of_videos = {name: options.pop(name) for name in CasaVideosKwargs.__annotations__ if name in options}
+        of_videos = take_video_options(options)
         self._check_settings(options)
         images, videos = images_of(images), videos_of(videos)
         check_asks("text", text, bool(images or videos))

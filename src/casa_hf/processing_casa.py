@@ -65,6 +65,11 @@ class CasaVideosKwargs(TypedDict, total=False):
     video_metadata: Any
 
 
+def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options for videos among those of a call, which are taken out."""
+    return {name: options.pop(name) for name in CasaVideosKwargs.__annotations__ if name in options}
+
+
 class CasaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """All options of a call: the tokenizer's, the image processor's, and those for videos."""
 
