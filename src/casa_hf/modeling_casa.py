@@ -1,11 +1,11 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """CASA models (arXiv 2512.19535): a language model whose text attends to images outside its sequence.
 
-Read from top to bottom: a decoder block (`CasaDecoderLayer`), the language model with its windows (`CasaTextModel`),
-vision tower and language model together (`CasaModel`), and the model that generates (`CasaForConditionalGeneration`).
-What a call is given is read by `text_inputs.py` and `image_inputs.py`; checkpoints are loaded by `loading_casa.py`,
-and `generate` is fed by `generation_casa.py`. Vision tower, norms, MLPs, rotary embedding and self-attention are the
-backbone's own Transformers modules; the table in `backbones.py` names them.
+Read from top to bottom: the language model with its windows (`CasaTextModel`), made of the blocks of
+`decoder_casa.py`; vision tower and language model together (`CasaModel`), and the model that generates
+(`CasaForConditionalGeneration`). What a call is given is read by `text_inputs.py` and `image_inputs.py`; checkpoints
+are loaded by `loading_casa.py`, and `generate` is fed by `generation_casa.py`. Vision tower, norms, MLPs, rotary
+embedding and self-attention are the backbone's own Transformers modules; the table in `backbones.py` names them.
 """
 
 import itertools
@@ -21,7 +21,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
@@ -31,29 +30,20 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import (
-    Attended,
-    BlockModules,
-    Call,
-    CasaContextAttention,
-    CasaSharedAttention,
-    FusionLayer,
-    fusion_layer,
-    image_attention,
-    self_attention,
-)
+from .attention import Call, FusionLayer
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
-from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter, DecoderBlock, SelfAttention
+from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter
 from .backbones import BACKBONES
 from .cache_casa import CasaStaticLayer, Kept, check_room, home_layer, prepare_cache, window_state
 from .configuration_casa import CasaConfig
+from .decoder_casa import CasaDecoderLayer
 from .eviction import KeyRotation, check_history, evict_text
 from .foreign_arguments import check_foreign, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, delimiters, has_images, place_images
 from .loading_casa import CasaLoadingMixin
 from .loss_casa import chunked_loss
-from .own_copies import is_split, own_copy
+from .own_copies import is_split
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .recurrence import TokenOrder, token_order
@@ -99,155 +89,6 @@ class CasaOutput(_NestedOutput, CausalLMOutputWithCrossAttentions):
     router_logits: tuple[torch.Tensor, ...] | None = None
     image_router_logits: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
-
-
-# By what a block mixes tokens, in order: the name of the norm, and of the method of `CasaDecoderLayer` that takes the
-# normed states and whose output is added to the states. By `casa_placement`; None: blocks without fusion.
-_Mixers = tuple[tuple[str, str], ...]
-_SELF_ATTENTION: _Mixers = (("input_layernorm", "attend_text"),)
-_MIXERS: dict[str | None, _Mixers] = {
-    None: _SELF_ATTENTION,
-    "parallel": (("input_layernorm", "attend_text_and_fuse"),),
-    "before": (("casa_layernorm", "fuse"), *_SELF_ATTENTION),
-    "after": (*_SELF_ATTENTION, ("casa_layernorm", "fuse")),
-    "replace": (("input_layernorm", "fuse"),),
-}
-# What blocks of linear attention do in place of self-attention.
-_RECURRENT = {"attend_text": "recur", "attend_text_and_fuse": "recur_and_fuse"}
-
-
-def _recurrent(mixers: _Mixers) -> _Mixers:
-    return tuple((norm, _RECURRENT.get(mixer, mixer)) for norm, mixer in mixers)
-
-
-class CasaDecoderLayer(GradientCheckpointingLayer):
-    """One block: the backbone's own modules, and a fusion layer where `config.fusion_layers` has this index.
-
-    With SA self-attention, F the fusion layer, y the image states and m a norm of its own (axis D3):
-
-        parallel: x' = x + SA(norm x) + F(norm x, y)        before: x' = x + F(m x, y),    x' = x' + SA(norm x')
-        replace:  x' = x + F(norm x, y)                     after:  x' = x + SA(norm x),   x' = x' + F(m x', y)
-
-    then x' + MLP(post x'). Where projections are shared in parallel, the fusion layer is SA + F. Blocks of linear
-    attention have that in place of SA, and no fusion layer. Image states are updated as `config.casa_image_updates`
-    says (axis D4).
-    """
-
-    def __init__(self, config: CasaConfig, layer_idx: int):
-        super().__init__()
-        backbone, text_config = config.backbone, config.text_config
-        stock: DecoderBlock = backbone.load("decoder_layer")(text_config, layer_idx)
-        fused = layer_idx in config.fusion_layers
-        placement = config.casa_placement if fused else None
-        self.kind = backbone.block.kinds(text_config)[layer_idx]
-        self.adapter = backbone.block
-        self.image_updates = config.casa_image_updates
-        recurrent = self.kind == LINEAR_ATTENTION
-        self.self_attn: SelfAttention | None = None if recurrent or placement == "replace" else stock.self_attn
-        if recurrent:
-            assert self.adapter.recurrent_module is not None
-            setattr(self, self.adapter.recurrent_module, getattr(stock, self.adapter.recurrent_module))
-        self.mlp = stock.mlp
-        self.input_layernorm = stock.input_layernorm
-        self.post_attention_layernorm = stock.post_attention_layernorm
-        self.casa_attn: FusionLayer | None = None
-        self.projections: Any = None  # `Projections`, where there is attention
-        if recurrent and fused:
-            origin: DecoderBlock = backbone.load("decoder_layer")(text_config, config.origin_of_fusion(layer_idx))
-            stock.self_attn = origin.self_attn
-        if fused or not recurrent:
-            self.projections = backbone.projections(backbone, stock.self_attn)
-        if fused:
-            self.casa_attn = fusion_layer(config, layer_idx, stock, self.projections)
-        if placement in ("before", "after"):
-            self.casa_layernorm = own_copy(stock.input_layernorm)
-        joint = isinstance(self.casa_attn, CasaSharedAttention | CasaContextAttention)
-        self.mixers: _Mixers = (("input_layernorm", "fuse"),) if joint else _MIXERS[placement]
-        self.text_mixers: _Mixers = () if placement == "replace" else _SELF_ATTENTION
-        if recurrent:
-            self.mixers, self.text_mixers = (_recurrent(mixers) for mixers in (self.mixers, self.text_mixers))
-
-    def forward(
-        self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Text states and image states in, text states and image states out.
-
-        Args:
-            hidden_states: (batch, tokens, hidden) text states.
-            image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
-            call: windows, positions, masks and cache of the forward.
-
-        Returns:
-            Text states, image states, logits of the router, if the call asks for them, of all text and then of the
-            image states that pass the MLP, and the weights of self-attention and fusion, where the backend gives any.
-        """
-        attended = Attended(hidden_states)
-        for norm, mixer in self.text_mixers if call.plan is None else self.mixers:
-            mixed = getattr(self, mixer)(getattr(self, norm)(hidden_states), image_states, call)
-            hidden_states = hidden_states + mixed.output
-            attended = attended.updated(mixed)
-        hidden_states, router_logits = self._through_mlp(hidden_states, call)
-        if image_states is not None and self.image_updates != "none":
-            image_states, of_images = self._update_images(image_states, attended, call)
-            if router_logits is not None and of_images is not None:
-                router_logits = torch.cat([router_logits, of_images])
-        return hidden_states, image_states, router_logits, attended.self_weights, attended.fusion_weights
-
-    def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Self-attention; where image states attend to its keys, these too."""
-        if self.image_updates == "full" and image_states is not None:
-            return self_attention(self.projections, self._modules_of_attention().attention, states, call)
-        output, weights = self.adapter.attend(self, self.kind, states, call)
-        return Attended(output, self_weights=weights)
-
-    def fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """What the fusion layer gives; where projections are shared in parallel, with self-attention in it."""
-        assert self.casa_attn is not None
-        return self.casa_attn(states, image_states, call, self._modules_of_attention())
-
-    def attend_text_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Self-attention and the fusion layer, of the same states."""
-        text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
-        return text.updated(fused)._replace(output=text.output + fused.output)
-
-    def recur(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Linear attention; where attention updates image states, over text and images in the order of reading."""
-        order = call.order
-        if order is None:
-            return Attended(self.adapter.recur(self, states, None, call.cache))
-        enter = image_states is not None and self.image_updates == "full"
-        joined = order.join(states, self.input_layernorm(image_states) if enter else None)
-        batches = zip(joined, order.valid, strict=True)
-        mixed = [self.adapter.recur(self, batch, valid, call.cache) for batch, valid in batches]
-        output, of_images = order.split(mixed, like=states)
-        return Attended(output, of_images=of_images)
-
-    def recur_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Linear attention and the fusion layer, of the same states."""
-        text, fused = self.recur(states, image_states, call), self.fuse(states, image_states, call)
-        return text.updated(fused)._replace(output=text.output + fused.output)
-
-    def _update_images(
-        self, states: torch.Tensor, attended: Attended, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Image states for the next block: through the block's own attention ("full") and the MLP; logits of
-        the router."""
-        if attended.of_images is not None:
-            states = states + attended.of_images
-        elif self.image_updates == "full":
-            modules = self._modules_of_attention()
-            states = states + image_attention(self.projections, modules, states, attended, call)
-        states, router_logits = self._through_mlp(states[None], call)
-        return states[0], router_logits
-
-    def _through_mlp(self, states: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens, hidden) states with what the MLP adds to them; logits of its router, if the call asks."""
-        normed = self.post_attention_layernorm(states)
-        router_logits = self.adapter.router_logits(self, normed) if call.router_logits else None
-        return states + self.adapter.mlp(self, normed), router_logits
-
-    def _modules_of_attention(self) -> BlockModules:
-        return BlockModules(self.self_attn, self.input_layernorm)
 
 
 class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
