@@ -12,7 +12,7 @@ import torch
 from .chat_text import message, render_chat
 from .checks import check_asks
 from .media_casa import images_of, videos_of
-from .processing_casa import take_video_options
+from .videos_casa import take_video_options
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration

@@ -18,8 +18,8 @@ from .chat_text import SAID, ChatText, message, render_chat
 from .checks import check_asks
 from .generation_casa import IMAGE_INPUTS
 from .media_casa import images_of, videos_of
-from .processing_casa import take_video_options
 from .transformers_versions import CACHE, CACHE_NAMES
+from .videos_casa import take_video_options
 
 if TYPE_CHECKING:
     from .modeling_casa import CasaForConditionalGeneration

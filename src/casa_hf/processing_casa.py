@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BatchFeature
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .backbones import SOURCE_BACKBONES
 from .chat_templates import plain_turns, wrap_chat_template
 from .chat_text import ChatText, token_ids
-from .checks import counted, listed
+from .checks import listed
 from .design_space import check_gist_tokens
 from .folder_files import read_json
 from .frames_casa import Frames, check_sampling, measure_frames, read_frames
@@ -32,15 +32,9 @@ from .image_inputs import DELIMITER_TYPE, FRAME_TYPE, IMAGE_TYPE
 from .media_casa import MediaPolicy, elements_of, image_size, is_image, is_video, is_video_or_files, name_of, rgb_image
 from .placeholders import VISION_END, VISION_START, DelimiterError, Notation, Prompt, delimiters_of
 from .publishing_hook import PublishedByHook
-from .temporal_patches import (
-    ALL_FRAMES,
-    by_image,
-    check_frames_per_image,
-    join_frames,
-    middle,
-    num_temporal_patches,
-)
-from .timestamps_casa import ASSUMED_FPS, ENCLOSED, check_video_timestamps, num_common_last, timestamp_text
+from .temporal_patches import ALL_FRAMES, check_frames_per_image, join_frames, num_temporal_patches
+from .timestamps_casa import ASSUMED_FPS, check_video_timestamps, num_common_last, timestamp_text
+from .videos_casa import CasaVideosKwargs, Visual, video_metadata
 
 logger = logging.get_logger(__name__)
 
@@ -51,23 +45,6 @@ _LIMITS = ("size", "min_pixels", "max_pixels")
 # Where a part of a message has its image.
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _SOURCE_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-
-class CasaVideosKwargs(TypedDict, total=False):
-    """Options for videos; see `CasaProcessor.__call__`."""
-
-    fps: float | None
-    num_frames: int | None
-    do_sample_frames: bool | None
-    frame_max_pixels: int | None
-    frames_per_image: int | str | None
-    video_timestamps: str | None
-    video_metadata: Any
-
-
-def take_video_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options for videos among those of a call, which are taken out."""
-    return {name: options.pop(name) for name in CasaVideosKwargs.__annotations__ if name in options}
 
 
 class CasaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -509,7 +486,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             types=types,
             images=all_images.items,
             videos=all_videos.items,
-            metadata=_metadata(options["videos_kwargs"].get("video_metadata"), len(all_videos.items)),
+            metadata=video_metadata(options["videos_kwargs"].get("video_metadata"), len(all_videos.items)),
             options=options,
             sizes=self._sizes(options, with_videos=bool(all_videos.items)),
             policy=policy,
@@ -551,7 +528,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             )
         return kind
 
-    def _load(self, call: "_Call") -> "list[list[_Visual]]":
+    def _load(self, call: "_Call") -> list[list[Visual]]:
         """Load all images and frames of a call, by prompt and placeholder, as RGB images."""
         images_kwargs = call.options["images_kwargs"]
         layout = images_kwargs.pop("input_data_format", None)
@@ -565,14 +542,14 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             self._num_patches(call.sizes[type], image.height, image.width, given)  # or says what is wrong with it
             return image
 
-        def loaded(visual: _Visual) -> _Visual:
+        def loaded(visual: Visual) -> Visual:
             frames = [image_of(frame, visual.type) for frame in visual.frames]
             visual.check_sizes([frame.size for frame in frames])
             return visual._replace(frames=frames)
 
         return [[loaded(visual) for visual in row] for row in rows]
 
-    def _visuals(self, call: "_Call", frames_of: Callable[..., Frames]) -> "list[list[_Visual]]":
+    def _visuals(self, call: "_Call", frames_of: Callable[..., Frames]) -> list[list[Visual]]:
         """Distribute the images and videos of a call over prompts and placeholders; images stay as they were given."""
         videos_kwargs = call.options["videos_kwargs"]
         sampling: dict[str, Any] = {
@@ -583,9 +560,9 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         check_sampling(**sampling)
         images, videos = iter(call.images), zip(call.videos, call.metadata, strict=True)
 
-        def visual(type: int) -> _Visual:
+        def visual(type: int) -> Visual:
             if type == IMAGE_TYPE:
-                return _Visual(type, [next(images)], 1)
+                return Visual(type, [next(images)], 1)
             video, metadata = next(videos)
             frames = frames_of(video, policy=call.policy, metadata=metadata, **sampling)
             if call.reads_times and not frames.timed:
@@ -594,13 +571,13 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                     f"taken for {ASSUMED_FPS:g} frames per second. Pass the file, or video_metadata with the `fps` "
                     "and the `frames_indices` of the frames."
                 )
-            return _Visual(
+            return Visual(
                 type, frames.images, call.frames_per_image, frames.seconds_apart, frames.times, call.timestamps
             )
 
         return [[visual(type) for type in types] for types in call.types]
 
-    def _tokenize(self, texts: list[str], rows: "list[list[_Visual]]", text_kwargs: dict) -> dict[str, Any]:
+    def _tokenize(self, texts: list[str], rows: list[list[Visual]], text_kwargs: dict) -> dict[str, Any]:
         text_kwargs.pop("return_text_replacement_offsets", None)  # offsets refer to the given text anyway
         with_types = text_kwargs.pop("return_mm_token_type_ids", True)
         prompts = [
@@ -632,7 +609,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         options = {name: text_kwargs[name] for name in names if name in text_kwargs}
         return dict(self.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options}))
 
-    def _token_types(self, input_ids: list[int], visuals: "list[_Visual]") -> list[int]:
+    def _token_types(self, input_ids: list[int], visuals: list[Visual]) -> list[int]:
         # Token `image_token` ends a video too, where a further pair of delimiters stands around its frames.
         ends = [end for visual in visuals for end in visual.ends]
         number, others = len(ends) - ends.count(0), ends.count(0)
@@ -647,7 +624,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
         self._mark_times(types, input_ids, visuals)
         return types
 
-    def _mark_times(self, types: list[int], input_ids: list[int], visuals: "list[_Visual]") -> None:
+    def _mark_times(self, types: list[int], input_ids: list[int], visuals: list[Visual]) -> None:
         """Say in the types of ids which are the times of frames.
 
         What stands before the first frame of a video may share a token with the text before it, which is text then.
@@ -666,7 +643,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
                     types[stop - length : stop] = [DELIMITER_TYPE] * length
                 begin = end + 1 + (len(self.gist_token_ids) if type else 0)
 
-    def _pixels(self, visuals: "list[_Visual]", call: "_Call") -> dict[str, torch.Tensor]:
+    def _pixels(self, visuals: list[Visual], call: "_Call") -> dict[str, torch.Tensor]:
         """Patches and grids of all images, in order."""
         options = call.options["images_kwargs"].items()
         others = {name: value for name, value in options if name not in (*_LIMITS, "return_tensors")}
@@ -794,70 +771,6 @@ class _Call(NamedTuple):
         if self.timestamps is not None:
             return f"video_timestamps={self.timestamps!r}"
         return f"frames_per_image={ALL_FRAMES!r}" if self.frames_per_image == ALL_FRAMES else ""
-
-
-class _Visual(NamedTuple):
-    """The image, or the frames of the video, that one placeholder stands for.
-
-    Attributes:
-        type: `IMAGE_TYPE` or `FRAME_TYPE`.
-        frames: frames in order; of an image the image itself.
-        frames_per_image: number of frames of an image.
-        seconds_apart: seconds from frame to frame; 0 for an image.
-        times: seconds at which each frame appears; none for an image.
-        timestamps: kind of the times that are written before frames.
-    """
-
-    type: int
-    frames: list[Any]
-    frames_per_image: int | str
-    seconds_apart: float = 0.0
-    times: Sequence[float] = ()
-    timestamps: str | None = None
-
-    @property
-    def by_image(self) -> list[list[Any]]:
-        """The frames of each image that the model sees."""
-        return by_image(self.frames, self.frames_per_image)
-
-    @property
-    def written(self) -> tuple[list[str], bool]:
-        """What stands before each image, and whether delimiters stand around them all."""
-        if self.timestamps is None:
-            return [""] * len(self.by_image), False
-        times = [middle(of_image) for of_image in by_image(self.times, self.frames_per_image)]
-        return [timestamp_text(self.timestamps, time) for time in times], self.timestamps in ENCLOSED
-
-    @property
-    def ends(self) -> list[int]:
-        """The types of all closing delimiters: those of its images, and 0 for one around them."""
-        return [self.type] * len(self.by_image) + [0] * self.written[1]
-
-    def check_sizes(self, sizes: list[tuple[int, int]]) -> None:
-        """Refuse frames of different sizes, (width, height), in one image."""
-        for of_image in by_image(sizes, self.frames_per_image):
-            other = next((size for size in of_image if size != of_image[0]), None)
-            if other is not None:
-                first = of_image[0]
-                raise ValueError(
-                    f"A video has frames of {first[0]} x {first[1]} and of {other[0]} x {other[1]} pixels in one "
-                    f"image (frames_per_image={self.frames_per_image!r}), which takes one size; resize them, or pass "
-                    "frames_per_image=1."
-                )
-
-
-def _metadata(given: Any, number: int) -> list[Any]:
-    """What is known of each of so many videos, from what a call was given."""
-    if given is None:
-        return [None] * number
-    rows = given if isinstance(given, (list, tuple)) else [given]
-    flat = [item for row in rows for item in (row if isinstance(row, (list, tuple)) else [row])]
-    if len(flat) != number:
-        raise ValueError(
-            f"video_metadata has {counted(len(flat), 'element')} for {counted(number, 'video')}; give one for each, "
-            "or None for a video of which nothing is known."
-        )
-    return flat
 
 
 def _without_times(masks: Any, types: Any) -> Any:
