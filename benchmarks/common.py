@@ -27,7 +27,7 @@ from transformers import Cache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLFor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration
-from casa_hf.cache_casa import KeysValues
+from casa_hf.cache_layers import KeysValues
 
 START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
 

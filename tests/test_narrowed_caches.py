@@ -8,7 +8,7 @@ import torch
 from transformers import StaticCache
 
 from casa_hf.attention_backends import StepWindows, windowed_attention
-from casa_hf.cache_casa import FusionKeys, KeysValues
+from casa_hf.cache_layers import FusionKeys, KeysValues
 from tests.helpers_generation import Image, batch, one_shot, relative_error, shared_model, token_ids, words
 
 TOLERANCE = 1e-9

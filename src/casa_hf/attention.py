@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from .attention_backends import BackendWindows, StepWindows, attend, step_with_self_attention, windowed_attention
 from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
-from .cache_casa import FusionKeys, KeysValues
+from .cache_layers import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
 from .own_copies import own_copy
 from .positions import Rotary

@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
 from .backbone import AttentionModule
-from .cache_casa import FusionKeys, KeysValues
+from .cache_layers import FusionKeys, KeysValues
 from .torch_varlen import TORCH_VARLEN
 from .windows import WindowPlan, moved, pinned_before
 

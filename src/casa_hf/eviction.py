@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache_casa import KeysValues, home_layer
+from .cache_casa import home_layer
+from .cache_layers import KeysValues
 from .positions import Rotary
 from .windows import OPEN, WindowRules, WindowState
 

@@ -34,7 +34,8 @@ from .attention import Call, FusionLayer
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
 from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter
 from .backbones import BACKBONES
-from .cache_casa import CasaStaticLayer, Kept, check_room, home_layer, prepare_cache, window_state
+from .cache_casa import Kept, check_room, home_layer, prepare_cache, window_state
+from .cache_layers import CasaStaticLayer
 from .configuration_casa import CasaConfig
 from .decoder_casa import CasaDecoderLayer
 from .eviction import KeyRotation, check_history, evict_text

@@ -149,7 +149,17 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.cache_utils": ("LinearAttentionLayer",),
         "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
         "transformers.cache_utils.CacheLayerMixin": ("is_initialized", "lazy_initialization"),
+        "transformers.cache_utils.DynamicLayer": ("is_sliding",),
+        "transformers.cache_utils.LinearAttentionLayer": ("conv_states", "recurrent_states"),
+        "transformers.cache_utils.StaticLayer": ("max_cache_len",),
+    },
+    "cache_layers": {
+        "transformers.cache_utils.CacheLayerMixin": ("is_initialized", "lazy_initialization"),
         "transformers.cache_utils.DynamicLayer": ("is_croppable", "is_sliding"),
+        "transformers.cache_utils.StaticLayer": ("cumulative_length", "max_cache_len"),
+    },
+    "cache_recurrent": {
+        "transformers.cache_utils": ("LinearAttentionLayer",),
         "transformers.cache_utils.LinearAttentionLayer": (
             "activate_past_recording",
             "conv_kernel_size",
@@ -161,7 +171,6 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "update_conv_state",
             "update_recurrent_state",
         ),
-        "transformers.cache_utils.StaticLayer": ("cumulative_length", "max_cache_len"),
     },
     "backbone_qwen3_5": {
         "transformers": ("initialization",),
