@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_source_has_the_hubs_layout_and_converts(tmp_path):
-    benchmark.build_source(tmp_path / "source", tiny=True)
+    benchmark.build_source(tmp_path / "source", "tiny")
     names = read_checkpoint(tmp_path / "source")
     assert {name.split(".")[0] for name in names} == {"visual", "model"}
     assert {tensor.dtype for tensor in names.values()} == {"BF16"}
@@ -27,7 +27,7 @@ def test_source_has_the_hubs_layout_and_converts(tmp_path):
 
 @pytest.mark.slow
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.convert", "--tiny", "--runs", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.convert", "--size", "tiny", "--runs", "1", "--folder", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["output_bytes"] > figures["source_bytes"] > 0
