@@ -8,6 +8,7 @@ every layer.
 | form | backend | what runs |
 |---|---|---|
 | `MaskedWindows` | "eager", and custom backends | one mask over all tokens and keys: the plain reference |
+| `DenseWindows` | "sdpa", in calls of few tokens with one new image per row | one mask over all tokens and keys |
 | `PaddedWindows` | "sdpa" | windows of similar size as one padded batch |
 | `VarlenWindows` | "flash_attention_2" and similar ones, "torch_varlen" | one call over all windows |
 | `StepWindows` | all but "eager" and custom backends, in decoding steps | keys are read where they are stored |
@@ -76,6 +77,18 @@ class MaskedUpdate:
 
 
 @dataclass(frozen=True)
+class DenseWindows:
+    """One call over all tokens and keys, as for a frame of a stream: there are few tokens, of at most two windows in
+    each row, so that the launches of segments would cost more than the keys that a mask hides.
+
+    Attributes:
+        mask: additive (batch, 1, groups * tokens, at least all keys), for `_attend_packed`.
+    """
+
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PaddedWindows:
     """One call of the backend for each batch of segments of similar size.
 
@@ -108,11 +121,16 @@ class StepWindows:
     first_text: int = 0
 
 
-BackendWindows = MaskedWindows | MaskedUpdate | PaddedWindows | VarlenWindows | StepWindows
+BackendWindows = MaskedWindows | MaskedUpdate | DenseWindows | PaddedWindows | VarlenWindows | StepWindows
+
+# Numbers that the mask of `DenseWindows` has at most.
+_DENSE_MASK = 2**21
+# Kernels copy a mask, in every layer, whose rows don't begin at multiples of so many numbers.
+_MASK_ALIGNMENT = 8
 
 
 def fusion_windows(
-    plan: WindowPlan, implementation: str, dtype: torch.dtype, everything_visible: bool
+    plan: WindowPlan, implementation: str, dtype: torch.dtype, groups: int, everything_visible: bool
 ) -> tuple[BackendWindows | None, bool]:
     """The windows of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
 
@@ -120,6 +138,7 @@ def fusion_windows(
         plan: windows of the call.
         implementation: name of the backend.
         dtype: data type of the states.
+        groups: number of query heads for each key head.
         everything_visible: whether a token of a decoding step sees all that is stored, as in a single row without
             padding.
     """
@@ -128,7 +147,13 @@ def fusion_windows(
         return MaskedWindows(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
         return StepWindows(None if everything_visible else plan.mask(), plan.text_range[0]), everything_visible
-    segments, device = fusion_segments(plan.on_host), plan.sees.device
+    on_host, device = plan.on_host, plan.sees.device
+    if not varlen and _is_short(on_host, groups):
+        if not on_host.sees.any():
+            return None, False
+        dense = DenseWindows(_additive_mask(on_host.mask(), dtype, groups))
+        return moved(dense, device), bool(on_host.sees.all())
+    segments = fusion_segments(on_host)
     if segments is None:
         return None, False
     all_see = len(segments.query_index) == plan.sees.numel()
@@ -136,6 +161,26 @@ def fusion_windows(
         return moved(VarlenWindows(segments), device), all_see
     padded = PaddedWindows(segments.padded(plan.sees.numel()), segments.takes_all_keys)
     return moved(padded, device), all_see
+
+
+def _is_short(plan: WindowPlan, groups: int) -> bool:
+    """Whether the tokens of each row, of a plan on the host, are in at most two windows, and their mask is small."""
+    batch_size, num_tokens = plan.sees.shape
+    first, past = plan.text_range if plan.rules.with_text else (0, 0)
+    if batch_size * groups * num_tokens * (plan.num_columns + past - first) > _DENSE_MASK:
+        return False
+    windows = (plan.image_start.diff(dim=1) != 0).sum(1) + 1
+    return int(windows.max()) <= 2
+
+
+def _additive_mask(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch.Tensor:
+    """A boolean mask (batch, 1, tokens, keys) for `_attend_packed`; further keys follow, so that rows begin at
+    addresses that kernels can read from."""
+    mask = mask.repeat(1, 1, groups, 1)
+    width = -(-mask.shape[-1] // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+    additive = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)
+    additive[..., : mask.shape[-1]].masked_fill_(~mask, -torch.inf)
+    return additive
 
 
 def update_windows(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> BackendWindows:
@@ -174,6 +219,8 @@ def windowed_attention(
         case MaskedUpdate(mask, plan):
             query = plan.place(query[0].transpose(0, 1)).transpose(1, 2)
             return plan.collect(attend(module, query, keys.joined(), mask, is_causal=False)[0])[None], None
+        case DenseWindows(mask):
+            return _attend_packed(module, query, keys.joined(), mask), None
         case StepWindows(mask):
             return _step_attention(module, query, keys, mask), None
         case PaddedWindows(batches, in_place):
@@ -210,6 +257,27 @@ def attend(
     dropout = module.attention_dropout if module.training else 0.0
     output, weights = backend(module, query, *keys, mask, dropout=dropout, scaling=module.scaling, **arguments)
     return output.flatten(2).contiguous(), weights
+
+
+def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, heads * head_dim) by "sdpa", with the query heads of each key head as further tokens of it, so
+    that no key is repeated.
+
+    Args:
+        module: module that projected the query.
+        query: (batch, heads, tokens, head_dim).
+        keys: keys/values that all tokens see, as far as the mask lets them.
+        mask: additive (batch or 1, 1, groups * tokens, at least all keys).
+    """
+    batch_size, kv_heads, num_keys, head_dim = keys.keys.shape
+    output = nn.functional.scaled_dot_product_attention(
+        query.reshape(batch_size, kv_heads, -1, head_dim),
+        *keys,
+        attn_mask=mask[..., :num_keys],
+        dropout_p=module.attention_dropout if module.training else 0.0,
+        scale=module.scaling,
+    )
+    return output.reshape(query.shape).transpose(1, 2).flatten(2)
 
 
 def step_with_self_attention(

@@ -24,9 +24,9 @@ class KeysValues(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def append(self, other: KeysValues) -> KeysValues:
-        """Both, one after the other."""
-        return KeysValues(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
+    def append(self, *others: KeysValues) -> KeysValues:
+        """All, one after the other."""
+        return KeysValues(*(torch.cat(parts, dim=2) for parts in zip(self, *others, strict=True)))
 
     def between(self, start: int, end: int) -> KeysValues:
         """Views of those from `start` up to `end`."""
@@ -100,7 +100,7 @@ class GrowingMemory:
         batch_size, heads, _, head_dim = parts[0].keys.shape
         length = sum(part.keys.shape[2] for part in parts)
         allocated = length + room + max(_SPARE_ROOM, length // 4)
-        memory = cls(KeysValues(*(t.new_zeros(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
+        memory = cls(KeysValues(*(t.new_empty(batch_size, heads, allocated, head_dim) for t in parts[0])), 0)
         for part in parts:
             memory.append(part)
         return memory
@@ -144,11 +144,25 @@ class CasaLayerMixin:
             plan: windows of the call.
             name: entry of `fusion` that image keys/values are kept in.
         """
+        if images is not None and text is not None and self.grows and not torch.is_grad_enabled():
+            return self._extend_joined(images, text, plan)
         stored = None if text is None else self._append_joined(text)
         all_text = None if text is None else self._extend_text(text, plan, appended=stored is not None)
         if images is not None or plan.num_dropped_text:
             stored = None  # what is stored has changed since
         return FusionKeys(self._extend_images(name, images, plan), all_text, stored)
+
+    def _extend_joined(self, images: KeysValues, text: KeysValues, plan: WindowPlan) -> FusionKeys:
+        """The same where both are new and none is read by a backward pass: copied once for this call, and what stays
+        once more into memory of its own."""
+        stored = self.fusion.get("image") if plan.state.image_columns else None
+        parts = [part for part in (stored, images, self.fusion.get("window"), text) if part is not None]
+        everything = parts[0].append(*parts[1:])
+        all_images = everything.between(0, plan.num_columns)
+        all_text = everything.between(plan.num_columns, everything.keys.shape[2])
+        kept = KeysValues(*(plan.kept(tensor) for tensor in all_images))
+        self._join(kept, all_text.between(plan.num_dropped_text, all_text.keys.shape[2]))
+        return FusionKeys(all_images, all_text, everything)
 
     def _extend_images(self, name: str, new: KeysValues | None, plan: WindowPlan) -> KeysValues | None:
         # Without columns of its own, what a static layer holds is left over from an earlier use.

@@ -222,6 +222,7 @@ class CasaTextModel(CasaPreTrainedModel):
             before=config.casa_image_positions == "before",
         )
         self.attends_to_update = config.casa_image_updates == "full"
+        self.head_groups = text_config.num_attention_heads // text_config.num_key_value_heads
         # No `padding_idx`: padding is masked anyway, and where its token is text, its row could not learn. That token
         # often ends answers too, and trainers write the tokenizer's into the configuration.
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
@@ -455,7 +456,7 @@ class CasaTextModel(CasaPreTrainedModel):
         call = Call(rotary, self._masks(text, cache), cache, arguments, order)
         if not plan.active:
             return call
-        fusion, all_see = fusion_windows(plan, implementation, dtype, everything_visible)
+        fusion, all_see = fusion_windows(plan, implementation, dtype, self.head_groups, everything_visible)
         call = replace(call, plan=plan, fusion=fusion, all_see=all_see, image_rotary=image_rotary)
         if image_rotary is None or not self.attends_to_update:
             return call

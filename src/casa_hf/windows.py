@@ -492,16 +492,20 @@ class WindowPlan:
         """Inverse of `place`: (batch, new_columns, ...) to (num_image_tokens, ...)."""
         return columns[self.token_rows, self.token_columns]
 
-    def keep(self, columns: torch.Tensor) -> torch.Tensor:
-        """The part of (batch, heads, image columns, head_dim) that stays stored, as a tensor of its own."""
+    def kept(self, columns: torch.Tensor) -> torch.Tensor:
+        """The part of (batch, heads, image columns, head_dim) that stays stored, as a view where it can be one."""
         if self.kept_columns is None:
             return columns
-        if self.pinned is None and len(columns) == 1:
-            # The window of a single row is what comes last.
-            num_kept = self.kept_columns.shape[1]
-            return columns if num_kept == columns.shape[2] else columns[:, :, -num_kept:].clone()
+        num_kept = self.kept_columns.shape[1]
+        if self.pinned is None and len(columns) == 1:  # the window of a single row is what comes last
+            return columns[:, :, columns.shape[2] - num_kept :]
         index = self.kept_columns[:, None, :, None].expand(-1, columns.shape[1], -1, columns.shape[3])
         return columns.gather(2, index)
+
+    def keep(self, columns: torch.Tensor) -> torch.Tensor:
+        """The same as a tensor of its own."""
+        kept = self.kept(columns)
+        return kept.clone() if kept._is_view() and kept.shape != columns.shape else kept
 
 
 def plan_windows(
