@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 from casa_hf import cache_nbytes
 from casa_hf.cache_casa import cache_snapshot, cache_state, home_layer, prepare_cache, restore_cache
 from casa_hf.transformers_versions import CACHE
-from casa_hf.windows import WindowState
+from casa_hf.window_state import WindowState
 from tests.helpers_generation import relative_error, words
 from tests.tiny import ROPE, TEXT, random_tensor
 

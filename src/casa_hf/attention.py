@@ -30,7 +30,8 @@ from .configuration_casa import CasaConfig
 from .own_copies import own_copy
 from .positions import Rotary
 from .recurrence import TokenOrder
-from .windows import WindowPlan, moved
+from .window_state import moved
+from .windows import WindowPlan
 
 
 @dataclass(frozen=True)

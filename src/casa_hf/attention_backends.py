@@ -40,7 +40,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from .backbone import AttentionModule
 from .cache_layers import FusionKeys, KeysValues
 from .torch_varlen import TORCH_VARLEN
-from .windows import WindowPlan, moved, pinned_before
+from .window_state import moved
+from .windows import WindowPlan, pinned_before
 
 
 def is_varlen(implementation: str | None) -> bool:

@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 
 from .cache_layers import CasaDynamicLayer, CasaLayerMixin, CasaStaticLayer, CasaWrappedLayer, KeysValues
 from .cache_recurrent import CasaLinearLayer, CasaStaticLinearLayer
-from .windows import WindowState, moved
+from .window_state import WindowState, moved
 
 # What a block's own attention keeps in a cache: keys/values of the text, the recurrent state of linear attention, or
 # nothing where self-attention is replaced.

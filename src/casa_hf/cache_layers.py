@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .windows import WindowPlan, WindowState
+from .window_state import WindowState
+from .windows import WindowPlan
 
 # Room for further tokens that growing keys/values are given at least.
 _SPARE_ROOM = 64

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from .checks import counted
 from .configuration_casa import CasaConfig
 from .text_inputs import NewText, cached_length
-from .windows import ImagePlacement, moved
+from .window_state import moved
+from .windows import ImagePlacement
 
 logger = logging.get_logger(__name__)
 

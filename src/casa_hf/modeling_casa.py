@@ -52,7 +52,8 @@ from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .vision_tower import PatchProjection, tower_inputs
-from .windows import ImagePlacement, WindowPlan, WindowRules, WindowState, plan_windows
+from .window_state import WindowState
+from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 # Options of a call that apply to the vision tower too.
 _RECORDED = ("output_attentions", "output_hidden_states")

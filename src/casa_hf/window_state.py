@@ -1,0 +1,264 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a stream remembers about its windows between calls.
+
+A *cache position* is the index of a text token in its row counted over all calls, padding included; not to be confused
+with the position that its rotary embedding has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+# Cache position of the first text after an image while there is none: the image's window is still open.
+OPEN = torch.iinfo(torch.long).max
+
+# Fields of `WindowState` with an entry for every cache position.
+_OF_TEXT = ("valid", "positions")
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """What a stream remembers about its windows between calls; one entry per row unless said.
+
+    A *growing* state has exactly as many cache positions as there is text. A *fixed* one is that of a static cache:
+    all its tensors stay where they are, and have as many cache positions as the cache.
+
+    Attributes:
+        length: number of cache positions with text or padding, the same for all rows; a tensor without dimensions if
+            the state is fixed.
+        valid: (batch, length or capacity) whether a cache position holds text rather than padding.
+        padded: whether any call came with a padding mask.
+        positions: (batch, length or capacity) position of the text at each cache position, the largest of its axes; 0
+            for padding.
+        next_position: (batch,) position of the next text token.
+        image_columns: number of columns of the stored image keys/values; rows are right-aligned in them.
+        image_tokens: (batch,) image tokens of the current window, 0 before the first image.
+        pinned: (batch, image_columns) columns that stay visible to all later text; None while no history is "all".
+        last_image: (batch,) cache position of the token that the last image precedes; -1 without an image.
+        window_start: (batch,) first cache position of the current window.
+        closed_at: (batch,) cache position of the first text after the last image, `OPEN` while there is none.
+        is_frame: (batch,) whether the last image is a video frame.
+        text_start: first cache position whose text keys fusion layers still need; always 0 if the state is fixed.
+        capacity: number of cache positions of a fixed state; None if it is growing.
+        reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
+            share one shape.
+        only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
+    """
+
+    length: int | torch.Tensor
+    valid: torch.Tensor
+    padded: bool
+    positions: torch.Tensor
+    next_position: torch.Tensor
+    image_columns: int
+    image_tokens: torch.Tensor
+    pinned: torch.Tensor | None
+    last_image: torch.Tensor
+    window_start: torch.Tensor
+    closed_at: torch.Tensor
+    is_frame: torch.Tensor
+    text_start: int
+    capacity: int | None = None
+    reserved_columns: int = 0
+    only_row: bool = False
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device, length: int = 0) -> WindowState:
+        """The state before the first image, after `length` tokens of text in every row."""
+        zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return cls(
+            length=length,
+            valid=torch.ones(batch_size, length, dtype=torch.bool, device=device),
+            padded=False,
+            positions=torch.arange(length, device=device).expand(batch_size, -1),
+            next_position=zeros + length,
+            image_columns=0,
+            image_tokens=zeros,
+            pinned=None,
+            last_image=zeros - 1,
+            window_start=zeros + length,
+            closed_at=zeros + OPEN,
+            is_frame=zeros.bool(),
+            text_start=length,
+            only_row=batch_size == 1,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.valid.shape[0]
+
+    # ---------------------------------------------------------------- rows
+
+    def select(self, rows: torch.Tensor) -> WindowState:
+        """The state with the given rows, in their order."""
+        rows = rows.to(self.valid.device)
+        return self._map_rows(lambda of_rows: of_rows[rows])
+
+    def repeat_interleave(self, repeats: int) -> WindowState:
+        """The state with each row repeated."""
+        return self._map_rows(lambda of_rows: of_rows.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors_of(self).items() if t.ndim}
+        new = replace(self, **changed | {"only_row": False})
+        return new if self.capacity is None else self.assign(new)
+
+    def append_empty_rows(self, number: int) -> WindowState:
+        """The state, a growing one, with further rows in which all so far is padding."""
+        assert isinstance(self.length, int)
+        empty = WindowState.empty(number, self.valid.device, length=self.length)
+        further = tensors_of(empty)
+        for name in ("valid", "positions", "next_position"):
+            further[name] = torch.zeros_like(further[name])
+        if self.pinned is not None:
+            further["pinned"] = self.pinned.new_zeros(number, self.image_columns)
+        rows: dict[str, Any] = {name: torch.cat([t, further[name]]) for name, t in tensors_of(self).items()}
+        return replace(self, **rows | {"padded": self.padded or self.length > 0, "only_row": False})
+
+    # ---------------------------------------------------------------- text
+
+    def valid_with(self, token_valid: torch.Tensor) -> torch.Tensor:
+        """(batch, cache positions) validity of all text once new tokens are there."""
+        return self._with_new(self.valid, token_valid)
+
+    def positions_with(self, positions: torch.Tensor) -> torch.Tensor:
+        """(batch, cache positions) positions of all text once new tokens are there."""
+        return self._with_new(self.positions, positions)
+
+    def _with_new(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.capacity is None:
+            return torch.cat([stored, new], dim=1)
+        return stored.index_copy(1, torch.arange(new.shape[1], device=new.device) + self.length, new)
+
+    def crop(self, num_tokens: int) -> WindowState:
+        """The state, a growing one, without the last `num_tokens` tokens.
+
+        Raises:
+            ValueError: if an image whose keys/values are stored would have to be taken back.
+        """
+        length = int(self.length) - num_tokens
+        last_image = int(self.last_image.max()) if self.image_columns else -1
+        if self.image_columns and last_image >= length:
+            raise ValueError(
+                f"Can't crop {num_tokens} of {self.length} tokens: the current image stands before token "
+                f"{last_image}, so at most {self.length - last_image - 1} can be removed. Earlier windows are "
+                "no longer stored; start from a copy of the cache made before the image."
+            )
+        if length < 0:
+            raise ValueError(f"Can't crop {num_tokens} of {self.length} tokens.")
+        return replace(
+            self,
+            length=length,
+            valid=self.valid[:, :length],
+            positions=self.positions[:, :length],
+            next_position=self.next_position - self.valid[:, length:].sum(-1),
+            closed_at=torch.where(self.closed_at < length, self.closed_at, OPEN),
+            text_start=min(self.text_start, length),
+        )
+
+    # ---------------------------------------------------------------- static caches
+
+    def fixed(self, capacity: int) -> WindowState:
+        """The state in the form that a static cache of this capacity keeps: tensors of its own, whose shapes and
+        addresses stay, so that a compiled decoding step can change them in place."""
+        own: dict[str, Any] = {name: t.clone() for name, t in tensors_of(self).items()}
+        own["length"] = torch.tensor(int(self.length), device=self.valid.device)
+        for name in _OF_TEXT:
+            own[name] = nn.functional.pad(own[name], (0, capacity - own[name].shape[1]))
+        for tensor in own.values():
+            torch._dynamo.mark_static_address(tensor)
+        return replace(self, **own | {"text_start": 0, "capacity": capacity})
+
+    def growing(self) -> WindowState:
+        """The state in the form that calls with images work on; a fixed one is read off its device."""
+        if self.capacity is None:
+            return self
+        length = int(self.length)
+        of_text: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _OF_TEXT}
+        return replace(self, **of_text | {"length": length, "capacity": None})
+
+    def assign(self, new: WindowState) -> WindowState:
+        """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
+        own: dict[str, Any] = tensors_of(self)
+        if new.pinned is None:
+            own["pinned"] = None
+        for name, tensor in tensors_of(new).items():
+            if name in _OF_TEXT and new.capacity is None:
+                own[name][:, : tensor.shape[1]].copy_(tensor)
+                own[name][:, tensor.shape[1] :].zero_()
+            elif name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
+            else:
+                own[name] = tensor.clone()
+                torch._dynamo.mark_static_address(own[name])
+        if new.capacity is None:
+            own["length"].fill_(new.length)
+        return replace(self, **own, image_columns=new.image_columns, padded=new.padded)
+
+    # ---------------------------------------------------------------- files
+
+    def check(self) -> None:
+        """Refuse a growing state whose fields don't fit together, as one that was read from a file may be.
+
+        Raises:
+            ValueError: with the name of the field.
+        """
+        self._check_forms()
+        length = self.valid.shape[1]
+        bounds = {
+            "positions": (0, None),
+            "next_position": (0, None),
+            "image_tokens": (0, self.image_columns),
+            "last_image": (-1, length - 1),
+            "window_start": (0, length),
+        }
+        for name, (least, most) in bounds.items():
+            numbers = getattr(self, name)
+            if bool((numbers < least).any()) or (most is not None and bool((numbers > most).any())):
+                raise ValueError(
+                    f"The saved state is damaged: {name} of its windows is {numbers.tolist()!r:.100}; expected "
+                    f"numbers from {least} to {'anything' if most is None else most}. Load the whole state, as "
+                    "it was saved."
+                )
+
+    def _check_forms(self) -> None:
+        """Refuse fields of another type, dtype or shape than `valid` and `image_columns` imply."""
+        like = WindowState.empty(self.batch_size, self.valid.device, self.valid.shape[1])
+        expected: dict[str, Any] = {field.name: getattr(like, field.name) for field in fields(like)}
+        if self.pinned is not None:
+            expected["pinned"] = like.is_frame[:, None].expand(-1, self.image_columns)
+        for name, other in expected.items():
+            own = getattr(self, name)
+            fits = type(own) is type(other)
+            if fits and isinstance(own, torch.Tensor):
+                fits = own.dtype == other.dtype and own.shape == other.shape
+            elif fits and isinstance(own, int):
+                fits = own == other if name == "length" else own >= 0
+            if not fits:
+                raise ValueError(
+                    f"The saved state is damaged: {name} of its windows doesn't match the rest of it. Load the "
+                    "whole state, as it was saved."
+                )
+
+
+def tensors_of(record: Any) -> dict[str, Any]:
+    """The tensors among the fields of a dataclass, by name."""
+    return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), torch.Tensor)}
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A value whose tensors are on `device`: in tuples, dictionaries and records; whatever else is in it stays."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
