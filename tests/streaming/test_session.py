@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, CasaStreamBatch, MediaPolicy, cache_nbytes
 from casa_hf.design_space import VARIANTS
-from casa_hf.streaming.steps import History
+from casa_hf.streaming.drawing import History
 from tests.streaming.helpers import CONTROLS, OFF, Transcript, emitted, naive_scores, picture, say
 
 PROMPT = "What do you see?"
@@ -691,7 +691,7 @@ def test_a_state_that_is_not_whole_changes_nothing(model, processor):
     state = other.state_dict()
     layers, windows = state["cache"]["layers"], state["cache"]["windows"]
     damaged = [
-        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 3"),
+        ({**state, "version": 0}, "version 0; this release of casa_hf reads version 4"),
         (without(state, "version"), "version None"),
         *((without(state, name), f"has no {name}") for name in state if name not in ("version", "design")),
         ({**state, "cache": {**state["cache"], "layers": layers[:-1]}}, f"{len(layers) - 1} layers"),

@@ -19,8 +19,9 @@ from transformers import DynamicCache
 
 from ..cache_casa import cache_nbytes, cache_snapshot
 from ..checks import check_count
+from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, refusal
-from .session import CasaStream, check_pair
+from .session import CasaStream, check_pair, stop_tokens
 from .settings import StreamSettings
 from .steps import Forward, Steps, on_device
 
@@ -69,6 +70,7 @@ class CasaStreamBatch:
         self.processor = processor
         self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
         self._cache = self._new_cache()
+        self._draws = TokenDraws(model, stop_tokens(model))
         self._next_id = 0
         self._closed = False
         # Texts in the making: their steps, the forwards that some of them wait for, and events to be given out.
@@ -101,7 +103,6 @@ class CasaStreamBatch:
         with self._alone():
             self._require_open()
             row = _Row(self.model, self.processor, self.settings, **changes)
-            row.share_processors(self._rows.values())
             self._append_empty_row()
             return self._named(row)
 
@@ -403,30 +404,18 @@ class CasaStreamBatch:
             self._forwards[stream] = step
 
     @torch.no_grad()
-    def _next_tokens(self, forwards: dict[int, Forward]) -> dict[int, torch.Tensor]:
-        """Run the forward that these streams wait for; by stream, the token (1, 1) that follows."""
+    def _next_tokens(self, forwards: dict[int, Forward]) -> dict[int, int]:
+        """Run the forward that these streams wait for; by stream, the token that follows."""
         self._bound_text(forwards)
+        # A row that waits for no token is given one too, which nobody reads.
+        draws = [row.draws(forwards.get(stream)) for stream, row in self._rows.items()]
+        draw = self._draws.of([rules for rules, *_ in draws])
+        numbers = draw.numbers([history for _, history, _ in draws], [uniform for *_, uniform in draws])
         output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **self._inputs(forwards))
-        tokens = self._drawn(output.logits[:, -1], forwards)
+        tokens = draw.tokens(output.logits[:, -1], numbers).tolist()  # the device is waited for here
         for stream, forward in forwards.items():
             self._rows[stream].held += len(forward.ids)
-        # All at once: the device is waited for here.
-        return dict(zip(tokens, torch.cat(list(tokens.values())).cpu().split(1), strict=True))
-
-    def _drawn(self, logits: torch.Tensor, forwards: dict[int, Forward]) -> dict[int, torch.Tensor]:
-        """By stream that waits, the token (1, 1) for its row of the logits (rows, vocabulary)."""
-        tokens = {}
-        waiting = [(number, stream) for number, stream in enumerate(self._rows) if stream in forwards]
-        # The processors work on all rows that share them at once.
-        for processors in {id(own.processors): own.processors for own in forwards.values()}.values():
-            group = [(number, stream) for number, stream in waiting if forwards[stream].processors is processors]
-            history = torch.cat([forwards[stream].history.ids for _, stream in group])
-            numbers = torch.tensor([number for number, _ in group])
-            own_logits = logits[numbers.to(logits.device, non_blocking=True)]
-            scores = processors(history, own_logits.to(history.device, torch.float32))
-            for (_, stream), own in zip(group, scores, strict=True):
-                tokens[stream] = self._rows[stream].drawn(own[None])
-        return tokens
+        return {stream: token for stream, token in zip(self._rows, tokens, strict=True) if stream in forwards}
 
     def _inputs(self, forwards: dict[int, Forward]) -> dict[str, torch.Tensor]:
         """Inputs of the forward that streams wait for: new ids at the end of each row, padding before them."""
@@ -528,13 +517,6 @@ class _Row(CasaStream):
 
     held: int
 
-    def share_processors(self, others: Iterable[_Row]) -> None:
-        """Take the logits processors of another row with the same ones, so that they work on both at once."""
-        for other in others:
-            if other.settings.chooses_like(self.settings):
-                self._caption_processors, self._answer_processors = other._caption_processors, other._answer_processors
-                return
-
     def moment(self) -> tuple[dict[str, Any], torch.Tensor, Any, torch.Tensor | None]:
         """What a forward changes, but for the cache; `return_to` takes it."""
         kept = {name: getattr(self, name) for name in ("held", "_pending", "_begun", "_answered")}
@@ -549,9 +531,11 @@ class _Row(CasaStream):
         if self._generator is not None and random is not None:
             self._generator.set_state(random)
 
-    def drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """The token (1, 1) for the scores (1, vocabulary)."""
-        return self._drawn(scores)
+    def draws(self, forward: Forward | None) -> tuple[TokenRules, History | None, float]:
+        """What its token after the forward is chosen by: rules, text and a random number; None for no token."""
+        if forward is None:
+            return self._caption_rules, None, 1.0
+        return forward.rules, forward.history, uniform_number(self._generator)
 
     def tokens_to_keep(self, continues: bool) -> int:
         """Number of its text tokens that the stream keeps before a forward that continues it, or one that doesn't."""

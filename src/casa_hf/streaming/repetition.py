@@ -23,7 +23,7 @@ from transformers import LogitsProcessor
 from ..checks import check_count, check_number, check_positive
 
 # With a decay of 0.99 a token counts 1e-9 after this many others.
-_COUNTED_TOKENS = 2048
+COUNTED_TOKENS = 2048
 
 
 def check_factor(name: str, value: Any) -> None:
@@ -107,7 +107,7 @@ class DecayingRepetitionPenalty(_LookingBack):
         decay: float = 0.99,
         clamp: float = 5.0,
         exempt_token_ids: Sequence[int] | int | None = None,
-        lookback: int = _COUNTED_TOKENS,
+        lookback: int = COUNTED_TOKENS,
         prompt_ignore_length: int = 0,
     ):
         check_factor("penalty", penalty)
@@ -215,8 +215,3 @@ class StopBias(LogitsProcessor):
         stops = self._stops.on(scores.device)
         logits = scores[:, stops]
         return scores.index_copy(1, stops, torch.where(logits > 0, logits * self.bias, logits / self.bias))
-
-
-def history_length(processors: Sequence[LogitsProcessor]) -> int:
-    """Number of last tokens that these processors look at."""
-    return max((getattr(processor, "lookback", 0) for processor in processors), default=0)

@@ -25,12 +25,12 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_state
 from ..checks import check_count, check_number
 from ..image_inputs import FRAME_TYPE
+from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, EventKind
 from .pieces import TextPieces
-from .repetition import history_length
 from .settings import StreamSettings
 from .state import IMAGES, STATE_VERSION, check_state, model_design, restored_cache
-from .steps import Forward, History, ShownFrame, Steps, on_device
+from .steps import Forward, ShownFrame, Steps, on_device
 from .timestamps import frame_timestamps
 from .turns import StreamTurns
 
@@ -99,12 +99,12 @@ class CasaStream:
         self.model = model
         self.processor = processor
         self.frames_per_image = shared_frames(processor, self.settings)
-        self.stop_token_ids = _stop_tokens(model)
+        self.stop_token_ids = stop_tokens(model)
         self.turns = StreamTurns(processor, self.settings)
         self.num_sink_tokens = self.settings.sink_tokens(len(self.turns.opening))
-        self._caption_processors = self.settings.logits_processors(self.stop_token_ids)
-        self._answer_processors = replace(self.settings, stop_bias=None).logits_processors(self.stop_token_ids)
-        self._history_length = history_length(self._caption_processors)
+        self._caption_rules = TokenRules.of(self.settings)
+        self._answer_rules = TokenRules.of(self.settings, biased=False)
+        self._draws = TokenDraws(model, self.stop_token_ids)
         self._pieces = TextPieces(processor.tokenizer)
         self._closed = False
         self._open = None
@@ -374,7 +374,7 @@ class CasaStream:
             return
 
         ids, inputs = self._shown_frames(images)
-        forward = Forward(ids, inputs, self._caption_processors, self._history)
+        forward = Forward(ids, inputs, self._caption_rules, self._history)
         self._deadline = math.inf if self.settings.frame_budget is None else pushed + self.settings.frame_budget
         last = shown[-1]
         event = functools.partial(self._event, index=last.index, start=last.timestamp, pushed=pushed)
@@ -384,7 +384,7 @@ class CasaStream:
         """The steps of an answer to the question, which has these ids."""
         start = 0.0 if self._last_timestamp is None else self._last_timestamp
         ids = self._turn_to_close() + ids
-        forward = Forward(ids, {}, self._answer_processors, self._new_history())
+        forward = Forward(ids, {}, self._answer_rules, self._new_history())
         index = self._num_frames - 1
         event = functools.partial(self._event, index=index, start=start, pushed=pushed, question=question)
         pieces = TextPieces(self.processor.tokenizer)
@@ -427,16 +427,15 @@ class CasaStream:
         text = ""
         while True:
             try:
-                token = yield forward
+                token_id = yield forward
             except Exception as error:  # that a batch says it couldn't be run
                 yield event("error", message=f"{type(error).__name__}: {error}")
                 return
-            token_id = int(token)
             # Only now: a batch may end a text before its first forward, and then nothing was told.
             self._answered, self._begun = kinds[0] == "answer", self._begun or kinds[0] == "text"
             stops = token_id in self.stop_token_ids
             if not stops:
-                forward.history.add(token)
+                forward.history.add(token_id)
             self._pending = [token_id]
             emitted.append(token_id)
             piece, token_ids = self._text_of(token_id, pieces)
@@ -465,19 +464,14 @@ class CasaStream:
                 raise
 
     @torch.no_grad()
-    def _next_token(self, forward: Forward) -> torch.Tensor:
-        """Run a forward of the model; the token (1, 1) that follows."""
+    def _next_token(self, forward: Forward) -> int:
+        """Run a forward of the model; the token that follows."""
         self._bound_text()
+        draw = self._draws.of([forward.rules])
+        numbers = draw.numbers([forward.history], [uniform_number(self._generator)])
         inputs = on_device({"input_ids": torch.tensor([forward.ids]), **forward.images}, self.model.device)
         output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs)
-        ids = forward.history.ids
-        return self._drawn(forward.processors(ids, output.logits[:, -1].to(ids.device, torch.float32))).cpu()
-
-    def _drawn(self, scores: torch.Tensor) -> torch.Tensor:
-        """The token (1, 1) for the scores (1, vocabulary)."""
-        if self._generator is None:
-            return scores.argmax(-1, keepdim=True)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        return int(draw.tokens(output.logits[:, -1], numbers))
 
     def _bound_text(self) -> None:
         """Keep the cached text within `max_text_tokens`; called before every forward."""
@@ -524,12 +518,12 @@ class CasaStream:
         return DynamicCache(config=self.model.config.get_text_config())
 
     def _new_history(self) -> History:
-        return History(self._history_length, self.model.device)
+        return History(self._caption_rules.lookback)
 
     def _new_generator(self) -> torch.Generator | None:
         if not self.settings.do_sample:
             return None
-        generator = torch.Generator(self.model.device)
+        generator = torch.Generator()  # the CPU's on every device: the same numbers, and nothing to wait for
         if self.settings.seed is None:
             generator.seed()
         else:
@@ -552,7 +546,7 @@ class CasaStream:
         """Everything but the cache."""
         return {
             "pending": list(self._pending),
-            "history": self._history.tokens(),
+            "history": self._history.ids[None].long(),
             "num_frames": self._num_frames,
             "last_timestamp": self._last_timestamp,
             "waiting": [
@@ -566,8 +560,7 @@ class CasaStream:
 
     def _load_text(self, state: dict[str, Any]) -> None:
         self._pending = list(state["pending"])
-        self._history = self._new_history()
-        self._history.add(state["history"].to(self.model.device))
+        self._history = History(self._caption_rules.lookback, state["history"][0].tolist())
         self._num_frames, self._last_timestamp = state["num_frames"], state["last_timestamp"]
         self._waiting = [
             ShownFrame(frame["index"], frame["timestamp"], {name: frame[name].cpu() for name in IMAGES})
@@ -624,7 +617,8 @@ class CasaStream:
         return CaptionEvent(kind, index, start, start + 1 / self.settings.fps, latency, **content)
 
 
-def _stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
+def stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
+    """The tokens that end the text of a frame."""
     ends = model.generation_config.eos_token_id
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 

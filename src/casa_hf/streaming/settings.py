@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import LogitsProcessorList
 
 from ..checks import check_count, check_number, check_positive, check_text, is_number, shown
 from ..design_space import unknown_value
@@ -22,19 +22,6 @@ from .repetition import (
     check_decay,
     check_factor,
     check_lookback,
-)
-
-# Fields that `StreamSettings.logits_processors` reads.
-_OF_PROCESSORS = (
-    "do_sample",
-    "temperature",
-    "top_k",
-    "repetition_penalty",
-    "repetition_decay",
-    "repetition_clamp",
-    "no_repeat_ngram_size",
-    "no_repeat_ngram_lookback",
-    "stop_bias",
 )
 
 
@@ -226,21 +213,4 @@ class StreamSettings:
             )
         if self.stop_bias not in (None, 1.0):
             processors.append(StopBias(stop_token_ids, self.stop_bias))
-        return processors
-
-    def chooses_like(self, other: StreamSettings) -> bool:
-        """Whether logits go through the same processors with other settings."""
-        return all(getattr(self, name) == getattr(other, name) for name in _OF_PROCESSORS)
-
-    def logits_processors(self, stop_token_ids: Sequence[int] | int) -> LogitsProcessorList:
-        """All that the logits of a caption go through before a token is chosen.
-
-        Args:
-            stop_token_ids: tokens that end a caption.
-        """
-        processors = self.repetition_control(stop_token_ids)
-        if self.do_sample and self.temperature not in (None, 1.0):
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.do_sample and self.top_k:
-            processors.append(TopKLogitsWarper(self.top_k))
         return processors

@@ -8,8 +8,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList
 
+from .drawing import History, TokenRules
 from .events import CaptionEvent
 
 
@@ -39,36 +39,18 @@ class Forward:
     Attributes:
         ids: new text.
         images: image inputs with it, as for a batch of this row alone.
-        processors: logits processors of the next token.
-        history: and the text that they look at.
+        rules: rules that the next token is chosen by.
+        history: text that they look at.
     """
 
     ids: list[int]
     images: dict[str, torch.Tensor]
-    processors: LogitsProcessorList
+    rules: TokenRules
     history: History
 
 
-# What a stream does: it yields events, and the forwards that it needs, for which it is sent the (1, 1) next token, on
-# the CPU.
-Steps = Generator[CaptionEvent | Forward, torch.Tensor, None]
-
-
-class History:
-    """The last tokens of a text, for logits processors: (1, length) `ids` on a device, -1 before its beginning."""
-
-    def __init__(self, length: int, device: torch.device):
-        self.ids = torch.full((1, length), -1, dtype=torch.long, device=device)
-
-    def add(self, tokens: torch.Tensor) -> None:
-        """Append (1, tokens) ids, on any device."""
-        length = self.ids.shape[1]
-        tokens = tokens.to(self.ids.device, non_blocking=True)
-        self.ids = torch.cat([self.ids, tokens], dim=1)[:, tokens.shape[1] :][:, -length:] if length else self.ids
-
-    def tokens(self) -> torch.Tensor:
-        """(1, tokens) the ids since the beginning."""
-        return self.ids[:, self.ids[0] >= 0]
+# What a stream does: it yields events, and the forwards that it needs, for which it is sent the next token.
+Steps = Generator[CaptionEvent | Forward, int, None]
 
 
 def on_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
