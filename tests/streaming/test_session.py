@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LogitsProcessor
 
 from casa_hf import CaptionEvent, CasaStream, CasaStreamBatch, MediaPolicy, cache_nbytes
 from casa_hf.design_space import VARIANTS
@@ -218,26 +217,32 @@ def test_events_report_text_as_it_comes(model, processor):
     assert any(texts)
 
 
-class Script(LogitsProcessor):
-    """Lets a stream say these tokens."""
+@contextmanager
+def saying(model: Any, token_ids: Iterator[int]) -> Iterator[None]:
+    """Streams of the model say these tokens, one in each forward."""
 
-    def __init__(self, token_ids: list[int]):
-        self.left = iter(token_ids)
+    def script(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -1.0).index_fill(-1, torch.tensor([next(token_ids)]), 1.0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(scores, -1.0).index_fill(1, torch.tensor([next(self.left)]), 1.0)
+    handle = model.lm_head.register_forward_hook(script)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_character_that_a_frame_ends_within_is_in_the_text_of_the_next(model, processor, asked):
     first, second, third = processor.tokenizer("木", add_special_tokens=False)["input_ids"]
     [letter] = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
-    stream = stream_of(model("casa"), processor, max_new_tokens_per_frame=2)
-    stream._caption_processors[:] = [Script([first, second, letter if asked else third, letter])]
-    texts = [list(stream.push(PICTURES[0]))[-1].text]
+    model = model("casa")
+    stream = stream_of(model, processor, max_new_tokens_per_frame=2)
+    with saying(model, iter([first, second])):
+        texts = [list(stream.push(PICTURES[0]))[-1].text]
     if asked:
         list(stream.ask("Who is it?", max_new_tokens=2))
-    texts.append(list(stream.push(PICTURES[1]))[-1].text)
+    with saying(model, iter([letter if asked else third, letter])):
+        texts.append(list(stream.push(PICTURES[1]))[-1].text)
     assert texts == ["", "aa" if asked else "木a"]
 
 
