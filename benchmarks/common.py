@@ -19,17 +19,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Cache, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+)
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
 from casa_hf.cache_layers import KeysValues
+from examples.tiny_source import CHAT_TEMPLATE, CORPUS, SPECIAL_TOKENS, train_tokenizer
 
 START, END, IMAGE_PAD, VIDEO_PAD, WORDS = 0, 1, 2, 3, 4  # token ids; words are all from WORDS on
+SILENT = "<|endoftext|>"  # ends the text of a frame, in which random models never choose it
 
 
 # ---------------------------------------------------------------- models
@@ -82,7 +93,7 @@ SMALL_VISION = LARGE_VISION | {
     "out_hidden_size": 512,
 }
 TINY_TEXT = LARGE_TEXT | {
-    "vocab_size": 64,
+    "vocab_size": 2048,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -128,6 +139,54 @@ def random_source(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     return model.eval()
+
+
+def random_processor(vocab_size: int, patch_size: int, max_pixels: int) -> CasaProcessor:
+    """The processor of a random model, in whose tokenizer every id below `vocab_size` is whole characters or special.
+
+    It reads English.
+
+    Args:
+        vocab_size: of the model, at least 320.
+        patch_size: of its vision tower.
+        max_pixels: of an image or frame; larger ones are scaled down.
+    """
+    learned = train_tokenizer(CORPUS.splitlines(), 270)
+    images = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # with the ids START, END, ...
+    english = [piece for piece in learned.get_vocab() if piece.replace("Ġ", "").replace("Ċ", "").isascii()]
+    pieces = [*images, *(piece for piece in english if piece not in images)]
+    pieces += [f"{number:06}" for number in range(vocab_size - len(pieces))]  # no text has these, but tokens do
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=[tuple(merge) for merge in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]],
+        eos_token=SILENT,
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+    )
+    image_processor = Qwen2VLImageProcessor(patch_size=patch_size, min_pixels=1, max_pixels=max_pixels)
+    return CasaProcessor(image_processor, tokenizer, frame_max_pixels=max_pixels)
+
+
+@torch.no_grad()
+def let_stop(model: PreTrainedModel, processor: CasaProcessor) -> None:
+    """Give a random model with tied embeddings a stop token, and let it choose only text: every frame gets all of it.
+
+    The logits of special tokens are 0, and of thousands of random ones the largest isn't.
+    """
+    model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))] = 0
+    model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(SILENT)
+
+
+def jpeg(side: int, number: int) -> bytes:
+    """A picture of so many pixels in each direction as a camera compresses it: soft shapes and some noise."""
+    random = np.random.default_rng(number)
+    shapes = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    noisy = np.asarray(shapes, np.float32) + random.normal(0, 6, (side, side, 3))
+    content = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 def design(source: Qwen2_5_VLForConditionalGeneration, variant: str, **overrides: Any) -> CasaConfig:
@@ -274,6 +333,11 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """The value that so many percent of them don't exceed."""
+    return float(np.percentile(values, percent))
 
 
 def synchronize(device: torch.device) -> None:
@@ -462,9 +526,7 @@ _CONTENDERS = {
     "bounded": "CASA, text bounded too",
     "unbounded": "CASA",
     "one by one": "CASA, streams one by one",
-    "together": "CASA, one batch, frames at the same time",
-    "staggered": "CASA, one batch, frames at any time",
-    "insertion together": "the source, one batch, frames at the same time",
+    "batch": "CASA, one batch",
 }
 
 

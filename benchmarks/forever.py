@@ -144,7 +144,7 @@ class BoundedContender(CasaContender):
 def contender(name: str, variant: str, sizes: Sizes, device: torch.device, attention: str) -> Contender:
     """A contender by its name, on random weights that all share."""
     variants = [] if name.startswith("insertion") else [variant]
-    found = contenders(sizes, variants, [KEPT_FRAMES], device, attention, "sdpa", compiled=False)
+    found = contenders(sizes, variants, [KEPT_FRAMES], device, attention, "sdpa")
     if name == "bounded":
         return BoundedContender(found[variant].model, sizes)
     return found[variant if name == "unbounded" else name]
@@ -198,7 +198,7 @@ def run(contender: Contender, sizes: Sizes, turns: int) -> Record:
     generator = torch.Generator().manual_seed(1)
     model, camera = contender.model, Camera(sizes)
     prompt = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.prompt), generator=generator)
-    pixels = [camera.pixels(camera.image(turn)).to(model.device, model.dtype) for turn in range(IMAGES)]
+    pixels = [camera.pixels(camera.jpeg(turn)).to(model.device, model.dtype) for turn in range(IMAGES)]
     contender.begin(prompt.to(model.device))
     token = prompt[:, -1:].to(model.device)
     # Places that are there from the start: what is measured is the memory of the stream, not of its record.
@@ -443,7 +443,7 @@ def main() -> None:
         parser.error(f"--turns {sizes.turns} must be at least 12, for lines with intervals.")
     device = begin(parser, arguments)
 
-    models = contenders(sizes, [arguments.variant], [KEPT_FRAMES], device, arguments.attn, "sdpa", compiled=False)
+    models = contenders(sizes, [arguments.variant], [KEPT_FRAMES], device, arguments.attn, "sdpa")
     errors = check(models, sizes, Camera(sizes), CHECKED_TURNS)
     errors["bounded"] = check_eviction(models[arguments.variant].model, sizes)
     print("largest difference from one call, and of keys: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))

@@ -1,21 +1,22 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A stream of frames: CASA, token insertion, and token insertion with a bounded window, turn by turn.
+"""A stream of frames, from JPEG to text: CASA, token insertion, and the same with a bounded window, turn by turn.
 
 The protocol is that of the authors' streaming benchmark (batch size 1): a turn is one frame and 16 greedy tokens on a
-persistent cache. Time to the first token (TTFT) runs from the frame's pixels to the next token, vision tower included;
-decoding is the other 15 tokens of the turn. The last of them enters the cache with the next frame. Turning an image
-into pixels is left out of both and shown by itself.
+persistent cache, here as users run it. Time to the first token (TTFT) runs from the bytes of a JPEG file to the first
+piece of text: decoding and resizing it, cutting it into patches, the vision tower and the language model. Decoding is
+the other 15 tokens of the turn. The last of them enters the cache with the next frame.
 
 | contender | |
 |---|---|
 | `insertion` | the source model: Transformers' Qwen2.5-VL with the frame's tokens in its sequence |
 | `insertion-last-K` | the same; keys and values of all but the last K frames are dropped from its cache |
-| a variant's name | the CASA model that `from_pretrained` makes of the same weights |
+| a variant's name | a `CasaStream` of the CASA model that `from_pretrained` makes of the same weights |
 
-All run in one process, each turn of one after the same turn of the other, through the same greedy loop over `forward`;
-none pays for `generate`. Positions of the source are given, so that it needn't derive them. Nothing is measured before
-each contender's stream has given the logits of one call on the whole conversation. Beside the times stand the bytes
-that decoding a token must read and the FLOPs of a frame. Times on a CPU are for ratios; the last line is JSON.
+There is no stream of the source, so that runs in a greedy loop over `forward` behind its image processor; its
+positions are given, and nobody pays for `generate` or controls repetition. All run in one process, each turn of one
+after the same turn of the other. Nothing is measured before the source's stream has given the logits of one call on
+the whole conversation, and each `CasaStream` the tokens that such a call finds likeliest. Beside the times stand the
+bytes that decoding a token must read and the FLOPs of a frame. Times on a CPU are for ratios; the last line is JSON.
 
     python -m benchmarks.streaming
     python -m benchmarks.streaming --device cuda --attn torch_varlen --source-attn torch_varlen
@@ -26,19 +27,22 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Cache, DynamicCache, Qwen2_5_VLForConditionalGeneration, StaticCache
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from benchmarks.common import (
     END,
+    GATES,
     IMAGE_PAD,
     LARGE_TEXT,
     LARGE_VISION,
@@ -54,11 +58,15 @@ from benchmarks.common import (
     choices,
     design,
     gate,
+    jpeg,
     legend_below,
+    let_stop,
     numbers,
     peak_bytes,
     plot_name,
     positive,
+    quantile,
+    random_processor,
     random_source,
     report,
     running_median,
@@ -71,12 +79,15 @@ from benchmarks.common import (
     with_peak,
 )
 from benchmarks.counting import head_flops, image_flops, step_bytes, text_flops, tower_flops
-from casa_hf import CasaConfig, CasaForConditionalGeneration, cache_nbytes
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CasaStream, cache_nbytes
 from casa_hf.design_space import VARIANTS
+from casa_hf.streaming import StreamSettings
+from casa_hf.streaming.turns import StreamTurns
 from casa_hf.transformers_versions import CACHE
 
 # A static cache of the source starts with room for a sixteenth of the turns and is made four times as long when full.
 STATIC_START, STATIC_GROWTH = 16, 4
+PROMPT = "Describe what happens in the video as it happens. Say only what can be seen."
 PROFILED_TURNS = 2  # on a CPU, after those that are timed, for the memory
 
 
@@ -127,24 +138,26 @@ SIZES = {
 
 
 class Camera:
-    """Frames of random pixels, as the image processor gives them: (patches, patch dim) each."""
+    """Frames as JPEG files, and the processor that takes them.
+
+    Attributes:
+        grid: (1, 3) patches of a frame.
+    """
 
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
-        self.processor = Qwen2VLImageProcessorPil(
-            patch_size=sizes.vision["patch_size"], min_pixels=1, max_pixels=sizes.frame**2
-        )
+        patch_size = sizes.vision["patch_size"]
+        self.processor: CasaProcessor = random_processor(sizes.text["vocab_size"], patch_size, sizes.frame**2)
         self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
 
-    def image(self, turn: int) -> Tensor:
-        """The frame of a turn, (channels, height, width) bytes."""
-        generator = torch.Generator().manual_seed(turn)
-        shape = (3, self.sizes.frame, self.sizes.frame)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    def jpeg(self, turn: int) -> bytes:
+        """The frame of a turn."""
+        return jpeg(self.sizes.frame, turn)
 
-    def pixels(self, image: Tensor) -> Tensor:
-        """What models take: the part of a turn that is timed by itself."""
-        return self.processor(images=[image.numpy()], return_tensors="pt")["pixel_values"]
+    def pixels(self, content: bytes) -> Tensor:
+        """What models take: (patches, patch dim), by the source's own image processor."""
+        with Image.open(io.BytesIO(content)) as image:
+            return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
 
 
 class Contender(Protocol):
@@ -187,24 +200,16 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 class CasaContender:
-    """A CASA model: the frame isn't in its sequence."""
+    """A CASA model called directly: the frame isn't in its sequence."""
 
-    def __init__(self, model: CasaForConditionalGeneration, sizes: Sizes, compiled: bool = False):
+    def __init__(self, model: CasaForConditionalGeneration, sizes: Sizes):
         self.model = model
         self.sizes = sizes
-        self.compiled = compiled
         self.grid = torch.tensor([[1, sizes.patches, sizes.patches]])
         self.delimiters = torch.tensor([[START, END]], device=model.device)
-        self._step = (
-            torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model.forward
-        )
 
     def begin(self, prompt: Tensor) -> None:
-        if self.compiled:
-            text = self.sizes.prompt + (self.sizes.turns + PROFILED_TURNS) * self.sizes.turn_text
-            self.cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=text)
-        else:
-            self.cache = DynamicCache(config=self.model.config)
+        self.cache = DynamicCache(config=self.model.config)
         self._forward(input_ids=prompt[:, :-1])
 
     def frame(self, token: Tensor, pixels: Tensor) -> Tensor:
@@ -217,11 +222,9 @@ class CasaContender:
         )
 
     def step(self, token: Tensor) -> Tensor:
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
-        return self._step(input_ids=token, cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self._forward(input_ids=token)
 
-    def at_once(self, calls: list[Tensor], pixels: list[Tensor]) -> Tensor:
+    def at_once(self, calls: list[Tensor], pixels: list[Tensor], keep: int = 1) -> Tensor:
         parts, places, length = [calls[0]], [], calls[0].shape[1]
         for call in calls[1:]:
             parts += [call[:, :1], self.delimiters, call[:, 1:]]
@@ -233,7 +236,7 @@ class CasaContender:
             image_grid_thw=self.grid.expand(len(pixels), -1),
             image_positions=torch.tensor(places),
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
         return outputs.logits
 
@@ -402,6 +405,127 @@ class InsertionContender:
             self.cache.update(layer.keys[:, :, : self.length], layer.values[:, :, : self.length], index)
 
 
+# ---------------------------------------------------------------- from JPEG to text
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn took and said: milliseconds to its first token, and per further one."""
+
+    ttft_ms: float
+    decode_ms: float
+    tokens: tuple[int, ...]
+
+
+class Runner(Protocol):
+    """A stream as a user runs it.
+
+    Attributes:
+        contender: what is called; for a `CasaStream`, what predicts its costs.
+    """
+
+    contender: Any
+
+    def begin(self) -> None:
+        """Start a new stream."""
+
+    def turn(self, content: bytes) -> Turn:
+        """Show it a JPEG file and take all of its text."""
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+
+    def held_bytes(self) -> int:
+        """Bytes of the memory that they stand in."""
+
+    def kv_tokens(self) -> int:
+        """Tokens in the sequence that the cache holds."""
+
+
+class StreamRunner:
+    """A `CasaStream`.
+
+    Args:
+        model: CASA model.
+        camera: gives the frames.
+        prompt: of the stream.
+        settings: further ones.
+    """
+
+    def __init__(self, model: CasaForConditionalGeneration, camera: Camera, prompt: str = PROMPT, **settings: Any):
+        off = {"repetition_penalty": None, "no_repeat_ngram_size": None, "stop_bias": None}
+        self.settings = {"max_new_tokens_per_frame": camera.sizes.answer, "prompt": prompt, **off, **settings}
+        self.camera = camera
+        self.model = model
+        self.begin()
+        opening = len(self.stream.turns.opening)
+        self.contender = CasaContender(model, replace(camera.sizes, prompt=opening))
+
+    def begin(self) -> None:
+        self.stream = CasaStream(self.model, self.camera.processor, **self.settings)
+
+    def turn(self, content: bytes) -> Turn:
+        started = time.perf_counter()
+        events = [(1e3 * (time.perf_counter() - started), event) for event in self.stream.push(content)]
+        (first_ms, first), (last_ms, last) = events[0], events[-1]
+        if (first.kind, last.kind) != ("text", "end"):
+            raise RuntimeError(f"The stream has no text: {last.message or last.token_ids}")
+        return Turn(first_ms, (last_ms - first_ms) / max(1, len(last.token_ids) - 1), last.token_ids)
+
+    def cache_bytes(self) -> int:
+        return sum(self.stream.nbytes.values())
+
+    def held_bytes(self) -> int:
+        return self.cache_bytes()
+
+    def kv_tokens(self) -> int:
+        return self.stream.num_text_tokens
+
+
+class LoopRunner:
+    """The source model in a greedy loop behind its image processor.
+
+    Args:
+        contender: the model and its cache.
+        camera: gives the frames.
+        opening: ids before the first frame.
+    """
+
+    def __init__(self, contender: InsertionContender, camera: Camera, opening: Sequence[int]):
+        self.contender = contender
+        self.camera = camera
+        self.opening = torch.tensor([opening], device=contender.model.device)
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.contender.begin(self.opening)
+        self.token = self.opening[:, -1:]
+
+    @torch.no_grad()
+    def turn(self, content: bytes) -> Turn:
+        model, answer = self.contender.model, self.camera.sizes.answer
+        started = time.perf_counter()
+        pixels = self.camera.pixels(content).to(model.device, model.dtype)
+        logits, tokens, times = self.contender.frame(self.token, pixels), [], []
+        while True:
+            self.token = greedy(logits)
+            tokens.append(int(self.token))  # text is what is read
+            times.append(1e3 * (time.perf_counter() - started))
+            if len(tokens) == answer:
+                return Turn(times[0], (times[-1] - times[0]) / max(1, answer - 1), tuple(tokens))
+            logits = self.contender.step(self.token)
+
+    def cache_bytes(self) -> int:
+        return sum(cache_nbytes(self.contender.cache).values())
+
+    def held_bytes(self) -> int:
+        return allocated_bytes(self.contender.cache)
+
+    def kv_tokens(self) -> int:
+        return self.contender.kv_tokens()
+
+
 # ---------------------------------------------------------------- measured
 
 
@@ -430,19 +554,50 @@ def contenders(
     device: torch.device,
     attention: str,
     source_attention: str,
-    compiled: bool,
+    compiled: bool = False,
+    processor: CasaProcessor | None = None,
 ) -> dict[str, Contender]:
-    """The source model of random weights, with and without windows, and CASA models of the same weights."""
+    """The source model of random weights, with and without windows, and CASA models of the same weights.
+
+    With a processor, all of them have its stop token and never choose it.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = random_source(source_config(sizes.text, sizes.vision), device, dtype, source_attention)
+    if processor is not None:
+        let_stop(source, processor)
     found: dict[str, Contender] = {"insertion": InsertionContender(source, sizes, compiled=compiled)}
     for window in windows:
         found[f"insertion-last-{window}"] = InsertionContender(source, sizes, window)
     for name in variants:
         model = casa_model(source, name, attention)
         model.config.casa_static_image_tokens = sizes.frame_tokens
-        found[name] = CasaContender(model, sizes, compiled)
+        if processor is not None:
+            let_stop(model, processor)
+        found[name] = CasaContender(model, sizes)
     return found
+
+
+def runners(models: dict[str, Contender], camera: Camera, **settings: Any) -> dict[str, Runner]:
+    """Streams of these models.
+
+    Args:
+        models: by name.
+        camera: gives the frames.
+        **settings: of `CasaStream`.
+    """
+    streams = {
+        name: StreamRunner(contender.model, camera, **settings)
+        for name, contender in models.items()
+        if isinstance(contender, CasaContender)
+    }
+    settings_of_streams = StreamSettings(prompt=PROMPT)
+    opening = StreamTurns(camera.processor, settings_of_streams).opening
+    loops = {
+        name: LoopRunner(contender, camera, opening)
+        for name, contender in models.items()
+        if isinstance(contender, InsertionContender)
+    }
+    return {name: (streams | loops)[name] for name in models}
 
 
 @torch.no_grad()
@@ -462,7 +617,7 @@ def check(models: dict[str, Contender], sizes: Sizes, camera: Camera, turns: int
         lengths = [sizes.prompt, *[sizes.answer] * turns]
         words = [torch.randint(WORDS, sizes.text["vocab_size"], (1, n), generator=generator) for n in lengths]
         words = [word.to(device) for word in words]
-        pixels = [camera.pixels(camera.image(turn)).to(device, dtype) for turn in range(turns)]
+        pixels = [camera.pixels(camera.jpeg(turn)).to(device, dtype) for turn in range(turns)]
         contender.begin(words[0])
         token, calls = words[0][:, -1:], [words[0][:, :-1]]
         for frame, answer in zip(pixels, words[1:], strict=True):
@@ -474,6 +629,39 @@ def check(models: dict[str, Contender], sizes: Sizes, camera: Camera, turns: int
         expected = contender.at_once(calls, pixels)
         errors[name] = gate(f"{name}, {turns} turns against one call,", logits, expected, dtype)
     return errors
+
+
+@torch.no_grad()
+def check_stream(name: str, runner: StreamRunner, turns: int) -> float:
+    """Whether a stream's tokens are those that one forward on the whole conversation finds likeliest.
+
+    Returns:
+        By how much the logit of one of them is below the largest, at most, divided by the largest of all.
+
+    Raises:
+        RuntimeError: if that is more than rounding in its dtype explains.
+    """
+    runner.begin()
+    model, camera, opening = runner.model, runner.camera, runner.stream.turns.opening
+    frames = [camera.jpeg(turn) for turn in range(turns)]
+    said = [runner.turn(frame).tokens for frame in frames]
+    before, calls = opening[-1], [torch.tensor([opening[:-1]], device=model.device)]
+    for tokens in said:
+        calls.append(torch.tensor([[before, *tokens[:-1]]], device=model.device))
+        before = tokens[-1]
+    shown = [camera.pixels(frame).to(model.device, model.dtype) for frame in frames]
+    logits = runner.contender.at_once(calls, shown, keep=0)[0].float()
+    places = [len(opening) + turn * camera.sizes.turn_text + 1 for turn in range(turns)]  # of the second delimiter
+    chosen = torch.tensor(said, device=model.device)
+    rows = torch.stack([logits[place : place + camera.sizes.answer] for place in places])
+    behind = rows.max(-1).values - rows.gather(-1, chosen[..., None])[..., 0]
+    error = float(behind.max() / logits.abs().max())
+    if not error <= GATES[model.dtype]:
+        raise RuntimeError(
+            f"{name}, {turns} turns: a token of the stream is {error:.1e} of the largest logit below the likeliest of "
+            f"one call (bar {GATES[model.dtype]}); nothing is measured."
+        )
+    return error
 
 
 def run_turn(contender: Contender, token: Tensor, pixels: Tensor, answer: int) -> tuple[Tensor, float, float]:
@@ -491,54 +679,45 @@ def run_turn(contender: Contender, token: Tensor, pixels: Tensor, answer: int) -
     return last, 1e3 * first, 1e3 * rest / (answer - 1)
 
 
-@torch.no_grad()
-def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[dict[str, Record], list[float]]:
+def stream(models: dict[str, Runner], sizes: Sizes, camera: Camera) -> tuple[dict[str, Record], list[float]]:
     """Run the stream.
 
     Returns:
-        What was measured of each contender, and the milliseconds that turning images into pixels took.
+        What was measured of each contender, and the milliseconds that the source's image processor took.
     """
-    generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(WORDS, sizes.text["vocab_size"], (1, sizes.prompt), generator=generator)
     records = {name: Record() for name in models}
-    tokens, names, preprocessing = {}, list(models), []
-    for name, contender in models.items():
+    names, preprocessing = list(models), []
+    for runner in models.values():
         gc.collect()
-        contender.begin(prompt.to(contender.model.device))
-        tokens[name] = prompt[:, -1:].to(contender.model.device)
-
-    def run(name: str, pixels: Tensor) -> tuple[float, float]:
-        contender = models[name]
-        inputs = pixels.to(contender.model.device, contender.model.dtype)
-        tokens[name], *times = run_turn(contender, tokens[name], inputs, sizes.answer)
-        return times[0], times[1]
+        runner.begin()
 
     def held(name: str) -> int:
-        return weight_bytes(models[name].model) + allocated_bytes(models[name].cache)
+        return weight_bytes(models[name].contender.model) + models[name].held_bytes()
 
-    device = models[names[0]].model.device
+    device = models[names[0]].contender.model.device
     for turn in range(sizes.turns):
-        image = camera.image(turn)
-        pixels, seconds = timed(functools.partial(camera.pixels, image), torch.device("cpu"))
-        preprocessing.append(1e3 * seconds)
+        frame = camera.jpeg(turn)
+        preprocessing.append(1e3 * timed(functools.partial(camera.pixels, frame), torch.device("cpu"))[1])
         shift = turn % len(names)  # nobody is always the first
         for name in names[shift:] + names[:shift]:
             record, before = records[name], held(name)
+            run = functools.partial(models[name].turn, frame)
             if device.type == "cuda":
-                times, above = with_peak(functools.partial(run, name, pixels), device)
+                taken, above = with_peak(run, device)
                 record.peak.append(before + above)
             else:
-                times = run(name, pixels)
-            record.ttft.append(times[0])
-            record.decode.append(times[1])
+                taken = run()
+            record.ttft.append(taken.ttft_ms)
+            record.decode.append(taken.decode_ms)
         if (turn + 1) % max(1, sizes.turns // 8) == 0:
             print(f"turn {turn + 1} of {sizes.turns}", flush=True)
     for name, record in records.items():
-        record.cache = sum(cache_nbytes(models[name].cache).values())
+        record.cache = models[name].cache_bytes()
         record.kv_tokens = models[name].kv_tokens()
         if device.type != "cuda":
             # The last one counts: what it frees was allocated before the profiler's eyes.
-            parts = {str(number): functools.partial(run, name, pixels) for number in range(PROFILED_TURNS)}
+            profiled: Callable[[], Any] = functools.partial(models[name].turn, frame)
+            parts = {str(number): profiled for number in range(PROFILED_TURNS)}
             record.peak.append(held(name) + peak_bytes(parts)[str(PROFILED_TURNS - 1)])
     return records, preprocessing
 
@@ -546,7 +725,7 @@ def stream(models: dict[str, Contender], sizes: Sizes, camera: Camera) -> tuple[
 @torch.no_grad()
 def tower_ms(models: dict[str, Contender], camera: Camera) -> dict[str, float]:
     """Milliseconds of each contender's vision tower for one frame, the median of 3."""
-    pixels = camera.pixels(camera.image(0))
+    pixels = camera.pixels(camera.jpeg(0))
     found = {}
     for name, contender in models.items():
         model = contender.model
@@ -580,6 +759,8 @@ def summary(models: dict[str, Contender], records: dict[str, Record], turns: int
         found[name] = {
             "ttft_ms": [first_ttft, last_ttft],
             "decode_ms": [first_decode, last_decode],
+            "ttft_p50_p95_ms": [quantile(record.ttft, percent) for percent in (50, 95)],
+            "decode_p50_p95_ms": [quantile(record.decode, percent) for percent in (50, 95)],
             "ttft_speedup": list(speedups(records["insertion"].ttft, record.ttft)),
             "decode_speedup": list(speedups(records["insertion"].decode, record.decode)),
             "kv_tokens": record.kv_tokens,
@@ -643,6 +824,14 @@ def bars(models: dict[str, Contender], figures: dict[str, dict[str, Any]], devic
             Bar(name, "decoding time, last / first 10 %", drift["decode_ms"], 1.15, False),
         ]
     return found
+
+
+def _quantiles(records: dict[str, Record]) -> str:
+    return "; ".join(
+        f"{name} TTFT {quantile(r.ttft, 50):.1f} and {quantile(r.ttft, 95):.1f}, per token "
+        f"{quantile(r.decode, 50):.2f} and {quantile(r.decode, 95):.2f}"
+        for name, r in records.items()
+    )
 
 
 def _shares(tower: dict[str, float], figures: dict[str, dict[str, Any]]) -> list[str]:
@@ -728,7 +917,7 @@ def main() -> None:
     parser.add_argument("--attn", default="sdpa", help="attn_implementation of CASA (default: %(default)s)")
     parser.add_argument("--source-attn", default="sdpa", help="and of the source (default: %(default)s)")
     parser.add_argument(
-        "--compile", action="store_true", help="compiled decoding on static caches, of CASA and of insertion"
+        "--compile", action="store_true", help="compiled decoding on static caches, of streams and of insertion"
     )
     arguments = parser.parse_args()
     variants = choices(parser, "--variants", arguments.variants, VARIANTS)
@@ -739,22 +928,34 @@ def main() -> None:
         sizes = replace(sizes, turns=arguments.turns)
     device = begin(parser, arguments)
 
-    models = contenders(sizes, variants, windows, device, arguments.attn, arguments.source_attn, arguments.compile)
+    camera = Camera(sizes)
+    opening = StreamTurns(camera.processor, StreamSettings(prompt=PROMPT)).opening
+    sizes = replace(sizes, prompt=len(opening))
+    models = contenders(
+        sizes, variants, windows, device, arguments.attn, arguments.source_attn, arguments.compile, camera.processor
+    )
     parameters = sum(parameter.numel() for parameter in models["insertion"].model.parameters())
     print(
         f"source: {parameters / 1e6:,.1f} million parameters; {sizes.turns} turns of a {sizes.frame} x {sizes.frame} "
         f"frame ({sizes.frame_tokens} tokens) and {sizes.answer} tokens"
     )
-    camera = Camera(sizes)
+    streams = runners(models, camera, **({"compile": True} if arguments.compile else {}))
     turns = min(sizes.turns, max([2, *(window + 1 for window in windows)]))  # the last of them evicts a frame
-    errors = check(models, sizes, camera, turns)
+    loops: dict[str, Contender] = {n: model for n, model in models.items() if isinstance(model, InsertionContender)}
+    errors = check(loops, sizes, camera, turns)
+    errors |= {
+        name: check_stream(name, runner, turns) for name, runner in streams.items() if isinstance(runner, StreamRunner)
+    }
     print("stream = one call, largest difference: " + ", ".join(f"{name} {e:.1e}" for name, e in errors.items()))
-    records, preprocessing = stream(models, sizes, camera)
+    records, preprocessing = stream(streams, sizes, camera)
     tower = tower_ms(models, camera)
     figures = summary(models, records, sizes.turns)
     absolute = arguments.device == "cuda"
     print(figures_table(figures, absolute))
-    print(f"preprocessing of a frame, in no figure above: {statistics.median(preprocessing):.1f} ms")
+    print(
+        f"of TTFT, from JPEG to patches by the source's image processor: {statistics.median(preprocessing):.1f} ms; "
+        f"p50 and p95 over all turns, ms: {_quantiles(records)}"
+    )
     print("part of TTFT that is the vision tower's: " + ", ".join(_shares(tower, figures)))
     judged = bars(models, figures, arguments.device) if full_size else []
     if judged:

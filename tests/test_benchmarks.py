@@ -26,6 +26,7 @@ from benchmarks.common import (
     Stream,
     allocated_bytes,
     casa_model,
+    let_stop,
     random_source,
     source_config,
     weight_bytes,
@@ -48,6 +49,7 @@ from tests.tiny_world.reader import areas
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = SIZES["tiny"]
+clips = streams.clips
 SEEN = TINY.frame_tokens
 # The last one keeps image keys that only updates of image states read.
 DESIGNS = [*((name, {}) for name in ("casa", "ca", "casa-shared", "ca-shared", "casa-ffn", "exact"))]
@@ -88,7 +90,7 @@ def advance(contender, camera: Camera, turns: int) -> None:
     contender.begin(words[:, : TINY.prompt])
     position = TINY.prompt - 1
     for turn in range(turns):
-        contender.frame(words[:, position : position + 1], camera.pixels(camera.image(turn)))
+        contender.frame(words[:, position : position + 1], camera.pixels(camera.jpeg(turn)))
         for index in range(1, TINY.answer):
             contender.step(words[:, position + index : position + index + 1])
         position += TINY.answer
@@ -98,7 +100,7 @@ def advance(contender, camera: Camera, turns: int) -> None:
 
 
 def test_tower_flops(source, camera):
-    pixels = camera.pixels(camera.image(0))
+    pixels = camera.pixels(camera.jpeg(0))
     counted = flops(lambda: source.get_image_features(pixels, camera.grid))
     assert counted == tower_flops(source.config.vision_config, TINY.patches, TINY.patches)
 
@@ -151,7 +153,7 @@ def test_insertions_stream_is_counted(source, camera):
         expected = 3 * text_flops(config, text, 0, seen * SEEN) + image_flops(config, SEEN, text, seen * SEEN)
         expected += head_flops(config) + tower_flops(config.vision_config, TINY.patches, TINY.patches)
         assert contender.predict(4)["frame_flops"] == expected
-        assert flops(partial(contender.frame, torch.tensor([[9]]), camera.pixels(camera.image(3)))) == expected
+        assert flops(partial(contender.frame, torch.tensor([[9]]), camera.pixels(camera.jpeg(3)))) == expected
 
 
 @pytest.mark.parametrize("variant", ["casa", "ca"])
@@ -230,6 +232,54 @@ def test_compiled_insertion_outgrows_its_static_cache(source, camera):
     assert streaming.check({"insertion": contender}, sizes, camera, turns=3)["insertion"] < 1e-5
     assert contender.kv_tokens() == sizes.prompt - 1 + 3 * (sizes.turn_text + SEEN)
     assert contender.cache.get_max_length() == 4 * (sizes.prompt - 1 + sizes.turn_text + SEEN)
+
+
+def test_a_stream_says_what_one_call_finds_likeliest(source, camera, monkeypatch):
+    """Unless it isn't given the frame that was taken."""
+    model = casa_model(source, "casa")
+    let_stop(model, camera.processor)
+    runner = streaming.StreamRunner(model, camera)
+    assert streaming.check_stream("casa", runner, turns=3) < 1e-5
+    assert runner.kv_tokens() == runner.contender.sizes.prompt - 1 + 3 * TINY.turn_text
+    held = cache_bytes(model.config, 4, runner.kv_tokens(), TINY.answer, SEEN)
+    assert runner.cache_bytes() == held
+    turn = runner.turn
+    monkeypatch.setattr(runner, "turn", lambda content: turn(camera.jpeg(9)))
+    with pytest.raises(RuntimeError, match=r"casa, 3 turns: a token of the stream is \S+ of the largest logit below"):
+        streaming.check_stream("casa", runner, turns=3)
+
+
+def test_a_batch_that_says_something_else_is_not_reported(source, camera, monkeypatch):
+    let_stop(source, camera.processor)
+    model = casa_model(source, "casa")
+    let_stop(model, camera.processor)
+    found = streams.fleets(TINY, camera, 2, source, model)
+    assert {len(own) for own in streams.run(found, camera, 2, torch.device("cpu")).values()} == {TINY.turns}
+    turn = found["batch"].turn
+    monkeypatch.setattr(found["batch"], "turn", lambda frames: turn(frames[::-1]))
+    with pytest.raises(RuntimeError, match=r"In turn \d+ the batch says other tokens than single streams"):
+        streams.run(found, camera, 2, torch.device("cpu"))
+
+
+def test_a_batch_that_is_late_drops_frames(source, camera):
+    """Faster cameras than any machine, and slower ones; of each frame one knows what has become of it."""
+    let_stop(source, camera.processor)
+    model = casa_model(source, "casa")
+    let_stop(model, camera.processor)
+    slow = streams.watch_random(model, camera, 2, fps=1.0, seconds=2)
+    assert slow.frames == len(slow.latency) == 4 and slow.tokens == 4 * TINY.answer and not slow.dropped
+    fast = streams.watch_random(model, camera, 2, fps=2_000.0, seconds=0.05)
+    assert fast.frames == 200 and fast.dropped == 200 - len(fast.latency) > 100 and not fast.keeps_up
+    assert replace(slow, latency=[0.4] * 90 + [0.6] * 10).keeps_up is False
+    assert replace(slow, latency=[0.4] * 96 + [0.6] * 4).keeps_up is True
+
+
+def test_a_camera_knows_what_is_to_be_said(monkeypatch):
+    watched = streams.watch_captioner(2, 4.0, 1.0, torch.device("cpu"))
+    assert watched.frames - watched.dropped == len(watched.latency) and watched.wrong <= watched.dropped
+    monkeypatch.setattr(streams, "clips", lambda stream: ((content, "no such thing") for content, _ in clips(stream)))
+    watched = streams.watch_captioner(1, 4.0, 0.5, torch.device("cpu"))
+    assert watched.wrong == len(watched.latency) > 0
 
 
 def test_a_wrong_backend_is_not_measured(source):
@@ -380,7 +430,7 @@ PROGRAMS = {
     streaming: ["--turns", "3", "--variants", "casa,ca-shared", "--windows", "1"],
     prefill: ["--variants", "casa", "--backends", "eager,sdpa", "--windows", "1,8,64", "--rounds", "1"],
     layer: ["--rounds", "1", "--windows", "2"],
-    streams: ["--streams", "2", "--turns", "3"],
+    streams: ["--streams", "2", "--turns", "3", "--cameras", "3", "--seconds", "2"],
     forever: ["--turns", "24"],
     captions: ["--frames", "100"],
 }
@@ -416,7 +466,8 @@ def test_program(program, device, monkeypatch, capsys, tmp_path):
             "--max-text-tokens 9 must be at least 10: the prompt and the text of a turn.",
         ),
         (captions, ["--frames", "99"], "--frames 99 must be at least 100, for lines with intervals."),
-        (streams, ["--turns", "2"], "--turns 2 must be more than --period 2"),
+        (streams, ["--turns", "1"], "--turns 1 must be at least 2: the first one warms up"),
+        (streams, ["--live-only", "--plot", "drawing.svg"], "--plot draws what --live-only leaves out"),
         (streams, ["--plot", "no/drawing.svg"], "there is no folder no; make it first."),
         (streams, ["--plot", "drawing.png"], "the name must end in .svg"),
     ],

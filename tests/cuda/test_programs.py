@@ -36,14 +36,13 @@ def gpu(devices: LabelledDevices, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 KERNEL = ["--attn", TORCH_VARLEN]
 BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "streaming": (streaming, [*KERNEL, "--source-attn", TORCH_VARLEN]),
-    "streaming, compiled": (streaming, [*KERNEL, "--compile", "--variants", "casa"]),
     "prefill": (prefill, []),
     "layer": (layer, ["--backends", f"sdpa,{TORCH_VARLEN}"]),
     "streams": (streams, [*KERNEL, "--source-attn", TORCH_VARLEN]),
     "forever": (forever, []),
     "captions": (captions, []),
 }
-QUICK = ("streaming, compiled",)
+QUICK = ("prefill",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in BENCHMARKS])
