@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from casa_hf.vision_tower import PatchProjection
+from casa_hf.patch_embedding import PatchProjection
 from tests.helpers_generation import relative_error
 from tests.sources import make_case
 from tests.tiny import FAMILIES

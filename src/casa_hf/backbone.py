@@ -250,6 +250,8 @@ class VisionTower:
         deepstack_modules: name of the modules that make these features.
         tokens_per_second_field: configuration field with the number of positions that a second of video takes on the
             time axis; None where the temporal patches of a video are counted.
+        image_mean, image_std: mean and standard deviation, by channel, by which the image processors of its published
+            checkpoints normalise.
     """
 
     model_type: str
@@ -259,6 +261,8 @@ class VisionTower:
     deepstack_field: str | None = None
     deepstack_modules: str = "deepstack_merger_list"
     tokens_per_second_field: str | None = None
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def load(self) -> Any:
         """The class of the tower."""

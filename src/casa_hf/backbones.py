@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .backbone import Backbone, Projections, VisionTower
 from .backbone_experts import TransposedExpertBlocks
 from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks, Qwen3_5ExpertBlocks
@@ -15,15 +17,22 @@ _QWEN3_VL_MOE = "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
 _QWEN3_5 = "transformers.models.qwen3_5.modeling_qwen3_5"
 _QWEN3_5_MOE = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
 
+# Mean and standard deviation of CLIP's images.
+_CLIP: dict[str, Any] = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
 VISION_TOWERS: dict[str, VisionTower] = {
     tower.model_type: tower
     for tower in (
-        VisionTower("qwen2_vl_vision", _QWEN2_VL, "Qwen2VisionTransformerPretrainedModel", "hidden_size"),
+        VisionTower("qwen2_vl_vision", _QWEN2_VL, "Qwen2VisionTransformerPretrainedModel", "hidden_size", **_CLIP),
         VisionTower(
             "qwen2_5_vl_vision",
             _QWEN2_5_VL,
             "Qwen2_5_VisionTransformerPretrainedModel",
             tokens_per_second_field="tokens_per_second",
+            **_CLIP,
         ),
         VisionTower("qwen3_vl_vision", _QWEN3_VL, "Qwen3VLVisionModel", deepstack_field="deepstack_visual_indexes"),
         VisionTower(

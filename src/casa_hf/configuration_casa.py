@@ -86,6 +86,11 @@ class CasaConfig(PreTrainedConfig):
         video_timestamps (`str`, *optional*):
             Time of each video frame, written before it: None for none, "native" as the source writes it, or "text". A
             model that has them refuses frames without.
+        image_mean (`list[float]`, *optional*):
+            Mean, by channel, by which the model normalises 8-bit pixels (values from 0 to 1), as the source's image
+            processor does; None for that of the tower's published checkpoints.
+        image_std (`list[float]`, *optional*):
+            Standard deviation likewise.
         casa_static_image_tokens (`int`, *optional*):
             Image tokens that a `StaticCache` has room for in each row: those of the largest window to come. A larger
             window takes a multiple of it, at the price of one more compilation.
@@ -137,6 +142,8 @@ class CasaConfig(PreTrainedConfig):
     casa_image_norm: str = "input"
     casa_gate: str | None = None
     video_timestamps: str | None = None
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
     casa_static_image_tokens: int = 1156
     tie_word_embeddings: bool = False
     source_config: dict | None = None
@@ -176,6 +183,13 @@ class CasaConfig(PreTrainedConfig):
     def tower(self) -> VisionTower:
         """The family of the vision configuration."""
         return VISION_TOWERS[self.vision_config.model_type]
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation, by channel, by which images are normalised."""
+        mean = self.tower.image_mean if self.image_mean is None else self.image_mean
+        std = self.tower.image_std if self.image_std is None else self.image_std
+        return tuple(mean), tuple(std)
 
     @property
     def needs_projector(self) -> bool:
@@ -400,6 +414,15 @@ class CasaConfig(PreTrainedConfig):
         self._validate_layers()
         self._validate_combinations()
         self._validate_backbone()
+        self._validate_normalization()
+
+    def _validate_normalization(self) -> None:
+        for field, values in zip(("image_mean", "image_std"), self.normalization, strict=True):
+            if len(values) != 3 or (field == "image_std" and min(values) <= 0):
+                raise ValueError(
+                    f"{field}={list(values)} must be three {'positive ' if field == 'image_std' else ''}numbers, for "
+                    "red, green and blue, as in the source's preprocessor_config.json."
+                )
 
     def _validate_tokens(self) -> None:
         if self.num_gist_tokens < 0:

@@ -69,13 +69,20 @@ class CasaLoadingMixin:
         return loading_info
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, fold_patch_embedding: bool = False, **kwargs: Any
+    ) -> Any:
         """As in Transformers, but a checkpoint that lacks tensors of the model which its config.json describes is
         refused: Transformers would make random ones.
 
         Not refused are tensors that follow from this call: fusion layers of an unconverted source, those that
         `casa_gate`, `casa_layers` or another setting adds (they start as a conversion starts them), and a head that
         another class has. With `ignore_mismatched_sizes=True` or `output_loading_info=True` nothing is refused.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *args, **kwargs: arguments as elsewhere in Transformers.
+            fold_patch_embedding: whether the loaded model's `fold_patch_embedding` is called.
 
         Raises:
             ValueError: naming tensors that are missing; for a weight file outside its folder.
@@ -85,6 +92,8 @@ class CasaLoadingMixin:
         refusal = (loaded[0] if reported else loaded).__dict__.pop(_REFUSAL, None)
         if refusal and not reported:
             raise ValueError(refusal)
+        if fold_patch_embedding:
+            (loaded[0] if reported else loaded).fold_patch_embedding()
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

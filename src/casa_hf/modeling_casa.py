@@ -45,13 +45,14 @@ from .image_inputs import check_features, check_grids, check_no_images, delimite
 from .loading_casa import CasaLoadingMixin
 from .loss_casa import chunked_loss
 from .own_copies import is_split
+from .patch_embedding import PatchEmbedding, check_patches
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .recurrence import TokenOrder, token_order
 from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
-from .vision_tower import PatchProjection, tower_inputs
+from .vision_tower import tower_inputs
 from .window_state import WindowState
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
@@ -139,6 +140,27 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
         for module in self.modules():
             if isinstance(module, CasaModel):
                 module.name_tower_backend()
+
+    def fold_patch_embedding(self) -> None:
+        """Fold rescaling, normalisation and the doubled frame of an image into weights of their own, by which 8-bit
+        patches are embedded in evaluation mode: two kernels and half the product, equal within rounding.
+
+        The weights of the model stay what they are, in memory and when it is saved. In training mode, and wherever
+        gradients reach the patch embedding, the fold isn't used; when the weights have changed, it is made again.
+
+        Raises:
+            ValueError: if the weights aren't at hand: split over devices, offloaded, or replaced by an adapter's.
+        """
+        for embedding in self._patch_embeddings():
+            embedding.fold()
+
+    def unfold_patch_embedding(self) -> None:
+        """Undo `fold_patch_embedding`: 8-bit patches are normalised on the device again."""
+        for embedding in self._patch_embeddings():
+            embedding.unfold()
+
+    def _patch_embeddings(self) -> list[PatchEmbedding]:
+        return [module for module in self.modules() if isinstance(module, PatchEmbedding)]
 
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
@@ -512,7 +534,7 @@ class CasaModel(CasaPreTrainedModel):
         warn_if_untested()
         tower = config.tower
         self.visual = tower.load()._from_config(config.vision_config)
-        self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
+        self.visual.patch_embed = PatchEmbedding(self.visual.patch_embed.proj, *config.normalization)
         self.language_model = CasaTextModel(config)
         self.multi_modal_projector: nn.Linear | None = None
         if config.needs_projector:
@@ -541,7 +563,7 @@ class CasaModel(CasaPreTrainedModel):
         """Run the vision tower.
 
         Args:
-            pixel_values: (patches, patch dim) as the image processor makes them.
+            pixel_values: (patches, patch dim) as the image processor makes them, normalised or in 8 bits.
             image_grid_thw: (num_images, 3) patches in time (1, or those of a whole video with
                 `casa_video_layout="native"`), height and width.
 
@@ -558,6 +580,7 @@ class CasaModel(CasaPreTrainedModel):
 
     def _run_tower(self, pixel_values: torch.Tensor, grids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As `get_image_features`, with sizes as `check_grids` returns them."""
+        check_patches(pixel_values, self.visual.patch_embed)
         patches = int(grids.prod(-1).sum())
         if pixel_values.shape[0] != patches:
             raise ValueError(
@@ -565,7 +588,7 @@ class CasaModel(CasaPreTrainedModel):
                 f"needs {patches}. Pass both as the image processor returned them."
             )
         derived = tower_inputs(self.visual, grids, pixel_values.device)
-        outputs = self.visual(pixel_values.type(self.visual.dtype), grid_thw=grids, **{**derived, **kwargs})
+        outputs = self.visual(pixel_values, grid_thw=grids, **{**derived, **kwargs})
         sizes = (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
         features = outputs.pooler_output
         if self.multi_modal_projector is not None:
@@ -606,7 +629,8 @@ class CasaModel(CasaPreTrainedModel):
             inputs_embeds: (batch, tokens, hidden) embedded text. Delimiters and the tokens that images precede are
                 recognised where a row equals their embedding exactly: with noise on them, say where images stand.
             use_cache: whether to return a cache.
-            pixel_values: (patches, patch dim) of the new images, in reading order over the batch.
+            pixel_values: (patches, patch dim) of the new images, in reading order over the batch; normalised, or
+                pixels from 0 to 255 of dtype uint8 (`processor(..., uint8_pixels=True)`), which the model normalises.
             image_grid_thw: (num_images, 3) patches in time (1, or those of a whole video with
                 `casa_video_layout="native"`), height and width.
             image_positions: (num_images, 2) row and index, in that row's new tokens, of the token that each image

@@ -7,13 +7,14 @@ import copy
 from importlib import import_module
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def is_split(parameter: nn.Parameter) -> bool:
+def is_split(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 has put an empty tensor in the place of a parameter."""
     return hasattr(parameter, "ds_id")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What makes Transformers' vision towers faster: patches embedded by one matrix product, and sizes read on the host.
+"""What Transformers' vision towers are given beside pixels, so that they read no sizes off the device.
 
 Stock towers derive positions and bounds where the sizes of images are, and read those sizes, image by image. On a GPU
 that waits for the device many times, and sizes that stayed on the CPU end in an operation on two devices. The towers
@@ -19,43 +19,6 @@ from transformers.vision_utils import (
     get_vision_position_ids,
     get_vision_window_index,
 )
-
-
-class PatchProjection(nn.Conv3d):
-    """The patch embedding of a vision tower, as the matrix product that it is: its stride is its kernel size.
-
-    The convolution itself is many times slower on some versions of torch.
-    """
-
-    @classmethod
-    def like(cls, convolution: nn.Conv3d) -> PatchProjection:
-        """The same projection; it takes over the parameters.
-
-        Raises:
-            ValueError: if patches overlap or leave gaps, so that the convolution is more than one product.
-        """
-        time, height, width = convolution.kernel_size
-        if convolution.stride != convolution.kernel_size:
-            raise ValueError(
-                f"The patch embedding has kernel size {convolution.kernel_size} and stride {convolution.stride}; they "
-                "must be equal."
-            )
-        projection = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            (time, height, width),
-            stride=(time, height, width),
-            bias=convolution.bias is not None,
-            device="meta",
-        )
-        projection.weight, projection.bias = convolution.weight, convolution.bias
-        return projection
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.shape[2:] != self.kernel_size:
-            return super().forward(input)
-        patches = nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
-        return patches[:, :, None, None, None]
 
 
 def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) -> dict[str, Any]:
