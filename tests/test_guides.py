@@ -17,8 +17,9 @@ GUIDES = {
     guide.name: re.findall(r"^```python\n(.*?)^```", guide.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     for guide in (ROOT / "docs").glob("*.md")
 }
-# Those that have a test of their own: streaming/test_docs.py, training/test_programs.py, hub/test_docs.py.
-LONG = {"streaming.md", "training.md", "publishing.md"}
+# Those that have a test of their own: streaming/test_docs.py, training/test_programs.py, hub/test_docs.py,
+# serving/test_transformers_serve.py.
+LONG = {"streaming.md", "training.md", "publishing.md", "serving.md"}
 
 
 def run(guide: str, names: dict[str, Any]) -> Any:

@@ -292,6 +292,15 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.masking_utils": ("flash_attention_mask",),
         "transformers.modeling_flash_attention_utils": ("_pad_input", "_unpad_input", "_upad_input"),
     },
+    "serving.transformers_serve": {
+        "transformers.cli.serving.chat_completion": ("ChatCompletionHandler",),
+        "transformers.cli.serving.completion": ("CompletionHandler",),
+        "transformers.cli.serving.model_manager": ("ModelManager",),
+        "transformers.cli.serving.response": ("ResponseHandler",),
+        "transformers.cli.serving.server": ("build_server",),
+        "transformers.cli.serving.utils": ("GenerationState", "Modality", "get_response_template"),
+        "transformers.utils.import_utils": ("is_serve_available",),
+    },
     "training.arguments": {
         "transformers.integrations": ("get_available_reporting_integrations",),
         "transformers.integrations.integration_utils": ("INTEGRATION_TO_CALLBACK",),

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from transformers import AutoProcessor, pipeline
+from transformers.pipelines import any_to_any
+from transformers.utils import is_torchvision_available
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 
@@ -82,3 +84,22 @@ def test_lists_of_images_by_prompt(pipe, photos):
 def test_text_alone(folder, pipe, processor):
     (record,) = pipe(text="What is the answer?", max_new_tokens=8, return_full_text=False)
     assert [record["generated_text"]] == generated(folder, processor(text="What is the answer?", return_tensors="pt"))
+
+
+def test_any_to_any(folder, pipe, photos, monkeypatch):
+    """The pipeline of models that may also write or hear: the same answers to images and text."""
+    if not is_torchvision_available():  # which it asks for wherever there are images; CASA's processor doesn't need it
+        monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)
+    other = pipeline("any-to-any", model=str(folder))
+    assert type(other.model) is CasaForConditionalGeneration
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    for name in ("cat", "coffee"):
+        content = [{"type": "image", "image": photos[name]}, {"type": "text", "text": "What is in this picture?"}]
+        messages = [{"role": "user", "content": content}]
+        assert other(text=messages, **options) == pipe(text=messages, **options)
+    texts, images = [f"{MARK}What?", f"Describe {MARK} in one sentence."], [photos["cat"], photos["coffee"]]
+    together = other(text=texts, images=images, batch_size=2, **options)
+    alone = pipe(text=texts, images=images, **options)
+    assert [each["generated_text"] for each in together] == [each["generated_text"] for each in alone]
+    with pytest.raises(ValueError, match="no audio"):
+        other(text="What?", audio="speech.wav", **options)

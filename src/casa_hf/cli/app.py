@@ -29,6 +29,7 @@ from .convert import convert
 from .generate import generate
 from .inspect import inspect
 from .push import push
+from .serve import serve
 from .terminal import complain
 from .train import train
 
@@ -60,6 +61,7 @@ _add(push)
 _add(generate)
 _add(chat, epilog=CHAT_HELP)
 _add(caption)
+_add(serve)
 _add(train)
 
 

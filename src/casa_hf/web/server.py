@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_count
+from ..listening import listen, shown_host
 from ..video import MediaInput, VideoInput
 from .player import Player
 
@@ -33,7 +33,6 @@ _SHUTDOWN_SECONDS = 1
 _MAX_CONNECTIONS = 256
 # So long a connection may take to send a request.
 _REQUEST_SECONDS = 5.0
-_LAST_PORT = 65_535
 _server_log = logging.getLogger("uvicorn.error")
 
 
@@ -123,11 +122,11 @@ class CaptionServer:
             import uvicorn
         except ImportError as error:
             raise _missing() from error
-        shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+        shown = shown_host(host)
         options.setdefault("allowed_hosts", (*THIS_MACHINE, shown) if _is_loopback(host) else None)
         app = create_app(stream, video, **options)
         self._player: Player = app.state.player
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port, "The page")
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/"
         player = self._player
 
@@ -256,26 +255,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= _LAST_PORT:
-        raise ValueError(f"port={port} must be from 0 to {_LAST_PORT}; 0 takes a free one.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            if os.name == "posix":
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()  # who comes before the server runs has to wait, not to try again
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-    except OSError as error:
-        raise ValueError(
-            f"The page can't be served at {host}:{port} ({error}); choose another host or port."
-        ) from error

@@ -1,0 +1,2 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Engines that serve CASA models: the server of Transformers, vLLM."""
