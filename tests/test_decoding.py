@@ -120,7 +120,7 @@ def test_text_is_stored_once_unless_the_fusion_layer_has_keys_of_its_own(variant
     # The first mark stands before the window.
     of_text, of_windows = (40, 40) if static else (12, 11)
     own = of_windows * len(fused) if variant in OWN_TEXT else 0
-    assert cache_nbytes(cache)["text"] == slot_bytes * (of_text * with_text + own)
+    assert cache_nbytes(cache, allocated=True)["text"] == slot_bytes * (of_text * with_text + own)
     for index, layer in enumerate(cache.layers):
         assert ("window" in layer.fusion) == (variant in OWN_TEXT and index in fused)
         # Nor is an image stored twice.

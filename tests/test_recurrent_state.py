@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from casa_hf import CasaForConditionalGeneration, cache_nbytes
-from casa_hf.cache_casa import cache_snapshot, cache_state, restore_cache
+from casa_hf.cache_casa import CacheMoment, cache_snapshot, cache_state, restore_cache, select_rows
 from casa_hf.transformers_versions import CACHE
 from tests.helpers_generation import (
     Image,
@@ -87,6 +87,7 @@ def new_cache(model: Any, kind: str) -> Any:
         "growing": lambda: DynamicCache(config=model.config),
         "without configuration": DynamicCache,
         "static": lambda: StaticCache(config=model.config, max_cache_len=48),
+        "with room": lambda: model.model.language_model.static_cache(48, 8, 3),
     }
     return makers[kind]()
 
@@ -216,6 +217,58 @@ def test_a_saved_cache_resumes():
         held = DynamicCache(config=model.config)
         restore_cache(held, state, [torch.device("cpu")] * len(state["layers"]), model.get_decoder().kept_by_blocks)
         check(model, held, ROWS)
+
+
+STATIC = pytest.mark.parametrize("kind", ["static", "with room"])
+
+
+@pytest.mark.parametrize("target", ["growing", "static", "with room"])
+@STATIC
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_static_cache_resumes_as_either_kind(variant, kind, target):
+    model = model_of(variant)
+    for given, wanted in ((kind, target), ("growing", kind)):
+        state = cache_state(filled(model, new_cache(model, given)), model.get_decoder().window_rules)
+        held, kept = new_cache(model, wanted), model.get_decoder().kept_by_blocks
+        restore_cache(held, state, [torch.device("cpu")] * len(kept), kept)
+        check(model, held, ROWS)
+
+
+@pytest.mark.parametrize("rows", [[2, 1, 0], [0, None, 1], [1], [None, 2, 0, 0]], ids=str)
+@pytest.mark.parametrize("kind", ["growing", "static", "with room"])
+def test_rows_are_chosen(kind, rows):
+    model = model_of("casa")
+    held = filled(model, new_cache(model, kind))
+    layer = next(layer for layer in held.layers if isinstance(layer, LinearAttentionLayer))
+    addresses = [state.data_ptr() for state in layer.states]
+    select_rows(held, rows)
+    if kind != "growing":
+        assert (addresses == [state.data_ptr() for state in layer.states]) == (len(rows) == 3)
+    check(model, held, [[] if row is None else ROWS[row] for row in rows])
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "with room"])
+def test_a_failed_forward_leaves_no_trace(kind):
+    """Neither the first one nor a later one, wherever it fails."""
+    model = model_of("casa")
+    held, texts = new_cache(model, kind), []
+    for rows in (ROWS, TURN):
+        for at in range(4):
+            moment = CacheMoment(held)
+
+            def fail(*_: Any) -> None:
+                raise RuntimeError("out of memory")
+
+            handle = model.get_decoder().layers[at].register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                turn(model, held, *rows)
+            handle.remove()
+            moment.restore()
+        texts = [[*text, *row] for text, row in zip(texts or [[]] * 3, rows, strict=True)]
+        logits = turn(model, held, *rows)
+        for text, own in zip(texts, logits, strict=True):
+            assert relative_error(own, one_shot(model, text)[-len(own) :]) < TOLERANCE
+    check(model, held, texts)
 
 
 def test_states_of_fixed_size_are_all_that_linear_blocks_keep():

@@ -118,13 +118,13 @@ def test_reset_and_reuse(variant: str) -> None:
         inputs = batch(*rows)
         logits = [model(**inputs, cache=cache).logits[:, -1]]
         logits += [model(input_ids=torch.full((2, 1), t), cache=cache).logits[:, -1] for t in (11, 12)]
-        held = cache_nbytes(cache)
+        held = cache_nbytes(cache, allocated=True)
         for number, row in enumerate(rows):
             for count, actual in enumerate(logits):
                 expected = one_shot(model, [*row, 11, 12][: len(row) + count])[-1]
                 assert relative_error(actual[number], expected) < TOLERANCE
         cache.reset()
-        assert cache_nbytes(cache) == held, "the memory is kept for the next use"
+        assert cache_nbytes(cache, allocated=True) == held, "the memory is kept for the next use"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -304,7 +304,7 @@ def test_a_reset_cache_meets_the_same_graph(fresh_compiler: None) -> None:
 
 @pytest.mark.slow
 def test_a_stream_that_starts_with_text_adds_one_graph(fresh_compiler: None) -> None:
-    """Before the first image there is nothing to fuse; afterwards the step is that of all images."""
+    """Where no room for images was made beforehand, there is nothing to fuse before the first one."""
     model = new_model("casa", casa_static_image_tokens=64)
     step = torch.compile(model, fullgraph=True, backend="eager")
     stream(model, step, static_cache(model), [[words(4, 1)], *turns_for(1)], 2)

@@ -224,6 +224,15 @@ class FusionLayer(nn.Module):
         if self.gated:
             self.gate = nn.Parameter(torch.zeros(1))
 
+    def key_owner(self, block: BlockModules) -> AttentionModule:
+        """The module with the projections that keys of images are made by."""
+        return block.attention
+
+    @property
+    def gives_images(self) -> bool:
+        """Whether updates of image states attend to the keys that this layer stores."""
+        return False
+
     def reset_gate(self) -> None:
         """Close the gate, if there is one."""
         if self.gated:
@@ -291,6 +300,9 @@ class CasaAttention(FusionLayer):
         output, weights = windowed_attention(owner, query, keys, call.fusion)
         return Attended(self._finish(project.output(owner, output, gate), call), fusion_weights=weights)
 
+    def key_owner(self, block: BlockModules) -> AttentionModule:
+        return self._owners(block)[0]
+
     def _add_projections(self, stock: DecoderBlock) -> None:
         self_attn = stock.self_attn
         self.num_key_value_groups = self_attn.num_key_value_groups
@@ -321,6 +333,10 @@ class CasaSharedAttention(FusionLayer):
     Projections are computed once; one o_proj (with its bias) is applied to the sum of both attentions.
     """
 
+    @property
+    def gives_images(self) -> bool:
+        return self.with_text
+
     def forward(
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
     ) -> Attended:
@@ -341,7 +357,7 @@ class CasaSharedAttention(FusionLayer):
             query, keys = text.rotated, keys._replace(text=text.keys.between(*plan.text_range))
         fused, weights = windowed_attention(self_attn, query, keys, call.fusion)
         output = project.output(self_attn, own + self._finish(fused, call), text.gate)
-        return Attended(output, self_weights, weights, text.keys, keys.images if self.with_text else None)
+        return Attended(output, self_weights, weights, text.keys, keys.images if self.gives_images else None)
 
     def _step(
         self,
@@ -363,6 +379,8 @@ class CasaSharedAttention(FusionLayer):
 
 class CasaContextAttention(FusionLayer):
     """One softmax over the visible images and all text (axis D2 "context"); self-attention and fusion are one."""
+
+    gives_images = True
 
     def forward(
         self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules

@@ -5,14 +5,14 @@ another layer."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .window_state import WindowState
+from .window_state import WindowState, at_fixed_address, selected_rows
 from .windows import WindowPlan
 
 # Room for further tokens that growing keys/values are given at least.
@@ -226,7 +226,7 @@ class CasaLayerMixin:
         return memory.tensors.between(0, memory.used)
 
     def copied(self) -> Self:
-        """A layer that shares what this one holds now, and goes its own way."""
+        """A layer that holds what this one holds now, and goes its own way; they share memory that neither writes."""
         new = copy.copy(self)
         new.fusion, new.memory = dict(self.fusion), {}
         return new
@@ -257,9 +257,45 @@ class CasaLayerMixin:
             window = self.fusion["window"]
             self.fusion["window"] = window.between(0, max(0, window.keys.shape[2] - removed))
 
-    def require_evictable(self) -> None:
-        """Refuse what text can't be evicted from, before anything has changed."""
-        self._require_dynamic("evict_text")
+    def require_replaceable(self, operation: str) -> None:
+        """Refuse an operation that reads and replaces what is held, before anything has changed: a quantized layer
+        can't do it."""
+        self._require_dynamic(operation)
+
+    def content(self, state: WindowState) -> dict[str, KeysValues]:
+        """Keys/values by name, as in `fusion`, and "text" for those of self-attention.
+
+        Args:
+            state: windows of the cache, growing, as `WindowState.compact` gives them.
+        """
+        own = {} if self.keys is None or self.values is None else {"text": KeysValues(self.keys, self.values)}
+        return own | self.fusion
+
+    def load(self, content: dict[str, KeysValues], state: WindowState, joined: bool) -> None:
+        """Hold the `content` of another layer, in an empty one.
+
+        Args:
+            content: keys/values, which become this layer's own.
+            state: windows that they belong to, growing.
+            joined: whether images and window text are to stand in one piece of memory.
+        """
+        own = dict(content)
+        if (text := own.pop("text", None)) is not None:
+            self.lazy_initialization(*text)  # type: ignore[attr-defined]
+            self.keys, self.values = text
+        self.fusion = own
+        if joined and {"image", "window"} <= own.keys():
+            self._join(own["image"], own["window"])
+
+    def select_rows(self, rows: Sequence[int | None]) -> None:
+        """Hold these rows, in their order; None stands for an empty one."""
+        self._require_dynamic("select_rows")
+        self._map_rows(lambda tensor: selected_rows(tensor, rows))
+        if not self._without_text:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = selected_rows(self.keys, rows), selected_rows(self.values, rows)
+        if self.window_state is not None:
+            self.window_state = self.window_state.select_rows(rows)
 
     def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
         """Hold other keys/values from now on, those of `length` cache positions.
@@ -400,9 +436,7 @@ class FixedFusion(CasaLayerMixin):
     max_cache_len: int
 
     def _store_images(self, name: str, kept: KeysValues, plan: WindowPlan) -> None:
-        num_kept = kept.keys.shape[2]
-        for tensor, part in zip(self._allocated(name, kept.keys, plan.next_state.image_columns), kept, strict=True):
-            tensor[:, :, tensor.shape[2] - num_kept :].copy_(part)
+        _write_last(self._allocated(name, kept.keys, plan.next_state.image_columns), kept)
 
     def _append_joined(self, new: KeysValues) -> None:
         return None
@@ -418,21 +452,90 @@ class FixedFusion(CasaLayerMixin):
     def is_croppable(self) -> bool:
         return not self.beside_recurrent
 
-    def require_evictable(self) -> None:
+    def require_replaceable(self, operation: str) -> None:
         pass
+
+    def copied(self) -> Self:
+        return copy.deepcopy(self)  # all of it is written in place
+
+    def content(self, state: WindowState) -> dict[str, KeysValues]:
+        """See `CasaLayerMixin.content`; the parts are views of what is held."""
+        assert isinstance(state.length, int)
+        text_start = {"text": 0, "window": state.text_start}
+        held = super().content(state)
+        if not self.block_has_text:
+            held.pop("text", None)
+        content = {}
+        for name, stored in held.items():
+            if name in text_start:
+                if text_start[name] < state.length:
+                    content[name] = stored.between(text_start[name], state.length)
+            elif state.image_columns:
+                length = stored.keys.shape[2]
+                content[name] = stored.between(length - state.image_columns, length)
+        return content
+
+    def load(self, content: dict[str, KeysValues], state: WindowState, joined: bool) -> None:
+        """See `CasaLayerMixin.load`; the state is that of the cache."""
+        for name, new in content.items():
+            if name == "text":
+                self._load_text(new)
+            elif name == "window":
+                room = self._allocated(name, new.keys, self.max_cache_len)
+                _write_first(room.between(state.text_start, self.max_cache_len), new)
+            else:
+                _write_last(self._allocated(name, new.keys, state.image_columns), new)
+
+    def _load_text(self, text: KeysValues) -> None:
+        raise NotImplementedError  # of layers without text none is saved
+
+    def moment(self, images: bool) -> dict[str, Any]:
+        """What a forward writes over, for `return_to`: it only adds behind the text.
+
+        Args:
+            images: whether the forward may bring images.
+        """
+        names = self.fusion.keys() - {"window"} if images else ()
+        return {
+            "images": {name: KeysValues(*(tensor.clone() for tensor in self.fusion[name])) for name in names},
+            "windows": None if self.window_state is None else self.window_state.moment(),
+        }
+
+    def return_to(self, moment: dict[str, Any]) -> None:
+        """Hold what was held at a `moment`, in place."""
+        for name, images in moment["images"].items():
+            _write_last(self._allocated(name, images.keys, images.keys.shape[2]), images)
+        windows = moment["windows"]
+        self.window_state = None if windows is None else self.window_state.assign(windows)  # type: ignore[union-attr]
+
+    def select_rows(self, rows: Sequence[int | None]) -> None:
+        """See `CasaLayerMixin.select_rows`; with as many rows as there are, addresses stay."""
+        self.fusion = {
+            name: KeysValues(*(with_rows(tensor, rows) for tensor in stored)) for name, stored in self.fusion.items()
+        }
+        if self.window_state is not None:
+            self.window_state = self.window_state.select_rows(rows)
 
     def replace_text(self, text: KeysValues | None, fusion: dict[str, KeysValues], length: int) -> None:
         for name, new in fusion.items():
             _write_first(self.fusion[name], new)
+
+    def allocate_images(self, name: str, like: torch.Tensor, num_columns: int) -> None:
+        """Have room for so many image tokens in each row.
+
+        Args:
+            name: entry of `fusion`.
+            like: (batch, kv_heads, any, head_dim) keys as they will be.
+            num_columns: number of image tokens.
+        """
+        self._allocated(name, like, num_columns)
 
     def _allocated(self, name: str, like: torch.Tensor, length: int) -> KeysValues:
         """Keys/values of this length: those that are there, or new ones of zeros."""
         held = self.fusion.get(name)
         if held is None or held.keys.shape[2] != length or held.keys.shape[0] != like.shape[0]:
             shape = (*like.shape[:2], length, like.shape[3])
-            held = KeysValues(like.new_zeros(shape), like.new_zeros(shape))
-            for tensor in held:
-                torch._dynamo.mark_static_address(tensor)
+            held = KeysValues(*(at_fixed_address(like.new_zeros(shape)) for _ in range(2)))
             self.fusion[name] = held
         return held
 
@@ -452,13 +555,30 @@ class FixedFusion(CasaLayerMixin):
         if self.window_state is not None:
             state = self.window_state
             empty = WindowState.empty(state.batch_size, state.valid.device)
-            self.window_state = state.assign(replace(empty, reserved_columns=state.reserved_columns))
+            pinned = None if state.pinned is None else torch.zeros_like(state.pinned)
+            self.window_state = state.assign(replace(empty, image_columns=state.image_columns, pinned=pinned))
 
 
 def _write_first(held: KeysValues, new: KeysValues) -> None:
     """Write over the first of what is held. What is behind is seen by nobody, and written over later."""
     for tensor, part in zip(held, new, strict=True):
         tensor[:, :, : part.shape[2]].copy_(part)
+
+
+def _write_last(held: KeysValues, new: KeysValues) -> None:
+    """Write over the last of what is held."""
+    for tensor, part in zip(held, new, strict=True):
+        tensor[:, :, tensor.shape[2] - part.shape[2] :].copy_(part)
+
+
+def with_rows(tensor: torch.Tensor, rows: Sequence[int | None]) -> torch.Tensor:
+    """The tensor (rows, ...) with these rows written into it; a new one if their number is another."""
+    if len(rows) != len(tensor):
+        return at_fixed_address(selected_rows(tensor, rows))
+    changed = [number for number, row in enumerate(rows) if row != number]
+    if changed:
+        tensor[changed] = selected_rows(tensor, [rows[number] for number in changed])
+    return tensor
 
 
 class CasaStaticLayer(FixedFusion, StaticLayer):
@@ -478,6 +598,30 @@ class CasaStaticLayer(FixedFusion, StaticLayer):
             assert self.keys is not None and self.values is not None
             _write_first(KeysValues(self.keys, self.values), text)
             self.cumulative_length.fill_(length)
+
+    def moment(self, images: bool) -> dict[str, Any]:
+        length = self.cumulative_length.clone() if self.is_initialized else None
+        return super().moment(images) | {"length": length}
+
+    def return_to(self, moment: dict[str, Any]) -> None:
+        super().return_to(moment)
+        if moment["length"] is not None:
+            self.cumulative_length.copy_(moment["length"])
+        elif self.is_initialized:
+            self.__init__(self.max_cache_len)  # type: ignore[misc]
+
+    def _load_text(self, text: KeysValues) -> None:
+        self.lazy_initialization(*text)
+        assert self.keys is not None and self.values is not None
+        _write_first(KeysValues(self.keys, self.values), text)
+        self.cumulative_length.fill_(text.keys.shape[2])
+
+    def select_rows(self, rows: Sequence[int | None]) -> None:
+        super().select_rows(rows)
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = with_rows(self.keys, rows), with_rows(self.values, rows)
+            self.batch_size = len(rows)
 
 
 class _LayerOfText(CacheLayerMixin):

@@ -4,26 +4,40 @@ taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers.cache_utils import LinearAttentionLayer
 
-from .cache_layers import CasaLayerMixin, FixedFusion
+from .cache_layers import CasaLayerMixin, FixedFusion, with_rows
 
 
 class _RecurrentState(CasaLayerMixin):
     """What layers of linear attention have in common: no text, and nothing to take back."""
 
     keys = values = None
+    conv_states: dict[int, torch.Tensor | None]
+    recurrent_states: dict[int, torch.Tensor | None]
 
     def activate_past_recording(self) -> None:
         """Nothing is recorded for `crop`, which is refused."""
 
     def crop(self, tokens_to_remove: int) -> None:
         self._number_to_remove(tokens_to_remove)
+
+    @property
+    def states(self) -> list[torch.Tensor]:
+        """Inputs of the convolution and the memory of the linear attention; empty before the first text."""
+        held = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [state for state in held if state is not None]
+
+    def load_states(self, conv: torch.Tensor, recurrent: torch.Tensor) -> None:
+        """Hold the `states` of another layer from now on, in an empty one."""
+        own: Any = self
+        own.update_conv_state(conv)
+        own.update_recurrent_state(recurrent)
 
 
 class CasaLinearLayer(_RecurrentState, LinearAttentionLayer):
@@ -79,17 +93,6 @@ class CasaLinearLayer(_RecurrentState, LinearAttentionLayer):
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
 
-    @property
-    def states(self) -> list[torch.Tensor]:
-        """Inputs of the convolution and the memory of the linear attention; empty before the first text."""
-        held = (*self.conv_states.values(), *self.recurrent_states.values())
-        return [state for state in held if state is not None]
-
-    def load_states(self, conv: torch.Tensor, recurrent: torch.Tensor) -> None:
-        """Hold the `states` of another layer from now on."""
-        self.update_conv_state(conv)
-        self.update_recurrent_state(recurrent)
-
     def make_writable(self) -> None:
         """Let Transformers' modules write into the state in this call: tensors of inference mode can't be changed
         outside it."""
@@ -133,15 +136,31 @@ class CasaStaticLinearLayer(_RecurrentState, FixedFusion, LinearAttentionLayer):
         """See [`CasaLinearLayer.update_conv_state`]."""
         inputs = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
         if num_tokens is not None:
-            kept = self.conv_states[state_idx]
+            kept: Any = self.conv_states[state_idx]
             kept.copy_(_last_inputs(inputs, kept.shape[-1], conv_states.shape[-1], num_tokens))
         return inputs
 
+    def moment(self, images: bool) -> dict[str, Any]:
+        """See `FixedFusion.moment`; with copies of the states."""
+        return super().moment(images) | {"states": [state.clone() for state in self.states]}
+
+    def return_to(self, moment: dict[str, Any]) -> None:
+        """See `FixedFusion.return_to`."""
+        super().return_to(moment)
+        if not moment["states"]:
+            self.reset()
+        for state, earlier in zip(self.states, moment["states"], strict=False):
+            state.copy_(earlier)
+
+    def select_rows(self, rows: Sequence[int | None]) -> None:
+        super().select_rows(rows)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: with_rows(state, rows) for index, state in states.items() if state is not None})
+
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._map_rows(change)
-        for state in (*self.conv_states.values(), *self.recurrent_states.values()):
-            if state is not None:
-                state.copy_(change(state))
+        for state in self.states:
+            state.copy_(change(state))
 
 
 def _last_inputs(

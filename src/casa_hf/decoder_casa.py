@@ -113,6 +113,20 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
                 router_logits = torch.cat([router_logits, of_images])
         return hidden_states, image_states, router_logits, attended.self_weights, attended.fusion_weights
 
+    @torch.no_grad()
+    def stored_images(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """Keys of one image token, each (batch_size, kv_heads, 1, head_dim), by the name under which a cache keeps
+        images of this block."""
+        if self.casa_attn is None:
+            return {}
+        modules, weight = self._modules_of_attention(), self.input_layernorm.weight
+        assert isinstance(weight, torch.Tensor)
+        owners = {"image": self.casa_attn.key_owner(modules)}
+        if self.image_updates == "full" and self.self_attn is not None and not self.casa_attn.gives_images:
+            owners["update"] = self.self_attn
+        states = torch.zeros(batch_size, 1, len(weight), dtype=weight.dtype, device=weight.device)
+        return {name: self.projections.keys(owner, states)[0] for name, owner in owners.items()}
+
     def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """Self-attention; where image states attend to its keys, these too."""
         if self.image_updates == "full" and image_states is not None:

@@ -276,7 +276,7 @@ def evict_text(
     for row in torch.stack([budget, sinks], dim=1).tolist():
         check_text_budget(*row)
     for layer in cache.layers:
-        layer.require_evictable()
+        layer.require_replaceable("evict_text")
     plan = plan_eviction(state, rules, budget, sinks)
     if plan is None:
         return None

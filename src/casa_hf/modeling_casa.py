@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import (
@@ -34,7 +34,7 @@ from .attention import Call, FusionLayer
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
 from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter
 from .backbones import BACKBONES
-from .cache_casa import Kept, check_room, home_layer, prepare_cache, window_state
+from .cache_casa import Kept, check_room, home_layer, prepare_cache, reserve_images, window_state
 from .cache_layers import CasaStaticLayer
 from .configuration_casa import CasaConfig
 from .decoder_casa import CasaDecoderLayer
@@ -377,6 +377,22 @@ class CasaTextModel(CasaPreTrainedModel):
     ) -> torch.Tensor | None:
         """See [`CasaForConditionalGeneration.evict_text`]."""
         return evict_text(cache, self.window_rules, self.key_rotation, keep, num_sink_tokens)
+
+    def static_cache(self, max_text_tokens: int, max_image_tokens: int, batch_size: int = 1) -> StaticCache:
+        """An empty static cache that compiled steps can use from the start: they are the same with and without images,
+        and for images of any size up to the given one.
+
+        Args:
+            max_text_tokens: number of text tokens, padding included, that there is room for in each row.
+            max_image_tokens: number of image tokens of each row that text may see at a time; for more, room is made in
+                steps of as many, each of which is another shape.
+            batch_size: number of rows.
+        """
+        cache = StaticCache(config=self.config, max_cache_len=max_text_tokens)
+        layers: Any = self.layers
+        like = [layer.stored_images(batch_size) for layer in layers]
+        reserve_images(cache, self.kept_by_blocks, like, max_image_tokens, self.window_rules.keeps_all_images)
+        return cache
 
     @property
     def recomputes(self) -> bool:

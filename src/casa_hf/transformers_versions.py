@@ -148,7 +148,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
     "cache_casa": {
         "transformers.cache_utils": ("LinearAttentionLayer",),
         "transformers.cache_utils.Cache": ("layer_class_to_replicate",),
-        "transformers.cache_utils.CacheLayerMixin": ("is_initialized", "lazy_initialization"),
+        "transformers.cache_utils.CacheLayerMixin": ("is_initialized",),
         "transformers.cache_utils.DynamicLayer": ("is_sliding",),
         "transformers.cache_utils.LinearAttentionLayer": ("conv_states", "recurrent_states"),
         "transformers.cache_utils.StaticLayer": ("max_cache_len",),

@@ -7,7 +7,7 @@ with the position that its rotary embedding has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -94,6 +94,18 @@ class WindowState:
 
     # ---------------------------------------------------------------- rows
 
+    def select_rows(self, rows: Sequence[int | None]) -> WindowState:
+        """The state with the given rows, in their order; None stands for one in which all so far is padding."""
+        of_empty: dict[str, Any] = {"last_image": -1, "window_start": self.length, "closed_at": OPEN}
+
+        def selected(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return selected_rows(tensor, rows, empty=of_empty.get(name, 0))
+
+        changed: dict[str, Any] = {name: selected(name, t) for name, t in tensors_of(self).items() if t.ndim}
+        padded = self.padded or (None in rows and (self.capacity is not None or bool(self.length)))
+        new = replace(self, **changed, padded=padded, only_row=False)
+        return new if self.capacity is None else self.assign(new)
+
     def select(self, rows: torch.Tensor) -> WindowState:
         """The state with the given rows, in their order."""
         rows = rows.to(self.valid.device)
@@ -171,8 +183,9 @@ class WindowState:
         for name in _OF_TEXT:
             own[name] = nn.functional.pad(own[name], (0, capacity - own[name].shape[1]))
         for tensor in own.values():
-            torch._dynamo.mark_static_address(tensor)
-        return replace(self, **own | {"text_start": 0, "capacity": capacity})
+            at_fixed_address(tensor)
+        # Left of a row's images is what earlier ones have left there, so that nothing is a row's own alone.
+        return replace(self, **own | {"text_start": 0, "capacity": capacity, "only_row": False})
 
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
@@ -181,6 +194,46 @@ class WindowState:
         length = int(self.length)
         of_text: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _OF_TEXT}
         return replace(self, **of_text | {"length": length, "capacity": None})
+
+    def compact(self, all_text: bool, text_windows: bool) -> WindowState:
+        """What a growing state would be after the same calls: without room behind the text, and without image columns
+        and text that no row sees. A fixed state is read off its device.
+
+        Args:
+            all_text: whether fusion layers see all text, and not only that of the windows.
+            text_windows: whether text before the first image attends to itself in fusion layers.
+        """
+        if self.capacity is None:
+            return self
+        state, num_columns = self.growing(), self.num_seen_columns()
+        in_window = (state.image_tokens > 0) | text_windows
+        first_text = torch.where(in_window, state.window_start, state.length).min()
+        no_padding = bool(state.valid.all())
+        return replace(
+            state,
+            padded=not no_padding,
+            image_columns=num_columns,
+            pinned=None if state.pinned is None or not num_columns else state.pinned[:, -num_columns:],
+            text_start=0 if all_text else int(first_text),
+            reserved_columns=0,
+            only_row=no_padding and state.batch_size == 1,
+        )
+
+    def num_seen_columns(self) -> int:
+        """Number of the last image columns before which no row sees any; the device is asked."""
+        if not self.image_columns:
+            return 0
+        columns = torch.arange(self.image_columns, device=self.valid.device)
+        seen = columns >= self.image_columns - self.image_tokens[:, None]
+        if self.pinned is not None:
+            seen = seen | self.pinned
+        return self.image_columns - int(torch.where(seen, columns, self.image_columns).min())
+
+    def moment(self) -> WindowState:
+        """This fixed state as it is now, for `assign` to come back to it after a forward. What has an entry for every
+        cache position isn't copied: a forward only adds to that."""
+        own: dict[str, Any] = {name: t.clone() for name, t in tensors_of(self).items() if name not in _OF_TEXT}
+        return replace(self, **own)
 
     def assign(self, new: WindowState) -> WindowState:
         """Write what `new` says into the tensors of this fixed state, and return it with the numbers of `new`."""
@@ -194,8 +247,7 @@ class WindowState:
             elif name in own and own[name].shape == tensor.shape:
                 own[name].copy_(tensor)
             else:
-                own[name] = tensor.clone()
-                torch._dynamo.mark_static_address(own[name])
+                own[name] = at_fixed_address(tensor.clone())
         if new.capacity is None:
             own["length"].fill_(new.length)
         return replace(self, **own, image_columns=new.image_columns, padded=new.padded)
@@ -244,6 +296,21 @@ class WindowState:
                     f"The saved state is damaged: {name} of its windows doesn't match the rest of it. Load the "
                     "whole state, as it was saved."
                 )
+
+
+def at_fixed_address(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of which a compiled step is to know that it stays where it is. Another one in its place is no reason
+    to compile again, only for CUDA graphs to be recorded again."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
+def selected_rows(tensor: torch.Tensor, rows: Sequence[int | None], empty: Any = 0) -> torch.Tensor:
+    """A copy of these rows of a tensor (rows, ...), in their order; None stands for one that is `empty` throughout."""
+    index = torch.tensor([0 if row is None else row for row in rows], device=tensor.device)
+    is_empty = torch.tensor([row is None for row in rows], device=tensor.device)
+    is_empty = is_empty.view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(is_empty, torch.as_tensor(empty, dtype=tensor.dtype, device=tensor.device), tensor[index])
 
 
 def tensors_of(record: Any) -> dict[str, Any]:
