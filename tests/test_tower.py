@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from casa_hf import tower_attention
 from casa_hf.patch_embedding import PatchProjection
+from casa_hf.tower_attention import SDPA_TOWER
+from casa_hf.vision_tower import tower_inputs
 from tests.helpers_generation import relative_error
 from tests.sources import make_case
 from tests.tiny import FAMILIES
@@ -77,3 +81,47 @@ def test_a_tower_can_be_compiled(family: str, fresh_compiler: None) -> None:
     assert counters["stats"]["unique_graphs"] >= 1
     for one, other in zip([*actual, through_model], [*expected, whole], strict=True):
         assert relative_error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(1, 12, 20), (2, 10, 18), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("family", TOWERS)
+def test_sequences_of_one_length_attend_together(family: str, size: tuple[int, int, int]) -> None:
+    """Windows at all edges, temporal patches, one image, several of a size, and several sizes: as one by one."""
+    case = make_case(family, "casa")
+    tower = case.model.model.visual
+    assert tower.config._attn_implementation == SDPA_TOWER
+    for sizes in ([size], [size] * 3, [size, (1, 6, 14), size, size]):
+        grids = torch.tensor(sizes)
+        generator = torch.Generator().manual_seed(len(sizes))
+        shape = int(grids.prod(-1).sum()), case.pixels.shape[1]
+        pixels = torch.randn(shape, dtype=case.pixels.dtype, generator=generator)
+        results = []
+        for name in (SDPA_TOWER, "sdpa"):
+            tower.config._attn_implementation_internal = name
+            with torch.no_grad():
+                results.append(features(tower(pixels, grid_thw=grids, **tower_inputs(tower, grids, pixels.device))))
+        assert relative_error(*results) < 1e-12
+
+
+def test_windows_of_a_frame_attend_in_a_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, at two edges and in the corner: whatever the number of windows and images."""
+    case, calls = make_case("qwen2_5_vl_text", "casa"), []
+    stock = tower_attention.sdpa_attention_forward
+
+    def counted(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tuple(query.shape[::2]))
+        return stock(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(tower_attention, "sdpa_attention_forward", counted)
+    grids = torch.tensor([[1, 12, 20]] * 3)
+    tower = case.model.model.visual
+    case.model.get_image_features(torch.randn(3 * 240, case.pixels.shape[1], dtype=case.pixels.dtype), grids)
+    side = tower.window_size // tower.patch_size
+    (rows, last_row), (columns, last_column) = divmod(12, side), divmod(20, side)
+    lengths = [side * side] * rows * columns + [side * last_column] * rows + [last_row * side] * columns
+    windows = Counter(length for length in [*lengths, last_row * last_column] if length)
+    full = len(tower.fullatt_block_indexes)
+    expected = Counter({(3, 240): full})
+    for length, count in windows.items():
+        expected[(3 * count, length)] += len(tower.blocks) - full
+    assert Counter(calls) == expected

@@ -10,7 +10,7 @@ embedding and self-attention are the backbone's own Transformers modules; the ta
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ from .publishing_hook import PublishedByHook
 from .recurrence import TokenOrder, token_order
 from .text_inputs import NewText, cached_length, embed_text, text_masks
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
+from .tower_attention import SDPA_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .vision_tower import tower_inputs
 from .window_state import WindowState
@@ -561,10 +562,12 @@ class CasaModel(CasaPreTrainedModel):
         self.post_init()
 
     def name_tower_backend(self) -> None:
-        """Give the tower the name of "torch_varlen" that it understands: stock towers hand all images to one call of
-        the kernel only if its name says that it is flash attention."""
-        if self.visual.config._attn_implementation == TORCH_VARLEN:
-            self.visual.config._attn_implementation_internal = TORCH_VARLEN_TOWER
+        """Give the tower the name of its backend that it understands: stock towers hand all images to one call only if
+        the name says that it is flash attention."""
+        names = {TORCH_VARLEN: TORCH_VARLEN_TOWER, "sdpa": SDPA_TOWER}
+        own = self.visual.config._attn_implementation
+        if own in names:
+            self.visual.config._attn_implementation_internal = names[own]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
@@ -606,13 +609,38 @@ class CasaModel(CasaPreTrainedModel):
         derived = tower_inputs(self.visual, grids, pixel_values.device)
         outputs = self.visual(pixel_values, grid_thw=grids, **{**derived, **kwargs})
         sizes = (grids.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        outputs.pooler_output = torch.split(self._features(outputs), sizes)
+        return outputs
+
+    def _features(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+        """(num_image_tokens, `config.image_features_size`) what fusion layers take of the tower's outputs."""
         features = outputs.pooler_output
         if self.multi_modal_projector is not None:
             features = self.multi_modal_projector(features)
         if self.config.num_deepstack:
             features = torch.cat([features, *outputs.deepstack_features], dim=-1)
-        outputs.pooler_output = torch.split(features, sizes)
-        return outputs
+        return features
+
+    def tower_for(self, image_grid_thw: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The vision tower for images of known sizes, as a function of their pixels alone, to be compiled.
+
+        Args:
+            image_grid_thw: (num_images, 3) sizes as in `get_image_features`, on the CPU.
+            device: device of the pixels.
+
+        Returns:
+            A function from `pixel_values` to (num_image_tokens, `config.image_features_size`) features.
+
+        Raises:
+            ValueError: for sizes that the model doesn't take.
+        """
+        grids = check_grids(self.config, image_grid_thw)
+        derived = tower_inputs(self.visual, grids, device)
+
+        def run(pixel_values: torch.Tensor) -> torch.Tensor:
+            return self._features(self.visual(pixel_values, grid_thw=grids, **derived))
+
+        return run
 
     @takes_cache
     @can_return_tuple
@@ -760,6 +788,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, CasaGenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See [`CasaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def tower_for(self, image_grid_thw: torch.Tensor, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """See [`CasaModel.tower_for`]."""
+        return self.model.tower_for(image_grid_thw, device)
 
     @takes_cache
     def evict_text(

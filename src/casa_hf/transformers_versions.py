@@ -287,6 +287,11 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.utils": ("PushToHubMixin",),
         "transformers.utils.PushToHubMixin": ("_upload_modified_files",),
     },
+    "tower_attention": {
+        "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
+        "transformers.masking_utils": ("flash_attention_mask",),
+        "transformers.vision_utils": ("get_vision_window_index",),
+    },
     "torch_varlen": {
         "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
         "transformers.masking_utils": ("flash_attention_mask",),
@@ -330,7 +335,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
     "vision_tower": {
         "transformers.utils.generic": ("get_max_seqlen", "is_flash_attention_requested"),
         "transformers.vision_utils": (
-            "get_vision_attention_seqlens",
+            "get_vision_cu_seqlens",
             "get_vision_interpolation_indices_and_weights",
             "get_vision_position_ids",
             "get_vision_window_index",

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers.utils.generic import get_max_seqlen, is_flash_attention_requested
 from transformers.vision_utils import (
-    get_vision_attention_seqlens,
+    get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
     get_vision_window_index,
 )
+
+from .tower_attention import SDPA_TOWER, tower_images, tower_windows
 
 
 def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) -> dict[str, Any]:
@@ -30,10 +32,15 @@ def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) ->
         device: device of the pixels.
     """
     config: Any = tower.config
-    merge = config.spatial_merge_size
+    merge, by_length = config.spatial_merge_size, config._attn_implementation == SDPA_TOWER
     inputs: dict[str, Any] = {"position_ids": get_vision_position_ids(grids, merge)}
-    inputs["cu_seqlens"], inputs["max_seqlen"] = get_vision_attention_seqlens(grids, config)
-    if hasattr(tower, "window_size"):
+    inputs["cu_seqlens"] = get_vision_cu_seqlens(grids)
+    inputs["max_seqlen"] = tower_images(grids) if by_length else get_max_seqlen(inputs["cu_seqlens"], config)
+    if hasattr(tower, "window_size") and by_length:
+        windows = tower_windows(grids, merge, tower.window_size, config.patch_size)
+        inputs["window_index"], inputs["max_window_seqlen"] = windows
+        inputs["cu_window_seqlens"] = inputs["cu_seqlens"]  # nobody reads them
+    elif hasattr(tower, "window_size"):
         inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
             grids, merge, tower.window_size, config.patch_size
         )
@@ -47,7 +54,8 @@ def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) ->
             spatial_merge_size=merge,
         )
     # Kernels read the bounds of images on the device; the other backends split by them on the host.
-    stays = () if is_flash_attention_requested(config) else ("cu_seqlens", "cu_window_seqlens")
+    on_host = by_length or not is_flash_attention_requested(config)
+    stays = ("cu_seqlens", "cu_window_seqlens") if on_host else ()
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name not in stays else value
         for name, value in inputs.items()
