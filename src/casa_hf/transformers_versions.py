@@ -333,6 +333,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "transformers_versions": {"transformers.masking_utils": ("create_causal_mask",)},
     "vision_tower": {
+        "transformers.PreTrainedConfig": ("_attn_implementation",),
         "transformers.utils.generic": ("get_max_seqlen", "is_flash_attention_requested"),
         "transformers.vision_utils": (
             "get_vision_cu_seqlens",
