@@ -19,7 +19,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
 .PHONY: coverage test-torchao test-engines test-vllm test-vllm-smoke bench
-.PHONY: bench-gpu bench-forever bench-captions soak docs notebooks lint quality style dist release clean
+.PHONY: bench-gpu gpu-check bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
 	@echo "make demo               convert a small trained checkpoint, ask it about images, look at its cache"
@@ -38,6 +38,7 @@ help:
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
+	@echo "make gpu-check          tests and bars of a CUDA device in 300 seconds, by the python3 that is there"
 	@echo "make soak               two hours of live captions of a camera that fails in every way"
 	@echo "make bench-forever      10,000 frames of one stream, with and without a limit of its text; takes an hour"
 	@echo "make bench-captions     live captions of 100,000 frames by the captioner that ships; takes half an hour"
@@ -126,6 +127,11 @@ bench-gpu: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.prefill --device cuda --plot docs/images/prefill-gpu.svg
 	$(VENV)/bin/python -m benchmarks.layer --device cuda --backends sdpa,torch_varlen --plot docs/images/layer-gpu.svg
 	$(VENV)/bin/python -m benchmarks.streams $(GPU) --source-attn torch_varlen --plot docs/images/streams-gpu.svg
+
+# Without an environment of its own: a rented GPU is often bare, without a network, and short. Further steps are named:
+# make gpu-check STEPS="--only streams --only prefill"
+gpu-check:
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu_check $(STEPS)
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

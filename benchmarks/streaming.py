@@ -31,7 +31,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -361,6 +361,17 @@ class InsertionContender:
             self.model.set_attn_implementation(backend)
         return outputs.logits
 
+    def fill(self, turns: int) -> None:
+        """Let the cache of one stream be as long as after so many turns, with random keys and values."""
+        sizes = self.sizes
+        self.length += turns * (sizes.frame_tokens + sizes.turn_text)
+        self.position += turns * (sizes.turn_text + sizes.side)
+        for layer in self.cache.layers:
+            shape = (*layer.keys.shape[:2], self.length, layer.keys.shape[-1])
+            layer.keys, layer.values = (
+                torch.randn(shape, dtype=layer.keys.dtype, device=layer.keys.device) for _ in range(2)
+            )
+
     def kv_tokens(self) -> int:
         return self.length
 
@@ -442,6 +453,15 @@ class Runner(Protocol):
         """Tokens in the sequence that the cache holds."""
 
 
+def compiling(wanted: bool) -> dict[str, Any]:
+    """Settings of streams that compile their steps, or don't."""
+    if "compile" in {setting.name for setting in fields(StreamSettings)}:
+        return {"compile": wanted}
+    if wanted:
+        raise RuntimeError("Streams can't be compiled yet.")
+    return {}
+
+
 class StreamRunner:
     """A `CasaStream`.
 
@@ -489,11 +509,15 @@ class LoopRunner:
         contender: the model and its cache.
         camera: gives the frames.
         opening: ids before the first frame.
+        answer: tokens of a turn; None for the camera's.
     """
 
-    def __init__(self, contender: InsertionContender, camera: Camera, opening: Sequence[int]):
+    def __init__(
+        self, contender: InsertionContender, camera: Camera, opening: Sequence[int], answer: int | None = None
+    ):
         self.contender = contender
         self.camera = camera
+        self.answer = camera.sizes.answer if answer is None else answer
         self.opening = torch.tensor([opening], device=contender.model.device)
         self.begin()
 
@@ -504,7 +528,7 @@ class LoopRunner:
 
     @torch.no_grad()
     def turn(self, content: bytes) -> Turn:
-        model, answer = self.contender.model, self.camera.sizes.answer
+        model, answer = self.contender.model, self.answer
         started = time.perf_counter()
         pixels = self.camera.pixels(content).to(model.device, model.dtype)
         logits, tokens, times = self.contender.frame(self.token, pixels), [], []
@@ -939,7 +963,7 @@ def main() -> None:
         f"source: {parameters / 1e6:,.1f} million parameters; {sizes.turns} turns of a {sizes.frame} x {sizes.frame} "
         f"frame ({sizes.frame_tokens} tokens) and {sizes.answer} tokens"
     )
-    streams = runners(models, camera, **({"compile": True} if arguments.compile else {}))
+    streams = runners(models, camera, **compiling(arguments.compile))
     turns = min(sizes.turns, max([2, *(window + 1 for window in windows)]))  # the last of them evicts a frame
     loops: dict[str, Contender] = {n: model for n, model in models.items() if isinstance(model, InsertionContender)}
     errors = check(loops, sizes, camera, turns)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import captions, forever, layer, prefill, streaming, streams
+from benchmarks import captions, forever, gpu_check, layer, prefill, streaming, streams
 from casa_hf.torch_varlen import TORCH_VARLEN
 from tests import test_benchmarks
 from tests.gpu import test_gpu, test_streams
@@ -56,6 +56,18 @@ def test_benchmarks_run(
     program, arguments = BENCHMARKS[name]
     monkeypatch.setitem(test_benchmarks.PROGRAMS, program, [*test_benchmarks.PROGRAMS[program], *arguments])
     test_benchmarks.test_program(program, "cuda", monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eager", "streams", "prefill"])
+def test_steps_of_the_gpu_check(name: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_counted", lambda function: {"kernels": 0})  # there is no such device to profile
+    found = gpu_check.Findings()
+    check = gpu_check.Check(torch.device("cuda"), True, "sdpa", {}, lambda: None)
+    check.free()
+    gpu_check.STEPS[name].run(check, found)
+    assert check.dtype == torch.bfloat16 and found.figures
+    assert "casa torch_varlen" in found.figures or name != "prefill"
 
 
 @pytest.mark.parametrize("backend", ["sdpa", TORCH_VARLEN])
