@@ -27,6 +27,7 @@ from .attention_backends import BackendWindows, StepWindows, attend, step_with_s
 from .backbone import FULL_ATTENTION, AttentionModule, DecoderBlock, Projections, SelfAttention
 from .cache_layers import FusionKeys, KeysValues
 from .configuration_casa import CasaConfig
+from .fused_projections import Projected, Wanted
 from .own_copies import own_copy
 from .positions import Rotary
 from .recurrence import TokenOrder
@@ -51,6 +52,7 @@ class Call:
         updates: keys that image states attend to, in the same form; None without new images, or if attention doesn't
             update them.
         router_logits: whether blocks with experts return the logits of their routers.
+        tables: what `Projections.tables` makes of `rotary`, where fused projections may be used; None elsewhere.
     """
 
     rotary: Rotary
@@ -64,6 +66,7 @@ class Call:
     image_rotary: Rotary | None = None
     updates: BackendWindows | None = None
     router_logits: bool = False
+    tables: Rotary | None = None
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> Call:
         """The call on another device; Accelerate asks for it when decoder blocks live on several devices."""
@@ -121,36 +124,19 @@ class Attended(NamedTuple):
         return self._replace(**{name: part for name, part in other._asdict().items() if part is not None})
 
 
-class TextStates(NamedTuple):
-    """What a block's self-attention works on.
-
-    Attributes:
-        query, rotated: (batch, heads, tokens, head_dim) queries without and with positions.
-        keys: keys/values of all text, those of the cache included.
-        gate: argument of `Projections.output`.
-    """
-
-    query: torch.Tensor
-    rotated: torch.Tensor
-    keys: KeysValues
-    gate: torch.Tensor | None
-
-
-def text_states(projections: Projections, self_attn: SelfAttention, states: torch.Tensor, call: Call) -> TextStates:
-    """Queries and keys of self-attention for (batch, tokens, hidden) normalised states; the cache keeps the keys."""
-    query, gate = projections.query(self_attn, states)
-    key, value = projections.keys(self_attn, states)
-    rotated, key = projections.rotate(query, key, call.rotary)
+def all_text(self_attn: SelfAttention, text: Projected, call: Call) -> KeysValues:
+    """Keys/values of self-attention for all text, of which the cache keeps those of the call's."""
+    key, value = text.key, text.value
     if call.cache is not None:
         key, value = call.cache.update(key, value, self_attn.layer_idx)
-    return TextStates(query, rotated, KeysValues(key, value), gate)
+    return KeysValues(key, value)
 
 
-def self_attention(projections: Projections, self_attn: SelfAttention, states: torch.Tensor, call: Call) -> Attended:
-    """What the stock module computes of (batch, tokens, hidden) normalised states, with its keys."""
-    text = text_states(projections, self_attn, states, call)
-    output, weights = attend(self_attn, text.rotated, text.keys, call.masks[FULL_ATTENTION], **call.arguments)
-    return Attended(projections.output(self_attn, output, text.gate), self_weights=weights, text=text.keys)
+def self_attention(projections: Projections, self_attn: SelfAttention, text: Projected, call: Call) -> Attended:
+    """What the stock module computes of the text that it has projected, with its keys."""
+    keys = all_text(self_attn, text, call)
+    output, weights = attend(self_attn, text.rotated, keys, call.masks[FULL_ATTENTION], **call.arguments)
+    return Attended(projections.output(self_attn, output, text.gate), self_weights=weights, text=keys)
 
 
 def image_keys(
@@ -224,9 +210,13 @@ class FusionLayer(nn.Module):
         if self.gated:
             self.gate = nn.Parameter(torch.zeros(1))
 
-    def key_owner(self, block: BlockModules) -> AttentionModule:
-        """The module with the projections that keys of images are made by."""
+    def owner(self, block: BlockModules) -> AttentionModule:
+        """The module with the projections that queries of text and keys of images are made by."""
         return block.attention
+
+    def wanted(self, block: BlockModules) -> Wanted:
+        """What `forward` takes of the text."""
+        return Wanted(self.owner(block), True)
 
     @property
     def gives_images(self) -> bool:
@@ -273,13 +263,11 @@ class CasaAttention(FusionLayer):
         super().__init__(config, layer_idx, stock, projections)
         self._add_projections(stock)
 
-    def forward(
-        self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
-    ) -> Attended:
+    def forward(self, text: Projected, image_states: torch.Tensor | None, call: Call, block: BlockModules) -> Attended:
         """Attend to images, and to the window's text if `casa_keys="window"`.
 
         Args:
-            hidden_states: (batch, tokens, hidden) normalised text states.
+            text: the call's text, projected as `wanted` says.
             image_states: (num_image_tokens, hidden) states of the call's new images; None without any.
             call: windows, positions and cache.
             block: self-attention and input norm of the block.
@@ -287,21 +275,18 @@ class CasaAttention(FusionLayer):
         Returns:
             The output, exactly 0 where a token sees nothing, and `fusion_weights`.
         """
-        owner, image_norm = self._owners(block)
-        project, text = self.projections, None
-        query, gate = project.query(owner, hidden_states)
-        if self.with_text:
-            key, value = project.keys(owner, hidden_states)
-            query, key = project.rotate(query, key, call.rotary)
-            text = KeysValues(key, value)
-        normed = self._normed(image_norm, image_states)
+        owner, project = self.owner(block), self.projections
+        normed = self._normed(self._image_norm(block), image_states)
         images = image_keys(project, owner, normed, call, rotate=self.with_text)
-        keys = call.extend(self.layer_idx, images, text)
-        output, weights = windowed_attention(owner, query, keys, call.fusion)
-        return Attended(self._finish(project.output(owner, output, gate), call), fusion_weights=weights)
+        keys = call.extend(self.layer_idx, images, KeysValues(text.key, text.value) if self.with_text else None)
+        output, weights = windowed_attention(owner, text.rotated, keys, call.fusion)
+        return Attended(self._finish(project.output(owner, output, text.gate), call), fusion_weights=weights)
 
-    def key_owner(self, block: BlockModules) -> AttentionModule:
-        return self._owners(block)[0]
+    def owner(self, block: BlockModules) -> AttentionModule:
+        return self
+
+    def wanted(self, block: BlockModules) -> Wanted:
+        return Wanted(self.owner(block), self.with_text)
 
     def _add_projections(self, stock: DecoderBlock) -> None:
         self_attn = stock.self_attn
@@ -312,9 +297,8 @@ class CasaAttention(FusionLayer):
             setattr(self, name, own_copy(getattr(self_attn, name)))
         self.image_norm = own_copy(stock.input_layernorm) if self.normalises_images else nn.Identity()
 
-    def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
-        """The module with the projections, and the norm of image states."""
-        return self, self.image_norm
+    def _image_norm(self, block: BlockModules) -> nn.Module:
+        return self.image_norm
 
 
 class CasaBorrowedAttention(CasaAttention):
@@ -323,8 +307,11 @@ class CasaBorrowedAttention(CasaAttention):
     def _add_projections(self, stock: DecoderBlock) -> None:
         pass
 
-    def _owners(self, block: BlockModules) -> tuple[AttentionModule, nn.Module]:
-        return block.attention, block.input_layernorm
+    def owner(self, block: BlockModules) -> AttentionModule:
+        return block.attention
+
+    def _image_norm(self, block: BlockModules) -> nn.Module:
+        return block.input_layernorm
 
 
 class CasaSharedAttention(FusionLayer):
@@ -337,44 +324,42 @@ class CasaSharedAttention(FusionLayer):
     def gives_images(self) -> bool:
         return self.with_text
 
-    def forward(
-        self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
-    ) -> Attended:
+    def forward(self, text: Projected, image_states: torch.Tensor | None, call: Call, block: BlockModules) -> Attended:
         """Both attentions of a block; arguments as in `CasaAttention.forward`."""
         self_attn, project, plan = block.attention, self.projections, call.plan
         assert plan is not None
-        text = text_states(project, self_attn, hidden_states, call)
+        text_keys = all_text(self_attn, text, call)
         normed = self._normed(block.input_layernorm, image_states)
         images = image_keys(project, self_attn, normed, call, rotate=self.with_text)
         keys = call.extend(self.layer_idx, images, None)
         mask = call.masks[FULL_ATTENTION]
-        if self.with_text and isinstance(call.fusion, StepWindows) and _takes_masks(mask):
-            output = self._step(self_attn, text, keys, call.fusion, mask, call)
+        if self.with_text and isinstance(call.fusion, StepWindows) and _is_boolean(mask):
+            output = self._step(self_attn, text.rotated, keys.images, text_keys, mask, call)
             return Attended(project.output(self_attn, output, text.gate))
-        own, self_weights = attend(self_attn, text.rotated, text.keys, mask, **call.arguments)
+        own, self_weights = attend(self_attn, text.rotated, text_keys, mask, **call.arguments)
         query = text.query
         if self.with_text:
-            query, keys = text.rotated, keys._replace(text=text.keys.between(*plan.text_range))
+            query, keys = text.rotated, keys._replace(text=text_keys.between(*plan.text_range))
         fused, weights = windowed_attention(self_attn, query, keys, call.fusion)
         output = project.output(self_attn, own + self._finish(fused, call), text.gate)
-        return Attended(output, self_weights, weights, text.keys, keys.images if self.gives_images else None)
+        return Attended(output, self_weights, weights, text_keys, keys.images if self.gives_images else None)
 
     def _step(
         self,
         self_attn: SelfAttention,
-        text: TextStates,
-        keys: FusionKeys,
-        windows: StepWindows,
+        query: torch.Tensor,
+        images: KeysValues | None,
+        text: KeysValues,
         mask: torch.Tensor | None,
         call: Call,
     ) -> torch.Tensor:
         """A decoding step: both softmaxes on one product with the text's keys, both sums in one with its values."""
-        assert call.plan is not None
-        scale = None if call.all_see else call.plan.sees.to(text.query.dtype)
+        assert call.plan is not None and isinstance(call.fusion, StepWindows)
+        scale = None if call.all_see else call.plan.sees.to(query.dtype)
         if self.gated:
             scale = self.gate.tanh() if scale is None else scale * self.gate.tanh()
-        all_text = text.keys.between(0, call.plan.text_range[1])
-        return step_with_self_attention(self_attn, text.rotated, keys.images, all_text, windows, mask, scale)
+        text = text.between(0, call.plan.text_range[1])
+        return step_with_self_attention(self_attn, query, images, text, call.fusion, mask, scale)
 
 
 class CasaContextAttention(FusionLayer):
@@ -382,19 +367,17 @@ class CasaContextAttention(FusionLayer):
 
     gives_images = True
 
-    def forward(
-        self, hidden_states: torch.Tensor, image_states: torch.Tensor | None, call: Call, block: BlockModules
-    ) -> Attended:
+    def forward(self, text: Projected, image_states: torch.Tensor | None, call: Call, block: BlockModules) -> Attended:
         """The attention of a block; arguments as in `CasaAttention.forward`."""
         self_attn, project, plan = block.attention, self.projections, call.plan
         assert plan is not None
-        text = text_states(project, self_attn, hidden_states, call)
+        text_keys = all_text(self_attn, text, call)
         normed = None if image_states is None else block.input_layernorm(image_states)
         images = image_keys(project, self_attn, normed, call, rotate=True)
         keys = call.extend(self.layer_idx, images, None)
-        keys = keys._replace(text=text.keys.between(0, plan.text_range[1]))
+        keys = keys._replace(text=text_keys.between(0, plan.text_range[1]))
         output, weights = windowed_attention(self_attn, text.rotated, keys, call.fusion)
-        attended = Attended(project.output(self_attn, output, text.gate), text=text.keys, images=keys.images)
+        attended = Attended(project.output(self_attn, output, text.gate), text=text_keys, images=keys.images)
         if weights is None:
             return attended
         num_columns = 0 if keys.images is None else keys.images.keys.shape[2]
@@ -412,6 +395,7 @@ def fusion_layer(config: CasaConfig, layer_idx: int, stock: DecoderBlock, projec
     return CasaBorrowedAttention(config, layer_idx, stock, projections)
 
 
-def _takes_masks(attention_mask: torch.Tensor | None) -> bool:
-    """Whether the mask of self-attention is one that a step can use: none, or boolean for queries and keys."""
-    return attention_mask is None or (attention_mask.ndim == 4 and attention_mask.dtype == torch.bool)
+def _is_boolean(attention_mask: torch.Tensor | None) -> bool:
+    """Whether there is a mask of self-attention that is boolean for queries and keys. Without a mask, backends have a
+    kernel that is faster than one product for both attentions."""
+    return attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool

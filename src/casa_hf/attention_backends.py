@@ -301,11 +301,11 @@ def step_with_self_attention(
         self_mask: boolean (batch or 1, 1, tokens, cache positions) of self-attention; None if all is visible.
         fusion_scale: (batch, tokens) or (1,) factor of the fusion output, 0 where a token sees nothing; None for 1.
     """
-    grouped = _grouped(query, text.keys.shape[1], module)
-    of_text = _scores(grouped, text.keys)
+    grouped = _grouped(query, text.keys.shape[1])
+    of_text = _scores(grouped, text.keys, module)
     weights = _softmax(of_text, self_mask, module)
     window = of_text[..., windows.first_text :]
-    of_images = [] if images is None else [_scores(grouped, images.keys)]
+    of_images = [] if images is None else [_scores(grouped, images.keys, module)]
     fused = _softmax(torch.cat([*of_images, window], dim=-1), windows.mask, module)
     if fusion_scale is not None and fusion_scale.ndim == 2:
         # (batch, tokens) for (batch, kv_heads, groups * tokens, keys)
@@ -326,8 +326,8 @@ def _step_attention(
     parts = keys.parts()
     if len(parts) == 1 and mask is None:
         return attend(module, query, parts[0], None, is_causal=False)[0]
-    grouped = _grouped(query, parts[0].keys.shape[1], module)
-    scores = [_scores(grouped, part.keys) for part in parts]
+    grouped = _grouped(query, parts[0].keys.shape[1])
+    scores = [_scores(grouped, part.keys, module) for part in parts]
     weights = _softmax(torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0], mask, module)
     split = weights.split([part.keys.shape[2] for part in parts], dim=-1)
     return _weighted(list(zip(split, (part.values for part in parts), strict=True)), query)
@@ -382,31 +382,35 @@ def _flat_keys(keys: FusionKeys) -> KeysValues:
     return KeysValues(*(torch.cat([_flat(x) for x in tensors]) for tensors in zip(*parts, strict=True)))
 
 
-def _grouped(query: torch.Tensor, kv_heads: int, module: AttentionModule) -> torch.Tensor:
-    """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim), scaled: scores that are scaled
-    afterwards leave the range of float16."""
+def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim)."""
     batch_size, _, _, head_dim = query.shape
-    return query.reshape(batch_size, kv_heads, -1, head_dim) * module.scaling
+    return query.reshape(batch_size, kv_heads, -1, head_dim)
 
 
-def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(grouped, keys.transpose(2, 3))
+def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: AttentionModule) -> torch.Tensor:
+    """Scaled scores (batch, kv_heads, groups * tokens, keys). Scaled by the product itself: products of float16 that
+    are scaled afterwards leave its range."""
+    scores = torch.baddbmm(
+        grouped.new_empty(1), grouped.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1), beta=0, alpha=module.scaling
+    )
+    return scores.unflatten(0, grouped.shape[:2])
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: AttentionModule) -> torch.Tensor:
-    """Weights (batch, kv_heads, groups * tokens, keys), by a softmax in at least float32."""
+    """Weights (batch, kv_heads, groups * tokens, keys). The softmax of half precision is computed in float32."""
     if mask is not None:
         groups = scores.shape[2] // mask.shape[2]
         scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), torch.finfo(scores.dtype).min)
-    dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
-    weights = torch.softmax(scores, dim=-1, dtype=dtype).to(scores.dtype)
-    return nn.functional.dropout(weights, module.attention_dropout, module.training)
+    return nn.functional.dropout(torch.softmax(scores, dim=-1), module.attention_dropout, module.training)
 
 
 def _weighted(parts: list[tuple[torch.Tensor, torch.Tensor]], query: torch.Tensor) -> torch.Tensor:
     """Sum of weights times values of all parts: (batch, tokens, heads * head_dim)."""
-    output = sum(torch.matmul(weights, values) for weights, values in parts)
-    assert isinstance(output, torch.Tensor)
+    (weights, values), *others = [(part.flatten(0, 1), of_part.flatten(0, 1)) for part, of_part in parts]
+    output = torch.bmm(weights, values)
+    for weights, values in others:
+        output = torch.baddbmm(output, weights, values)
     return output.reshape(query.shape).transpose(1, 2).flatten(2)
 
 

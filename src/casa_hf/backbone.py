@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .transformers_versions import CACHE
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -53,8 +51,6 @@ class SelfAttention(AttentionModule, Protocol):
     head_dim: int
     layer_idx: int
 
-    def __call__(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-
 
 class DecoderBlock(Protocol):
     """A decoder block, the family's own or CASA's."""
@@ -65,19 +61,6 @@ class DecoderBlock(Protocol):
     post_attention_layernorm: nn.Module
 
 
-class TextCall(Protocol):
-    """What a block's own attention needs of a forward besides the states; `attention.Call` has it."""
-
-    @property
-    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]: ...
-    @property
-    def masks(self) -> dict[str, torch.Tensor | None]: ...
-    @property
-    def cache(self) -> Cache | None: ...
-    @property
-    def arguments(self) -> dict[str, Any]: ...
-
-
 class Projections:
     """How one block's attention makes queries, keys and outputs.
 
@@ -86,11 +69,17 @@ class Projections:
     Args:
         backbone: row of the family.
         self_attn: the family's own attention of this block.
+
+    Attributes:
+        head_dim: width of a head.
+        has_norms: whether single heads of queries and keys are normalised.
+        rotates: whether queries and keys have positions in this block.
     """
 
     def __init__(self, backbone: Backbone, self_attn: SelfAttention):
         self.head_dim: int = self_attn.head_dim
         self.has_norms = hasattr(self_attn, "q_norm")
+        self.rotates = True
         self._apply_rotary: Callable = backbone.load("apply_rotary")
 
     @property
@@ -102,13 +91,23 @@ class Projections:
     def query(self, owner: AttentionModule, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, heads, tokens, head_dim) queries of (batch, tokens, hidden) states, without positions; and a gate
         for `output`, None in families that have none."""
-        query = self._heads(owner.q_proj(states))
+        return self.split_query(owner, owner.q_proj(states))
+
+    def split_query(self, owner: AttentionModule, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same of the query projection's output."""
+        query = self._heads(projected)
         return (owner.q_norm(query) if self.has_norms else query).transpose(1, 2), None
 
     def keys(self, owner: AttentionModule, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, without positions, and values, (batch, kv_heads, tokens, head_dim), of (batch, tokens, hidden)
         states."""
-        key, value = self._heads(owner.k_proj(states)), self._heads(owner.v_proj(states))
+        return self.split_keys(owner, owner.k_proj(states), owner.v_proj(states))
+
+    def split_keys(
+        self, owner: AttentionModule, projected_keys: torch.Tensor, projected_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the outputs of the key and the value projection."""
+        key, value = self._heads(projected_keys), self._heads(projected_values)
         return (owner.k_norm(key) if self.has_norms else key).transpose(1, 2), value.transpose(1, 2)
 
     def rotate(
@@ -121,6 +120,39 @@ class Projections:
     def rotate_one(self, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The same for queries or keys alone."""
         return self.rotate(states, states[:, :0], rotary)[0]
+
+    @property
+    def are_heads(self) -> bool:
+        """Whether queries and keys are the heads of their projections' outputs as they stand."""
+        return not self.has_norms
+
+    def tables(self, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `rotate_together` takes, (batch, tokens, 1, channels), of cos and sin; made once for all blocks."""
+        import torch
+
+        cos, sin = (table.unsqueeze(2) for table in rotary)
+        missing = self.head_dim - cos.shape[-1]
+        if missing:  # the last channels have no positions
+            cos = torch.cat([cos, cos.new_ones(*cos.shape[:-1], missing)], dim=-1)
+        return cos, self._signed(sin)
+
+    def rotate_together(self, heads: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """As `rotate`, of (batch, tokens, heads, head_dim) of any number of queries and keys, without gradients."""
+        cos, sin = tables
+        turned, width = heads * cos, sin.shape[-1]
+        turned[..., :width].addcmul_(self._swapped(heads[..., :width]), sin)
+        return turned
+
+    def _swapped(self, heads: torch.Tensor) -> torch.Tensor:
+        """Each channel's partner in the rotation in its place: the two halves change places."""
+        return heads.roll(heads.shape[-1] // 2, dims=-1)
+
+    def _signed(self, sin: torch.Tensor) -> torch.Tensor:
+        """What the partners are multiplied by."""
+        import torch
+
+        first, second = sin.chunk(2, dim=-1)
+        return torch.cat([-first, second], dim=-1)
 
     def output(self, owner: AttentionModule, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """(batch, tokens, hidden) output of (batch, tokens, heads * head_dim) attended values."""
@@ -145,28 +177,6 @@ class BlockAdapter:
     def kinds(self, text_config: PreTrainedConfig) -> tuple[str, ...]:
         """The kind of each block: `FULL_ATTENTION`, in which fusion layers stand, or `LINEAR_ATTENTION`."""
         return (FULL_ATTENTION,) * text_config.num_hidden_layers
-
-    def attend(
-        self, block: DecoderBlock, kind: str, states: torch.Tensor, call: TextCall
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the block's own attention makes of the text.
-
-        Args:
-            block: decoder block.
-            kind: kind of the block.
-            states: (batch, tokens, hidden) normalised text states.
-            call: masks, positions and cache.
-
-        Returns:
-            Output (batch, tokens, hidden), and weights, where the backend gives any.
-        """
-        return block.self_attn(
-            hidden_states=states,
-            attention_mask=call.masks[kind],
-            position_embeddings=call.rotary,
-            **{CACHE: call.cache},
-            **call.arguments,
-        )
 
     def recur(
         self, block: DecoderBlock, states: torch.Tensor, valid: torch.Tensor | None, cache: Cache | None

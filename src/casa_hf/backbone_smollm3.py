@@ -17,9 +17,9 @@ class SmolLM3Projections(Projections):
     def __init__(self, backbone: Backbone, self_attn: SelfAttention):
         super().__init__(backbone, self_attn)
         of_block: Any = self_attn
-        self.use_rope = bool(of_block.use_rope)
+        self.rotates = bool(of_block.use_rope)
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().rotate(query, key, rotary) if self.use_rope else (query, key)
+        return super().rotate(query, key, rotary) if self.rotates else (query, key)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .backbone import Backbone, Projections, VisionTower
 from .backbone_experts import TransposedExpertBlocks
+from .backbone_helium import HeliumProjections
 from .backbone_qwen3_5 import GatedProjections, Qwen3_5Blocks, Qwen3_5ExpertBlocks
 from .backbone_smollm3 import SmolLM3Projections
 
@@ -154,7 +155,7 @@ BACKBONES: dict[str, Backbone] = {
                 text_ties_head=True,
             )
             for model_type, display_name, classes, projections in (
-                ("helium", "Helium", "Helium", Projections),
+                ("helium", "Helium", "Helium", HeliumProjections),
                 ("llama", "Llama", "Llama", Projections),
                 ("qwen2", "Qwen2", "Qwen2", Projections),
                 ("qwen3", "Qwen3", "Qwen3", Projections),

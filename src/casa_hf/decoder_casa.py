@@ -19,6 +19,7 @@ from .attention import (
 )
 from .backbone import LINEAR_ATTENTION, DecoderBlock, SelfAttention
 from .configuration_casa import CasaConfig
+from .fused_projections import FusedProjections, Projected, Wanted, can_be_fused, project
 from .own_copies import own_copy
 
 # By what a block mixes tokens, in order: the name of the norm, and of the method of `CasaDecoderLayer` that takes the
@@ -72,6 +73,7 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = stock.post_attention_layernorm
         self.casa_attn: FusionLayer | None = None
         self.projections: Any = None  # `Projections`, where there is attention
+        self.fused: FusedProjections | None = None
         if recurrent and fused:
             origin: DecoderBlock = backbone.load("decoder_layer")(text_config, config.origin_of_fusion(layer_idx))
             stock.self_attn = origin.self_attn
@@ -121,28 +123,34 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
             return {}
         modules, weight = self._modules_of_attention(), self.input_layernorm.weight
         assert isinstance(weight, torch.Tensor)
-        owners = {"image": self.casa_attn.key_owner(modules)}
+        owners = {"image": self.casa_attn.owner(modules)}
         if self.image_updates == "full" and self.self_attn is not None and not self.casa_attn.gives_images:
             owners["update"] = self.self_attn
         states = torch.zeros(batch_size, 1, len(weight), dtype=weight.dtype, device=weight.device)
         return {name: self.projections.keys(owner, states)[0] for name, owner in owners.items()}
 
     def attend_text(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
-        """Self-attention; where image states attend to its keys, these too."""
-        if self.image_updates == "full" and image_states is not None:
-            return self_attention(self.projections, self._modules_of_attention().attention, states, call)
-        output, weights = self.adapter.attend(self, self.kind, states, call)
-        return Attended(output, self_weights=weights)
+        """Self-attention."""
+        attention = self._modules_of_attention().attention
+        (text,) = self._projected(states, call, Wanted(attention, True))
+        return self_attention(self.projections, attention, text, call)
 
     def fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """What the fusion layer gives; where projections are shared in parallel, with self-attention in it."""
         assert self.casa_attn is not None
-        return self.casa_attn(states, image_states, call, self._modules_of_attention())
+        modules = self._modules_of_attention()
+        (text,) = self._projected(states, call, self.casa_attn.wanted(modules))
+        return self.casa_attn(text, image_states, call, modules)
 
     def attend_text_and_fuse(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """Self-attention and the fusion layer, of the same states."""
-        text, fused = self.attend_text(states, image_states, call), self.fuse(states, image_states, call)
-        return text.updated(fused)._replace(output=text.output + fused.output)
+        assert self.casa_attn is not None
+        modules = self._modules_of_attention()
+        wanted = Wanted(modules.attention, True), self.casa_attn.wanted(modules)
+        text, for_fusion = self._projected(states, call, *wanted)
+        attended = self_attention(self.projections, modules.attention, text, call)
+        fused = self.casa_attn(for_fusion, image_states, call, modules)
+        return attended.updated(fused)._replace(output=attended.output + fused.output)
 
     def recur(self, states: torch.Tensor, image_states: torch.Tensor | None, call: Call) -> Attended:
         """Linear attention; where attention updates image states, over text and images in the order of reading."""
@@ -179,6 +187,49 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(states)
         router_logits = self.adapter.router_logits(self, normed) if call.router_logits else None
         return states + self.adapter.mlp(self, normed), router_logits
+
+    def _projected(self, states: torch.Tensor, call: Call, *wanted: Wanted) -> list[Projected]:
+        """The text of normalised states as attentions take it."""
+        if call.tables is not None and self._has_fused_projections():
+            assert self.fused is not None
+            if self.fused.serves(wanted):
+                return self.fused.project(wanted, states, call.tables)
+        return project(self.projections, wanted, states, call.rotary)
+
+    def _has_fused_projections(self) -> bool:
+        """Whether there are any; they are given up where something else has taken their place. A compiled step isn't
+        asked: what comes before it (the prompt, a frame) is computed without compilation."""
+        if self.fused is not None and not torch.compiler.is_compiling() and not self.fused.is_intact():
+            self.fused = None
+        return self.fused is not None
+
+    def fuse_projections(self) -> bool:
+        """Make the parameters of queries, keys and values views of one buffer; whether that is possible."""
+        if self._has_fused_projections():
+            return True
+        owners: list[Any] = [module for module in (self.self_attn, self.casa_attn) if hasattr(module, "q_proj")]
+        if owners and can_be_fused(owners):
+            self.fused = FusedProjections(self.projections, owners)
+        return self.fused is not None
+
+    def unfuse_projections(self) -> None:
+        """Give parameters memory of their own again."""
+        if self._has_fused_projections():
+            assert self.fused is not None
+            self.fused.release()
+        self.fused = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch, for `to` and its like; what was fused is fused again."""
+        was_fused = self._has_fused_projections()
+        applied = super()._apply(fn, recurse)
+        if was_fused and not self._has_fused_projections():
+            self.fuse_projections()
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have parameters of their own, so theirs aren't fused."""
+        return {**self.__dict__, "fused": None}
 
     def _modules_of_attention(self) -> BlockModules:
         return BlockModules(self.self_attn, self.input_layernorm)

@@ -379,7 +379,10 @@ class CasaGenerationMixin(GenerationMixin):
                     "can't be compiled once for all. Leave one of them out."
                 )
             return False
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if compiles and not self.training:
+            cast(Any, self).fuse_projections()
+        return compiles
 
     def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
         custom = kwargs.get("custom_generate", args[1] if len(args) > 1 else None)

@@ -163,6 +163,27 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
     def _patch_embeddings(self) -> list[PatchEmbedding]:
         return [module for module in self.modules() if isinstance(module, PatchEmbedding)]
 
+    def fuse_projections(self) -> int:
+        """Compute queries, keys and values of each decoder block by one product where gradients aren't needed.
+
+        Their parameters become views of one buffer per block; they stay the same objects under the same names, so
+        that they can be trained, saved, loaded and moved as before. Blocks in which projections aren't plain linear
+        layers (adapters, quantization, tensor parallelism, offloading) stay as they are, and so does training. Streams
+        and compiled steps of `generate` call this themselves.
+
+        Returns:
+            The number of blocks with one product.
+        """
+        return sum(block.fuse_projections() for block in self._decoder_blocks())
+
+    def unfuse_projections(self) -> None:
+        """Give each parameter memory of its own again, and call projections one by one."""
+        for block in self._decoder_blocks():
+            block.unfuse_projections()
+
+    def _decoder_blocks(self) -> list[CasaDecoderLayer]:
+        return [module for module in self.modules() if isinstance(module, CasaDecoderLayer)]
+
     def _flex_attn_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
             'attn_implementation="flex_attention" isn\'t supported by CASA models: its block masks are '
@@ -462,6 +483,14 @@ class CasaTextModel(CasaPreTrainedModel):
         cos_of_images, sin_of_images = (table[:, num_tokens:] for table in rotary)
         return (cos, sin), (cos_of_images, sin_of_images)
 
+    def _tables(self, rotary: Rotary) -> Rotary | None:
+        """What fused projections rotate by; None where projections are called one by one."""
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(rotary[0].device.type):
+            return None
+        blocks: Any = self.layers
+        fused = next((block for block in blocks if block.fused is not None), None)
+        return None if fused is None else fused.projections.tables(rotary)
+
     def _window_state(
         self,
         cache: Cache | None,
@@ -493,7 +522,7 @@ class CasaTextModel(CasaPreTrainedModel):
         rotary, image_rotary = self._rotary(text.embeds, text.positions, images)
         arguments = {"position_ids": text.text_index, **arguments}
         order = self._token_order(text, images, cache) if self.recurrent_blocks else None
-        call = Call(rotary, self._masks(text, cache), cache, arguments, order)
+        call = Call(rotary, self._masks(text, cache), cache, arguments, order, tables=self._tables(rotary))
         if not plan.active:
             return call
         fusion, all_see = fusion_windows(plan, implementation, dtype, self.head_groups, everything_visible)
