@@ -24,9 +24,8 @@ class GatedProjections(Projections):
     """Projections whose queries come with a gate: for each head the queries, then as many numbers that the attended
     values are multiplied by, through a sigmoid, before the output projection."""
 
-    def query(self, owner: AttentionModule, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        both = owner.q_proj(states)
-        query, gate = both.view(*both.shape[:-1], -1, 2 * self.head_dim).chunk(2, dim=-1)
+    def split_query(self, owner: AttentionModule, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, gate = projected.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         return owner.q_norm(query).transpose(1, 2), gate.flatten(2)
 
     def output(self, owner: AttentionModule, attended: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
