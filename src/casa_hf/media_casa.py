@@ -219,6 +219,28 @@ def rgb_image(image: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | No
         raise _unusable(image, error) from error
 
 
+def rgb_pixels(image: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> np.ndarray:
+    """The pixels of the image that `rgb_image` would make.
+
+    Args:
+        image, policy, layout: arguments of `rgb_image`.
+
+    Returns:
+        (height, width, 3) of dtype uint8. An array or tensor of such pixels is returned as it is, without a copy.
+
+    Raises:
+        ValueError: as `rgb_image`.
+    """
+    if hasattr(image, "shape"):
+        try:
+            pixels = _levels_of_array(image, policy, layout)
+        except Exception as error:
+            raise _unusable(image, error) from error
+        if pixels.shape[-1] == 3:
+            return pixels
+    return np.array(rgb_image(image, policy, layout))
+
+
 def image_size(image: Any, policy: MediaPolicy = DEFAULT_POLICY, layout: str | None = None) -> tuple[int, int]:
     """Width and height of what `rgb_image` would give, not yet turned upright; nothing is decoded for them.
 
@@ -315,10 +337,15 @@ def _opened_image(file: BinaryIO) -> Image.Image:
 
 def _from_array(array: Any, policy: MediaPolicy, layout: str | None) -> Image.Image:
     """The PIL image of an array or tensor."""
+    levels = np.ascontiguousarray(_levels_of_array(array, policy, layout))
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def _levels_of_array(array: Any, policy: MediaPolicy, layout: str | None) -> np.ndarray:
+    """(height, width, channels) of an array or tensor, as bytes."""
     pixels = _channels_last(_as_numpy(array), layout)
     policy.check_size(pixels.shape[1], pixels.shape[0])
-    levels = np.ascontiguousarray(_levels(pixels))
-    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+    return _levels(pixels)
 
 
 def _as_numpy(array: Any) -> np.ndarray:

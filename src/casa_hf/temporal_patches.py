@@ -15,6 +15,7 @@ import torch
 
 Item = TypeVar("Item")
 
+_CHANNELS = 3
 # The number of frames of an image that is a whole video.
 ALL_FRAMES = "all"
 
@@ -58,20 +59,37 @@ def join_frames(frames: Sequence[torch.Tensor], temporal_patch_size: int) -> tor
     """The patches of an image of several frames.
 
     Args:
-        frames: (patches, patch dim) patches of each frame, all of one size, as the image processor makes them: with
-            the frame in all places of a temporal patch.
+        frames: (patches, patch dim) patches of each frame, all of one size, as the processor makes them: with the
+            frame in all places of a temporal patch, or of dtype uint8 with the frame once.
         temporal_patch_size: number of frames in a temporal patch.
 
     Returns:
-        (temporal patches * patches, patch dim) patches, in order of time.
+        (temporal patches * patches, patch dim) patches, in order of time; of a single frame its own.
     """
     if len(frames) == 1:
         return frames[0]
-    channels = 3
-    single = [patches.unflatten(1, (channels, temporal_patch_size, -1))[:, :, 0] for patches in frames]
+    places = 1 if frames[0].dtype == torch.uint8 else temporal_patch_size
+    single = [patches.unflatten(1, (_CHANNELS, places, -1))[:, :, 0] for patches in frames]
     single += [single[-1]] * (-len(single) % temporal_patch_size)
     joined = [
         torch.stack(single[start : start + temporal_patch_size], dim=2).flatten(1)
         for start in range(0, len(single), temporal_patch_size)
     ]
     return torch.cat(joined)
+
+
+def concatenate_patches(patches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The patches of several images as one tensor.
+
+    Args:
+        patches: (patches, patch dim) of each image. Those of dtype uint8 that hold their frame once hold it in all
+            places of a temporal patch wherever others have several frames.
+    """
+    width = max(image.shape[1] for image in patches)
+
+    def widened(image: torch.Tensor) -> torch.Tensor:
+        if image.shape[1] == width:
+            return image
+        return image.unflatten(1, (_CHANNELS, 1, -1)).expand(-1, -1, width // image.shape[1], -1).flatten(1)
+
+    return torch.cat([widened(image) for image in patches])

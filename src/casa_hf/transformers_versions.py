@@ -279,6 +279,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.utils.output_capturing": ("OutputRecorder", "capture_outputs"),
     },
     "own_copies": {"transformers.integrations.deepspeed": ("deepspeed_config",)},
+    "patches_casa": {"transformers.models.qwen2_vl.image_processing_pil_qwen2_vl": ("smart_resize",)},
     "processing_casa": {
         "transformers.ProcessorMixin": ("_merge_kwargs",),
         "transformers.processing_utils": ("MultiModalData",),

@@ -45,7 +45,7 @@ from .card import model_card, untrained_effect
 from .design import resolve_design
 from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
 from .plan import ConversionPlan, ConversionReport, make_plan
-from .processor import load_processor
+from .processor import keep_normalization, load_processor
 from .request import MAX_SHARD_SIZE, ConversionRequest
 from .source import Source, read_vision_config, stock_config
 
@@ -232,6 +232,7 @@ def _prepare(request: ConversionRequest) -> _Prepared:
         own=own,
     )
     processor.video_timestamps = config.video_timestamps
+    keep_normalization(config, processor)
     new_token_ids = _set_tokens(config, processor) if own is None else ()
     stored = source.tensors()
     if vision is not None:
@@ -269,6 +270,7 @@ def _prepare_released(request: ConversionRequest, source: Source) -> _Prepared:
         delimiters=delimiters,
     )
     processor, findings = make_processor(source.folder, released.config, request.max_pixels)
+    keep_normalization(released.config, processor)
     plan = released.plan(request.dtype_code, request.max_shard_size, findings)
     return _Prepared(request, plan, released.config, processor, source, None, released.config, released.table)
 

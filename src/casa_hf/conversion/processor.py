@@ -15,6 +15,7 @@ from ..checkpoint_files.names import PROCESSOR_FILES
 from ..checks import one_line
 from ..configuration_casa import CasaConfig
 from ..folder_files import CheckpointError, read_json
+from ..patches_casa import normalization_of
 from ..placeholders import DelimiterError
 from ..processing_casa import CasaProcessor
 from ..temporal_patches import ALL_FRAMES
@@ -112,6 +113,14 @@ def native_frames(config: CasaConfig) -> int | str:
 def processor_limits(config: CasaConfig) -> dict[str, None]:
     """Options of `CasaProcessor.from_source`: a variant that is to equal its source keeps the source's image sizes."""
     return {"max_pixels": None, "frame_max_pixels": None} if config.casa_positions == "insertion" else {}
+
+
+def keep_normalization(config: CasaConfig, processor: CasaProcessor) -> None:
+    """Let a configuration say how the processor normalises, where that isn't what its tower's published checkpoints
+    do; the model does it to 8-bit pixels."""
+    stated = normalization_of(processor.image_processor)
+    if stated is not None and stated != config.normalization:
+        config.image_mean, config.image_std = map(list, stated)
 
 
 def _limit_pixels(processor: CasaProcessor, max_pixels: int) -> None:
