@@ -42,6 +42,19 @@ _READS = {
 }
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _COPIES = {"_to_copy", "copy_", "copy"}
+# Operators without a kernel, beside views.
+_FREE = {
+    "_local_scalar_dense",
+    "_unsafe_view",
+    "alias",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+}
 
 
 class Labelled(Tensor):
@@ -185,7 +198,8 @@ class LabelledDevices(TorchDispatchMode):
 
     Attributes:
         reads: how often the host waited for a value or a size, by place: "windows.py:12 nonzero".
-        copies: how often a tensor was copied from the host, by place.
+        copies: how often the host waited for a tensor that it copied to a device, by place.
+        kernels: how many operators ran on a device, views and copies from the host aside, by place.
         strict: whether waiting raises, as after `torch.cuda.set_sync_debug_mode("error")`.
     """
 
@@ -194,6 +208,7 @@ class LabelledDevices(TorchDispatchMode):
         self.package = package
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
         self.strict = False
         self._counting = True
         self._stack = ExitStack()
@@ -276,6 +291,7 @@ class LabelledDevices(TorchDispatchMode):
         """Start counting anew."""
         self.reads.clear()
         self.copies.clear()
+        self.kernels.clear()
 
     @property
     def waits(self) -> int:
@@ -374,6 +390,9 @@ class LabelledDevices(TorchDispatchMode):
         elif name in _COPIES:
             home = args[0].device
         result = func(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
+        runs_there = home is not None and home.type != "cpu" and not func.is_view and name not in _FREE
+        if self._counting and runs_there and any(made.numel() for made in _tensors([result])):
+            self.kernels[f"{_line(self.package)} {name}"] += 1
         if home is None or home.type == "cpu":
             return result
         own = {id(tensor.inner): tensor for tensor in labelled}

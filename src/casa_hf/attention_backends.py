@@ -22,7 +22,7 @@ knows of the others: time and memory grow with the number of windows, not with i
 (axis D4 "full") are segments too, one per image.
 
 Lengths of segments have to be known on the host, and all of these tensors are small and hold integers. So they are
-computed there, from `WindowPlan.on_host`, and copied to the device without waiting for it.
+computed there, from a plan that is there, and copied to the device without waiting for it.
 """
 
 from __future__ import annotations
@@ -131,30 +131,36 @@ _MASK_ALIGNMENT = 8
 
 
 def fusion_windows(
-    plan: WindowPlan, implementation: str, dtype: torch.dtype, groups: int, everything_visible: bool
+    plan: WindowPlan,
+    implementation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    groups: int,
+    everything_visible: bool,
 ) -> tuple[BackendWindows | None, bool]:
     """The windows of a call's fusion layers, None if no token sees anything; and whether it is known that all see.
 
     Args:
-        plan: windows of the call.
+        plan: windows of the call; on the CPU, unless it is a decoding step.
         implementation: name of the backend.
         dtype: data type of the states.
+        device: their device.
         groups: number of query heads for each key head.
         everything_visible: whether a token of a decoding step sees all that is stored, as in a single row without
             padding.
     """
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
+        plan = plan.on(device)
         return MaskedWindows(_backend_mask(plan.mask(), implementation, dtype), plan.sees), False
     if plan.sees.shape[1] == 1 and not plan.new_columns:
-        return StepWindows(None if everything_visible else plan.mask(), plan.text_range[0]), everything_visible
-    on_host, device = plan.on_host, plan.sees.device
-    if not varlen and _is_short(on_host, groups):
-        if not on_host.sees.any():
+        mask = None if everything_visible else plan.on(device).mask()
+        return StepWindows(mask, plan.text_range[0]), everything_visible
+    if not varlen and _is_short(plan, groups):
+        if not plan.sees.any():
             return None, False
-        dense = DenseWindows(_additive_mask(on_host.mask(), dtype, groups))
-        return moved(dense, device), bool(on_host.sees.all())
-    segments = fusion_segments(on_host)
+        return DenseWindows(packed_mask(plan.on(device).mask(), dtype, groups)), bool(plan.sees.all())
+    segments = fusion_segments(plan)
     if segments is None:
         return None, False
     all_see = len(segments.query_index) == plan.sees.numel()
@@ -174,7 +180,7 @@ def _is_short(plan: WindowPlan, groups: int) -> bool:
     return int(windows.max()) <= 2
 
 
-def _additive_mask(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch.Tensor:
+def packed_mask(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch.Tensor:
     """A boolean mask (batch, 1, tokens, keys) for `_attend_packed`; further keys follow, so that rows begin at
     addresses that kernels can read from."""
     mask = mask.repeat(1, 1, groups, 1)
@@ -184,12 +190,13 @@ def _additive_mask(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch
     return additive
 
 
-def update_windows(plan: WindowPlan, implementation: str, dtype: torch.dtype) -> BackendWindows:
+def update_windows(plan: WindowPlan, implementation: str, dtype: torch.dtype, device: torch.device) -> BackendWindows:
     """What image states attend to in updates by attention; arguments as in `fusion_windows`."""
     varlen = is_varlen(implementation)
     if not (varlen or implementation == "sdpa"):
+        plan = plan.on(device)
         return MaskedUpdate(_backend_mask(plan.update_mask(), implementation, dtype), plan)
-    segments, device = update_segments(plan.on_host), plan.sees.device
+    segments = update_segments(plan)
     if varlen:
         return moved(VarlenWindows(segments), device)
     padded = PaddedWindows(segments.padded(len(segments.query_index)), segments.takes_all_keys)

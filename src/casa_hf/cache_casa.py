@@ -138,12 +138,18 @@ def _taken_over(layer: Any, kind: type) -> Any:
     return prepared
 
 
+def stored_state(cache: Cache | None) -> WindowState | None:
+    """The window state that a prepared cache holds; None before the first text."""
+    return None if cache is None else home_layer(cache).window_state
+
+
 def window_state(
     cache: Cache | None,
     batch_size: int,
     device: torch.device,
     attention_mask: Any = None,
     reserved_columns: int = 0,
+    held: WindowState | None = None,
 ) -> WindowState:
     """The window state that `cache` holds, or the one before the first image.
 
@@ -154,6 +160,7 @@ def window_state(
         attention_mask: mask of the call; if it covers the cached text of another model, (batch, all tokens), it says
             which of that is padding.
         reserved_columns: image columns that a static cache keeps at least.
+        held: the state that `cache` holds, read from its device; None to take it as it is.
 
     Raises:
         ValueError: if the cache was filled with another batch size, or by another model in between.
@@ -161,7 +168,7 @@ def window_state(
     if cache is None:
         return WindowState.empty(batch_size, device)
     home, length = home_layer(cache), cache.get_seq_length()
-    state = home.window_state
+    state = home.window_state if held is None else held
     if state is None:
         state = WindowState.empty(batch_size, device, length=int(length))
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and state.length:
@@ -182,7 +189,7 @@ def window_state(
             f"The cache holds {length} tokens, but CASA has seen {state.length} of them: another model has "
             "extended the cache. Give each model a cache of its own."
         )
-    return state if state.valid.device == device else moved(state, device)
+    return state if state.valid.device == device else moved(state.settled(), device)
 
 
 def check_room(cache: Cache | None, length: int | torch.Tensor, num_tokens: int) -> None:
@@ -325,7 +332,7 @@ def cache_state(cache: Cache, rules: WindowRules | None = None) -> dict[str, Any
     """
     for layer in cache.layers:
         layer.require_replaceable("cache_state")
-    state: WindowState = home_layer(cache).window_state
+    state: WindowState = home_layer(cache).window_state.settled()
     if state.capacity is not None:
         if rules is None:
             raise ValueError("cache_state needs the model's rules of windows (window_rules) for a static cache.")

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .checks import counted
 from .configuration_casa import CasaConfig
-from .text_inputs import NewText, cached_length
-from .window_state import moved
+from .text_inputs import NewText
 from .windows import ImagePlacement
 
 logger = logging.get_logger(__name__)
@@ -131,33 +129,31 @@ def place_images(
     grids: torch.Tensor,
     image_positions: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
-    cache: Cache | None,
     second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
 ) -> ImagePlacement:
-    """Where the new images of a call stand, on the device of its text.
+    """Where the new images of a call stand; all on the CPU.
 
     Args:
         config: configuration that names the image placeholder.
-        text: new text.
+        text: new text, read by `NewText.on_host`; and so are these:
         grids: (num_images, 3) sizes as `check_grids` returns them.
         image_positions: (num_images, 2) row and index of the token that each image precedes; None to look for them.
         mm_token_type_ids: types of the new tokens or of all so far; None without any.
-        cache: cache with the earlier text, or None.
         second_per_grid_ts: (num_images,) seconds from one temporal patch of each image to the next; None for 1 second.
 
     Raises:
         ValueError: if images, types and positions don't fit each other and the text.
     """
-    types, valid = _new_types(mm_token_type_ids, text, cache), text.valid
+    types, valid = _new_types(mm_token_type_ids, text), text.valid
     check_timestamps(config, mm_token_type_ids)
     if image_positions is None:
-        image_positions, valid = _find_places(config, text, types, len(grids))
+        image_positions = _find_places(config, text, types, len(grids))
     if image_positions.shape != (len(grids), 2):
         raise ValueError(
             f"image_positions has shape {tuple(image_positions.shape)}; expected ({len(grids)}, 2) for {len(grids)} "
             "images."
         )
-    image_positions = image_positions.cpu().long()
+    image_positions = image_positions.long()
     _check_places(image_positions.tolist(), text.shape, valid)
     if types is None:
         warn_of_untyped_frames(config, image_positions.tolist())
@@ -165,32 +161,27 @@ def place_images(
     rows, indices = image_positions.unbind(1)
     is_frame = torch.zeros_like(rows, dtype=torch.bool)
     if types is not None:
-        places = (part.to(types.device, non_blocking=True) for part in (rows, indices))
-        is_frame = types[tuple(places)] == FRAME_TYPE
+        is_frame = types[rows, indices] == FRAME_TYPE
     merge = config.vision_config.spatial_merge_size
     merged = grids // torch.tensor([1, merge, merge])
     per_row = torch.zeros(text.shape[0], dtype=torch.long).index_put((rows,), merged.prod(-1), accumulate=True)
     steps = _time_steps(config, grids, second_per_grid_ts)
-    placement = ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()), steps)
-    return moved(placement, text.device)
+    return ImagePlacement(rows, indices, merged, is_frame, int(per_row.sum()), int(per_row.max()), steps)
 
 
-def delimiters(
-    config: CasaConfig, text: NewText, mm_token_type_ids: torch.Tensor | None, cache: Cache | None
-) -> torch.Tensor:
+def delimiters(config: CasaConfig, text: NewText, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
     """(batch, tokens) which new text doesn't close a group of images, on the device of the text.
 
     Args:
         config: configuration that names the delimiters.
         text: new text.
         mm_token_type_ids: types of the new tokens or of all so far; those of another length are ignored.
-        cache: cache with the earlier text, or None.
     """
     found = text.are(config.delimiter_token_ids)
     if mm_token_type_ids is None:
         return found
     batch_size, num_tokens = text.shape
-    if mm_token_type_ids.shape[0] != batch_size or not _fits(mm_token_type_ids, num_tokens, cache):
+    if mm_token_type_ids.shape[0] != batch_size or not _fits(mm_token_type_ids, text):
         return found
     types = mm_token_type_ids[:, -num_tokens:].to(found.device, non_blocking=True)
     return found | (types == DELIMITER_TYPE)
@@ -227,7 +218,6 @@ def check_no_images(
     image_grid_thw: torch.Tensor | None,
     image_positions: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
-    cache: Cache | None,
 ) -> None:
     """Refuse sizes or places in a call without images.
 
@@ -240,7 +230,6 @@ def check_no_images(
         image_grid_thw: (num_images, 3) sizes, or None.
         image_positions: (num_images, 2) places, or None.
         mm_token_type_ids: types of the new tokens or of all so far; those of another length are ignored.
-        cache: cache with the earlier text, or None.
 
     Raises:
         ValueError: naming what was given.
@@ -249,10 +238,9 @@ def check_no_images(
         return
     if image_positions is not None:
         raise without_images("image_positions")
-    past, num_tokens = cached_length(cache), text.shape[1]
-    left_over = past > 0
-    if left_over and num_tokens > 1:
-        fits = mm_token_type_ids is not None and _fits(mm_token_type_ids, num_tokens, cache)
+    left_over = text.past > 0
+    if left_over and text.shape[1] > 1:
+        fits = mm_token_type_ids is not None and _fits(mm_token_type_ids, text)
         left_over = not image_placeholders(config, text, mm_token_type_ids if fits else None).any()
     if not left_over:
         raise without_images("image_grid_thw")
@@ -322,18 +310,18 @@ def warn_of_untyped_frames(config: CasaConfig, places: Sequence[Sequence[int]]) 
         )
 
 
-def _fits(mm_token_type_ids: torch.Tensor, num_tokens: int, cache: Cache | None) -> bool:
+def _fits(mm_token_type_ids: torch.Tensor, text: NewText) -> bool:
     """Whether there is a type for each new token, or for each so far."""
-    length = mm_token_type_ids.shape[1]
-    return length == num_tokens or length == cached_length(cache) + num_tokens
+    length, num_tokens = mm_token_type_ids.shape[1], text.shape[1]
+    return length == num_tokens or length == text.past + num_tokens
 
 
-def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cache | None) -> torch.Tensor | None:
+def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText) -> torch.Tensor | None:
     """(batch, tokens) the types of the new tokens; None without any."""
     if mm_token_type_ids is None or mm_token_type_ids.shape == text.shape:
         return mm_token_type_ids
     batch_size, num_tokens = text.shape
-    if mm_token_type_ids.shape != (batch_size, cached_length(cache) + num_tokens):
+    if mm_token_type_ids.shape != (batch_size, text.past + num_tokens):
         given = tuple(mm_token_type_ids.shape)
         if text.ids is None and given[0] == batch_size and given[1] < num_tokens:
             raise ValueError(
@@ -347,27 +335,19 @@ def _new_types(mm_token_type_ids: torch.Tensor | None, text: NewText, cache: Cac
     return mm_token_type_ids[:, -num_tokens:]
 
 
-def _find_places(
-    config: CasaConfig, text: NewText, types: torch.Tensor | None, num_images: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(num_images, 2) row and index of the tokens that images precede, and `text.valid`, both on the CPU."""
-    found, valid = image_placeholders(config, text, types), text.valid
+def _find_places(config: CasaConfig, text: NewText, types: torch.Tensor | None, num_images: int) -> torch.Tensor:
+    """(num_images, 2) row and index of the tokens that images precede."""
+    found = image_placeholders(config, text, types)
     if text.ids is not None:
-        # All that is looked at, by one copy.
-        looked_at = (found, text.ids) if valid is None else (found, text.ids, valid)
-        found, ids, *rest = torch.stack(
-            [part.to(found.device, torch.long, non_blocking=True) for part in looked_at]
-        ).cpu()
-        found, valid = found > 0, (rest[0] > 0 if rest else None)
-        refuse_expanded_placeholders(config, ids if types is None else ids[found])
-    places = found.cpu().nonzero()
+        refuse_expanded_placeholders(config, text.ids if types is None else text.ids[found])
+    places = found.nonzero()
     if len(places) != num_images:
         raise ValueError(
             f"{_found_in_words(config, text, types, len(places))}; expected {num_images}, one per image. "
             f"{'Add them' if len(places) < num_images else 'Remove the others'}, or pass image_positions of shape "
             f"({num_images}, 2): row and index of the token that each image precedes."
         )
-    return places, valid
+    return places
 
 
 def _found_in_words(config: CasaConfig, text: NewText, types: torch.Tensor | None, number: int) -> str:

@@ -34,7 +34,7 @@ from .attention import Call, FusionLayer
 from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
 from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter
 from .backbones import BACKBONES
-from .cache_casa import Kept, check_room, home_layer, prepare_cache, reserve_images, window_state
+from .cache_casa import Kept, check_room, home_layer, prepare_cache, reserve_images, stored_state, window_state
 from .cache_layers import CasaStaticLayer
 from .configuration_casa import CasaConfig
 from .decoder_casa import CasaDecoderLayer
@@ -54,7 +54,7 @@ from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .tower_attention import SDPA_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .vision_tower import tower_inputs
-from .window_state import WindowState
+from .window_state import WindowState, moved, to_host
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 # Options of a call that apply to the vision tower too.
@@ -299,11 +299,12 @@ class CasaTextModel(CasaPreTrainedModel):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        closes_window: torch.Tensor,
+        closes_window: torch.Tensor | None,
         token_mask: torch.Tensor,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        state: WindowState | None = None,
         images: ImagePlacement | None = None,
         image_states: torch.Tensor | None = None,
         deepstack: tuple[torch.Tensor, ...] = (),
@@ -316,14 +317,19 @@ class CasaTextModel(CasaPreTrainedModel):
     ) -> CasaModelOutput:
         """Run the blocks over one call's text and new images.
 
+        Windows are planned where `token_mask` is; those of more than one token on the CPU. What describes the call is
+        read from devices for that, unless it is there.
+
         Args:
             inputs_embeds: (batch, tokens, hidden) embedded text.
-            closes_window: (batch, tokens) True for tokens that aren't delimiters.
+            closes_window: (batch, tokens) True for tokens that aren't delimiters; None for a decoding step of which
+                that doesn't matter (`WindowRules.awaits_more`).
             token_mask: (batch, tokens) False for padding.
             attention_mask: None, (batch, all tokens), or a prepared mask.
             position_ids: None, (batch, tokens), (axes, batch, tokens) or (1 + axes, batch, tokens); see
                 `CasaModel.forward`.
             cache: cache with the earlier text, windows and positions.
+            state: what the cache remembers about windows, where that has been read from its device.
             images: places of the new images; None without any.
             image_states: (num_image_tokens, hidden) embedded images.
             deepstack: features like `image_states` that are added to them after the first blocks.
@@ -335,16 +341,24 @@ class CasaTextModel(CasaPreTrainedModel):
                 configuration says.
         """
         cache = self.prepared(cache)
-        samples = self._packed_samples(position_ids, token_mask, cache)
+        state = stored_state(cache) if state is None else state
+        if images is not None or (token_mask.shape[1] > 1 and self.may_see(state)):
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+            described = closes_window, token_mask, mask, position_ids, state, images, gist
+            closes_window, token_mask, mask, position_ids, state, images, gist = to_host(described)
+            attention_mask = attention_mask if mask is None else mask
+        samples = self._packed_samples(position_ids, token_mask, cache, state)
         if use_cache and cache is None and samples is None and not self.recomputes:
             cache = self.prepared(DynamicCache(config=self.config))
-        state = self._window_state(cache, inputs_embeds, attention_mask, images, static_image_tokens)
+        state = self._window_state(cache, token_mask, attention_mask, images, static_image_tokens, state)
         text_index, positions = self.position_rules.text(position_ids, token_mask, state.next_position, images)
+        if closes_window is not None and closes_window.device == token_mask.device:
+            closes_window = closes_window & token_mask
         plan = plan_windows(
             state,
             self.window_rules,
             token_mask,
-            closes_window & token_mask,
+            closes_window,
             positions.amax(0),
             images,
             samples=samples,
@@ -368,7 +382,10 @@ class CasaTextModel(CasaPreTrainedModel):
             if image_states is not None and index < len(deepstack):
                 image_states = image_states + deepstack[index].to(image_states.device)
         if cache is not None:
-            home_layer(cache).store_state(replace(plan.next_state, padded=state.padded or padded))
+            home, next_state = home_layer(cache), replace(plan.next_state, padded=state.padded or padded)
+            # A static cache keeps its state on the device, where compiled steps change it.
+            is_static = isinstance(home, CasaStaticLayer)
+            home.store_state(moved(next_state, inputs_embeds.device) if is_static else next_state)
         self_attentions, cross_attentions = zip(*weights, strict=True) if weights else ((), ())
         return CasaModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -388,7 +405,7 @@ class CasaTextModel(CasaPreTrainedModel):
             return None
         mask = None
         if padded:
-            mask = token_mask.flatten()
+            mask = token_mask.flatten().to(router_logits[0].device, non_blocking=True)
             of_images = mask.new_ones(len(router_logits[0]) - len(mask))
             mask = torch.cat([mask, of_images])
         return self._blocks.balance_loss(self.config, router_logits, mask)
@@ -447,13 +464,21 @@ class CasaTextModel(CasaPreTrainedModel):
         rotations = [None if b.projections is None else b.projections.rotate_one for b in blocks]
         return KeyRotation(self.rotary_emb, rotations)
 
+    def may_see(self, state: WindowState | None) -> bool:
+        """Whether text may attend to anything in fusion layers, in a call without images."""
+        return self.window_rules.text_windows or (state is not None and state.image_columns > 0)
+
     def _packed_samples(
-        self, position_ids: torch.Tensor | None, token_mask: torch.Tensor, cache: Cache | None
+        self,
+        position_ids: torch.Tensor | None,
+        token_mask: torch.Tensor,
+        cache: Cache | None,
+        state: WindowState | None,
     ) -> torch.Tensor | None:
         """(batch, tokens) index of each token's sample; None if every row holds one."""
         if position_ids is None or (position_ids.ndim == 3 and position_ids.shape[0] == self.position_rules.axes):
             return None
-        if cache is not None and cache.get_seq_length() > 0:
+        if (cached_length(cache) if state is None else state.length) > 0:
             return None
         index = position_ids if position_ids.ndim == 2 else position_ids[0]
         samples = packed_samples(index.expand_as(token_mask), token_mask)
@@ -475,6 +500,7 @@ class CasaTextModel(CasaPreTrainedModel):
         if images is not None:
             of_images = self.position_rules.images(positions, images)
             positions = torch.cat([positions.flatten(1), of_images], dim=1)[:, None]
+        positions = moved(positions, states.device)
         rotary = self.rotary_emb(states, positions if self.position_rules.axes == 3 else positions[0])
         if images is None:
             return rotary, None
@@ -494,14 +520,15 @@ class CasaTextModel(CasaPreTrainedModel):
     def _window_state(
         self,
         cache: Cache | None,
-        inputs_embeds: torch.Tensor,
+        token_mask: torch.Tensor,
         attention_mask: Any,
         images: ImagePlacement | None,
         static_image_tokens: int,
+        held: WindowState | None,
     ) -> WindowState:
         """What earlier calls left behind, in the form that this one works on."""
-        batch_size, num_tokens = inputs_embeds.shape[:2]
-        state = window_state(cache, batch_size, inputs_embeds.device, attention_mask, static_image_tokens)
+        batch_size, num_tokens = token_mask.shape
+        state = window_state(cache, batch_size, token_mask.device, attention_mask, static_image_tokens, held)
         if images is not None or num_tokens > 1:
             state = state.growing()  # only a decoding step works on the fixed state of a static cache
         check_room(cache, state.length, num_tokens)
@@ -511,25 +538,28 @@ class CasaTextModel(CasaPreTrainedModel):
         self, text: _TextInputs, plan: WindowPlan, images: ImagePlacement | None, cache: Cache | None, arguments: dict
     ) -> Call:
         """What all blocks of a forward share."""
-        state, implementation, dtype = plan.state, self.config._attn_implementation, text.embeds.dtype
+        state, implementation = plan.state, self.config._attn_implementation
+        dtype, device = text.embeds.dtype, text.embeds.device
         alone = state.only_row and state.capacity is None and text.mask is None and not state.padded
         everything_visible = alone and text.samples is None and text.gist is None
         if text.mask is None and state.padded:
             text = text._replace(mask=plan.next_state.valid)
         if is_varlen(implementation):
             mask, lengths = self._varlen_mask(text, plan, cache)
-            text, arguments = text._replace(mask=mask), {**arguments, **lengths}
+            text, arguments = text._replace(mask=mask), {**arguments, **moved(lengths, device)}
         rotary, image_rotary = self._rotary(text.embeds, text.positions, images)
-        arguments = {"position_ids": text.text_index, **arguments}
+        arguments = {"position_ids": moved(text.text_index, device), **arguments}
         order = self._token_order(text, images, cache) if self.recurrent_blocks else None
-        call = Call(rotary, self._masks(text, cache), cache, arguments, order, tables=self._tables(rotary))
+        masks, order, tables = self._masks(text, cache, state), moved(order, device), self._tables(rotary)
+        call = Call(rotary, masks, cache, arguments, order, tables=tables)
         if not plan.active:
             return call
-        fusion, all_see = fusion_windows(plan, implementation, dtype, self.head_groups, everything_visible)
-        call = replace(call, plan=plan, fusion=fusion, all_see=all_see, image_rotary=image_rotary)
+        fusion, all_see = fusion_windows(plan, implementation, dtype, device, self.head_groups, everything_visible)
+        of_blocks = plan.for_blocks(device, all_see)
+        call = replace(call, plan=of_blocks, fusion=fusion, all_see=all_see, image_rotary=image_rotary)
         if image_rotary is None or not self.attends_to_update:
             return call
-        return replace(call, updates=update_windows(plan, implementation, dtype))
+        return replace(call, updates=update_windows(plan, implementation, dtype, device))
 
     def _varlen_mask(self, text: _TextInputs, plan: WindowPlan, cache: Cache | None) -> tuple[Any, dict[str, Any]]:
         """The mask and further arguments of self-attention: backends of this kind keep neither packed samples nor the
@@ -554,18 +584,22 @@ class CasaTextModel(CasaPreTrainedModel):
             images=images if self.attends_to_update else None,
         )
 
-    def _masks(self, text: _TextInputs, cache: Cache | None) -> dict[str, torch.Tensor | None]:
+    def _masks(self, text: _TextInputs, cache: Cache | None, state: WindowState) -> dict[str, torch.Tensor | None]:
         """The masks of the text's own attention by kind of block."""
-        if isinstance(text.mask, dict):  # prepared for a static cache
-            return text.mask
+        if isinstance(text.mask, dict):  # prepared for a static cache, or by `_varlen_mask`
+            return moved(text.mask, text.embeds.device)
+        samples = moved(text.samples, text.embeds.device)
         # Transformers itself keeps packed samples apart only where there is no padding mask.
         beside_mask = text.samples is not None and text.mask is not None
+        # Where the mask can't be left out, Transformers would ask the device about it.
+        is_needed = text.mask is not None or (text.token_mask.shape[1] > 1 and state.length > 0)
         causal = create_causal_mask(
             config=self.config,
             inputs_embeds=text.embeds,
-            attention_mask=text.mask,
-            position_ids=text.text_index,
-            and_mask_function=packed_sequence_mask_function(text.samples) if beside_mask else None,
+            attention_mask=moved(text.mask, text.embeds.device),
+            position_ids=moved(text.text_index, text.embeds.device),
+            and_mask_function=packed_sequence_mask_function(samples) if beside_mask else None,
+            allow_is_causal_skip=text.token_mask.device.type != "cpu" or not is_needed,
             **{CACHE: cache},
         )
         return {FULL_ATTENTION: causal}
@@ -735,41 +769,77 @@ class CasaModel(CasaPreTrainedModel):
             use_cache = getattr(self.config, "use_cache", None)  # where Trainer switches it off
         embedding = self.get_input_embeddings()
         inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
-        text = NewText(input_ids, inputs_embeds, embedding, attention_mask if token_mask is None else token_mask)
         cache = self.language_model.prepared(cache)
-        attention_mask, token_mask = text_masks(attention_mask, token_mask, text, cache)
+        mask = attention_mask if token_mask is None else token_mask
+        text = NewText(input_ids, inputs_embeds, embedding, mask, cache, stored_state(cache))
+        with_images = has_images(pixel_values, image_embeds, image_grid_thw)
+        if with_images or self._reads_text(text):
+            # All that windows are planned from, before the tower has work that reading would wait for.
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+            text, described = text.on_host(
+                (self.config.delimiter_token_ids, (self.config.image_token_id,), self.config.gist_token_ids),
+                *(mask, token_mask, position_ids, image_grid_thw),
+                *(image_positions, mm_token_type_ids, second_per_grid_ts),
+            )
+            mask, token_mask, position_ids, image_grid_thw, image_positions, *types_and_times = described
+            mm_token_type_ids, second_per_grid_ts = types_and_times
+            attention_mask = attention_mask if mask is None else mask
+        alone = not with_images and self._is_step_of_one_row(text, attention_mask, token_mask)
+        attention_mask, token_mask = text_masks(attention_mask, token_mask, text, on_host=alone)
 
         images = image_states = image_outputs = None
         deepstack: Sequence[torch.Tensor] = ()
-        if has_images(pixel_values, image_embeds, image_grid_thw):
+        if with_images:
             grids = check_grids(self.config, image_grid_thw)
-            images = place_images(
-                self.config, text, grids, image_positions, mm_token_type_ids, cache, second_per_grid_ts
-            )
+            images = place_images(self.config, text, grids, image_positions, mm_token_type_ids, second_per_grid_ts)
             recorded = {name: kwargs[name] for name in _RECORDED if name in kwargs}
             features, image_outputs = self._embed_images(pixel_values, image_embeds, grids, **recorded)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             image_states, *deepstack = features.split(self.config.text_config.hidden_size, dim=-1)
         else:
-            check_no_images(self.config, text, image_grid_thw, image_positions, mm_token_type_ids, cache)
+            check_no_images(self.config, text, image_grid_thw, image_positions, mm_token_type_ids)
 
+        closes_window = gist = None
+        if not alone or text.is_on_host or self.language_model.window_rules.awaits_more(text.state):
+            closes_window = ~delimiters(self.config, text, mm_token_type_ids)
+        if self.config.gist_token_ids:
+            gist = text.are(self.config.gist_token_ids)
+        if not alone:
+            closes_window, gist = moved((closes_window, gist), token_mask.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            closes_window=~delimiters(self.config, text, mm_token_type_ids, cache),
+            closes_window=closes_window,
             token_mask=token_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
+            state=text.state,
             images=images,
             image_states=image_states,
             deepstack=deepstack,
-            gist=text.are(self.config.gist_token_ids) if self.config.gist_token_ids else None,
+            gist=gist,
             static_image_tokens=self.config.casa_static_image_tokens,
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
         outputs.image_outputs = image_outputs
         return outputs
+
+    def _reads_text(self, text: NewText) -> bool:
+        """Whether a call without images is planned on the CPU."""
+        if text.shape[1] == 1 or torch.compiler.is_compiling():
+            return False
+        return text.is_on_host or self.language_model.may_see(text.state)
+
+    def _is_step_of_one_row(self, text: NewText, attention_mask: Any, token_mask: torch.Tensor | None) -> bool:
+        """Whether a call is a decoding step that is planned on the CPU even if only the device knows its token: one
+        row that sees all that is stored."""
+        state = text.state
+        if state is None or text.shape != (1, 1) or torch.compiler.is_compiling() or self.config.gist_token_ids:
+            return False
+        given = attention_mask is not None or token_mask is not None
+        is_alone = state.only_row and state.capacity is None and not state.padded and not given
+        return is_alone and state.valid.device.type == "cpu"
 
     def _embed_images(
         self,

@@ -48,6 +48,8 @@ class WindowState:
         reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
             share one shape.
         only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
+        late_closed_at: (batch,) what decoding steps have to say about `closed_at`, on their device: the lesser of both
+            holds. None where `closed_at` says all. Steps of a state on the CPU write it, to wait for nothing.
     """
 
     length: int | torch.Tensor
@@ -66,6 +68,7 @@ class WindowState:
     capacity: int | None = None
     reserved_columns: int = 0
     only_row: bool = False
+    late_closed_at: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, length: int = 0) -> WindowState:
@@ -92,6 +95,13 @@ class WindowState:
     def batch_size(self) -> int:
         return self.valid.shape[0]
 
+    def settled(self) -> WindowState:
+        """The state with `closed_at` that says all; a device is waited for if decoding steps have written there."""
+        if self.late_closed_at is None:
+            return self
+        closed_at = self.closed_at.minimum(self.late_closed_at.to(self.closed_at.device))
+        return replace(self, closed_at=closed_at, late_closed_at=None)
+
     # ---------------------------------------------------------------- rows
 
     def select_rows(self, rows: Sequence[int | None]) -> WindowState:
@@ -101,9 +111,10 @@ class WindowState:
         def selected(name: str, tensor: torch.Tensor) -> torch.Tensor:
             return selected_rows(tensor, rows, empty=of_empty.get(name, 0))
 
-        changed: dict[str, Any] = {name: selected(name, t) for name, t in tensors_of(self).items() if t.ndim}
+        state = self.settled()
+        changed: dict[str, Any] = {name: selected(name, t) for name, t in tensors_of(state).items() if t.ndim}
         padded = self.padded or (None in rows and (self.capacity is not None or bool(self.length)))
-        new = replace(self, **changed, padded=padded, only_row=False)
+        new = replace(state, **changed, padded=padded, only_row=False)
         return new if self.capacity is None else self.assign(new)
 
     def select(self, rows: torch.Tensor) -> WindowState:
@@ -116,8 +127,9 @@ class WindowState:
         return self._map_rows(lambda of_rows: of_rows.repeat_interleave(repeats, dim=0))
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowState:
-        changed: dict[str, Any] = {name: change(t) for name, t in tensors_of(self).items() if t.ndim}
-        new = replace(self, **changed | {"only_row": False})
+        state = self.settled()
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors_of(state).items() if t.ndim}
+        new = replace(state, **changed | {"only_row": False})
         return new if self.capacity is None else self.assign(new)
 
     def append_empty_rows(self, number: int) -> WindowState:
@@ -129,8 +141,9 @@ class WindowState:
             further[name] = torch.zeros_like(further[name])
         if self.pinned is not None:
             further["pinned"] = self.pinned.new_zeros(number, self.image_columns)
-        rows: dict[str, Any] = {name: torch.cat([t, further[name]]) for name, t in tensors_of(self).items()}
-        return replace(self, **rows | {"padded": self.padded or self.length > 0, "only_row": False})
+        state = self.settled()
+        rows: dict[str, Any] = {name: torch.cat([t, further[name]]) for name, t in tensors_of(state).items()}
+        return replace(state, **rows | {"padded": self.padded or self.length > 0, "only_row": False})
 
     # ---------------------------------------------------------------- text
 
@@ -153,7 +166,7 @@ class WindowState:
         Raises:
             ValueError: if an image whose keys/values are stored would have to be taken back.
         """
-        length = int(self.length) - num_tokens
+        state, length = self.settled(), int(self.length) - num_tokens
         last_image = int(self.last_image.max()) if self.image_columns else -1
         if self.image_columns and last_image >= length:
             raise ValueError(
@@ -169,7 +182,8 @@ class WindowState:
             valid=self.valid[:, :length],
             positions=self.positions[:, :length],
             next_position=self.next_position - self.valid[:, length:].sum(-1),
-            closed_at=torch.where(self.closed_at < length, self.closed_at, OPEN),
+            closed_at=torch.where(state.closed_at < length, state.closed_at, OPEN),
+            late_closed_at=None,
             text_start=min(self.text_start, length),
         )
 
@@ -178,7 +192,7 @@ class WindowState:
     def fixed(self, capacity: int) -> WindowState:
         """The state in the form that a static cache of this capacity keeps: tensors of its own, whose shapes and
         addresses stay, so that a compiled decoding step can change them in place."""
-        own: dict[str, Any] = {name: t.clone() for name, t in tensors_of(self).items()}
+        own: dict[str, Any] = {name: t.clone() for name, t in tensors_of(self.settled()).items()}
         own["length"] = torch.tensor(int(self.length), device=self.valid.device)
         for name in _OF_TEXT:
             own[name] = nn.functional.pad(own[name], (0, capacity - own[name].shape[1]))
@@ -242,12 +256,12 @@ class WindowState:
             own["pinned"] = None
         for name, tensor in tensors_of(new).items():
             if name in _OF_TEXT and new.capacity is None:
-                own[name][:, : tensor.shape[1]].copy_(tensor)
+                own[name][:, : tensor.shape[1]].copy_(tensor, non_blocking=True)
                 own[name][:, tensor.shape[1] :].zero_()
             elif name in own and own[name].shape == tensor.shape:
-                own[name].copy_(tensor)
+                own[name].copy_(tensor, non_blocking=True)
             else:
-                own[name] = at_fixed_address(tensor.clone())
+                own[name] = at_fixed_address(tensor.to(self.valid.device, non_blocking=True, copy=True))
         if new.capacity is None:
             own["length"].fill_(new.length)
         return replace(self, **own, image_columns=new.image_columns, padded=new.padded)
@@ -321,6 +335,8 @@ def tensors_of(record: Any) -> dict[str, Any]:
 def moved(value: Any, device: torch.device) -> Any:
     """A value whose tensors are on `device`: in tuples, dictionaries and records; whatever else is in it stays."""
     if isinstance(value, torch.Tensor):
+        if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
+            value = value.pin_memory()  # else the host would wait for what the device still has to do
         return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, tuple):
         return tuple(moved(part, device) for part in value)
@@ -328,4 +344,53 @@ def moved(value: Any, device: torch.device) -> Any:
         return {name: moved(part, device) for name, part in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def to_host(value: Any) -> Any:
+    """The same on the CPU. Whatever is on a device, integers, booleans and floating point numbers, is copied together,
+    so that the host waits once."""
+    found: dict[int, torch.Tensor] = {}
+    _find(value, found)
+    apart = [tensor for tensor in found.values() if tensor.device.type != "cpu"]
+    if not apart:
+        return value
+    home = apart[0].device
+    bits = torch.cat([_as_integers(tensor).flatten().to(home) for tensor in apart]).cpu()
+    parts = bits.split([tensor.numel() for tensor in apart])
+    copies = {id(tensor): _from_integers(part, tensor) for tensor, part in zip(apart, parts, strict=True)}
+    return _replaced(value, copies)
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double().view(torch.long) if tensor.is_floating_point() else tensor.long()
+
+
+def _from_integers(integers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    numbers = integers.view(torch.double) if like.is_floating_point() else integers
+    return numbers.to(like.dtype).view(like.shape)
+
+
+def _find(value: Any, found: dict[int, torch.Tensor]) -> None:
+    """Collect the tensors of a value, each once."""
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif isinstance(value, tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            _find(part, found)
+    elif is_dataclass(value):
+        for field in fields(value):
+            _find(getattr(value, field.name), found)
+
+
+def _replaced(value: Any, copies: dict[int, torch.Tensor]) -> Any:
+    """The value with other tensors, by the identity of its own."""
+    if isinstance(value, torch.Tensor):
+        return copies.get(id(value), value)
+    if isinstance(value, tuple):
+        return tuple(_replaced(part, copies) for part in value)
+    if isinstance(value, dict):
+        return {name: _replaced(part, copies) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _replaced(getattr(value, f.name), copies) for f in fields(value)})
     return value

@@ -9,15 +9,13 @@ all layers, from where the images stand (`ImagePlacement`) and from what earlier
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 
-from .window_state import OPEN, WindowState, tensors_of
+from .window_state import OPEN, WindowState, moved, tensors_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,10 @@ class WindowRules:
     def keeps_all_images(self) -> bool:
         """Whether images of any kind stay visible for ever."""
         return "all" in (self.image_history, self.video_history)
+
+    def awaits_more(self, state: WindowState) -> bool:
+        """Whether it matters, for a state on the CPU, when text closes its last window: further images may join it."""
+        return state.image_columns > 0 and bool(self.history_is("group", state.is_frame).any())
 
     def history_is(self, history: str, is_frame: torch.Tensor) -> torch.Tensor:
         """Whether images of these kinds have the given history."""
@@ -191,19 +193,21 @@ class WindowPlan:
         """Number of cache positions, the first of the stored window text, that no later token needs."""
         return self.next_state.text_start - self.state.text_start
 
-    @cached_property
-    def on_host(self) -> WindowPlan:
-        """The plan with the tensors that segments are made from on the CPU; a device is waited for once."""
-        if self.sees.device.type == "cpu":
-            return self
-        stay = ("kept_columns", "token_rows", "token_columns")
-        of_plan = {name: t for name, t in tensors_of(self).items() if name not in stay}
-        of_update = {} if self.update is None else tensors_of(self.update)
-        copies = iter(_to_host([*of_plan.values(), *of_update.values(), self.next_state.valid]))
-        changes: dict[str, Any] = {name: next(copies) for name in of_plan}
-        if self.update is not None:
-            changes["update"] = replace(self.update, **{name: next(copies) for name in of_update})
-        return replace(self, **changes, next_state=replace(self.next_state, valid=next(copies)))
+    def on(self, device: torch.device) -> WindowPlan:
+        """The plan with all that masks and blocks read on a device; the states before and after stay where they are,
+        but for which text is valid."""
+        valid = moved(self.next_state.valid, device)
+        own = {name: moved(tensor, device) for name, tensor in tensors_of(self).items()}
+        return replace(
+            self, **own, update=moved(self.update, device), next_state=replace(self.next_state, valid=valid)
+        )
+
+    def for_blocks(self, device: torch.device, all_see: bool) -> WindowPlan:
+        """The plan with what blocks read on a device: nothing, for one row in which every token sees something."""
+        names = () if all_see else ("sees",)
+        if len(self.sees) > 1 or self.pinned is not None:
+            names = (*names, "token_rows", "token_columns", "kept_columns")
+        return replace(self, **{name: moved(getattr(self, name), device) for name in names})
 
     def mask(self) -> torch.Tensor:
         """Boolean mask of fusion layers (batch, 1, tokens, image columns [+ `text_range`]).
@@ -280,7 +284,7 @@ def plan_windows(
     state: WindowState,
     rules: WindowRules,
     token_valid: torch.Tensor,
-    closes_window: torch.Tensor,
+    closes_window: torch.Tensor | None,
     positions: torch.Tensor,
     images: ImagePlacement | None,
     *,
@@ -293,7 +297,8 @@ def plan_windows(
         state: state that earlier calls have left.
         rules: rules of who sees which image.
         token_valid: (batch, tokens) False for padding.
-        closes_window: (batch, tokens) True for text that ends a run of images (valid and no delimiter).
+        closes_window: (batch, tokens) True for text that ends a run of images (valid and no delimiter). Of a decoding
+            step on the CPU it may be on a device, or None if nothing depends on it.
         positions: (batch, tokens) position of each text token.
         images: places of the call's new images; None without images.
         samples: (batch, tokens) index of the packed sample that a token belongs to; None without packing.
@@ -350,7 +355,7 @@ class _Text:
     cache_positions: torch.Tensor
     sample_start: torch.Tensor
     valid: torch.Tensor
-    closes_window: torch.Tensor
+    closes_window: torch.Tensor | None
     positions: torch.Tensor
     samples: torch.Tensor | None
 
@@ -443,6 +448,7 @@ def _windows_of_images(
     first_column = state.image_columns + tokens_before - tokens_before[first_of_row]
 
     # Images with as much closing text before them have none in between.
+    assert text.closes_window is not None
     closes = text.closes_window.long()
     closed_before = (closes.cumsum(1) - closes)[rows, indices]
     grouped = rules.history_is("group", images.is_frame)
@@ -538,13 +544,22 @@ def _after_text(state: WindowState, rules: WindowRules, text: _Text) -> WindowSt
         text_start = 0
     elif isinstance(length, int) and not (state.image_columns or rules.text_windows):
         text_start = length  # no window, so none of it
+    closed_at, late = state.closed_at, state.late_closed_at
+    if text.closes_window is None:
+        pass
+    elif text.closes_window.device == closed_at.device:
+        closed_at = _first(text.closes_window, text.cache_positions).minimum(closed_at)
+    else:  # a decoding step, whose token only the device knows
+        here = torch.where(text.closes_window[:, 0], state.length, OPEN)
+        late = here if late is None else here.minimum(late)
     return replace(
         state,
         length=length,
         valid=state.valid_with(text.valid),
         positions=state.positions_with(text.positions),
         next_position=torch.where(text.valid, text.positions + 1, 0).amax(-1).maximum(state.next_position),
-        closed_at=_first(text.closes_window, text).minimum(state.closed_at),
+        closed_at=closed_at,
+        late_closed_at=late,
         text_start=text_start,
     )
 
@@ -552,8 +567,7 @@ def _after_text(state: WindowState, rules: WindowRules, text: _Text) -> WindowSt
 def _retained(
     rules: WindowRules, state: WindowState, windows: _Windows, pinned: torch.Tensor | None, num_columns: int
 ) -> tuple[torch.Tensor, int]:
-    """What later calls need: image columns, (batch, num_kept), and text from a cache position on. The device is waited
-    for, once.
+    """What later calls need: image columns, (batch, num_kept), and text from a cache position on.
 
     Args:
         rules: rules of who sees which image.
@@ -591,6 +605,7 @@ def _after_images(
         pinned = nn.functional.pad(pinned.gather(1, kept_columns), (image_columns - num_kept, 0))
     received, last = new.has_latest[:, -1], new.latest[:, -1]  # (batch,)
     last_image = torch.where(received, new.update.text_end[last], state.last_image)
+    assert text.closes_window is not None and state.late_closed_at is None
     closes = text.closes_window & (text.cache_positions >= last_image[:, None])
     return replace(
         state,
@@ -599,15 +614,15 @@ def _after_images(
         pinned=pinned,
         last_image=last_image,
         window_start=windows.text_start,
-        closed_at=torch.where(received, _first(closes, text), state.closed_at),
+        closed_at=torch.where(received, _first(closes, text.cache_positions), state.closed_at),
         is_frame=torch.where(received, new.placement.is_frame[last], state.is_frame),
         text_start=text_start,
     )
 
 
-def _first(chosen: torch.Tensor, text: _Text) -> torch.Tensor:
+def _first(chosen: torch.Tensor, cache_positions: torch.Tensor) -> torch.Tensor:
     """(batch,) cache position of the first chosen token, (batch, tokens), of each row; `OPEN` without any."""
-    return torch.where(chosen, text.cache_positions, OPEN).amin(-1)
+    return torch.where(chosen, cache_positions, OPEN).amin(-1)
 
 
 # What several of these steps need.
@@ -648,10 +663,3 @@ def _placed(
         return tokens[None]
     padded = tokens.new_zeros(batch_size, num_columns, *tokens.shape[1:])
     return padded.index_put((rows, columns), tokens)
-
-
-def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of integers or booleans on the CPU, by one copy."""
-    numbers = torch.cat([tensor.flatten().long() for tensor in tensors]).cpu()
-    parts = numbers.split([tensor.numel() for tensor in tensors])
-    return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
