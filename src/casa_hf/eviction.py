@@ -10,13 +10,13 @@ float32 rotary angles lose 8e-2 at position 2,000,000.
 
 Rows of a batch have budgets of their own. Padding between their tokens is closed up on the same way.
 
-Three words for where a token stands: its *text index* counts the text of its row, its *cache position* (see `windows`)
+Three words for where a token stands: its *text index* counts the text of its row, its *cache position* (see `window_state`)
 padding too, and its *position* is what its key is rotated by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from .cache_casa import home_layer
 from .cache_layers import KeysValues
 from .positions import Rotary
-from .window_state import OPEN, WindowState
+from .window_state import OPEN, WindowState, moved
 from .windows import WindowRules
 
 # Rope types whose frequencies depend on the length of the text: a stored key can't be moved from one to another.
@@ -286,7 +286,15 @@ def evict_text(
         fusion = {name: moves.fusion(index, name, stored) for name, stored in layer.fusion.items()}
         layer.replace_text(text, fusion, plan.length)
     home_layer(cache).store_state(plan.state(state.growing()))
-    return plan.kept.masked_fill(~plan.valid, -1)
+    held = next(tensor for layer in cache.layers for tensor in _held(layer))
+    return moved(plan.kept.masked_fill(~plan.valid, -1), held.device)
+
+
+def _held(layer: Any) -> Iterator[torch.Tensor]:
+    """The keys that a cache layer holds."""
+    if layer.keys is not None:
+        yield layer.keys
+    yield from (stored.keys for stored in layer.fusion.values())
 
 
 class _Moves:
@@ -302,23 +310,31 @@ class _Moves:
         self.plan = plan
         self.rotation = rotation
         self.image_positions = image_positions
-        self.of_text = self._tables(plan.shift)
-        self.of_images = self._tables(plan.image_shift[:, None])
+        self.tables = self._tables(plan.shift), self._tables(plan.image_shift[:, None])
+        self._there: dict[torch.device, tuple[TextEviction, tuple[Rotary | None, Rotary | None]]] = {}
 
     def text(self, layer_idx: int, stored: KeysValues) -> KeysValues:
         """Of self-attention's text."""
-        return self._rotated(layer_idx, self.plan.text(stored), self.of_text)
+        plan, (of_text, _) = self._on(stored.keys.device)
+        return self._rotated(layer_idx, plan.text(stored), of_text)
 
     def fusion(self, layer_idx: int, name: str, stored: KeysValues) -> KeysValues:
         """Of what a fusion layer has stored under this name."""
+        plan, (of_text, of_images) = self._on(stored.keys.device)
         if name == "window":
-            start, tables = self.plan.text_start, self.of_text
-            of_window = None if tables is None else (tables[0][:, start:], tables[1][:, start:])
-            return self._rotated(layer_idx, self.plan.window(stored), of_window)
+            start = plan.text_start
+            of_window = None if of_text is None else (of_text[0][:, start:], of_text[1][:, start:])
+            return self._rotated(layer_idx, plan.window(stored), of_window)
         # Self-attention's keys for updates of image states always have positions.
         if self.image_positions or name == "update":
-            return self._rotated(layer_idx, stored, self.of_images)
+            return self._rotated(layer_idx, stored, of_images)
         return stored
+
+    def _on(self, device: torch.device) -> tuple[TextEviction, tuple[Rotary | None, Rotary | None]]:
+        """Plan and tables on a device, where they are brought once."""
+        if device not in self._there:
+            self._there[device] = moved((self.plan, self.tables), device)
+        return self._there[device]
 
     def _tables(self, shift: torch.Tensor) -> Rotary | None:
         return None if self.rotation is None or not bool(shift.any()) else self.rotation.tables(shift)

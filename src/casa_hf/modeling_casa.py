@@ -464,6 +464,10 @@ class CasaTextModel(CasaPreTrainedModel):
         rotations = [None if b.projections is None else b.projections.rotate_one for b in blocks]
         return KeyRotation(self.rotary_emb, rotations)
 
+    def awaits_more(self, state: WindowState | None) -> bool:
+        """Whether it matters when text closes the last window of a state on the CPU."""
+        return state is not None and self.window_rules.awaits_more(state)
+
     def may_see(self, state: WindowState | None) -> bool:
         """Whether text may attend to anything in fusion layers, in a call without images."""
         return self.window_rules.text_windows or (state is not None and state.image_columns > 0)
@@ -777,13 +781,14 @@ class CasaModel(CasaPreTrainedModel):
             # All that windows are planned from, before the tower has work that reading would wait for.
             mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             text, described = text.on_host(
-                (self.config.delimiter_token_ids, (self.config.image_token_id,), self.config.gist_token_ids),
+                (self.config.delimiter_token_ids, (self.config.image_token_id,), self.config.gist_token_ids or ()),
                 *(mask, token_mask, position_ids, image_grid_thw),
                 *(image_positions, mm_token_type_ids, second_per_grid_ts),
             )
             mask, token_mask, position_ids, image_grid_thw, image_positions, *types_and_times = described
             mm_token_type_ids, second_per_grid_ts = types_and_times
-            attention_mask = attention_mask if mask is None else mask
+            if mask is not None:
+                attention_mask = None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
         alone = not with_images and self._is_step_of_one_row(text, attention_mask, token_mask)
         attention_mask, token_mask = text_masks(attention_mask, token_mask, text, on_host=alone)
 
@@ -800,7 +805,7 @@ class CasaModel(CasaPreTrainedModel):
             check_no_images(self.config, text, image_grid_thw, image_positions, mm_token_type_ids)
 
         closes_window = gist = None
-        if not alone or text.is_on_host or self.language_model.window_rules.awaits_more(text.state):
+        if not alone or text.is_on_host or self.language_model.awaits_more(text.state):
             closes_window = ~delimiters(self.config, text, mm_token_type_ids)
         if self.config.gist_token_ids:
             gist = text.are(self.config.gist_token_ids)

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_casa import window_state
-from .window_state import WindowState, to_host
+from .window_state import WindowState, moved, to_host
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,12 @@ def embed_text(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | Non
         raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
     if input_ids is not None and input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens).")
-    states = inputs_embeds
-    if input_ids is not None:
+    if inputs_embeds is not None:
+        states = inputs_embeds
+    else:
         weights = getattr(embedding, "weight", None)
-        if weights is not None and weights.device.type == "cuda":  # ids may stay on the CPU
-            input_ids = input_ids.to(weights.device, non_blocking=True)
+        if weights is not None and weights.device.type == "cuda":
+            input_ids = moved(input_ids, weights.device)
         states = embedding(input_ids)
     if 0 in states.shape[:2]:
         raise ValueError(

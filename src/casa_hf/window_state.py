@@ -204,7 +204,7 @@ class WindowState:
     def growing(self) -> WindowState:
         """The state in the form that calls with images work on; a fixed one is read off its device."""
         if self.capacity is None:
-            return self
+            return self.settled()
         length = int(self.length)
         of_text: dict[str, Any] = {name: getattr(self, name)[:, :length] for name in _OF_TEXT}
         return replace(self, **of_text | {"length": length, "capacity": None})
