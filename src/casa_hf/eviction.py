@@ -10,8 +10,8 @@ float32 rotary angles lose 8e-2 at position 2,000,000.
 
 Rows of a batch have budgets of their own. Padding between their tokens is closed up on the same way.
 
-Three words for where a token stands: its *text index* counts the text of its row, its *cache position* (see `window_state`)
-padding too, and its *position* is what its key is rotated by.
+Three words for where a token stands: its *text index* counts the text of its row, its *cache position* (see
+`window_state`) padding too, and its *position* is what its key is rotated by.
 """
 
 from __future__ import annotations

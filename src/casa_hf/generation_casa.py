@@ -113,6 +113,7 @@ class CasaGenerationMixin(GenerationMixin):
                 images[name] = torch.as_tensor(images[name]).cpu()
         places = images.pop("image_positions", None)
         types = model_kwargs.get("mm_token_type_ids")
+        types_read: torch.Tensor | None = None
         if types is not None and not past and types.shape[1] != prompt_length:
             raise ValueError(
                 f"mm_token_type_ids has shape {tuple(types.shape)}; expected one entry for each of the prompt's "
@@ -121,10 +122,12 @@ class CasaGenerationMixin(GenerationMixin):
         if places is None and (images or embeds is None):
             ids = input_ids if input_ids is not None and input_ids.shape[1] == prompt_length else None
             text = NewText(ids, embeds, self.get_input_embeddings(), model_kwargs.get("attention_mask"))
-            found = image_placeholders(self.config, text, types)
-            if has_content and ids is not None:
-                refuse_expanded_placeholders(self.config, ids[:, first_new:] if types is None else ids[found])
-            places = found.cpu().nonzero()
+            text, (types_read,) = text.on_host([(self.config.image_token_id,)], types)
+            found = image_placeholders(self.config, text, types_read)
+            if has_content and text.ids is not None:
+                expanded = text.ids[:, first_new:] if types is None else text.ids[found]
+                refuse_expanded_placeholders(self.config, expanded)
+            places = found.nonzero()
             if not has_content:
                 num_places = int((places[:, 1] >= first_new).sum())
                 _check_left_over(self.config, images, num_places, prompt_length - first_new, past)
@@ -132,7 +135,7 @@ class CasaGenerationMixin(GenerationMixin):
         if images and types is None:
             warn_of_untyped_frames(self.config, places.tolist())
         if images:
-            check_timestamps(self.config, types)
+            check_timestamps(self.config, types if types_read is None else types_read)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
