@@ -49,7 +49,7 @@ from .patch_embedding import PatchEmbedding, check_patches
 from .positions import PositionRules, Rotary, packed_samples
 from .publishing_hook import PublishedByHook
 from .recurrence import TokenOrder, token_order
-from .text_inputs import NewText, cached_length, embed_text, text_masks
+from .text_inputs import NewText, cached_length, embed_text, text_masks, without_padding
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .tower_attention import SDPA_TOWER
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
@@ -777,7 +777,8 @@ class CasaModel(CasaPreTrainedModel):
         mask = attention_mask if token_mask is None else token_mask
         text = NewText(input_ids, inputs_embeds, embedding, mask, cache, stored_state(cache))
         with_images = has_images(pixel_values, image_embeds, image_grid_thw)
-        if with_images or self._reads_text(text):
+        is_read = with_images or self._reads_text(text)
+        if is_read:
             # All that windows are planned from, before the tower has work that reading would wait for.
             mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
             text, described = text.on_host(
@@ -787,10 +788,11 @@ class CasaModel(CasaPreTrainedModel):
             )
             mask, token_mask, position_ids, image_grid_thw, image_positions, *types_and_times = described
             mm_token_type_ids, second_per_grid_ts = types_and_times
-            if mask is not None:
-                attention_mask = None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+            attention_mask = attention_mask if mask is None else mask
         alone = not with_images and self._is_step_of_one_row(text, attention_mask, token_mask)
         attention_mask, token_mask = text_masks(attention_mask, token_mask, text, on_host=alone)
+        if is_read and not torch.compiler.is_compiling():
+            attention_mask = without_padding(attention_mask)
 
         images = image_states = image_outputs = None
         deepstack: Sequence[torch.Tensor] = ()

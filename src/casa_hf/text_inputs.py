@@ -185,6 +185,12 @@ def text_masks(
     return attention_mask, token_mask
 
 
+def without_padding(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
+    """A mask on the CPU, or None if it is one of two dimensions that masks nothing."""
+    is_known = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    return None if is_known and bool(attention_mask.all()) else attention_mask  # type: ignore[union-attr]
+
+
 def cached_length(cache: Cache | None) -> int:
     """Number of text tokens that a cache holds in each row. A static cache counts on its device, and is asked."""
     return 0 if cache is None else int(cache.get_seq_length())

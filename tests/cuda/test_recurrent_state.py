@@ -115,4 +115,4 @@ def test_a_step_waits_for_nothing(static: bool, devices: LabelledDevices) -> Non
         frame = waits(devices) if number else devices.forget()
         model(input_ids=step, cache=cache)
         assert waits(devices) == (0, 0)
-    assert frame == (2 + 2 * static, 0)
+    assert frame == (1, 0)
