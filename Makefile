@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
-TORCHAO := .venv-torchao
+FORMATS := .venv-formats
 ENGINES := .venv-engines
 VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
@@ -18,7 +18,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-torchao test-engines test-vllm test-vllm-smoke bench
+.PHONY: coverage test-formats test-engines test-vllm test-vllm-smoke bench
 .PHONY: bench-gpu gpu-check bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -30,7 +30,7 @@ help:
 	@echo "make coverage           what the quick tests reach, for docs/coverage.md; takes twice as long"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
-	@echo "make test-torchao       the tests that need torchao, in an environment with it"
+	@echo "make test-formats       torchao and bitsandbytes, in an environment with them"
 	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
 	@echo "make test-vllm          CASA models in vLLM, in an environment with it; takes half an hour"
 	@echo "make test-vllm-smoke    a few minutes of that"
@@ -77,11 +77,12 @@ test-oldest: $(OLDEST)/installed
 test-oldest-torch: $(OLDEST_TORCH)/installed
 	$(PYTEST) $(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchao writes to standard error whenever Transformers is imported, so it has an environment of its own. Where it can't
-# be imported, the tests would be skipped.
-test-torchao: $(TORCHAO)/installed
-	$(TORCHAO)/bin/python -c "import torchao.quantization"
-	$(PYTEST) $(TORCHAO)/bin/python -m pytest tests/training/test_adapters.py tests/training/test_loss.py -k "eight_bit or quantised"
+# torchao writes to standard error whenever Transformers is imported, so it has an environment of its own, with
+# bitsandbytes. Where they can't be imported, the tests would be skipped.
+test-formats: $(FORMATS)/installed
+	$(FORMATS)/bin/python -c "import bitsandbytes, torchao.quantization"
+	$(PYTEST) $(FORMATS)/bin/python -m pytest tests/training/test_adapters.py tests/training/test_loss.py -k "eight_bit or quantised"
+	$(PYTEST) $(FORMATS)/bin/python -m pytest -m "slow or not slow" tests/test_quantization.py
 
 # DeepSpeed trains on CPUs, and Triton interprets Liger's kernel; without them the tests would be skipped.
 test-engines: $(ENGINES)/installed
@@ -96,7 +97,7 @@ test-vllm: $(VLLM)/installed
 test-vllm-smoke: $(VLLM)/installed
 	$(PYTEST) $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_windows.py
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-torchao test-engines test-vllm
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -162,7 +163,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(TORCHAO) $(ENGINES) $(VLLM) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(VLLM) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -177,9 +178,9 @@ $(VENV)/installed: $(INPUTS)
 	.venv-demo/bin/python -m pip install --constraint constraints.txt --editable .
 	touch $@
 
-$(TORCHAO)/installed: $(INPUTS)
-	$(PYTHON) -m venv $(TORCHAO)
-	$(TORCHAO)/bin/python -m pip install --quiet --constraint constraints.txt torchao --editable ".[dev]"
+$(FORMATS)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(FORMATS)
+	$(FORMATS)/bin/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes --editable ".[dev]"
 	touch $@
 
 # DeepSpeed's build looks at the torch that is installed.

@@ -4,9 +4,10 @@ checkpoints are found, weight files outside the folder aren't read, and a checkp
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .backbones import BACKBONES
 from .checks import listed
@@ -34,6 +36,12 @@ _ADDED_TO_TEXT_ONLY = r"(^|\.)visual\."
 
 # What finds the config.json beside weights again.
 _DOWNLOAD_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+# What a quantization leaves as it is, by the names of either class: few parameters, and those that errors hurt most.
+# Kernels for 4 bits don't take every width that towers have.
+QUANTIZATION_SKIPS = ("model.visual", "visual", "model.multi_modal_projector", "multi_modal_projector", "lm_head")
+# How bitsandbytes, and how the other quantizations call it.
+_SKIP_ARGUMENTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 # Where `_finalize_model_loading` leaves the refusal for `from_pretrained`.
 _REFUSAL = "_refusal_of_checkpoint"
@@ -79,6 +87,9 @@ class CasaLoadingMixin:
         `casa_gate`, `casa_layers` or another setting adds (they start as a conversion starts them), and a head that
         another class has. With `ignore_mismatched_sizes=True` or `output_loading_info=True` nothing is refused.
 
+        A `quantization_config` that doesn't say what it leaves as it is leaves the vision tower, the projector and the
+        output head ([`~loading_casa.QUANTIZATION_SKIPS`]).
+
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             *args, **kwargs: arguments as elsewhere in Transformers.
@@ -87,6 +98,8 @@ class CasaLoadingMixin:
         Raises:
             ValueError: naming tensors that are missing; for a weight file outside its folder.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _with_skips(kwargs["quantization_config"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         reported = isinstance(loaded, tuple)
         refusal = (loaded[0] if reported else loaded).__dict__.pop(_REFUSAL, None)
@@ -101,6 +114,17 @@ class CasaLoadingMixin:
         read, never written)."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def _with_skips(quantization: Any) -> Any:
+    """A quantization's configuration that says what is left as it is; the given one, if it says so."""
+    if isinstance(quantization, Mapping):
+        quantization = AutoQuantizationConfig.from_dict(dict(quantization))
+    for name in _SKIP_ARGUMENTS:
+        if getattr(quantization, name, ()) is None:
+            quantization = copy.copy(quantization)
+            setattr(quantization, name, list(QUANTIZATION_SKIPS))
+    return quantization
 
 
 def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:

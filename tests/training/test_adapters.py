@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 from casa_hf import CasaForConditionalGeneration, convert_checkpoint
 from casa_hf.training import (
     LORA_TARGETS,
-    QUANTIZATION_SKIPS,
     CasaDataCollator,
     CasaTrainer,
     checkpoint_activations,
@@ -210,9 +209,7 @@ def test_eight_bit_weights_with_adapters(casa_folder, processor, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     model = load_model(casa_folder, torch.float32)
     model.save_pretrained(tmp_path)
-    quantization = transformers.TorchAoConfig(
-        torchao.Int8WeightOnlyConfig(), modules_to_not_convert=list(QUANTIZATION_SKIPS)
-    )
+    quantization = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
     quantized = CasaForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, quantization_config=quantization
     )

@@ -10,7 +10,6 @@ from .evaluation import exact_match, generate_answers
 from .parameters import (
     EXPERT_PARAMETERS,
     LORA_TARGETS,
-    QUANTIZATION_SKIPS,
     checkpoint_activations,
     freeze,
     parameter_groups,
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPERT_PARAMETERS",
     "LORA_TARGETS",
-    "QUANTIZATION_SKIPS",
     "CasaDataCollator",
     "CasaTrainer",
     "Dialogue",

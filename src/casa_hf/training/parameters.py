@@ -36,9 +36,6 @@ LORA_TARGETS: dict[str, str] = {
 # For `target_parameters` of PEFT: matrices of experts, which are parameters of one module.
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
-# For a quantization's `modules_to_not_convert`: few parameters, and those that errors hurt most.
-QUANTIZATION_SKIPS = ("model.visual", "model.multi_modal_projector", "lm_head")
-
 _LANGUAGE_MODEL = r"(^|\.)(language_model|lm_head|multi_modal_projector)\."
 RECIPES = ("paper-qwen", "paper-helium", "fusion-only")
 
