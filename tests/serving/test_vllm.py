@@ -60,7 +60,11 @@ def test_smoke(tmp_path: Path) -> None:
             {
                 "name": "small",
                 "model": "casa",
-                "engine": {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 40},
+                "engine": {
+                    "max_num_batched_tokens": 24,
+                    "num_gpu_blocks_override": 40,
+                    "scheduler_reserve_full_isl": False,
+                },
                 "rounds": 1,
             },
             {"name": "ca", "checkpoint": {"variant": "ca-shared"}, "rounds": 1},
@@ -94,6 +98,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_vl ca-shared": {"family": "qwen3_vl", "variant": "ca-shared"},
     "qwen3_vl before": {"family": "qwen3_vl", "casa_image_positions": "before"},
     "llama": {"family": "llama"},
+    "qwen2_5_vl videos": {"family": "qwen2_5_vl"},
+    "qwen3_vl group videos": {"family": "qwen3_vl", "casa_video_history": "group"},
     "qwen3 before": {"family": "qwen3", "casa_image_positions": "before"},
 }
 
@@ -108,6 +114,7 @@ def test_matrix(matrix: dict[str, dict[str, Any]], tmp_path: Path) -> None:
             "checkpoint": checkpoint,
             "rounds": 1,
             "single_images": name == "gists",
+            "videos": "videos" in name,
             "engine": {"max_num_batched_tokens": 40},
         }
         for name, checkpoint in matrix.items()
@@ -117,3 +124,84 @@ def test_matrix(matrix: dict[str, dict[str, Any]], tmp_path: Path) -> None:
         check(result)
     answers = [json.dumps(result["answers"]) for result in results.values()]
     assert len(set(answers)) == len(answers)
+
+
+def run_module(name: str, folder: Path) -> dict[str, Any]:
+    """Run a program of this folder; what it has found."""
+    output, log = folder / "output.json", folder / "log.txt"
+    with log.open("w") as file:
+        program = [sys.executable, "-m", f"tests.serving.{name}", str(output)]
+        done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, log.read_text()[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_a_day_of_an_engine(tmp_path: Path) -> None:
+    """Sessions say what a `CasaStream` says; after sessions, requests that were cut off and 1,000 pictures, nothing of
+    them is left, and 800 pictures more have taken no more memory."""
+    result = run_module("vllm_live", tmp_path)
+    assert result["sessions"] == result["expected"]
+    assert len({json.dumps(said) for said in result["expected"]}) == 3
+    assert result["usage"] == 0
+    assert result["bytes_after"] - result["bytes_before"] < 100e6
+
+
+@pytest.mark.slow
+def test_the_client_of_openai(tmp_path: Path) -> None:
+    """`vllm serve`: pictures by URL and base64, two turns, streaming, a picture that can't be one, a window too large;
+    answers are `casa_hf`'s."""
+    result = run_module("vllm_client", tmp_path)
+    for name, (answer, expected) in result["answers"].items():
+        assert answer == expected, name
+    assert result["prompt_tokens"] == result["expected_prompt_tokens"]
+    assert result["refused"][0] == 400
+    assert "casa_max_image_tokens" in result["refused"][1]
+
+
+@pytest.mark.slow
+def test_tensor_parallel(tmp_path: Path) -> None:
+    """Two processes with half of the heads each."""
+    for case in (
+        {"name": "casa", "checkpoint": {"variant": "casa"}},
+        {"name": "ca-shared", "checkpoint": {"variant": "ca-shared"}},
+    ):
+        [result] = serve([{**case, "engine": {"tensor_parallel_size": 2}, "rounds": 1}], tmp_path).values()
+        check(result)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "exact"}, r"casa_keys='context'.*--to-source"),
+        ({"variant": "casa-before"}, "casa_placement='before'"),
+        ({"variant": "casa-ffn"}, "casa_image_updates='ffn'"),
+        ({"variant": "casa", "casa_text_windows": True}, "casa_text_windows=True"),
+        (
+            {"variant": "casa", "casa_image_history": "all"},
+            "casa_image_history='all' with casa_video_history",
+        ),
+    ],
+)
+def test_designs_that_are_not_served_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    from casa_hf import CasaConfig
+    from casa_hf.serving.vllm.support import check_design
+    from tests.serving.vllm_checkpoints import FAMILIES as CONFIGURATIONS
+
+    text, vision = CONFIGURATIONS["qwen2_5_vl"]
+    fields = dict(fields)
+    config = CasaConfig.from_variant(fields.pop("variant"), text_config=text, vision_config=vision, **fields)
+    with pytest.raises(ValueError, match=message):
+        check_design(config)
+    check_design(CasaConfig.from_variant("casa", text_config=text, vision_config=vision))
+
+
+def test_families_that_are_not_served_are_refused_by_name() -> None:
+    from casa_hf.serving.vllm.support import check_design
+    from tests.tiny import FAMILIES as TINY
+
+    for family in ("qwen3_5_text", "smollm3", "helium", "qwen3_vl_moe_text"):
+        with pytest.raises(ValueError, match=rf"doesn't serve CASA models of .*{family}"):
+            check_design(TINY[family].casa_config())
+    with pytest.raises(ValueError, match="a projector"):
+        check_design(TINY["qwen2"].casa_config())

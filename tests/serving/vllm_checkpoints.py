@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -20,6 +21,7 @@ from tests.tiny import random_tensor
 
 TINY_WORLD = Path(__file__).parents[2] / "examples" / "tiny_world"
 PAD = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
@@ -166,3 +168,15 @@ def requests() -> list[tuple[str, list[Image.Image]]]:
 def single_images() -> list[tuple[str, list[Image.Image]]]:
     """Those of `requests` in which no image follows another without text in between."""
     return [(prompt, images) for prompt, images in requests() if PAD + PAD not in prompt]
+
+
+def videos() -> list[tuple[str, list[Any]]]:
+    """Prompts and their videos, arrays of frames: one, two, of one frame, and with text before and after."""
+    frames = [image.resize((112, 84)) for _, images in requests() for image in images]
+    clips = [np.stack([np.asarray(frame) for frame in frames[start : start + 4]]) for start in (0, 3, 5)]
+    return [
+        (chat(("user", VIDEO + "What happens?")), clips[:1]),
+        (chat(("user", f"Look. {VIDEO}What happens? {VIDEO}And here?")), clips[1:3]),
+        (chat(("user", VIDEO + "What is this?"), ("assistant", "a square"), ("user", "Sure?")), [clips[0][:1]]),
+        (chat(("user", VIDEO + VIDEO)), [clips[2], clips[1][:3]]),
+    ]

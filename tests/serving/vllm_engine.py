@@ -19,10 +19,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+import numpy as np
 import torch
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from tests.serving.vllm_checkpoints import requests, save_checkpoint, single_images
+from tests.serving.vllm_checkpoints import requests, save_checkpoint, single_images, videos
 
 NUM_TOKENS = 12
 
@@ -32,8 +33,10 @@ def reference(folder: str, prompts: list[Any]) -> list[dict[str, Any]]:
     model = CasaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CasaProcessor.from_pretrained(folder)
     found = []
-    for prompt, images in prompts:
-        inputs = processor(text=prompt, images=images or None, return_tensors="pt")
+    for prompt, visuals in prompts:
+        is_video = bool(visuals) and isinstance(visuals[0], np.ndarray)
+        given = {"videos": visuals, "do_sample_frames": False} if is_video else {"images": visuals or None}
+        inputs = processor(text=prompt, **given, return_tensors="pt")
         output = model.generate(
             **inputs,
             max_new_tokens=NUM_TOKENS,
@@ -77,14 +80,16 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
     folder = case["folder"]
     if not Path(folder, "config.json").exists():
         save_checkpoint(Path(folder), **case.get("checkpoint", {}))
-    prompts = single_images() if case.get("single_images") else requests()
+    prompts: list[Any] = single_images() if case.get("single_images") else requests()
+    if case.get("videos"):
+        prompts = prompts[:3] + videos()
     expected = reference(folder, prompts)
     options = {
         "dtype": "float32",
         "max_model_len": 512,
         "enforce_eager": True,
         "max_num_seqs": 8,
-        "limit_mm_per_prompt": {"image": 4},
+        "limit_mm_per_prompt": {"image": 4, "video": 2},
         "additional_config": {"casa_max_image_tokens": 128},
         "disable_log_stats": False,
         **case.get("engine", {}),
@@ -95,8 +100,13 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
     free = pool.get_num_free_blocks()
     before = preemptions[0]
     given = [
-        {"prompt": prompt, "multi_modal_data": {"image": images}} if images else {"prompt": prompt}
-        for prompt, images in prompts
+        {
+            "prompt": prompt,
+            "multi_modal_data": {
+                "video" if isinstance(visual, np.ndarray) else "image": visuals for visual in visuals
+            },
+        }
+        for prompt, visuals in prompts
     ]
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
     wrong, worst, cached = [], 0.0, 0
