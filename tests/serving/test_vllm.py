@@ -61,10 +61,11 @@ def test_smoke(tmp_path: Path) -> None:
                 "name": "small",
                 "model": "casa",
                 "engine": {
-                    "max_num_batched_tokens": 24,
+                    "max_num_batched_tokens": 64,
                     "num_gpu_blocks_override": 40,
                     "scheduler_reserve_full_isl": False,
                 },
+                "num_tokens": 40,
                 "rounds": 1,
             },
             {"name": "ca", "checkpoint": {"variant": "ca-shared"}, "rounds": 1},
@@ -184,16 +185,12 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     ],
 )
 def test_designs_that_are_not_served_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
-    from casa_hf import CasaConfig
     from casa_hf.serving.vllm.support import check_design
-    from tests.serving.vllm_checkpoints import FAMILIES as CONFIGURATIONS
+    from tests.serving.vllm_checkpoints import configuration
 
-    text, vision = CONFIGURATIONS["qwen2_5_vl"]
-    fields = dict(fields)
-    config = CasaConfig.from_variant(fields.pop("variant"), text_config=text, vision_config=vision, **fields)
     with pytest.raises(ValueError, match=message):
-        check_design(config)
-    check_design(CasaConfig.from_variant("casa", text_config=text, vision_config=vision))
+        check_design(configuration(**fields))
+    check_design(configuration())
 
 
 def test_families_that_are_not_served_are_refused_by_name() -> None:
@@ -205,3 +202,28 @@ def test_families_that_are_not_served_are_refused_by_name() -> None:
             check_design(TINY[family].casa_config())
     with pytest.raises(ValueError, match="a projector"):
         check_design(TINY["qwen2"].casa_config())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "LoRA adapters"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
+        ({"mm_processor_cache_type": "shm"}, "mm_processor_cache_type='shm'"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "a scheduler of another class"),
+        ({"additional_config": {"casa_max_image_tokens": 0}}, "casa_max_image_tokens=0.*must be a positive integer"),
+    ],
+)
+def test_options_that_fusion_layers_do_not_work_with_are_refused_by_name(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.serving.vllm_checkpoints import TINY_WORLD
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, **options}
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model=str(TINY_WORLD / "checkpoints" / "casa"), **arguments).create_engine_config()

@@ -82,9 +82,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def configuration(family: str = "qwen2_5_vl", variant: str = "casa", **fields: Any) -> CasaConfig:
+    """The configuration of a small model; fields override the variant's."""
+    text, vision = FAMILIES[family]
+    ids = {"image_token_id": 485, "vision_start_token_id": 484, "vision_end_token_id": 485}  # of the tokenizer
+    return CasaConfig.from_variant(variant, text_config={**_TEXT, **text}, vision_config=vision, **{**ids, **fields})
+
+
 def save_checkpoint(folder: Path, family: str = "qwen2_5_vl", variant: str = "casa", **fields: Any) -> Path:
     """A random checkpoint with processor; fields override the variant's."""
-    text, vision = FAMILIES[family]
     processor = CasaProcessor.from_pretrained(TINY_WORLD / "checkpoints" / "casa", max_pixels=112 * 112)
     tokenizer = processor.tokenizer
     gists = [f"<|gist_{index}|>" for index in range(fields.get("num_gist_tokens", 0))]
@@ -95,17 +101,7 @@ def save_checkpoint(folder: Path, family: str = "qwen2_5_vl", variant: str = "ca
         )
         fields["gist_token_ids"] = processor.gist_token_ids
         fields["new_tokens"] = dict(zip(gists, processor.gist_token_ids, strict=True))
-    config = CasaConfig.from_variant(
-        variant,
-        text_config={**_TEXT, **text},
-        vision_config=vision,
-        **{
-            "image_token_id": processor.image_token_id,
-            "vision_start_token_id": processor.vision_start_token_id,
-            "vision_end_token_id": processor.image_token_id,
-            **fields,
-        },
-    )
+    config = configuration(family, variant, **fields)
     config.architectures = ["CasaForConditionalGeneration"]
     model = CasaForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ from tests.serving.vllm_checkpoints import requests, save_checkpoint, single_ima
 NUM_TOKENS = 12
 
 
-def reference(folder: str, prompts: list[Any]) -> list[dict[str, Any]]:
+def reference(folder: str, prompts: list[Any], num_tokens: int) -> list[dict[str, Any]]:
     """What `casa_hf` answers, greedily."""
     model = CasaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CasaProcessor.from_pretrained(folder)
@@ -39,7 +39,7 @@ def reference(folder: str, prompts: list[Any]) -> list[dict[str, Any]]:
         inputs = processor(text=prompt, **given, return_tensors="pt")
         output = model.generate(
             **inputs,
-            max_new_tokens=NUM_TOKENS,
+            max_new_tokens=num_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
@@ -83,7 +83,8 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
     prompts: list[Any] = single_images() if case.get("single_images") else requests()
     if case.get("videos"):
         prompts = prompts[:3] + videos()
-    expected = reference(folder, prompts)
+    num_tokens = case.get("num_tokens", NUM_TOKENS)
+    expected = reference(folder, prompts, num_tokens)
     options = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -108,7 +109,7 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
         }
         for prompt, visuals in prompts
     ]
-    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1)
     wrong, worst, cached = [], 0.0, 0
     for _ in range(case.get("rounds", 2)):
         outputs = engine.generate(given, sampling, use_tqdm=False)

@@ -67,6 +67,7 @@ async def run() -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 8}
+    options |= {"mm_processor_cache_gb": 0}  # which would keep the pixels of 4 GB of pictures
     options |= {"block_size": 32, "additional_config": {"casa_max_image_tokens": 128}}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(CHECKPOINT), **options))
     processor = CasaProcessor.from_pretrained(CHECKPOINT)
