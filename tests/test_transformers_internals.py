@@ -83,6 +83,8 @@ def extended() -> dict[tuple[str, str], set[str]]:
     """Modules of Transformers with classes that a class of the package extends, itself or where it is mixed in."""
     modules: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name in FILES:
+        if name.startswith("serving.vllm") and importlib.util.find_spec("vllm") is None:
+            continue  # it has an environment of its own
         if any(isinstance(node, ast.ClassDef) for node in nodes_of(str(FILES[name]))):
             for _, ours in inspect.getmembers(importlib.import_module(f"casa_hf.{name}"), inspect.isclass):
                 bases = {base.__module__ for base in ours.__mro__}

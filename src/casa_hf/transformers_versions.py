@@ -242,6 +242,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "transformers.conversion_mapping": ("register_checkpoint_conversion_mapping",),
         "transformers.core_model_loading": ("WeightConverter", "WeightRenaming"),
+        "transformers.quantizers.auto": ("AutoQuantizationConfig",),
     },
     "loss_casa": {"transformers.loss.loss_utils": ("ForCausalLMLoss",)},
     "media_casa": {
