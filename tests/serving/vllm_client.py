@@ -60,7 +60,7 @@ def main() -> None:
     threading.Thread(target=files.serve_forever, daemon=True).start()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "1024"]
-    command += ["--max-num-seqs", "4", "--additional-config", '{"casa_max_image_tokens": 64}']
+    command += ["--max-num-seqs", "4", "--additional-config", '{"casa_max_image_tokens": 20}']
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     server = subprocess.Popen(command, env=environment)
     try:

@@ -20,12 +20,13 @@ class TextModel:
         modeling: module of `vllm.model_executor.models` that defines it.
         model, decoder_layer: names of its classes. A block has `self_attn` with `qkv_proj`, `rotary_emb`, `attn` and
             `o_proj`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
-        build: function of the two classes and the arguments of the model that makes it.
+        architecture: name under which vLLM's registry knows the model alone.
     """
 
     modeling: str
     model: str
     decoder_layer: str
+    architecture: str
 
     def load(self) -> tuple[type[nn.Module], type[nn.Module]]:
         """The classes of the model and of its blocks."""
@@ -47,8 +48,8 @@ class Tower:
         )
 
 
-_QWEN2 = TextModel("qwen2", "Qwen2Model", "Qwen2DecoderLayer")
-_QWEN3 = TextModel("qwen3", "Qwen3Model", "Qwen3DecoderLayer")
+_QWEN2 = TextModel("qwen2", "Qwen2Model", "Qwen2DecoderLayer", "Qwen2ForCausalLM")
+_QWEN3 = TextModel("qwen3", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3ForCausalLM")
 
 TEXT_MODELS: dict[str, TextModel] = {
     "qwen2_vl_text": _QWEN2,
@@ -56,7 +57,7 @@ TEXT_MODELS: dict[str, TextModel] = {
     "qwen3_vl_text": _QWEN3,
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
-    "llama": TextModel("llama", "LlamaModel", "LlamaDecoderLayer"),
+    "llama": TextModel("llama", "LlamaModel", "LlamaDecoderLayer", "LlamaForCausalLM"),
 }
 
 TOWERS: dict[str, Tower] = {
@@ -77,19 +78,15 @@ def build_text_model(
         with_fusion: function that makes of the class of a block that of one with a fusion layer.
     """
     config = vllm_config.model_config.hf_config
-    model, layer = TEXT_MODELS[config.text_config.model_type].load()
+    family = TEXT_MODELS[config.text_config.model_type]
+    model, layer = family.load()
     fused = with_fusion(layer)
-    text_config = vllm_config.with_hf_config(config.text_config, architectures=[ARCHITECTURES[model.__name__]])
-    if model.__name__ == "LlamaModel":
-        return model(vllm_config=text_config, prefix=prefix, layer_type=fused)
-    if model.__name__ == "Qwen2Model":
-        return model(vllm_config=text_config, prefix=prefix, decoder_layer_type=fused)
-    return type(model.__name__, (model,), {"decoder_layer_type": fused})(vllm_config=text_config, prefix=prefix)
-
-
-# Names under which vLLM's registry knows the models alone.
-ARCHITECTURES = {
-    "Qwen2Model": "Qwen2ForCausalLM",
-    "Qwen3Model": "Qwen3ForCausalLM",
-    "LlamaModel": "LlamaForCausalLM",
-}
+    arguments = {
+        "vllm_config": vllm_config.with_hf_config(config.text_config, architectures=[family.architecture]),
+        "prefix": prefix,
+    }
+    if family is _QWEN2:
+        return model(**arguments, decoder_layer_type=fused)
+    if family is _QWEN3:
+        return type(model.__name__, (model,), {"decoder_layer_type": fused})(**arguments)
+    return model(**arguments, layer_type=fused)
