@@ -208,7 +208,9 @@ def replace_forward(attention: Any) -> None:
 
 
 @pytest.mark.parametrize("of", ["self_attn", "casa_attn"])
-@pytest.mark.parametrize("change", [wrap, assign_parameter, assign_data, assign_state, hook, pre_hook, replace_forward])
+@pytest.mark.parametrize(
+    "change", [wrap, assign_parameter, assign_data, assign_state, hook, pre_hook, replace_forward]
+)
 def test_what_takes_the_place_of_a_projection_is_noticed(change: Callable[[Any], None], of: str) -> None:
     model, plain = new_model("casa"), new_model("casa")
     unchanged = answers(plain)

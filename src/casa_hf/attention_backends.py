@@ -43,12 +43,46 @@ from .torch_varlen import TORCH_VARLEN
 from .window_state import moved
 from .windows import WindowPlan, pinned_before
 
+# Numbers that a `PackedMask` has at most.
+_DENSE_MASK = 2**21
+# Kernels copy a mask, in every layer, whose rows don't begin at multiples of so many numbers.
+_MASK_ALIGNMENT = 8
+
 
 def is_varlen(implementation: str | None) -> bool:
     """Whether a backend takes sequences of different lengths in one call, without a mask."""
     return implementation == TORCH_VARLEN or is_flash_attention_requested(
         requested_attention_implementation=implementation
     )
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A mask for "sdpa" in a call of few tokens: the query heads of each key head are further tokens of it, so that no
+    key is repeated, and the mask is made once for all layers.
+
+    Attributes:
+        additive: (batch or 1, 1, groups * tokens, at least all keys). Further keys follow so that rows begin at
+            addresses that kernels can read from.
+    """
+
+    additive: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, dtype: torch.dtype, groups: int) -> PackedMask:
+        """Of a boolean mask (batch or 1, 1, tokens, keys)."""
+        mask = mask.repeat(1, 1, groups, 1)
+        width = -(-mask.shape[-1] // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        additive = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)
+        additive[..., : mask.shape[-1]].masked_fill_(~mask, -torch.inf)
+        return cls(additive)
+
+    @classmethod
+    def of_text(cls, mask: torch.Tensor | None, dtype: torch.dtype, groups: int) -> PackedMask | torch.Tensor | None:
+        """Of a mask of self-attention, where that is boolean and small; else the mask as it is."""
+        if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] == 1:
+            return mask
+        return mask if mask.numel() * groups > _DENSE_MASK else cls.of(mask, dtype, groups)
 
 
 @dataclass(frozen=True)
@@ -83,10 +117,10 @@ class DenseWindows:
     each row, so that the launches of segments would cost more than the keys that a mask hides.
 
     Attributes:
-        mask: additive (batch, 1, groups * tokens, at least all keys), for `_attend_packed`.
+        mask: mask over all keys.
     """
 
-    mask: torch.Tensor
+    mask: PackedMask
 
 
 @dataclass(frozen=True)
@@ -124,11 +158,6 @@ class StepWindows:
 
 BackendWindows = MaskedWindows | MaskedUpdate | DenseWindows | PaddedWindows | VarlenWindows | StepWindows
 
-# Numbers that the mask of `DenseWindows` has at most.
-_DENSE_MASK = 2**21
-# Kernels copy a mask, in every layer, whose rows don't begin at multiples of so many numbers.
-_MASK_ALIGNMENT = 8
-
 
 def fusion_windows(
     plan: WindowPlan,
@@ -159,7 +188,7 @@ def fusion_windows(
     if not varlen and _is_short(plan, groups):
         if not plan.sees.any():
             return None, False
-        return DenseWindows(packed_mask(plan.on(device).mask(), dtype, groups)), bool(plan.sees.all())
+        return DenseWindows(PackedMask.of(plan.on(device).mask(), dtype, groups)), bool(plan.sees.all())
     segments = fusion_segments(plan)
     if segments is None:
         return None, False
@@ -178,16 +207,6 @@ def _is_short(plan: WindowPlan, groups: int) -> bool:
         return False
     windows = (plan.image_start.diff(dim=1) != 0).sum(1) + 1
     return int(windows.max()) <= 2
-
-
-def packed_mask(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch.Tensor:
-    """A boolean mask (batch, 1, tokens, keys) for `_attend_packed`; further keys follow, so that rows begin at
-    addresses that kernels can read from."""
-    mask = mask.repeat(1, 1, groups, 1)
-    width = -(-mask.shape[-1] // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
-    additive = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)
-    additive[..., : mask.shape[-1]].masked_fill_(~mask, -torch.inf)
-    return additive
 
 
 def update_windows(plan: WindowPlan, implementation: str, dtype: torch.dtype, device: torch.device) -> BackendWindows:
@@ -258,9 +277,15 @@ def windowed_attention(
 
 
 def attend(
-    module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor | None, **arguments: Any
+    module: AttentionModule,
+    query: torch.Tensor,
+    keys: KeysValues,
+    mask: torch.Tensor | PackedMask | None,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(batch, tokens, heads * head_dim) and the weights or None, by the backend that `module.config` names."""
+    if isinstance(mask, PackedMask):
+        return _attend_packed(module, query, keys, mask), None
     backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
     dropout = module.attention_dropout if module.training else 0.0
     output, weights = backend(module, query, *keys, mask, dropout=dropout, scaling=module.scaling, **arguments)
@@ -281,7 +306,7 @@ def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValue
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(batch_size, kv_heads, -1, head_dim),
         *keys,
-        attn_mask=mask[..., :num_keys],
+        attn_mask=mask.additive[..., :num_keys],
         dropout_p=module.attention_dropout if module.training else 0.0,
         scale=module.scaling,
     )

@@ -84,8 +84,10 @@ def _turn(made: list[Projected], wanted: Sequence[Wanted], rotate: Callable[[tor
     turning = [index for index, (_, with_keys) in enumerate(wanted) if with_keys]
     if not turning:
         return
-    parts = [part.transpose(1, 2) for index in turning for part in (made[index].query, made[index].key)]
-    turned = iter(rotate(torch.cat(parts, dim=2)).transpose(1, 2).split([part.shape[2] for part in parts], dim=1))
+    parts = [part for index in turning for part in (made[index].query, made[index].key)]
+    # Joined head by head, so that the query heads of a key head come out one behind the other.
+    joined = torch.cat(parts, dim=1).transpose(1, 2)
+    turned = iter(rotate(joined).transpose(1, 2).split([part.shape[1] for part in parts], dim=1))
     for index in turning:
         made[index] = made[index]._replace(rotated=next(turned), key=next(turned))
 

@@ -31,7 +31,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Call, FusionLayer
-from .attention_backends import fusion_windows, is_varlen, packed_lengths, single_row_lengths, update_windows
+from .attention_backends import (
+    PackedMask,
+    fusion_windows,
+    is_varlen,
+    packed_lengths,
+    single_row_lengths,
+    update_windows,
+)
 from .backbone import FULL_ATTENTION, LINEAR_ATTENTION, BlockAdapter
 from .backbones import BACKBONES
 from .cache_casa import Kept, check_room, home_layer, prepare_cache, reserve_images, stored_state, window_state
@@ -606,6 +613,8 @@ class CasaTextModel(CasaPreTrainedModel):
             allow_is_causal_skip=text.token_mask.device.type != "cpu" or not is_needed,
             **{CACHE: cache},
         )
+        if self.config._attn_implementation == "sdpa":
+            causal = PackedMask.of_text(causal, text.embeds.dtype, self.head_groups)
         return {FULL_ATTENTION: causal}
 
 
