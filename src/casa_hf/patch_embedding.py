@@ -128,8 +128,9 @@ class PatchEmbedding(nn.Module):
                 "The patch embedding can't be folded: its weights are split over devices, offloaded, or replaced by "
                 "an adapter's. Leave it as it is; 8-bit patches are normalised on the device then."
             )
-        self._is_folded = True
-        self._fold()
+        if not self._is_folded or self._folded_from != self._origin():
+            self._is_folded = True
+            self._fold()
 
     def unfold(self) -> None:
         """Undo `fold`."""

@@ -94,7 +94,9 @@ def _made_otherwise(
 
 def _resized(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """(3, height, width) of an image."""
-    pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
+    if not image.flags.writeable or min(image.strides) < 0:  # of which torch makes no tensor, or warns
+        image = image.copy()
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
     if pixels.shape[1:] == (height, width):
         return pixels
     # With the three channels of a pixel side by side, as they come, torch has the faster kernel.

@@ -85,6 +85,8 @@ def concatenate_patches(patches: Sequence[torch.Tensor]) -> torch.Tensor:
         patches: (patches, patch dim) of each image. Those of dtype uint8 that hold their frame once hold it in all
             places of a temporal patch wherever others have several frames.
     """
+    if len(patches) == 1:
+        return patches[0]
     width = max(image.shape[1] for image in patches)
 
     def widened(image: torch.Tensor) -> torch.Tensor:

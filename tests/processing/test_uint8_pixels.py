@@ -228,13 +228,17 @@ def test_decoded_pixels_are_not_copied(photo: np.ndarray) -> None:
         rgb_pixels(photo.astype(np.uint16))
 
 
-def test_read_only_pixels_are_taken(photo: np.ndarray) -> None:
+def test_arrays_that_torch_does_not_take_are_copied(photo: np.ndarray) -> None:
+    """Read-only ones, and views that run backwards."""
     fixed = photo.copy()
     fixed.flags.writeable = False
+    backwards = photo[:, ::-1].copy()[:, ::-1]
     for longest in (10**6, 50_000):
         limits = {**LIMITS, "longest_edge": longest}
-        one, other = (level_patches([image], limits, Qwen2VLImageProcessorPil())[0][0] for image in (photo, fixed))
-        assert torch.equal(one, other)
+        expected, *others = (
+            level_patches([image], limits, Qwen2VLImageProcessorPil())[0][0] for image in (photo, fixed, backwards)
+        )
+        assert all(torch.equal(other, expected) for other in others)
 
 
 def test_a_trained_model_answers_the_same() -> None:

@@ -21,6 +21,7 @@ from ..cache_casa import cache_nbytes, cache_snapshot
 from ..checks import check_count
 from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, refusal
+from .frame_pool import FramePool, PreparedFrame, wait_for
 from .session import CasaStream, check_pair, stop_tokens
 from .settings import StreamSettings
 from .steps import Forward, Steps, on_device
@@ -71,11 +72,13 @@ class CasaStreamBatch:
         self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
         self._cache = self._new_cache()
         self._draws = TokenDraws(model, stop_tokens(model))
+        self._pool = FramePool()
         self._next_id = 0
         self._closed = False
         # Texts in the making: their steps, the forwards that some of them wait for, and events to be given out.
         self._steps: dict[int, Steps] = {}
         self._forwards: dict[int, Forward] = {}
+        self._preparing: dict[int, list[PreparedFrame]] = {}  # frames of texts that haven't begun
         self._events: deque[tuple[int, CaptionEvent]] = deque()
         self._in_use = threading.Lock()
 
@@ -103,6 +106,7 @@ class CasaStreamBatch:
         with self._alone():
             self._require_open()
             row = _Row(self.model, self.processor, self.settings, **changes)
+            row._pool = self._pool
             self._append_empty_row()
             return self._named(row)
 
@@ -203,11 +207,15 @@ class CasaStreamBatch:
                             f"frames[{stream}] is a tuple of {len(pair)}; give a frame, a list of frames, or (frame, "
                             "timestamp)."
                         )
-                    steps = rows[stream].push(*pair)
+                    given, timestamp = pair
+                    given = given if isinstance(given, list | tuple) else [given]
+                    prepared = [rows[stream].prepare(one) for one in given]
+                    steps = rows[stream].push(prepared, timestamp)
                 except ValueError as error:
                     self._events.append((stream, refusal(error)))
                 else:
                     self._start(stream, steps)
+                    self._preparing[stream] = prepared
             return self._serve()
 
     def flush(self, streams: Iterable[int]) -> Iterator[tuple[int, CaptionEvent]]:
@@ -298,6 +306,7 @@ class CasaStreamBatch:
     def _end(self, stream: int) -> None:
         """End the text that is being generated for a stream."""
         self._forwards.pop(stream, None)
+        self._preparing.pop(stream, None)
         steps = self._steps.pop(stream, None)
         if steps is not None:
             steps.close()
@@ -334,8 +343,16 @@ class CasaStreamBatch:
 
         Before and after it, every stream can be continued, like a single one.
         """
-        for stream in [stream for stream in self._steps if stream not in self._forwards]:
-            self._advance(stream, None)
+        waiting = [stream for stream in self._steps if stream not in self._forwards]
+        # Frames that came together are shown together; other texts go on until their pixels are there.
+        frames = [frame for of_stream in self._preparing.values() for frame in of_stream]
+        if not self._forwards and len(waiting) == len(self._preparing):  # nothing else is to be done
+            wait_for(frames)
+        if all(frame.done() for frame in frames):
+            self._preparing.clear()
+        for stream in waiting:
+            if stream not in self._preparing:
+                self._advance(stream, None)
         if self._forwards:
             self._run(dict(self._forwards))
 
@@ -437,7 +454,10 @@ class CasaStreamBatch:
                 if name == "image_positions":
                     value = value + torch.tensor([number, first])
                 images.setdefault(name, []).append(value)
-        inputs = {"input_ids": ids, **{name: torch.cat(values) for name, values in images.items()}}
+        pixels = images.pop("pixel_values", None)
+        inputs: dict[str, Any] = {"input_ids": ids, **{name: torch.cat(values) for name, values in images.items()}}
+        if pixels is not None:
+            inputs["pixel_values"] = pixels
         if images:
             inputs["mm_token_type_ids"] = types
         if not bool(mask.all()):

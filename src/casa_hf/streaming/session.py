@@ -25,8 +25,11 @@ from transformers import DynamicCache
 from ..cache_casa import cache_nbytes, cache_state
 from ..checks import check_count, check_number
 from ..image_inputs import FRAME_TYPE
+from ..patches_casa import normalization_of
+from ..temporal_patches import concatenate_patches
 from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, EventKind
+from .frame_pool import FramePool, PreparedFrame
 from .pieces import TextPieces
 from .settings import StreamSettings
 from .state import IMAGES, STATE_VERSION, check_state, model_design, restored_cache
@@ -100,7 +103,8 @@ class CasaStream:
         self.processor = processor
         self.frames_per_image = shared_frames(processor, self.settings)
         self.stop_token_ids = stop_tokens(model)
-        self.turns = StreamTurns(processor, self.settings)
+        self.turns = StreamTurns(processor, self.settings, takes_uint8_pixels(model, processor))
+        self._pool: FramePool | None = None
         self.num_sink_tokens = self.settings.sink_tokens(len(self.turns.opening))
         self._caption_rules = TokenRules.of(self.settings)
         self._answer_rules = TokenRules.of(self.settings, biased=False)
@@ -147,6 +151,20 @@ class CasaStream:
         self._num_frames += len(frames)
         self._last_timestamp = timestamps[-1]
         return self._opened(self._caption(frames, timestamps, first, pushed))
+
+    def prepare(self, frame: Any) -> PreparedFrame:
+        """Begin to decode and resize a frame in a pool of threads, while the model works; from any thread.
+
+        Args:
+            frame: frame as in `push`, which takes the result in its place; an array mustn't change until then.
+
+        Raises:
+            RuntimeError: if the stream is closed.
+        """
+        self._require_open()
+        if self._pool is None:
+            self._pool = FramePool()
+        return self._pool.prepare(frame, self.turns.pixels, self.model.device)
 
     def flush(self) -> Iterator[CaptionEvent]:
         """Show the frame that waits for another one to share an image with, doubled, as at the end of a video.
@@ -356,7 +374,8 @@ class CasaStream:
         usable, errors = [], []
         for index, (frame, timestamp) in enumerate(zip(frames, timestamps, strict=True), first):
             try:
-                usable.append(ShownFrame(index, timestamp, self.turns.pixels(frame)))
+                pixels = frame.pixels() if isinstance(frame, PreparedFrame) else self.turns.pixels(frame)
+                usable.append(ShownFrame(index, timestamp, pixels))
             except Exception as error:  # of as many kinds as there are broken images
                 errors.append((index, timestamp, f"{type(error).__name__}: {error}"))
         images = by_size([*self._waiting, *usable], self.frames_per_image)
@@ -406,7 +425,8 @@ class CasaStream:
         prefix = [] if self._begun else self.turns.prefix
         token_types = torch.tensor([types + [0] * len(prefix)])
         joined = [self.turns.joined(frames) for frames in images]
-        inputs = {name: torch.cat([image[name] for image in joined]) for name in IMAGES}
+        pixels, grids = ([image[name] for image in joined] for name in IMAGES)
+        inputs = {"pixel_values": concatenate_patches(pixels), "image_grid_thw": torch.cat(grids)}
         inputs |= {"image_positions": (token_types == FRAME_TYPE).nonzero(), "mm_token_type_ids": token_types}
         return ids + prefix, inputs
 
@@ -621,6 +641,20 @@ def stop_tokens(model: CasaForConditionalGeneration) -> tuple[int, ...]:
     """The tokens that end the text of a frame."""
     ends = model.generation_config.eos_token_id
     return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def takes_uint8_pixels(model: Any, processor: Any) -> bool:
+    """Whether a model normalises 8-bit pixels as the processor would; then its patch embedding is folded for them."""
+    # Classes that come with a checkpoint may be older ones.
+    if not hasattr(processor, "frame_pixels") or not hasattr(model, "fold_patch_embedding"):
+        return False
+    if normalization_of(processor.image_processor) != model.config.normalization:
+        return False
+    try:
+        model.fold_patch_embedding()
+    except ValueError:  # its weights aren't at hand; they normalise on the device
+        model.unfold_patch_embedding()
+    return True
 
 
 def by_size(frames: list[ShownFrame], number: int) -> list[list[ShownFrame]]:

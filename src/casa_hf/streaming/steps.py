@@ -4,13 +4,16 @@ of many streams at once."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..temporal_patches import concatenate_patches
 from .drawing import History, TokenRules
 from .events import CaptionEvent
+from .frame_pool import pinned
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,19 @@ class Forward:
 Steps = Generator[CaptionEvent | Forward, int, None]
 
 
-def on_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def on_device(inputs: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], device: torch.device) -> dict[str, Any]:
     """Inputs of a forward: ids and pixels on the device, without waiting for it, and the rest, which the model looks
-    at on the host, where it is."""
-    return {
-        name: value.to(device, non_blocking=True) if name in ("input_ids", "pixel_values") else value
-        for name, value in inputs.items()
-    }
+    at on the host, where it is.
+
+    Args:
+        inputs: inputs; `pixel_values` may be a list, of each image, which is copied image by image and joined there.
+        device: device of the model.
+    """
+    moved: dict[str, Any] = dict(inputs)
+    moved["input_ids"] = moved["input_ids"].to(device, non_blocking=True)
+    if (pixels := moved.get("pixel_values")) is not None:
+        images = [pixels] if isinstance(pixels, torch.Tensor) else pixels
+        moved["pixel_values"] = concatenate_patches(
+            [pinned(image, device).to(device, non_blocking=True) for image in images]
+        )
+    return moved

@@ -33,6 +33,7 @@ class StreamTurns:
     Args:
         processor: processor of the model.
         settings: system message, prompt, prefix, and how their control tokens and frames are read.
+        uint8_pixels: whether the model normalises 8-bit pixels as the processor would.
 
     Attributes:
         opening: ids before the first frame.
@@ -43,8 +44,9 @@ class StreamTurns:
         ValueError: if a text has image placeholders and isn't sanitized.
     """
 
-    def __init__(self, processor: CasaProcessor, settings: StreamSettings):
+    def __init__(self, processor: CasaProcessor, settings: StreamSettings, uint8_pixels: bool = False):
         self.processor = processor
+        self._uint8_pixels = uint8_pixels
         self._settings = settings
         system, prompt, prefix = settings.system, settings.prompt, settings.prefix
         self._user = message("user", prompt)
@@ -83,7 +85,7 @@ class StreamTurns:
         return self._ids(self._after_said([message("user", text)]))
 
     def pixels(self, frame: Any) -> dict[str, torch.Tensor]:
-        """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames.
+        """`pixel_values` and `image_grid_thw` of one frame, at the size of video frames; from any thread.
 
         Args:
             frame: image of any kind that `casa_hf.media_casa.rgb_image` takes.
@@ -93,6 +95,8 @@ class StreamTurns:
         """
         given = self._settings.media_policy
         policy = MediaPolicy.of(self.processor.media_policy if given is None else given)
+        if self._uint8_pixels:
+            return self.processor.frame_pixels(frame, policy)
         shown = rgb_image(frame, policy)
         return dict(self.processor(videos=[[[shown]]], media_policy=policy, frames_per_image=1, return_tensors="pt"))
 
