@@ -87,7 +87,7 @@ def test_streams_equal_one_shot(variant: str, side: str, reserved: int) -> None:
 
 
 @pytest.mark.parametrize("variant", ["casa", "exact"])
-def test_reserved_slots_stay_and_grow_in_steps(variant: str) -> None:
+def test_reserved_slots_stay_and_double(variant: str) -> None:
     model = new_model(variant, casa_static_image_tokens=4)
     cache = static_cache(model)
 
@@ -99,9 +99,9 @@ def test_reserved_slots_stay_and_grow_in_steps(variant: str) -> None:
 
     four, places = slots_after(Image(1, 1, 1))
     assert four == 4 and slots_after(Image(2, 2, 2)) == (4, places) == slots_after(Image(1, 3, 3))
-    twelve, places = slots_after(Image(3, 3, 4))
-    assert twelve == 12 and slots_after(Image(1, 1, 5)) == (12, places) == slots_after(Image(3, 4, 6))
-    assert slots_after(Image(2, 2, 7), Image(3, 3, 8))[0] == 16
+    sixteen, places = slots_after(Image(3, 3, 4))
+    assert sixteen == 16 and slots_after(Image(1, 1, 5)) == (16, places) == slots_after(Image(4, 4, 6))
+    assert slots_after(Image(2, 2, 7), Image(4, 4, 8))[0] == 32
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

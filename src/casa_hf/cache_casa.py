@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 
 from .cache_layers import CasaDynamicLayer, CasaLayerMixin, CasaStaticLayer, CasaWrappedLayer, FixedFusion, KeysValues
 from .cache_recurrent import CasaLinearLayer, CasaStaticLinearLayer
-from .window_state import WindowState, moved
+from .window_state import WindowState, in_doublings, moved
 from .windows import WindowRules
 
 # What a block's own attention keeps in a cache: keys/values of the text, the recurrent state of linear attention, or
@@ -402,8 +402,7 @@ def _with_reserved_columns(state: WindowState, reserved: WindowState | None) -> 
     """The windows with as many image columns as a static cache is to have that has reserved some."""
     if reserved is None:
         return state
-    step = max(reserved.reserved_columns, 1)
-    columns = max(-(-state.image_columns // step) * step, reserved.image_columns)
+    columns = max(in_doublings(state.image_columns, max(reserved.reserved_columns, 1)), reserved.image_columns)
     added, pinned = columns - state.image_columns, state.pinned
     if pinned is None and reserved.pinned is not None:
         pinned = reserved.pinned.new_zeros(state.batch_size, state.image_columns)

@@ -430,8 +430,8 @@ class CasaTextModel(CasaPreTrainedModel):
 
         Args:
             max_text_tokens: number of text tokens, padding included, that there is room for in each row.
-            max_image_tokens: number of image tokens of each row that text may see at a time; for more, room is made in
-                steps of as many, each of which is another shape.
+            max_image_tokens: number of image tokens of each row that text may see at a time; for more, the room is
+                doubled, which is another shape.
             batch_size: number of rows.
         """
         cache = StaticCache(config=self.config, max_cache_len=max_text_tokens)

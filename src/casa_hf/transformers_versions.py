@@ -199,6 +199,12 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
             "value_dim",
         ),
     },
+    "streaming.compiled": {
+        "transformers.CompileConfig": ("_compile_all_devices",),
+        "transformers.GenerationMixin": ("_valid_auto_compile_criteria",),
+        "transformers.PreTrainedConfig": ("_attn_implementation",),
+        "transformers.utils.generic": ("is_flash_attention_requested",),
+    },
     "cli.loading": {"transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",)},
     "cli.terminal": {"transformers.utils.logging": ("disable_progress_bar",)},
     "configuration_casa": {"transformers.PreTrainedConfig": ("_auto_class",)},

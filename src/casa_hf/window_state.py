@@ -46,7 +46,7 @@ class WindowState:
         text_start: first cache position whose text keys fusion layers still need; always 0 if the state is fixed.
         capacity: number of cache positions of a fixed state; None if it is growing.
         reserved_columns: image columns that a static cache keeps at least, so that images of any size up to that
-            share one shape.
+            share one shape; where more are needed, their number doubles.
         only_row: whether the state has always been that of one row, so that all it has stored is that row's own.
         late_closed_at: (batch,) what decoding steps have to say about `closed_at`, on their device: the lesser of both
             holds. None where `closed_at` says all. Steps of a state on the CPU write it, to wait for nothing.
@@ -317,6 +317,13 @@ def at_fixed_address(tensor: torch.Tensor) -> torch.Tensor:
     to compile again, only for CUDA graphs to be recorded again."""
     torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
+
+
+def in_doublings(number: int, least: int) -> int:
+    """The smallest of `least`, 2 `least`, 4 `least`, ... that isn't below `number`."""
+    while least < number:
+        least *= 2
+    return least
 
 
 def selected_rows(tensor: torch.Tensor, rows: Sequence[int | None], empty: Any = 0) -> torch.Tensor:

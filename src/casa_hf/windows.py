@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .window_state import OPEN, WindowState, moved, tensors_of
+from .window_state import OPEN, WindowState, in_doublings, moved, tensors_of
 
 
 @dataclass(frozen=True)
@@ -598,9 +598,8 @@ def _after_images(
     """The state after a call with new images, made from that after its text; `windows` are the current ones."""
     image_columns = num_kept = kept_columns.shape[1]
     if state.reserved_columns:
-        # In steps of what is reserved, and never less again: shapes change as rarely as they can.
-        steps = -(-num_kept // state.reserved_columns)
-        image_columns = max(steps * state.reserved_columns, state.image_columns)
+        # Never less again: shapes change as rarely as they can.
+        image_columns = max(in_doublings(num_kept, state.reserved_columns), state.image_columns)
     if pinned is not None:
         pinned = nn.functional.pad(pinned.gather(1, kept_columns), (image_columns - num_kept, 0))
     received, last = new.has_latest[:, -1], new.latest[:, -1]  # (batch,)

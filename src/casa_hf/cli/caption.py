@@ -250,6 +250,15 @@ def caption(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one. Default: 8000.")
     ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the step of single tokens, which takes a while at first and is faster then. Default: on "
+            "accelerators.",
+            show_default=False,
+        ),
+    ] = None,
     sanitize_control_tokens: ControlTokensOption = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

@@ -27,12 +27,13 @@ from ..checks import check_count, check_number
 from ..image_inputs import FRAME_TYPE
 from ..patches_casa import normalization_of
 from ..temporal_patches import concatenate_patches
+from .compiled import CompiledSteps
 from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, EventKind
 from .frame_pool import FramePool, PreparedFrame
 from .pieces import TextPieces
 from .settings import StreamSettings
-from .state import IMAGES, STATE_VERSION, check_state, model_design, restored_cache
+from .state import IMAGES, STATE_VERSION, check_cache, check_state, filled_cache, model_design
 from .steps import Forward, ShownFrame, Steps, on_device
 from .timestamps import frame_timestamps
 from .turns import StreamTurns
@@ -75,11 +76,13 @@ class CasaStream:
             don't fit.
     """
 
-    # The state of the stream. `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
+    # The state of the stream. `_cache` is None before the first forward, and `_held` the number of text tokens in it.
+    # `_pending` are ids that the cache doesn't hold yet: the prompt, later the last token.
     # `_begun` says whether a frame was shown, `_answered` whether the last token belongs to an answer. `_waiting` are
     # frames that wait for others to share an image with. `_open` are the events of the last call, which may not all be
     # taken yet.
-    _cache: DynamicCache | None
+    _cache: Any
+    _held: int
     _pending: list[int]
     _history: History
     _generator: torch.Generator | None
@@ -109,6 +112,7 @@ class CasaStream:
         self._caption_rules = TokenRules.of(self.settings)
         self._answer_rules = TokenRules.of(self.settings, biased=False)
         self._draws = TokenDraws(model, self.stop_token_ids)
+        self._compiled = CompiledSteps.of(model, processor, self.settings)
         self._pieces = TextPieces(processor.tokenizer)
         self._closed = False
         self._open = None
@@ -285,8 +289,8 @@ class CasaStream:
         """
         self._require_open()
         self._require_idle()
-        cached = self._cache is not None and self._cache.get_seq_length() > 0
-        return {**self._state(), "cache": cache_state(self._cache) if cached else None}
+        rules = self.model.get_decoder().window_rules
+        return {**self._state(), "cache": cache_state(self._cache, rules) if self._held else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where the stream that was saved stopped; the same frames lead to the same tokens.
@@ -305,7 +309,7 @@ class CasaStream:
         other = copy.copy(self)  # made whole before anything of this one changes
         try:
             check_state(state, self._state(), self.model, self.processor.tokenizer)
-            other._cache = restored_cache(state["cache"], self.model)
+            other._load_cache(state["cache"])
             other._load_text(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
@@ -318,7 +322,7 @@ class CasaStream:
     def close(self) -> None:
         """Free the cache; of what comes later, only the properties and `close` work."""
         self._end_open()
-        self._cache = None
+        self._cache, self._held = None, 0
         self._closed = True
 
     def __enter__(self) -> CasaStream:
@@ -348,15 +352,16 @@ class CasaStream:
     @property
     def num_text_tokens(self) -> int:
         """Text tokens that the cache holds."""
-        return 0 if self._cache is None else self._cache.get_seq_length()
+        return self._held
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes that the cache holds, by part: "text", "image" and, where the model has linear attention, "recurrent".
 
-        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens; in a stream whose
+        steps are compiled, the rest of what it has room for.
         """
-        return cache_nbytes(self._new_cache() if self._cache is None else self._cache)
+        return cache_nbytes(self._growing_cache() if self._cache is None else self._cache)
 
     @property
     def closed(self) -> bool:
@@ -483,21 +488,35 @@ class CasaStream:
                 self._begin()
                 raise
 
+    @torch.inference_mode(False)  # in which a cache couldn't be written to outside of it
     @torch.no_grad()
     def _next_token(self, forward: Forward) -> int:
         """Run a forward of the model; the token that follows."""
         self._bound_text()
+        self._make_room(len(forward.ids))
         draw = self._draws.of([forward.rules])
         numbers = draw.numbers([forward.history], [uniform_number(self._generator)])
         inputs = on_device({"input_ids": torch.tensor([forward.ids]), **forward.images}, self.model.device)
-        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs)
+        alone = len(forward.ids) == 1 and not forward.images
+        model = self._compiled.step if self._compiled is not None and alone else self.model
+        output = model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs)
+        self._held += len(forward.ids)
         return int(draw.tokens(output.logits[:, -1], numbers))
 
     def _bound_text(self) -> None:
         """Keep the cached text within `max_text_tokens`; called before every forward."""
         if self.settings.max_text_tokens is not None and self.num_text_tokens > self.settings.max_text_tokens:
-            assert self._cache is not None
-            self.model.evict_text(self._cache, self._kept_tokens, self.num_sink_tokens)
+            kept = self.model.evict_text(self._cache, self._kept_tokens, self.num_sink_tokens)
+            self._held = self._held if kept is None else kept.shape[1]
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Let there be a cache that so many further tokens can be added to."""
+        if self._compiled is None:
+            self._cache = self._growing_cache() if self._cache is None else self._cache
+        elif self._cache is None:
+            self._cache = self._compiled.new_cache(num_tokens)
+        else:
+            self._cache = self._compiled.with_room(self._cache, self._held + num_tokens)
 
     @property
     def _kept_tokens(self) -> int:
@@ -524,7 +543,7 @@ class CasaStream:
 
     def _begin(self) -> None:
         """The state before the first frame."""
-        self._cache = self._new_cache()
+        self._cache, self._held = None, 0
         self._pending = list(self.turns.opening)
         self._history = self._new_history()
         self._generator = self._new_generator()
@@ -534,7 +553,7 @@ class CasaStream:
         self._begun = self._answered = False
         self._pieces.reset()
 
-    def _new_cache(self) -> DynamicCache:
+    def _growing_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config())
 
     def _new_history(self) -> History:
@@ -577,6 +596,16 @@ class CasaStream:
             "pieces": self._pieces.state(),
             "random": None if self._generator is None else self._generator.get_state(),
         }
+
+    def _load_cache(self, held: dict[str, Any] | None) -> None:
+        self._cache, self._held = None, 0
+        if held is None:
+            return
+        check_cache(held, self.model)
+        self._held = held["windows"]["length"]
+        compiled = self._compiled
+        cache = self._growing_cache() if compiled is None else compiled.new_cache(self._held)
+        self._cache = filled_cache(cache, held, self.model)
 
     def _load_text(self, state: dict[str, Any]) -> None:
         self._pending = list(state["pending"])

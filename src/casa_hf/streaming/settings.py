@@ -63,6 +63,9 @@ class StreamSettings:
         max_text_tokens: number of text tokens that the cache may hold before a forward; beyond that the oldest quarter
             is evicted, and positions are counted from scratch. None keeps all.
         num_sink_tokens: number of first tokens that are always kept; None for the prompt's.
+        compile: whether a step that reads a single token is compiled, on a cache with room for `max_text_tokens` and
+            for the largest frame; None to compile where `generate` would: on accelerators, unless the model can't be.
+            `model.generation_config.compile_config` says how.
 
     Raises:
         ValueError: if a value is of the wrong type or out of its range, or a text isn't valid Unicode; with the name
@@ -91,6 +94,7 @@ class StreamSettings:
     stop_bias: float | None = 0.95
     max_text_tokens: int | None = None
     num_sink_tokens: int | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("system", "prompt", "prefix"):
@@ -99,6 +103,8 @@ class StreamSettings:
         for name in ("sanitize_control_tokens", "do_sample"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
+        if self.compile is not None and not isinstance(self.compile, bool):
+            raise ValueError(f"compile={shown(self.compile)} must be True, False or None.")
         check_positive("fps", self.fps, "a positive number of frames per second")
         check_count("max_new_tokens_per_frame", self.max_new_tokens_per_frame)
         check_count("max_new_tokens_per_answer", self.max_new_tokens_per_answer)

@@ -8,9 +8,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
-from ..cache_casa import home_layer, restore_cache
+from ..cache_casa import restore_cache
 from ..checks import is_number
 from ..design_space import DESIGN_FIELDS
 
@@ -85,30 +84,36 @@ def check_state(state: Any, own: dict[str, Any], model: CasaForConditionalGenera
     _check_random(state["random"], own["random"])
 
 
-def restored_cache(held: dict[str, Any] | None, model: CasaForConditionalGeneration) -> DynamicCache:
-    """A cache of the model that holds what a state has of one.
+def check_cache(held: dict[str, Any], model: CasaForConditionalGeneration) -> None:
+    """Refuse the cache of a state if it isn't one of a single stream of this model.
 
     Args:
-        held: cache of a state; None for an empty one.
+        held: cache of a state.
         model: model that the cache is for.
 
     Raises:
         ValueError: if a part of a layer is missing, or doesn't belong to it.
     """
-    cache, blocks = DynamicCache(config=model.config.get_text_config()), model.get_decoder().layers
-    if held is None:
-        return cache
-    devices = [next(block.parameters()).device for block in blocks]
-    restore_cache(cache, held, devices, model.get_decoder().kept_by_blocks)
-    windows = home_layer(cache).window_state
+    windows = held["windows"]
     # Blocks of one kind hold the same.
     parts: dict[tuple[bool, bool], set[str]] = {}
-    for number, (layer, block) in enumerate(zip(cache.layers, blocks, strict=True)):
+    for number, (layer, block) in enumerate(zip(held["layers"], model.get_decoder().layers, strict=True)):
         kind = (block.self_attn is not None, block.casa_attn is not None)
-        own = parts.setdefault(kind, set(layer.fusion))
-        images = "image" in own or not kind[1] or not windows.image_columns
-        if own != layer.fusion.keys() or not images or windows.batch_size != 1:
+        own = parts.setdefault(kind, set(layer["fusion"]))
+        images = "image" in own or not kind[1] or not windows["image_columns"]
+        if own != layer["fusion"].keys() or not images or len(windows["valid"]) != 1:
             raise ValueError(f"The state is damaged: layer {number} has a part too few or too many; {_WAY_OUT}")
+
+
+def filled_cache(cache: Any, held: dict[str, Any], model: CasaForConditionalGeneration) -> Any:
+    """An empty cache of the model, growing or static, that now holds what a state has of one.
+
+    Raises:
+        ValueError: if what is held doesn't fit together.
+    """
+    decoder = model.get_decoder()
+    devices = [next(block.parameters()).device for block in decoder.layers]
+    restore_cache(cache, held, devices, decoder.kept_by_blocks)
     return cache
 
 
