@@ -6,12 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.labelled_device import LabelledDevices
 
 
 @pytest.fixture
-def devices() -> Iterator[LabelledDevices]:
-    """`cuda:0` and `cuda:1`, from the start of the test to its end; what is on the CPU goes on as ever."""
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[LabelledDevices]:
+    """`cuda:0` and `cuda:1`, from the start of the test to its end; what is on the CPU goes on as ever.
+
+    A compiler would have nothing to compile for: what is to be compiled runs as it is, on a static cache.
+    """
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with LabelledDevices() as labelled:
         yield labelled

@@ -84,13 +84,16 @@ def test_what_a_prompt_of_several_rows_waits_for(given: str, devices: LabelledDe
     assert waits(devices) == (1, 0)
 
 
-def test_streams(source_folder: Path, devices: LabelledDevices) -> None:
-    """Each token is read once, whatever the number of rows, and a frame waits for its windows."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_streams(source_folder: Path, devices: LabelledDevices, compiled: bool) -> None:
+    """Each token is read once, whatever the number of rows, and a frame waits for its windows; also on the static cache
+    of steps that would be compiled."""
     processor = CasaProcessor.from_source(source_folder, max_pixels=4 * FRAME_PIXELS, frame_max_pixels=FRAME_PIXELS)
     model = randomised(CasaForConditionalGeneration.from_pretrained(source_folder, casa_variant="casa")).to("cuda")
     model.generation_config.eos_token_id = None
     for drawn in (False, True):
-        stream = CasaStream(model, processor, max_new_tokens_per_frame=TOKENS, do_sample=drawn, seed=1)
+        settings = {"max_new_tokens_per_frame": TOKENS, "do_sample": drawn, "seed": 1, "compile": compiled}
+        stream = CasaStream(model, processor, **settings)
         emitted(stream.push(picture(0)))
         devices.forget()
         emitted(stream.push(picture(1)))
