@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -39,3 +40,30 @@ class Ledger(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Launches(TorchDispatchMode):
+    """While active, counts operators that would launch a kernel on a GPU: all but views, allocations, and what has
+    no elements.
+
+    Attributes:
+        number: how many there were.
+        operators: how often each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    @property
+    def number(self) -> int:
+        return self.operators.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        made = _tensors(outputs)
+        is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in known for t in made)
+        if not is_view and any(tensor.numel() for tensor in made) and "empty" not in str(func):
+            self.operators[str(func)] += 1
+        return outputs

@@ -143,6 +143,25 @@ def test_causal_is_aligned_at_the_last_key() -> None:
             assert relative_error(actual[0, q, head], expected) < 1e-5
 
 
+@pytest.mark.parametrize("has_option", [True, False])
+def test_keys_are_not_repeated_for_the_heads_of_queries(has_option: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with the kernel of torch 2.11, which takes fewer heads of keys without being told."""
+    model, truth = model_for("casa", torch_varlen.TORCH_VARLEN), new_model("casa")
+    kernel, _ = torch_varlen._kernel()
+
+    def earlier(*args: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
+        return kernel(*args, scale=scale, window_size=window_size, enable_gqa=True)
+
+    if not has_option:
+        monkeypatch.setattr(torch_varlen, "_kernel", lambda: (earlier, False))
+    kernels.calls.clear()
+    row = [*words(3, 1), A, *words(4, 2)]
+    inputs = {"input_ids": torch.tensor([token_ids(row)]), **images_of(row)}
+    assert relative_error(model(**inputs).logits, truth(**inputs).logits) < TOLERANCE
+    of_text = [call for call in kernels.calls if call.heads == 4]
+    assert len(of_text) >= 6 and {call.kv_heads for call in of_text} == {2}
+
+
 class Waits(TorchDispatchMode):
     """Counts operators whose result the host has to wait for."""
 

@@ -286,7 +286,12 @@ def attend(
     """(batch, tokens, heads * head_dim) and the weights or None, by the backend that `module.config` names."""
     if isinstance(mask, PackedMask):
         return _attend_packed(module, query, keys, mask), None
-    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    implementation = module.config._attn_implementation
+    if implementation in ("sdpa", TORCH_VARLEN) and query.shape[2] == 1 and mask is not None:
+        # Kernels that take a mask go through all keys of a head one after the other, and Transformers repeats keys for
+        # them in compiled steps.
+        return _step_attention(module, query, FusionKeys(None, keys), _of_keys(mask)), None
+    backend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = module.attention_dropout if module.training else 0.0
     output, weights = backend(module, query, *keys, mask, dropout=dropout, scaling=module.scaling, **arguments)
     return output.flatten(2).contiguous(), weights
@@ -414,6 +419,11 @@ def _flat_keys(keys: FusionKeys) -> KeysValues:
     return KeysValues(*(torch.cat([_flat(x) for x in tensors]) for tensors in zip(*parts, strict=True)))
 
 
+def _of_keys(mask: torch.Tensor) -> torch.Tensor:
+    """The mask of one query per row, (batch, 1, 1, keys), of one that may be (batch, keys)."""
+    return mask[:, None, None].bool() if mask.ndim == 2 else mask
+
+
 def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(batch, heads, tokens, head_dim) to (batch, kv_heads, groups * tokens, head_dim)."""
     batch_size, _, _, head_dim = query.shape
@@ -423,6 +433,8 @@ def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: AttentionModule) -> torch.Tensor:
     """Scaled scores (batch, kv_heads, groups * tokens, keys). Scaled by the product itself: products of float16 that
     are scaled afterwards leave its range."""
+    if torch.compiler.is_compiling():  # which scales queries where they are made
+        return torch.matmul(grouped * module.scaling, keys.transpose(2, 3))
     scores = torch.baddbmm(
         grouped.new_empty(1), grouped.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1), beta=0, alpha=module.scaling
     )
@@ -432,8 +444,9 @@ def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: AttentionModule) 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: AttentionModule) -> torch.Tensor:
     """Weights (batch, kv_heads, groups * tokens, keys). The softmax of half precision is computed in float32."""
     if mask is not None:
-        groups = scores.shape[2] // mask.shape[2]
-        scores = scores.masked_fill(~mask.repeat(1, 1, groups, 1), torch.finfo(scores.dtype).min)
+        if mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, scores.shape[2] // mask.shape[2], 1)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return nn.functional.dropout(torch.softmax(scores, dim=-1), module.attention_dropout, module.training)
 
 

@@ -27,7 +27,8 @@ TORCH_VARLEN_TOWER = "torch_varlen_flash"
 
 @cache
 def _kernel() -> tuple[Any, bool]:
-    """The kernel, and whether it groups heads itself."""
+    """The kernel, and whether it has to be told that several heads of queries share one of keys. Earlier ones hand the
+    heads on as they are, to the same flash attention, which always groups them."""
     try:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -135,12 +136,8 @@ def _attend(
     kernel, groups_heads = _kernel()
     query, key, value = states
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}
-    if query.shape[1] != key.shape[1]:
-        if groups_heads:
-            options["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    if groups_heads and query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
     cu_q, cu_k = (lengths.to(torch.int32) for lengths in cu_seqlens)
     try:
         return kernel(query, key, value, cu_q, cu_k, int(longest[0]), int(longest[1]), **options)
