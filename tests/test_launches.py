@@ -130,10 +130,10 @@ def kernel_calls(code: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant, most", [("casa", 22), ("casa-shared", 18)])
+@pytest.mark.parametrize("variant, most", [("casa", 19), ("casa-shared", 15)])
 def test_a_compiled_step(variant: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of kernels in the code that is generated for a CPU; and no buffer in it is as large as the text's keys, let
-    alone keys that are repeated for every head."""
+    """Calls of kernels in the code generated for a CPU; and no buffer in it is as large as the keys of the text,
+    let alone keys that are repeated for every head."""
     few, more = (generated_code(variant, num_blocks, monkeypatch) for num_blocks in (2, 3))
     assert kernel_calls(more) - kernel_calls(few) <= most
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\),", more)
