@@ -113,13 +113,12 @@ def generated_code(variant: str, num_blocks: int, monkeypatch: pytest.MonkeyPatc
         raise _Written
 
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(keep))
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     torch._dynamo.reset()
     model = model_of(variant, num_blocks, torch.float32)
     cache = StaticCache(config=model.config, max_cache_len=TEXT_ROOM)
     prefill(model, cache)
     model.fuse_projections()
-    with pytest.raises(Exception, match="_Written"):
+    with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(Exception, match="_Written"):
         torch.compile(model, fullgraph=True)(input_ids=torch.tensor([[7]]), cache=cache)
     (code,) = written
     return code[code.index("def call(") :]
