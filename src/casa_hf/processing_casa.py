@@ -329,7 +329,7 @@ class CasaProcessor(PublishedByHook, ProcessorMixin):
             frame or several precede, 3 at the time of a frame, 0 elsewhere), each (batch, tokens); `pixel_values`
             (patches, patch dim) and `image_grid_thw` (images, 3) with images and frames in reading order over the
             batch. With `uint8_pixels=True`, `pixel_values` have the dtype uint8, and hold a frame once where no image
-            has several: an eighth of the bytes, made in a tenth of the time. With `return_tensors`, both are empty
+            has several: an eighth of the bytes, made several times faster. With `return_tensors`, both are empty
             where there are none, so that prompts with and without images have the same keys. With
             `frames_per_image="all"` also `second_per_grid_ts` (images,), the seconds from one temporal patch of a
             video to the next, 0 for images.
