@@ -227,3 +227,22 @@ def test_options_that_fusion_layers_do_not_work_with_are_refused_by_name(
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, **options}
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=str(TINY_WORLD / "checkpoints" / "casa"), **arguments).create_engine_config()
+
+
+def test_prompts_with_windows_that_are_too_large_are_refused_with_their_numbers() -> None:
+    from casa_hf.serving.vllm.support import check_windows
+    from casa_hf.serving.vllm.windows import PlacedImage
+    from tests.serving.vllm_checkpoints import configuration
+
+    config = configuration()
+    config.casa_max_image_tokens = 20
+    images = [PlacedImage(1, 16), PlacedImage(3, 16)]
+    check_windows(config, images, [484, 485, 9, 485])  # text closes the first window
+    with pytest.raises(ValueError, match="2 images with 32 image tokens in one window, which may have 20"):
+        check_windows(config, images, [484, 485, 484, 485])
+    config.casa_max_image_tokens = 32
+    check_windows(config, images, [484, 485, 484, 485])
+    gists = configuration(num_gist_tokens=1, gist_token_ids=[490])
+    gists.casa_max_image_tokens = 32
+    with pytest.raises(ValueError, match="2 images without text between them"):
+        check_windows(gists, images, [484, 485, 490, 485])
