@@ -31,7 +31,7 @@ help:
 	@echo "make coverage           what the quick tests reach, for docs/coverage.md; takes twice as long"
 	@echo "make test-oldest        the quick tests on the oldest supported Transformers"
 	@echo "make test-oldest-torch  the quick tests on the oldest supported Transformers and torch"
-	@echo "make test-formats       torchao and bitsandbytes, in an environment with them"
+	@echo "make test-formats       torchao, bitsandbytes and ONNX, in an environment with them"
 	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
 	@echo "make test-vllm          CASA models in vLLM, in an environment with it; takes half an hour"
 	@echo "make test-vllm-smoke    a few minutes of that"
@@ -80,11 +80,11 @@ test-oldest-torch: $(OLDEST_TORCH)/installed
 	$(PYTEST) $(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS)
 
 # torchao writes to standard error whenever Transformers is imported, so it has an environment of its own, with
-# bitsandbytes. Where they can't be imported, the tests would be skipped.
+# bitsandbytes and ONNX. Where they can't be imported, the tests would be skipped.
 test-formats: $(FORMATS)/installed
-	$(FORMATS)/bin/python -c "import bitsandbytes, torchao.quantization"
+	$(FORMATS)/bin/python -c "import bitsandbytes, onnxruntime, onnxscript, torchao.quantization"
 	$(PYTEST) $(FORMATS)/bin/python -m pytest tests/training/test_adapters.py tests/training/test_loss.py -k "eight_bit or quantised"
-	$(PYTEST) $(FORMATS)/bin/python -m pytest -m "slow or not slow" tests/test_quantization.py
+	$(PYTEST) $(FORMATS)/bin/python -m pytest -m "slow or not slow" tests/test_quantization.py tests/test_export.py
 
 # DeepSpeed trains on CPUs, and Triton interprets Liger's kernel; without them the tests would be skipped.
 test-engines: $(ENGINES)/installed
@@ -187,7 +187,8 @@ $(VENV)/installed: $(INPUTS)
 
 $(FORMATS)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(FORMATS)
-	$(FORMATS)/bin/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes --editable ".[dev]"
+	$(FORMATS)/bin/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes \
+		onnx onnxruntime onnxscript --editable ".[dev]"
 	touch $@
 
 # DeepSpeed's build looks at the torch that is installed.

@@ -81,6 +81,30 @@ def check_foreign(arguments: Mapping[str, Any], attn_implementation: str) -> Non
         )
 
 
+def refuse_export(with_images: bool, with_cache: bool) -> None:
+    """Refuse to be traced by `torch.export`, and so by ONNX, where the graph would hold for its example alone.
+
+    Args:
+        with_images: whether the call has images.
+        with_cache: whether it has a cache, or makes one.
+
+    Raises:
+        NotImplementedError: naming what can't be exported, and why.
+    """
+    if with_images:
+        raise NotImplementedError(
+            "Exporting a call with images (torch.export, ONNX) isn't supported by CASA models: how many patches and "
+            "windows there are, and where, are values of image_grid_thw and of the ids, which are read to plan it. "
+            "Export a call with text alone; use torch.compile or a server for images."
+        )
+    if with_cache:
+        raise NotImplementedError(
+            "Exporting a call with a cache (torch.export, ONNX), such as a decoding step, isn't supported by CASA "
+            "models: beside the text their caches have image keys, windows and positions, which exporters don't know "
+            "as inputs and outputs. Pass use_cache=False; use torch.compile with a static cache for decoding."
+        )
+
+
 @cache
 def _read_by(attn_implementation: str) -> frozenset[str]:
     """Optional arguments of the loss and of a backend of attention."""

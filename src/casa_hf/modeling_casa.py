@@ -46,7 +46,7 @@ from .cache_layers import CasaStaticLayer
 from .configuration_casa import CasaConfig
 from .decoder_casa import CasaDecoderLayer
 from .eviction import KeyRotation, check_history, evict_text
-from .foreign_arguments import check_foreign, refuse_foreign
+from .foreign_arguments import check_foreign, refuse_export, refuse_foreign
 from .generation_casa import CasaGenerationMixin
 from .image_inputs import check_features, check_grids, check_no_images, delimiters, has_images, place_images
 from .loading_casa import CasaLoadingMixin
@@ -776,12 +776,16 @@ class CasaModel(CasaPreTrainedModel):
             ValueError: if images, their placeholders and their positions don't fit each other, for both names of the
                 cache at once, for a filled cache under gradient checkpointing, and for images, videos or states in
                 another model's form.
+            NotImplementedError: for images, or a cache, where `torch.export` traces the call.
         """
         check_foreign(kwargs, self.language_model.config._attn_implementation)
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", None)  # where Trainer switches it off
         embedding = self.get_input_embeddings()
         inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
+        if torch.compiler.is_exporting():
+            with_images = has_images(pixel_values, image_embeds, image_grid_thw)
+            refuse_export(with_images, cache is not None or use_cache is not False)
         cache = self.language_model.prepared(cache)
         mask = attention_mask if token_mask is None else token_mask
         text = NewText(input_ids, inputs_embeds, embedding, mask, cache, stored_state(cache))
