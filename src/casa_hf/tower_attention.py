@@ -89,11 +89,11 @@ class TowerWindows(NamedTuple):
     """Windows of images, those of one length in a row.
 
     Attributes:
-        index: (merged patches,) where each of them was before.
+        order: (merged patches,) where each of them was before.
         sequences: the windows, in patches.
     """
 
-    index: torch.Tensor
+    order: torch.Tensor
     sequences: Sequences
 
 
@@ -109,8 +109,8 @@ def tower_windows(grids: torch.Tensor, merge: int, window_size: int, patch_size:
     # Temporal patches one by one: attention that knows no windows works on each of them.
     sizes = [(height, width) for time, height, width in grids.tolist() for _ in range(time)]
     of_patches = [_windows_of(size, merge, window_size, patch_size) for size in sizes]
-    starts = accumulate((len(windows.index) for windows in of_patches), initial=0)
-    index = torch.cat([windows.index + start for windows, start in zip(of_patches, starts, strict=False)])
+    starts = accumulate((len(windows.order) for windows in of_patches), initial=0)
+    index = torch.cat([windows.order + start for windows, start in zip(of_patches, starts, strict=False)])
     if len(set(sizes)) == 1:
         return TowerWindows(index, Sequences.of(list(_lengths(of_patches[0])), len(sizes)))
     return TowerWindows(index, Sequences.of([length for windows in of_patches for length in _lengths(windows)]))

@@ -37,7 +37,7 @@ def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) ->
     inputs["cu_seqlens"] = get_vision_cu_seqlens(grids)
     inputs["max_seqlen"] = tower_images(grids) if by_length else get_max_seqlen(inputs["cu_seqlens"], config)
     if hasattr(tower, "window_size") and by_length:
-        windows = tower_windows(grids, merge, tower.window_size, config.patch_size)
+        windows = tower_windows(grids, merge, config.window_size, config.patch_size)
         inputs["window_index"], inputs["max_window_seqlen"] = windows
         inputs["cu_window_seqlens"] = inputs["cu_seqlens"]  # nobody reads them
     elif hasattr(tower, "window_size"):

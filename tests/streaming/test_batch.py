@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from casa_hf import CaptionEvent, CasaStreamBatch, StreamSettings
 from tests.streaming.helpers import OFF, emitted, say
@@ -33,7 +35,8 @@ SCENARIOS = [
 
 
 def batch_of(model: Any, processor: Any, **settings: Any) -> CasaStreamBatch:
-    return CasaStreamBatch(model, processor, **{**SETTINGS, **settings})
+    # Frames that are pushed together are shown together, however long a busy machine takes for them.
+    return CasaStreamBatch(model, processor, **{"collect_seconds": 60.0, **SETTINGS, **settings})
 
 
 def by_stream(events: Any) -> dict[int, list[CaptionEvent]]:
@@ -568,3 +571,134 @@ def test_dropped_frames_are_counted_by_their_stream(model, processor):
     assert (batch.num_frames(first), batch.num_frames(second)) == (5, 0)
     events = by_stream(batch.push({first: PICTURES[0], second: PICTURES[0]}))
     assert (events[first][-1].frame_index, events[second][-1].frame_index) == (5, 0)
+
+
+# ------------------------------------------------------------------------------------ compiled
+
+
+@pytest.fixture
+def compiled_model(new_model: Any) -> Iterator[Callable[..., Any]]:
+    """variant -> a model whose streams compile, with the quickest compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+
+    def make(variant: str, backend: str = "eager") -> Any:
+        model = new_model(variant)
+        model.generation_config.compile_config = CompileConfig(backend=backend, mode=None)
+        return model
+
+    yield make
+    torch._dynamo.reset()
+
+
+def compile_steps(batch: CasaStreamBatch) -> int:
+    """How many graphs of one-token forwards there are."""
+    assert batch._one_token is not None
+    return len(batch._one_token._steps)
+
+
+@pytest.mark.parametrize(
+    ("variant", "window", "backend"),
+    [
+        ("casa", 70, "eager"),
+        pytest.param("casa", None, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("exact", 70, "eager", marks=pytest.mark.slow),
+        pytest.param("ca-shared", 70, "eager", marks=pytest.mark.slow),
+        pytest.param("insertion", None, "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_streams_equal_separate_sessions(compiled_model, processor, variant, window, backend):
+    """They join, leave, wait, fork and are reset, over frames of all sizes; a graph for each number of rows."""
+    model = compiled_model(variant, backend)
+    settings: dict[str, Any] = {"max_text_tokens": window, "num_sink_tokens": 4, "do_sample": True}
+    batch = batch_of(model, processor, compile=True, **settings)
+    alone: dict[int, Any] = {}
+    evicted = 0
+
+    def add(number: int) -> int:
+        stream = batch.add(prompt=PROMPTS[number % 3], seed=number)
+        own = {**SETTINGS, **settings, "prompt": PROMPTS[number % 3], "seed": number, "compile": False}
+        alone[stream] = stream_of(model, processor, **own)
+        return stream
+
+    def push(*streams: int) -> None:
+        nonlocal evicted
+        frames = {stream: PICTURES[(3 * stream + alone[stream].num_frames) % len(PICTURES)] for stream in streams}
+        before = {stream: batch.num_text_tokens(stream) for stream in streams}
+        events = by_stream(batch.push(frames))
+        for stream, frame in frames.items():
+            assert untimed(events[stream]) == untimed(alone[stream].push(frame))
+            assert batch.num_text_tokens(stream) == alone[stream].num_text_tokens
+            evicted += batch.num_text_tokens(stream) < before[stream]
+
+    first = add(0)
+    push(first)
+    sizes = {1}
+    second, third = add(1), add(2)
+    for _ in range(2):
+        push(first, third)
+        push(second)
+    sizes.add(4)
+    fourth = batch.fork(third)
+    alone[fourth] = alone[third].fork()
+    for _ in range(2):
+        push(first, second, third, fourth)
+    answers = by_stream(batch.ask({second: "Who is it?", fourth: "Where?"}, max_new_tokens=5))
+    assert untimed(answers[second]) == untimed(alone[second].ask("Who is it?", 5))
+    assert untimed(answers[fourth]) == untimed(alone[fourth].ask("Where?", 5))
+    batch.remove(first)
+    batch.reset(third)
+    alone[third].reset()
+    fifth = add(4)
+    for _ in range(2):
+        push(second, third, fourth, fifth)
+    sixth = add(5)
+    sizes.add(8)
+    push(sixth, second)
+    for stream in (second, third, fourth, fifth):
+        batch.remove(stream)
+    assert len(batch._places) == 2, "a row to spare"
+    sizes.add(2)
+    push(sixth)
+    push(sixth)
+    assert batch._compiled is not None and compile_steps(batch) >= len(sizes)
+    if window is not None:
+        assert evicted > 0 and compile_steps(batch) == len(sizes)
+    # The tower's graphs are for one, two or four frames of three sizes.
+    towers = sum(each is not None for size in batch._tower._compiled.values() for each in size.values())
+    assert counters["stats"]["unique_graphs"] == compile_steps(batch) + towers
+
+
+def test_a_failing_forward_of_compiled_streams_loses_nothing(compiled_model, processor):
+    """Of a cache that is written in place: a forward that fails for one, and one that is interrupted."""
+    model = compiled_model("casa")
+    settings = {"max_text_tokens": 60, "num_sink_tokens": 4}
+    batch = batch_of(model, processor, compile=True, **settings)
+    alone = {
+        batch.add(prompt=prompt): stream_of(model, processor, prompt=prompt, compile=False, **SETTINGS, **settings)
+        for prompt in PROMPTS
+    }
+
+    def push(number: int) -> dict[int, list[CaptionEvent]]:
+        return by_stream(batch.push({stream: PICTURES[number + stream] for stream in alone}))
+
+    def check(number: int, streams: Any) -> None:
+        events = push(number)
+        for stream in streams:
+            assert untimed(events[stream]) == untimed(alone[stream].push(PICTURES[number + stream]))
+
+    for number in range(3):
+        check(number, alone)
+    with failing_for(model, 1, OSError("out of memory")) as failed:
+        said = push(3)
+    assert max(failed) > 1 and said[1][-1].message == "OSError: out of memory"
+    for stream in (0, 2):
+        assert untimed(said[stream]) == untimed(alone[stream].push(PICTURES[3 + stream]))
+    alone[1].drop(said[1][-1].start, "never seen")
+    check(4, alone)
+    with failing_for(model, None, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        push(5)
+    for each in alone.values():
+        each.drop(each.last_timestamp + 0.5, "never seen")
+    for number in range(3):
+        check(number, alone)

@@ -3,28 +3,41 @@
 
 Each stream is a `CasaStream` without a cache of its own: it has a row of the batch's. Streams that need a forward at
 the same time share it; the others wait. What pads their rows meanwhile is masked, and closed up when there is much.
+
+Threads make frames ready for the model, which continues other texts meanwhile. New frames and the next tokens of other
+streams then go through one forward: nobody waits for longer than that, and the weights are read once for all.
+
+Forwards of one token per row are compiled if the setting says so. Their cache has a fixed number of rows, of which
+some may be empty, so that streams join and leave without another graph.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
-from ..cache_casa import cache_nbytes, cache_snapshot
-from ..checks import check_count
+from ..cache_casa import CacheMoment, cache_nbytes, cache_state, home_layer, select_rows
+from ..checks import check_count, check_number
+from .compiled import CompiledSteps, max_image_tokens
 from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, refusal
-from .frame_pool import FramePool, PreparedFrame, wait_for
+from .frame_collecting import FrameCollector
+from .frame_pool import FramePool
+from .graphs import StepsByShape
 from .session import CasaStream, check_pair, stop_tokens
 from .settings import StreamSettings
+from .state import filled_cache
 from .steps import Forward, Steps, on_device
+from .tower import FrameTower
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -32,6 +45,11 @@ if TYPE_CHECKING:
 
 # Padding is closed up when the cache has so many positions more than a quarter above the tokens of its longest row.
 _SPARE_POSITIONS = 64
+# Numbers of rows that a cache of fixed size has; beyond the last, multiples of it.
+_NUM_ROWS = (1, 2, 4, 8, 16, 32)
+# Rows are parts of the batch's compiled steps.
+_NOT_COMPILED: dict[str, Any] = {"compile": False}
+_INTERRUPTED_NOTE = "This interrupted the eviction of old text; all streams of the batch have been reset."
 
 
 class CasaStreamBatch:
@@ -48,6 +66,8 @@ class CasaStreamBatch:
         model: model that captions the frames.
         processor: processor of the model.
         settings: settings of the streams for which `add` says nothing else; None for the defaults.
+        collect_seconds: seconds for which a frame that is ready waits for frames of other streams that are still being
+            prepared, so that they share a forward; texts of other streams are continued meanwhile.
         **changes: fields of [`StreamSettings`] that replace those of `settings`.
 
     Attributes:
@@ -55,31 +75,48 @@ class CasaStreamBatch:
 
     Raises:
         TypeError: if there is no such setting.
-        ValueError: if a setting can't be, or model and processor don't fit.
+        ValueError: if a setting can't be, `collect_seconds` is negative or not finite, or model and processor don't
+            fit.
     """
+
+    # The cache of all streams, the number of its positions in use, and, if its size is fixed, how many rows and
+    # positions it has.
+    _cache: Any
+    _length: int
+    _shape: tuple[int, int] | None
 
     def __init__(
         self,
         model: CasaForConditionalGeneration,
         processor: CasaProcessor,
         settings: StreamSettings | None = None,
+        *,
+        collect_seconds: float = 0.005,
         **changes: Any,
     ):
+        check_number("collect_seconds", collect_seconds, Real, lambda x: 0 <= x < math.inf, "a number, 0 or more")
         self.settings = StreamSettings.of(settings, **changes)
         check_pair(model, processor, self.settings)
         self.model = model
         self.processor = processor
-        self._rows: dict[int, _Row] = {}  # in the order of the cache's rows
-        self._cache = self._new_cache()
+        self._rows: dict[int, _Row] = {}
+        # By row of the cache the stream that it is for; None for an empty one, of which only a static cache has any.
+        self._places: list[int | None] = []
+        self._compiled = CompiledSteps.of(model, processor, self.settings)
+        options = None if self._compiled is None else self._compiled.config.to_dict()
+        self._one_token = None if options is None else StepsByShape(model, options)
+        self._tower = FrameTower(model, options)
         self._draws = TokenDraws(model, stop_tokens(model))
         self._pool = FramePool()
+        self._forget()
         self._next_id = 0
         self._closed = False
         # Texts in the making: their steps, the forwards that some of them wait for, and events to be given out.
         self._steps: dict[int, Steps] = {}
         self._forwards: dict[int, Forward] = {}
-        self._preparing: dict[int, list[PreparedFrame]] = {}  # frames of texts that haven't begun
         self._events: deque[tuple[int, CaptionEvent]] = deque()
+        self._broken: list[int] = []  # streams that couldn't read their token
+        self._preparing = FrameCollector(collect_seconds)  # frames of texts that haven't begun
         self._in_use = threading.Lock()
 
     # ---------------------------------------------------------------- streams come and go
@@ -105,10 +142,9 @@ class CasaStreamBatch:
         """
         with self._alone():
             self._require_open()
-            row = _Row(self.model, self.processor, self.settings, **changes)
+            row = _Row(self.model, self.processor, self.settings, **{**changes, **_NOT_COMPILED})
             row._pool = self._pool
-            self._append_empty_row()
-            return self._named(row)
+            return self._named(row, None)
 
     def remove(self, stream: int) -> None:
         """Let a stream leave, with its events that haven't been taken; what it holds is freed.
@@ -120,8 +156,8 @@ class CasaStreamBatch:
             self._row(stream)
             self._end(stream)
             self._discard_events(stream)
-            self._select([other for other in self._rows if other != stream])
             del self._rows[stream]
+            self._leave(stream)
 
     def fork(self, stream: int) -> int:
         """Add a stream that continues by itself from where this one is.
@@ -135,8 +171,7 @@ class CasaStreamBatch:
         with self._alone():
             other = self._row(stream).fork()
             assert isinstance(other, _Row)
-            self._select([*self._rows, stream])
-            return self._named(other)
+            return self._named(other, stream)
 
     def reset(self, stream: int) -> None:
         """Let a stream forget everything, its events that haven't been taken too, and start from scratch.
@@ -155,9 +190,9 @@ class CasaStreamBatch:
         with self._alone():
             for stream in self._rows:
                 self._end(stream)
-            self._rows = {}
+            self._rows, self._places = {}, []
             self._events.clear()
-            self._cache = self._new_cache()
+            self._forget()
             self._closed = True
 
     @property
@@ -215,7 +250,7 @@ class CasaStreamBatch:
                     self._events.append((stream, refusal(error)))
                 else:
                     self._start(stream, steps)
-                    self._preparing[stream] = prepared
+                    self._preparing.add(stream, prepared)
             return self._serve()
 
     def flush(self, streams: Iterable[int]) -> Iterator[tuple[int, CaptionEvent]]:
@@ -293,7 +328,8 @@ class CasaStreamBatch:
     def nbytes(self) -> dict[str, int]:
         """Bytes that the cache holds for all streams, padding included, by part, as `CasaStream.nbytes`.
 
-        That is the content, without the room behind it: at most a quarter more, at least 64 tokens.
+        That is the content, without the room behind it: at most a quarter more, at least 64 tokens; if steps are
+        compiled, the rest of what a cache of fixed size has room for.
         """
         return cache_nbytes(self._cache)
 
@@ -306,7 +342,7 @@ class CasaStreamBatch:
     def _end(self, stream: int) -> None:
         """End the text that is being generated for a stream."""
         self._forwards.pop(stream, None)
-        self._preparing.pop(stream, None)
+        self._preparing.remove(stream)
         steps = self._steps.pop(stream, None)
         if steps is not None:
             steps.close()
@@ -343,42 +379,59 @@ class CasaStreamBatch:
 
         Before and after it, every stream can be continued, like a single one.
         """
-        waiting = [stream for stream in self._steps if stream not in self._forwards]
-        # Frames that came together are shown together; other texts go on until their pixels are there.
-        frames = [frame for of_stream in self._preparing.values() for frame in of_stream]
-        if not self._forwards and len(waiting) == len(self._preparing):  # nothing else is to be done
-            wait_for(frames)
-        if all(frame.done() for frame in frames):
-            self._preparing.clear()
-        for stream in waiting:
-            if stream not in self._preparing:
-                self._advance(stream, None)
+        held_back = self._preparing.held_back(wait=all(stream in self._preparing for stream in self._steps))
+        for stream in [stream for stream in self._steps if stream not in self._forwards and stream not in held_back]:
+            self._preparing.remove(stream)
+            self._advance(stream, None)
+        for stream in self._broken:
+            self._restart(stream)
+        self._broken.clear()
         if self._forwards:
             self._run(dict(self._forwards))
 
+    @torch.inference_mode(False)  # in which a cache couldn't be written to outside of it
     def _run(self, forwards: dict[int, Forward]) -> None:
         """One forward for these streams; where it fails, one for each half, down to those that it fails for."""
-        cache, before = cache_snapshot(self._cache), {stream: row.moment() for stream, row in self._rows.items()}
+        fixed = self._compiled is not None
+        if fixed:
+            self._evict_uninterrupted(forwards)
+        moment = CacheMoment(self._cache, images=any(forward.images for forward in forwards.values()))
+        cache, length = self._cache, self._length
+        before = {stream: row.moment() for stream, row in self._rows.items()}
         num_events = len(self._events)
         failure: Exception | None = None
+
+        def go_back() -> None:
+            moment.restore()
+            self._cache, self._length = cache, length
+            for stream, earlier in before.items():
+                self._rows[stream].return_to(earlier)
+
         try:
             # As one: between them the cache holds tokens that still wait to be read.
             try:
+                if not fixed:
+                    self._bound_text(forwards)
                 tokens = self._next_tokens(forwards)
             except Exception as error:
                 failure = error
             else:
                 for stream, token in tokens.items():
                     self._advance(stream, token)
-                return
         except BaseException:
-            self._return_to(cache, before)
+            go_back()
+            self._broken.clear()
             while len(self._events) > num_events:
                 self._events.pop()
             for stream in forwards:
                 self._end(stream)
             raise
-        self._return_to(cache, before)
+        if failure is None:
+            for stream in self._broken:
+                self._restart(stream)
+            self._broken.clear()
+            return
+        go_back()
         if len(forwards) == 1:
             [stream] = forwards
             self._forwards.pop(stream)
@@ -390,13 +443,6 @@ class CasaStreamBatch:
         waiting = list(forwards)
         for half in (waiting[: len(waiting) // 2], waiting[len(waiting) // 2 :]):
             self._run({stream: forwards[stream] for stream in half})
-
-    def _return_to(self, cache: DynamicCache, moments: dict[int, Any]) -> None:
-        """Let the cache and its rows be what they were."""
-        self._cache = cache
-        self._rows = {stream: self._rows[stream] for stream in moments}
-        for stream, moment in moments.items():
-            self._rows[stream].return_to(moment)
 
     def _advance(self, stream: int, token: Any) -> None:
         """Continue a stream, with the token that it waited for, until it needs another forward or is done.
@@ -415,7 +461,7 @@ class CasaStreamBatch:
             del self._steps[stream]
         except Exception as error:
             del self._steps[stream]
-            self._restart(stream)
+            self._broken.append(stream)
             self._events.append((stream, refusal(error, note="the stream has been reset")))
         else:
             self._forwards[stream] = step
@@ -423,25 +469,37 @@ class CasaStreamBatch:
     @torch.no_grad()
     def _next_tokens(self, forwards: dict[int, Forward]) -> dict[int, int]:
         """Run the forward that these streams wait for; by stream, the token that follows."""
-        self._bound_text(forwards)
         # A row that waits for no token is given one too, which nobody reads.
-        draws = [row.draws(forwards.get(stream)) for stream, row in self._rows.items()]
+        nothing = TokenRules.of(self.settings), None, 1.0
+        draws = [nothing if place is None else self._rows[place].draws(forwards.get(place)) for place in self._places]
         draw = self._draws.of([rules for rules, *_ in draws])
         numbers = draw.numbers([history for _, history, _ in draws], [uniform for *_, uniform in draws])
-        output = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **self._inputs(forwards))
-        tokens = draw.tokens(output.logits[:, -1], numbers).tolist()  # the device is waited for here
+        tokens = draw.tokens(self._logits(forwards), numbers).tolist()  # the device is waited for here
         for stream, forward in forwards.items():
             self._rows[stream].held += len(forward.ids)
-        return {stream: token for stream, token in zip(self._rows, tokens, strict=True) if stream in forwards}
+        return {place: token for place, token in zip(self._places, tokens, strict=True) if place in forwards}
+
+    def _logits(self, forwards: dict[int, Forward]) -> torch.Tensor:
+        """(rows, vocabulary) logits after the forward."""
+        inputs = self._inputs(forwards)
+        num_tokens = inputs["input_ids"].shape[1]
+        if self._one_token is not None and num_tokens == 1 and "pixel_values" not in inputs:
+            mask = inputs["attention_mask"].to(self.model.device, non_blocking=True)
+            logits = self._one_token(inputs["input_ids"], mask, self._cache)
+        else:
+            inputs = self._tower.inputs(inputs)
+            logits = self.model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+        self._length += num_tokens
+        return logits
 
     def _inputs(self, forwards: dict[int, Forward]) -> dict[str, torch.Tensor]:
         """Inputs of the forward that streams wait for: new ids at the end of each row, padding before them."""
-        width = max(len(forward.ids) for forward in forwards.values())
-        ids = torch.zeros(len(self._rows), width, dtype=torch.long)
+        width = _width(forwards)
+        ids = torch.zeros(len(self._places), width, dtype=torch.long)
         mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
         images: dict[str, list[torch.Tensor]] = {}
-        for number, stream in enumerate(self._rows):
-            forward = forwards.get(stream)
+        for number, place in enumerate(self._places):
+            forward = None if place is None else forwards.get(place)
             if forward is None:
                 continue
             first = width - len(forward.ids)
@@ -460,68 +518,151 @@ class CasaStreamBatch:
             inputs["pixel_values"] = pixels
         if images:
             inputs["mm_token_type_ids"] = types
-        if not bool(mask.all()):
+        # Compiled steps always have a mask, and read one that says that there is padding.
+        if self._compiled is not None or not bool(mask.all()):
             inputs["attention_mask"] = mask
         return on_device(inputs, self.model.device)
 
     # ---------------------------------------------------------------- rows of the cache
 
-    def _bound_text(self, forwards: dict[int, Forward]) -> None:
-        """Keep the text of these streams within their `max_text_tokens`, and close up padding where there is much."""
-        if not self._holds_text:
-            return
-        keep = [row.tokens_to_keep(stream in forwards) for stream, row in self._rows.items()]
-        held = [row.held for row in self._rows.values()]
-        if keep == held and self._cache.get_seq_length() <= max(held) * 5 // 4 + _SPARE_POSITIONS:
-            return
-        sinks = torch.tensor([row.num_sink_tokens for row in self._rows.values()])
+    def _bound_text(self, forwards: dict[int, Forward]) -> bool:
+        """Keep the text of these streams within their `max_text_tokens`, and close up padding where there is much.
+
+        Returns:
+            Whether anything was evicted or closed up.
+        """
+        if not self._length:
+            return False
+        rows = [None if place is None else self._rows[place] for place in self._places]
+        keep = [0 if row is None else row.tokens_to_keep(row.stream in forwards) for row in rows]
+        held = [0 if row is None else row.held for row in rows]
+        if not any(held):
+            self._forget()
+            return False
+        if keep == held and self._length <= self._padded_limit(max(held), forwards):
+            return False
+        sinks = torch.tensor([0 if row is None else row.num_sink_tokens for row in rows])
         # A row that has no more than its sinks yet keeps them.
         positions = self.model.evict_text(self._cache, torch.tensor(keep).maximum(sinks + 1), sinks)
-        if positions is not None:
-            for row, number in zip(self._rows.values(), (positions >= 0).sum(1).tolist(), strict=True):
+        if positions is None:
+            return False
+        self._length = positions.shape[1]
+        for row, number in zip(rows, (positions >= 0).sum(1).tolist(), strict=True):
+            if row is not None:
                 row.held = number
+        return True
 
-    @property
-    def _holds_text(self) -> bool:
-        return bool(self._cache.layers) and self._cache.get_seq_length() > 0
+    def _padded_limit(self, longest: int, forwards: dict[int, Forward]) -> int:
+        """Number of cache positions from which on padding is closed up before a forward.
 
-    def _select(self, streams: list[int]) -> None:
-        """Let the cache have the rows of these streams, in this order."""
-        if not streams:
-            self._cache = self._new_cache()
-        elif self._holds_text:
-            index = {stream: number for number, stream in enumerate(self._rows)}
-            rows = torch.tensor([index[stream] for stream in streams], device=self.model.device)
-            self._cache.batch_select_indices(rows)
+        Args:
+            longest: number of tokens of the longest row.
+            forwards: what the forward is for.
+        """
+        if self._compiled is None:
+            return longest * 5 // 4 + _SPARE_POSITIONS
+        return int(home_layer(self._cache).max_cache_len) - _width(forwards)
 
-    def _append_empty_row(self) -> None:
-        if self._holds_text:
-            for layer in self._cache.layers:
-                layer.append_empty_rows(1)
+    def _evict_uninterrupted(self, forwards: dict[int, Forward]) -> None:
+        """Bound the text of a cache of fixed size, which is written in place, and see that there is room."""
+        try:
+            closed_up = self._bound_text(forwards)
+            needed = self._length + _width(forwards)
+            # Not to have to close up padding again soon.
+            self._make_room(needed * 8 // 7 if closed_up else needed)
+        except BaseException as error:
+            for stream in list(self._rows):
+                self._end(stream)
+                self._rows[stream].reset()
+            self._forget()
+            error.add_note(_INTERRUPTED_NOTE)
+            raise
 
-    def _named(self, row: _Row) -> int:
-        stream = self._next_id
+    def _make_room(self, num_tokens: int) -> None:
+        """Let a cache of fixed size have room for so many cache positions; a larger one is another shape."""
+        if not self._length and self._shape != (len(self._places), self._room(num_tokens)):
+            self._cache = self._static_cache(num_tokens)
+            self._shape = len(self._places), self._room(num_tokens)
+        elif num_tokens > home_layer(self._cache).max_cache_len:
+            larger = self._static_cache(num_tokens)
+            rules = self.model.get_decoder().window_rules
+            self._cache = filled_cache(larger, cache_state(self._cache, rules), self.model)
+            self._shape = len(self._places), self._room(num_tokens)
+
+    def _static_cache(self, num_tokens: int) -> Any:
+        columns = max_image_tokens(self.processor)
+        return self.model.get_decoder().static_cache(self._room(num_tokens), columns, len(self._places))
+
+    def _room(self, num_tokens: int) -> int:
+        """Number of cache positions of a cache of fixed size: what all streams may hold, and padding."""
+        limits = [row.settings.max_text_tokens or 0 for row in self._rows.values()]
+        wanted = max(num_tokens, *limits) + _SPARE_POSITIONS
+        return -(-wanted * 5 // (4 * 256)) * 256
+
+    # ---------------------------------------------------------------- rows of the cache
+
+    def _forget(self) -> None:
+        """Have an empty cache."""
+        self._cache = DynamicCache(config=self.model.config.get_text_config())
+        self._length, self._shape = 0, None
+
+    def _arrange(self, places: list[int | None], sources: Mapping[int, int | None]) -> None:
+        """Let the rows of the cache be for these streams.
+
+        Args:
+            places: stream of each row, or None.
+            sources: for streams whose row isn't to stay what it is, the stream whose row is copied; None for an empty
+                one.
+        """
+        numbers = {place: number for number, place in enumerate(self._places) if place is not None}
+        origins = [None if place is None else sources.get(place, place) for place in places]
+        rows = [None if origin is None else numbers[origin] for origin in origins]
+        self._places = places
+        if any(row is not None for row in rows):
+            if self._length:
+                select_rows(self._cache, rows)
+                if self._shape is not None:
+                    self._shape = len(places), self._shape[1]
+        else:
+            self._forget()
+
+    def _named(self, row: _Row, source: int | None) -> int:
+        """Give a new stream a name, and a row: a copy of another stream's, or an empty one."""
+        stream = row.stream = self._next_id
         self._next_id += 1
         self._rows[stream] = row
+        places = list(self._places)
+        if self._compiled is None:
+            places.append(stream)
+        else:
+            if None not in places:
+                places += [None] * (_num_rows(len(self._rows)) - len(places))
+            places[places.index(None)] = stream
+        self._arrange(places, {stream: source})
         return stream
+
+    def _leave(self, stream: int) -> None:
+        """Empty the row of a stream, or let there be fewer."""
+        others = [place for place in self._places if place != stream]
+        if self._compiled is not None:
+            number = _num_rows(len(self._rows))
+            if self._rows and 4 * number > len(self._places):
+                others = [None if place == stream else place for place in self._places]
+            else:
+                others = [place for place in others if place is not None]
+                others += [None] * (number - len(others)) if others else []
+        self._arrange(others, {})
+
+    def _restart(self, stream: int) -> None:
+        """Give a stream, whose text has ended, an empty row."""
+        self._rows[stream].reset()
+        self._arrange(self._places, {stream: None})
 
     def _row(self, stream: int) -> _Row:
         self._require_open()
         if stream not in self._rows:
             raise ValueError(f"stream={stream!r} must be one of the batch: {list(self._rows)}. Streams join by add().")
         return self._rows[stream]
-
-    def _restart(self, stream: int) -> None:
-        """Give a stream, whose text has ended, an empty row."""
-        row = self._rows[stream]
-        row.reset()
-        self._select([other for other in self._rows if other != stream])
-        del self._rows[stream]
-        self._append_empty_row()
-        self._rows[stream] = row
-
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config.get_text_config())
 
     def _require_open(self) -> None:
         if self._closed:
@@ -533,9 +674,11 @@ class _Row(CasaStream):
 
     Attributes:
         held: text tokens in its row of the cache.
+        stream: its id.
     """
 
     held: int
+    stream: int
 
     def moment(self) -> tuple[dict[str, Any], torch.Tensor, Any, torch.Tensor | None]:
         """What a forward changes, but for the cache; `return_to` takes it."""
@@ -574,6 +717,16 @@ class _Row(CasaStream):
         super()._begin()
         self._cache = None
         self.held = 0
+
+
+def _num_rows(number: int) -> int:
+    """How many rows a cache of fixed size has for so many streams."""
+    return next((size for size in _NUM_ROWS if size >= number), -(-number // _NUM_ROWS[-1]) * _NUM_ROWS[-1])
+
+
+def _width(forwards: dict[int, Forward]) -> int:
+    """Number of tokens that a forward has in each row."""
+    return max(len(forward.ids) for forward in forwards.values())
 
 
 def _check_mapping(name: str, given: Any, item: str) -> None:

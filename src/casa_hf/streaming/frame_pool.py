@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -55,9 +55,9 @@ class FramePool:
         return PreparedFrame(self._threads.submit(partial(_pinned_pixels, frame, pixels, device)))
 
 
-def wait_for(frames: Iterable[PreparedFrame]) -> None:
-    """Wait until the pixels of frames are there, or can't be made."""
-    wait([frame._future for frame in frames])
+def wait_for_one(frames: Iterable[PreparedFrame], seconds: float | None = None) -> None:
+    """Wait until one more of these frames is ready, or can't be made; so many seconds at most."""
+    wait([frame._future for frame in frames if not frame.done()], seconds, FIRST_COMPLETED)
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .graphs import compiled
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -82,24 +83,9 @@ class FrameTower:
         if count not in of_size:
             of_size[count] = None
             return self._model.tower_for(grids, pixels.device)(pixels).chunk(count)
-        compiled = of_size[count]
-        if compiled is None:
+        tower = of_size[count]
+        if tower is None:
             assert self._options is not None
-            run = with_own_code(self._model.tower_for(grids, pixels.device))
-            compiled = of_size[count] = torch.compile(run, fullgraph=True, dynamic=False, **self._options)
+            tower = of_size[count] = compiled(self._model.tower_for(grids, pixels.device), self._options)
         # A copy: the next replay of a CUDA graph writes over its results.
-        return compiled(pixels).clone().chunk(count)
-
-
-def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with code of its own: a compiler counts, and keeps, what it has made by code."""
-    assert isinstance(function, FunctionType)
-    own = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return own
+        return tower(pixels).clone().chunk(count)

@@ -1,0 +1,57 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The collecting window: which streams wait for their frames' pixels, or for those of others to share a forward with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from .frame_pool import PreparedFrame, wait_for_one
+
+
+class FrameCollector:
+    """Streams whose frames are being prepared.
+
+    Args:
+        collect_seconds: seconds for which streams whose frames are ready wait for those whose aren't.
+    """
+
+    def __init__(self, collect_seconds: float):
+        self._collect_seconds = collect_seconds
+        self._streams: dict[int, Sequence[PreparedFrame]] = {}
+        self._first_ready: float | None = None  # when a stream that still waits was seen to be ready
+
+    def __contains__(self, stream: int) -> bool:
+        return stream in self._streams
+
+    def add(self, stream: int, frames: Sequence[PreparedFrame]) -> None:
+        """Let a stream wait for its frames."""
+        self._streams[stream] = frames
+
+    def remove(self, stream: int) -> None:
+        """Let a stream wait no more."""
+        self._streams.pop(stream, None)
+
+    def held_back(self, wait: bool) -> set[int]:
+        """The streams whose frames aren't to be shown yet.
+
+        Args:
+            wait: whether there is nothing else to do than to wait until there are frames to show.
+        """
+        while True:
+            preparing = {stream for stream, frames in self._streams.items() if not all(frame.done() for frame in frames)}
+            if not preparing:
+                self._first_ready = None
+                return set()
+            ready, now = self._streams.keys() - preparing, time.monotonic()
+            if ready and self._first_ready is None:
+                self._first_ready = now
+            left = None
+            if ready and self._first_ready is not None:
+                left = self._first_ready + self._collect_seconds - now
+                if left <= 0:
+                    self._first_ready = None
+                    return preparing
+            if not wait:
+                return set(self._streams)
+            wait_for_one([frame for stream in preparing for frame in self._streams[stream]], left)

@@ -1,0 +1,75 @@
+# Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What is compiled for one shape at a time: one-token forwards of several rows on a static cache, for example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..cache_casa import home_layer
+
+if TYPE_CHECKING:
+    from transformers import StaticCache
+
+    from ..modeling_casa import CasaForConditionalGeneration
+
+# Shapes of caches that one-token forwards stay compiled for.
+_MAX_SHAPES = 16
+
+
+def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The function, compiled as a whole for the shapes that it is called with.
+
+    It gets code of its own: a compiler keeps what it has made, and counts it, by code.
+
+    Args:
+        function: function that is defined in Python.
+        options: arguments of `torch.compile`, but for how shapes are treated.
+    """
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, **{**options, "fullgraph": True, "dynamic": False})
+
+
+class StepsByShape:
+    """Forwards of one token per row, compiled for each shape of the cache: as many rows and as much room.
+
+    Args:
+        model: model that runs them.
+        options: arguments of `torch.compile`.
+    """
+
+    def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any]):
+        self._model, self._options = model, options
+        self._steps: dict[tuple[int, int], Callable[..., torch.Tensor]] = {}
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        """(rows, vocabulary) logits of the next tokens; on a GPU, until the next call.
+
+        Args:
+            ids: (rows, 1) new tokens, on the model's device.
+            mask: (rows, 1) 0 for rows without one, on the model's device.
+            cache: static cache of so many rows, which has seen a mask before.
+        """
+        shape = len(ids), home_layer(cache).max_cache_len
+        step = self._steps.pop(shape, None) or compiled(_step_of(self._model), self._options)
+        self._steps[shape] = step  # the last one used is the last one to go
+        if len(self._steps) > _MAX_SHAPES:
+            del self._steps[next(iter(self._steps))]
+        return step(ids, mask, cache)
+
+
+def _step_of(model: Any) -> Callable[..., torch.Tensor]:
+    def step(ids: torch.Tensor, mask: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    return step
