@@ -237,8 +237,6 @@ class LabelledDevices(TorchDispatchMode):
             stack.enter_context(patch.object(torch, "Generator", LabelledGenerator))
             if not torch.cuda.is_available():
                 stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
-            # What is compiled doesn't run here: streams decode as they do on the CPU.
-            stack.enter_context(patch("casa_hf.streaming.compiled._is_valid", lambda *args, **kwargs: False))
             stack.enter_context(_Factories(self))
             _active.append(self)
             stack.callback(_active.remove, self)

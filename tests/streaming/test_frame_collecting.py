@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The collecting window: what is ready at nearly the same time comes together, and nobody waits for what takes long."""
+"""The collecting window: what is ready at nearly the same time comes together, and nobody waits long."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from ..cache_casa import CacheMoment, cache_nbytes, cache_state, home_layer, select_rows
 from ..checks import check_count, check_number
@@ -103,7 +103,8 @@ class CasaStreamBatch:
         # By row of the cache the stream that it is for; None for an empty one, of which only a static cache has any.
         self._places: list[int | None] = []
         self._compiled = CompiledSteps.of(model, processor, self.settings)
-        options = None if self._compiled is None else self._compiled.config.to_dict()
+        config = model.generation_config.compile_config or CompileConfig()
+        options = None if self._compiled is None else config.to_dict()
         self._one_token = None if options is None else StepsByShape(model, options)
         self._tower = FrameTower(model, options)
         self._draws = TokenDraws(model, stop_tokens(model))

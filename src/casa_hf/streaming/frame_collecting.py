@@ -1,5 +1,5 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The collecting window: which streams wait for their frames' pixels, or for those of others to share a forward with."""
+"""The collecting window: which streams wait for their frames, or for those of others, to share a forward with them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class FrameCollector:
             wait: whether there is nothing else to do than to wait until there are frames to show.
         """
         while True:
-            preparing = {stream for stream, frames in self._streams.items() if not all(frame.done() for frame in frames)}
+            preparing = {
+                stream for stream, frames in self._streams.items() if not all(frame.done() for frame in frames)
+            }
             if not preparing:
                 self._first_ready = None
                 return set()
