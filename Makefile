@@ -112,6 +112,7 @@ test-gpu: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.streaming --plot docs/images/streaming-cpu.svg
+	$(VENV)/bin/python -m benchmarks.preprocessing
 	$(VENV)/bin/python -m benchmarks.prefill --plot docs/images/prefill-cpu.svg
 	$(VENV)/bin/python -m benchmarks.layer --plot docs/images/layer-cpu.svg
 	$(VENV)/bin/python -m benchmarks.streams --plot docs/images/streams-cpu.svg

@@ -19,7 +19,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from benchmarks import captions, forever, layer, prefill, soak, streaming, streams, train_step, training_cost
+from benchmarks import (
+    captions,
+    forever,
+    layer,
+    prefill,
+    preprocessing,
+    soak,
+    streaming,
+    streams,
+    train_step,
+    training_cost,
+)
 from benchmarks.common import (
     TINY_TEXT,
     TINY_VISION,
@@ -450,6 +461,20 @@ def test_program(program, device, monkeypatch, capsys, tmp_path):
     assert {"machine", "versions", "sizes"} <= results.keys()
     assert "<svg" in drawing.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [drawing]
+
+
+def test_preprocessing_compares_the_same_patches(monkeypatch, capsys):
+    """In an eighth of the bytes; a contender that makes others isn't measured."""
+    monkeypatch.setattr("sys.argv", ["benchmark", "--tiny"])
+    preprocessing.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["benchmark"] == "preprocessing" and len(results["frames"]) == 4
+    for frame in results["frames"]:
+        assert frame["bytes"]["stock"] == 8 * frame["bytes"]["uint8"] and frame["steps"] < 2.01
+    dark = {**preprocessing.CONTENDERS, "uint8": lambda *given: [0 * one for one in preprocessing.uint8(*given)]}
+    monkeypatch.setattr(preprocessing, "CONTENDERS", dark)
+    with pytest.raises(RuntimeError, match="steps of 255"):
+        preprocessing.main()
 
 
 @pytest.mark.parametrize(
