@@ -52,7 +52,8 @@ class Call:
         updates: keys that image states attend to, in the same form; None without new images, or if attention doesn't
             update them.
         router_logits: whether blocks with experts return the logits of their routers.
-        tables: what `Projections.tables` makes of `rotary`, where fused projections may be used; None elsewhere.
+        tables, image_tables: what `Projections.tables` makes of `rotary` and `image_rotary`, where fused projections
+            may be used; None elsewhere.
     """
 
     rotary: Rotary
@@ -67,6 +68,7 @@ class Call:
     updates: BackendWindows | None = None
     router_logits: bool = False
     tables: Rotary | None = None
+    image_tables: Rotary | None = None
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> Call:
         """The call on another device; Accelerate asks for it when decoder blocks live on several devices."""
@@ -156,9 +158,16 @@ def image_keys(
     assert call.plan is not None
     key, value = projections.keys(owner, normed[None])
     if rotate:
-        assert call.image_rotary is not None
-        key = projections.rotate_one(key, call.image_rotary)
+        key = _rotated_images(projections, key, call)
     return KeysValues(*(call.plan.place(x[0].transpose(0, 1)).transpose(1, 2) for x in (key, value)))
+
+
+def _rotated_images(projections: Projections, states: torch.Tensor, call: Call) -> torch.Tensor:
+    """Queries or keys of new images, (1, heads, num_image_tokens, head_dim), at their positions."""
+    if call.image_tables is not None and projections.rotates:
+        return projections.rotate_together(states.transpose(1, 2), call.image_tables).transpose(1, 2)
+    assert call.image_rotary is not None
+    return projections.rotate_one(states, call.image_rotary)
 
 
 def image_attention(
@@ -177,7 +186,7 @@ def image_attention(
     assert plan is not None and call.image_rotary is not None and of_text.text is not None
     normed = block.input_layernorm(states)
     query, gate = projections.query(self_attn, normed[None])
-    query = projections.rotate_one(query, call.image_rotary)
+    query = _rotated_images(projections, query, call)
     images = of_text.images
     if images is None:
         new = image_keys(projections, self_attn, normed, call, rotate=True)

@@ -568,6 +568,8 @@ class CasaTextModel(CasaPreTrainedModel):
         fusion, all_see = fusion_windows(plan, implementation, dtype, device, self.head_groups, everything_visible)
         of_blocks = plan.for_blocks(device, all_see)
         call = replace(call, plan=of_blocks, fusion=fusion, all_see=all_see, image_rotary=image_rotary)
+        if image_rotary is not None:
+            call = replace(call, image_tables=self._tables(image_rotary))
         if image_rotary is None or not self.attends_to_update:
             return call
         return replace(call, updates=update_windows(plan, implementation, dtype, device))
