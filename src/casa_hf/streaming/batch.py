@@ -98,6 +98,8 @@ class CasaStreamBatch:
         self.settings = StreamSettings.of(settings, **changes)
         check_pair(model, processor, self.settings)
         self.model = model
+        if not model.training:
+            model.fuse_projections()
         self.processor = processor
         self._rows: dict[int, _Row] = {}
         # By row of the cache the stream that it is for; None for an empty one, of which only a static cache has any.

@@ -103,6 +103,8 @@ class CasaStream:
         self.settings = StreamSettings.of(settings, **changes)
         check_pair(model, processor, self.settings)
         self.model = model
+        if not model.training:
+            model.fuse_projections()
         self.processor = processor
         self.frames_per_image = shared_frames(processor, self.settings)
         self.stop_token_ids = stop_tokens(model)
