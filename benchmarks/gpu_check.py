@@ -68,7 +68,6 @@ from benchmarks.streaming import (
     Sizes,
     StreamRunner,
     bars_table,
-    compiling,
 )
 from casa_hf import CasaConfig, CasaForConditionalGeneration
 from casa_hf.streaming import StreamSettings
@@ -237,14 +236,14 @@ def check_eager(check: Check, found: Findings) -> None:
     sizes = check.sizes(896)
     camera = Camera(sizes)
     model = check.casa(camera)
-    runner = StreamRunner(model, camera, **compiling(False))
+    runner = StreamRunner(model, camera, compile=False)
     casa = _turns(runner, camera)
     found.figures["casa"] = casa | {"peak_gib": check.peak_gib()}
     found.judge("peak memory of an eager stream, GiB", check.peak_gib(), 8.1)
-    short = StreamRunner(model, camera, max_new_tokens_per_frame=4, **compiling(False))
+    short = StreamRunner(model, camera, max_new_tokens_per_frame=4, compile=False)
     found.figures["casa"] |= _launches(runner, short, camera, sizes.answer)
     check.save()
-    long = _long_stream(check, model, camera, TURN_256, **compiling(False))
+    long = _long_stream(check, model, camera, TURN_256, compile=False)
     found.figures["casa at turn 256"] = _turns(long, camera, warm=1, turns=4)
     del model, runner, short, long
     check.free()
@@ -275,7 +274,7 @@ def check_compiled(check: Check, found: Findings) -> None:
     room = check.text(LONG_TEXT) + 64 * sizes.turn_text
     decoded = {}
     for name, tokens in (("", TURN_256), (" at 8,000 keys", LONG_TEXT), (" in the first turns", 0)):
-        runner = _long_stream(check, model, camera, tokens, max_text_tokens=room, **compiling(True))
+        runner = _long_stream(check, model, camera, tokens, max_text_tokens=room, compile=True)
         start = time.perf_counter()
         runner.turn(camera.jpeg(0))
         figures = {"first_turn_s": time.perf_counter() - start} | _turns(runner, camera, warm=2, turns=6)

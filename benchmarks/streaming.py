@@ -31,7 +31,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -451,15 +451,6 @@ class Runner(Protocol):
 
     def kv_tokens(self) -> int:
         """Tokens in the sequence that the cache holds."""
-
-
-def compiling(wanted: bool) -> dict[str, Any]:
-    """Settings of streams that compile their steps, or don't."""
-    if "compile" in {setting.name for setting in fields(StreamSettings)}:
-        return {"compile": wanted}
-    if wanted:
-        raise RuntimeError("Streams can't be compiled yet.")
-    return {}
 
 
 class StreamRunner:
@@ -963,7 +954,7 @@ def main() -> None:
         f"source: {parameters / 1e6:,.1f} million parameters; {sizes.turns} turns of a {sizes.frame} x {sizes.frame} "
         f"frame ({sizes.frame_tokens} tokens) and {sizes.answer} tokens"
     )
-    streams = runners(models, camera, **compiling(arguments.compile))
+    streams = runners(models, camera, compile=arguments.compile)
     turns = min(sizes.turns, max([2, *(window + 1 for window in windows)]))  # the last of them evicts a frame
     loops: dict[str, Contender] = {n: model for n, model in models.items() if isinstance(model, InsertionContender)}
     errors = check(loops, sizes, camera, turns)

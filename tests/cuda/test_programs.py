@@ -28,6 +28,7 @@ def gpu(devices: LabelledDevices, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         pytest.skip("this torch has no kernel for sequences of different lengths")
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with devices.as_gpu(), reference_kernels(devices.uncounted):
         yield
 
@@ -36,13 +37,14 @@ def gpu(devices: LabelledDevices, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 KERNEL = ["--attn", TORCH_VARLEN]
 BENCHMARKS: dict[str, tuple[Any, list[str]]] = {
     "streaming": (streaming, [*KERNEL, "--source-attn", TORCH_VARLEN]),
+    "streaming, compiled": (streaming, [*KERNEL, "--compile", "--variants", "casa"]),
     "prefill": (prefill, []),
     "layer": (layer, ["--backends", f"sdpa,{TORCH_VARLEN}"]),
     "streams": (streams, [*KERNEL, "--source-attn", TORCH_VARLEN]),
     "forever": (forever, []),
     "captions": (captions, []),
 }
-QUICK = ("prefill",)
+QUICK = ("streaming, compiled",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in BENCHMARKS])
