@@ -603,11 +603,11 @@ class CasaStream:
         self._cache, self._held = None, 0
         if held is None:
             return
-        check_cache(held, self.model)
         self._held = held["windows"]["length"]
         compiled = self._compiled
         cache = self._growing_cache() if compiled is None else compiled.new_cache(self._held)
         self._cache = filled_cache(cache, held, self.model)
+        check_cache(held, self.model)
 
     def _load_text(self, state: dict[str, Any]) -> None:
         self._pending = list(state["pending"])
