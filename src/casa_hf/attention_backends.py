@@ -297,16 +297,8 @@ def attend(
     return output.flatten(2).contiguous(), weights
 
 
-def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, heads * head_dim) by "sdpa", with the query heads of each key head as further tokens of it, so
-    that no key is repeated.
-
-    Args:
-        module: module that projected the query.
-        query: (batch, heads, tokens, head_dim).
-        keys: keys/values that all tokens see, as far as the mask lets them.
-        mask: additive (batch or 1, 1, groups * tokens, at least all keys).
-    """
+def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: PackedMask) -> torch.Tensor:
+    """(batch, tokens, heads * head_dim) by "sdpa"; arguments as in `attend`."""
     batch_size, kv_heads, num_keys, head_dim = keys.keys.shape
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(batch_size, kv_heads, -1, head_dim),
