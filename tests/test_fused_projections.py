@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch import nn
 from transformers import DynamicCache
 
@@ -263,3 +263,49 @@ def test_fusing_in_inference_mode_leaves_a_model_that_can_be_trained() -> None:
         model.fuse_projections()
     model.train()(**batch(*ROWS)).logits.sum().backward()
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("save", ["accelerate", "safetensors"])
+def test_what_saves_states_finds_all_parameters(tmp_path: Path, save: str) -> None:
+    """Accelerate drops tensors of which several are parts of one buffer, and safetensors refuses them."""
+    model = new_model("casa")
+    model.fuse_projections()
+    expected = answers(model)
+    if save == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.Accelerator(cpu=True).save_model(model, tmp_path)
+    else:
+        save_model(model, str(tmp_path / "model.safetensors"))
+    saved = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert saved.keys() == dict(model.named_parameters()).keys()
+    other = new_model("casa", seed=1)
+    other.load_state_dict(saved)
+    assert relative_error(answers(other), expected) < 1e-12
+    assert model.fuse_projections() == 3
+
+
+def test_what_is_given_up_leaves_no_views() -> None:
+    model = new_model("casa")
+    model.fuse_projections()
+    attention = model.model.language_model.layers[1].self_attn
+    wrap(attention)
+    answers(model)
+    for weight in (attention.q_proj.inner.weight, attention.k_proj.weight):
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_shared_memory_stays_shared() -> None:
+    model = new_model("casa")
+    model.fuse_projections()
+    expected = answers(model)
+    model.share_memory()
+    assert all(parameter.is_shared() for parameter in model.parameters())
+    assert model.fuse_projections() == 0
+    assert relative_error(answers(model), expected) < 1e-12
+
+
+def test_a_compiled_block_can_be_stored() -> None:
+    model = new_model("casa")
+    expected = answers(model)
+    model.model.language_model.layers[0].compile()
+    assert torch.equal(answers(pickled(model)), expected)

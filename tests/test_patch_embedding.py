@@ -161,9 +161,40 @@ def test_training_reaches_the_weights_themselves(frames: int) -> None:
             assert relative_error(actual, own) < 1e-12
 
 
+def test_training_the_bias_alone_reaches_it() -> None:
+    case = make_case("qwen3_vl_text", "casa")
+    levels = with_levels(case)
+    embedding = case.model.model.visual.patch_embed
+    embedding.fold()
+    embedding.proj.weight.requires_grad_(False)
+    embedding(levels).sum().backward()
+    assert torch.allclose(embedding.proj.bias.grad, torch.full_like(embedding.proj.bias, len(levels)))
+
+
+def test_folding_in_inference_mode_leaves_weights_that_can_be_trained() -> None:
+    model = make_case("qwen2_5_vl_text", "casa").model
+    embedding = model.model.visual.patch_embed
+    with torch.inference_mode():
+        embedding.fold()
+    changed_in_place(model)
+    with torch.no_grad():
+        assert embedding(random_levels(3)).isfinite().all()
+
+
 def changed_in_place(model: Any) -> Any:
     with torch.no_grad():
         model.model.visual.patch_embed.proj.weight.mul_(1.5)
+    return model
+
+
+def with_another_bias(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.visual.patch_embed.proj.bias.add_(1)
+    return model
+
+
+def with_other_numbers(model: Any) -> Any:
+    model.model.visual.patch_embed.proj.weight.data = 2 * model.model.visual.patch_embed.proj.weight.data
     return model
 
 
@@ -193,12 +224,21 @@ def copied(model: Any) -> Any:
     return changed_in_place(copy.deepcopy(model))
 
 
-CHANGES = [changed_in_place, loaded_again, assigned, trained_behind_its_back, moved, copied]
+CHANGES = [
+    changed_in_place,
+    with_another_bias,
+    with_other_numbers,
+    loaded_again,
+    assigned,
+    trained_behind_its_back,
+    moved,
+    copied,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_folded_weights_follow_the_weights(change: Any) -> None:
-    case = make_case("qwen2_5_vl_text", "casa")
+    case = make_case("qwen3_vl_text", "casa")
     levels = with_levels(case)
     case.model.fold_patch_embedding()
     with torch.no_grad():

@@ -190,22 +190,22 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
 
     def _projected(self, states: torch.Tensor, call: Call, *wanted: Wanted) -> list[Projected]:
         """The text of normalised states as attentions take it."""
-        if call.tables is not None and self._has_fused_projections():
-            assert self.fused is not None
-            if self.fused.serves(wanted):
-                return self.fused.project(wanted, states, call.tables)
+        fused = None if call.tables is None else self._fused_projections()
+        if fused is not None and call.tables is not None and fused.serves(wanted):
+            return fused.project(wanted, states, call.tables)
         return project(self.projections, wanted, states, call.rotary)
 
-    def _has_fused_projections(self) -> bool:
-        """Whether there are any; they are given up where something else has taken their place. A compiled step isn't
-        asked: what comes before it (the prompt, a frame) is computed without compilation."""
-        if self.fused is not None and not torch.compiler.is_compiling() and not self.fused.is_intact():
-            self.fused = None
-        return self.fused is not None
+    def _fused_projections(self) -> FusedProjections | None:
+        """What projects all at once; given up where something else has taken its place. A compiled step isn't asked:
+        what comes before it (the prompt, a frame) is computed without compilation."""
+        fused = self.fused
+        if fused is not None and not torch.compiler.is_compiling() and not fused.is_intact():
+            self.unfuse_projections()
+        return self.fused
 
     def fuse_projections(self) -> bool:
         """Make the parameters of queries, keys and values views of one buffer; whether that is possible."""
-        if self._has_fused_projections():
+        if self._fused_projections() is not None:
             return True
         owners: list[Any] = [module for module in (self.self_attn, self.casa_attn) if hasattr(module, "q_proj")]
         if owners and can_be_fused(owners):
@@ -214,22 +214,27 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
 
     def unfuse_projections(self) -> None:
         """Give parameters memory of their own again."""
-        if self._has_fused_projections():
-            assert self.fused is not None
-            self.fused.release()
-        self.fused = None
+        fused, self.fused = self.fused, None
+        if fused is not None:
+            fused.release()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, for `to` and its like; what was fused is fused again."""
-        was_fused = self._has_fused_projections()
+        was_fused = self._fused_projections() is not None
         applied = super()._apply(fn, recurse)
-        if was_fused and not self._has_fused_projections():
+        if was_fused and self._fused_projections() is None:
             self.fuse_projections()
         return applied
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As in torch, but of parameters that have memory of their own: what saves states (Accelerate, safetensors)
+        takes parts of one buffer for one tensor under several names, and drops or refuses them."""
+        self.unfuse_projections()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies have parameters of their own, so theirs aren't fused."""
-        return {**self.__dict__, "fused": None}
+        return {**super().__getstate__(), "fused": None}
 
     def _modules_of_attention(self) -> BlockModules:
         return BlockModules(self.self_attn, self.input_layernorm)

@@ -137,10 +137,11 @@ class FusedProjections:
         )
 
     def release(self) -> None:
-        """Give every parameter memory of its own again."""
+        """Give every parameter that is still a view of the buffer memory of its own again."""
         with torch.inference_mode(False):
-            for _, _, parameter, _ in self._parameters:
-                parameter.data = parameter.data.clone()
+            for _, _, parameter, address in self._parameters:
+                if parameter.data_ptr() == address:
+                    parameter.data = parameter.data.clone()
 
     def serves(self, wanted: Sequence[Wanted]) -> bool:
         """Whether the rows of these modules stand one behind the other."""
@@ -201,7 +202,7 @@ class FusedProjections:
 
 def can_be_fused(owners: Sequence[AttentionModule]) -> bool:
     """Whether the projections of these modules are plain linear layers with all their parameters at hand: neither
-    adapters nor quantized, split between processes or offloaded, and without hooks."""
+    adapters nor quantized, split between processes, shared with others or offloaded, and without hooks."""
     linears = _linears(owners)
     if not all(type(linear) is nn.Linear and not any(_hooks(linear)) for linear in linears):
         return False
@@ -213,6 +214,7 @@ def can_be_fused(owners: Sequence[AttentionModule]) -> bool:
         and len(set(map(id, parameters))) == len(parameters)
         and len({(p.device, p.dtype) for p in parameters}) == 1
         and not parameters[0].is_meta
+        and not any(parameter.device.type == "cpu" and parameter.is_shared() for parameter in parameters)
     )
 
 

@@ -176,7 +176,8 @@ class CasaPreTrainedModel(CasaLoadingMixin, PublishedByHook, PreTrainedModel):
         Their parameters become views of one buffer per block; they stay the same objects under the same names, so
         that they can be trained, saved, loaded and moved as before. Blocks in which projections aren't plain linear
         layers (adapters, quantization, tensor parallelism, offloading) stay as they are, and so does training. Streams
-        and compiled steps of `generate` call this themselves.
+        and compiled steps of `generate` call this themselves. `state_dict` undoes it, since tools that save states
+        drop or refuse tensors that are parts of one buffer.
 
         Returns:
             The number of blocks with one product.

@@ -93,7 +93,7 @@ class PatchEmbedding(nn.Module):
         for name in ("folded_frame", "folded_frames", "folded_bias"):
             self.register_buffer(name, None, persistent=False)
         self._is_folded = False
-        self._folded_from: tuple[int, int] | None = None
+        self._folded_from: tuple[tuple[int, int, int], ...] | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Embed patches.
@@ -118,7 +118,8 @@ class PatchEmbedding(nn.Module):
     def fold(self) -> None:
         """Fold normalisation, and frames that are one, into weights of their own, for 8-bit patches in evaluation.
 
-        The weights themselves stay as they are. Where they change, it is done again.
+        The weights themselves stay as they are. Where they change, it is done again; of changes in evaluation mode
+        that autograd isn't told of (`weight.data.mul_(2)`), nothing is known before `unfold` and `fold`.
 
         Raises:
             ValueError: if they aren't at hand.
@@ -164,19 +165,21 @@ class PatchEmbedding(nn.Module):
         """Whether 8-bit patches are embedded by the folded weights, which are made again if they are too old."""
         if not self._is_folded or self.training:
             return False
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.proj.parameters()):
+            return False
         if torch.compiler.is_compiling():
             return self._folded_from is not None
-        if not self.can_fold or (torch.is_grad_enabled() and self.proj.weight.requires_grad):
+        if not self.can_fold:
             return False
         if self._folded_from != self._origin():
             self._fold()
         return True
 
-    def _origin(self) -> tuple[int, int]:
-        """What the folded weights are made from: the parameter, and how often it was changed."""
-        weight = self.proj.weight
-        return id(weight), 0 if weight.is_inference() else weight._version
+    def _origin(self) -> tuple[tuple[int, int, int], ...]:
+        """What the folded weights are made from: parameters, where their numbers are, and how often they changed."""
+        return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.proj.parameters())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _fold(self) -> None:
         weight, bias = self.proj.weight.detach(), self.proj.bias
