@@ -162,6 +162,8 @@ def test_copies_have_parameters_of_their_own(copied: Callable[[Any], Any]) -> No
     expected = answers(model)
     model.fuse_projections()
     other = copied(model)
+    weight = other.model.language_model.layers[0].self_attn.q_proj.weight
+    assert weight.untyped_storage().nbytes() == weight.nbytes
     with torch.no_grad():
         model.model.language_model.layers[0].self_attn.k_proj.weight.zero_()
     assert num_fused(other) == 0 and torch.equal(answers(other), expected)

@@ -334,6 +334,7 @@ def test_weights_that_are_not_at_hand_are_not_folded() -> None:
     embedding = case.model.model.visual.patch_embed
     embedding.fold()
     embedding.proj = Adapter(embedding.proj)
+    assert embedding(levels).requires_grad
     with torch.no_grad():
         assert relative_error(embedding(levels), embedding(case.pixels)) < 1e-13
     with pytest.raises(ValueError, match="adapter"):

@@ -233,8 +233,9 @@ class CasaDecoderLayer(GradientCheckpointingLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have parameters of their own, so theirs aren't fused."""
-        return {**super().__getstate__(), "fused": None}
+        """As in torch, but of parameters that have memory of their own, as those of copies have."""
+        self.unfuse_projections()
+        return super().__getstate__()
 
     def _modules_of_attention(self) -> BlockModules:
         return BlockModules(self.self_attn, self.input_layernorm)

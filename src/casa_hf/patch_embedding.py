@@ -163,21 +163,23 @@ class PatchEmbedding(nn.Module):
 
     def _uses_folded(self) -> bool:
         """Whether 8-bit patches are embedded by the folded weights, which are made again if they are too old."""
-        if not self._is_folded or self.training:
+        if not self._is_folded or self.training or not self.can_fold:
             return False
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.proj.parameters()):
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._weights()):
             return False
         if torch.compiler.is_compiling():
             return self._folded_from is not None
-        if not self.can_fold:
-            return False
         if self._folded_from != self._origin():
             self._fold()
         return True
 
     def _origin(self) -> tuple[tuple[int, int, int], ...]:
         """What the folded weights are made from: parameters, where their numbers are, and how often they changed."""
-        return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.proj.parameters())
+        return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._weights())
+
+    def _weights(self) -> list[torch.Tensor]:
+        """Those that are folded."""
+        return [self.proj.weight] if self.proj.bias is None else [self.proj.weight, self.proj.bias]
 
     @torch.inference_mode(False)
     @torch.no_grad()
