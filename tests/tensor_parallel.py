@@ -40,9 +40,10 @@ def main(folder: Path, output: Path) -> None:
     }
     processor = load_processor(folder)
     found: dict[str, Any] = {"sizes": sizes}
-    found["answers"] = generate_answers(
-        model, processor, CONVERSATIONS, batch_size=2, max_new_tokens=12, do_sample=False
-    )
+    options = {"batch_size": 2, "max_new_tokens": 12, "do_sample": False}
+    found["answers"] = generate_answers(model, processor, CONVERSATIONS, **options)
+    found["fused"] = model.fuse_projections()
+    assert generate_answers(model, processor, CONVERSATIONS, **options) == found["answers"]
     freeze(model, "paper-helium")
     batch = CasaDataCollator(processor)(CONVERSATIONS)
     loss_casa.chunk_tokens = lambda vocab_size: 5

@@ -60,6 +60,7 @@ def test_two_processes_answer_and_learn_as_one(tmp_path, family, variant, tied):
     block = CasaConfig.from_pretrained(raw.output).fusion_layers[0]
     matrices = {f"layers.{block}.{attention}.{name}_proj.weight" for attention in attentions for name in "qkvo"}
     assert {f"model.language_model.{name}" for name in matrices} <= shared
+    assert alone["fused"] > both["fused"] == 0  # a process has parts of the matrices only
     assert both["answers"] == alone["answers"] and len(set(alone["answers"])) > 1
     for skip_logits in (False, True):
         expected, found = alone[skip_logits], both[skip_logits]
