@@ -108,6 +108,7 @@ def test_vision_tower(family: str, backend: str) -> None:
     if backend == torch_varlen.TORCH_VARLEN:
         model.set_attn_implementation(backend)  # a second time: the tower keeps the name that it understands
         assert model.model.visual.config._attn_implementation == torch_varlen.TORCH_VARLEN_TOWER
+        assert type(model)(model.config).config._attn_implementation == backend
     kernels.calls.clear()
     features = model.get_image_features(case.pixels, case.grids).pooler_output
     for actual, other in zip(features, expected, strict=True):

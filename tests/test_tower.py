@@ -125,3 +125,19 @@ def test_windows_of_a_frame_attend_in_a_few_calls(monkeypatch: pytest.MonkeyPatc
     for length, count in windows.items():
         expected[(3 * count, length)] += len(tower.blocks) - full
     assert Counter(calls) == expected
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_the_configuration_of_a_model_makes_another_one(backend: str) -> None:
+    """With the backends of the first one, as elsewhere in Transformers."""
+    case = make_case("qwen2_5_vl_text", "casa")
+    case.model.set_attn_implementation(backend)
+    other = type(case.model)(case.model.config).double()
+    other.load_state_dict(case.model.state_dict())
+    names = {each.model.visual.config._attn_implementation for each in (case.model, other)}
+    assert names == {SDPA_TOWER if backend == "sdpa" else "eager"}
+    assert other.config._attn_implementation == backend
+    outputs = [
+        torch.cat(each.get_image_features(case.pixels, case.grids).pooler_output) for each in (case.model, other)
+    ]
+    assert torch.equal(*outputs)

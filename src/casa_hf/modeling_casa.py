@@ -66,6 +66,8 @@ from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 # Options of a call that apply to the vision tower too.
 _RECORDED = ("output_attentions", "output_hidden_states")
+# What backends are called for vision towers.
+_TOWER_BACKENDS = {TORCH_VARLEN: TORCH_VARLEN_TOWER, "sdpa": SDPA_TOWER}
 
 
 class _NestedOutput(CacheByBothNames):
@@ -628,8 +630,11 @@ class CasaModel(CasaPreTrainedModel):
         super().__init__(config)
         config.validate_design()
         warn_if_untested()
-        tower = config.tower
-        self.visual = tower.load()._from_config(config.vision_config)
+        tower, vision_config = config.tower, config.vision_config
+        for ordinary, name in _TOWER_BACKENDS.items():  # another model of this configuration has been here
+            if vision_config._attn_implementation == name:
+                vision_config._attn_implementation_internal = ordinary
+        self.visual = tower.load()._from_config(vision_config)
         self.visual.patch_embed = PatchEmbedding(self.visual.patch_embed.proj, *config.normalization)
         self.language_model = CasaTextModel(config)
         self.multi_modal_projector: nn.Linear | None = None
@@ -643,10 +648,8 @@ class CasaModel(CasaPreTrainedModel):
     def name_tower_backend(self) -> None:
         """Give the tower the name of its backend that it understands: stock towers hand all images to one call only if
         the name says that it is flash attention."""
-        names = {TORCH_VARLEN: TORCH_VARLEN_TOWER, "sdpa": SDPA_TOWER}
         own = self.visual.config._attn_implementation
-        if own in names:
-            self.visual.config._attn_implementation_internal = names[own]
+        self.visual.config._attn_implementation_internal = _TOWER_BACKENDS.get(own, own)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
