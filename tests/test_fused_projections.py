@@ -311,3 +311,14 @@ def test_a_compiled_block_can_be_stored() -> None:
     expected = answers(model)
     model.model.language_model.layers[0].compile()
     assert torch.equal(answers(pickled(model)), expected)
+
+
+def test_a_model_without_numbers_runs() -> None:
+    """On the meta device, as tools that count operations and memory run models; torch knows no autocast there."""
+    model, inputs = new_model("casa"), batch(*ROWS)
+    model.fuse_projections()
+    expected = answers(model).shape
+    model.to("meta")
+    with torch.no_grad():
+        logits = model(**inputs | {"pixel_values": inputs["pixel_values"].to("meta")}).logits
+    assert logits.is_meta and logits.shape[-1] == expected[-1]

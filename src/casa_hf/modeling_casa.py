@@ -525,11 +525,14 @@ class CasaTextModel(CasaPreTrainedModel):
 
     def _tables(self, rotary: Rotary) -> Rotary | None:
         """What fused projections rotate by; None where projections are called one by one."""
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(rotary[0].device.type):
+        if self.training or torch.is_grad_enabled():
             return None
         blocks: Any = self.layers
         fused = next((block for block in blocks if block.fused is not None), None)
-        return None if fused is None else fused.projections.tables(rotary)
+        # Asked last: of devices without numbers (meta) torch doesn't know.
+        if fused is None or torch.is_autocast_enabled(rotary[0].device.type):
+            return None
+        return fused.projections.tables(rotary)
 
     def _window_state(
         self,
