@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from casa_hf import CaptionEvent, CasaStreamBatch, StreamSettings
+from casa_hf.cache_layers import CasaStaticLayer
 from tests.streaming.helpers import OFF, emitted, say
 from tests.streaming.test_session import PICTURES, forwards, stream_of
 
@@ -583,12 +584,15 @@ def compiled_model(new_model: Any) -> Iterator[Callable[..., Any]]:
     counters.clear()
 
     def make(variant: str, backend: str = "eager") -> Any:
-        model = new_model(variant)
-        model.generation_config.compile_config = CompileConfig(backend=backend, mode=None)
-        return model
+        return compiling(new_model(variant), backend)
 
     yield make
     torch._dynamo.reset()
+
+
+def compiling(model: Any, backend: str = "eager") -> Any:
+    model.generation_config.compile_config = CompileConfig(backend=backend, mode=None)
+    return model
 
 
 def compile_steps(batch: CasaStreamBatch) -> int:
@@ -702,3 +706,101 @@ def test_a_failing_forward_of_compiled_streams_loses_nothing(compiled_model, pro
         each.drop(each.last_timestamp + 0.5, "never seen")
     for number in range(3):
         check(number, alone)
+
+
+KINDS = ("qwen3_5", "gist tokens", "pairs", "exact", "insertion")
+SLOW_KINDS = ("qwen3_vl", "ca", "casa-shared", "ca-shared", "casa-replace", "casa-before")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)])
+def test_every_kind_of_stream_is_compiled(compiled_model, family, processor, kind):
+    """Recurrent states, gist tokens, frames in pairs, and images that are updated or inserted: streams that join,
+    leave, wait, forget, fork and are reset say what they would say alone."""
+    settings: dict[str, Any] = {**SETTINGS, "num_sink_tokens": 4}
+    if kind in ("qwen3_5", "qwen3_vl", "gist tokens"):
+        model, processor = family("helium", 2) if kind == "gist tokens" else family(kind)
+        model = compiling(model)
+        processor.frame_max_pixels *= 2  # above what small frames are enlarged to, which is rounded up
+    elif kind == "pairs":
+        model, settings["frames_per_image"] = compiled_model("casa"), 2
+    else:
+        model = compiled_model(kind)
+    opening = len(stream_of(model, processor, **settings).turns.opening)
+    if kind != "insertion":  # which keeps all images
+        settings["max_text_tokens"] = opening + 30
+    batch = batch_of(model, processor, compile=True, **settings)
+    alone: dict[int, Any] = {}
+    evictions = 0
+
+    def add() -> int:
+        stream = batch.add(prompt=PROMPTS[0])
+        alone[stream] = stream_of(model, processor, prompt=PROMPTS[0], compile=False, **settings)
+        return stream
+
+    def push(*streams: int) -> None:
+        nonlocal evictions
+        frames = {stream: PICTURES[(3 * stream + alone[stream].num_frames // 2) % len(PICTURES)] for stream in streams}
+        before = {stream: batch.num_text_tokens(stream) for stream in streams}
+        events = by_stream(batch.push(frames))
+        for stream, frame in frames.items():
+            assert untimed(events.get(stream, [])) == untimed(alone[stream].push(frame))
+            assert batch.num_text_tokens(stream) == alone[stream].num_text_tokens
+            evictions += batch.num_text_tokens(stream) < before[stream]
+
+    first, second = add(), add()
+    for _ in range(3):
+        push(first, second)
+        push(second)
+    third = add()
+    push(third)
+    answers = by_stream(batch.ask({second: "Who is it?", third: "Where?"}, max_new_tokens=5))
+    assert untimed(answers[second]) == untimed(alone[second].ask("Who is it?", 5))
+    assert untimed(answers[third]) == untimed(alone[third].ask("Where?", 5))
+    for _ in range(2):
+        push(first, second, third)
+    batch.remove(first)
+    fork = batch.fork(second)
+    alone[fork] = alone[second].fork()
+    batch.reset(third)
+    alone[third].reset()
+    for _ in range(3):
+        push(third, second)
+        push(fork)
+    assert compile_steps(batch) == 2, "two rows, and four"
+    assert (evictions > 0) == (kind != "insertion")
+
+
+@pytest.mark.parametrize("error", [OSError("out of memory"), KeyboardInterrupt()], ids=["fails", "is interrupted"])
+def test_an_eviction_of_compiled_streams_is_taken_back(compiled_model, processor, monkeypatch, error):
+    """Of a cache that is written in place: one layer has forgotten already. If it fails, it is tried again."""
+    model = compiled_model("casa")
+    settings = {"max_text_tokens": 60, "num_sink_tokens": 4, "max_new_tokens_per_frame": 1}
+    batch = batch_of(model, processor, compile=True, **settings)
+    alone = {
+        batch.add(prompt=prompt): stream_of(model, processor, prompt=prompt, compile=False, **settings)
+        for prompt in PROMPTS
+    }
+    replaced, moved = CasaStaticLayer.replace_text, []
+
+    def replace_text(layer: Any, *args: Any) -> None:
+        replaced(layer, *args)
+        moved.append(layer)
+        if len(moved) == 2:
+            raise error
+
+    monkeypatch.setattr(CasaStaticLayer, "replace_text", replace_text)
+    interrupts = 0
+    for number in range(24):
+        frames = {stream: PICTURES[(number + stream) % len(PICTURES)] for stream in alone}
+        try:
+            events = by_stream(batch.push(frames))
+        except KeyboardInterrupt:
+            interrupts += 1
+            for each in alone.values():
+                each.drop(each.last_timestamp + 0.5, "never seen")
+            continue
+        for stream, frame in frames.items():
+            assert untimed(events[stream]) == untimed(alone[stream].push(frame))
+            assert batch.num_text_tokens(stream) == alone[stream].num_text_tokens
+    assert len(moved) > 2 and interrupts == isinstance(error, KeyboardInterrupt)
+    assert compile_steps(batch) <= 1

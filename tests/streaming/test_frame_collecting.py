@@ -88,6 +88,34 @@ def test_a_slow_frame_does_not_stop_the_texts_of_others(model, processor):
     batch.close()
 
 
+def test_frames_of_texts_that_have_ended_are_not_prepared(model, processor, monkeypatch):
+    """Frames come faster than they are prepared: what waits for that is each stream's newest alone."""
+    monkeypatch.setattr("casa_hf.streaming.frame_pool._MAX_WORKERS", 1)
+    batch = batch_of(model("casa"), processor, collect_seconds=0.0)
+    slow, quick = batch.add(prompt=PROMPTS[0]), batch.add(prompt=PROMPTS[1])
+    opened, made = threading.Event(), []
+    for stream in (slow, quick):
+        pixels = batch._rows[stream].turns.pixels
+
+        def noted(frame: Any, stream: int = stream, pixels: Any = pixels) -> Any:
+            assert opened.wait(120)
+            made.append(stream)
+            return pixels(frame)
+
+        batch._rows[stream].turns.pixels = noted  # type: ignore[method-assign]
+    batch.push({slow: PICTURES[0]})
+    for shown in PICTURES[1:6]:
+        batch.push({quick: shown})
+    opened.set()
+    events = by_stream(batch.push({}))
+    assert made == [slow, quick] and events[quick][-1].frame_index == 4
+    opened.clear()
+    batch.push({slow: PICTURES[0], quick: PICTURES[0]})
+    batch.close()  # waits for none of them
+    opened.set()
+    assert made.count(quick) == 1
+
+
 @pytest.mark.parametrize("given", [-1, float("inf"), "soon"])
 def test_what_is_no_time_is_refused(model, processor, given):
     with pytest.raises(ValueError, match="collect_seconds="):

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from casa_hf import CasaProcessor, CasaStream, CasaStreamBatch
-from casa_hf.streaming import frame_pool
+from casa_hf.streaming import LiveCaptions, frame_pool
 from casa_hf.streaming.steps import on_device
+from casa_hf.video import open_video
 from tests.labelled_device import LabelledDevices
 from tests.streaming.helpers import emitted, picture
 
@@ -148,3 +149,33 @@ def test_frames_of_one_and_of_two_are_joined() -> None:
     joined = on_device({"input_ids": torch.tensor([[1]]), "pixel_values": [single, pair]}, torch.device("cpu"))
     doubled = single.view(3, 1, 16).expand(3, 2, 16).reshape(1, 96)
     assert torch.equal(joined["pixel_values"], torch.cat([doubled, pair]))
+
+
+def test_frames_of_a_video_are_prepared_as_they_come(casa: Any, processor: CasaProcessor) -> None:
+    """Not in the thread of the model, which may still be busy with the frame before."""
+    expected = [emitted(CasaStream(casa, processor).push(PICTURES[0]))]
+    stream = CasaStream(casa, processor)
+    with held_back(processor) as (released, threads):
+        events = iter(LiveCaptions(stream, open_video(PICTURES, rate=2)))
+        released.set()
+        said = [event.token_ids for event in events if event.kind == "end"]
+    assert said[:1] == expected and len(said) == len(threads) == len(PICTURES)
+    assert all(thread.startswith("casa-frames") for thread in threads)
+
+
+def test_a_frame_that_will_not_be_shown_is_not_made() -> None:
+    released, made = threading.Event(), []
+    pool, device = frame_pool.FramePool(), torch.device("cpu")
+
+    def pixels(frame: int) -> dict[str, torch.Tensor]:
+        released.wait(60)
+        made.append(frame)
+        return {"pixel_values": torch.zeros(1)}
+
+    busy = [pool.prepare(number, pixels, device) for number in range(frame_pool._MAX_WORKERS)]
+    pool.prepare(-1, pixels, device).cancel()
+    last = pool.prepare(-2, pixels, device)
+    released.set()
+    for frame in (*busy, last):
+        frame.pixels()
+    assert sorted(made) == [-2, *range(frame_pool._MAX_WORKERS)]

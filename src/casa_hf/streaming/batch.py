@@ -16,16 +16,16 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import DynamicCache
 
-from ..cache_casa import CacheMoment, cache_nbytes, cache_state, home_layer, select_rows
+from ..cache_casa import CacheMoment, cache_nbytes, cache_snapshot, cache_state, home_layer, select_rows
 from ..checks import check_count, check_number
 from .compiled import CompiledSteps, max_image_tokens
 from .drawing import History, TokenDraws, TokenRules, uniform_number
@@ -49,7 +49,6 @@ _SPARE_POSITIONS = 64
 _NUM_ROWS = (1, 2, 4, 8, 16, 32)
 # Rows are parts of the batch's compiled steps.
 _NOT_COMPILED: dict[str, Any] = {"compile": False}
-_INTERRUPTED_NOTE = "This interrupted the eviction of old text; all streams of the batch have been reset."
 
 
 class CasaStreamBatch:
@@ -105,10 +104,9 @@ class CasaStreamBatch:
         # By row of the cache the stream that it is for; None for an empty one, of which only a static cache has any.
         self._places: list[int | None] = []
         self._compiled = CompiledSteps.of(model, processor, self.settings)
-        config = model.generation_config.compile_config or CompileConfig()
-        options = None if self._compiled is None else config.to_dict()
+        options = None if self._compiled is None else self._compiled.options
         self._one_token = None if options is None else StepsByShape(model, options)
-        self._tower = FrameTower(model, options)
+        self._tower = FrameTower.of(model, options)
         self._draws = TokenDraws(model, stop_tokens(model))
         self._pool = FramePool()
         self._forget()
@@ -196,6 +194,7 @@ class CasaStreamBatch:
             self._rows, self._places = {}, []
             self._events.clear()
             self._forget()
+            self._pool.close()
             self._closed = True
 
     @property
@@ -253,7 +252,8 @@ class CasaStreamBatch:
                     self._events.append((stream, refusal(error)))
                 else:
                     self._start(stream, steps)
-                    self._preparing.add(stream, prepared)
+                    own = [frame for frame, one in zip(prepared, given, strict=True) if frame is not one]
+                    self._preparing.add(stream, prepared, own)
             return self._serve()
 
     def flush(self, streams: Iterable[int]) -> Iterator[tuple[int, CaptionEvent]]:
@@ -395,25 +395,16 @@ class CasaStreamBatch:
     @torch.inference_mode(False)  # in which a cache couldn't be written to outside of it
     def _run(self, forwards: dict[int, Forward]) -> None:
         """One forward for these streams; where it fails, one for each half, down to those that it fails for."""
-        fixed = self._compiled is not None
-        if fixed:
-            self._evict_uninterrupted(forwards)
-        moment = CacheMoment(self._cache, images=any(forward.images for forward in forwards.values()))
-        cache, length = self._cache, self._length
-        before = {stream: row.moment() for stream, row in self._rows.items()}
         num_events = len(self._events)
         failure: Exception | None = None
-
-        def go_back() -> None:
-            moment.restore()
-            self._cache, self._length = cache, length
-            for stream, earlier in before.items():
-                self._rows[stream].return_to(earlier)
-
+        go_back: Callable[[], None] | None = None
         try:
             # As one: between them the cache holds tokens that still wait to be read.
             try:
-                if not fixed:
+                if self._compiled is not None:
+                    self._fit_text(forwards)
+                go_back = self._moment(images=any(forward.images for forward in forwards.values()))
+                if self._compiled is None:
                     self._bound_text(forwards)
                 tokens = self._next_tokens(forwards)
             except Exception as error:
@@ -422,7 +413,8 @@ class CasaStreamBatch:
                 for stream, token in tokens.items():
                     self._advance(stream, token)
         except BaseException:
-            go_back()
+            if go_back is not None:
+                go_back()
             self._broken.clear()
             while len(self._events) > num_events:
                 self._events.pop()
@@ -434,7 +426,8 @@ class CasaStreamBatch:
                 self._restart(stream)
             self._broken.clear()
             return
-        go_back()
+        if go_back is not None:
+            go_back()
         if len(forwards) == 1:
             [stream] = forwards
             self._forwards.pop(stream)
@@ -446,6 +439,19 @@ class CasaStreamBatch:
         waiting = list(forwards)
         for half in (waiting[: len(waiting) // 2], waiting[len(waiting) // 2 :]):
             self._run({stream: forwards[stream] for stream in half})
+
+    def _moment(self, images: bool) -> Callable[[], None]:
+        """A function that takes all back to what it is now, after a forward."""
+        moment, cache, length = CacheMoment(self._cache, images), self._cache, self._length
+        rows = {stream: row.moment() for stream, row in self._rows.items()}
+
+        def go_back() -> None:
+            moment.restore()
+            self._cache, self._length = cache, length
+            for stream, earlier in rows.items():
+                self._rows[stream].return_to(earlier)
+
+        return go_back
 
     def _advance(self, stream: int, token: Any) -> None:
         """Continue a stream, with the token that it waited for, until it needs another forward or is done.
@@ -528,22 +534,29 @@ class CasaStreamBatch:
 
     # ---------------------------------------------------------------- rows of the cache
 
+    def _is_too_long(self, forwards: dict[int, Forward]) -> bool:
+        """Whether text of these streams is to be evicted before their forward, or padding to be closed up."""
+        held, keep = self._held_and_kept(forwards)
+        return any(held) and (keep != held or self._length > self._padded_limit(max(held), forwards))
+
+    def _held_and_kept(self, forwards: dict[int, Forward]) -> tuple[list[int], list[int]]:
+        """By row of the cache the number of text tokens that it holds, and that it is to keep."""
+        rows = [None if place is None else self._rows[place] for place in self._places]
+        held = [0 if row is None else row.held for row in rows]
+        return held, [0 if row is None else row.tokens_to_keep(row.stream in forwards) for row in rows]
+
     def _bound_text(self, forwards: dict[int, Forward]) -> bool:
         """Keep the text of these streams within their `max_text_tokens`, and close up padding where there is much.
 
         Returns:
             Whether anything was evicted or closed up.
         """
-        if not self._length:
+        held, keep = self._held_and_kept(forwards)
+        if self._length and not any(held):
+            self._forget()
+        if not self._is_too_long(forwards):
             return False
         rows = [None if place is None else self._rows[place] for place in self._places]
-        keep = [0 if row is None else row.tokens_to_keep(row.stream in forwards) for row in rows]
-        held = [0 if row is None else row.held for row in rows]
-        if not any(held):
-            self._forget()
-            return False
-        if keep == held and self._length <= self._padded_limit(max(held), forwards):
-            return False
         sinks = torch.tensor([0 if row is None else row.num_sink_tokens for row in rows])
         # A row that has no more than its sinks yet keeps them.
         positions = self.model.evict_text(self._cache, torch.tensor(keep).maximum(sinks + 1), sinks)
@@ -566,19 +579,24 @@ class CasaStreamBatch:
             return longest * 5 // 4 + _SPARE_POSITIONS
         return int(home_layer(self._cache).max_cache_len) - _width(forwards)
 
-    def _evict_uninterrupted(self, forwards: dict[int, Forward]) -> None:
-        """Bound the text of a cache of fixed size, which is written in place, and see that there is room."""
+    def _fit_text(self, forwards: dict[int, Forward]) -> None:
+        """Bound the text of a cache of fixed size, and see that there is room; if that fails, all is as before.
+
+        Keys and values are moved in place, of which a copy is kept meanwhile.
+        """
+        cache, length, shape = self._cache, self._length, self._shape
+        held = {stream: row.held for stream, row in self._rows.items()}
+        if self._is_too_long(forwards):
+            cache = cache_snapshot(cache)
         try:
             closed_up = self._bound_text(forwards)
             needed = self._length + _width(forwards)
             # Not to have to close up padding again soon.
             self._make_room(needed * 8 // 7 if closed_up else needed)
-        except BaseException as error:
-            for stream in list(self._rows):
-                self._end(stream)
-                self._rows[stream].reset()
-            self._forget()
-            error.add_note(_INTERRUPTED_NOTE)
+        except BaseException:
+            self._cache, self._length, self._shape = cache, length, shape
+            for stream, number in held.items():
+                self._rows[stream].held = number
             raise
 
     def _make_room(self, num_tokens: int) -> None:

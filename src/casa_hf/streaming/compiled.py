@@ -40,6 +40,10 @@ class CompiledSteps:
         config: how the step is compiled.
         num_text_tokens: number of text tokens that there is room for at first.
         num_image_tokens: number of image tokens.
+
+    Attributes:
+        step: the model's call, compiled.
+        options: the configuration as arguments of `torch.compile`.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class CompiledSteps:
         self._num_text_tokens = num_text_tokens
         self._num_image_tokens = num_image_tokens
         self.step: Any = model.get_compiled_call(config)
+        self.options: dict[str, Any] = config.to_dict()
 
     @classmethod
     def of(

@@ -19,18 +19,27 @@ class FrameCollector:
     def __init__(self, collect_seconds: float):
         self._collect_seconds = collect_seconds
         self._streams: dict[int, Sequence[PreparedFrame]] = {}
+        self._own: dict[int, Sequence[PreparedFrame]] = {}
         self._first_ready: float | None = None  # when a stream that still waits was seen to be ready
 
     def __contains__(self, stream: int) -> bool:
         return stream in self._streams
 
-    def add(self, stream: int, frames: Sequence[PreparedFrame]) -> None:
-        """Let a stream wait for its frames."""
-        self._streams[stream] = frames
+    def add(self, stream: int, frames: Sequence[PreparedFrame], own: Sequence[PreparedFrame] = ()) -> None:
+        """Let a stream wait for its frames.
+
+        Args:
+            stream: the stream.
+            frames: its frames.
+            own: those of them that nobody else waits for.
+        """
+        self._streams[stream], self._own[stream] = frames, own
 
     def remove(self, stream: int) -> None:
-        """Let a stream wait no more."""
+        """Let a stream wait no more. Its own frames that aren't begun yet are given up."""
         self._streams.pop(stream, None)
+        for frame in self._own.pop(stream, ()):
+            frame.cancel()
 
     def held_back(self, wait: bool) -> set[int]:
         """The streams whose frames aren't to be shown yet.
@@ -46,10 +55,12 @@ class FrameCollector:
                 self._first_ready = None
                 return set()
             ready, now = self._streams.keys() - preparing, time.monotonic()
-            if ready and self._first_ready is None:
+            if not ready:
+                self._first_ready = None
+            elif self._first_ready is None:
                 self._first_ready = now
             left = None
-            if ready and self._first_ready is not None:
+            if self._first_ready is not None:
                 left = self._first_ready + self._collect_seconds - now
                 if left <= 0:
                     self._first_ready = None

@@ -28,13 +28,17 @@ class PreparedFrame:
         """Whether its pixels are there, or can't be made."""
         return self._future.done()
 
+    def cancel(self) -> None:
+        """Don't make its pixels, if that hasn't begun: the frame won't be shown."""
+        self._future.cancel()
+
     def pixels(self) -> dict[str, torch.Tensor]:
         """Its `pixel_values` and `image_grid_thw`, which are waited for; or what was raised instead."""
         return self._future.result()
 
 
 class FramePool:
-    """A pool of threads for the frames of streams. They end when the pool is freed."""
+    """A pool of threads for the frames of streams. They end when the pool is freed or closed."""
 
     def __init__(self) -> None:
         workers = min(_MAX_WORKERS, os.cpu_count() or 1)
@@ -53,6 +57,10 @@ class FramePool:
         if isinstance(frame, PreparedFrame):
             return frame
         return PreparedFrame(self._threads.submit(partial(_pinned_pixels, frame, pixels, device)))
+
+    def close(self) -> None:
+        """Prepare no more: what hasn't begun is given up, and what has isn't waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def wait_for_one(frames: Iterable[PreparedFrame], seconds: float | None = None) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,12 @@ class StepsByShape:
         Args:
             ids: (rows, 1) new tokens, on the model's device.
             mask: (rows, 1) 0 for rows without one, on the model's device.
-            cache: static cache of so many rows, which has seen a mask before.
+            cache: static cache of so many rows.
         """
-        shape = len(ids), home_layer(cache).max_cache_len
+        home = home_layer(cache)
+        if not home.window_state.padded:  # as behind a frame or an eviction without padding; not a graph of its own
+            home.window_state = replace(home.window_state, padded=True)
+        shape = len(ids), home.max_cache_len
         step = self._steps.pop(shape, None) or compiled(_step_of(self._model), self._options)
         self._steps[shape] = step  # the last one used is the last one to go
         if len(self._steps) > _MAX_SHAPES:

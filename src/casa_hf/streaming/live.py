@@ -13,11 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from ..checks import check_count
 from ..video import Frame, ReadAhead, VideoInput, VideoProblem
 from .events import CaptionEvent, refusal
+from .frame_pool import PreparedFrame
 from .session import CasaStream
 
 Late = Literal["drop", "merge", "wait"]
@@ -29,6 +30,17 @@ _MAX_REPORTS = 1000
 _MAX_QUESTIONS = 16
 # A recorded video that takes longer than this for its next frame has stalled; what waits is shown meanwhile.
 _STALL_SECONDS = 0.1
+
+
+class _Coming(NamedTuple):
+    """A frame that has arrived, and whose pixels are being made."""
+
+    frame: Frame
+    prepared: PreparedFrame
+
+    @property
+    def timestamp(self) -> float:
+        return self.frame.timestamp
 
 
 @dataclass(frozen=True)
@@ -107,12 +119,12 @@ class LiveCaptions:
         self._clock, self._sleep, self._on_frame = clock, sleep, on_frame
         self._on_question = on_question
         self._changed = threading.Condition()
-        self._waiting: deque[Frame] = deque()
+        self._waiting: deque[_Coming] = deque()
         self._reports: dict[int | str, _Report] = {}  # by number; beyond the bound by kind
         self._questions: deque[tuple[str, int | None]] = deque()
         self._drops = video.live and late != "wait"  # whether frames make room in the thread that reads
-        self._arriving: ReadAhead[Frame | VideoProblem] | None = None
-        self._next: Frame | None = None
+        self._arriving: ReadAhead[_Coming | VideoProblem] | None = None
+        self._next: _Coming | None = None
         self._times: dict[int, float] = {}  # the video's, by index in the stream, of the frames that were shown last
         self._origin: float | None = None
         self._paused_at: float | None = None
@@ -192,7 +204,7 @@ class LiveCaptions:
             finally:
                 self._ended = True
 
-    def _collect(self, arriving: ReadAhead[Frame | VideoProblem]) -> tuple[bool, list[_Report]]:
+    def _collect(self, arriving: ReadAhead[_Coming | VideoProblem]) -> tuple[bool, list[_Report]]:
         """Gather what has arrived, waiting for it if nothing has.
 
         Returns:
@@ -215,7 +227,7 @@ class LiveCaptions:
             # Under the lock: what is dropped from now on is later than the frames that were taken.
             return more, self._told()
 
-    def _play(self, arriving: ReadAhead[Frame | VideoProblem]) -> bool:
+    def _play(self, arriving: ReadAhead[_Coming | VideoProblem]) -> bool:
         """The same for a recorded video: what is due by now has arrived."""
         now = self._clock()
         while self._next is None or self._due(self._next) <= now:
@@ -243,7 +255,7 @@ class LiveCaptions:
             self._wait(self._due(self._next) - now)
         return True
 
-    def _due(self, frame: Frame) -> float:
+    def _due(self, frame: _Coming) -> float:
         """When a frame is there, by the clock."""
         if self._origin is None:
             self._origin = self._clock() - frame.timestamp
@@ -259,7 +271,7 @@ class LiveCaptions:
     def _interrupted(self) -> bool:
         return bool(self._stopped or self.paused or self._questions)
 
-    def _watch(self) -> Generator[Frame | VideoProblem, None, None]:
+    def _watch(self) -> Generator[_Coming | VideoProblem, None, None]:
         """What the video gives, read in a thread; what a live one shows during a pause passes.
 
         The thread that iterates may be held between two events meanwhile, and can't see to it. Where frames make room
@@ -268,13 +280,13 @@ class LiveCaptions:
         for item in self.video.read():
             if self._ended:  # nobody else would say so while nothing is yielded
                 return
-            if self._drops and isinstance(item, VideoProblem):
+            if isinstance(item, VideoProblem) and self._drops:
                 with self._changed:
                     if not self.paused:
                         self._lost(item)
                         self._changed.notify_all()
             elif not (self.video.live and self.paused):
-                yield item
+                yield item if isinstance(item, VideoProblem) else _Coming(item, self.stream.prepare(item.image))
 
     def _pass_over(self) -> None:
         """Forget what a live video has shown, and what was to be told of it; under the lock."""
@@ -289,11 +301,12 @@ class LiveCaptions:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or not self.paused or self._questions)
 
-    def _lost(self, item: Frame | VideoProblem) -> None:
+    def _lost(self, item: _Coming | VideoProblem) -> None:
         """Note a problem, or a frame that had to make room, whose image is freed."""
         if isinstance(item, VideoProblem):
             report = _Report("error", item.timestamp, item.message)
         else:
+            item.prepared.cancel()
             report = _Report("dropped", item.timestamp, f"the model was busy; at most {self.max_waiting} may wait")
         number = len(self._reports)
         place = number if number < _MAX_REPORTS else report.kind
@@ -322,15 +335,16 @@ class LiveCaptions:
         """Show the model one frame, or all that wait in one forward."""
         with self._changed:
             num_shown = len(self._waiting) if self.late == "merge" else min(1, len(self._waiting))
-            frames = [self._waiting.popleft() for _ in range(num_shown)]
-        if not frames:  # a pause has passed over them
+            coming = [self._waiting.popleft() for _ in range(num_shown)]
+        if not coming:  # a pause has passed over them
             return
         if self.real_time:
-            self.lag = max(0.0, self._clock() - self._due(frames[-1]))
+            self.lag = max(0.0, self._clock() - self._due(coming[-1]))
+        frames = [each.frame for each in coming]
         if self._on_frame is not None:
             for frame in frames:
                 self._on_frame(frame)
-        images, timestamps = [frame.image for frame in frames], [self._placed(frame.timestamp) for frame in frames]
+        images, timestamps = [each.prepared for each in coming], [self._placed(frame.timestamp) for frame in frames]
         self._times = {index: self._times[index] for index in self.stream.waiting_frames if index in self._times}
         self._times |= dict(enumerate((frame.timestamp for frame in frames), self.stream.num_frames))
         try:

@@ -36,6 +36,7 @@ from .settings import StreamSettings
 from .state import IMAGES, STATE_VERSION, check_cache, check_state, filled_cache, model_design
 from .steps import Forward, ShownFrame, Steps, on_device
 from .timestamps import frame_timestamps
+from .tower import FrameTower
 from .turns import StreamTurns
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class CasaStream:
         self._answer_rules = TokenRules.of(self.settings, biased=False)
         self._draws = TokenDraws(model, self.stop_token_ids)
         self._compiled = CompiledSteps.of(model, processor, self.settings)
+        self._tower = FrameTower.of(model, None if self._compiled is None else self._compiled.options)
         self._pieces = TextPieces(processor.tokenizer)
         self._closed = False
         self._open = None
@@ -325,6 +327,7 @@ class CasaStream:
         """Free the cache; of what comes later, only the properties and `close` work."""
         self._end_open()
         self._cache, self._held = None, 0
+        self._pool = None  # whose threads a fork may use on
         self._closed = True
 
     def __enter__(self) -> CasaStream:
@@ -499,6 +502,7 @@ class CasaStream:
         draw = self._draws.of([forward.rules])
         numbers = draw.numbers([forward.history], [uniform_number(self._generator)])
         inputs = on_device({"input_ids": torch.tensor([forward.ids]), **forward.images}, self.model.device)
+        inputs = self._tower.inputs(inputs)
         alone = len(forward.ids) == 1 and not forward.images
         model = self._compiled.step if self._compiled is not None and alone else self.model
         output = model(cache=self._cache, use_cache=True, logits_to_keep=1, **inputs)

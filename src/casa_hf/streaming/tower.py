@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ _GROUPS = (8, 4, 2, 1)
 _MAX_SIZES = 8
 
 Size = tuple[int, int, int]  # patches in time, height and width
+Kind = tuple[Size, torch.device, str | None]  # with the device, and how the tower attends
 Tower = Callable[[torch.Tensor], torch.Tensor]  # from pixels to features
 
 
@@ -27,7 +29,8 @@ class FrameTower:
     """Features of frames by a model's vision tower.
 
     With `options`, the tower is compiled for each size of frames and each number of them in a group (1, 2, 4 or 8)
-    when these come for the second time, and stays so for the last 8 sizes; what comes once isn't worth it.
+    when these come for the second time, and stays so for the last 8 sizes; what comes once isn't worth it. Streams in
+    several threads may use it at once.
 
     Args:
         model: model whose tower it is.
@@ -37,9 +40,23 @@ class FrameTower:
     def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any] | None = None):
         self._model = model
         self._options = options
-        self._compiled: dict[
-            Size, dict[int, Callable[[torch.Tensor], torch.Tensor] | None]
-        ] = {}  # by size, and by number of frames
+        self._compiled: dict[Kind, dict[int, Tower | None]] = {}  # by number of frames
+        self._lock = threading.Lock()  # for this dictionary
+
+    @classmethod
+    def of(cls, model: CasaForConditionalGeneration, options: dict[str, Any] | None) -> FrameTower:
+        """That of a model, which all its streams share, those that are made later too, if it is compiled."""
+        if options is None:
+            return cls(model)
+        held: Any = model
+        shared = getattr(held, "_frame_tower", None)
+        if shared is None or shared._options != options:
+            shared = held._frame_tower = cls(model, options)
+        return shared
+
+    def __reduce__(self) -> Any:
+        # A copy of the model, or its file, has nothing that was compiled for this one.
+        return type(self), (self._model, self._options)
 
     def inputs(self, images: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Image inputs of a forward, with features in place of pixels if the tower is compiled.
@@ -75,17 +92,19 @@ class FrameTower:
 
     def _of_group(self, size: Size, count: int, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
         """The features of each of so many images of this size."""
-        of_size = self._compiled.pop(size, {})
-        self._compiled[size] = of_size  # the last one used is the last one to go
-        if len(self._compiled) > _MAX_SIZES:
-            del self._compiled[next(iter(self._compiled))]
         grids = torch.tensor([size] * count)
-        if count not in of_size:
-            of_size[count] = None
-            return self._model.tower_for(grids, pixels.device)(pixels).chunk(count)
-        tower = of_size[count]
+        kind = size, pixels.device, getattr(self._model.config.vision_config, "_attn_implementation", None)
+        with self._lock:
+            of_kind = self._compiled.pop(kind, {})
+            self._compiled[kind] = of_kind  # the last one used is the last one to go
+            if len(self._compiled) > _MAX_SIZES:
+                del self._compiled[next(iter(self._compiled))]
+            comes_again = count in of_kind
+            tower = of_kind.setdefault(count, None)
+            if comes_again and tower is None:
+                assert self._options is not None
+                tower = of_kind[count] = compiled(self._model.tower_for(grids, pixels.device), self._options)
         if tower is None:
-            assert self._options is not None
-            tower = of_size[count] = compiled(self._model.tower_for(grids, pixels.device), self._options)
+            return self._model.tower_for(grids, pixels.device)(pixels).chunk(count)
         # A copy: the next replay of a CUDA graph writes over its results.
         return tower(pixels).clone().chunk(count)
