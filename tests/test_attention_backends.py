@@ -255,17 +255,6 @@ def test_a_window_of_4096_image_tokens() -> None:
         case.check(backend)
 
 
-def test_heads_are_repeated_where_torch_does_not_group_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs(torch_varlen.TORCH_VARLEN)
-    from torch.nn.attention.varlen import varlen_attn
-
-    monkeypatch.setattr(torch_varlen, "_kernel", lambda: (varlen_attn, False))
-    samples = [sample(script, seed) for seed, script in enumerate(ROWS)]
-    case = Case(casa_config("casa"), [[one] for one in samples])
-    case.check(torch_varlen.TORCH_VARLEN)
-    assert {(call.heads, call.kv_heads) for call in case.calls} == {(4, 4)}
-
-
 # ---------------------------------------------------------------------------------------------- number of calls
 
 # Calls in three blocks: of self-attention, and of fusion layers or attended updates of images.

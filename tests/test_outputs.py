@@ -418,3 +418,11 @@ def test_a_token_mask_alone_is_a_mask():
     ids, mask = torch.tensor([[0, 0, *row]]), torch.tensor([[False, False, True, True, True, True]])
     expected = model(torch.tensor([row])).logits
     assert relative_error(model(ids, token_mask=mask).logits[:, 2:], expected) < 1e-6
+
+
+@pytest.mark.parametrize("width", [5, 6, 8])
+def test_a_prepared_mask_for_another_number_of_keys_is_refused(width):
+    model = new_model("casa")
+    causal = torch.ones(7, width, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(input_ids=torch.tensor([[7, 8, 9, 10, 11, 7, 8]]), attention_mask=causal, use_cache=False)

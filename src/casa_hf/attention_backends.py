@@ -62,8 +62,7 @@ class PackedMask:
     key is repeated, and the mask is made once for all layers.
 
     Attributes:
-        additive: (batch or 1, 1, groups * tokens, at least all keys). Further keys follow so that rows begin at
-            addresses that kernels can read from.
+        additive: (batch or 1, 1, groups * tokens, keys), of which rows begin at addresses that kernels can read from.
     """
 
     additive: torch.Tensor
@@ -73,9 +72,8 @@ class PackedMask:
         """Of a boolean mask (batch or 1, 1, tokens, keys)."""
         mask = mask.repeat(1, 1, groups, 1)
         width = -(-mask.shape[-1] // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
-        additive = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)
-        additive[..., : mask.shape[-1]].masked_fill_(~mask, -torch.inf)
-        return cls(additive)
+        additive = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=mask.device)[..., : mask.shape[-1]]
+        return cls(additive.masked_fill_(~mask, -torch.inf))
 
     @classmethod
     def of_text(cls, mask: torch.Tensor | None, dtype: torch.dtype, groups: int) -> PackedMask | torch.Tensor | None:
@@ -299,11 +297,11 @@ def attend(
 
 def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: PackedMask) -> torch.Tensor:
     """(batch, tokens, heads * head_dim) by "sdpa"; arguments as in `attend`."""
-    batch_size, kv_heads, num_keys, head_dim = keys.keys.shape
+    batch_size, kv_heads, _, head_dim = keys.keys.shape
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(batch_size, kv_heads, -1, head_dim),
         *keys,
-        attn_mask=mask.additive[..., :num_keys],
+        attn_mask=mask.additive,
         dropout_p=module.attention_dropout if module.training else 0.0,
         scale=module.scaling,
     )
