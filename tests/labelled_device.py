@@ -360,6 +360,7 @@ class LabelledDevices(TorchDispatchMode):
             for name, answer in answers.items():
                 stack.enter_context(patch.object(torch.cuda, name, answer))
             stack.enter_context(patch.object(torch, "load", load))
+            stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor))
             yield
 
     # ---------------------------------------------------------------- operators

@@ -610,15 +610,16 @@ class CasaTextModel(CasaPreTrainedModel):
         samples = moved(text.samples, text.embeds.device)
         # Transformers itself keeps packed samples apart only where there is no padding mask.
         beside_mask = text.samples is not None and text.mask is not None
-        # Where the mask can't be left out, Transformers would ask the device about it.
-        is_needed = text.mask is not None or (text.token_mask.shape[1] > 1 and state.length > 0)
+        # Where the mask can't be left out, Transformers would ask the device about it. Lengths there aren't read.
+        continues = not isinstance(state.length, int) or state.length > 0
+        is_needed = text.mask is not None or (text.token_mask.shape[1] > 1 and continues)
         causal = create_causal_mask(
             config=self.config,
             inputs_embeds=text.embeds,
             attention_mask=moved(text.mask, text.embeds.device),
             position_ids=moved(text.text_index, text.embeds.device),
             and_mask_function=packed_sequence_mask_function(samples) if beside_mask else None,
-            allow_is_causal_skip=text.token_mask.device.type != "cpu" or not is_needed,
+            allow_is_causal_skip=not is_needed,
             **{CACHE: cache},
         )
         if self.config._attn_implementation == "sdpa":
