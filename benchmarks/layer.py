@@ -1,11 +1,12 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
 """The fusion layer alone, against its roofline and against self-attention.
 
-The layers are timed where they stand: in forwards of a whole model, from the call of the module to its return, over
-all blocks and several rounds; medians count. The floor is the larger of two times: that of the FLOPs that are needed
+The layers are timed where they stand: in forwards of a whole model, in the calls of a module and of its projections,
+over all blocks and several rounds; medians count. (Queries and keys of fusion and self-attention are rotated together,
+outside of both, which isn't counted.) The floor is the larger of two times: that of the FLOPs that are needed
 at the speed of a large matrix product, and that of the bytes that must be moved (weights, states, keys and values) at
-the speed of a large copy, both measured here first. Rivals are the self-attention of the source model with image
-tokens inserted, and of the CASA model itself.
+the speed of a large copy, both measured here first. The rival is the self-attention of the source model with image
+tokens inserted.
 
 | stage | one call with |
 |---|---|
@@ -102,31 +103,40 @@ def insertion_cost(config: CasaConfig, sizes: Sizes, stage: str, itemsize: int) 
 
 @contextmanager
 def layer_seconds(modules: list[nn.Module], device: torch.device) -> Iterator[list[float]]:
-    """Time every call of these modules; the list is complete when the context has been left."""
+    """Time one forward's calls of each of these modules and of its submodules, also where those are called without it;
+    the list is complete when the context has been left. Modules that aren't called are left out."""
     seconds: list[float] = []
-    marks: list[Any] = []
+    marks: list[list[Any]] = [[] for _ in modules]
+    depths = [0] * len(modules)
 
-    def mark(*_: Any) -> None:
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append(event)
-        else:
-            marks.append(time.perf_counter())
+    def mark(number: int, step: int) -> None:
+        if depths[number] + step == (step > 0):  # the outermost call begins or has ended
+            if device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                marks[number].append(event)
+            else:
+                marks[number].append(time.perf_counter())
+        depths[number] += step
 
-    hooks = [module.register_forward_pre_hook(mark) for module in modules]
-    hooks += [module.register_forward_hook(mark) for module in modules]
+    hooks = []
+    for number, module in enumerate(modules):
+        for part in module.modules():
+            hooks.append(part.register_forward_pre_hook(lambda *_, number=number: mark(number, 1)))
+            hooks.append(part.register_forward_hook(lambda *_, number=number: mark(number, -1)))
     try:
         yield seconds
     finally:
         for hook in hooks:
             hook.remove()
         synchronize(device)
-        pairs = zip(marks[::2], marks[1::2], strict=True)
-        if device.type == "cuda":
-            seconds += [first.elapsed_time(second) / 1e3 for first, second in pairs]
-        else:
-            seconds += [second - first for first, second in pairs]
+        for own in marks:
+            pairs = list(zip(own[::2], own[1::2], strict=True))
+            if device.type == "cuda":
+                times = [first.elapsed_time(second) / 1e3 for first, second in pairs]
+            else:
+                times = [second - first for first, second in pairs]
+            seconds += [sum(times)] if times else []
 
 
 def speeds(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple[float, float]:
@@ -143,9 +153,9 @@ def speeds(device: torch.device, dtype: torch.dtype, tiny: bool) -> tuple[float,
 def layers_of(prompt: Prompt) -> dict[str, list[nn.Module]]:
     """The modules to be timed, by kind."""
     blocks = prompt.model.model.language_model.layers
-    kinds = {"fusion": [block.casa_attn for block in blocks if getattr(block, "casa_attn", None) is not None]}
-    kinds["self-attention"] = [block.self_attn for block in blocks if block.self_attn is not None]
-    return {kind: modules for kind, modules in kinds.items() if modules}
+    if not prompt.is_casa:
+        return {"self-attention": [block.self_attn for block in blocks]}
+    return {"fusion": [block.casa_attn for block in blocks if block.casa_attn is not None]}
 
 
 def measure(prompt: Prompt, stream: Stream, rounds: int) -> dict[str, dict[str, float]]:
@@ -208,7 +218,6 @@ def results_table(
                     f"{name}: {main}",
                     stage,
                     f"{1e6 * own:.0f} us" if absolute else f"{own / rival:.2f}",
-                    f"{kinds['self-attention'][stage] / own:.2f}" if "self-attention" in kinds else "",
                     f"{least['flops'] / 1e6:,.1f}",
                     f"{least['bytes'] / 1e6:,.2f}",
                     f"{least['seconds'] / own:.0%}",
@@ -220,7 +229,6 @@ def results_table(
             "layer",
             "stage",
             f"time{unit}",
-            "its model's self-attention / it",
             "MFLOP needed",
             "MB needed",
             "of roofline",

@@ -61,6 +61,9 @@ MAX_GROWTH = 64 * 2**20
 ACCIDENTS = ("missing", "bursts", "corrupt", "resized", "fork", "restore")
 CORRUPT_KINDS = ("truncated image", "truncated file", "no image")
 
+# Threads that have been told to end may take a moment.
+_SECONDS_TO_END = 5.0
+
 
 class Camera:
     """Frames in real time, with accidents.
@@ -235,7 +238,10 @@ class Soak:
 
     def _verdict(self, seconds: float) -> dict[str, Any]:
         accounted = sum(self.events[kind] for kind in ("end", "dropped", "merged", "error"))
-        threads = [thread.name for thread in threading.enumerate() if thread not in self.threads_before]
+        others = [thread for thread in threading.enumerate() if thread not in self.threads_before]
+        for thread in others:
+            thread.join(_SECONDS_TO_END / len(others))
+        threads = [thread.name for thread in others if thread.is_alive()]
         # The first quarter is warm-up: allocators and caches fill.
         steady = np.array(self.samples[len(self.samples) // 4 :], float).reshape(-1, 3)
         given = self.camera.given

@@ -183,7 +183,9 @@ class CasaLayerMixin:
         """All text of the windows; that of closed windows is dropped."""
         if not appended:
             stored = self.fusion.get("window")
-            self.fusion["window"] = new if stored is None else self._appended("window", stored, new)
+            self.fusion["window"] = (
+                self._begun("window", new) if stored is None else self._appended("window", stored, new)
+            )
         everything, dropped = self.fusion["window"], plan.num_dropped_text
         if dropped:
             # A copy of the rest, so that the dropped part's memory is freed.
@@ -223,6 +225,14 @@ class CasaLayerMixin:
         if memory is None or not memory.consists_of(stored) or not memory.append(new):
             memory = self.memory[name] = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
             memory.append(new)
+        return memory.tensors.between(0, memory.used)
+
+    def _begun(self, name: str, new: KeysValues) -> KeysValues:
+        """The first keys/values, in memory of their own with room for more: they are views of what a block makes of
+        all its text, queries too, which nobody needs any longer."""
+        if torch.is_grad_enabled():
+            return new
+        memory = self.memory[name] = GrowingMemory.copy_of(new)
         return memory.tensors.between(0, memory.used)
 
     def copied(self) -> Self:
@@ -421,6 +431,7 @@ class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
             everything = self._appended("text", KeysValues(self.keys, self.values), everything)
         else:
             self.lazy_initialization(key_states, value_states)
+            everything = self._begun("text", everything)
         self.keys, self.values = everything
         return everything
 
