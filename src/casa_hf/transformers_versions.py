@@ -205,6 +205,7 @@ INTERNALS: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers.PreTrainedConfig": ("_attn_implementation",),
         "transformers.utils.generic": ("is_flash_attention_requested",),
     },
+    "streaming.tower": {"transformers.PreTrainedConfig": ("_attn_implementation",)},
     "cli.loading": {"transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",)},
     "cli.terminal": {"transformers.utils.logging": ("disable_progress_bar",)},
     "configuration_casa": {"transformers.PreTrainedConfig": ("_auto_class",)},

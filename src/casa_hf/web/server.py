@@ -96,7 +96,7 @@ class CaptionServer:
     """An HTTP server for the page of a stream.
 
     Args:
-        stream, video, **options: arguments of [`create_app`].
+        stream, video, **options: arguments of [`~web.server.create_app`].
         host: address to listen on. Anything but this machine's own addresses lets others watch, pause and ask:
             there is no password and no encryption.
         port: port to listen on; 0 takes a free one.
