@@ -65,10 +65,10 @@ def rename(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"pixel_values": images["pixel_values"], "grids": images["image_grid_thw"]}
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_sizes_that_have_not_come_for_long_are_forgotten(monkeypatch):
     """The graph of a size that comes again after two others is made again; no limit of the compiler is met."""
     monkeypatch.setattr("casa_hf.streaming.tower._MAX_SIZES", 2)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
     case = make_case("qwen2_5_vl_text", "casa")
     tower = FrameTower(case.model, {"backend": "eager"})
     made = []
