@@ -140,7 +140,7 @@ def test_a_step_of_32_streams(
     model = randomised(CasaForConditionalGeneration.from_pretrained(source_folder, casa_variant="casa")).to("cuda")
     model.generation_config.eos_token_id = [3]
     settings: dict[str, Any] = {"max_new_tokens_per_frame": TOKENS, "stop_bias": 0.5, "compile": False}
-    with CasaStreamBatch(model, processor, **settings) as rows:
+    with CasaStreamBatch(model, processor, collect_seconds=60, **settings) as rows:
         streams = [
             rows.add(
                 do_sample=drawn and number % 4 != 1,
