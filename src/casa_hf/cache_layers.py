@@ -182,10 +182,7 @@ class CasaLayerMixin:
     def _extend_text(self, new: KeysValues, plan: WindowPlan, appended: bool) -> KeysValues:
         """All text of the windows; that of closed windows is dropped."""
         if not appended:
-            stored = self.fusion.get("window")
-            self.fusion["window"] = (
-                self._begun("window", new) if stored is None else self._appended("window", stored, new)
-            )
+            self.fusion["window"] = self._appended("window", self.fusion.get("window"), new)
         everything, dropped = self.fusion["window"], plan.num_dropped_text
         if dropped:
             # A copy of the rest, so that the dropped part's memory is freed.
@@ -217,22 +214,21 @@ class CasaLayerMixin:
         self.fusion["window"] = everything.between(num_columns, memory.used)
         return everything
 
-    def _appended(self, name: str, stored: KeysValues, new: KeysValues) -> KeysValues:
-        """`stored` with `new` behind it, without a copy of `stored` where there is room for more."""
-        if torch.is_grad_enabled():  # a backward pass may still read what would be written behind
-            return stored.append(new)
-        memory = self.memory.get(name)
-        if memory is None or not memory.consists_of(stored) or not memory.append(new):
-            memory = self.memory[name] = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
-            memory.append(new)
-        return memory.tensors.between(0, memory.used)
+    def _appended(self, name: str, stored: KeysValues | None, new: KeysValues) -> KeysValues:
+        """`stored`, if any, with `new` behind it, without a copy of `stored` where there is room for more.
 
-    def _begun(self, name: str, new: KeysValues) -> KeysValues:
-        """The first keys/values, in memory of their own with room for more: they are views of what a block makes of
-        all its text, queries too, which nobody needs any longer."""
-        if torch.is_grad_enabled():
-            return new
-        memory = self.memory[name] = GrowingMemory.copy_of(new)
+        The first ones are copied too: they are views of what a block makes of all its text, queries included, which
+        nobody needs any longer.
+        """
+        if torch.is_grad_enabled():  # a backward pass may still read what would be written behind
+            return new if stored is None else stored.append(new)
+        memory = self.memory.get(name)
+        if stored is None:
+            memory = GrowingMemory.copy_of(new)
+        elif memory is None or not memory.consists_of(stored) or not memory.append(new):
+            memory = GrowingMemory.copy_of(stored, room=new.keys.shape[2])
+            memory.append(new)
+        self.memory[name] = memory
         return memory.tensors.between(0, memory.used)
 
     def copied(self) -> Self:
@@ -425,13 +421,13 @@ class CasaDynamicLayer(CasaLayerMixin, DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        everything = KeysValues(key_states, value_states)
+        stored = None
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
-            everything = self._appended("text", KeysValues(self.keys, self.values), everything)
+            stored = KeysValues(self.keys, self.values)
         else:
             self.lazy_initialization(key_states, value_states)
-            everything = self._begun("text", everything)
+        everything = self._appended("text", stored, KeysValues(key_states, value_states))
         self.keys, self.values = everything
         return everything
 
