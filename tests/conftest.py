@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from casa_hf import convert_checkpoint, foreign_arguments, image_inputs
@@ -30,6 +31,17 @@ def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def casa_folder(source_folder: Path) -> Path:
     """The same as a CASA checkpoint of the variant `casa`; read only."""
     return convert_checkpoint(source_folder, source_folder.with_name("casa")).output
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that has compiled and counted nothing yet."""
+    from torch._dynamo.utils import counters  # here, since most tests can do without its import
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 class KeptMessages(logging.Handler):

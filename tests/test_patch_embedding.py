@@ -5,7 +5,6 @@ weights as they are and folded; folding follows the weights, and changes nothing
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from casa_hf import CasaForConditionalGeneration
@@ -339,14 +337,6 @@ def test_weights_that_are_not_at_hand_are_not_folded() -> None:
         assert relative_error(embedding(levels), embedding(case.pixels)) < 1e-13
     with pytest.raises(ValueError, match="adapter"):
         embedding.fold()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def test_a_folded_embedding_compiles_to_one_graph(fresh_compiler: None) -> None:

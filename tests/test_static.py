@@ -38,14 +38,6 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def static_cache(model: Any, length: int = 96) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=length)
 

@@ -120,10 +120,8 @@ def test_room_for_images_with_other_histories(history: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["casa", "ca-shared", "exact"])
-def test_one_graph_from_the_first_text_on(variant: str) -> None:
+def test_one_graph_from_the_first_text_on(variant: str, fresh_compiler: None) -> None:
     """Before the first image, after it, after a larger one, in another cache, and after a reset."""
-    torch._dynamo.reset()
-    counters.clear()
     model = new_model(variant, dtype=torch.float32)
     step = torch.compile(model, fullgraph=True, backend="eager")
     for cache in (static(model), static(model)):
@@ -325,9 +323,7 @@ def test_rows_that_are_not_there_are_refused() -> None:
     check(model, cache, PASTS[0])
 
 
-def test_rows_join_and_leave_in_the_same_graph() -> None:
-    torch._dynamo.reset()
-    counters.clear()
+def test_rows_join_and_leave_in_the_same_graph(fresh_compiler: None) -> None:
     model = new_model("casa", dtype=torch.float32, num_gist_tokens=2, gist_token_ids=GISTS)
     step = torch.compile(model, fullgraph=True, backend="eager")
     cache, rows = static(model, 3), [list(row) for row in PASTS]

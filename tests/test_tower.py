@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from tests.sources import make_case
 from tests.tiny import FAMILIES
 
 TOWERS = [name for name, family in FAMILIES.items() if not family.text_only]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def features(outputs: Any) -> torch.Tensor:

@@ -578,16 +578,13 @@ def test_dropped_frames_are_counted_by_their_stream(model, processor):
 
 
 @pytest.fixture
-def compiled_model(new_model: Any) -> Iterator[Callable[..., Any]]:
+def compiled_model(new_model: Any, fresh_compiler: None) -> Callable[..., Any]:
     """variant -> a model whose streams compile, with the quickest compiler."""
-    torch._dynamo.reset()
-    counters.clear()
 
     def make(variant: str, backend: str = "eager") -> Any:
         return compiling(new_model(variant), backend)
 
-    yield make
-    torch._dynamo.reset()
+    return make
 
 
 def compiling(model: Any, backend: str = "eager") -> Any:

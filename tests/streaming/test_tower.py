@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,12 +16,7 @@ from tests.test_tower import TOWERS
 SIZES = [(1, 4, 6), (1, 8, 4), (1, 6, 6)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def frames(case: Any, sizes: list[tuple[int, int, int]], seed: int) -> dict[str, torch.Tensor]:
