@@ -76,27 +76,34 @@ class FusionMetadata:
         )
 
 
+class _PlannedOutside:
+    """Builders of metadata for steps that are planned outside of CUDA graphs."""
+
+    supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
+
+
+def _with_builder(name: str, backend: Any, builder: type) -> type[AttentionBackend]:
+    """A backend with another builder of metadata."""
+    return subclass_attention_backend_with_overrides(name, backend, {"get_builder_cls": staticmethod(lambda: builder)})
+
+
 @cache
 def fusion_backend(backend: Any) -> type[AttentionBackend]:
     """The backend of fusion layers: that of self-attention, whose metadata is built once the step is planned."""
     builder_class: Any = backend.get_builder_cls()
 
-    class FusionMetadataBuilder(builder_class):
-        supports_update_block_table = False
-
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER
-
+    class FusionMetadataBuilder(_PlannedOutside, builder_class):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> FusionMetadata:
             return FusionMetadata(self, common_attn_metadata)
 
         def build_kernel(self, common: CommonAttentionMetadata) -> Any:
             return super().build(0, common)
 
-    return subclass_attention_backend_with_overrides(
-        "CasaFusion", backend, {"get_builder_cls": staticmethod(lambda: FusionMetadataBuilder)}
-    )
+    return _with_builder("CasaFusion", backend, FusionMetadataBuilder)
 
 
 @cache
@@ -104,13 +111,7 @@ def text_backend(backend: Any) -> type[AttentionBackend]:
     """A backend of self-attention whose metadata tells where the text lies: `casa_text`, a `TextPlaces`."""
     builder_class: Any = backend.get_builder_cls()
 
-    class TextMetadataBuilder(builder_class):
-        supports_update_block_table = False
-
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER
-
+    class TextMetadataBuilder(_PlannedOutside, builder_class):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
             common = common_attn_metadata
@@ -124,9 +125,7 @@ def text_backend(backend: Any) -> type[AttentionBackend]:
             )
             return metadata
 
-    return subclass_attention_backend_with_overrides(
-        "CasaText", backend, {"get_builder_cls": staticmethod(lambda: TextMetadataBuilder)}
-    )
+    return _with_builder("CasaText", backend, TextMetadataBuilder)
 
 
 class FusionAttention(Attention):

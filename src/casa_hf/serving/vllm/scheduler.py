@@ -91,7 +91,7 @@ class CasaScheduling(Scheduler):
         super().add_request(request)
 
     def _windows_of(self, request: Request) -> RequestWindows:
-        """The windows of a request, found anew when a streaming session has got further images."""
+        """The windows of a request; computed again when a streaming session has received more images."""
         known = self._windows.get(request.request_id)
         images = [image for feature in request.mm_features for image in feature.mm_position.images]
         if known is None or len(known.images) != len(images):
