@@ -386,11 +386,15 @@ class CasaStreamBatch:
         for stream in [stream for stream in self._steps if stream not in self._forwards and stream not in held_back]:
             self._preparing.remove(stream)
             self._advance(stream, None)
+        self._restart_broken()
+        if self._forwards:
+            self._run(dict(self._forwards))
+
+    def _restart_broken(self) -> None:
+        """Start streams from scratch that couldn't read their token."""
         for stream in self._broken:
             self._restart(stream)
         self._broken.clear()
-        if self._forwards:
-            self._run(dict(self._forwards))
 
     @torch.inference_mode(False)  # in which a cache couldn't be written to outside of it
     def _run(self, forwards: dict[int, Forward]) -> None:
@@ -422,9 +426,7 @@ class CasaStreamBatch:
                 self._end(stream)
             raise
         if failure is None:
-            for stream in self._broken:
-                self._restart(stream)
-            self._broken.clear()
+            self._restart_broken()
             return
         if go_back is not None:
             go_back()
