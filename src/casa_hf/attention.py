@@ -31,7 +31,7 @@ from .fused_projections import Projected, Wanted
 from .own_copies import own_copy
 from .positions import Rotary
 from .recurrence import TokenOrder
-from .window_state import moved
+from .transfers import moved
 from .windows import WindowPlan
 
 

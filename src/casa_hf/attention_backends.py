@@ -40,7 +40,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .backbone import AttentionModule
 from .cache_layers import FusionKeys, KeysValues
 from .torch_varlen import TORCH_VARLEN
-from .window_state import moved
+from .transfers import moved
 from .windows import WindowPlan, pinned_before
 
 # Numbers that a `PackedMask` has at most.

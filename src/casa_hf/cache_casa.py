@@ -26,7 +26,8 @@ from transformers.cache_utils import (
 
 from .cache_layers import CasaDynamicLayer, CasaLayerMixin, CasaStaticLayer, CasaWrappedLayer, FixedFusion, KeysValues
 from .cache_recurrent import CasaLinearLayer, CasaStaticLinearLayer
-from .window_state import WindowState, in_doublings, moved
+from .transfers import moved
+from .window_state import WindowState, in_doublings
 from .windows import WindowRules
 
 # What a block's own attention keeps in a cache: keys/values of the text, the recurrent state of linear attention, or

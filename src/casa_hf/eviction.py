@@ -27,7 +27,8 @@ from transformers.cache_utils import Cache
 from .cache_casa import home_layer
 from .cache_layers import KeysValues
 from .positions import Rotary
-from .window_state import OPEN, WindowState, moved
+from .transfers import moved
+from .window_state import OPEN, WindowState
 from .windows import WindowRules
 
 # Rope types whose frequencies depend on the length of the text: a stored key can't be moved from one to another.

@@ -59,9 +59,10 @@ from .recurrence import TokenOrder, token_order
 from .text_inputs import NewText, cached_length, embed_text, text_masks, without_padding
 from .torch_varlen import TORCH_VARLEN, TORCH_VARLEN_TOWER
 from .tower_attention import SDPA_TOWER
+from .transfers import moved, to_host
 from .transformers_versions import CACHE, CacheByBothNames, takes_cache, warn_if_untested
 from .vision_tower import tower_inputs
-from .window_state import WindowState, moved, to_host
+from .window_state import WindowState
 from .windows import ImagePlacement, WindowPlan, WindowRules, plan_windows
 
 # Options of a call that apply to the vision tower too.
@@ -793,13 +794,12 @@ class CasaModel(CasaPreTrainedModel):
             use_cache = getattr(self.config, "use_cache", None)  # where Trainer switches it off
         embedding = self.get_input_embeddings()
         inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
+        with_images = has_images(pixel_values, image_embeds, image_grid_thw)
         if torch.compiler.is_exporting():
-            with_images = has_images(pixel_values, image_embeds, image_grid_thw)
             refuse_export(with_images, cache is not None or use_cache is not False)
         cache = self.language_model.prepared(cache)
         mask = attention_mask if token_mask is None else token_mask
         text = NewText(input_ids, inputs_embeds, embedding, mask, cache, stored_state(cache))
-        with_images = has_images(pixel_values, image_embeds, image_grid_thw)
         is_read = with_images or self._reads_text(text)
         if is_read:
             # All that windows are planned from, before the tower has work that reading would wait for.

@@ -11,7 +11,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_casa import window_state
-from .window_state import WindowState, moved, to_host
+from .transfers import moved, to_host
+from .window_state import WindowState
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.vision_utils import (
 )
 
 from .tower_attention import SDPA_TOWER, tower_images, tower_windows
+from .transfers import moved
 
 
 def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def tower_inputs(tower: nn.Module, grids: torch.Tensor, device: torch.device) ->
     on_host = by_length or not is_flash_attention_requested(config)
     stays = ("cu_seqlens", "cu_window_seqlens") if on_host else ()
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name not in stays else value
+        name: moved(value, device) if isinstance(value, torch.Tensor) and name not in stays else value
         for name, value in inputs.items()
         if value is not None
     }

@@ -8,7 +8,7 @@ with the position that its rotary embedding has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -337,67 +337,3 @@ def selected_rows(tensor: torch.Tensor, rows: Sequence[int | None], empty: Any =
 def tensors_of(record: Any) -> dict[str, Any]:
     """The tensors among the fields of a dataclass, by name."""
     return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), torch.Tensor)}
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """A value whose tensors are on `device`: in tuples, dictionaries and records; whatever else is in it stays."""
-    if isinstance(value, torch.Tensor):
-        if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
-            value = value.pin_memory()  # else the host would wait for what the device still has to do
-        return value.to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, tuple):
-        return tuple(moved(part, device) for part in value)
-    if isinstance(value, dict):
-        return {name: moved(part, device) for name, part in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
-    return value
-
-
-def to_host(value: Any) -> Any:
-    """The same on the CPU. Whatever is on a device, integers, booleans and floating point numbers, is copied together,
-    so that the host waits once."""
-    found: dict[int, torch.Tensor] = {}
-    _find(value, found)
-    apart = [tensor for tensor in found.values() if tensor.device.type != "cpu"]
-    if not apart:
-        return value
-    home = apart[0].device
-    bits = torch.cat([_as_integers(tensor).flatten().to(home) for tensor in apart]).cpu()
-    parts = bits.split([tensor.numel() for tensor in apart])
-    copies = {id(tensor): _from_integers(part, tensor) for tensor, part in zip(apart, parts, strict=True)}
-    return _replaced(value, copies)
-
-
-def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double().view(torch.long) if tensor.is_floating_point() else tensor.long()
-
-
-def _from_integers(integers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    numbers = integers.view(torch.double) if like.is_floating_point() else integers
-    return numbers.to(like.dtype).view(like.shape)
-
-
-def _find(value: Any, found: dict[int, torch.Tensor]) -> None:
-    """Collect the tensors of a value, each once."""
-    if isinstance(value, torch.Tensor):
-        found[id(value)] = value
-    elif isinstance(value, tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            _find(part, found)
-    elif is_dataclass(value):
-        for field in fields(value):
-            _find(getattr(value, field.name), found)
-
-
-def _replaced(value: Any, copies: dict[int, torch.Tensor]) -> Any:
-    """The value with other tensors, by the identity of its own."""
-    if isinstance(value, torch.Tensor):
-        return copies.get(id(value), value)
-    if isinstance(value, tuple):
-        return tuple(_replaced(part, copies) for part in value)
-    if isinstance(value, dict):
-        return {name: _replaced(part, copies) for name, part in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _replaced(getattr(value, f.name), copies) for f in fields(value)})
-    return value

@@ -15,7 +15,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .window_state import OPEN, WindowState, in_doublings, moved, tensors_of
+from .transfers import moved
+from .window_state import OPEN, WindowState, in_doublings, tensors_of
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..transfers import pinned
+
 _MAX_WORKERS = 8
 
 
@@ -66,13 +68,6 @@ class FramePool:
 def wait_for_one(frames: Iterable[PreparedFrame], seconds: float | None = None) -> None:
     """Wait until one more of these frames is ready, or can't be made; so many seconds at most."""
     wait([frame._future for frame in frames if not frame.done()], seconds, FIRST_COMPLETED)
-
-
-def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU in memory that a GPU copies from by itself, so that nobody has to wait for the copy."""
-    if device.type != "cuda" or not torch.cuda.is_available() or tensor.device.type != "cpu" or tensor.is_pinned():
-        return tensor
-    return tensor.pin_memory()
 
 
 def _pinned_pixels(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..temporal_patches import concatenate_patches
+from ..transfers import pinned
 from .drawing import History, TokenRules
 from .events import CaptionEvent
-from .frame_pool import pinned
 
 
 @dataclass(frozen=True)
