@@ -25,7 +25,7 @@ from ..media_casa import MediaPolicy, contents_of, name_of, reason_of, rgb_image
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.responses import Response
+    from starlette.responses import JSONResponse, Response
 
     from ..modeling_casa import CasaForConditionalGeneration
     from ..processing_casa import CasaProcessor
@@ -72,18 +72,35 @@ def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, na
     from jinja2 import TemplateError
     from starlette.exceptions import HTTPException
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-    from starlette.responses import JSONResponse
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState, Modality, get_response_template
+    from transformers.cli.serving.utils import GenerationState, get_response_template
 
     if get_response_template(processor, model) is None:
         # How answers have thoughts and calls of tools in them is known by the source's type.
         source = SimpleNamespace(config=SimpleNamespace(model_type=_source_type(model)))
         processor.tokenizer.response_template = get_response_template(processor, source)
+
+    manager = _manager_of_one(model, processor, name)
+    state = GenerationState()
+    known = inspect.signature(build_server).parameters
+    handlers = _handlers(manager, state, processor)
+    app = build_server(
+        manager,
+        generation_state=state,
+        **{argument: handler for argument, handler in handlers.items() if argument in known},
+    )
+
+    for kind in (HTTPException, ValueError, NotImplementedError, TemplateError):
+        app.add_exception_handler(kind, _refuse)
+    limit = int(processor.media_policy.max_bytes * _BASE64_BYTES) + _JSON_BYTES
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limit)
+    return app
+
+
+def _manager_of_one(model: CasaForConditionalGeneration, processor: CasaProcessor, name: str) -> Any:
+    """What gives handlers their model: this one, and no other."""
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import Modality
 
     class OneModel(ModelManager):
         """Holds the model, which is never unloaded, and no other."""
@@ -115,8 +132,18 @@ def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, na
 
         get_gen_models = list_models  # its name before Transformers 5.18
 
+    return OneModel()
+
+
+def _handlers(manager: Any, state: Any, processor: CasaProcessor) -> dict[str, Any]:
+    """The handlers of requests, by the name of `build_server`'s argument."""
+    from starlette.exceptions import HTTPException
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+
     class ReadsMedia:
-        """A handler whose requests have their images and videos read before it waits for nobody."""
+        """A handler that first reads the images and videos of a request, in a thread: other requests don't wait."""
 
         async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
             body = await asyncio.to_thread(_with_contents, body, processor.media_policy)
@@ -132,33 +159,23 @@ def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, na
         async def handle_request(self, *args: Any) -> Response:
             raise HTTPException(status_code=404, detail="CASA models don't answer requests of this kind.")
 
-    state = GenerationState()
-    manager = OneModel()
-    handlers: dict[str, Any] = {
+    return {
         "chat_handler": Chat(manager, state),
         "completion_handler": CompletionHandler(manager, state),
         "response_handler": Responses(manager, state),
         "transcription_handler": Unavailable(),
         "systemone_handler": Unavailable(),
     }
-    known = inspect.signature(build_server).parameters
-    app = build_server(
-        manager,
-        generation_state=state,
-        **{argument: handler for argument, handler in handlers.items() if argument in known},
-    )
 
-    async def refuse(request: Any, error: Exception) -> JSONResponse:
-        """An error in the form in which the client of OpenAI shows it."""
-        status, reason = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
-        message = " ".join(reason.split()) if isinstance(reason, str) else json.dumps(reason)
-        return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
 
-    for kind in (HTTPException, ValueError, NotImplementedError, TemplateError):
-        app.add_exception_handler(kind, refuse)
-    limit = int(processor.media_policy.max_bytes * _BASE64_BYTES) + _JSON_BYTES
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limit)
-    return app
+async def _refuse(request: Any, error: Exception) -> JSONResponse:
+    """An error in the form in which the client of OpenAI shows it."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    status, reason = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
+    message = " ".join(reason.split()) if isinstance(reason, str) else json.dumps(reason)
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
 
 
 def run(app: FastAPI, listener: socket.socket) -> None:
