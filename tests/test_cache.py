@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from casa_hf import cache_nbytes
 from casa_hf.cache_casa import cache_snapshot
+from casa_hf.cache_layers import GrowingMemory
 from casa_hf.design_space import VARIANTS as ALL_VARIANTS
 from casa_hf.transformers_versions import CACHE
 from tests.helpers_generation import (
@@ -82,10 +83,15 @@ def in_chunks(model: Any, row: Row, sizes: Sequence[int], cache: Any = None) -> 
 
 def snapshot(cache: Any) -> list[Any]:
     """Everything that a cache holds, by value."""
-    return [
-        {name: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) for name, value in state}
-        for state in (sorted(vars(layer).items()) for layer in cache.layers)
-    ]
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items()}
+        if isinstance(value, GrowingMemory):  # the room behind what is used holds whatever stood there before
+            return copy.deepcopy(list(value.tensors.between(0, value.used)))
+        return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+    return [kept(dict(sorted(vars(layer).items()))) for layer in cache.layers]
 
 
 def same(first: Any, second: Any) -> bool:
