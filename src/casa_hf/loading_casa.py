@@ -88,7 +88,7 @@ class CasaLoadingMixin:
         another class has. With `ignore_mismatched_sizes=True` or `output_loading_info=True` nothing is refused.
 
         A `quantization_config` that doesn't say what it leaves as it is leaves the vision tower, the projector and the
-        output head ([`~loading_casa.QUANTIZATION_SKIPS`]).
+        output head (`QUANTIZATION_SKIPS`).
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
