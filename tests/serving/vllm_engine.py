@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,41 @@ import numpy as np
 import torch
 
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
-from tests.serving.vllm_checkpoints import requests, save_checkpoint, single_images, videos
+from tests.serving.vllm_checkpoints import requests, save_adapter, save_checkpoint, single_images, videos
 
 NUM_TOKENS = 12
 
 
-def reference(folder: str, prompts: list[Any], num_tokens: int) -> list[dict[str, Any]]:
-    """What `casa_hf` answers, greedily."""
-    model = CasaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+def reference(
+    folder: str, prompts: list[Any], num_tokens: int, adapters: dict[str, Path], chosen: list[str | None]
+) -> list[dict[str, Any]]:
+    """What `casa_hf` answers, greedily, with the chosen adapter of each prompt."""
+    model: Any = CasaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapters:
+        from peft import PeftModel
+
+        for name, path in adapters.items():
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, name)
+            else:
+                model = PeftModel.from_pretrained(model, path, name)
     processor = CasaProcessor.from_pretrained(folder)
     found = []
-    for prompt, visuals in prompts:
+    for (prompt, visuals), adapter in zip(prompts, chosen, strict=True):
         is_video = bool(visuals) and isinstance(visuals[0], np.ndarray)
         given = {"videos": visuals, "do_sample_frames": False} if is_video else {"images": visuals or None}
         inputs = processor(text=prompt, **given, return_tensors="pt")
-        output = model.generate(
-            **inputs,
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            eos_token_id=-1,
-        )
+        if adapter is not None:
+            model.set_adapter(adapter)
+        with model.disable_adapter() if adapters and adapter is None else nullcontext():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+                eos_token_id=-1,
+            )
         number = inputs["input_ids"].shape[1]
         ids = output.sequences[0, number:].tolist()
         scores = [logits[0].log_softmax(-1) for logits in output.logits]
@@ -84,7 +98,12 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
     if case.get("videos"):
         prompts = prompts[:3] + videos()
     num_tokens = case.get("num_tokens", NUM_TOKENS)
-    expected = reference(folder, prompts, num_tokens)
+    adapters = {
+        name: save_adapter(Path(folder), Path(folder) / name, **arguments)
+        for name, arguments in case.get("adapters", {}).items()
+    }
+    chosen = [[None, *adapters][number % (1 + len(adapters))] for number in range(len(prompts))]
+    expected = reference(folder, prompts, num_tokens, adapters, chosen)
     options = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -110,9 +129,17 @@ def run_engine(case: dict[str, Any], preemptions: list[int]) -> dict[str, Any]:
         for prompt, visuals in prompts
     ]
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1)
+    loras: Any = None
+    if adapters:
+        from vllm.lora.request import LoRARequest
+
+        known = {
+            name: LoRARequest(name, 1 + number, str(path)) for number, (name, path) in enumerate(adapters.items())
+        }
+        loras = [None if name is None else known[name] for name in chosen]
     wrong, worst, cached = [], 0.0, 0
     for _ in range(case.get("rounds", 2)):
-        outputs = engine.generate(given, sampling, use_tqdm=False)
+        outputs = engine.generate(given, sampling, use_tqdm=False, lora_request=loras)
         for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
             ids = list(output.outputs[0].token_ids)
             scores = [row[token].logprob for row, token in zip(output.outputs[0].logprobs, ids, strict=True)]

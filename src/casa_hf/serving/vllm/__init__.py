@@ -14,6 +14,7 @@ which the scheduler counts, takes back from a preempted request and frees with i
 | `steps` | where in the cache each token of a step finds its window | worker |
 | `fusion` | the attention of fusion layers, by the kernel of vLLM's own attention | worker |
 | `model`, `families` | the model, of vLLM's blocks and vision towers | worker |
+| `adapters` | LoRA adapters of image tokens | worker |
 | `support` | what is served, and what is refused by name | everywhere |
 """
 

@@ -37,7 +37,8 @@ class FusionMetadata:
     Attributes:
         step: plan of the step; None until it is made.
         kernel: metadata of the kernel for it.
-        images: (num_image_tokens, features) of new images and their (axes, num_image_tokens) positions; None without.
+        images: (num_image_tokens, features) of new images, their (axes, num_image_tokens) positions and, for LoRA, the
+            (num_image_tokens,) text tokens that they precede; None without images.
     """
 
     def __init__(self, builder: Any, common: CommonAttentionMetadata):
@@ -45,7 +46,7 @@ class FusionMetadata:
         self.common = common
         self.step: Step | None = None
         self.kernel: Any = None
-        self.images: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.images: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
     def plan(
         self,

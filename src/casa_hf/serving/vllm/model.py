@@ -20,12 +20,14 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index, maybe_prefix
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE, SupportsMultiModal
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_index, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from casa_hf.configuration_casa import CasaConfig
 
+from .adapters import Names, project_images
 from .families import TOWERS, build_text_model
 from .fusion import FusionAttention, text_backend
 from .processing import CasaDummyInputs, CasaMultiModalProcessor, CasaProcessingInfo
@@ -104,12 +106,15 @@ class CasaFusion(nn.Module):
         """Queries, keys and values of (tokens, hidden) normalised states, each (tokens, heads * head_dim)."""
         return _project(self.projections, self.borrowed[0], states)
 
-    def image_keys(self, features: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def image_keys(
+        self, features: torch.Tensor, positions: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of new image tokens, each (tokens, kv_heads, head_dim).
 
         Args:
             features: (tokens, hidden * (1 + deepstack)) states, and what is added to them after the first blocks.
             positions: (axes, tokens) positions.
+            text: (tokens,) the text tokens that they precede; None without LoRA.
         """
         states = features[:, : self.image_size]
         for level in range(1, min(self.index, self.num_deepstack) + 1):
@@ -118,17 +123,22 @@ class CasaFusion(nn.Module):
         if self.normalises_images:
             states = (self.borrowed[1] if self.shared else self.image_norm)(states)
         self_attn = self.borrowed[0]
-        _, key, value = self.project(states)
+        qkv = project_images(self.projections.qkv_proj, states, text)
+        _, key, value = _split(self.projections, self_attn, qkv)
         heads = (len(states), self_attn.num_kv_heads, self_attn.head_dim)
         key, value = key.reshape(heads), value.reshape(heads)
         return (_rotate(self_attn.rotary_emb, key, positions) if self.with_text else key), value
 
 
 def _project(owner: Any, self_attn: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    qkv, _ = owner.qkv_proj(states)
+    return _split(owner, self_attn, owner.qkv_proj(states)[0])
+
+
+def _split(owner: Any, self_attn: Any, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of what one projection makes of them all."""
     query, key, value = qkv.split([self_attn.q_size, self_attn.kv_size, self_attn.kv_size], dim=-1)
     if hasattr(owner, "q_norm"):
-        heads = (len(states), -1, self_attn.head_dim)
+        heads = (len(qkv), -1, self_attn.head_dim)
         query = owner.q_norm(query.reshape(heads)).flatten(1)
         key = owner.k_norm(key.reshape(heads)).flatten(1)
     return query.contiguous(), key.contiguous(), value.contiguous()
@@ -209,7 +219,7 @@ def with_fusion(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 @MULTIMODAL_REGISTRY.register_processor(CasaMultiModalProcessor, info=CasaProcessingInfo, dummy_inputs=CasaDummyInputs)
-class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE):
+class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsLoRA):
     """A CASA model in vLLM.
 
     Args:
@@ -229,9 +239,15 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         "gate_up_proj": ["gate_proj", "up_proj"],
         "qkv": ["qkv"],
     }
-    hf_to_vllm_mapper = WeightsMapper(
+    hf_to_vllm_mapper = Names(
         orig_to_new_prefix={"model.visual.": "visual.", "model.language_model.": "language_model."}
     )
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Names of the parts, by which vLLM knows those that adapters are for."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="visual.merger.", tower_model="visual."
+        )
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -246,7 +262,8 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         super().__init__()
         casa = vllm_config.model_config.hf_config
         text = casa.text_config
-        self.casa: CasaConfig = casa
+        self.config: CasaConfig = casa
+        self.with_adapters = vllm_config.lora_config is not None
         quant_config = vllm_config.quant_config
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.visual = TOWERS[casa.vision_config.model_type].build(
@@ -296,7 +313,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             pixels = torch.cat(list(pixels))
         sizes = grids.tolist()
         states = self.visual(pixels.type(self.visual.dtype), grid_thw=sizes)
-        states = states[:, : self.casa.image_features_size]
+        states = states[:, : self.config.image_features_size]
         parts = states.split([time * height * width // self._merge**2 for time, height, width in sizes])
         images = []
         for tokens, (_, height, width) in zip(parts, sizes, strict=True):
@@ -341,7 +358,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
         """(3, tokens) positions of a prompt, and by how much later ones are ahead of their index."""
         positions = torch.arange(len(input_tokens))
-        if self.casa.casa_positions == "insertion":
+        if self.config.casa_positions == "insertion":
             for feature in mm_features:
                 grids = feature.data["video_grid_thw" if feature.modality == "video" else "image_grid_thw"].data
                 is_embed = feature.mm_position.is_embed
@@ -351,7 +368,7 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     def _image_positions(self, images: list[NewImage], positions: torch.Tensor) -> torch.Tensor:
         """(axes, image tokens) positions of the images of a step."""
-        before = self.casa.casa_positions == "insertion" or self.casa.casa_image_positions == "before"
+        before = self.config.casa_positions == "insertion" or self.config.casa_image_positions == "before"
         found = []
         for image in images:
             height, width = image.grid
@@ -387,11 +404,15 @@ class CasaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         text = all_metadata[self._text_layer.layer_name].casa_text
         if self._memory is None:
             num_slots = self._text_layer.kv_cache.shape[0] * text.block_size
-            self._memory = WindowMemory(fusion_rules(self.casa), num_slots, input_ids.device)
+            self._memory = WindowMemory(fusion_rules(self.config), num_slots, input_ids.device)
         images: list[NewImage] = []
         if new is not None:
             images, features = new
-            metadata.images = (features, self._image_positions(images, positions))
+            text_tokens = None
+            if self.with_adapters:
+                text_tokens = torch.tensor([image.token for image in images for _ in range(image.num_tokens)])
+                text_tokens = text_tokens.to(input_ids.device)
+            metadata.images = (features, self._image_positions(images, positions), text_tokens)
         metadata.plan(self._memory, text, input_ids, images)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -83,7 +83,9 @@ class CasaScheduling(Scheduler):
         self._capacity = spec.max_num_blocks_per_req(self.vllm_config, self.max_model_len)
         lookup = self.kv_cache_manager.get_computed_blocks
         # What fusion layers know of a prefix isn't shared, so that none is taken over from the first image on.
-        self.kv_cache_manager.get_computed_blocks = lambda request: self._before_images(request, lookup(request))
+        self.kv_cache_manager.get_computed_blocks = lambda request, *limits: self._before_images(
+            request, lookup(request, *limits)
+        )
 
     def add_request(self, request: Request) -> None:
         for feature in request.mm_features:
@@ -113,7 +115,13 @@ class CasaScheduling(Scheduler):
         return self.kv_cache_manager.create_kv_cache_blocks(kept), number, *(0 for _ in rest)
 
     def _try_schedule_encoder_inputs(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int, budget: int, *args: Any, **kwargs: Any
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         windows = self._windows_of(request)
         if num_new_tokens > 0:
@@ -122,7 +130,7 @@ class CasaScheduling(Scheduler):
             if num_new_tokens == 0 and windows.num_blocks(start, start + 1, self._fusion.block_size) > self._capacity:
                 self.encoder_cache_mismatch_reqs.add(request.request_id)  # it ends with an error
         return super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

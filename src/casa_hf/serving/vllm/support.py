@@ -182,9 +182,12 @@ def check_options(vllm_config: VllmConfig) -> None:
         ValueError: naming the option and the way out.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    multimodal = vllm_config.model_config.multimodal_config
+    multimodal, lora = vllm_config.model_config.multimodal_config, vllm_config.lora_config
     refused = {
-        "LoRA adapters (enable_lora)": vllm_config.lora_config is not None,
+        "LoRA adapters of the vision tower (enable_tower_connector_lora)": getattr(
+            lora, "enable_tower_connector_lora", False
+        ),
+        "sharded LoRA adapters (fully_sharded_loras)": getattr(lora, "fully_sharded_loras", False),
         "speculative decoding (speculative_config)": vllm_config.speculative_config is not None,
         "pipeline parallelism (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
         "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
