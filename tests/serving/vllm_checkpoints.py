@@ -113,6 +113,38 @@ def save_checkpoint(folder: Path, family: str = "qwen2_5_vl", variant: str = "ca
     return folder
 
 
+def quantise(folder: Path, scheme: str) -> None:
+    """Quantise the projections of the language model's blocks in a checkpoint, as llm-compressor does by rounding;
+    `scheme` is a name in `compressed_tensors`."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+        preset_name_to_scheme,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = CasaForConditionalGeneration.from_pretrained(folder)
+    chosen: QuantizationScheme = preset_name_to_scheme(scheme, ["Linear"])
+    assert chosen.weights is not None
+    if chosen.weights.group_size:
+        chosen.weights.group_size = 32  # an inner size of 192 is no multiple of 128
+    config = QuantizationConfig(config_groups={"projections": chosen}, ignore=["lm_head", "re:.*visual.*"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            rows = module.weight.data.unflatten(1, (-1, chosen.weights.group_size or module.in_features))
+            scale, zero = calculate_qparams(rows.amin(-1), rows.amax(-1), chosen.weights)
+            module.weight_scale.data.copy_(scale.view_as(module.weight_scale))
+            if hasattr(module, "weight_zero_point"):
+                module.weight_zero_point.data.copy_(zero.view_as(module.weight_zero_point))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+
+
 def save_adapter(checkpoint: Path, folder: Path, targets: str, rank: int) -> Path:
     """A random LoRA adapter of a checkpoint, written by PEFT; `targets` is a name in `LORA_TARGETS`."""
     from peft import LoraConfig, get_peft_model

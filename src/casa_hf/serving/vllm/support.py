@@ -12,6 +12,7 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from casa_hf.configuration_casa import CasaConfig
 
@@ -205,3 +206,12 @@ def check_options(vllm_config: VllmConfig) -> None:
     for option, given in refused.items():
         if given:
             raise ValueError(f"CASA models can't be served by vLLM with {option}; leave it out.")
+    if current_platform.is_cpu() and vllm_config.model_config.dtype == torch.float32 and 4 in _bits(vllm_config):
+        raise ValueError("vLLM's kernels for CPUs don't take weights of 4 bits with float32; use --dtype bfloat16.")
+
+
+def _bits(vllm_config: VllmConfig) -> set[int | None]:
+    """Numbers of bits of quantised weights."""
+    given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    groups = given.get("config_groups", {}).values()
+    return {given.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups)}
