@@ -667,7 +667,9 @@ def test_compiled_streams_equal_separate_sessions(compiled_model, processor, var
         assert evicted > 0 and compile_steps(batch) == len(sizes)
     # The tower's graphs are for one, two or four frames of three sizes.
     towers = sum(each is not None for size in batch._tower._compiled.values() for each in size.values())
-    assert counters["stats"]["unique_graphs"] == compile_steps(batch) + towers
+    steps = counters["stats"]["unique_graphs"] - towers
+    # Where all images are kept, room for them doubles from time to time, and so there are further graphs.
+    assert steps == compile_steps(batch) + (variant == "insertion")
 
 
 def test_a_failing_forward_of_compiled_streams_loses_nothing(compiled_model, processor):
