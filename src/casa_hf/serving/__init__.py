@@ -1,2 +1,2 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Engines that serve CASA models: the server of Transformers, vLLM."""
+"""Engines that run CASA models: the server of Transformers, vLLM, the benchmarks of lmms-eval."""
