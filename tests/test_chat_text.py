@@ -186,6 +186,36 @@ def test_a_conversation_takes_messages_as_text(
     assert fed[1][-len(expected_ids(tokenizer, *shown)) :] == expected_ids(tokenizer, *shown)
 
 
+THINKING = "{%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def test_variables_of_the_chat_template(model: CasaForConditionalGeneration, processor: CasaProcessor) -> None:
+    """Of each turn of a conversation, and of all questions of a batch."""
+    processor = copy.deepcopy(processor)
+    processor.chat_template += THINKING
+    off = {"enable_thinking": False}
+    closing = processor.tokenizer("<think></think>", add_special_tokens=False)["input_ids"]
+    conversation = Conversation(model, processor, chat_template_kwargs=off)
+    with ids_fed(model) as fed:
+        conversation.ask("What?", max_new_tokens=1)
+        conversation.ask("And?", max_new_tokens=1)
+        answer_batch(
+            model, processor, [Question("What?"), Question("And?")], chat_template_kwargs=off, max_new_tokens=1
+        )
+        Conversation(model, processor).ask("What?", max_new_tokens=1)
+    assert [ids[-len(closing) :] == closing for ids in fed] == [True, True, True, False]
+    assert fed[0][: -len(closing)] == fed[3]
+    for wrong, words in (
+        ("enable_thinkin", "doesn't have"),
+        ("messages", "anyway"),
+        ("add_generation_prompt", "anyway"),
+    ):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs has '{wrong}', which .*{words}"):
+            Conversation(model, processor, chat_template_kwargs={wrong: False})
+        with pytest.raises(ValueError, match=f"chat_template_kwargs has '{wrong}'"):
+            answer_batch(model, processor, [Question("What?")], chat_template_kwargs={wrong: False})
+
+
 def test_control_tokens_count_where_they_are_asked_for(
     model: CasaForConditionalGeneration, processor: CasaProcessor
 ) -> None:

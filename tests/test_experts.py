@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3_5MoeForConditionalGeneration, Qwen3VLMoeForConditionalGeneration, StaticCache
 
 from benchmarks.counting import Dimensions, language_parameters, step_bytes
-from casa_hf import CasaConfig, CasaForConditionalGeneration, CheckpointError
+from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaModel, CheckpointError
 from casa_hf.backbones import BACKBONES
 from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint
 from casa_hf.hub.publishable import check_checkpoint
@@ -294,14 +294,21 @@ def test_experts_one_by_one_and_together(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("expert", [0, 3])
-def test_a_missing_expert_is_named(tmp_path: Path, expert: int) -> None:
+@pytest.mark.parametrize(("expert", "part"), [(0, "down"), (3, "down"), (3, "up")])
+def test_a_missing_expert_is_named(tmp_path: Path, expert: int, part: str) -> None:
+    """By a conversion and by loading, of a source and of a CASA checkpoint."""
     saved = build_tiny_source(tmp_path / "saved", family="qwen3_5_moe")
-    lost = f"model.language_model.layers.2.mlp.experts.{expert}.down_proj.weight"
+    lost = f"model.language_model.layers.2.mlp.experts.{expert}.{part}_proj.weight"
     kept = {name: tensor for name, tensor in load_weights(saved).items() if name != lost}
     broken = altered(saved, tmp_path / "broken", weights=lambda _: kept)
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors of Qwen3.5-MoE: {re.escape(lost)}"):
         convert_checkpoint(broken, tmp_path / "casa")
+    convert_checkpoint(saved, tmp_path / "whole")
+    kept = {name: tensor for name, tensor in load_weights(tmp_path / "whole").items() if name != lost}
+    for folder in (broken, altered(tmp_path / "whole", tmp_path / "broken-casa", weights=lambda _: kept)):
+        for kind in (CasaForConditionalGeneration, CasaModel):
+            with pytest.raises(ValueError, match=rf"{folder} lacks 1 tensors of .*: {re.escape(lost)}\. Download"):
+                kind.from_pretrained(folder)
 
 
 def in_the_layout_of_the_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

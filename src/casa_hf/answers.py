@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +39,7 @@ def answer_batch(
     questions: Sequence[Question],
     *,
     sanitize_control_tokens: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[str]:
     """What the model answers to each question, as `Conversation.ask` would give it.
@@ -48,6 +49,7 @@ def answer_batch(
         processor: processor of the model.
         questions: questions, any number of them, with any number of images and videos each.
         sanitize_control_tokens: whether control tokens in the texts are text.
+        chat_template_kwargs: variables of the chat template, as in `Conversation`.
         **options: arguments for `generate`, such as `max_new_tokens`, and for the processor, of all videos, such as
             `fps`; see `Conversation.ask`.
 
@@ -70,6 +72,7 @@ def answer_batch(
             processor,
             [message("user", question.text, len(stills), len(clips))],
             sanitize_control_tokens=sanitize_control_tokens,
+            chat_template_kwargs=chat_template_kwargs,
         )
         for question, stills, clips in visuals
     ]

@@ -10,6 +10,7 @@ Classes of Transformers are named and imported on first use, so that configurati
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -384,6 +385,18 @@ class Backbone:
             sizes: numbers of parameters of all tensors, by name.
         """
         return round(sum(size * self.block.active_part(text_config, name) for name, size in sizes.items()))
+
+    def in_memory_name(self, name: str) -> str:
+        """The name that Transformers 5 gives a checkpoint's tensor, whichever layout the checkpoint has."""
+        for pattern, replacement in self.load_renamings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def source_name(self, name: str) -> str:
+        """The name that a tensor has in the files of a source checkpoint; the inverse of `in_memory_name`."""
+        for pattern, replacement in self.save_renamings:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def as_stored(self, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> dict[str, Shape]:
         """Names and shapes of weights in the layout in which a checkpoint has them.

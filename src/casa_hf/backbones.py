@@ -171,3 +171,14 @@ SOURCE_BACKBONES: dict[str, Backbone] = {backbone.source_model_type: backbone fo
 def supported_sources() -> str:
     """The supported families in words, for error messages."""
     return ", ".join(f"{b.display_name} (model_type {b.source_model_type!r})" for b in BACKBONES.values())
+
+
+def convert_first(name: str, model_type: str) -> str:
+    """What to do with a source checkpoint in the place of a CASA checkpoint, for error messages.
+
+    Args:
+        name: name of the checkpoint.
+        model_type: its type, a key of `SOURCE_BACKBONES`.
+    """
+    tower = " --vision-from VISION_LANGUAGE_MODEL" if SOURCE_BACKBONES[model_type].text_only else ""
+    return f"Convert it first: `casa-hf convert {name} OUTPUT{tower}`."

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from .cache_casa import cache_snapshot, home_layer
-from .chat_text import SAID, ChatText, message, render_chat
+from .chat_text import SAID, ChatText, check_template_kwargs, message, render_chat
 from .checks import check_asks
 from .generation_casa import IMAGE_INPUTS
 from .media_casa import images_of, videos_of
@@ -46,9 +46,12 @@ class Conversation:
         processor: processor of the model.
         sanitize_control_tokens: whether control tokens and image placeholders in messages are text like any other.
             False lets them count.
+        chat_template_kwargs: variables of the chat template, by the names that it has for them, such as
+            `{"enable_thinking": False}`.
 
     Raises:
         NotImplementedError: for a model with a prompt that PEFT has learned, which it puts before every turn again.
+        ValueError: for variables that the chat template doesn't have.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Conversation:
         processor: CasaProcessor,
         *,
         sanitize_control_tokens: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         learned = getattr(model, "active_peft_config", None)
         if getattr(learned, "is_prompt_learning", False):
@@ -68,6 +72,8 @@ class Conversation:
         self.model = model
         self.processor = processor
         self.sanitize_control_tokens = sanitize_control_tokens
+        check_template_kwargs(processor, chat_template_kwargs)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.reset()
 
     def reset(self) -> None:
@@ -189,7 +195,12 @@ class Conversation:
     def _new_text(self, new: dict[str, Any]) -> ChatText:
         """What the chat template puts after the last answer, up to where the next one begins."""
         messages = [new, message("assistant", SAID), new] if self._ids.shape[1] else [new]
-        return render_chat(self.processor, messages, sanitize_control_tokens=self.sanitize_control_tokens)
+        return render_chat(
+            self.processor,
+            messages,
+            sanitize_control_tokens=self.sanitize_control_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def _without_end(self, ids: torch.Tensor) -> torch.Tensor:
         # The template repeats the token that ended the answer. It is the last one, so the cache doesn't hold it yet.

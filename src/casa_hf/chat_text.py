@@ -19,6 +19,9 @@ from .checks import check_text
 # In place of the text of a message: what the model has said, which stays token for token as it was.
 SAID = object()
 
+# What a chat template is given with every conversation.
+_OWN_VARIABLES = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt")
+
 
 class ChatText(str):
     """A prompt in which a key stands for each text that was typed.
@@ -41,8 +44,36 @@ def message(role: str, text: Any, num_images: int = 0, num_videos: int = 0) -> d
     return {"role": role, "content": [*visuals, {"type": "text", "text": text}]}
 
 
+def check_template_kwargs(processor: Any, given: Mapping[str, Any] | None) -> None:
+    """Refuse variables that a chat template doesn't have, or that are given to it anyway.
+
+    Args:
+        processor: CasaProcessor with the chat template.
+        given: variables of the template, such as `{"enable_thinking": False}`; None for none.
+
+    Raises:
+        ValueError: naming the variable.
+    """
+    templates = processor.chat_template
+    text = "\n".join(templates.values()) if isinstance(templates, Mapping) else str(templates or "")
+    for name in given or {}:
+        if name in _OWN_VARIABLES:
+            raise ValueError(
+                f"chat_template_kwargs has {name!r}, which is given to the chat template anyway. Remove it."
+            )
+        if not re.search(rf"\b{re.escape(str(name))}\b", text):
+            raise ValueError(
+                f"chat_template_kwargs has {name!r}, which the chat template of this model doesn't have. Remove it, "
+                "or look up its name in processor.chat_template."
+            )
+
+
 def render_chat(
-    processor: Any, messages: Sequence[dict[str, Any]], *, sanitize_control_tokens: bool = True
+    processor: Any,
+    messages: Sequence[dict[str, Any]],
+    *,
+    sanitize_control_tokens: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatText:
     """What the chat template writes for a conversation, up to where the next answer begins.
 
@@ -50,6 +81,7 @@ def render_chat(
         processor: CasaProcessor with the chat template.
         messages: messages made by `message`. Where the text of one is `SAID`, what follows that text is returned.
         sanitize_control_tokens: whether control tokens in the texts are text; False leaves them control tokens.
+        chat_template_kwargs: variables of the template, see `check_template_kwargs`.
 
     Returns:
         The text, which the processor takes as it is, and of which `token_ids` gives the ids.
@@ -82,7 +114,10 @@ def render_chat(
         }
         for each in messages
     ]
-    rendered = processor.apply_chat_template(keyed, tokenize=False, add_generation_prompt=True)
+    check_template_kwargs(processor, chat_template_kwargs)
+    rendered = processor.apply_chat_template(
+        keyed, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    )
     after_said = any(part.get("text") == said for each in keyed for part in each["content"])
     for key in [*typed, *([said] if after_said else [])]:
         if (times := rendered.count(key)) != 1:

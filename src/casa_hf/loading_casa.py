@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -61,6 +62,8 @@ class CasaLoadingMixin:
         if folder is not None and os.path.isdir(folder):
             for file in checkpoint_files or ():
                 own_file(folder, Path.cwd() / file)
+        if not load_config.ignore_mismatched_sizes:
+            _check_experts(model, state_dict, checkpoint_files or (), folder)
         if model.config.casa_placement == "replace":
             renamings = [
                 WeightRenaming(f"layers.{index}.self_attn.", f"layers.{index}.casa_attn.")
@@ -127,6 +130,40 @@ def _with_skips(quantization: Any) -> Any:
     return quantization
 
 
+def _check_experts(model: Any, state_dict: Any, checkpoint_files: Iterable[str], source: Any) -> None:
+    """Refuse a checkpoint that stores experts one by one and lacks some of a block: Transformers would stack those
+    that there are, and complain of the shape.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    backbone = model.config.backbone
+    experts = {
+        _bare(name): [[_bare(part) for part in form] for form in backbone.block.layouts(name, tuple(parameter.shape))]
+        for name, parameter in model.named_parameters()
+    }
+    forms = [form for layouts in experts.values() for form in layouts if len(form) > 1]
+    if not forms:
+        return
+    names = set(state_dict or ())
+    for file in checkpoint_files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+    stored = {_bare(backbone.in_memory_name(name)) for name in names}
+    lost = [part for form in forms for part in form if part not in stored and not stored.isdisjoint(form)]
+    if lost:
+        raise ValueError(_lacks(source, [f"model.{name}" for name in lost]))
+
+
+def _lacks(source: Any, lost: list[str], further: str = "") -> str:
+    """The message about missing tensors."""
+    return (
+        f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
+        f"{listed(sorted(lost))}.{further} Download or write it again, with the config.json that belongs to it."
+    )
+
+
 def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:
     """The message if a checkpoint lacks tensors of the model that its own config.json describes; else None."""
     source = load_config.pretrained_model_name_or_path
@@ -142,11 +179,8 @@ def _refusal(model: Any, load_config: Any, loading_info: Any) -> str | None:
         return None
     found = loading_info.unexpected_keys
     others = f" It holds {len(found)} that the model doesn't have: {listed(sorted(found))}." if found else ""
-    return (
-        f"The checkpoint {source} lacks {len(lost)} tensors of the model that its config.json describes: "
-        f"{listed(sorted(lost))}.{others} Download or write it again, with the config.json that belongs to it. "
-        "from_pretrained(..., ignore_mismatched_sizes=True) makes new values for what is missing."
-    )
+    advice = " from_pretrained(..., ignore_mismatched_sizes=True) makes new values for what is missing."
+    return _lacks(source, lost, others) + advice
 
 
 def _lost_from_casa(

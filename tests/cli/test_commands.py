@@ -280,6 +280,63 @@ def test_inspect_agrees_with_the_loaded_model(cli: Cli, casa_folder: Path) -> No
     assert "1,156 tokens" in facts["window"]
 
 
+def test_other_folders_are_told_what_they_hold(cli: Cli, tmp_path: Path) -> None:
+    """And what can be done with it."""
+    contents = {
+        "foreign": ("config.json", {"model_type": "gemma"}),
+        "nameless": ("config.json", {"architectures": ["Other"]}),
+        "text": ("config.json", {"model_type": "llama"}),
+        "adapter": ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "me/base"}),
+        "empty": ("README.md", {}),
+        "run/checkpoint-8": ("config.json", {"model_type": "casa"}),
+    }
+    for name, (file, content) in contents.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / file).write_text(json.dumps(content))
+    said = {
+        "foreign": ["model_type 'gemma'", "can't be converted", "Qwen2.5-VL (model_type 'qwen2_5_vl')"],
+        "nameless": ["model_type None", "can't be converted"],
+        "text": [f"casa-hf convert {tmp_path / 'text'} OUTPUT --vision-from VISION_LANGUAGE_MODEL"],
+        "adapter": ["a PEFT adapter of 'me/base'", "merge_and_unload"],
+        "empty": ["no config.json. Give the folder of a complete Transformers checkpoint"],
+        "run": ["no config.json; there is one in: checkpoint-8."],
+    }
+    for name, parts in said.items():
+        for command in (["inspect"], ["generate", "--prompt", "x"]):
+            outcome = cli(*command, tmp_path / name)
+            assert outcome.refused(*parts), (name, outcome.err)
+            assert ("Convert it first" in outcome.err) == (name == "text")
+
+
+def test_variables_of_the_chat_template(cli: Cli, casa_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(casa_folder, tmp_path / "casa")
+    template = (folder / "chat_template.jinja").read_text() + "{% if not thinking | default(true) %}Well: {% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    option = ("--chat-template-kwargs", '{"thinking": false}')
+    model, processor = (
+        CasaForConditionalGeneration.from_pretrained(folder).eval(),
+        CasaProcessor.from_pretrained(folder),
+    )
+
+    def answer(**options: Any) -> str:
+        return Conversation(model, processor, **options).ask("What?", max_new_tokens=6)
+
+    expected, other = answer(chat_template_kwargs={"thinking": False}), answer()
+    assert expected != other
+    asked = ("generate", folder, *SHORT, "--prompt", "What?")
+    assert cli(*asked, *option).out == expected + "\n"
+    rows = cli(*asked, "--prompt", "What?", *option).out.splitlines()
+    assert [json.loads(row)["answer"] for row in rows] == [expected] * 2
+    assert expected in cli("chat", folder, *SHORT, *option, stdin="What?\n").out
+    for given, words in (
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"thinkin": 1}', "--chat-template-kwargs has 'thinkin', which the chat template"),
+    ):
+        for command in (("generate", "--prompt", "x"), ("chat",)):
+            assert cli(*command, folder, "--device", "cpu", option[0], given).refused(words)
+
+
 def test_inspect_lists_the_blocks_where_not_all_have_fusion_layers(
     cli: Cli, source_folder: Path, tmp_path: Path
 ) -> None:

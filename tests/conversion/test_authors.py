@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from casa_hf import CasaConfig, CasaForConditionalGeneration, CasaProcessor, CheckpointError
 from casa_hf.conversion import convert_checkpoint, convert_to_source, inspect_checkpoint, names_report
 from casa_hf.hub.publishable import check_checkpoint
+from casa_hf.training.results import copy_kept
 from examples.tiny_source import build_tokenizer
 from tests.command_line import Cli
 from tests.conversion import authors_layouts, authors_reference
@@ -631,6 +632,19 @@ def test_rows_orders_and_one_tensor_for_all_blocks(tmp_path):
     assert_is(tmp_path / "casa", spec)
     convert_checkpoint(folder, tmp_path / "again", mapping=tmp_path / "casa" / "released_names.tsv")
     assert_is(tmp_path / "again", spec)
+
+
+def test_the_table_of_names_stays_with_what_is_made_of_the_checkpoint(tmp_path):
+    """Another design, or another training; a source made of it has no use for it."""
+    folder = released(tmp_path / "released", "qwen, second generation")
+    convert_checkpoint(folder, tmp_path / "casa")
+    table = (tmp_path / "casa" / "released_names.tsv").read_bytes()
+    convert_checkpoint(tmp_path / "casa", tmp_path / "group", casa_image_history="group")
+    copy_kept(tmp_path / "group", tmp_path / "trained")
+    for name in ("group", "trained"):
+        assert (tmp_path / name / "released_names.tsv").read_bytes() == table
+    convert_to_source(tmp_path / "group", tmp_path / "back")
+    assert not (tmp_path / "back" / "released_names.tsv").exists()
 
 
 PATCHES = "image_prefix.visual.patch_embed.proj.weight"

@@ -12,9 +12,7 @@ from casa_hf.backbones import SOURCE_BACKBONES
 from casa_hf.conversion.mapping import (
     casa_shapes,
     fusion_copies,
-    in_memory_name,
     map_tensors,
-    source_name,
     stock_shapes,
 )
 from tests.test_shapes import MODELS
@@ -36,12 +34,12 @@ def test_both_layouts_have_the_same_names_in_memory():
         "lm_head.weight": "lm_head.weight",
     }
     for old, new in names.items():
-        assert in_memory_name(old, backbone) == new
-        assert in_memory_name(new, backbone) == new
-        assert source_name(new, backbone) == old
-        assert source_name(new, SOURCE_BACKBONES["qwen3_vl"]) == new
+        assert backbone.in_memory_name(old) == new
+        assert backbone.in_memory_name(new) == new
+        assert backbone.source_name(new) == old
+        assert SOURCE_BACKBONES["qwen3_vl"].source_name(new) == new
         for other in SOURCE_BACKBONES.values():
-            assert in_memory_name(source_name(new, other), other) == new
+            assert other.in_memory_name(other.source_name(new)) == new
 
 
 def test_fusion_layers_copy_their_own_block():

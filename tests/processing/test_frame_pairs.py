@@ -147,7 +147,7 @@ def test_processors_without_the_setting_take_frames_one_by_one(source: Path, tmp
     assert CasaProcessor.from_pretrained(tmp_path).frames_per_image == 1
 
 
-@pytest.mark.parametrize("value", [0, 3, True, "both", 2.5])
+@pytest.mark.parametrize("value", [0, 3, True, "both", 2.5, 2.0])
 def test_other_numbers_are_refused(source: Path, processor: CasaProcessor, tmp_path: Path, value: Any) -> None:
     message = rf"frames_per_image={value!r} is none of 1, 2, 'all'\. Use 1"
     with pytest.raises(ValueError, match=message):

@@ -989,7 +989,9 @@ def test_drawn_tokens_are_among_the_likeliest_and_follow_the_seed(model, process
 # ------------------------------------------------------------------------------------ arguments
 
 
-@pytest.mark.parametrize("timestamps", [(1.0, 1.0), (1.0, 0.5), (0.0, math.nan), (0.0, math.inf), (2.0, None, 2.5)])
+@pytest.mark.parametrize(
+    "timestamps", [(1.0, 1.0), (1.0, 0.5), (0.0, math.nan), (0.0, math.inf), (2.0, None, 2.5), (-0.5,)]
+)
 def test_timestamps_must_ascend(model, processor, timestamps):
     stream = stream_of(model("casa"), processor)
     *good, bad = timestamps
@@ -1014,7 +1016,10 @@ def test_timestamps_of_several_frames(model, processor):
     assert starts(3, [3, 5, 5.5]) == [3.0, 5.0, 5.5]
     assert starts(1, [7.0]) == [7.0]
     stream.reset()
-    assert starts(2, 0.0) == [-0.5, 0.0]
+    with pytest.raises(
+        ValueError, match=r"timestamp=0.0 of the last of 2 frames puts the first one at -0.5, before 0"
+    ):
+        stream.push(PICTURES[:2], 0.0)
     assert starts(2, np.array([0.5, 1.0])) == [0.5, 1.0]
     assert starts(2, torch.tensor([2.0, 3.0])) == [2.0, 3.0]
     assert [*starts(1, Fraction(7, 2)), *starts(1, np.float32(4.0))] == [3.5, 4.0]
@@ -1027,7 +1032,7 @@ def test_timestamps_of_several_frames(model, processor):
     for bad, message in (
         ([1.0], "1 values for 2"),
         ([2.0, 1.0], "timestamp"),
-        ([-1.0, 1.0], "later than 0.0"),
+        ([-1.0, 1.0], "0 or more, later than 0.0"),
         ("12", "timestamp='12' must be a finite number of seconds"),
         (["1", "2"], "must be a finite number of seconds"),
         (True, "timestamp=True must be"),

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..backbones import SOURCE_BACKBONES, supported_sources
-from ..checks import one_line
+from ..backbones import SOURCE_BACKBONES, convert_first, supported_sources
+from ..checks import listed, one_line
 from ..configuration_casa import CasaConfig, is_released
 from ..folder_files import CheckpointError, WrongKindError, own_file, read_json
 
@@ -33,13 +33,13 @@ def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
             f"{name} (model_type {model_type!r}) is a CASA checkpoint in the format of the method's authors. "
             f"Convert it first: `casa-hf convert {name} OUTPUT`."
         )
-    _check_not_quantized(name, content)
     is_casa = model_type == CasaConfig.model_type
     if not is_casa and model_type not in SOURCE_BACKBONES:
         raise WrongKindError(
-            f"{name} has model_type {model_type!r}, which can't be converted to a CASA model. Give a checkpoint "
-            f"of: {supported_sources()}."
+            f"{name} has model_type {model_type!r}, which is not that of a CASA checkpoint and can't be converted to "
+            f"one. Give a CASA checkpoint, or one of: {supported_sources()}."
         )
+    _check_not_quantized(name, content)
     try:
         return (CasaConfig if is_casa else CONFIG_MAPPING[model_type]).from_dict(content)
     except Exception as error:  # whatever a configuration class runs into
@@ -72,14 +72,27 @@ def read_authors_config(folder: Path) -> dict[str, Any]:
 def _read(folder: Path, name: str | None = None) -> dict[str, Any]:
     file = own_file(folder, "config.json")
     if not file.is_file():
-        raise WrongKindError(
-            f"{name or folder} has no config.json. Give the folder of a complete Transformers checkpoint."
-        )
+        raise WrongKindError(f"{name or folder} {_in_place_of_config(folder)}")
     content = read_json(file)
     model_type = content.get("model_type")
     if not isinstance(model_type, str | None):
         raise CheckpointError(f"{file} has model_type {model_type!r}, which must be a string. Download it again.")
     return content
+
+
+def _in_place_of_config(folder: Path) -> str:
+    """What a folder without config.json holds, and what to give in its place, for error messages."""
+    adapter = own_file(folder, "adapter_config.json")
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        return (
+            f"holds a PEFT adapter of {base!r:.200}, not a whole model. Merge it into that model "
+            "(PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(...)), and give the result."
+        )
+    inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    if inside:
+        return f"has no config.json; there is one in: {listed(inside)}. Give the path of one of these folders."
+    return "has no config.json. Give the folder of a complete Transformers checkpoint."
 
 
 def _check_not_quantized(name: str, content: dict[str, Any]) -> None:
@@ -102,7 +115,7 @@ def read_casa_config(folder: Path, name: str | None = None) -> CasaConfig:
     config = read_config(folder, name)
     if not isinstance(config, CasaConfig):
         raise WrongKindError(
-            f"{name} has model_type {config.model_type!r}, so it is not a CASA checkpoint. Convert it first: `casa-hf "
-            f"convert {name} OUTPUT`."
+            f"{name} has model_type {config.model_type!r}, so it is not a CASA checkpoint. "
+            f"{convert_first(name, config.model_type)}"
         )
     return config

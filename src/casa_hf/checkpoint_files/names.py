@@ -34,7 +34,7 @@ SOURCE_PREFIX = "source_"
 _CARRIED = (*TOKENIZER_FILES, *TEMPLATE_FILES, *OTHER_FILES, *PROCESSOR_FILES)
 CARRIED_FILES = (*_CARRIED, *(SOURCE_PREFIX + name for name in _CARRIED))
 
-_KEPT_FILES = (f"{SOURCE_PREFIX}*", f"{SOURCE_PREFIX}{TEMPLATE_FOLDER}/*.jinja")
+_KEPT_FILES = (f"{SOURCE_PREFIX}*", f"{SOURCE_PREFIX}{TEMPLATE_FOLDER}/*.jinja", RELEASED_NAMES_FILE)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -46,7 +46,8 @@ def template_files(folder: Path) -> tuple[str, ...]:
 
 
 def kept_files(folder: Path) -> list[str]:
-    """Names of the source's files that a CASA checkpoint keeps for the way back."""
+    """Names of the files that tell where a CASA checkpoint comes from, and which every checkpoint that is made of it
+    keeps: the source's, for the way back, and the table of the names in a checkpoint of the method's authors."""
     files = {file for pattern in _KEPT_FILES for file in folder.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(folder).as_posix() for file in files)
 

@@ -19,6 +19,7 @@ from .options import (
     MaxNewTokensOption,
     ModelArgument,
     NumFramesOption,
+    TemplateKwargsOption,
     sampling,
 )
 from .talking import load_conversation, open_clip, open_image, streamer
@@ -36,13 +37,14 @@ def chat(
     fps: FpsOption = None,
     num_frames: NumFramesOption = None,
     sanitize_control_tokens: ControlTokensOption = True,
+    chat_template_kwargs: TemplateKwargsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
 ) -> None:
     """Talk in several turns, one line each; images and videos may come with any of them."""
     frames = sampling(fps, num_frames)
-    conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
+    conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens, chat_template_kwargs)
     interactive = sys.stdin.isatty()
     if interactive:
         typer.echo(CHAT_HELP, err=True)

@@ -21,6 +21,7 @@ from .options import (
     MaxNewTokensOption,
     ModelArgument,
     NumFramesOption,
+    TemplateKwargsOption,
     clip_name,
     image_name,
     sampling,
@@ -28,7 +29,7 @@ from .options import (
     wrong_value,
 )
 from .rows import Row, batches, rows_of_file, rows_of_options
-from .talking import load_conversation, open_clip, open_image, streamer
+from .talking import check_template_option, load_conversation, open_clip, open_image, streamer
 from .terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     sanitize_control_tokens: ControlTokensOption = True,
+    chat_template_kwargs: TemplateKwargsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
@@ -112,7 +114,7 @@ def generate(
             images = [open_image(name) for name in rows[0].images]
         with wrong_value("--video", fps="--fps", num_frames="--num-frames"):
             videos = [open_clip(name, **frames) for name in rows[0].videos]
-        conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens)
+        conversation = load_conversation(model, device, dtype, attn, sanitize_control_tokens, chat_template_kwargs)
         if stream:
             frames["streamer"] = streamer(conversation)
         answer = conversation.ask(rows[0].prompt, images, videos, max_new_tokens=max_new_tokens, **frames)
@@ -120,7 +122,12 @@ def generate(
             typer.echo(answer)
         return
     loaded = load_model(model, device, dtype, attn)
-    options = {"max_new_tokens": max_new_tokens, "sanitize_control_tokens": sanitize_control_tokens}
+    check_template_option(loaded[1], chat_template_kwargs)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "sanitize_control_tokens": sanitize_control_tokens,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
     _answer_all(rows, loaded, output, batch_size, frames, options)
 
 

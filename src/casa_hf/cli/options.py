@@ -94,7 +94,8 @@ def casa_checkpoint(text: str) -> str:
 
 
 def check_is_casa(folder: Path, name: str) -> None:
-    """Refuse a folder whose config.json describes another kind of model, or isn't there, before the library is loaded.
+    """Refuse a folder whose config.json describes another kind of model, or isn't there, before its weights are read;
+    a source that can be converted before the library is loaded.
 
     Args:
         folder: folder of the checkpoint.
@@ -103,18 +104,27 @@ def check_is_casa(folder: Path, name: str) -> None:
     Raises:
         BadParameter: with the way to a CASA checkpoint.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise typer.BadParameter(f"{name!r} has no config.json. Give the folder of a CASA checkpoint.")
+    from ..backbones import SOURCE_BACKBONES, convert_first
+
     try:
-        model_type = json.loads(file.read_bytes())["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return  # a damaged file is the library's to explain
-    if model_type != "casa":
+        model_type = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        model_type = None
+    if model_type == "casa":
+        return
+    if isinstance(model_type, str) and model_type in SOURCE_BACKBONES:
         raise typer.BadParameter(
-            f"{name!r} is not a CASA checkpoint: its model_type is {model_type!r}. Convert it first: `casa-hf "
-            f"convert {name} OUTPUT`."
+            f"{name!r} is not a CASA checkpoint: its model_type is {model_type!r}. {convert_first(name, model_type)}"
         )
+    from ..checkpoint_files.config import read_casa_config
+    from ..folder_files import WrongKindError
+
+    try:
+        read_casa_config(folder, name)
+    except WrongKindError as error:
+        raise typer.BadParameter(str(error)) from error
+    except ValueError:
+        return  # a damaged file, of which the command that reads it tells
 
 
 def is_url(text: str) -> bool:
@@ -186,6 +196,21 @@ def valid_text(given: str | list[str] | None) -> str | list[str] | None:
             check_text("it", text)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
+    return given
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that an option is given.
+
+    Raises:
+        BadParameter: if it is anything else.
+    """
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{text!r:.200} is not JSON ({error}).") from error
+    if not isinstance(given, dict):
+        raise typer.BadParameter(f"{text!r:.200} is not a JSON object. Write one, such as '{{\"name\": false}}'.")
     return given
 
 
@@ -262,6 +287,16 @@ ControlTokensOption = Annotated[
     typer.Option(
         "--sanitize-control-tokens/--no-sanitize-control-tokens",
         help="Whether control tokens such as <|im_start|> are text where they are typed, or count.",
+    ),
+]
+TemplateKwargsOption = Annotated[
+    dict[str, Any] | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        parser=json_object,
+        metavar="JSON",
+        help="Variables of the chat template as a JSON object, such as '{\"enable_thinking\": false}'.",
+        show_default=False,
     ),
 ]
 AttnOption = Annotated[

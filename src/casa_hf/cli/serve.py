@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .loading import load_model
-from .options import AttnOption, DeviceOption, DtypeOption, ModelArgument, wrong_value
+from .options import AttnOption, DeviceOption, DtypeOption, ModelArgument, TemplateKwargsOption, wrong_value
+from .talking import check_template_option
 
 
 def serve(
@@ -27,6 +28,7 @@ def serve(
     max_decoded_pixels: Annotated[
         int, typer.Option(help="Largest image or frame, in pixels (width x height).")
     ] = 89_478_485,
+    chat_template_kwargs: TemplateKwargsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     attn: AttnOption = None,
@@ -47,8 +49,9 @@ def serve(
         )
     with closing(listen(host, port, "The model")) as listener:
         loaded, processor = load_model(model, device, dtype, attn)
+        check_template_option(processor, chat_template_kwargs)
         processor.media_policy = policy
-        app = create_app(loaded, processor, model)
+        app = create_app(loaded, processor, model, chat_template_kwargs)
         url = f"http://{shown_host(host)}:{listener.getsockname()[1]}"
         typer.echo(f"Serving {model} at {url}/v1 until Ctrl-C.", err=True)
         try:

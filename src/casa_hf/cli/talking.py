@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .loading import load_model
+from .options import wrong_value
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,12 +50,36 @@ def open_clip(name: str, **sampling: Any) -> str | bytes:
 
 
 def load_conversation(
-    name: str, device: str | None, dtype: str | None, attn: str | None, sanitize_control_tokens: bool
+    name: str,
+    device: str | None,
+    dtype: str | None,
+    attn: str | None,
+    sanitize_control_tokens: bool,
+    chat_template_kwargs: dict[str, Any] | None,
 ) -> Conversation:
     """A conversation with the model of a checkpoint; see `load_model`."""
     from ..chat import Conversation
 
-    return Conversation(*load_model(name, device, dtype, attn), sanitize_control_tokens=sanitize_control_tokens)
+    model, processor = load_model(name, device, dtype, attn)
+    check_template_option(processor, chat_template_kwargs)
+    return Conversation(
+        model,
+        processor,
+        sanitize_control_tokens=sanitize_control_tokens,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+
+
+def check_template_option(processor: Any, chat_template_kwargs: dict[str, Any] | None) -> None:
+    """Refuse variables that a model's chat template doesn't have.
+
+    Raises:
+        BadParameter: naming them.
+    """
+    from ..chat_text import check_template_kwargs
+
+    with wrong_value(chat_template_kwargs="--chat-template-kwargs"):
+        check_template_kwargs(processor, chat_template_kwargs)
 
 
 def streamer(conversation: Conversation) -> Any:

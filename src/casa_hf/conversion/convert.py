@@ -43,7 +43,7 @@ from ..processing_casa import CasaProcessor
 from .authors import delimiter_ids, make_processor, read_released
 from .card import model_card, untrained_effect
 from .design import resolve_design
-from .mapping import VISION, in_memory_name, map_tensors, stock_shapes
+from .mapping import VISION, map_tensors, stock_shapes
 from .plan import ConversionPlan, ConversionReport, make_plan
 from .processor import keep_normalization, load_processor
 from .request import MAX_SHARD_SIZE, ConversionRequest
@@ -388,7 +388,7 @@ def _set_tokens(config: CasaConfig, processor: CasaProcessor) -> tuple[int, ...]
 
 def _vision_tensors(vision: Source, config: CasaConfig) -> dict[str, StoredTensor]:
     """The vision tower's tensors of a checkpoint, by in-memory name."""
-    named = {in_memory_name(name, config.backbone): tensor for name, tensor in vision.tensors().items()}
+    named = {config.backbone.in_memory_name(name): tensor for name, tensor in vision.tensors().items()}
     return {name: tensor for name, tensor in named.items() if name.startswith(VISION)}
 
 

@@ -83,20 +83,6 @@ class TensorMap:
                 yield new, source_name
 
 
-def in_memory_name(name: str, backbone: Backbone) -> str:
-    """The name that Transformers 5 gives a checkpoint's tensor, whichever layout the checkpoint has."""
-    for pattern, replacement in backbone.load_renamings:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def source_name(name: str, backbone: Backbone) -> str:
-    """The name that a tensor has in the files of a source checkpoint; the inverse of `in_memory_name`."""
-    for pattern, replacement in backbone.save_renamings:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[str, Shape]:
     """Names and shapes of all weights of the stock model, with the vision tower it is given, without a tied head.
 
@@ -120,7 +106,7 @@ def stock_shapes(source_config: PreTrainedConfig, config: CasaConfig) -> dict[st
             f"{one_line(error)}). Use the config.json that belongs to the weights."
         ) from error
     tied = TIED[:1] if config.tie_word_embeddings else ()
-    shapes = {in_memory_name(name, config.backbone): tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = {config.backbone.in_memory_name(name): tuple(tensor.shape) for name, tensor in weights.items()}
     return {name: shape for name, shape in shapes.items() if name not in tied}
 
 
@@ -133,7 +119,7 @@ def shapes_in_file(backbone: Backbone, shapes: Mapping[str, Shape], stored: Mapp
         shapes: In-memory names and shapes of the stock model, see `stock_shapes`.
         stored: Names and shapes that the checkpoint has.
     """
-    return backbone.as_stored(shapes, {in_memory_name(name, backbone): shape for name, shape in stored.items()})
+    return backbone.as_stored(shapes, {backbone.in_memory_name(name): shape for name, shape in stored.items()})
 
 
 def fusion_copies(config: CasaConfig, names: Iterable[str]) -> dict[str, str]:
@@ -257,7 +243,7 @@ def match_tensors(
     dropped: dict[str, str] = {}
     left_over: list[str] = []
     for name in stored:
-        new_name = in_memory_name(name, config.backbone)
+        new_name = config.backbone.in_memory_name(name)
         if new_name in found:
             raise CheckpointError(
                 f"{found[new_name]} and {name} are the same tensor ({new_name}) under two names. Remove one of them "

@@ -50,7 +50,6 @@ from .mapping import (
     casa_shapes,
     match_tensors,
     shapes_in_file,
-    source_name,
     stock_shapes,
 )
 from .plan import ConversionPlan, ConversionReport, overwritten_rows, set_dtype
@@ -139,7 +138,7 @@ def _prepare(
         if name in TOKEN_ROWS:
             parts, origin = rows.restored(name, stored_name, tensor)
             dropped |= rows.dropped(stored_name)
-        planned.append(PlannedTensor(source_name(name, config.backbone), parts, code or tensor.dtype, origin))
+        planned.append(PlannedTensor(config.backbone.source_name(name), parts, code or tensor.dtype, origin))
     set_dtype(source_config, planned, code)
     plan = ConversionPlan(
         config=source_config,
@@ -263,7 +262,7 @@ def _drop_reason(name: str, config: CasaConfig) -> str | None:
 
 def _copied_files(folder: Path, config: CasaConfig) -> list[tuple[Path, str]]:
     """Files that go back as the source had them, and their names there."""
-    kept = {name.removeprefix(SOURCE_PREFIX): name for name in kept_files(folder)}
+    kept = {name.removeprefix(SOURCE_PREFIX): name for name in kept_files(folder) if name.startswith(SOURCE_PREFIX)}
     templates = template_files(folder)
     changed = changed_files(config, templates) if kept else ()
     further = [name for name in kept if name.startswith(f"{TEMPLATE_FOLDER}/") and name not in templates]

@@ -14,7 +14,7 @@ import copy
 import inspect
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,12 @@ def require_serving() -> None:
         )
 
 
-def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, name: str) -> FastAPI:
+def create_app(
+    model: CasaForConditionalGeneration,
+    processor: CasaProcessor,
+    name: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> FastAPI:
     """The server as a FastAPI application.
 
     It answers chat completions, responses and completions, one request at a time. Requests may name images and videos
@@ -64,6 +69,8 @@ def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, na
         model: model that answers.
         processor: processor of the model. A server gives it a policy without local files.
         name: name of the model, which requests give as `model`.
+        chat_template_kwargs: variables of the chat template, where a request gives no others as
+            `chat_template_kwargs`.
 
     Raises:
         ImportError: without the packages that the server needs.
@@ -83,7 +90,7 @@ def create_app(model: CasaForConditionalGeneration, processor: CasaProcessor, na
     manager = _manager_of_one(model, processor, name)
     state = GenerationState()
     known = inspect.signature(build_server).parameters
-    handlers = _handlers(manager, state, processor)
+    handlers = _handlers(manager, state, processor, dict(chat_template_kwargs or {}))
     app = build_server(
         manager,
         generation_state=state,
@@ -135,7 +142,9 @@ def _manager_of_one(model: CasaForConditionalGeneration, processor: CasaProcesso
     return OneModel()
 
 
-def _handlers(manager: Any, state: Any, processor: CasaProcessor) -> dict[str, Any]:
+def _handlers(
+    manager: Any, state: Any, processor: CasaProcessor, chat_template_kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The handlers of requests, by the name of `build_server`'s argument."""
     from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -160,9 +169,9 @@ def _handlers(manager: Any, state: Any, processor: CasaProcessor) -> dict[str, A
             raise HTTPException(status_code=404, detail="CASA models don't answer requests of this kind.")
 
     return {
-        "chat_handler": Chat(manager, state),
+        "chat_handler": Chat(manager, state, chat_template_kwargs=chat_template_kwargs),
         "completion_handler": CompletionHandler(manager, state),
-        "response_handler": Responses(manager, state),
+        "response_handler": Responses(manager, state, chat_template_kwargs=chat_template_kwargs),
         "transcription_handler": Unavailable(),
         "systemone_handler": Unavailable(),
     }

@@ -23,7 +23,7 @@ def frame_timestamps(
         period: seconds between two frames of which nothing else is known.
 
     Raises:
-        ValueError: if there isn't one timestamp for each frame, or they aren't finite or don't ascend.
+        ValueError: if there isn't one timestamp for each frame, or they are negative, aren't finite or don't ascend.
     """
     seconds = [] if given is None else _seconds(given)
     if given is None:
@@ -36,11 +36,16 @@ def frame_timestamps(
         timestamps = seconds
         if len(timestamps) != count:
             raise ValueError(f"timestamp has {len(timestamps)} values for {count} frames; give one for each.")
-    previous = -math.inf if last is None else last
+    if isinstance(seconds, float) and timestamps[0] < 0 <= seconds:
+        raise ValueError(
+            f"timestamp={shown(given)} of the last of {count} frames puts the first one at {timestamps[0]}, before 0. "
+            "Give a list with the timestamp of each."
+        )
+    previous = last
     for timestamp in timestamps:
-        if not previous < timestamp < math.inf:
-            later = "" if previous == -math.inf else f", later than {previous} of the frame before"
-            raise ValueError(f"timestamp={shown(given)} must be a finite number of seconds{later}.")
+        if not 0 <= timestamp < math.inf or (previous is not None and timestamp <= previous):
+            later = "" if previous is None else f", later than {previous} of the frame before"
+            raise ValueError(f"timestamp={shown(given)} must be a finite number of seconds, 0 or more{later}.")
         previous = timestamp
     return timestamps
 
