@@ -32,7 +32,7 @@ def check_frames_per_image(value: Any, temporal_patch_size: int) -> None:
         ValueError: if it is neither 1, nor those of a temporal patch, nor `ALL_FRAMES`.
     """
     allowed = (1, temporal_patch_size, ALL_FRAMES)
-    if not isinstance(value, str | Integral) or isinstance(value, bool) or value not in allowed:
+    if isinstance(value, bool) or not isinstance(value, str | Integral) or value not in allowed:
         raise ValueError(
             f"frames_per_image={value!r} is none of {', '.join(map(repr, allowed))}. Use 1 for each frame as an "
             f"image, {temporal_patch_size} for a temporal patch of the vision tower, or {ALL_FRAMES!r} for whole "
