@@ -9,6 +9,7 @@ FORMATS := .venv-formats
 ENGINES := .venv-engines
 RAY := .venv-ray
 LMMS := .venv-lmms
+CLIENTS := .venv-clients
 VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
 # The demonstration needs the package alone; where the environment of the tests is there, it will do.
@@ -20,7 +21,7 @@ PYTEST_ARGS := -n 2
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo tiny-world tiny-world-table test test-integrations test-all test-gpu test-oldest test-oldest-torch
-.PHONY: coverage test-formats test-engines test-ray test-lmms test-vllm test-vllm-smoke evaluate bench
+.PHONY: coverage test-formats test-engines test-ray test-lmms test-clients test-vllm test-vllm-smoke evaluate bench
 .PHONY: bench-gpu gpu-check bench-forever bench-captions soak docs notebooks lint quality style dist release clean
 
 help:
@@ -38,6 +39,7 @@ help:
 	@echo "make test-vllm-smoke    a few minutes of that"
 	@echo "make test-lmms          benchmarks of lmms-eval on small local data, in an environment with it; some minutes"
 	@echo "make test-ray           a job on a local Ray cluster whose workers and driver are killed, in an environment with Ray"
+	@echo "make test-clients       smolagents and Gradio, in an environment with them"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make evaluate MODEL=... the paper's image benchmarks with lmms-eval, beside the authors' figures; needs a GPU"
@@ -114,7 +116,12 @@ test-lmms: $(LMMS)/installed
 	$(LMMS)/bin/python -c "import lmms_eval.evaluator"
 	$(PYTEST) $(LMMS)/bin/python -m pytest tests/serving/test_lmms_eval.py tests/serving/test_evaluation.py
 
-test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-lmms test-vllm
+# Where a client can't be imported, its tests would be skipped.
+test-clients: $(CLIENTS)/installed
+	$(CLIENTS)/bin/python -c "import gradio, smolagents"
+	$(PYTEST) $(CLIENTS)/bin/python -m pytest -m integration tests/test_clients.py -k "smolagents or gradio"
+
+test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-lmms test-clients test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 test-gpu: $(VENV)/installed
@@ -189,7 +196,7 @@ release: $(VENV)/installed
 	$(MAKE) lint dist
 
 clean:
-	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(RAY) $(LMMS) $(VLLM) build dist site
+	rm -rf $(VENV) .venv-demo $(OLDEST) $(OLDEST_TORCH) $(FORMATS) $(ENGINES) $(RAY) $(LMMS) $(CLIENTS) $(VLLM) build dist site
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/installed: $(INPUTS)
@@ -240,6 +247,14 @@ $(LMMS)/installed: $(INPUTS) tools/torchvision_operators.py
 $(RAY)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(RAY)
 	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" "ray[data]"
+	touch $@
+
+# Pinned like the others, except for Pillow, of which Gradio takes older versions only.
+$(CLIENTS)/installed: $(INPUTS)
+	$(PYTHON) -m venv $(CLIENTS)
+	grep -v '^pillow==' constraints.txt > $(CLIENTS)/constraints.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint $(CLIENTS)/constraints.txt \
+		smolagents==1.26.0 gradio==6.31.0 --editable ".[dev]"
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, ProcessorMixin
 from transformers.cache_utils import Cache, QuantizedCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import (
@@ -68,9 +68,10 @@ _BY_BOTH_NAMES: dict[type, type] = {
 class CasaGenerationMixin(GenerationMixin):
     """Generation hooks of [`CasaForConditionalGeneration`].
 
-    `generate` takes what Transformers' own takes, the cache as `cache` or `past_key_values`, and raises TypeError for
-    a cache by another name or of another kind, ValueError for both names at once and for videos in another model's
-    form, and NotImplementedError for ways to generate that don't work with windows of images.
+    `generate` takes what Transformers' own takes, the cache as `cache` or `past_key_values`, the tokenizer of
+    `stop_strings` also as a processor that has it, and raises TypeError for a cache by another name or of another
+    kind, ValueError for both names at once and for videos in another model's form, and NotImplementedError for ways to
+    generate that don't work with windows of images.
     """
 
     @cast(Any, wraps(GenerationMixin.generate))
@@ -79,6 +80,8 @@ class CasaGenerationMixin(GenerationMixin):
         refuse_foreign({name: value for name, value in kwargs.items() if name != CACHE})
         if kwargs.get(CACHE) is not None:
             require_decoder_cache(kwargs[CACHE])
+        if isinstance(kwargs.get("tokenizer"), ProcessorMixin):  # from `transformers serve`, for `stop_strings`
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         output = super().generate(*args, **kwargs)
         by_both_names = _BY_BOTH_NAMES.get(type(output))
         return by_both_names(**vars(output)) if by_both_names is not None else output

@@ -51,8 +51,10 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
                 raise AssertionError("".join(said))
             with ThreadPoolExecutor(1) as reader:  # or the server would wait for room to write
                 reader.submit(done.stderr.read)
-                yield found[1]
-                done.terminate()
+                try:
+                    yield found[1]
+                finally:
+                    done.terminate()  # or the reader would wait for more, also where a test fails
         finally:
             done.kill()
         assert done.stdout.read() == ""
@@ -91,7 +93,7 @@ def user(*content: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(content)}
 
 
-def generated(parts: Any, *turns: tuple[str, ...]) -> str:
+def generated(parts: Any, *turns: tuple[str, ...], **options: Any) -> str:
     """The answer of `generate` to turns of the user (names of photographs, and the text at the end) and answers."""
     model, processor = parts
     messages: list[dict[str, Any]] = []
@@ -101,11 +103,11 @@ def generated(parts: Any, *turns: tuple[str, ...]) -> str:
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
-    return answer_of(model, processor, inputs)
+    return answer_of(model, processor, inputs, **options)
 
 
-def answer_of(model: CasaForConditionalGeneration, processor: CasaProcessor, inputs: Any) -> str:
-    output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+def answer_of(model: CasaForConditionalGeneration, processor: CasaProcessor, inputs: Any, **options: Any) -> str:
+    output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, **options)
     return plain(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -134,6 +136,17 @@ def test_chat_completions(client: Any, casa_folder: Path, parts: Any, serve: Any
     for name, url in urls:
         messages = [user(image_part(url), text_part("What is it?"))]
         assert asked(client, casa_folder, messages, stream=stream) == expected[name]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_stop_sequences(client: Any, casa_folder: Path, parts: Any, stream: bool) -> None:
+    """An answer ends where `stop` is in it, as that of `generate` with `stop_strings`."""
+    whole = generated(parts, ("cat", "What is it?"))
+    stop = whole[len(whole) // 2 :][:2]
+    messages = [user(image_part(as_url("cat")), text_part("What is it?"))]
+    answer = asked(client, casa_folder, messages, stream=stream, stop=[stop])
+    assert answer == generated(parts, ("cat", "What is it?"), stop_strings=[stop], tokenizer=parts[1])
+    assert stop in answer and len(answer) < len(whole)
 
 
 def test_videos(client: Any, casa_folder: Path, parts: Any) -> None:
