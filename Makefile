@@ -39,7 +39,7 @@ help:
 	@echo "make test-vllm-smoke    a few minutes of that"
 	@echo "make test-lmms          benchmarks of lmms-eval on small local data, in an environment with it; some minutes"
 	@echo "make test-ray           a job on a local Ray cluster whose workers and driver are killed, in an environment with Ray"
-	@echo "make test-clients       smolagents and Gradio, in an environment with them"
+	@echo "make test-clients       smolagents, Gradio and all of PEFT's adapters, in an environment with them"
 	@echo "make test-all           all tests, slow ones included, and all of the above"
 	@echo "make test-gpu           the tests that need a CUDA device"
 	@echo "make evaluate MODEL=... the paper's image benchmarks with lmms-eval, beside the authors' figures; needs a GPU"
@@ -118,8 +118,9 @@ test-lmms: $(LMMS)/installed
 
 # Where a client can't be imported, its tests would be skipped.
 test-clients: $(CLIENTS)/installed
-	$(CLIENTS)/bin/python -c "import gradio, smolagents"
-	$(PYTEST) $(CLIENTS)/bin/python -m pytest -m integration tests/test_clients.py -k "smolagents or gradio"
+	$(CLIENTS)/bin/python -c "import gradio, sklearn, smolagents"
+	$(PYTEST) $(CLIENTS)/bin/python -m pytest -m integration tests/test_clients.py tests/training/test_adapter_kinds.py \
+		-k "smolagents or gradio or adapter_kinds"
 
 test-all: $(VENV)/installed test-oldest test-oldest-torch test-formats test-engines test-ray test-lmms test-clients test-vllm
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
@@ -254,7 +255,7 @@ $(CLIENTS)/installed: $(INPUTS)
 	$(PYTHON) -m venv $(CLIENTS)
 	grep -v '^pillow==' constraints.txt > $(CLIENTS)/constraints.txt
 	$(CLIENTS)/bin/python -m pip install --quiet --constraint $(CLIENTS)/constraints.txt \
-		smolagents==1.26.0 gradio==6.31.0 --editable ".[dev]"
+		smolagents==1.26.0 gradio==6.31.0 scikit-learn --editable ".[dev]"
 	touch $@
 
 # Pinned like the others, except for what is installed in its oldest version.
