@@ -28,7 +28,8 @@ from transformers.video_utils import VideoMetadata
 from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.frames_casa import load_frames
 from casa_hf.serving.lmms_eval import PAPER_TASKS
-from tests.clips import write_clip
+from examples.tiny_source import build_tiny_source
+from tests.clips import numbers, write_clip
 
 pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own: make test-lmms")
 # lmms-eval's own.
@@ -140,7 +141,13 @@ def check_both_sizes(lm: Any, folder: Path, task: str, expected: Sequence[str]) 
     """Its metrics; with batches of one and three, answers are those of `generate`."""
     metrics = {}
     for size in (1, 3):
+        rows: set[int] = set()
+        hook = lm._model.register_forward_pre_hook(
+            lambda module, args, kwargs, rows=rows: rows.add(len(kwargs["input_ids"])), with_kwargs=True
+        )
         results = evaluate(lm, folder, task, batch_size=size)
+        hook.remove()
+        assert max(rows) == size
         assert answers(results, task) == list(expected)
         scores = {
             key.partition(",")[0]: value
@@ -446,15 +453,24 @@ def test_mixed_requests(lm: Any, model: Any, processor: Any, clips: list[str], t
     ]
 
 
-def test_videos_of_the_source(clips: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos_of_the_source(family: str, clips: list[str], tmp_path: Path) -> None:
     """A token-insertion checkpoint is shown the frames that a CASA one would be, with their rate."""
     from casa_hf.serving.lmms_eval.model import CasaLmms
 
-    lm = CasaLmms(str(CHECKPOINTS / "source"), frame_max_pixels=56 * 56)
-    model, processor = lm._model, AutoProcessor.from_pretrained(CHECKPOINTS / "source")
-    lm.clean = lambda: None
-    processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-    lm.processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    folder = CHECKPOINTS / "source"
+    if family == "qwen3_vl":  # which samples videos by itself, and writes the times of frames
+        folder = build_tiny_source(tmp_path / "source", family=family)
+    processor = AutoProcessor.from_pretrained(folder)
+    if family == "qwen3_vl":
+        with pytest.raises(ValueError, match="a whole video"):
+            CasaLmms(str(folder), frame_max_pixels=64 * 64)
+        lm = CasaLmms(str(folder))
+    else:
+        lm = CasaLmms(str(folder), frame_max_pixels=64 * 64)
+        smallest = processor.video_processor.size["shortest_edge"]
+        processor.video_processor.size = {"shortest_edge": smallest, "longest_edge": 64 * 64}
+    model, lm.clean = lm._model, lambda: None
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is in it?"}]}],
         tokenize=False,
@@ -467,14 +483,13 @@ def test_videos_of_the_source(clips: list[str], tmp_path: Path) -> None:
         model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True),
     ]
     expected = []
-    for clip, count, last in zip(clips, (12, 20), (11, 29), strict=True):  # below 10 seconds: 20 frames, or all
+    for clip, count, total in zip(clips, (12, 20), (12, 30), strict=True):  # below 10 seconds: 20 frames, or all
         frames = load_frames(clip)
-        rate = (count - 1) / (last / 4)
         assert len(frames) == count
         inputs = processor(
             text=[prompt],
             videos=[np.stack([np.asarray(frame) for frame in frames])],
-            video_metadata=[VideoMetadata(count, fps=rate, frames_indices=list(range(count)))],
+            video_metadata=[VideoMetadata(total, fps=4.0, frames_indices=numbers(frames))],
             do_sample_frames=False,
             return_tensors="pt",
         )

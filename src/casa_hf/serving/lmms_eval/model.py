@@ -29,6 +29,9 @@ from .generation import Generation, read_generation
 
 logger = logging.get_logger(__name__)
 
+# The processor of Qwen2-VL's and Qwen2.5-VL's videos, whose `size` is that of a frame.
+_LIMITS_FRAMES = "Qwen2VLVideoProcessor"
+
 
 class _Question(NamedTuple):
     """A request of lmms-eval.
@@ -62,7 +65,8 @@ class CasaLmms(lmms):
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code of the checkpoint may be run.
         min_pixels, max_pixels: smallest and largest number of pixels of an image; None for the checkpoint's.
-        frame_max_pixels: largest number of pixels of a video frame; None for the checkpoint's.
+        frame_max_pixels: largest number of pixels of a video frame; None for the checkpoint's. Not for sources of
+            families whose processors limit a whole video, such as Qwen3-VL.
         fps: frames per second that are taken from a video; None for 2, or 20 frames of a clip below 10 seconds.
         max_frames: largest number of frames of a video: from a video that would have more, so many are taken, evenly
             spaced. None for no limit.
@@ -228,6 +232,11 @@ def _load_processor(
     if isinstance(processor, CasaProcessor):
         processor.frame_max_pixels = frame_max_pixels
     else:
+        if (kind := type(processor.video_processor).__name__) != _LIMITS_FRAMES:
+            raise ValueError(
+                f"frame_max_pixels={frame_max_pixels} can't be set for this checkpoint: its {kind} limits the pixels "
+                "of a whole video, not those of a frame. Remove it."
+            )
         size = processor.video_processor.size
         processor.video_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": frame_max_pixels}
     return processor
@@ -248,6 +257,10 @@ def _part(part: Any, task: str) -> dict[str, Any]:
 def _decoded(video: str, sampling: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     """The frames that a CASA model would be shown, and what a stock processor has to know of them."""
     frames = read_frames(video, **sampling)
-    number = len(frames.images)
-    known = {"total_num_frames": number, "fps": 1 / frames.seconds_apart, "frames_indices": list(range(number))}
+    # As if the video had a frame each millisecond: so times stay as they are, and so does the mean rate.
+    known = {
+        "total_num_frames": round(len(frames.images) * frames.seconds_apart * 1000),
+        "fps": 1000.0,
+        "frames_indices": [round(time * 1000) for time in frames.times],
+    }
     return np.stack([np.asarray(image) for image in frames.images]), known
