@@ -15,6 +15,7 @@ what wasn't reached. In the end there is a table of figures with their bars.
 | `streams` | | 32 cameras of 448 x 448 at 2 frames per second in a `CasaStreamBatch`, from JPEG |
 | `prefill` | | 1, 8 and 64 windows in one call |
 | `training` | | a training step of `casa`, then of the source |
+| `vllm` | | answers of vLLM beside those of `casa_hf`, and its speed beside the source's, where it is installed |
 
     PYTHONPATH=src:. python3 -m benchmarks.gpu_check
     PYTHONPATH=src:. python3 -m benchmarks.gpu_check --only streams --only prefill
@@ -39,6 +40,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from benchmarks import prefill, streams, train_step
+from benchmarks import prefill, streams, train_step, vllm_engines
 from benchmarks.common import Stream as Prompt
 from benchmarks.common import (
     let_stop,
@@ -354,6 +356,59 @@ def check_training(check: Check, found: Findings) -> None:
     found.judge("training, peak memory / the source's", casa["bytes"] / source["bytes"], train_step.MEMORY_BAR)
 
 
+def check_vllm(check: Check, found: Findings) -> None:
+    """vLLM in processes of its own: whether it gives the tokens of `casa_hf`, then `benchmarks.vllm_engines`."""
+    if find_spec("vllm") is None:
+        raise Skipped("this Python has no vLLM")
+    low = "bfloat16" if check.on_gpu else "float32"
+    options = {"dtype": low, "block_size": 32, "enforce_eager": not check.on_gpu}
+    if check.on_gpu:
+        options["gpu_memory_utilization"] = 0.3
+    tolerance = 0.25 if check.on_gpu else 1e-4
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [
+            {
+                "name": name,
+                "folder": str(Path(folder) / name),
+                "checkpoint": {"variant": name},
+                "engine": options,
+                "tolerance": tolerance,
+                "rounds": 1,
+            }
+            for name in (["casa"] if check.tiny else ["casa", "ca-shared"])
+        ]
+        answers, speed = Path(folder) / "answers.json", Path(folder) / "speed.json"
+        _program("tests.serving.vllm_engine", str(answers), given=json.dumps(cases))
+        for result in json.loads(answers.read_text()):
+            name = result.pop("name")
+            wrong = len(result.pop("wrong"))
+            del result["answers"]
+            found.figures[name] = result | {"wrong": wrong}
+            found.judge(f"vLLM, {name}: requests with other tokens than casa_hf", wrong, 0)
+            found.judge(f"vLLM, {name}: difference of log-probabilities", result["worst"], tolerance)
+        check.save()
+        size = ["--size", "tiny" if check.tiny else "3b", "--requests", "1", "8", "--pictures", "1", "4"]
+        try:
+            _program("benchmarks.vllm_engines", *size, "--output", str(speed))
+        finally:
+            if speed.exists():
+                results = json.loads(speed.read_text())
+                found.figures["speed"] = {"vllm": results["versions"]["vllm"], **results["cases"]}
+                found.figures["casa / insertion"] = vllm_engines.ratios(results["cases"])
+
+
+def _program(module: str, *arguments: str, given: str = "") -> None:
+    """Run a program of this repository.
+
+    Raises:
+        RuntimeError: if it fails, with the end of what it has said.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, input=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stdout[-2000:]}")
+
+
 @dataclass(frozen=True)
 class Step:
     """A step, and how many seconds it may take."""
@@ -371,6 +426,7 @@ STEPS = {
     "streams": Step(check_streams, 90),
     "prefill": Step(check_prefill, 60),
     "training": Step(check_training, 75),
+    "vllm": Step(check_vllm, 150),
 }
 
 
@@ -426,6 +482,10 @@ def _counted(function: Callable[[], Any]) -> dict[str, int]:
 # ---------------------------------------------------------------- running them
 
 
+class Skipped(Exception):
+    """A step can't be run here, and needn't be."""
+
+
 class TimeUp(BaseException):
     """A step has had its time; nothing in it is to go on."""
 
@@ -476,6 +536,8 @@ def _run_step(check: Check, name: str, seconds: float, path: Path) -> None:
         state = "done"
     except TimeUp:
         state = f"stopped after {seconds:.0f} s"
+    except Skipped as reason:
+        state = f"skipped: {reason}"
     except Exception as error:
         traceback.print_exc()
         state = f"failed: {type(error).__name__}: {str(error)[:500]}"
@@ -570,7 +632,7 @@ def main() -> None:
     written = summary(results, arguments.device == "cuda" and not arguments.tiny)
     write(arguments.output / TABLE, written)
     print(written)
-    if not all(results.get(name, {}).get("state") == "done" for name in steps):
+    if not all(results.get(name, {}).get("state", "").startswith(("done", "skipped")) for name in steps):
         raise SystemExit(1)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -30,6 +30,7 @@ from benchmarks import (
     streams,
     train_step,
     training_cost,
+    vllm_engines,
 )
 from benchmarks.common import (
     TINY_TEXT,
@@ -650,3 +651,28 @@ def test_bars_of_a_training_step_are_for_a_gpu(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit) as ended:
         train_step.main()
     assert ended.value.code == 2 and "--check is for a GPU and a size other than tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", vllm_engines.SIZES)
+def test_engines_get_the_same_shapes(size: str, tmp_path) -> None:
+    sizes = vllm_engines.SIZES[size]
+    models = vllm_engines.make_models(tmp_path, sizes)
+    source, casa = (AutoConfig.from_pretrained(models[name]) for name in ("insertion", "casa"))
+    assert (source.model_type, casa.model_type, casa.variant) == ("qwen2_5_vl", "casa", "casa")
+    for field, value in sizes.text.items():
+        if field != "rope_parameters":
+            assert getattr(source.text_config, field) == getattr(casa.text_config, field) == value
+    assert len(casa.fusion_layers) == source.text_config.num_hidden_layers
+    assert source.vision_config.depth == casa.vision_config.depth
+    assert casa.vision_config.out_hidden_size == casa.text_config.hidden_size
+    with torch.device("meta"):
+        CasaForConditionalGeneration(casa)  # its shapes fit together
+
+
+def test_engines_are_compared_case_by_case() -> None:
+    case = {"requests": 8, "pictures": 4, "requests_per_s": 2.0, "ttft_s": 1.0, "tpot_s": 0.02}
+    quick = case | {"requests_per_s": 3.0, "ttft_s": 0.25, "tpot_s": 0.03}
+    found = {"insertion": [case, case], "casa": [quick]}  # the second case was cut off
+    expected = {"requests": 8, "pictures": 4, "requests_per_s": 1.5, "ttft_s": 0.25, "tpot_s": 1.5}
+    assert vllm_engines.ratios(found) == [expected]
+    assert vllm_engines.written(found).splitlines()[-1] == "| 8 | 4 | 1.50 | 0.25 | 1.50 | 2.00 / 1000 / 20.0 |"

@@ -198,14 +198,15 @@ def test_a_day_of_an_engine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_client_of_openai(tmp_path: Path) -> None:
-    """`vllm serve`: pictures by URL and base64, two turns, streaming, a picture that can't be one, a window too large;
-    answers are `casa_hf`'s."""
+    """`vllm serve`: pictures by URL and base64, two turns, streaming, windows that are too large, of new pictures and
+    of one that was seen before; answers are `casa_hf`'s, after these too."""
     result = run_module("vllm_client", tmp_path)
     for name, (answer, expected) in result["answers"].items():
         assert answer == expected, name
     assert result["prompt_tokens"] == result["expected_prompt_tokens"]
     assert result["refused"][0] == 400
     assert "casa_max_image_tokens" in result["refused"][1]
+    assert result["crowded"][0] == 500
 
 
 @pytest.mark.slow
@@ -300,6 +301,20 @@ def test_adapters_that_would_be_ignored_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf"this one has model.{name}.*merge_and_unload"):
         parse_fine_tuned_lora_name(f"base_model.model.model.{name}.weight", mapper)
     assert mapper.apply_list(["model.visual.blocks.0.attn.qkv"]) == ["visual.blocks.0.attn.qkv"]
+
+
+def test_images_that_the_encoder_has_not_given_are_not_seen() -> None:
+    """Of two images that a step should have, only the first has come."""
+    import torch
+
+    from casa_hf.serving.vllm.model import CasaForConditionalGeneration
+
+    rows = torch.arange(7 * 8.0).view(7, 8)
+    rows[0] = torch.tensor([0, 2, 0, 3, 1, 0, 0, 0])  # height 2 and width 3, a frame
+    mask = torch.tensor([False, True, False, True])
+    images, features = CasaForConditionalGeneration._read_images(None, rows, mask)  # type: ignore[arg-type]
+    assert images == [(1, (2, 3), True)]
+    assert torch.equal(features, rows[1:])
 
 
 def test_what_is_used_of_this_vllm_is_there() -> None:

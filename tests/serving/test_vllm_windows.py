@@ -239,6 +239,7 @@ def test_steps_end_where_the_store_is_full() -> None:
     assert windows.end_of_step(5, 10, 6, BLOCK) == 9
     assert windows.end_of_step(1, 3, 2, BLOCK) == 1  # one alone has no room
     assert windows.largest(10, BLOCK) == 3
+    assert windows.most_image_tokens == 16
 
 
 def test_the_history_all_takes_in_one_image_per_step() -> None:

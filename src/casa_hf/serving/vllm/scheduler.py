@@ -7,14 +7,17 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from transformers.utils import logging
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from .memory import FusionManager, FusionSpec
-from .support import fusion_rules, grids_of
+from .support import MAX_IMAGE_TOKENS, fusion_rules, grids_of
 from .windows import PlacedImage, RequestWindows
+
+logger = logging.get_logger(__name__)
 
 # The encoder gives a row with the size of an image before those of its tokens.
 ROWS_BESIDE_TOKENS = 1
@@ -80,6 +83,7 @@ class CasaScheduling(Scheduler):
         self._fusion.requests = self._windows
         spec = self._fusion.kv_cache_spec
         assert isinstance(spec, FusionSpec)
+        self._most_image_tokens = spec.max_image_tokens
         self._capacity = spec.max_num_blocks_per_req(self.vllm_config, self.max_model_len)
         lookup = self.kv_cache_manager.get_computed_blocks
         # What fusion layers know of a prefix isn't shared, so that none is taken over from the first image on.
@@ -124,11 +128,20 @@ class CasaScheduling(Scheduler):
         **kwargs: Any,
     ) -> Any:
         windows = self._windows_of(request)
-        if num_new_tokens > 0:
+        if windows.most_image_tokens > self._most_image_tokens:
+            logger.error(
+                "Request %s has a window with %d image tokens, which may have %d (%s in additional_config); it ends "
+                "with an error.",
+                request.request_id,
+                windows.most_image_tokens,
+                self._most_image_tokens,
+                MAX_IMAGE_TOKENS,
+            )
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
+            num_new_tokens = 0
+        elif num_new_tokens > 0:
             start, end = num_computed_tokens, num_computed_tokens + num_new_tokens
             num_new_tokens = windows.end_of_step(start, end, self._capacity, self._fusion.block_size) - start
-            if num_new_tokens == 0 and windows.num_blocks(start, start + 1, self._fusion.block_size) > self._capacity:
-                self.encoder_cache_mismatch_reqs.add(request.request_id)  # it ends with an error
         return super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )

@@ -97,6 +97,11 @@ class RequestWindows:
         images: images in reading order.
         tokens: function that gives the token ids from one index to another.
         rules: rules of the model.
+
+    Attributes:
+        images: as given.
+        windows: windows in reading order.
+        most_image_tokens: number of image tokens of the window that has most of them.
     """
 
     def __init__(self, images: Sequence[PlacedImage], tokens: Callable[[int, int], Sequence[int]], rules: FusionRules):
@@ -117,6 +122,7 @@ class RequestWindows:
         self.windows = [
             Window(tuple(images), end) for images, end in zip(found, [*ends, None][: len(found)], strict=True)
         ]
+        self.most_image_tokens = max((sum(image.num_tokens for image in each) for each in found), default=0)
         self._starts = [window.start for window in self.windows]
         self._indices = [image.index for image in self.images]
         self._sums = list(accumulate((image.num_tokens for image in self.images), initial=0))
