@@ -40,7 +40,7 @@ async def captions(
     Args:
         engine: vLLM with a CASA model.
         processor: processor of the model.
-        frames: times in seconds and frames, ascending.
+        frames: times in seconds and frames, ascending; waited for in a thread.
         settings: prompt, and the number of tokens per frame.
         stops: ids of tokens that end what is said to a frame.
         name: name of the session.
@@ -58,7 +58,9 @@ async def captions(
     shown: list[float] = []
 
     async def updates() -> AsyncIterator[StreamingInput]:
-        for time, frame in frames:
+        given = iter(frames)
+        while (pair := await asyncio.to_thread(next, given, None)) is not None:
+            time, frame = pair
             before = said[-1:] if shown else turns.opening
             ids, _ = turns.image([time])
             said.clear()
@@ -77,17 +79,16 @@ async def captions(
 
 async def caption_videos(model: str, videos: list[str], prompt: str, fps: float) -> None:
     """Caption videos at the same time, and print what is said."""
-    from casa_hf.video import load_frames
+    from casa_hf.video import open_video
 
+    opened = {video: open_video(video, fps=fps) for video in videos}
     processor = CasaProcessor.from_pretrained(model)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model))
     settings = StreamSettings(prompt=prompt, fps=fps)
     stops = [processor.tokenizer.eos_token_id]
 
     async def one(video: str) -> None:
-        frames = load_frames(video, fps=fps)
-        pairs = zip(frames.times, frames.images, strict=True)
-        async for time, ids in captions(engine, processor, pairs, settings, stops, video):
+        async for time, ids in captions(engine, processor, opened[video], settings, stops, video):
             if text := processor.tokenizer.decode(ids, skip_special_tokens=True).strip():
                 print(f"{video} {time:7.2f} s  {text}", flush=True)
 
@@ -101,7 +102,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Caption videos with vLLM, a frame at a time.")
     parser.add_argument("model", help="folder or Hub id of a CASA model")
-    parser.add_argument("videos", nargs="+", help="video files")
+    parser.add_argument("videos", nargs="+", help="video files, cameras, folders of images")
     parser.add_argument("--prompt", default="Describe what happens in the video.")
     parser.add_argument("--fps", type=float, default=2.0, help="frames per second")
     options = parser.parse_args()

@@ -197,6 +197,31 @@ def test_a_day_of_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_of_live_video(tmp_path: Path) -> None:
+    """`examples/vllm_live.py` prints what the captioner says to a folder of frames, when it says something."""
+    from casa_hf import CasaForConditionalGeneration, CasaProcessor
+    from examples.tiny_world.live import CHECKPOINT, PROMPT, clip, new_stream
+
+    frames, folder = clip(0, 8).frames, tmp_path / "frames"
+    folder.mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(folder / f"{number:03}.png")
+    command = [sys.executable, "examples/vllm_live.py", str(CHECKPOINT), str(folder), "--prompt", PROMPT]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | os.environ
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    processor = CasaProcessor.from_pretrained(CHECKPOINT)
+    expected = []
+    with new_stream(CasaForConditionalGeneration.from_pretrained(CHECKPOINT).eval(), processor) as stream:
+        for number, frame in enumerate(frames):
+            ids = list(stream.push(frame))[-1].token_ids
+            if text := processor.tokenizer.decode(ids, skip_special_tokens=True).strip():
+                expected.append(f"{folder} {number / 2:7.2f} s  {text}")
+    assert 0 < len(expected) < len(frames)
+    assert [line for line in done.stdout.splitlines() if line.startswith(str(folder))] == expected
+
+
+@pytest.mark.slow
 def test_the_client_of_openai(tmp_path: Path) -> None:
     """`vllm serve`: pictures by URL and base64, two turns, streaming, windows that are too large, of new pictures and
     of one that was seen before; answers are `casa_hf`'s, after these too."""
