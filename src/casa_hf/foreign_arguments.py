@@ -86,7 +86,7 @@ def refuse_export(with_images: bool, with_cache: bool) -> None:
 
     Args:
         with_images: whether the call has images.
-        with_cache: whether it has a cache, or makes one.
+        with_cache: whether it has a cache that a graph can't take, or makes one.
 
     Raises:
         NotImplementedError: naming what can't be exported, and why.
@@ -95,13 +95,13 @@ def refuse_export(with_images: bool, with_cache: bool) -> None:
         raise NotImplementedError(
             "Exporting a call with images (torch.export, ONNX) isn't supported by CASA models: how many patches and "
             "windows there are, and where, are values of image_grid_thw and of the ids, which are read to plan it. "
-            "Export a call with text alone; use torch.compile or a server for images."
+            "Export casa_hf.exporting.FixedCall(model, **inputs), which plans it before, for images of these sizes."
         )
     if with_cache:
         raise NotImplementedError(
-            "Exporting a call with a cache (torch.export, ONNX), such as a decoding step, isn't supported by CASA "
-            "models: beside the text their caches have image keys, windows and positions, which exporters don't know "
-            "as inputs and outputs. Pass use_cache=False; use torch.compile with a static cache for decoding."
+            "Exporting a call with this cache (torch.export, ONNX) isn't supported by CASA models: lengths and "
+            "windows of caches that grow, and of calls with several tokens, are read on the host to plan the call. "
+            "Pass use_cache=False; or, for a decoding step, one token and a filled StaticCache as an input."
         )
 
 

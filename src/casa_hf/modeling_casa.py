@@ -787,7 +787,8 @@ class CasaModel(CasaPreTrainedModel):
             ValueError: if images, their placeholders and their positions don't fit each other, for both names of the
                 cache at once, for a filled cache under gradient checkpointing, and for images, videos or states in
                 another model's form.
-            NotImplementedError: for images, or a cache, where `torch.export` traces the call.
+            NotImplementedError: for images, or a cache, where `torch.export` traces the call; a decoding step may have
+                a static cache as an input.
         """
         check_foreign(kwargs, self.language_model.config._attn_implementation)
         if use_cache is None:
@@ -796,7 +797,8 @@ class CasaModel(CasaPreTrainedModel):
         inputs_embeds = embed_text(input_ids, inputs_embeds, embedding)
         with_images = has_images(pixel_values, image_embeds, image_grid_thw)
         if torch.compiler.is_exporting():
-            refuse_export(with_images, cache is not None or use_cache is not False)
+            is_step = cache is not None and inputs_embeds.shape[1] == 1 and _is_static_input(cache)
+            refuse_export(with_images, not is_step and (cache is not None or use_cache is not False))
         cache = self.language_model.prepared(cache)
         mask = attention_mask if token_mask is None else token_mask
         text = NewText(input_ids, inputs_embeds, embedding, mask, cache, stored_state(cache))
@@ -883,6 +885,15 @@ class CasaModel(CasaPreTrainedModel):
             return check_features(self.config, image_embeds, grids), None
         outputs = self._run_tower(pixel_values, grids, **recorded)
         return torch.cat(outputs.pooler_output), outputs
+
+
+def _is_static_input(cache: Cache) -> bool:
+    """Whether a cache is a static one with its state on the device, and an input of the program that is traced: what a
+    program only captures are tensors of the ordinary type, which it would change for good."""
+    home = home_layer(cache)
+    if not isinstance(home, CasaStaticLayer) or home.window_state is None or home.window_state.capacity is None:
+        return False
+    return type(home.keys) is not torch.Tensor
 
 
 def _share_of_update(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
