@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import StaticCache
 
+from casa_hf import CasaForConditionalGeneration, CasaProcessor
 from casa_hf.backbones import VISION_TOWERS, Backbone
+from casa_hf.samples import CAT
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {
@@ -35,6 +39,7 @@ def test_all_guides_with_code_are_run() -> None:
     assert {name for name, blocks in GUIDES.items() if blocks} == {
         *LONG,
         "architecture.md",
+        "clients.md",
         "new-backbone.md",
         "images.md",
     }
@@ -57,6 +62,22 @@ def test_architecture_and_pictures(casa_folder: Path, tmp_path: Path, monkeypatc
     assert said.startswith("[0.0 seconds]<|vision_start|><|vision_end|>[0.5 seconds]<|vision_start|>")
     with pytest.raises(ValueError, match=r"cat\.jpg"):
         names["processor"](text="<|vision_start|><|vision_end|>", images=names["CAT"], return_tensors="pt")
+
+
+def test_clients(casa_folder: Path) -> None:
+    model = CasaForConditionalGeneration.from_pretrained(casa_folder).eval()
+    processor = CasaProcessor.from_pretrained(casa_folder)
+    text = f"{processor.image_placeholder}What is it?"
+    inputs = processor(text=[text], images=[CAT], return_tensors="pt")
+    names: dict[str, Any] = {"model": model, "inputs": inputs, "token": torch.tensor([[5]])}
+    names |= {name: inputs[name] for name in ("input_ids", "pixel_values")}
+    caches = [StaticCache(config=model.config.get_text_config(), max_cache_len=32) for _ in range(2)]
+    with torch.no_grad():
+        expected, _ = [model(**inputs, past_key_values=cache).logits for cache in caches]
+        run("clients.md", names := {**names, "cache": caches[0]})
+        step = model(input_ids=names["token"], past_key_values=caches[1]).logits
+    torch.testing.assert_close(names["logits"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(names["output"].logits, step, rtol=1e-5, atol=1e-5)
 
 
 def test_new_backbone() -> None:
