@@ -123,7 +123,7 @@ class Attended(NamedTuple):
 
     def updated(self, other: Attended) -> Attended:
         """This with all that `other` has."""
-        return self._replace(**{name: part for name, part in other._asdict().items() if part is not None})
+        return Attended._make(own if part is None else part for own, part in zip(self, other, strict=True))
 
 
 def all_text(self_attn: SelfAttention, text: Projected, call: Call) -> KeysValues:

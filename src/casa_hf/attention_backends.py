@@ -428,7 +428,7 @@ def _scores(grouped: torch.Tensor, keys: torch.Tensor, module: AttentionModule) 
     scores = torch.baddbmm(
         grouped.new_empty(1), grouped.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1), beta=0, alpha=module.scaling
     )
-    return scores.unflatten(0, grouped.shape[:2])
+    return scores.view(*grouped.shape[:3], -1)
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, module: AttentionModule) -> torch.Tensor:

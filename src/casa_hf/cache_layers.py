@@ -77,10 +77,11 @@ class GrowingMemory:
         them: tensors of inference mode can't be changed outside it."""
         if self.tensors.keys.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        place = 0
-        for part in parts:
-            here, length = self.tensors.keys[:, :, place:], part.keys.shape[2]
-            if length and (here.data_ptr() != part.keys.data_ptr() or here.shape[:2] != part.keys.shape[:2]):
+        own, place = self.tensors.keys, 0
+        first, step = own.data_ptr(), own.stride(2) * own.element_size()
+        for part, _ in parts:
+            length = part.shape[2]
+            if length and (part.data_ptr() != first + place * step or part.shape[:2] != own.shape[:2]):
                 return False
             place += length
         return place == self.used
@@ -193,7 +194,9 @@ class CasaLayerMixin:
     def _join(self, images: KeysValues, window: KeysValues, room: int = 0) -> GrowingMemory:
         """Bring images and window text into one piece of memory, so that a step attends to both without a copy."""
         memory = self.memory["window"] = GrowingMemory.copy_of(images, window, room=room)
-        self._view_joined(memory, images.keys.shape[2])
+        num_columns = images.keys.shape[2]
+        self.fusion["image"] = memory.tensors.between(0, num_columns)
+        self.fusion["window"] = memory.tensors.between(num_columns, memory.used)
         return memory
 
     def _append_joined(self, new: KeysValues) -> KeysValues | None:
@@ -206,13 +209,8 @@ class CasaLayerMixin:
         if not memory.append(new):
             memory = self._join(images, window, room=new.keys.shape[2])
             memory.append(new)
-        return self._view_joined(memory, images.keys.shape[2])
-
-    def _view_joined(self, memory: GrowingMemory, num_columns: int) -> KeysValues:
-        everything = memory.tensors.between(0, memory.used)
-        self.fusion["image"] = everything.between(0, num_columns)
-        self.fusion["window"] = everything.between(num_columns, memory.used)
-        return everything
+        self.fusion["window"] = memory.tensors.between(images.keys.shape[2], memory.used)
+        return memory.tensors.between(0, memory.used)
 
     def _appended(self, name: str, stored: KeysValues | None, new: KeysValues) -> KeysValues:
         """`stored`, if any, with `new` behind it, without a copy of `stored` where there is room for more.

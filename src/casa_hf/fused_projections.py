@@ -107,6 +107,7 @@ class FusedProjections:
 
     def __init__(self, projections: Projections, owners: Sequence[AttentionModule]):
         self.owners = tuple(owners)
+        self._places = {id(owner): place for place, owner in enumerate(self.owners)}
         self._projections = projections
         linears = _linears(owners)
         self._rows = [linear.out_features for linear in linears]
@@ -145,8 +146,8 @@ class FusedProjections:
 
     def serves(self, wanted: Sequence[Wanted]) -> bool:
         """Whether the rows of these modules stand one behind the other."""
-        first = self._index(wanted[0].owner)
-        return first >= 0 and all(self._index(owner) == first + i for i, (owner, _) in enumerate(wanted))
+        places = [self._places.get(id(owner), -1) for owner, _ in wanted]
+        return places[0] >= 0 and places == list(range(places[0], places[0] + len(places)))
 
     def project(self, wanted: Sequence[Wanted], states: torch.Tensor, tables: Rotary) -> list[Projected]:
         """As the function `project`, by one product.
@@ -156,7 +157,7 @@ class FusedProjections:
             states: (batch, tokens, hidden) normalised states.
             tables: what `Projections.tables` makes of cos and sin.
         """
-        first, projections = 3 * self._index(wanted[0].owner), self._projections
+        first, projections = 3 * self._places[id(wanted[0].owner)], self._projections
         rows = self._rows[first : first + 3 * len(wanted) - (0 if wanted[-1].keys else 2)]
         start = sum(self._rows[:first])
         taken = slice(start, start + sum(rows))
@@ -179,14 +180,15 @@ class FusedProjections:
     ) -> list[Projected]:
         """The same of a product that consists of heads as they stand: what is rotated is a part of it, in which the
         values between are rotated too and not looked at."""
-        heads = product.unflatten(-1, (-1, self._projections.head_dim))  # (batch, tokens, all heads, head_dim)
-        sizes = [count // self._projections.head_dim for count in rows]
-        parts = turned = heads.transpose(1, 2).split(sizes, dim=1)
+        width = self._projections.head_dim
+        heads = product.view(*product.shape[:2], -1, width)  # (batch, tokens, all heads, head_dim)
+        sizes = [count // width for count in rows]
+        parts = turned = heads.transpose(1, 2).split_with_sizes(sizes, dim=1)
         num_keyed = sum(with_keys for _, with_keys in wanted)
         if num_keyed and self._projections.rotates:
             sizes = sizes[: 3 * num_keyed - 1]
             heads = self._projections.rotate_together(heads[:, :, : sum(sizes)], tables)
-            turned = heads.transpose(1, 2).split(sizes, dim=1)
+            turned = heads.transpose(1, 2).split_with_sizes(sizes, dim=1)
         made = []
         for place, (_, with_keys) in zip(range(0, len(parts), 3), wanted, strict=True):
             query = parts[place]
@@ -195,9 +197,6 @@ class FusedProjections:
             else:
                 made.append(Projected(query, query, query[:, :, :0], query[:, :, :0], None))
         return made
-
-    def _index(self, owner: AttentionModule) -> int:
-        return next((index for index, held in enumerate(self.owners) if held is owner), -1)
 
 
 def can_be_fused(owners: Sequence[AttentionModule]) -> bool:

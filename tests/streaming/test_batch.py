@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -670,6 +671,54 @@ def test_compiled_streams_equal_separate_sessions(compiled_model, processor, var
     steps = counters["stats"]["unique_graphs"] - towers
     # Where all images are kept, room for them doubles from time to time, and so there are further graphs.
     assert steps == compile_steps(batch) + (variant == "insertion")
+
+
+def test_batches_of_a_model_share_their_steps(compiled_model, processor):
+    """A second one compiles none, and the two take turns; a copy of the model has its own."""
+    model = compiled_model("casa")
+
+    def batch_and_streams(of: Any, compile: bool) -> tuple[CasaStreamBatch, list[int]]:
+        batch = batch_of(of, processor, compile=compile, max_text_tokens=70)
+        return batch, [batch.add(prompt=prompt) for prompt in PROMPTS[:2]]
+
+    def said(batch: CasaStreamBatch, streams: list[int], number: int) -> Any:
+        events = by_stream(batch.push({stream: PICTURES[number + stream] for stream in streams}))
+        return [untimed(events[stream]) for stream in streams]
+
+    plain = batch_and_streams(model, compile=False)
+    expected = [said(*plain, number) for number in range(4)]
+    first, second = (batch_and_streams(model, compile=True) for _ in range(2))
+    assert [said(*first, number) for number in range(3)] == expected[:3]
+    made = counters["stats"]["unique_graphs"]
+    assert [said(*second, number) for number in range(3)] == expected[:3]
+    assert said(*first, 3) == said(*second, 3) == expected[3]
+    assert compile_steps(first[0]) == 1 and counters["stats"]["unique_graphs"] == made
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    alone = batch_and_streams(other, compile=True)
+    assert compile_steps(alone[0]) == 0
+    assert said(*alone, 0) == said(*batch_and_streams(other, compile=False), 0) != expected[0]
+
+
+def test_unbounded_text_of_compiled_streams_doubles_the_room(compiled_model, processor, monkeypatch):
+    """Each size is a graph; no text is lost."""
+    monkeypatch.setattr("casa_hf.streaming.batch._FIRST_TOKENS", 64)
+    model = compiled_model("casa")
+    batch = batch_of(model, processor, compile=True)
+    prompt = PROMPTS[0]
+    stream = batch.add(prompt=prompt)
+    alone = stream_of(model, processor, prompt=prompt, compile=False, **SETTINGS)
+    rooms = []
+    for number in range(3):
+        frame, question = PICTURES[number], " ".join(["Who is it?"] * 50 * number)
+        assert untimed(by_stream(batch.push({stream: frame}))[stream]) == untimed(alone.push(frame))
+        question = question or "Where?"
+        answer = by_stream(batch.ask({stream: question}, max_new_tokens=3))[stream]
+        assert untimed(answer) == untimed(alone.ask(question, 3))
+        rooms.append(batch._shape[1])
+    assert rooms == [256, 512, 2048] and batch.num_text_tokens(stream) == alone.num_text_tokens
+    assert compile_steps(batch) == len(rooms)
 
 
 def test_a_failing_forward_of_compiled_streams_loses_nothing(compiled_model, processor):

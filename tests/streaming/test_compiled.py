@@ -34,7 +34,7 @@ def graphs() -> int:
 
 def towers(model: Any) -> int:
     """How many sizes and numbers of frames the tower is compiled for."""
-    held = getattr(model, "_frame_tower", None)
+    held = getattr(model, "_FrameTower", None)
     return 0 if held is None else sum(each is not None for kind in held._compiled.values() for each in kind.values())
 
 
@@ -208,8 +208,8 @@ def test_a_copy_of_the_model_has_a_tower_of_its_own(new_model: Callable[..., Any
     expected = say(stream_of(other, processor, compile=False), [PICTURES[0]] * 3)
     assert say(stream_of(other, processor, compile=True), [PICTURES[0]] * 3) == expected
     assert expected != say(stream_of(model, processor, compile=False), [PICTURES[0]] * 3)
-    tower = FrameTower.of(other, other._frame_tower._options)
-    assert tower is other._frame_tower and tower._model is other and towers(other) == 1
+    tower = FrameTower.of(other, other._FrameTower._options)
+    assert tower is other._FrameTower and tower._model is other and towers(other) == 1
 
 
 # ------------------------------------------------------------------------------------ the cache

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from ..cache_casa import CacheMoment, cache_nbytes, cache_snapshot, cache_state, home_layer, select_rows
 from ..checks import check_count, check_number
+from ..window_state import in_doublings
 from .compiled import CompiledSteps, max_image_tokens
 from .drawing import History, TokenDraws, TokenRules, uniform_number
 from .events import CaptionEvent, refusal
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _SPARE_POSITIONS = 64
 # Numbers of rows that a cache of fixed size has; beyond the last, multiples of it.
 _NUM_ROWS = (1, 2, 4, 8, 16, 32)
+# Number of text tokens that a stream without a limit of them has room for at first, in a cache of fixed size.
+_FIRST_TOKENS = 512
 # Rows are parts of the batch's compiled steps.
 _NOT_COMPILED: dict[str, Any] = {"compile": False}
 
@@ -105,7 +108,7 @@ class CasaStreamBatch:
         self._places: list[int | None] = []
         self._compiled = CompiledSteps.of(model, processor, self.settings)
         options = None if self._compiled is None else self._compiled.options
-        self._one_token = None if options is None else StepsByShape(model, options)
+        self._one_token = None if options is None else StepsByShape.of(model, options)
         self._tower = FrameTower.of(model, options)
         self._draws = TokenDraws(model, stop_tokens(model))
         self._pool = FramePool()
@@ -617,10 +620,11 @@ class CasaStreamBatch:
         return self.model.get_decoder().static_cache(self._room(num_tokens), columns, len(self._places))
 
     def _room(self, num_tokens: int) -> int:
-        """Number of cache positions of a cache of fixed size: what all streams may hold, and padding."""
-        limits = [row.settings.max_text_tokens or 0 for row in self._rows.values()]
-        wanted = max(num_tokens, *limits) + _SPARE_POSITIONS
-        return -(-wanted * 5 // (4 * 256)) * 256
+        """Number of cache positions of a cache of fixed size: what all streams may hold, and padding. More, as texts
+        without a limit need, is a doubling of that, so that there are few sizes."""
+        limits = [row.settings.max_text_tokens or _FIRST_TOKENS for row in self._rows.values()]
+        usual = max(limits, default=_FIRST_TOKENS) + _SPARE_POSITIONS
+        return in_doublings(num_tokens + _SPARE_POSITIONS, -(-usual * 5 // (4 * 256)) * 256)
 
     # ---------------------------------------------------------------- rows of the cache
 

@@ -1,12 +1,14 @@
 # Copyright 2026 The casa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is compiled for one shape at a time: one-token forwards of several rows on a static cache, for example."""
+"""What is compiled for one shape at a time and shared by all streams of a model: one-token forwards of several rows on
+a static cache, for example."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -41,17 +43,49 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
     return torch.compile(own, **{**options, "fullgraph": True, "dynamic": False})
 
 
-class StepsByShape:
-    """Forwards of one token per row, compiled for each shape of the cache: as many rows and as much room.
+class GraphsOfModel:
+    """Base of what is compiled for a model. Streams in several threads may use it at once.
+
+    Args:
+        model: model that runs.
+        options: arguments of `torch.compile`; None to compile nothing.
+    """
+
+    def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any] | None = None):
+        self._model, self._options = model, options
+        self._lock = threading.Lock()  # for what is kept
+
+    @classmethod
+    def of(cls, model: CasaForConditionalGeneration, options: dict[str, Any] | None) -> Self:
+        """That of a model, which all its streams share, those that are made later too, if anything is compiled."""
+        if options is None:
+            return cls(model)
+        name = f"_{cls.__name__}"
+        shared: Self | None = getattr(model, name, None)
+        if shared is None or shared._options != options:
+            shared = cls(model, options)
+            setattr(model, name, shared)
+        return shared
+
+    def __reduce__(self) -> Any:
+        # A copy of the model, or its file, has nothing that was compiled for this one.
+        return type(self), (self._model, self._options)
+
+
+class StepsByShape(GraphsOfModel):
+    """Forwards of one token per row, compiled for each shape of the cache: as many rows, and as much room for text and
+    images.
+
+    Caches of one shape have the same step, those of several batches for example; CUDA graphs are recorded for each.
 
     Args:
         model: model that runs them.
         options: arguments of `torch.compile`.
     """
 
-    def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any]):
-        self._model, self._options = model, options
-        self._steps: dict[tuple[int, int], Callable[..., torch.Tensor]] = {}
+    def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any] | None = None):
+        super().__init__(model, options)
+        self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: StaticCache) -> torch.Tensor:
         """(rows, vocabulary) logits of the next tokens; on a GPU, until the next call.
@@ -64,11 +98,12 @@ class StepsByShape:
         home = home_layer(cache)
         if not home.window_state.padded:  # as behind a frame or an eviction without padding; not a graph of its own
             home.window_state = replace(home.window_state, padded=True)
-        shape = len(ids), home.max_cache_len
-        step = self._steps.pop(shape, None) or compiled(_step_of(self._model), self._options)
-        self._steps[shape] = step  # the last one used is the last one to go
-        if len(self._steps) > _MAX_SHAPES:
-            del self._steps[next(iter(self._steps))]
+        shape = len(ids), home.max_cache_len, home.window_state.image_columns
+        with self._lock:
+            step = self._steps.pop(shape, None) or compiled(_step_of(self._model), self._options or {})
+            self._steps[shape] = step  # the last one used is the last one to go
+            if len(self._steps) > _MAX_SHAPES:
+                del self._steps[next(iter(self._steps))]
         return step(ids, mask, cache)
 
 

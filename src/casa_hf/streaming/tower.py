@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .graphs import compiled
+from .graphs import GraphsOfModel, compiled
 
 if TYPE_CHECKING:
     from ..modeling_casa import CasaForConditionalGeneration
@@ -25,12 +24,11 @@ Kind = tuple[Size, torch.device, str | None]  # with the device, and how the tow
 Tower = Callable[[torch.Tensor], torch.Tensor]  # from pixels to features
 
 
-class FrameTower:
+class FrameTower(GraphsOfModel):
     """Features of frames by a model's vision tower.
 
     With `options`, the tower is compiled for each size of frames and each number of them in a group (1, 2, 4 or 8)
-    when these come for the second time, and stays so for the last 8 sizes; what comes once isn't worth it. Streams in
-    several threads may use it at once.
+    when these come for the second time, and stays so for the last 8 sizes; what comes once isn't worth it.
 
     Args:
         model: model whose tower it is.
@@ -38,25 +36,8 @@ class FrameTower:
     """
 
     def __init__(self, model: CasaForConditionalGeneration, options: dict[str, Any] | None = None):
-        self._model = model
-        self._options = options
+        super().__init__(model, options)
         self._compiled: dict[Kind, dict[int, Tower | None]] = {}  # by number of frames
-        self._lock = threading.Lock()  # for this dictionary
-
-    @classmethod
-    def of(cls, model: CasaForConditionalGeneration, options: dict[str, Any] | None) -> FrameTower:
-        """That of a model, which all its streams share, those that are made later too, if it is compiled."""
-        if options is None:
-            return cls(model)
-        held: Any = model
-        shared = getattr(held, "_frame_tower", None)
-        if shared is None or shared._options != options:
-            shared = held._frame_tower = cls(model, options)
-        return shared
-
-    def __reduce__(self) -> Any:
-        # A copy of the model, or its file, has nothing that was compiled for this one.
-        return type(self), (self._model, self._options)
 
     def inputs(self, images: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Image inputs of a forward, with features in place of pixels if the tower is compiled.
