@@ -185,14 +185,14 @@ class PatchEmbedding(nn.Module):
     @torch.no_grad()
     def _fold(self) -> None:
         weight, bias = self.proj.weight.detach(), self.proj.bias
-        double = weight.to("cpu", torch.float64).flatten(3)  # (dim, channels, frames, pixels)
+        double = weight.cpu().double().flatten(3)  # (dim, channels, frames, pixels)
         mean, std = (
             torch.tensor(by_channel, dtype=torch.float64)[:, None, None] for by_channel in self._normalization
         )
         scale = 1 / (LEVELS * std)
         constant = (double * (_MIDDLE * scale - mean / std)).sum((1, 2, 3))
         if bias is not None:
-            constant = constant + bias.detach().to("cpu", torch.float64)
+            constant = constant + bias.detach().cpu().double()
         scaled = double * scale
         made = {
             "folded_frame": scaled.sum(2).flatten(1),

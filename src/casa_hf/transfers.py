@@ -45,11 +45,19 @@ def to_host(value: Any) -> Any:
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double().view(torch.long) if tensor.is_floating_point() else tensor.long()
+    """Integers that keep every number exactly, made without float64, which not every device has."""
+    if tensor.dtype == torch.float64:
+        return tensor.view(torch.long)
+    return (tensor.float().view(torch.int32) if tensor.is_floating_point() else tensor).long()
 
 
 def _from_integers(integers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    numbers = integers.view(torch.double) if like.is_floating_point() else integers
+    """What `_as_integers` has made integers of, as it was."""
+    numbers = integers
+    if like.dtype == torch.float64:
+        numbers = integers.view(torch.float64)
+    elif like.is_floating_point():
+        numbers = integers.int().view(torch.float32)
     return numbers.to(like.dtype).view(like.shape)
 
 

@@ -163,6 +163,29 @@ def test_frames_of_a_video_are_prepared_as_they_come(casa: Any, processor: CasaP
     assert all(thread.startswith("casa-frames") for thread in threads)
 
 
+def test_frames_that_are_dropped_are_not_prepared(casa: Any, processor: CasaProcessor) -> None:
+    """A second of video passes while the model looks at one frame: what is made is what is shown."""
+    now = [0.0]
+
+    def shown(_: Any) -> None:
+        now[0] += 1.0
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    stream = CasaStream(casa, processor, max_new_tokens_per_frame=2)
+    video = open_video([PICTURES[number % len(PICTURES)] for number in range(40)], rate=10)
+    own, made = CasaProcessor.frame_pixels, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CasaProcessor, "frame_pixels", lambda *given: made.append(given) or own(*given))
+        live = LiveCaptions(
+            stream, video, late="drop", real_time=True, clock=lambda: now[0], sleep=sleep, on_frame=shown
+        )
+        kinds = [event.kind for event in live for _ in range(event.count)]
+    assert kinds.count("dropped") > 30 and kinds.count("dropped") + kinds.count("end") == 40
+    assert len(made) == kinds.count("end")
+
+
 def test_a_frame_that_will_not_be_shown_is_not_made() -> None:
     released, made = threading.Event(), []
     pool, device = frame_pool.FramePool(), torch.device("cpu")

@@ -33,10 +33,10 @@ _STALL_SECONDS = 0.1
 
 
 class _Coming(NamedTuple):
-    """A frame that has arrived, and whose pixels are being made."""
+    """A frame that has arrived, and whose pixels are being made; not yet, if it may have to make room for another."""
 
     frame: Frame
-    prepared: PreparedFrame
+    prepared: PreparedFrame | None
 
     @property
     def timestamp(self) -> float:
@@ -286,7 +286,11 @@ class LiveCaptions:
                         self._lost(item)
                         self._changed.notify_all()
             elif not (self.video.live and self.paused):
-                yield item if isinstance(item, VideoProblem) else _Coming(item, self.stream.prepare(item.image))
+                yield item if isinstance(item, VideoProblem) else self._coming(item)
+
+    def _coming(self, frame: Frame) -> _Coming:
+        # Where the newest frame is kept, most of a fast camera's are dropped; their pixels would be made for nothing.
+        return _Coming(frame, None if self.late == "drop" else self.stream.prepare(frame.image))
 
     def _pass_over(self) -> None:
         """Forget what a live video has shown, and what was to be told of it; under the lock."""
@@ -306,7 +310,8 @@ class LiveCaptions:
         if isinstance(item, VideoProblem):
             report = _Report("error", item.timestamp, item.message)
         else:
-            item.prepared.cancel()
+            if item.prepared is not None:
+                item.prepared.cancel()
             report = _Report("dropped", item.timestamp, f"the model was busy; at most {self.max_waiting} may wait")
         number = len(self._reports)
         place = number if number < _MAX_REPORTS else report.kind
@@ -344,7 +349,8 @@ class LiveCaptions:
         if self._on_frame is not None:
             for frame in frames:
                 self._on_frame(frame)
-        images, timestamps = [each.prepared for each in coming], [self._placed(frame.timestamp) for frame in frames]
+        images = [each.prepared or each.frame.image for each in coming]
+        timestamps = [self._placed(frame.timestamp) for frame in frames]
         self._times = {index: self._times[index] for index in self.stream.waiting_frames if index in self._times}
         self._times |= dict(enumerate((frame.timestamp for frame in frames), self.stream.num_frames))
         try:

@@ -331,7 +331,7 @@ class CasaTrainer(PublishingTrainer):
             total = torch.where(tokens > 0, loss * tokens, 0)  # without any, the mean is nan
             parts = torch.stack([total, tokens]).float().expand(len(labels), 2) / len(labels)
             gathered = self.accelerator.gather_for_metrics(parts.contiguous())
-            self._evaluated += gathered.sum(0).to(self._evaluated)
+            self._evaluated += gathered.sum(0).cpu()
         return found
 
     def _answers(self, examples: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
