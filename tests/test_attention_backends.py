@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from casa_hf import CasaConfig, CasaForConditionalGeneration, torch_varlen
+from casa_hf import CasaConfig, CasaForConditionalGeneration, attention_backends, torch_varlen
 from tests import kernels, tiny
 from tests.ledger import Ledger
 from tests.reference import Image, Sample, reference_logits
@@ -397,3 +397,52 @@ def test_a_dense_mask_would_not_be_linear() -> None:
     many, many_flops, length = cost(fields, script, 64, "eager")
     assert many.written > 20 * few.written and many_flops > 20 * few_flops
     assert many.largest >= length * (length + 64 * 16), "the mask over all text and images"
+
+
+LONG = {
+    "casa": ("casa", {}, "3 2x3 1200", "2x2 9 2x3 300"),
+    "one window with all keys": ("casa", {}, "2x3 1200"),
+    "updated images": ("exact", {}, "900 2x3 2", "2x2 9"),
+    "gists": ("casa-shared", {"num_gist_tokens": 2, "gist_token_ids": GISTS}, "3 g2x3 900"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_mask_of_a_long_window_stays_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are those of one mask over it; no tensor of its attention is much larger than the states."""
+    variant, fields, *rows = LONG[name]
+    torch.manual_seed(0)
+    model = kernels.use_backend(CasaForConditionalGeneration(casa_config(variant, **fields)).double().eval(), "sdpa")
+    samples = [sample(row) for row in rows]
+    width = max(len(one.input_ids) for one in samples)
+    images = [(row, image) for row, one in enumerate(samples) for image in one.images]
+    ids, mask = torch.full((len(rows), width), tiny.PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, one in enumerate(samples):
+        ids[row, : len(one.input_ids)], mask[row, : len(one.input_ids)] = torch.tensor(list(one.input_ids)), 1
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "image_embeds": torch.cat([image.features for _, image in images]),
+        "image_grid_thw": torch.tensor([[1, 2 * i.grid[0], 2 * i.grid[1]] for _, i in images]),
+        "image_positions": torch.tensor([[row, image.position] for row, image in images]),
+    }
+    if len(rows) > 1:
+        inputs["attention_mask"] = mask
+    parts: list[int] = []
+    in_parts = attention_backends._causal_in_parts
+
+    def counted(module: Any, query: Tensor, keys: Any, size: int) -> Tensor:
+        with Ledger() as ledger:
+            output = in_parts(module, query, keys, size)
+        parts.append(size)
+        assert ledger.largest <= 2 * output.numel(), ledger.largest_operator
+        return output
+
+    monkeypatch.setattr(attention_backends, "_causal_in_parts", counted)
+    monkeypatch.setattr(attention_backends, "_DENSE_MASK", 0)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert not parts
+        monkeypatch.setattr(attention_backends, "_LARGEST_MASK", 2**15)
+        logits = model(**inputs).logits
+    assert parts and max(parts) < 200
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)

@@ -45,6 +45,8 @@ from .windows import WindowPlan, pinned_before
 
 # Numbers that a `PackedMask` has at most.
 _DENSE_MASK = 2**21
+# Numbers that the mask of one segment has at most; queries of longer ones attend one part after the other.
+_LARGEST_MASK = 2**24
 # Kernels copy a mask, in every layer, whose rows don't begin at multiples of so many numbers.
 _MASK_ALIGNMENT = 8
 
@@ -255,7 +257,10 @@ def windowed_attention(
             for batch in batches:
                 part = queries[batch.query_index].transpose(1, 2)  # (segments, heads, queries, head_dim)
                 seen = stored if in_place else KeysValues(*(x[batch.key_index].transpose(1, 2) for x in stored))
-                output, _ = attend(module, part, seen, batch.mask, is_causal=False)
+                if batch.queries_at_once is None:
+                    output, _ = attend(module, part, seen, batch.mask, is_causal=False)
+                else:
+                    output = _causal_in_parts(module, part, seen, batch.queries_at_once)
                 if flat is None:
                     flat = output.new_zeros(len(queries), num_heads * head_dim)
                 flat = flat.index_copy(0, batch.query_index.flatten(), output.flatten(0, 1))
@@ -293,6 +298,19 @@ def attend(
     dropout = module.attention_dropout if module.training else 0.0
     output, weights = backend(module, query, *keys, mask, dropout=dropout, scaling=module.scaling, **arguments)
     return output.flatten(2).contiguous(), weights
+
+
+def _causal_in_parts(module: AttentionModule, query: torch.Tensor, keys: KeysValues, size: int) -> torch.Tensor:
+    """(batch, tokens, heads * head_dim) of queries of which the last one sees all keys, the one before all but the
+    last, and so on: `size` queries at a time, so that no mask is larger than that many rows."""
+    num_queries, outputs = query.shape[2], []
+    before = keys.keys.shape[2] - num_queries
+    for first in range(0, num_queries, size):
+        part = query[:, :, first : first + size]
+        past = before + first + part.shape[2]
+        mask = torch.ones(part.shape[2], past, dtype=torch.bool, device=query.device).tril(before + first)
+        outputs.append(attend(module, part, keys.between(0, past), mask[None, None], is_causal=False)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def _attend_packed(module: AttentionModule, query: torch.Tensor, keys: KeysValues, mask: PackedMask) -> torch.Tensor:
@@ -491,14 +509,29 @@ class Segments:
     def padded(self, num_queries: int) -> tuple[PaddedSegments, ...]:
         """The segments in batches of similar size, padded to the longest of each batch.
 
+        A causal one whose mask would be very large is a batch by itself, without a mask; not where gradients are
+        computed, since every layer would keep masks of its own for the backward pass.
+
         Args:
             num_queries: number of queries that `query_index` points into.
         """
         lengths = torch.stack([self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff()]).tolist()
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        long: list[int] = []
         for segment, (q_length, k_length) in enumerate(zip(*lengths, strict=True)):
-            batches[(q_length - 1).bit_length(), (k_length - 1).bit_length()].append(segment)
-        return tuple(self._padded(members, lengths, num_queries) for members in batches.values())
+            if self.causal and q_length * k_length > _LARGEST_MASK and not torch.is_grad_enabled():
+                long.append(segment)
+            else:
+                batches[(q_length - 1).bit_length(), (k_length - 1).bit_length()].append(segment)
+        padded = [self._padded(members, lengths, num_queries) for members in batches.values()]
+        return (*padded, *map(self._long, long))
+
+    def _long(self, segment: int) -> PaddedSegments:
+        queries, keys = (
+            index[int(starts[segment]) : int(starts[segment + 1])]
+            for index, starts in ((self.query_index, self.cu_seqlens_q), (self.key_index, self.cu_seqlens_k))
+        )
+        return PaddedSegments(queries[None], keys[None], None, max(1, _LARGEST_MASK // len(keys)))
 
     def _padded(self, members: list[int], lengths: list[list[int]], num_queries: int) -> PaddedSegments:
         device = self.query_index.device
@@ -509,15 +542,16 @@ class Segments:
         is_query, is_key = queries < q_lengths[:, None], keys < k_lengths[:, None]
         query_places = (self.cu_seqlens_q[chosen, None] + queries).clamp(max=len(self.query_index) - 1)
         key_places = (self.cu_seqlens_k[chosen, None] + keys).clamp(max=len(self.key_index) - 1)
-        mask = is_key[:, None].expand(-1, len(queries), -1)
+        mask = is_key[:, None]
         if self.causal:
             mask = mask & (keys <= (k_lengths - q_lengths)[:, None, None] + queries[:, None])
+            # Rows of padding see all keys, so that no softmax is empty; they are thrown away.
+            mask = mask | ~is_query[..., None]
         needs_mask = (self.causal and len(queries) > 1) or len({lengths[1][segment] for segment in members}) > 1
         return PaddedSegments(
             query_index=torch.where(is_query, self.query_index[query_places], num_queries),
             key_index=torch.where(is_key, self.key_index[key_places], 0),
-            # Rows of padding see all keys, so that no softmax is empty; they are thrown away.
-            mask=(mask | ~is_query[..., None])[:, None] if needs_mask else None,
+            mask=mask[:, None] if needs_mask else None,
         )
 
 
@@ -528,12 +562,15 @@ class PaddedSegments:
     Attributes:
         query_index: (segments, queries); padding points behind the last query.
         key_index: (segments, keys).
-        mask: boolean (segments, 1, queries, keys); None if every query sees every key.
+        mask: boolean (segments, 1, queries or 1, keys); None if every query sees every key, or with `queries_at_once`.
+        queries_at_once: number of queries that attend at a time where the mask of the only segment, which is causal,
+            would be too large; None where all do.
     """
 
     query_index: torch.Tensor
     key_index: torch.Tensor
     mask: torch.Tensor | None
+    queries_at_once: int | None = None
 
 
 def fusion_segments(plan: WindowPlan) -> Segments | None:
