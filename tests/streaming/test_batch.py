@@ -668,9 +668,7 @@ def test_compiled_streams_equal_separate_sessions(compiled_model, processor, var
         assert evicted > 0 and compile_steps(batch) == len(sizes)
     # The tower's graphs are for one, two or four frames of three sizes.
     towers = sum(each is not None for size in batch._tower._compiled.values() for each in size.values())
-    steps = counters["stats"]["unique_graphs"] - towers
-    # Where all images are kept, room for them doubles from time to time, and so there are further graphs.
-    assert steps == compile_steps(batch) + (variant == "insertion")
+    assert counters["stats"]["unique_graphs"] == compile_steps(batch) + towers
 
 
 def test_batches_of_a_model_share_their_steps(compiled_model, processor):
@@ -814,7 +812,9 @@ def test_every_kind_of_stream_is_compiled(compiled_model, family, processor, kin
     for _ in range(3):
         push(third, second)
         push(fork)
-    assert compile_steps(batch) == 2, "two rows, and four"
+    assert {rows for rows, *_ in batch._one_token._steps} == {2, 4}
+    # Where all images are kept, room for them doubles from time to time, which is another shape.
+    assert kind == "insertion" or compile_steps(batch) == 2
     assert (evictions > 0) == (kind != "insertion")
 
 
