@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from casa_hf.serving.lmms_eval import PAPER_TASKS
+from casa_hf.serving.lmms_eval.__main__ import main as evaluate
 from casa_hf.serving.lmms_eval.__main__ import read_arguments
 from casa_hf.serving.lmms_eval.answers import (
     FirstLetter,
@@ -94,6 +96,25 @@ def test_command_line() -> None:
         "--model casa_hf --model_args pretrained=m,max_pixels=3136,fps=1 --tasks casa_mme --include_path "
         f"{PAPER_TASKS} --batch_size 2 --output_path o --limit 8.0 --log_samples"
     ).split(" ")
+
+
+def test_options_by_the_names_of_lmms_eval() -> None:
+    """They mean the same; what lmms-eval alone has is passed on, whatever it begins with."""
+    ours, theirs = (
+        read_arguments(f"m {words} --model other".split())
+        for words in (
+            "--model-args fps=1 --batch-size 2 --output o",
+            "--model_args fps=1 --batch_size 2 --output_path o",
+        )
+    )
+    assert ours == theirs
+    assert ours[1][-2:] == ["--model", "other"] and ours[0].model_args == "fps=1"
+
+
+def test_without_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(SystemExit, match=r"pip install 'casa_hf\[lmms-eval\]'"):
+        evaluate(["m"])
 
 
 # -------------------------------------------------------------------- questions and answers
@@ -258,6 +279,8 @@ def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "x_results.json").write_text('{"results": {}}')
     with pytest.raises(ValueError, match=r"x_results\.json isn't a results file"):
         read_results([tmp_path])
+    with pytest.raises(SystemExit, match=r"x_results\.json isn't a results file"):
+        main([str(tmp_path)])
     write_run(tmp_path / "other", "20260101_010101", {"pope": {"accuracy,none": 1.0}})
     assert "None of the benchmarks" in table(read_results([tmp_path / "other"]))
     # A category of which nothing was asked.

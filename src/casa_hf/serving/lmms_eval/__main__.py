@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import MODEL_ID, PAPER_TASKS
-from .results import read_results, table
+from .results import print_table
 
 MAX_PIXELS = 896 * 896
 BATCH_SIZE = 16
@@ -29,20 +29,29 @@ def read_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Nam
     parser = argparse.ArgumentParser(
         prog="python -m casa_hf.serving.lmms_eval",
         description="Evaluate a checkpoint on the benchmarks of the paper, with the settings of its authors.",
-        epilog="Further options are those of lmms-eval, such as --log_samples.",
+        epilog="Further options, after the model, are those of lmms-eval, such as --log_samples.",
+        allow_abbrev=False,  # or lmms-eval's --model would be --model-args
     )
     parser.add_argument("model", help="folder or Hub id of a CASA checkpoint, or of a token-insertion one")
     parser.add_argument("--tasks", default="casa_images", help="tasks, with commas between; default: %(default)s")
     parser.add_argument("--limit", type=float, help="number of questions of each task; default: all")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="default: %(default)s")
+    # Options of lmms-eval by its own names too: given twice, the second would replace all of the first.
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=BATCH_SIZE, help="default: %(default)s")
     parser.add_argument(
         "--max-pixels", type=int, default=MAX_PIXELS, help="largest number of pixels of an image; default: %(default)s"
     )
     parser.add_argument(
-        "--model-args", default="", help="further arguments of the model, as dtype=bfloat16,max_frames=64"
+        "--model-args",
+        "--model_args",
+        default="",
+        help="further arguments of the model, as dtype=bfloat16,max_frames=64",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("evaluation"), help="folder of results; default: %(default)s"
+        "--output",
+        "--output_path",
+        type=Path,
+        default=Path("evaluation"),
+        help="folder of results; default: %(default)s",
     )
     given, further = parser.parse_known_args(arguments)
     model_args = [f"pretrained={given.model}", f"max_pixels={given.max_pixels}"]
@@ -75,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # lmms-eval prints an error and ends as if nothing had happened.
     if not any(file.stat().st_mtime >= began for file in given.output.rglob("*_results.json")):
         raise SystemExit("lmms-eval wrote no results; see its messages above.")
-    print(table(read_results([given.output])))
+    print_table([given.output])
 
 
 if __name__ == "__main__":

@@ -76,6 +76,22 @@ def table(models: Mapping[str, Mapping[str, Score]]) -> str:
     return text + ("\n\n*: not all questions were asked." if partly else "")
 
 
+def print_table(files: Iterable[str | Path]) -> None:
+    """Print the table of some results.
+
+    Args:
+        files: as for `read_results`.
+
+    Raises:
+        SystemExit: if there is no such file, or one isn't of lmms-eval, with the reason.
+    """
+    try:
+        scores = read_results(files)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(table(scores))
+
+
 def _results_in(path: Path) -> list[Path]:
     return sorted(path.rglob(f"*{_SUFFIX}")) if path.is_dir() else [path] if path.is_file() else []
 
@@ -131,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of some results."""
     parser = argparse.ArgumentParser(description="Results of lmms-eval beside the figures of the authors.")
     parser.add_argument("results", nargs="+", help="results files of lmms-eval, and folders that have such files")
-    print(table(read_results(parser.parse_args(arguments).results)))
+    print_table(parser.parse_args(arguments).results)
 
 
 if __name__ == "__main__":
