@@ -133,7 +133,7 @@ test-gpu: $(VENV)/installed
 LAUNCH ?= $(PYTHON) -m
 TASKS ?= casa_images
 evaluate:
-	$(if $(MODEL),,$(error Name a checkpoint, a folder or a Hub id: make evaluate MODEL=kyutai/CASA-Qwen2_5-VL-3B))
+	$(if $(MODEL),,$(error Name a checkpoint, a folder or a Hub id: make evaluate MODEL=me/qwen-casa))
 	$(LAUNCH) casa_hf.serving.lmms_eval $(MODEL) --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) $(OPTIONS)
 
 bench: $(VENV)/installed

@@ -64,7 +64,8 @@ class CasaLmms(lmms):
         attn_implementation: attention backend; None for the one that Transformers chooses.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code of the checkpoint may be run.
-        min_pixels, max_pixels: smallest and largest number of pixels of an image; None for the checkpoint's.
+        min_pixels, max_pixels: smallest and largest number of pixels of an image; None for the checkpoint's. The
+            processors of Qwen2-VL and Qwen2.5-VL take them for video frames too.
         frame_max_pixels: largest number of pixels of a video frame; None for the checkpoint's. Not for sources of
             families whose processors limit a whole video, such as Qwen3-VL.
         fps: frames per second that are taken from a video; None for 2, or 20 frames of a clip below 10 seconds.
