@@ -78,12 +78,17 @@ def in_transformers(module: str) -> set[str]:
     return defined(nodes) | attributes(nodes, stored=True)
 
 
+# Modules that only import where their engine is installed, by the beginnings of their names.
+ENGINES = {"serving.vllm": "vllm", "serving.lmms_eval": "lmms_eval"}
+
+
 @cache
 def extended() -> dict[tuple[str, str], set[str]]:
     """Modules of Transformers with classes that a class of the package extends, itself or where it is mixed in."""
     modules: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name in FILES:
-        if name.startswith("serving.vllm") and importlib.util.find_spec("vllm") is None:
+        engine = next((of for at, of in ENGINES.items() if name.startswith(at)), None)
+        if engine is not None and importlib.util.find_spec(engine) is None:
             continue  # it has an environment of its own
         if any(isinstance(node, ast.ClassDef) for node in nodes_of(str(FILES[name]))):
             for _, ours in inspect.getmembers(importlib.import_module(f"casa_hf.{name}"), inspect.isclass):
