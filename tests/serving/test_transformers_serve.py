@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import os
 import re
 import socket
@@ -313,6 +314,40 @@ def test_the_document(
     monkeypatch.chdir(PHOTOGRAPHS)
     exec(compile(code, "serving.md", "exec"), {})
     assert plain(capsys.readouterr().out) == generated(parts, ("cat", "What is in this image?"))
+
+
+def test_variables_of_the_chat_template(parts: Any) -> None:
+    """Those of a request win over those of the server; what the template doesn't have reaches no processor."""
+    from starlette.testclient import TestClient
+
+    model, processor = parts[0], copy.deepcopy(parts[1])
+    processor.chat_template += "{% if thinking is defined and not thinking %}Well: {% endif %}"
+    server = TestClient(create_app(model, processor, "casa", {"thinking": False}))
+    shown = user(image_part(as_url("cat")), text_part("What is it?"))
+
+    def ask(path: str = "chat/completions", **variables: Any) -> Any:
+        asked = {"messages": [shown]} if path == "chat/completions" else {"input": [shown]}
+        body = {"model": "casa", **asked, "max_tokens": TOKENS, "temperature": 0, "stream": False, **variables}
+        return server.post(f"/v1/{path}", json=body)
+
+    lengths = [
+        ask(**variables).json()["usage"]["prompt_tokens"]
+        for variables in ({}, {"chat_template_kwargs": {"thinking": True}})
+    ]
+    assert lengths[0] - lengths[1] == len(processor.tokenizer("Well: ")["input_ids"])
+    for given, reason in (
+        ({"min_pixels": 10**9}, "has 'min_pixels', which the chat template"),
+        ({"processor_kwargs": {"min_pixels": 10**9}}, "has 'processor_kwargs', which the chat template"),
+        ({"chat_template": "{{ messages }}"}, "has 'chat_template', which is given"),
+        ({"messages": []}, "has 'messages', which is given"),
+        ({"tools": []}, "Give them as `tools`"),
+        (None, "chat_template_kwargs is null; expected an object"),
+    ):
+        for path in ("chat/completions", "responses"):
+            answer = ask(path, chat_template_kwargs=given)
+            assert answer.status_code == 400 and reason in answer.json()["error"]["message"]
+    with pytest.raises(ValueError, match="has 'thinkin'"):
+        create_app(model, processor, "casa", {"thinkin": False})
 
 
 def test_thoughts_and_calls_of_tools_are_found(parts: Any) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.import_utils import is_serve_available
 
+from ..chat_text import check_template_kwargs
 from ..configuration_casa import SOURCE_MODEL_TYPE
 from ..media_casa import MediaPolicy, contents_of, name_of, reason_of, rgb_image
 
@@ -35,6 +36,8 @@ DEFAULT_PORT = 8000
 # Room for JSON around the largest file in base64.
 _BASE64_BYTES = 4 / 3
 _JSON_BYTES = 2**20
+# The field of a request with variables of the chat template.
+_VARIABLES = "chat_template_kwargs"
 # How chat completions and responses call the parts of a message.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "input_image")
@@ -74,6 +77,7 @@ def create_app(
 
     Raises:
         ImportError: without the packages that the server needs.
+        ValueError: for variables that the chat template doesn't have, or that requests have a field for.
     """
     require_serving()
     from jinja2 import TemplateError
@@ -87,6 +91,7 @@ def create_app(
         source = SimpleNamespace(config=SimpleNamespace(model_type=_source_type(model)))
         processor.tokenizer.response_template = get_response_template(processor, source)
 
+    _check_variables(dict(chat_template_kwargs or {}), processor)
     manager = _manager_of_one(model, processor, name)
     state = GenerationState()
     known = inspect.signature(build_server).parameters
@@ -155,6 +160,8 @@ def _handlers(
         """A handler that first reads the images and videos of a request, in a thread: other requests don't wait."""
 
         async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+            if _VARIABLES in body:
+                _check_variables(body[_VARIABLES], processor)
             body = await asyncio.to_thread(_with_contents, body, processor.media_policy)
             return await super().handle_request(body, request_id)  # type: ignore[misc]
 
@@ -175,6 +182,20 @@ def _handlers(
         "transcription_handler": Unavailable(),
         "systemone_handler": Unavailable(),
     }
+
+
+def _check_variables(given: Any, processor: CasaProcessor) -> None:
+    """Refuse what a request may not set of a chat template: Transformers would hand the processor what the template
+    doesn't have, such as the sizes of images.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{_VARIABLES} is {json.dumps(given):.100}; expected an object.")
+    if "tools" in given:
+        raise ValueError(f"{_VARIABLES} has 'tools'. Give them as `tools` of the request.")
+    check_template_kwargs(processor, given)
 
 
 async def _refuse(request: Any, error: Exception) -> JSONResponse:
