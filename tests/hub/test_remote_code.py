@@ -84,7 +84,7 @@ def test_the_modules_are_closed_under_their_imports() -> None:
 def test_what_transformers_looks_for_is_there() -> None:
     """Before it runs code from the Hub it wants every package installed that is imported outside a `try`."""
     wanted = {name for file in modelling_files() for name in get_imports(str(file))}
-    come_with_transformers = {"huggingface_hub", "numpy", "tokenizers"}
+    come_with_transformers = {"huggingface_hub", "numpy", "safetensors", "tokenizers"}
     assert wanted - sys.stdlib_module_names <= {"PIL", "torch", "transformers"} | come_with_transformers
     assert "av" in {
         alias.name
